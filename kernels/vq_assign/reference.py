@@ -1,0 +1,123 @@
+"""The mathematics of nearest-code assignment in plain PyTorch.
+
+For codebook g: code(i) = argmin_k ||z_i - e_k||^2, the lowest k on ties, with
+||z - e||^2 = ||z||^2 + ||e||^2 - 2 z.e; ||z||^2 does not depend on k and is left out.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spinlock_fast.kernels.layout import CodebookLayout
+
+# Distances are formed for so many rows at a time that this many numbers exist at once.
+_DISTANCES_AT_ONCE = 1 << 24
+
+
+def nearest_codes(z: Tensor, codebook: Tensor, layout: CodebookLayout) -> Tensor:
+    """Index of the nearest code within each codebook.
+
+    Args:
+        z: [N, sum D] latents, finite or not.
+        codebook: [sum K D] code vectors.
+        layout: sizes of the group.
+
+    Returns:
+        [N, G] int64; -1 where the row is not finite in that codebook, or where no code is finite.
+    """
+    index = layout.indices(z.device)
+    z_padded = layout.pad_columns(z)  # [G, N, D_max]
+    codes = layout.pad_codebook(codebook)  # [G, K_max, D_max]
+    norms = codes.square().sum(-1).masked_fill(~index.code_mask, torch.inf)  # [G, K_max]
+    transposed = codes.transpose(1, 2)
+    rows = max(1, _DISTANCES_AT_ONCE // (layout.groups * layout.max_codes))
+    found = []
+    for block in z_padded.split(rows, dim=1):  # [G, rows, D_max]
+        distance = torch.baddbmm(norms[:, None, :], block, transposed, alpha=-2.0)
+        distance = distance.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        best, code = distance.min(-1) if distance.numel() else _no_rows(distance)
+        found.append(torch.where(torch.isfinite(block).all(-1) & (best < torch.inf), code, -1))
+    return torch.cat(found, dim=1).transpose(0, 1).contiguous()
+
+
+def _no_rows(distance: Tensor) -> tuple[Tensor, Tensor]:
+    shape = distance.shape[:-1]
+    return distance.new_empty(shape), torch.empty(shape, dtype=torch.int64, device=distance.device)
+
+
+def gather_codes(codes: Tensor, codebook: Tensor, layout: CodebookLayout) -> Tensor:
+    """Code vectors of given indices.
+
+    Args:
+        codes: [N, G] int64, -1 for none.
+        codebook: [sum K D]; its gradient is that of the gathered entries.
+
+    Returns:
+        [N, sum D]; NaN where the index is -1.
+    """
+    index = layout.indices(codes.device)
+    padded = layout.pad_codebook(codebook).flatten(0, 1)  # [G * K_max, D_max]
+    first = torch.arange(layout.groups, device=codes.device) * layout.max_codes
+    rows = padded[(codes.clamp(min=0) + first).flatten()]  # [N * G, D_max]
+    packed = rows.view(codes.shape[0], -1)[:, index.packed_columns]
+    return packed.masked_fill((codes < 0)[:, index.column_book], torch.nan)
+
+
+def accumulate(z: Tensor, codes: Tensor, layout: CodebookLayout) -> tuple[Tensor, Tensor]:
+    """Rows and latent sums of every code.
+
+    Args:
+        z: [N, sum D].
+        codes: [N, G] int64, -1 for rows that count nowhere.
+
+    Returns:
+        counts [sum K] and sums [sum K D], float32 or wider.
+    """
+    G, K = layout.groups, layout.max_codes
+    dtype = torch.promote_types(z.dtype, torch.float32)
+    spare = G * K  # where rows without a code go
+    first = torch.arange(G, device=z.device)[:, None] * K
+    rows = codes.transpose(0, 1)  # [G, N]
+    target = torch.where(rows < 0, spare, rows + first).flatten()
+    counts = torch.zeros(G * K + 1, dtype=dtype, device=z.device)
+    counts.index_add_(0, target, torch.ones_like(target, dtype=dtype))
+    sums = torch.zeros(G * K + 1, layout.max_dims, dtype=dtype, device=z.device)
+    sums.index_add_(0, target, layout.pad_columns(z).to(dtype).flatten(0, 1))
+    index = layout.indices(z.device)
+    return counts[index.packed_codes], sums[:spare].flatten()[index.packed_entries]
+
+
+def squared_error(z: Tensor, quantized: Tensor, codes: Tensor, layout: CodebookLayout) -> Tensor:
+    """[G] sum over rows with a code of ||z_g - e_g||^2."""
+    index = layout.indices(z.device)
+    error = (z - quantized).square().masked_fill((codes < 0)[:, index.column_book], 0.0).sum(0)
+    return error.new_zeros(layout.groups).index_add_(0, index.column_book, error)
+
+
+def rotate_to_codes(z: Tensor, quantized: Tensor, layout: CodebookLayout) -> Tensor:
+    """`quantized`, with the gradient of the rotation that carries z there (arXiv 2410.06424).
+
+    q = lambda R z with lambda = |q| / |z| and the rotation R = 1 - 2 r r^T + 2 q^ z^^T, where
+    r = (z^ + q^) / |z^ + q^| and ^ marks unit length; lambda and R count as constants.
+
+    Args:
+        z: [N, sum D], differentiable.
+        quantized: [N, sum D] the codes of z, without gradient.
+
+    Returns:
+        [N, sum D], equal to `quantized` up to rounding.
+    """
+    zp, qp = layout.pad_columns(z), layout.pad_columns(quantized)  # [G, N, D_max]
+    tiny = torch.finfo(z.dtype).tiny
+    with torch.no_grad():
+        z_norm = zp.norm(dim=-1, keepdim=True).clamp(min=tiny)
+        q_norm = qp.norm(dim=-1, keepdim=True).clamp(min=tiny)
+        z_unit, q_unit = zp / z_norm, qp / q_norm
+        r = z_unit + q_unit
+        r = r / r.norm(dim=-1, keepdim=True).clamp(min=tiny)
+        scale = q_norm / z_norm
+    rotated = (
+        zp - 2.0 * (zp * r).sum(-1, keepdim=True) * r + 2.0 * (zp * z_unit).sum(-1, keepdim=True) * q_unit
+    )
+    return layout.pack_columns(scale * rotated)

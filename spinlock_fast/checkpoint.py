@@ -1,0 +1,223 @@
+"""The checkpoint directory: what a run leaves, and how it is read back."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from spinlock_fast.config import RunConfig
+from spinlock_fast.config_file import dump_config, load_config
+from spinlock_fast.errors import DataError
+from spinlock_fast.files import write_atomically, write_json, write_text
+from spinlock_fast.metrics import Metrics
+from spinlock_fast.model import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
+
+BEST = "best_model.pt"
+FINAL = "final_model.pt"
+RESUME = "resume.pt"
+SAFETENSORS = "model.safetensors"
+CONFIG = "config.yaml"
+NORMALIZATION = "normalization_stats.npz"
+HISTORY = "training_history.json"
+METRICS = "metrics.json"
+CARD = "README.md"
+
+FILES = (BEST, FINAL, RESUME, SAFETENSORS, CONFIG, NORMALIZATION, HISTORY, METRICS, CARD)
+
+_KEYS = (
+    "model_state_dict",
+    "model_config",
+    "encoder_state_dicts",
+    "feature_mask",
+    "feature_cleaning",
+    "normalization",
+    "feature_names",
+    "epoch",
+)
+
+
+def save_torch(path: Path, payload: Mapping[str, Any]) -> None:
+    """A file that `torch.load(weights_only=True)` reads; raises OutputError."""
+    write_atomically(path, lambda temporary: torch.save(dict(payload), temporary))
+
+
+def load_torch(path: Path) -> dict[str, Any]:
+    """Tensors and plain values of a file, on the CPU; never runs code from it.
+
+    Raises:
+        DataError: missing, damaged, or holding anything but tensors and plain values.
+    """
+    try:
+        payload = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except pickle.UnpicklingError:
+        raise DataError(
+            f"{path}: holds objects other than tensors and plain values; a checkpoint of the original project "
+            "is read by `python -m spinlock_fast.convert`"
+        ) from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise DataError(
+            f"{path}: cannot be read as a checkpoint: {' '.join(str(error).split())[:200]}"
+        ) from None
+    if not isinstance(payload, dict):
+        raise DataError(f"{path}: not a checkpoint")
+    return payload
+
+
+def load_payload(directory: str | Path) -> dict[str, Any]:
+    """The contents of best_model.pt (final_model.pt where there is no best) of a checkpoint directory.
+
+    Raises:
+        DataError: no checkpoint there, or one without a part that is needed.
+    """
+    directory = Path(directory)
+    path = next((directory / name for name in (BEST, FINAL) if (directory / name).exists()), None)
+    if path is None:
+        raise DataError(f"{directory}: no {BEST} there; it is not the directory of a finished run")
+    payload = load_torch(path)
+    missing = [key for key in _KEYS if key not in payload]
+    if missing:
+        raise DataError(f"{path}: {missing[0]} is missing; it is not a checkpoint of this package")
+    return payload
+
+
+def model_from_payload(payload: Mapping[str, Any]) -> CategoricalHierarchicalVQVAE:
+    """The model of a checkpoint in eval mode."""
+    model = CategoricalHierarchicalVQVAE(CategoricalVQVAEConfig(**payload["model_config"]))
+    model.load_state_dict(payload["model_state_dict"])
+    return model.eval()
+
+
+def load_checkpoint(directory: str | Path) -> CategoricalHierarchicalVQVAE:
+    """The model of a checkpoint directory, in eval mode, on the CPU; raises DataError."""
+    return model_from_payload(load_payload(directory))
+
+
+def load_run_config(directory: str | Path) -> RunConfig:
+    """The settings of the run that made a checkpoint directory; raises ConfigError."""
+    return load_config(Path(directory) / CONFIG)
+
+
+def checkpoint_hash(directory: str | Path) -> str:
+    """SHA-256 of the model file, as hexadecimal text."""
+    directory = Path(directory)
+    path = directory / BEST if (directory / BEST).exists() else directory / FINAL
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def plain(value: Any) -> Any:
+    """The same value from tensors, dicts, lists, numbers, texts and None alone, tensors on the CPU."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu()
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value)
+    if isinstance(value, Mapping):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(inner) for inner in value]
+    return value
+
+
+def write_results(
+    directory: Path,
+    config: RunConfig,
+    model: CategoricalHierarchicalVQVAE,
+    parts: Mapping[str, Any],
+    normalization: Mapping[str, np.ndarray[Any, Any]],
+    metrics: Metrics,
+    history: Mapping[str, Any],
+    resumable: Mapping[str, Any],
+) -> None:
+    """Writes everything but resume.pt; best_model.pt last but one, metrics.json last.
+
+    Args:
+        parts: the entries of the payload that are not the model's.
+        resumable: the state at the end, as resume.pt holds it, for final_model.pt.
+
+    Raises:
+        OutputError: a file cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    payload = model_payload(model, model.state_dict(), metrics["best_epoch"], parts)
+    tensors = {key: value.contiguous() for key, value in payload["model_state_dict"].items()}
+    write_text(directory / CONFIG, dump_config(config))
+    write_atomically(directory / SAFETENSORS, lambda temporary: save_file(tensors, temporary))
+    write_normalization(directory / NORMALIZATION, normalization)
+    write_json(directory / HISTORY, history)
+    end = resumable["run"]
+    last = model_payload(model, end["model_state_dict"], end["epoch"], parts)
+    save_torch(directory / FINAL, {**last, "run_state": resumable})
+    write_text(directory / CARD, model_card(metrics))
+    save_torch(directory / BEST, payload)
+    write_json(directory / METRICS, metrics)
+
+
+def model_payload(
+    model: CategoricalHierarchicalVQVAE,
+    state_dict: Mapping[str, torch.Tensor],
+    epoch: int,
+    parts: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The entries of a model file."""
+    return {
+        "model_state_dict": {key: value.detach().cpu() for key, value in state_dict.items()},
+        "model_config": model.config.model_dump(mode="json"),
+        "epoch": epoch,
+        **plain(parts),
+    }
+
+
+def write_normalization(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+    """normalization_stats.npz."""
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+
+    write_atomically(path, write)
+
+
+def model_card(metrics: Metrics) -> str:
+    """README.md of a checkpoint directory."""
+    rows = "\n".join(
+        f"| {c['name']} | {c['features']} | {c['partial_mse']:.4f} | "
+        f"{' / '.join(f'{u:.2f}' for u in c['utilization'])} | {' / '.join(str(k) for k in c['codes'])} |"
+        for c in metrics["categories"]
+    )
+    return f"""# Behavioural tokenizer
+
+{len(metrics["categories"])} categories, {sum(len(c["codes"]) for c in metrics["categories"])} tokens a sample, \
+{metrics["total_codes"]} codes, made by spinlock-fast {metrics["versions"]["spinlock_fast"]}.
+
+| metric (on {metrics["val_rows"]} validation rows) | value |
+|---|---|
+| quality | {metrics["quality"]:.4f} |
+| reconstruction error | {metrics["reconstruction_error"]:.4f} |
+| utilization | {metrics["utilization"]:.3f} |
+| perplexity / K | {metrics["perplexity_over_k"]:.3f} |
+| samples | {metrics["samples"]} |
+| epochs (best) | {metrics["epochs"]} ({metrics["best_epoch"]}) |
+| parameters | {metrics["parameters"]} |
+
+| category | features | partial decoder MSE | utilization by level | codes by level |
+|---|---|---|---|---|
+{rows}
+
+From raw data to tokens:
+
+```python
+from spinlock_fast import Tokenizer
+
+tokenizer = Tokenizer.from_checkpoint("this directory")
+tokens = tokenizer.encode("data.h5")  # [N, {sum(len(c["codes"]) for c in metrics["categories"])}]
+```
+"""

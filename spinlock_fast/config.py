@@ -1,0 +1,348 @@
+"""The settings of a run: one frozen model per section of the YAML file."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+_BYTE_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_BYTE_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+
+def parse_bytes(value: object) -> int:
+    """Bytes from an integer or a text such as "1.25GB" or "512 MiB"."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        number, unit = float(value), ""
+    elif isinstance(value, str) and (
+        match := re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]?i?b?)\s*", value, re.IGNORECASE)
+    ):
+        number, unit = float(match[1]), match[2].lower()
+    else:
+        raise ValueError("expected a size such as 1.25GB, 512MiB or a number of bytes")
+    if unit not in _BYTE_UNITS:
+        raise ValueError("expected a size such as 1.25GB, 512MiB or a number of bytes")
+    size = int(number * _BYTE_UNITS[unit])
+    if size < 1:
+        raise ValueError("expected a size above zero")
+    return size
+
+
+ByteSize = Annotated[int, BeforeValidator(parse_bytes)]
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Section(BaseModel):
+    """A section of the file: no unknown keys, no silent conversion, no change after loading."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class MLPEncoderParams(Section):
+    hidden_dims: list[PositiveInt] = Field(default=[512, 256], description="width of each hidden layer")
+    output_dim: PositiveInt = Field(default=128, description="columns that the encoder gives")
+    dropout: Probability = Field(default=0.1, description="inactive: encoders are frozen, in eval mode")
+    activation: Literal["relu", "gelu", "silu", "tanh"] = Field(default="relu", description="non-linearity")
+    batch_norm: bool = Field(default=True, description="BatchNorm after each linear layer")
+
+
+class TemporalCNNEncoderParams(Section):
+    embedding_dim: PositiveInt = Field(default=128, description="columns that the encoder gives")
+    architecture: Literal["resnet1d_3"] = Field(default="resnet1d_3", description="the network")
+
+
+class IdentityEncoderParams(Section):
+    pass
+
+
+EncoderParams = MLPEncoderParams | TemporalCNNEncoderParams | IdentityEncoderParams
+
+ENCODER_PARAMS: dict[str, type[EncoderParams]] = {
+    "MLPEncoder": MLPEncoderParams,
+    "TemporalCNNEncoder": TemporalCNNEncoderParams,
+    "IdentityEncoder": IdentityEncoderParams,
+}
+
+DEFAULT_DATASETS = {
+    "summary": "features/summary/aggregated/features",
+    "temporal": "features/temporal/features",
+    "architecture": "features/architecture/aggregated/features",
+}
+
+
+class FamilyConfig(Section):
+    encoder: Literal["MLPEncoder", "TemporalCNNEncoder", "IdentityEncoder"] = Field(
+        description="network that turns the family's raw values into columns"
+    )
+    encoder_params: EncoderParams = Field(
+        default_factory=IdentityEncoderParams, description="settings of the encoder; see its section"
+    )
+    dataset: str | None = Field(
+        default=None,
+        description="path in the HDF5 file; by default the place of the families summary, temporal, architecture",
+    )
+    standardize: bool = Field(
+        default=False,
+        description="z-score raw columns (median, MAD; clipped at 10) before encoding",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _params_of_the_named_encoder(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        kind = ENCODER_PARAMS.get(data.get("encoder", ""))
+        params = data.get("encoder_params")
+        if kind is None or isinstance(params, BaseModel):
+            return data
+        return {**data, "encoder_params": kind.model_validate(params if params is not None else {})}
+
+
+def _default_families() -> dict[str, FamilyConfig]:
+    return {
+        "summary": FamilyConfig(encoder="MLPEncoder", encoder_params=MLPEncoderParams()),
+        "temporal": FamilyConfig(encoder="TemporalCNNEncoder", encoder_params=TemporalCNNEncoderParams()),
+        "architecture": FamilyConfig(encoder="IdentityEncoder"),
+    }
+
+
+class FeatureCleaningConfig(Section):
+    enabled: bool = Field(default=True, description="false keeps every column and clips nothing")
+    variance_threshold: NonNegativeFloat = Field(
+        default=1e-8, description="columns whose standard deviation is below this are dropped"
+    )
+    deduplicate_threshold: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        default=0.99, description="of two columns with a larger |correlation|, the more informative stays"
+    )
+    outlier_method: Literal["mad", "percentile", "iqr", "none"] = Field(
+        default="mad", description="how the clip bounds of a column are found"
+    )
+    mad_threshold: PositiveFloat = Field(default=5.0, description="clip at median +/- this many sigma")
+    mad_scale: PositiveFloat = Field(
+        default=1.4826, description="sigma = mad_scale * MAD; 1.0 repeats the original project"
+    )
+    percentile_range: tuple[float, float] = Field(
+        default=(0.5, 99.5), strict=False, description="clip bounds of outlier_method: percentile"
+    )
+    iqr_multiplier: PositiveFloat = Field(
+        default=1.5, description="clip bounds of outlier_method: iqr, quartiles -/+ this many IQR"
+    )
+
+    @field_validator("percentile_range")
+    @classmethod
+    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0.0 <= value[0] < value[1] <= 100.0:
+            raise ValueError("expected two increasing percentages between 0 and 100")
+        return value
+
+
+class LevelConfig(Section):
+    """One codebook: `num_tokens` codes of `latent_dim` dimensions."""
+
+    num_tokens: PositiveInt = Field(description="codes of the codebook")
+    latent_dim: PositiveInt = Field(description="dimensions of a code")
+
+
+Levels = list[LevelConfig] | dict[str, list[LevelConfig]]
+
+
+def parse_ratios(text: str) -> tuple[float, ...]:
+    """Latent dimensions per feature of each level, from a text such as "0.5:1:1.5"."""
+    try:
+        ratios = tuple(float(part) for part in text.split(":"))
+    except ValueError:
+        ratios = ()
+    if not ratios or any(not 0.0 < ratio < 1000.0 for ratio in ratios):
+        raise ValueError('expected positive numbers separated by colons, such as "0.5:1:1.5"')
+    return ratios
+
+
+class ModelConfig(Section):
+    group_embedding_dim: PositiveInt = Field(default=256, description="width of a category's embedding")
+    group_hidden_dim: PositiveInt = Field(default=512, description="hidden width of a category's MLP")
+    levels: Levels = Field(
+        default=[],
+        description="codebook sizes: [] = from the number of features; a list for all categories, or one each",
+    )
+    compression_ratios: str = Field(
+        default="0.5:1:1.5", description="latent dimensions per feature of each level, coarse to fine"
+    )
+    uniform_codebook_init: bool = Field(
+        default=False, description="every level gets as many codes as level 0"
+    )
+    codebook_init: Literal["kmeans", "uniform"] = Field(
+        default="kmeans", description="codes from k-means++ on the first rows, or uniform random"
+    )
+    commitment_cost: NonNegativeFloat = Field(
+        default=0.25, description="pull of latents towards their codes (van den Oord et al. 2017)"
+    )
+    use_ema: bool = Field(
+        default=True, description="codes follow latents by moving average; false: by gradient"
+    )
+    decay: Probability = Field(default=0.99, description="decay of the moving average")
+    dropout: Probability = Field(default=0.1, description="dropout of encoder and decoder layers")
+    rotation_trick: bool = Field(
+        default=False, description="gradient through quantization by rotation (arXiv 2410.06424)"
+    )
+
+    @field_validator("compression_ratios")
+    @classmethod
+    def _ratios(cls, value: str) -> str:
+        parse_ratios(value)
+        return value
+
+
+class TrainingConfig(Section):
+    batch_size: PositiveInt = Field(default=512, description="rows a step, at most the training rows")
+    learning_rate: PositiveFloat = Field(default=1e-3, description="step size of the optimizer")
+    num_epochs: PositiveInt = Field(default=200, description="passes over the training rows")
+    optimizer: Literal["adam", "adamw"] = Field(default="adam", description="optimizer")
+    weight_decay: NonNegativeFloat = Field(default=0.0, description="weight decay of adamw, L2 of adam")
+    scheduler: Literal["none", "cosine"] | None = Field(
+        default="none", description="learning rate over the run: constant, or cosine to zero"
+    )
+    warmup_epochs: NonNegativeInt = Field(default=0, description="epochs of linear warm-up")
+    category_assignment: str = Field(
+        default="auto",
+        description="auto: discover categories; or the path of a JSON file {category: [feature names]}",
+    )
+    category_mapping_file: str | None = Field(
+        default=None, description="JSON file of categories, used when category_assignment is not auto"
+    )
+    num_categories_auto: Annotated[int, Field(ge=2)] | None = Field(
+        default=None, description="number of categories to cut; null: chosen by silhouette"
+    )
+    orthogonality_target: PositiveFloat = Field(
+        default=0.15, description="category correlation above which a warning is given"
+    )
+    min_features_per_category: PositiveInt = Field(
+        default=3, description="smaller categories join their nearest"
+    )
+    max_clusters: Annotated[int, Field(ge=2)] = Field(default=25, description="most categories tried")
+    isolated_families: list[str] = Field(
+        default=[], description="families whose features share no category with others"
+    )
+    reconstruction_weight: NonNegativeFloat = Field(
+        default=1.0, description="weight of the reconstruction error"
+    )
+    vq_weight: NonNegativeFloat = Field(default=1.0, description="weight of the commitment loss")
+    orthogonality_weight: NonNegativeFloat = Field(default=0.1, description="weight of code orthogonality")
+    informativeness_weight: NonNegativeFloat = Field(
+        default=0.1, description="weight of the partial decoders"
+    )
+    topo_weight: NonNegativeFloat = Field(default=0.3, description="weight of distance preservation")
+    topo_samples: Annotated[int, Field(ge=2)] = Field(
+        default=512, description="rows of a batch whose pairs enter the topographic term"
+    )
+    early_stopping_patience: PositiveInt = Field(
+        default=30, description="validations without improvement before the run stops"
+    )
+    early_stopping_min_delta: NonNegativeFloat = Field(
+        default=0.0, description="least fall of the validation loss that counts as improvement"
+    )
+    dead_code_reset_interval: NonNegativeInt = Field(
+        default=25, description="epochs between resets of dead codes; 0: never"
+    )
+    dead_code_reset_steps: NonNegativeInt = Field(
+        default=0, description="steps between resets of dead codes, besides those by epoch; 0: never"
+    )
+    dead_code_threshold: NonNegativeFloat = Field(
+        default=0.05, description="codes used less than this share of their codebook's mean are dead"
+    )
+    dead_code_strategy: Literal["perturb", "sample"] = Field(
+        default="perturb", description="dead codes become perturbed copies of used codes, or random latents"
+    )
+    max_reset_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        default=0.25, description="largest share of a codebook that one reset replaces"
+    )
+    val_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        default=0.1, description="share of the rows held out for validation"
+    )
+    test_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        default=0.0, description="share of the rows held out from training and validation"
+    )
+    val_every_n_epochs: PositiveInt = Field(default=5, description="epochs between validations")
+    save_every: PositiveInt = Field(default=25, description="epochs between resumable checkpoints")
+    use_torch_compile: bool = Field(default=False, description="compile the training step with torch.compile")
+    normalization_method: Literal["standard", "mad"] = Field(
+        default="standard", description="mean and standard deviation, or median and MAD"
+    )
+    checkpoint_dir: str | None = Field(default=None, description="the same as output_dir")
+
+    @model_validator(mode="after")
+    def _fractions(self) -> TrainingConfig:
+        if self.val_fraction + self.test_fraction >= 1.0:
+            raise ValueError("val_fraction + test_fraction must leave rows to train on")
+        return self
+
+
+class LoggingConfig(Section):
+    level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="least severe message that is shown"
+    )
+    tensorboard: bool | None = Field(
+        default=None, description="write TensorBoard scalars; null: when tensorboard is installed"
+    )
+
+
+class RunConfig(Section):
+    """The whole file."""
+
+    dataset_path: str | list[str] | None = Field(
+        default=None, description="HDF5 file, glob, or list of files that follow each other"
+    )
+    memory_budget: ByteSize = Field(
+        default=1_250_000_000, description="most bytes of raw features held at once, e.g. 1.25GB"
+    )
+    output_dir: str | None = Field(
+        default=None, description="checkpoint directory; by default checkpoints/<name of the config file>"
+    )
+    random_seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        default=42, description="seed of everything random"
+    )
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = Field(
+        default="auto", description="auto, cpu, cuda or cuda:N"
+    )
+    families: dict[str, FamilyConfig] = Field(
+        default_factory=_default_families, min_length=1, description="feature families by name"
+    )
+    feature_cleaning: FeatureCleaningConfig = Field(
+        default_factory=FeatureCleaningConfig, description="see its section"
+    )
+    model: ModelConfig = Field(default_factory=ModelConfig, description="see its section")
+    training: TrainingConfig = Field(default_factory=TrainingConfig, description="see its section")
+    logging: LoggingConfig = Field(default_factory=LoggingConfig, description="see its section")
+
+    @field_validator("families")
+    @classmethod
+    def _datasets_known(cls, families: dict[str, FamilyConfig]) -> dict[str, FamilyConfig]:
+        for name, family in families.items():
+            if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+                raise ValueError(f"family name {name!r} may hold letters, digits, '_', '.', '-'")
+            if family.dataset is None and name not in DEFAULT_DATASETS:
+                raise ValueError(
+                    f"family {name!r} needs `dataset`, its path in the HDF5 file "
+                    f"(only {', '.join(DEFAULT_DATASETS)} have a default)"
+                )
+        return families
+
+    @model_validator(mode="after")
+    def _cross_checks(self) -> RunConfig:
+        a, b = self.output_dir, self.training.checkpoint_dir
+        if a is not None and b is not None and a != b:
+            raise ValueError(f"output_dir ({a}) and training.checkpoint_dir ({b}) are the same setting")
+        unknown = set(self.training.isolated_families) - set(self.families)
+        if unknown:
+            raise ValueError(
+                f"training.isolated_families names {sorted(unknown)[0]!r}, which is none of {', '.join(self.families)}"
+            )
+        return self
+
+    def datasets(self) -> dict[str, str]:
+        """Path in the HDF5 file of every family, in order."""
+        return {name: family.dataset or DEFAULT_DATASETS[name] for name, family in self.families.items()}

@@ -1,0 +1,239 @@
+"""Reading a run's settings from YAML, with errors that name the key."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from spinlock_fast.config import ENCODER_PARAMS, RunConfig, Section
+from spinlock_fast.errors import ConfigError
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-8 as a number (YAML 1.2) and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text; raises yaml.YAMLError."""
+    return yaml.load(text, Loader=_Loader)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -> RunConfig:
+    """Reads a YAML file and applies overrides.
+
+    Args:
+        path: YAML file with the sections of `RunConfig`.
+        overrides: texts such as "training.num_epochs=5" (the right side is YAML), or a mapping
+            from dotted key to value.
+
+    Returns:
+        The checked settings; `output_dir` is filled in from the file's name when absent.
+
+    Raises:
+        ConfigError: one line naming the key, what was given and what is allowed.
+    """
+    path = Path(path)
+    try:
+        data = parse_yaml(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {_one_line(error)}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {_one_line(error)}") from None
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected sections such as `training:`, got a {type(data).__name__}")
+    for key, value in _parse_overrides(overrides):
+        _set_dotted(data, key, value)
+    config = check_config(data, source=str(path))
+    if config.output_dir is None:
+        output = config.training.checkpoint_dir or f"checkpoints/{path.stem}"
+        config = config.model_copy(update={"output_dir": output})
+    return config
+
+
+def check_config(data: Mapping[str, Any], source: str = "configuration") -> RunConfig:
+    """`RunConfig` from plain data; raises ConfigError with one line."""
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        problems = error.errors()
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ConfigError(f"{source}: {_describe(problems[0], data)}{more}") from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """YAML text that `load_config` reads back to the same settings."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def apply_overrides(config: RunConfig, overrides: Sequence[str] | Mapping[str, Any]) -> RunConfig:
+    """The settings with some of them replaced; raises ConfigError."""
+    data = config.model_dump(mode="json")
+    for key, value in _parse_overrides(overrides):
+        _set_dotted(data, key, value)
+    return check_config(data)
+
+
+def help_text() -> str:
+    """Every key with its type, default and description."""
+    lines: list[str] = []
+    _help_section(RunConfig, "", lines)
+    for name, params in ENCODER_PARAMS.items():
+        lines.append(f"\nfamilies.<name>.encoder_params of {name}:")
+        _help_section(params, "  ", lines)
+    return "\n".join(lines)
+
+
+def _help_section(section: type[BaseModel], indent: str, lines: list[str]) -> None:
+    for key, field in section.model_fields.items():
+        inner = field.annotation
+        nested = inner if isinstance(inner, type) and issubclass(inner, Section) else None
+        family = get_args(inner)[1] if get_origin(inner) is dict and key == "families" else None
+        if nested is not None or family is not None:
+            lines.append(f"\n{indent}{key}:{'  # ' + (field.description or '')}")
+            if family is not None:
+                lines.append(f"{indent}  <name>:")
+            _help_section(nested or family, indent + ("    " if family else "  "), lines)
+            continue
+        default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
+        if isinstance(default, str) and default.endswith("Params()"):
+            default = "{}"
+        lines.append(f"{indent}{key}  ({_type_name(inner)}, default {default})")
+        lines.append(f"{indent}    {field.description}")
+
+
+def _type_name(annotation: Any) -> str:
+    origin = get_origin(annotation)
+    if annotation is type(None):
+        return "null"
+    if origin is None:
+        return getattr(annotation, "__name__", str(annotation))
+    args = get_args(annotation)
+    if str(origin) == "typing.Literal":
+        return " | ".join(str(arg) for arg in args)
+    if str(origin) in ("typing.Annotated",):
+        return _type_name(args[0])
+    if origin in (list, dict, tuple):
+        return f"{origin.__name__}[{', '.join(_type_name(arg) for arg in args)}]"
+    return " | ".join(_type_name(arg) for arg in args)
+
+
+def _parse_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> list[tuple[str, Any]]:
+    if isinstance(overrides, Mapping):
+        return list(overrides.items())
+    pairs: list[tuple[str, Any]] = []
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"--set {text}: expected key=value, such as training.num_epochs=5")
+        try:
+            pairs.append((key.strip(), parse_yaml(value)))
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {text}: not valid YAML: {_one_line(error)}") from None
+    return pairs
+
+
+def _set_dotted(data: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        child = data.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"{dotted}: {parent} holds a value, not a section")
+        data = child
+    data[last] = value
+
+
+def _describe(problem: ErrorDetails, data: Mapping[str, Any]) -> str:
+    place = _place(problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"{place}: unknown key{_suggest(problem['loc'], data)}"
+    if problem["type"] == "missing":
+        return f"{place}: required, not given"
+    message = problem["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:] if message.startswith(("Input", "Value")) else message
+    if problem["type"] == "value_error" and not place:
+        return message
+    given = problem["input"]
+    shown = repr(given)
+    shown = shown if len(shown) <= 60 else shown[:57] + "..."
+    nearest = ""
+    if problem["type"] == "literal_error" and isinstance(given, str):
+        allowed = re.findall(r"'([^']+)'", problem.get("ctx", {}).get("expected", ""))
+        close = difflib.get_close_matches(given, allowed, 1)
+        nearest = f"; did you mean {close[0]!r}?" if close else ""
+    if problem["type"] == "value_error":
+        return f"{place}: {message}" + ("" if isinstance(given, dict) else f", got {shown}")
+    return f"{place}: {message}, got {shown} ({type(given).__name__}){nearest}"
+
+
+def _place(loc: tuple[int | str, ...]) -> str:
+    # Pydantic adds the names of union members to the path; a user's keys are the rest.
+    parts = [
+        str(part) for part in loc if not re.search(r"\[|Config|Params|^(int|str|float|bool)$", str(part))
+    ]
+    return ".".join(parts)
+
+
+def _suggest(loc: tuple[int | str, ...], data: Mapping[str, Any]) -> str:
+    section: type[BaseModel] | None = RunConfig
+    path = [part for part in loc[:-1] if isinstance(part, str)]
+    for depth, part in enumerate(path):
+        if section is None:
+            break
+        field = section.model_fields.get(part)
+        annotation = field.annotation if field else None
+        if part == "families":
+            section = get_args(annotation)[1]
+        elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            section = annotation
+        elif depth >= 1 and path[depth - 1] == "families":
+            continue
+        else:
+            section = None
+    if path and section is not None and len(path) == 2 and path[0] == "families":
+        family = data.get("families", {}).get(path[1], {})
+        params = ENCODER_PARAMS.get(family.get("encoder", "")) if isinstance(family, Mapping) else None
+        if params is not None and str(loc[-1]) not in section.model_fields and loc[-1] not in family:
+            section = params
+    if section is None:
+        return ""
+    allowed = list(section.model_fields)
+    close = difflib.get_close_matches(str(loc[-1]), allowed, 1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return (
+        f"{hint} Allowed: {', '.join(allowed) or 'no keys at all'}"
+        if not hint
+        else f"{hint} (--help-config lists all)"
+    )
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,37 @@
+"""Errors that a user can act on, each with the exit status of the command line."""
+
+
+class SpinlockFastError(Exception):
+    """Base of the errors below; its text is one line that says what to do."""
+
+    exit_status = 1
+
+
+class ConfigError(SpinlockFastError):
+    """A setting is unknown, of the wrong type, or impossible."""
+
+    exit_status = 2
+
+
+class DataError(SpinlockFastError):
+    """The data cannot serve: missing, unreadable, damaged, mismatched, constant, too few rows."""
+
+    exit_status = 3
+
+
+class OutputError(SpinlockFastError):
+    """A result cannot be written."""
+
+    exit_status = 4
+
+
+class TrainingError(SpinlockFastError):
+    """Training cannot go on, for instance because a loss is not finite."""
+
+
+class Interrupted(SpinlockFastError):
+    """A signal stopped the run; what can be resumed has been saved."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_status = 128 + signal_number

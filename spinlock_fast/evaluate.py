@@ -1,0 +1,37 @@
+"""`python -m spinlock_fast.evaluate CKPT_DIR DATA.h5`: metrics of a checkpoint on a file."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from spinlock_fast.cli import exit_with, parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    options = parser("evaluate", "Measures a checkpoint on all samples of a file.")
+    options.add_argument("checkpoint", help="checkpoint directory")
+    options.add_argument("data", help="HDF5 file or glob")
+    options.add_argument("--json", metavar="FILE", help="write the metrics there")
+    options.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    options.add_argument("--quiet", action="store_true", help="print no table")
+    chosen = options.parse_args(arguments)
+    exit_with(lambda: _evaluate(chosen))
+
+
+def _evaluate(chosen: argparse.Namespace) -> None:
+    from spinlock_fast.console import print_summary
+    from spinlock_fast.evaluation import evaluate_file
+    from spinlock_fast.files import write_json
+
+    metrics = evaluate_file(chosen.checkpoint, chosen.data, chosen.device)
+    if chosen.json:
+        write_json(Path(chosen.json), metrics)
+    if not chosen.quiet:
+        print_summary(metrics)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""From raw feature families to the matrix that the model sees."""

@@ -1,0 +1,180 @@
+"""Categories of features: discovered by correlation, or read from a file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spinlock_fast.config import TrainingConfig
+from spinlock_fast.errors import ConfigError, DataError
+from spinlock_fast.features.names import family_of
+from spinlock_fast.features.statistics import Matrix, correlation
+
+Groups = dict[str, list[int]]
+
+_CORRELATION_ROWS = 50_000
+MIN_ROWS = 10
+
+
+def discover_categories(x: Matrix, feature_names: Sequence[str], config: TrainingConfig, seed: int) -> Groups:
+    """Groups features whose values go together.
+
+    Ward linkage of the distance 1 - |Pearson correlation|, cut into the number of clusters with the
+    highest silhouette, not counting cuts with a cluster of one. (A cut is the same whatever the
+    scale of a feature: correlation does not see it.)
+
+    Args:
+        x: [N, F] cleaned features, at most 50,000 random rows of which are used.
+        feature_names: F names; "family::name" tells the family.
+        config: num_categories_auto, max_clusters, min_features_per_category, isolated_families.
+        seed: chooses the rows.
+
+    Returns:
+        {"cluster_1": [feature, ...], ...} in dendrogram order; isolated families follow the others.
+
+    Raises:
+        DataError: fewer than 10 rows.
+    """
+    N, F = x.shape
+    if N < MIN_ROWS:
+        raise DataError(
+            f"{N} training rows are too few to discover categories: at least {MIN_ROWS} are needed"
+        )
+    if N > _CORRELATION_ROWS:
+        rows = np.random.default_rng([seed, 1]).choice(N, _CORRELATION_ROWS, replace=False)
+        x = x[np.sort(rows)]
+    distance = 1.0 - np.abs(correlation(x))
+    families = np.array([family_of(name) for name in feature_names])
+    isolated = [family for family in config.isolated_families if (families == family).any()]
+    parts = [np.flatnonzero(~np.isin(families, isolated))] if len(isolated) < len(set(families)) else []
+    parts += [np.flatnonzero(families == family) for family in isolated]
+    clusters: list[NDArray[np.int64]] = []
+    for part in parts:
+        labels = _cluster(distance[np.ix_(part, part)], config)
+        clusters += [part[labels == label] for label in range(labels.max() + 1)]
+    return {f"cluster_{i}": members.tolist() for i, members in enumerate(clusters, start=1)}
+
+
+def _cluster(distance: NDArray[np.float64], config: TrainingConfig) -> NDArray[np.int64]:
+    """Labels 0, 1, ... of one clustering, small clusters merged."""
+    from scipy.cluster.hierarchy import fcluster, linkage
+    from scipy.spatial.distance import squareform
+
+    F = distance.shape[0]
+    smallest = config.min_features_per_category
+    if F < 2 * smallest or F < 3:
+        return np.zeros(F, dtype=np.int64)
+    tree = linkage(squareform(distance, checks=False), method="ward")
+    most = min(config.max_clusters, F - 1)
+    if config.num_categories_auto is not None:
+        labels = fcluster(tree, min(config.num_categories_auto, F), criterion="maxclust")
+        return _merge_small(_consecutive(labels), distance, smallest)
+    cuts = [_consecutive(fcluster(tree, k, criterion="maxclust")) for k in range(2, most + 1)]
+    cuts = [cut for cut in cuts if cut.max() >= 1]
+    without_singletons = [cut for cut in cuts if np.bincount(cut).min() > 1]
+    best = max(without_singletons or cuts, key=lambda cut: silhouette(distance, cut))
+    return _merge_small(best, distance, smallest)
+
+
+def silhouette(distance: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
+    """Mean silhouette coefficient (Rousseeuw 1987) of labels 0, 1, ... for a distance matrix [F, F].
+
+    A point alone in its cluster counts as 0.
+    """
+    member = np.eye(labels.max() + 1)[labels]  # [F, K]
+    size = member.sum(0)
+    sums = distance @ member
+    own = labels[:, None] == np.arange(size.size)
+    inside = sums[own] / np.maximum(size[labels] - 1, 1)
+    outside = np.where(own, np.inf, sums / size).min(1)
+    larger = np.maximum(inside, outside)
+    score = np.where(
+        (size[labels] > 1) & (larger > 0), (outside - inside) / np.where(larger > 0, larger, 1.0), 0.0
+    )
+    return float(score.mean())
+
+
+def _merge_small(
+    labels: NDArray[np.int64], distance: NDArray[np.float64], smallest: int
+) -> NDArray[np.int64]:
+    """Joins each cluster under `smallest` members, smallest first, to the one at the least mean distance."""
+    while True:
+        size = np.bincount(labels)
+        if size.size < 2 or size.min() >= smallest:
+            return labels
+        small = int(size.argmin())
+        member = np.eye(size.size)[labels]
+        mean = (member[:, small] @ distance @ member) / (size[small] * size)
+        mean[small] = np.inf
+        labels = _consecutive(np.where(labels == small, mean.argmin(), labels))
+
+
+def _consecutive(labels: NDArray[np.integer]) -> NDArray[np.int64]:
+    return np.unique(labels, return_inverse=True)[1].astype(np.int64)
+
+
+def read_categories(path: str | Path, feature_names: Sequence[str]) -> Groups:
+    """Categories from a JSON file {category: [feature names or indices]}.
+
+    Features of the file that cleaning has dropped are passed over; a category left empty disappears.
+
+    Raises:
+        ConfigError: unreadable file, other JSON, a feature in two categories, none of the features.
+    """
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"training.category_mapping_file: {path} cannot be read: {error.strerror}"
+        ) from None
+    except ValueError as error:
+        raise ConfigError(f"training.category_mapping_file: {path} is not JSON: {error}") from None
+    if not isinstance(data, dict) or not all(isinstance(members, list) for members in data.values()):
+        raise ConfigError(f"training.category_mapping_file: {path}: expected {{category: [features]}}")
+    position = {name: i for i, name in enumerate(feature_names)}
+    place: dict[int, str] = {}
+    groups: Groups = {}
+    for category, members in data.items():
+        for member in members:
+            i = (
+                member
+                if isinstance(member, int) and member < len(feature_names)
+                else position.get(str(member))
+            )
+            if i is None:
+                continue
+            if i in place:
+                raise ConfigError(
+                    f"training.category_mapping_file: feature {feature_names[i]!r} is in {place[i]} and in {category}"
+                )
+            place[i] = category
+            groups.setdefault(category, []).append(i)
+    if not groups:
+        raise ConfigError(f"training.category_mapping_file: {path} names none of the features")
+    return groups
+
+
+def category_correlation(x: Matrix, groups: Groups) -> NDArray[np.float64]:
+    """[C, C] mean |Pearson correlation| between the features of two categories (within one: of its pairs)."""
+    strength = np.abs(correlation(x))
+    member = np.zeros((x.shape[1], len(groups)))
+    for c, members in enumerate(groups.values()):
+        member[members, c] = 1.0
+    size = member.sum(0)
+    total = member.T @ strength @ member
+    pairs = np.outer(size, size)
+    inside = np.arange(len(groups))
+    total[inside, inside] -= size  # a feature with itself
+    pairs[inside, inside] = np.maximum(size * (size - 1), 1)
+    result: NDArray[np.float64] = total / pairs
+    return result
+
+
+def max_off_diagonal(matrix: NDArray[np.float64]) -> float:
+    """Largest entry off the diagonal; 0 for a single category."""
+    off = matrix[~np.eye(matrix.shape[0], dtype=bool)]
+    return float(off.max()) if off.size else 0.0

@@ -1,0 +1,128 @@
+"""Dropping and clipping columns, with parameters that clean new data identically."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from spinlock_fast.config import FeatureCleaningConfig
+from spinlock_fast.errors import DataError
+from spinlock_fast.features.statistics import Matrix, correlation, median_and_mad
+
+_ENTROPY_BINS = 50
+
+
+@dataclass(frozen=True)
+class FeatureCleaner:
+    """What cleaning found: [C] raw columns, F of which are kept."""
+
+    keep: NDArray[np.bool_]  # [C]
+    fill: NDArray[np.float64]  # [C] what replaces NaN: the column's median
+    low: NDArray[np.float64]  # [F] clip bounds, -inf and inf where a column is not clipped
+    high: NDArray[np.float64]  # [F]
+
+    def __call__(self, x: Matrix) -> NDArray[np.float32]:
+        """Columns [N, C] -> cleaned features [N, F]."""
+        if x.ndim != 2 or x.shape[1] != self.keep.size:
+            raise DataError(f"expected {self.keep.size} columns to clean, got shape {x.shape}")
+        kept = x[:, self.keep].astype(np.float32)
+        fill = self.fill[self.keep].astype(np.float32)
+        kept = np.where(np.isnan(kept), fill, kept)
+        result: NDArray[np.float32] = np.clip(kept, self.low.astype(np.float32), self.high.astype(np.float32))
+        return result
+
+    def state(self) -> dict[str, Any]:
+        """Tensors that `from_state` takes."""
+        return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in vars(self).items()}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> FeatureCleaner:
+        return cls(**{name: state[name].numpy() for name in ("keep", "fill", "low", "high")})
+
+
+def fit_cleaner(x: Matrix, config: FeatureCleaningConfig) -> FeatureCleaner:
+    """Finds what to drop and where to clip.
+
+    1. NaN becomes the column's median. 2. Columns with a standard deviation below
+    variance_threshold go. 3. Of two columns with |correlation| above deduplicate_threshold the one
+    with less entropy * IQR * (1 - share of outliers) goes. 4. Clip bounds are median -/+
+    mad_threshold * mad_scale * MAD, none where MAD = 0 (or as outlier_method says).
+
+    Args:
+        x: [N, C] columns, the training rows.
+
+    Raises:
+        DataError: no column is left.
+    """
+    x = x.astype(np.float64)
+    missing = np.isnan(x)
+    empty = missing.all(axis=0)
+    fill = np.zeros(x.shape[1])
+    fill[~empty] = np.nanmedian(x[:, ~empty], axis=0)
+    x = np.where(missing, fill, x)
+    everything = np.ones(x.shape[1], dtype=bool)
+    if not config.enabled:
+        bound = np.full(x.shape[1], np.inf)
+        return FeatureCleaner(everything, fill, -bound, bound)
+    keep = x.std(axis=0) >= max(config.variance_threshold, np.finfo(np.float64).tiny)
+    if not keep.any():
+        raise DataError(
+            f"all {x.shape[1]} columns are constant (standard deviation below {config.variance_threshold:g})"
+        )
+    candidates = np.flatnonzero(keep)
+    keep[candidates[_duplicates(x[:, candidates], config.deduplicate_threshold)]] = False
+    low, high = clip_bounds(x[:, keep], config)
+    return FeatureCleaner(keep, fill, low, high)
+
+
+def clip_bounds(x: Matrix, config: FeatureCleaningConfig) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Per column of x [N, F]: the least and the largest value that is not an outlier."""
+    if config.outlier_method == "mad":
+        median, mad = median_and_mad(x)
+        reach = np.where(mad > 0, config.mad_threshold * config.mad_scale * mad, np.inf)
+        return median - reach, median + reach
+    if config.outlier_method == "percentile":
+        low, high = np.percentile(x, config.percentile_range, axis=0)
+        return low, high
+    if config.outlier_method == "iqr":
+        first, third = np.percentile(x, [25.0, 75.0], axis=0)
+        reach = np.where(third > first, config.iqr_multiplier * (third - first), np.inf)
+        return first - reach, third + reach
+    bound = np.full(x.shape[1], np.inf)
+    return -bound, bound
+
+
+def _duplicates(x: NDArray[np.float64], threshold: float) -> NDArray[np.int64]:
+    """Columns to drop: each correlates above the threshold with a kept, more informative one."""
+    alike = np.abs(correlation(x)) > threshold
+    np.fill_diagonal(alike, False)
+    involved = np.flatnonzero(alike.any(axis=0))
+    score = np.full(x.shape[1], np.inf)
+    score[involved] = informativeness(x[:, involved])
+    dropped = np.zeros(x.shape[1], dtype=bool)
+    for column in involved[np.argsort(-score[involved], kind="stable")]:
+        if not dropped[column]:
+            dropped |= alike[column]
+            dropped[column] = False
+    return np.flatnonzero(dropped)
+
+
+def informativeness(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Per column of x [N, F]: entropy (nats, 50-bin histogram) * IQR * (1 - share beyond 5 sigma)."""
+    N, F = x.shape
+    low, high = x.min(axis=0), x.max(axis=0)
+    width = np.where(high > low, high - low, 1.0)
+    bins = np.minimum((x - low) / width * _ENTROPY_BINS, _ENTROPY_BINS - 1).astype(np.int64)
+    counts = np.bincount((bins + np.arange(F) * _ENTROPY_BINS).ravel(), minlength=F * _ENTROPY_BINS)
+    share = counts.reshape(F, _ENTROPY_BINS) / N
+    entropy = -np.sum(share * np.log(np.where(share > 0, share, 1.0)), axis=1)
+    first, third = np.percentile(x, [25.0, 75.0], axis=0)
+    floor, ceiling = clip_bounds(x, FeatureCleaningConfig())
+    outliers = ((x < floor) | (x > ceiling)).mean(axis=0)
+    result: NDArray[np.float64] = entropy * (third - first) * (1.0 - outliers)
+    return result

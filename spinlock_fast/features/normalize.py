@@ -1,0 +1,66 @@
+"""Centre and scale of every feature, kept per category."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from spinlock_fast.features.statistics import Matrix, robust_scale
+
+
+@dataclass(frozen=True)
+class Normalizer:
+    """(x - center) / scale per feature [F]."""
+
+    method: Literal["standard", "mad"]
+    center: NDArray[np.float64]
+    scale: NDArray[np.float64]
+
+    def __call__(self, x: Matrix) -> NDArray[np.float32]:
+        result: NDArray[np.float32] = ((x - self.center) / self.scale).astype(np.float32)
+        return result
+
+    def inverse(self, x: Matrix) -> NDArray[np.float32]:
+        """Normalised features back to their units."""
+        result: NDArray[np.float32] = (x * self.scale + self.center).astype(np.float32)
+        return result
+
+    def by_category(self, groups: Mapping[str, list[int]]) -> dict[str, NDArray[Any]]:
+        """The arrays of normalization_stats.npz.
+
+        <category>_mean and <category>_std, or <category>_median and <category>_mad (the divisor:
+        1.4826 MAD, or the standard deviation where MAD = 0), and _normalization_method.
+        """
+        center, scale = ("mean", "std") if self.method == "standard" else ("median", "mad")
+        arrays: dict[str, NDArray[Any]] = {}
+        for name, members in groups.items():
+            arrays[f"{name}_{center}"] = self.center[members].astype(np.float32)
+            arrays[f"{name}_{scale}"] = self.scale[members].astype(np.float32)
+        arrays["_normalization_method"] = np.array([self.method])
+        return arrays
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain values that `from_state` takes."""
+        return {
+            "method": self.method,
+            "center": torch.from_numpy(self.center),
+            "scale": torch.from_numpy(self.scale),
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Normalizer:
+        return cls(state["method"], state["center"].numpy(), state["scale"].numpy())
+
+
+def fit_normalizer(x: Matrix, method: Literal["standard", "mad"]) -> Normalizer:
+    """Centre and scale of the columns of x [N, F]; a constant column gets scale 1."""
+    if method == "mad":
+        center, scale = robust_scale(x)
+    else:
+        center, scale = x.mean(axis=0, dtype=np.float64), x.std(axis=0, dtype=np.float64)
+    return Normalizer(method, center.astype(np.float64), np.where(scale > 0, scale, 1.0))

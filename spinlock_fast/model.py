@@ -1,0 +1,219 @@
+"""The categorical hierarchical VQ-VAE."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor, nn
+
+from spinlock_fast.config import LevelConfig, ModelConfig, PositiveInt
+from spinlock_fast.layers import (
+    GroupedLayerNorm,
+    GroupedLinear,
+    RaggedInputLinear,
+    RaggedLayerNorm,
+    RaggedOutputLinear,
+)
+from spinlock_fast.quantize import GroupedVectorQuantizer, resolve_levels
+
+_PARTIAL_HIDDEN = 128
+_SHARED_HIDDEN = 256
+
+
+class CategoricalVQVAEConfig(ModelConfig):
+    """What builds a model: `ModelConfig` plus the features and their categories.
+
+    Args:
+        input_dim: F, number of features.
+        group_indices: features of each category; a feature belongs to at most one. The order of the
+            categories is the order of the tokens. A feature in no category is not encoded, but still
+            reconstructed from the codes of the others.
+        levels: None or [] sizes the codebooks from the number of features; a list serves all
+            categories; a mapping gives each its own.
+
+    Raises:
+        pydantic.ValidationError (a ValueError): features doubled or out of range.
+    """
+
+    input_dim: PositiveInt = Field(description="features")
+    group_indices: dict[str, list[int]] = Field(min_length=1, description="features of each category")
+
+    @field_validator("levels", mode="before")
+    @classmethod
+    def _none_is_auto(cls, value: Any) -> Any:
+        return [] if value is None else value
+
+    @model_validator(mode="after")
+    def _features_partitioned(self) -> CategoricalVQVAEConfig:
+        seen = [i for members in self.group_indices.values() for i in members]
+        for name, members in self.group_indices.items():
+            if not members:
+                raise ValueError(f"group_indices.{name}: a category needs at least 1 feature")
+        outside = [i for i in seen if not 0 <= i < self.input_dim]
+        if outside:
+            raise ValueError(f"group_indices: feature {outside[0]} is outside 0..{self.input_dim - 1}")
+        if len(set(seen)) != len(seen):
+            twice = next(i for i in seen if seen.count(i) > 1)
+            raise ValueError(f"group_indices: feature {twice} is in two places")
+        resolve_levels(self.group_sizes, self.levels, self.compression_ratios)
+        return self
+
+    @property
+    def group_sizes(self) -> dict[str, int]:
+        return {name: len(members) for name, members in self.group_indices.items()}
+
+    def resolved_levels(self) -> dict[str, list[LevelConfig]]:
+        """Codebooks of every category, coarse to fine."""
+        return resolve_levels(
+            self.group_sizes, self.levels, self.compression_ratios, self.uniform_codebook_init
+        )
+
+
+class CategoricalHierarchicalVQVAE(nn.Module):
+    """Features [B, F] -> G tokens and back.
+
+    Per category an MLP (n -> hidden -> embedding, LayerNorm), per codebook a projection with
+    LayerNorm and a nearest code; one decoder from all codes, and one partial decoder per codebook.
+
+    Tokens are ordered category by category, level by level: cluster_1 L0, L1, L2, cluster_2 L0, ...
+    """
+
+    feature_order: Tensor
+
+    def __init__(self, config: CategoricalVQVAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.levels = config.resolved_levels()
+        self.categories = list(config.group_indices)
+        books = [level for name in self.categories for level in self.levels[name]]
+        num_codes = [book.num_tokens for book in books]
+        dims = [book.latent_dim for book in books]
+        sizes = list(config.group_sizes.values())
+        category_dims = [sum(level.latent_dim for level in self.levels[name]) for name in self.categories]
+        total = sum(dims)
+        F, E, H = config.input_dim, config.group_embedding_dim, config.group_hidden_dim
+
+        order = [i for members in config.group_indices.values() for i in members]
+        self.register_buffer("feature_order", torch.tensor(order), persistent=False)
+        self.category_mlp = nn.Sequential(
+            RaggedInputLinear(sizes, H),
+            nn.ReLU(),
+            nn.Dropout(config.dropout),
+            GroupedLinear(len(sizes), H, E),
+            GroupedLayerNorm(len(sizes), E),
+        )
+        self.heads = nn.Sequential(
+            RaggedOutputLinear(E, category_dims), nn.Dropout(config.dropout), RaggedLayerNorm(dims)
+        )
+        self.quantizer = GroupedVectorQuantizer(
+            num_codes,
+            dims,
+            decay=config.decay,
+            commitment_weight=config.commitment_cost,
+            codebook_init=config.codebook_init,
+            use_ema=config.use_ema,
+            rotation_trick=config.rotation_trick,
+        )
+        self.shared_decoder = nn.Sequential(
+            nn.Linear(total, _SHARED_HIDDEN),
+            nn.ReLU(),
+            nn.Dropout(config.dropout),
+            nn.Linear(_SHARED_HIDDEN, F),
+        )
+        self.partial_decoders = nn.Sequential(
+            RaggedInputLinear(dims, _PARTIAL_HIDDEN), nn.ReLU(), GroupedLinear(len(dims), _PARTIAL_HIDDEN, F)
+        )
+
+    @property
+    def num_codebooks(self) -> int:
+        return self.quantizer.layout.groups
+
+    @property
+    def codebook_names(self) -> list[str]:
+        """ "<category>/L<level>" of every token."""
+        return [f"{name}/L{level}" for name in self.categories for level in range(len(self.levels[name]))]
+
+    def category_slice(self, category: str) -> slice:
+        """Tokens of a category; raises KeyError with the known names."""
+        if category not in self.levels:
+            raise KeyError(f"no category {category!r}; there are {', '.join(self.categories)}")
+        before = self.categories[: self.categories.index(category)]
+        start = sum(len(self.levels[name]) for name in before)
+        return slice(start, start + len(self.levels[category]))
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Features [B, F] -> latents [B, sum D]."""
+        if x.ndim != 2 or x.shape[1] != self.config.input_dim:
+            raise ValueError(f"x must be [B, {self.config.input_dim}], got {list(x.shape)}")
+        latents: Tensor = self.heads(self.category_mlp(x[:, self.feature_order]))
+        return latents
+
+    def quantize(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents [B, sum D] -> quantized [B, sum D], tokens [B, G], commitment loss."""
+        quantized, tokens, loss = self.quantizer(latents)
+        return quantized, tokens, loss
+
+    def decode(self, quantized: Tensor) -> Tensor:
+        """Quantized latents [B, sum D] -> features [B, F]."""
+        features: Tensor = self.shared_decoder(quantized)
+        return features
+
+    def partial_reconstructions(self, quantized: Tensor) -> Tensor:
+        """Features from each codebook alone: [B, sum D] -> [G, B, F]."""
+        features: Tensor = self.partial_decoders(quantized)
+        return features
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Features [B, F] -> reconstruction [B, F], tokens [B, G], vq_loss, latents and quantized [B, sum D]."""
+        latents = self.encode(x)
+        quantized, tokens, vq_loss = self.quantize(latents)
+        return {
+            "reconstruction": self.decode(quantized),
+            "tokens": tokens,
+            "vq_loss": vq_loss,
+            "latents": latents,
+            "quantized": quantized,
+        }
+
+    @torch.no_grad()
+    def get_tokens(self, x: Tensor) -> Tensor:
+        """Features [B, F] -> tokens [B, G] int64, without dropout, gradient or change of the codes."""
+        training = self.training
+        self.eval()
+        try:
+            return self.quantizer.assign(self.encode(x)).codes
+        finally:
+            self.train(training)
+
+    @torch.no_grad()
+    def decode_from_tokens(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, G] -> features [B, F], without dropout; raises IndexError outside a codebook."""
+        training = self.training
+        self.eval()
+        try:
+            return self.decode(self.quantizer.lookup(tokens))
+        finally:
+            self.train(training)
+
+    def get_category_tokens(self, tokens: Tensor, category: str) -> Tensor:
+        """The tokens [..., L] of one category out of [..., G]."""
+        return tokens[..., self.category_slice(category)]
+
+    def reset_dead_codes(
+        self,
+        threshold: float = 0.05,
+        strategy: Literal["perturb", "sample"] = "perturb",
+        max_fraction: float = 0.25,
+        latents: Tensor | None = None,
+    ) -> Tensor:
+        """Replaces hardly used codes; [G] how many. See `GroupedVectorQuantizer.reset_dead_codes`."""
+        return self.quantizer.reset_dead_codes(threshold, strategy, max_fraction, latents)
+
+    def num_parameters(self) -> tuple[int, int]:
+        """Trainable parameters besides the codes, and code entries."""
+        codes = self.quantizer.layout.total_entries
+        trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        return trainable - (0 if self.quantizer.use_ema else codes), codes

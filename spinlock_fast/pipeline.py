@@ -1,0 +1,355 @@
+"""The main job: an HDF5 file in, a checkpoint directory out."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from spinlock_fast import _native
+from spinlock_fast.checkpoint import (
+    BEST,
+    CONFIG,
+    FILES,
+    FINAL,
+    RESUME,
+    load_torch,
+    plain,
+    save_torch,
+    write_results,
+)
+from spinlock_fast.config import RunConfig
+from spinlock_fast.config_file import dump_config
+from spinlock_fast.data.source import Source
+from spinlock_fast.errors import ConfigError, DataError, Interrupted, OutputError
+from spinlock_fast.features.cleaning import FeatureCleaner, fit_cleaner
+from spinlock_fast.features.encode import FamilyEncoder, encode, make_encoders
+from spinlock_fast.features.normalize import Normalizer, fit_normalizer
+from spinlock_fast.files import check_writable, write_text
+from spinlock_fast.metrics import Metrics
+from spinlock_fast.trainer import (
+    EpochRecord,
+    Observer,
+    Trainer,
+    find_categories,
+    resolve_device,
+    split_rows,
+)
+
+log = logging.getLogger(__name__)
+
+# What may differ between a run and the one that resumes it.
+_FREE_TO_CHANGE = {
+    "dataset_path",
+    "output_dir",
+    "memory_budget",
+    "device",
+    "logging",
+    "training.num_epochs",
+    "training.save_every",
+    "training.early_stopping_patience",
+    "training.use_torch_compile",
+    "training.checkpoint_dir",
+}
+
+
+class Display(Observer, Protocol):
+    """What a run shows while it works."""
+
+    def stage(self, text: str) -> None: ...
+
+    def encoded(self, family: str, done: int, rows: int) -> None: ...
+
+
+@dataclass
+class Prepared:
+    """Features that the model sees, and everything that made them."""
+
+    x: NDArray[np.float32]  # [N, F]
+    encoders: list[FamilyEncoder]
+    cleaner: FeatureCleaner
+    normalizer: Normalizer
+    groups: dict[str, list[int]]
+    feature_names: list[str]
+    columns: int  # before cleaning
+    seconds: dict[str, float]
+
+    def parts(self) -> dict[str, Any]:
+        """The entries of a model file besides the model's."""
+        cleaning = self.cleaner.state()
+        return {
+            "encoder_state_dicts": {family.name: family.state() for family in self.encoders},
+            "feature_mask": cleaning.pop("keep"),
+            "feature_cleaning": cleaning,
+            "normalization": self.normalizer.state(),
+            "feature_names": self.feature_names,
+        }
+
+
+@dataclass
+class Outcome:
+    """What a run made."""
+
+    directory: Path
+    metrics: Metrics
+
+
+def run(config: RunConfig, display: Display, resume: Path | None = None) -> Outcome:
+    """Trains a tokenizer on the configuration's data and writes its checkpoint directory.
+
+    Args:
+        config: settings; `output_dir` must be set.
+        display: hears of progress.
+        resume: directory of an interrupted run (or a finished one, to train it longer).
+
+    Raises:
+        ConfigError, DataError, OutputError, TrainingError: each with one line.
+        Interrupted: by SIGINT or SIGTERM; what can be resumed has been saved.
+    """
+    started = time.perf_counter()
+    directory = output_directory(config)
+    device = resolve_device(config.device)
+    check_writable(directory)
+    with _Signals() as signals:
+        state = read_resumable(resume, config) if resume is not None else None
+        prepared = prepare(config, device, display)
+        if state is not None:
+            _check_same_features(state["features"], prepared)
+        else:
+            set_aside_earlier_run(directory)
+        write_text(directory / CONFIG, dump_config(config))
+        keeper = _Keeper(display, directory, prepared, config)
+        trainer = Trainer(config, keeper)
+        signals.trainer = trainer
+        display.stage("training")
+        with _advice_to_resume(directory):
+            result = trainer.fit(
+                prepared.x,
+                prepared.groups,
+                feature_names=prepared.feature_names,
+                resume=state["run"] if state is not None else None,
+            )
+        train_seconds = result.metrics["seconds"]["train"]
+        metrics = result.metrics
+        metrics["seconds"] = {
+            **prepared.seconds,
+            "train": train_seconds,
+            "total": time.perf_counter() - started,
+        }
+        write_results(
+            directory,
+            config,
+            result.model,
+            prepared.parts(),
+            prepared.normalizer.by_category(result.model.config.group_indices),
+            metrics,
+            {"best_epoch": result.best_epoch, "epochs": [vars(record) for record in result.history]},
+            keeper.resumable(result.final_state),
+        )
+        (directory / RESUME).unlink(missing_ok=True)
+    return Outcome(directory, metrics)
+
+
+def output_directory(config: RunConfig) -> Path:
+    """Where the run writes; raises ConfigError where it is not set."""
+    name = config.output_dir or config.training.checkpoint_dir
+    if name is None:
+        raise ConfigError("output_dir: not set")
+    return Path(name)
+
+
+def open_source(config: RunConfig) -> Source:
+    """The configuration's data; raises DataError, or ConfigError where dataset_path is not set."""
+    if config.dataset_path is None:
+        raise ConfigError("dataset_path: required, not given; name an HDF5 file, a glob or a list of files")
+    return Source(config.dataset_path, config.datasets())
+
+
+def prepare(config: RunConfig, device: torch.device, display: Display) -> Prepared:
+    """Encodes, cleans, discovers categories and normalises. All is fitted to the training rows."""
+    clock = _Clock()
+    with open_source(config) as source:
+        split = split_rows(source.rows, config.training, config.random_seed)
+        display.stage(f"encoding {source.rows:,} samples of {len(config.families)} families")
+        encoders = make_encoders(source, config.families, config.random_seed, config.memory_budget)
+        columns = encode(source, encoders, config.memory_budget, device, display.encoded)
+    names = [name for family in encoders for name in family.names]
+    clock.lap("load_encode")
+    display.stage(f"cleaning {columns.shape[1]} columns")
+    cleaner = fit_cleaner(columns[split.train], config.feature_cleaning)
+    cleaned = cleaner(columns)
+    kept = [name for name, keep in zip(names, cleaner.keep, strict=True) if keep]
+    clock.lap("clean")
+    display.stage(f"discovering categories of {len(kept)} features")
+    groups = find_categories(cleaned[split.train], kept, config)
+    clock.lap("discover")
+    normalizer = fit_normalizer(cleaned[split.train], config.training.normalization_method)
+    return Prepared(
+        normalizer(cleaned), encoders, cleaner, normalizer, groups, kept, columns.shape[1], clock.seconds
+    )
+
+
+def fingerprint(prepared: Prepared) -> dict[str, Any]:
+    """What tells whether a resumed run sees the same features."""
+    x = np.ascontiguousarray(prepared.x)
+    return {
+        "shape": list(x.shape),
+        "fletcher32": _native.fletcher32(x),
+        "mean": torch.from_numpy(x.mean(0, dtype=np.float64)),
+        "std": torch.from_numpy(x.std(0, dtype=np.float64)),
+        "feature_names": prepared.feature_names,
+        "group_indices": prepared.groups,
+    }
+
+
+def _check_same_features(saved: Mapping[str, Any], prepared: Prepared) -> None:
+    now = fingerprint(prepared)
+    same_kind = all(saved[key] == now[key] for key in ("shape", "feature_names", "group_indices"))
+    if not same_kind or not all(
+        np.allclose(saved[key], now[key], rtol=1e-3, atol=1e-4) for key in ("mean", "std")
+    ):
+        raise DataError(
+            "the features are not those of the interrupted run: the data or the encoders have changed"
+        )
+    if saved["fletcher32"] != now["fletcher32"]:
+        log.warning(
+            "features differ in rounding from the interrupted run (another processor, thread count or library?): "
+            "the result will not be bit-identical to an unbroken run"
+        )
+
+
+def read_resumable(directory: Path, config: RunConfig) -> dict[str, Any]:
+    """The saved state of a run, checked against the settings that want to go on with it.
+
+    Raises:
+        DataError: there is nothing to resume.
+        ConfigError: a setting differs that the result depends on.
+    """
+    if (directory / RESUME).exists():
+        state = load_torch(directory / RESUME)
+    elif (directory / FINAL).exists():
+        state = load_torch(directory / FINAL).get("run_state", {})
+    else:
+        raise DataError(f"{directory}: nothing to resume, neither {RESUME} nor {FINAL} is there")
+    if not {"run", "features", "config"} <= state.keys():
+        raise DataError(f"{directory}: the saved state is incomplete")
+    old, new = _flat(state["config"]), _flat(config.model_dump(mode="json"))
+    for key in old.keys() | new.keys():
+        if old.get(key) != new.get(key) and not any(
+            key == free or key.startswith(f"{free}.") for free in _FREE_TO_CHANGE
+        ):
+            raise ConfigError(
+                f"{key}: {new.get(key)!r}, but the run to resume was started with {old.get(key)!r}"
+            )
+    return state
+
+
+def set_aside_earlier_run(directory: Path) -> None:
+    """Moves the files of an earlier run into `previous/`, in place of those that were there."""
+    earlier = [directory / name for name in FILES if (directory / name).exists()]
+    if not any(path.name in (BEST, FINAL, RESUME) for path in earlier):
+        return
+    aside = directory / "previous"
+    try:
+        aside.mkdir(exist_ok=True)
+        for name in FILES:
+            (aside / name).unlink(missing_ok=True)
+        for path in earlier:
+            os.replace(path, aside / path.name)
+    except OSError as error:
+        raise OutputError(f"{directory}: cannot set the earlier run aside: {error.strerror}") from None
+    log.warning("%s holds an earlier run: moved to %s", directory, aside)
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, Mapping) or not value:
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+@contextmanager
+def _advice_to_resume(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except Interrupted as stopped:
+        raise Interrupted(
+            f"{stopped}; go on with the same command and --resume {directory}", stopped.exit_status - 128
+        ) from None
+
+
+class _Keeper:
+    """Passes news to the display and writes resumable states."""
+
+    def __init__(self, display: Display, directory: Path, prepared: Prepared, config: RunConfig) -> None:
+        self.display = display
+        self.directory = directory
+        self.prepared = prepared
+        self.config = config
+        self._fingerprint = fingerprint(prepared)
+
+    def training_started(self, epochs: int, first_epoch: int, rows: int) -> None:
+        self.display.training_started(epochs, first_epoch, rows)
+
+    def epoch_finished(self, record: EpochRecord) -> None:
+        self.display.epoch_finished(record)
+
+    def save(self, state: dict[str, Any]) -> None:
+        save_torch(self.directory / RESUME, self.resumable(state))
+
+    def resumable(self, state: dict[str, Any]) -> dict[str, Any]:
+        """What `read_resumable` takes."""
+        return {
+            "run": plain(state),
+            "features": self._fingerprint,
+            "config": self.config.model_dump(mode="json"),
+        }
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name], self._last = now - self._last, now
+
+
+class _Signals:
+    """Turns SIGINT and SIGTERM into Interrupted: at once before training, after the step during it."""
+
+    def __init__(self) -> None:
+        self.trainer: Trainer | None = None
+        self._old: dict[int, Any] = {}
+        self._seen = False
+
+    def __enter__(self) -> _Signals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._old[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.trainer is None or self._seen:
+            raise Interrupted("interrupted before the first step: there is nothing to resume", number)
+        self._seen = True
+        self.trainer.stop(number)

@@ -1,0 +1,92 @@
+"""`--dry-run`: what a run would do, need and take, without writing anything."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import torch
+
+from spinlock_fast.config import RunConfig
+from spinlock_fast.features.encode import block_rows, make_encoders
+from spinlock_fast.losses import LossWeights, loss_terms
+from spinlock_fast.model import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
+from spinlock_fast.pipeline import open_source, output_directory
+from spinlock_fast.trainer import resolve_device, split_rows
+
+_PROBE_STEPS = 4
+_PROBE_CATEGORY = 15  # features of a category in the probe; discovery decides the real number
+
+
+def print_plan(config: RunConfig) -> None:
+    """Checks settings and data and prints sizes, memory and a time estimate measured on a sample.
+
+    Raises:
+        ConfigError, DataError: as a run would, as far as headers and one block of data tell.
+    """
+    device = resolve_device(config.device)
+    directory = output_directory(config)
+    lines = []
+    with open_source(config) as source:
+        rows = source.rows
+        split = split_rows(rows, config.training, config.random_seed)
+        encoders = make_encoders(source, config.families, config.random_seed, config.memory_budget)
+        encode_seconds, block_bytes = 0.0, 0
+        for family in encoders:
+            info = source.datasets[family.name]
+            block = min(block_rows(info, config.memory_budget), rows)
+            block_bytes = max(block_bytes, 2 * block * info.row_bytes)
+            started = time.perf_counter()
+            family(torch.from_numpy(source.read(family.name, 0, block)), f"{source.files[0]}: {info.path}")
+            encode_seconds += (time.perf_counter() - started) * rows / block
+            lines.append(
+                f"  {family.name}: {info.path} {[rows, *info.row_shape]} "
+                f"({rows * info.row_bytes / 1e9:.3g} GB) -> {family.encoder_name} -> {family.encoder.output_dim} columns"
+            )
+        files = len(source.files)
+    columns = sum(family.encoder.output_dim for family in encoders)
+    training = config.training
+    batch = min(training.batch_size, split.train.size)
+    steps = -(-split.train.size // batch)
+    step_seconds = _probe_step(config, columns, batch, device)
+    total = encode_seconds + training.num_epochs * steps * step_seconds
+    text = [
+        f"data: {rows:,} samples in {files} file{'s' * (files > 1)}",
+        *lines,
+        f"split: {split.train.size:,} training, {split.val.size:,} validation, {split.test.size:,} test samples",
+        f"training: {training.num_epochs} epochs of {steps} steps, batch {batch}, on {device}",
+        f"memory: {4 * rows * columns * 5 / 1e9:.2f} GB for {columns} columns while cleaning, "
+        f"{block_bytes / 1e9:.2f} GB for raw features (memory_budget {config.memory_budget / 1e9:.3g} GB)",
+        f"time: about {encode_seconds:.0f} s to encode, {total - encode_seconds:.0f} s to train, "
+        "extrapolated from one block and four steps",
+        f"output: {directory}",
+    ]
+    sys.stdout.write("\n".join(text) + "\n")
+
+
+def _probe_step(config: RunConfig, features: int, batch: int, device: torch.device) -> float:
+    """Seconds of a training step on random data, categories of equal size."""
+    groups = {
+        f"cluster_{i}": list(range(start, min(start + _PROBE_CATEGORY, features)))
+        for i, start in enumerate(range(0, features, _PROBE_CATEGORY), start=1)
+    }
+    settings = {**config.model.model_dump(), "codebook_init": "uniform", "levels": []}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.random_seed)
+        model = CategoricalHierarchicalVQVAE(
+            CategoricalVQVAEConfig(**settings, input_dim=features, group_indices=groups)
+        ).to(device)
+        optimizer = torch.optim.Adam(model.parameters(), fused=True)
+        x = torch.randn(batch, features, device=device)
+        weights = LossWeights.of(config.training)
+        best = float("inf")
+        for _ in range(_PROBE_STEPS):
+            started = time.perf_counter()
+            terms = loss_terms(model, x, model(x), config.training.topo_samples)
+            terms.total(weights).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            best = min(best, time.perf_counter() - started)
+    return best

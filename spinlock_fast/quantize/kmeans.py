@@ -1,0 +1,70 @@
+"""k-means++ and Lloyd's algorithm on every codebook of a group at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spinlock_fast.kernels.layout import CodebookLayout
+from spinlock_fast.kernels.vq_assign import vq_assign
+
+# Seeding by k-means++ takes one pass over the rows per code; above this, codes start from distinct rows.
+_PLUS_PLUS_LIMIT = 1024
+
+
+@torch.no_grad()
+def kmeans(
+    z: Tensor, layout: CodebookLayout, iterations: int = 10, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Codebooks that fit the rows.
+
+    Seeds by k-means++ (Arthur and Vassilvitskii 2007; distinct random rows above 1,024 codes), then
+    runs Lloyd's iterations. A code that loses all its rows keeps its place.
+
+    Args:
+        z: [N, sum D] latents; rows that are not finite are left out.
+        layout: sizes of the group.
+        iterations: Lloyd iterations.
+        generator: source of randomness on the device of z.
+
+    Returns:
+        codebook [sum K D] and the rows of each code [sum K], float32 or wider.
+
+    Raises:
+        ValueError: no row is finite.
+    """
+    z = z[torch.isfinite(z).all(1)].to(torch.promote_types(z.dtype, torch.float32))
+    if z.shape[0] == 0:
+        raise ValueError("k-means needs at least one finite row")
+    padded = layout.pad_columns(z)  # [G, N, D_max]
+    seeds = _plus_plus if layout.max_codes <= _PLUS_PLUS_LIMIT else _distinct_rows
+    codebook = layout.pack_codebook(seeds(padded, layout.max_codes, generator))
+    index = layout.indices(z.device)
+    for _ in range(iterations):
+        found = vq_assign(z, codebook, layout)
+        used = (found.counts > 0)[index.entry_code]
+        codebook = torch.where(used, found.sums / found.counts.clamp(min=1.0)[index.entry_code], codebook)
+    return codebook, vq_assign(z, codebook, layout).counts
+
+
+def _plus_plus(padded: Tensor, codes: int, generator: torch.Generator | None) -> Tensor:
+    G, N, D = padded.shape
+    book = torch.arange(G, device=padded.device)
+    centres = padded.new_empty(G, codes, D)
+    distance = padded.new_ones(G, N)
+    for k in range(codes):
+        # Inverse of the cumulative distribution; where every row is a centre already, uniform.
+        weight = torch.where(distance.sum(1, keepdim=True) > 0, distance, 1.0).to(torch.float64)
+        cumulative = weight.cumsum(1)
+        draw = torch.rand(G, 1, dtype=torch.float64, device=padded.device, generator=generator)
+        row = torch.searchsorted(cumulative, draw * cumulative[:, -1:], right=True).clamp(max=N - 1)[:, 0]
+        centres[:, k] = padded[book, row]
+        new = (padded - centres[:, k : k + 1]).square().sum(-1)
+        distance = new if k == 0 else torch.minimum(distance, new)
+    return centres
+
+
+def _distinct_rows(padded: Tensor, codes: int, generator: torch.Generator | None) -> Tensor:
+    N = padded.shape[1]
+    order = torch.randperm(N, device=padded.device, generator=generator)
+    return padded[:, order.repeat(-(-codes // N))[:codes]]

@@ -1,0 +1,62 @@
+"""How many codes of how many dimensions each category gets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from spinlock_fast.config import LevelConfig, Levels, parse_ratios
+
+
+def size_codebooks(num_features: int, ratios: Sequence[float], uniform: bool = False) -> list[LevelConfig]:
+    """Codebooks of one category, coarse to fine.
+
+    With n features and base = int(7 log2 n): level 0 has max(4 (base // 4), 15) codes, level l
+    max(6, int(base / 2^l)); level l has max(4, 4 ceil(n r_l / 4)) dimensions.
+
+    Args:
+        num_features: n, at least 1.
+        ratios: r_l, latent dimensions per feature of each level.
+        uniform: every level gets as many codes as level 0.
+
+    Raises:
+        ValueError: n below 1.
+    """
+    if num_features < 1:
+        raise ValueError(f"a category needs at least 1 feature, got {num_features}")
+    base = int(7 * math.log2(num_features))
+    coarse = max(4 * (base // 4), 15)
+    sizes = []
+    for level, ratio in enumerate(ratios):
+        codes = coarse if uniform or level == 0 else max(6, int(base / 2**level))
+        dim = max(4, 4 * math.ceil(num_features * ratio / 4))
+        sizes.append(LevelConfig(num_tokens=codes, latent_dim=dim))
+    return sizes
+
+
+def resolve_levels(
+    group_sizes: Mapping[str, int], levels: Levels | None, compression_ratios: str, uniform: bool = False
+) -> dict[str, list[LevelConfig]]:
+    """Codebooks of every category, in the order of `group_sizes`.
+
+    Args:
+        group_sizes: features of each category.
+        levels: None or [] to size from the features, a list for all categories, or one per category.
+        compression_ratios: text such as "0.5:1:1.5".
+        uniform: see `size_codebooks`.
+
+    Raises:
+        ValueError: `levels` names other categories than `group_sizes`, or gives one no codebook.
+    """
+    if not levels:
+        ratios = parse_ratios(compression_ratios)
+        return {name: size_codebooks(n, ratios, uniform) for name, n in group_sizes.items()}
+    if isinstance(levels, list):
+        return {name: list(levels) for name in group_sizes}
+    if set(levels) != set(group_sizes):
+        odd = sorted(set(levels) ^ set(group_sizes))[0]
+        raise ValueError(f"levels and categories differ: {odd!r} is in only one of them")
+    empty = [name for name in group_sizes if not levels[name]]
+    if empty:
+        raise ValueError(f"levels.{empty[0]}: at least one codebook is needed")
+    return {name: list(levels[name]) for name in group_sizes}

@@ -1,0 +1,212 @@
+"""From raw features to tokens and back: the whole pipeline of a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from spinlock_fast.checkpoint import checkpoint_hash, load_payload, model_from_payload
+from spinlock_fast.data.source import Source
+from spinlock_fast.errors import DataError, OutputError
+from spinlock_fast.features.cleaning import FeatureCleaner
+from spinlock_fast.features.encode import FamilyEncoder, block_rows
+from spinlock_fast.features.normalize import Normalizer
+from spinlock_fast.files import replacing
+from spinlock_fast.model import CategoricalHierarchicalVQVAE
+
+_DEFAULT_BUDGET = 1_250_000_000
+_ROWS_AT_ONCE = 4096
+
+
+@dataclass
+class Tokenizer:
+    """Encoders, cleaning, normalisation and model of one checkpoint."""
+
+    model: CategoricalHierarchicalVQVAE
+    families: list[FamilyEncoder]
+    cleaner: FeatureCleaner
+    normalizer: Normalizer
+    feature_names: list[str]
+    checkpoint_hash: str = ""
+
+    @classmethod
+    def from_checkpoint(cls, directory: str | Path, device: str | torch.device = "cpu") -> Tokenizer:
+        """The tokenizer of a checkpoint directory; raises DataError."""
+        payload = load_payload(directory)
+        tokenizer = cls.from_payload(payload)
+        tokenizer.checkpoint_hash = checkpoint_hash(directory)
+        return tokenizer.to(device)
+
+    @classmethod
+    def from_payload(cls, payload: Mapping[str, Any]) -> Tokenizer:
+        """The tokenizer of the contents of a model file."""
+        return cls(
+            model_from_payload(payload),
+            [FamilyEncoder.from_state(name, state) for name, state in payload["encoder_state_dicts"].items()],
+            FeatureCleaner.from_state({"keep": payload["feature_mask"], **payload["feature_cleaning"]}),
+            Normalizer.from_state(payload["normalization"]),
+            list(payload["feature_names"]),
+        )
+
+    def to(self, device: str | torch.device) -> Tokenizer:
+        """The same tokenizer with its networks on a device."""
+        self.model.to(device)
+        for family in self.families:
+            family.to(torch.device(device))
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.feature_order.device
+
+    def features(self, raw: Mapping[str, Any]) -> NDArray[np.float32]:
+        """Raw families {name: [N, ...]} -> cleaned, normalised features [N, F].
+
+        Raises:
+            DataError: a family is missing or unknown, of another shape, or holds an infinite value.
+        """
+        names = [family.name for family in self.families]
+        if set(raw) != set(names):
+            raise DataError(
+                f"expected the families {', '.join(names)}, got {', '.join(map(str, raw)) or 'none'}"
+            )
+        arrays = {name: _tensor(raw[name]) for name in names}
+        if len({array.shape[0] for array in arrays.values()}) > 1:
+            raise DataError(
+                "families differ in rows: "
+                + ", ".join(f"{name} has {array.shape[0]}" for name, array in arrays.items())
+            )
+        blocks = []
+        for start in range(0, max(arrays[names[0]].shape[0], 1), _ROWS_AT_ONCE):
+            rows = slice(start, start + _ROWS_AT_ONCE)
+            blocks.append(
+                torch.cat(
+                    [
+                        family(arrays[family.name][rows].to(self.device), first_row=start)
+                        for family in self.families
+                    ],
+                    1,
+                )
+            )
+        return self._prepare(torch.cat(blocks).cpu().numpy())
+
+    def encode(self, raw: Mapping[str, Any] | str | Path) -> Any:
+        """Tokens [N, G] int64 of raw families, or of an HDF5 file (path or glob).
+
+        Args:
+            raw: {family: [N, ...]} numpy or torch, or a path.
+
+        Returns:
+            A torch tensor where a torch tensor was given, else a numpy array.
+
+        Raises:
+            DataError: see `features`; for a file also what `Source` finds.
+        """
+        if isinstance(raw, (str, Path)):
+            return np.concatenate([tokens for _, tokens in self.encode_file(raw)])
+        as_torch = any(isinstance(array, Tensor) for array in raw.values())
+        tokens = self._tokens(self.features(raw))
+        return torch.from_numpy(tokens) if as_torch else tokens
+
+    def encode_file(
+        self, path: str | Path | list[str], memory_budget: int = _DEFAULT_BUDGET
+    ) -> Iterator[tuple[int, NDArray[np.int64]]]:
+        """(first row, tokens [B, G]) of an HDF5 file, block by block."""
+        for start, x in self.features_file(path, memory_budget):
+            yield start, self._tokens(x)
+
+    def features_file(
+        self, path: str | Path | list[str], memory_budget: int = _DEFAULT_BUDGET
+    ) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """(first row, cleaned and normalised features [B, F]) of an HDF5 file, block by block."""
+        datasets = {family.name: family.dataset for family in self.families}
+        paths = path if isinstance(path, list) else str(path)
+        with Source(paths, datasets) as source:
+            for family in self.families:
+                found = source.datasets[family.name]
+                if found.row_shape != family.row_shape:
+                    raise DataError(
+                        f"{source.files[0]}: {found.path}: rows of shape {found.row_shape}, "
+                        f"but the checkpoint was trained on {family.row_shape}"
+                    )
+            share = memory_budget // len(self.families)
+            rows = min(block_rows(info, share) for info in source.datasets.values())
+            for start in range(0, source.rows, rows):
+                stop = min(start + rows, source.rows)
+                columns = []
+                for family in self.families:
+                    raw = torch.from_numpy(source.read(family.name, start, stop)).to(self.device)
+                    columns.append(family(raw, f"{source.files[0]}: {family.dataset}", start))
+                yield start, self._prepare(torch.cat(columns, 1).cpu().numpy())
+
+    def decode(self, tokens: Any) -> Any:
+        """Tokens [N, G] -> features [N, F] in the units of the cleaned features, see `feature_names`.
+
+        Raises:
+            IndexError: a token outside its codebook.
+        """
+        as_torch = isinstance(tokens, Tensor)
+        index = _tensor(tokens).to(self.device, torch.int64)
+        blocks = [self.model.decode_from_tokens(part).cpu().numpy() for part in index.split(_ROWS_AT_ONCE)]
+        features = self.normalizer.inverse(np.concatenate(blocks))
+        return torch.from_numpy(features) if as_torch else features
+
+    def _prepare(self, columns: NDArray[np.float32]) -> NDArray[np.float32]:
+        return self.normalizer(self.cleaner(columns))
+
+    def _tokens(self, x: NDArray[np.float32]) -> NDArray[np.int64]:
+        tokens: NDArray[np.int64] = self.model.get_tokens(torch.from_numpy(x).to(self.device)).cpu().numpy()
+        return tokens
+
+
+def write_tokens(
+    tokenizer: Tokenizer,
+    data: str | list[str],
+    output: Path,
+    memory_budget: int = _DEFAULT_BUDGET,
+    progress: Callable[[int, int], None] | None = None,
+) -> int:
+    """Tokens of an HDF5 file into another: dataset `tokens` [N, G], the narrowest unsigned integer.
+
+    Attributes of the dataset: codebook_names, codebook_sizes, checkpoint_sha256.
+
+    Returns:
+        N.
+
+    Raises:
+        DataError: the data cannot be read.
+        OutputError: the file cannot be written, or is the input.
+    """
+    model = tokenizer.model
+    datasets = {family.name: family.dataset for family in tokenizer.families}
+    with Source(data, datasets) as source:
+        rows = source.rows
+        if any(output.exists() and output.samefile(file) for file in source.files):
+            raise OutputError(f"{output}: is the file that is read")
+    largest = max(model.quantizer.num_codes)
+    dtype = next(kind for kind in (np.uint8, np.uint16, np.uint32) if largest - 1 <= np.iinfo(kind).max)
+    with replacing(output) as temporary, h5py.File(temporary, "w") as file:
+        chunk = (min(rows, 8192), model.num_codebooks)
+        out = file.create_dataset(
+            "tokens", (rows, model.num_codebooks), dtype, chunks=chunk, compression="gzip"
+        )
+        out.attrs["codebook_names"] = model.codebook_names
+        out.attrs["codebook_sizes"] = np.array(model.quantizer.num_codes)
+        out.attrs["checkpoint_sha256"] = tokenizer.checkpoint_hash
+        for start, tokens in tokenizer.encode_file(data, memory_budget):
+            out[start : start + len(tokens)] = tokens
+            if progress is not None:
+                progress(start + len(tokens), rows)
+    return rows
+
+
+def _tensor(array: Any) -> Tensor:
+    return array.detach() if isinstance(array, Tensor) else torch.from_numpy(np.ascontiguousarray(array))

@@ -1,0 +1,71 @@
+"""`python -m spinlock_fast.train CONFIG`: an HDF5 file to a trained tokenizer."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from spinlock_fast.cli import exit_with, parser
+from spinlock_fast.config_file import help_text, load_config
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    options = parser("train", "Trains a tokenizer and writes its checkpoint directory.")
+    options.add_argument("config", nargs="?", help="YAML file; may be left out with --resume")
+    options.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="e.g. training.num_epochs=5",
+    )
+    options.add_argument("--output", metavar="DIR", help="checkpoint directory, instead of output_dir")
+    options.add_argument("--resume", metavar="DIR", help="go on with the run that was interrupted there")
+    options.add_argument("--device", help="auto, cpu, cuda or cuda:N, instead of the configuration's")
+    options.add_argument("--dry-run", action="store_true", help="check and estimate, write nothing")
+    options.add_argument("--quiet", action="store_true", help="print errors and the last line only")
+    options.add_argument("--help-config", action="store_true", help="list every configuration key")
+    chosen = options.parse_args(arguments)
+    if chosen.help_config:
+        sys.stdout.write(help_text() + "\n")
+        return
+    if chosen.config is None and chosen.resume is None:
+        options.error("name a configuration file")
+    exit_with(lambda: _train(chosen))
+
+
+def _train(chosen: argparse.Namespace) -> None:
+    config_path = chosen.config or Path(chosen.resume) / "config.yaml"
+    overrides: list[str] | dict[str, Any] = list(chosen.overrides)
+    config = load_config(config_path, overrides)
+    output = chosen.output or chosen.resume
+    changes: dict[str, Any] = {"device": chosen.device} if chosen.device else {}
+    if output:
+        training = config.training.model_copy(update={"checkpoint_dir": None})
+        changes |= {"output_dir": output, "training": training}
+    config = type(config).model_validate({**dict(config), **changes})
+
+    # What follows needs torch: after the checks that do not.
+    if chosen.dry_run:
+        from spinlock_fast.plan import print_plan
+
+        print_plan(config)
+        return
+    from spinlock_fast.console import RunDisplay, print_summary
+    from spinlock_fast.pipeline import output_directory, run
+
+    resume = Path(chosen.resume) if chosen.resume else None
+    with RunDisplay(chosen.quiet, config.logging, output_directory(config)) as display:
+        outcome = run(config, display, resume)
+    if not chosen.quiet:
+        print_summary(outcome.metrics)
+    sys.stdout.write(f"checkpoint: {outcome.directory}\n")
+
+
+if __name__ == "__main__":
+    main()
