@@ -60,9 +60,7 @@ class CodebookLayout:
                 f"num_codes and dims must be equally long and not empty, got {len(self.num_codes)} and {len(self.dims)}"
             )
         if min(self.num_codes) < 1 or min(self.dims) < 1:
-            raise ValueError(
-                f"every codebook needs at least 1 code and 1 dimension, got {self.num_codes}, {self.dims}"
-            )
+            raise ValueError(f"every codebook needs at least 1 code and 1 dimension, got {self.num_codes}, {self.dims}")
 
     @classmethod
     def of(cls, num_codes: Sequence[int], dims: Sequence[int]) -> CodebookLayout:

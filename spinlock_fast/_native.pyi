@@ -1,5 +1,8 @@
-from typing_extensions import Buffer
-from typing import TypedDict
+from typing import Any, TypedDict
+
+import numpy as np
+
+Buffer = bytes | bytearray | memoryview | np.ndarray[Any, Any]
 
 __version__: str
 

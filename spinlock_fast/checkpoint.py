@@ -63,9 +63,7 @@ def load_torch(path: Path) -> dict[str, Any]:
             "is read by `python -m spinlock_fast.convert`"
         ) from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise DataError(
-            f"{path}: cannot be read as a checkpoint: {' '.join(str(error).split())[:200]}"
-        ) from None
+        raise DataError(f"{path}: cannot be read as a checkpoint: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(payload, dict):
         raise DataError(f"{path}: not a checkpoint")
     return payload

@@ -172,18 +172,14 @@ class ModelConfig(Section):
     compression_ratios: str = Field(
         default="0.5:1:1.5", description="latent dimensions per feature of each level, coarse to fine"
     )
-    uniform_codebook_init: bool = Field(
-        default=False, description="every level gets as many codes as level 0"
-    )
+    uniform_codebook_init: bool = Field(default=False, description="every level gets as many codes as level 0")
     codebook_init: Literal["kmeans", "uniform"] = Field(
         default="kmeans", description="codes from k-means++ on the first rows, or uniform random"
     )
     commitment_cost: NonNegativeFloat = Field(
         default=0.25, description="pull of latents towards their codes (van den Oord et al. 2017)"
     )
-    use_ema: bool = Field(
-        default=True, description="codes follow latents by moving average; false: by gradient"
-    )
+    use_ema: bool = Field(default=True, description="codes follow latents by moving average; false: by gradient")
     decay: Probability = Field(default=0.99, description="decay of the moving average")
     dropout: Probability = Field(default=0.1, description="dropout of encoder and decoder layers")
     rotation_trick: bool = Field(
@@ -220,21 +216,15 @@ class TrainingConfig(Section):
     orthogonality_target: PositiveFloat = Field(
         default=0.15, description="category correlation above which a warning is given"
     )
-    min_features_per_category: PositiveInt = Field(
-        default=3, description="smaller categories join their nearest"
-    )
+    min_features_per_category: PositiveInt = Field(default=3, description="smaller categories join their nearest")
     max_clusters: Annotated[int, Field(ge=2)] = Field(default=25, description="most categories tried")
     isolated_families: list[str] = Field(
         default=[], description="families whose features share no category with others"
     )
-    reconstruction_weight: NonNegativeFloat = Field(
-        default=1.0, description="weight of the reconstruction error"
-    )
+    reconstruction_weight: NonNegativeFloat = Field(default=1.0, description="weight of the reconstruction error")
     vq_weight: NonNegativeFloat = Field(default=1.0, description="weight of the commitment loss")
     orthogonality_weight: NonNegativeFloat = Field(default=0.1, description="weight of code orthogonality")
-    informativeness_weight: NonNegativeFloat = Field(
-        default=0.1, description="weight of the partial decoders"
-    )
+    informativeness_weight: NonNegativeFloat = Field(default=0.1, description="weight of the partial decoders")
     topo_weight: NonNegativeFloat = Field(default=0.3, description="weight of distance preservation")
     topo_samples: Annotated[int, Field(ge=2)] = Field(
         default=512, description="rows of a batch whose pairs enter the topographic term"
@@ -302,9 +292,7 @@ class RunConfig(Section):
     output_dir: str | None = Field(
         default=None, description="checkpoint directory; by default checkpoints/<name of the config file>"
     )
-    random_seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
-        default=42, description="seed of everything random"
-    )
+    random_seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=42, description="seed of everything random")
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = Field(
         default="auto", description="auto, cpu, cuda or cuda:N"
     )

@@ -22,16 +22,14 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} is given twice", key_node.start_mark
-                )
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+_Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
     list("-+.0123456789"),
@@ -119,9 +117,11 @@ def _help_section(section: type[BaseModel], indent: str, lines: list[str]) -> No
         family = get_args(inner)[1] if get_origin(inner) is dict and key == "families" else None
         if nested is not None or family is not None:
             lines.append(f"\n{indent}{key}:{'  # ' + (field.description or '')}")
-            if family is not None:
+            if nested is not None:
+                _help_section(nested, indent + "  ", lines)
+            elif family is not None:
                 lines.append(f"{indent}  <name>:")
-            _help_section(nested or family, indent + ("    " if family else "  "), lines)
+                _help_section(family, indent + "    ", lines)
             continue
         default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
         if isinstance(default, str) and default.endswith("Params()"):
@@ -196,9 +196,7 @@ def _describe(problem: ErrorDetails, data: Mapping[str, Any]) -> str:
 
 def _place(loc: tuple[int | str, ...]) -> str:
     # Pydantic adds the names of union members to the path; a user's keys are the rest.
-    parts = [
-        str(part) for part in loc if not re.search(r"\[|Config|Params|^(int|str|float|bool)$", str(part))
-    ]
+    parts = [str(part) for part in loc if not re.search(r"\[|Config|Params|^(int|str|float|bool)$", str(part))]
     return ".".join(parts)
 
 
@@ -229,9 +227,7 @@ def _suggest(loc: tuple[int | str, ...], data: Mapping[str, Any]) -> str:
     close = difflib.get_close_matches(str(loc[-1]), allowed, 1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return (
-        f"{hint} Allowed: {', '.join(allowed) or 'no keys at all'}"
-        if not hint
-        else f"{hint} (--help-config lists all)"
+        f"{hint} Allowed: {', '.join(allowed) or 'no keys at all'}" if not hint else f"{hint} (--help-config lists all)"
     )
 
 

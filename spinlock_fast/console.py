@@ -149,7 +149,7 @@ def _tensorboard(directory: Path | None, config: LoggingConfig) -> Any:
     except ImportError:
         if config.tensorboard:
             logging.getLogger(__name__).warning(
-                "logging.tensorboard is true, but tensorboard is not installed: pip install 'spinlock-fast[tensorboard]'"
+                "logging.tensorboard is true, but it is not installed: pip install 'spinlock-fast[tensorboard]'"
             )
         return None
     return SummaryWriter(str(directory / "tensorboard"))
@@ -158,9 +158,7 @@ def _tensorboard(directory: Path | None, config: LoggingConfig) -> Any:
 def print_summary(metrics: Metrics, console: Console | None = None) -> None:
     """The figures of a run and a row per category, on standard output."""
     console = console or Console(highlight=False, width=None if sys.stdout.isatty() else 100)
-    figures = Table(
-        title=f"on {metrics['val_rows']:,} held-out samples", title_justify="left", show_header=False
-    )
+    figures = Table(title=f"on {metrics['val_rows']:,} held-out samples", title_justify="left", show_header=False)
     rows = [
         ("quality", f"{metrics['quality']:.4f}"),
         ("reconstruction error", f"{metrics['reconstruction_error']:.4f}"),
@@ -175,9 +173,7 @@ def print_summary(metrics: Metrics, console: Console | None = None) -> None:
     if "best_epoch" in metrics:
         rows.append(("epochs (best)", f"{metrics['epochs']} ({metrics['best_epoch']})"))
     if "seconds" in metrics:
-        rows.append(
-            ("seconds", ", ".join(f"{name} {value:.1f}" for name, value in metrics["seconds"].items()))
-        )
+        rows.append(("seconds", ", ".join(f"{name} {value:.1f}" for name, value in metrics["seconds"].items())))
     for name, value in rows:
         figures.add_row(name, value)
     console.print(figures)

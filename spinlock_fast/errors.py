@@ -29,7 +29,7 @@ class TrainingError(SpinlockFastError):
     """Training cannot go on, for instance because a loss is not finite."""
 
 
-class Interrupted(SpinlockFastError):
+class Interrupted(SpinlockFastError):  # noqa: N818 - an order obeyed, not an error
     """A signal stopped the run; what can be resumed has been saved."""
 
     def __init__(self, message: str, signal_number: int) -> None:

@@ -28,8 +28,6 @@ def evaluate_file(checkpoint: str | Path, data: str | list[str], device: str = "
     x = np.concatenate([block for _, block in tokenizer.features_file(data)])
     metrics = evaluate(tokenizer.model, torch.from_numpy(x).to(tokenizer.device), training)
     groups = tokenizer.model.config.group_indices
-    complete(
-        metrics, tokenizer.model, tokenizer.feature_names, max_off_diagonal(category_correlation(x, groups))
-    )
+    complete(metrics, tokenizer.model, tokenizer.feature_names, max_off_diagonal(category_correlation(x, groups)))
     metrics["samples"] = len(x)
     return metrics

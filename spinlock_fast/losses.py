@@ -52,9 +52,7 @@ class LossWeights(NamedTuple):
         )
 
 
-def loss_terms(
-    model: CategoricalHierarchicalVQVAE, x: Tensor, out: dict[str, Tensor], topo_samples: int
-) -> LossTerms:
+def loss_terms(model: CategoricalHierarchicalVQVAE, x: Tensor, out: dict[str, Tensor], topo_samples: int) -> LossTerms:
     """All terms of a batch.
 
     Args:
@@ -89,7 +87,8 @@ def code_orthogonality(quantizer: GroupedVectorQuantizer) -> Tensor:
     off_diagonal = 1.0 - torch.eye(layout.max_codes, dtype=codes.dtype, device=codes.device)
     K = layout.indices(codes.device).num_codes
     pairs = (K * (K - 1.0)).clamp(min=1.0)
-    return ((cosine * off_diagonal).square().sum((1, 2)) / pairs).mean()
+    mean_square: Tensor = (cosine * off_diagonal).square().sum((1, 2)) / pairs
+    return mean_square.mean()
 
 
 def pairwise_distances(points: Tensor) -> Tensor:
@@ -103,7 +102,8 @@ def pairwise_distances(points: Tensor) -> Tensor:
     both = norms[:, :, None] + norms[:, None, :]
     square = torch.baddbmm(both, points, points.transpose(1, 2), alpha=-2.0)
     apart = square > 8.0 * torch.finfo(points.dtype).eps * both.detach()
-    return torch.where(apart, torch.where(apart, square, 1.0).sqrt(), 0.0)
+    distances: Tensor = torch.where(apart, torch.where(apart, square, 1.0).sqrt(), 0.0)
+    return distances
 
 
 def pair_correlation(a: Tensor, b: Tensor) -> Tensor:

@@ -66,9 +66,7 @@ def _evaluate(model: CategoricalHierarchicalVQVAE, x: Tensor, training: Training
             quantized.append(out["quantized"])
             kept += rows.shape[0]
     first = slice(0, min(TOPO_ROWS, N))
-    pre, post = topographic_correlations(
-        x[first], torch.cat(latents)[first], torch.cat(quantized)[first], layout
-    )
+    pre, post = topographic_correlations(x[first], torch.cat(latents)[first], torch.cat(quantized)[first], layout)
     terms = LossTerms(
         reconstruction=error / (N * F),
         vq=vq / N,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -67,9 +66,7 @@ class CategoricalVQVAEConfig(ModelConfig):
 
     def resolved_levels(self) -> dict[str, list[LevelConfig]]:
         """Codebooks of every category, coarse to fine."""
-        return resolve_levels(
-            self.group_sizes, self.levels, self.compression_ratios, self.uniform_codebook_init
-        )
+        return resolve_levels(self.group_sizes, self.levels, self.compression_ratios, self.uniform_codebook_init)
 
 
 class CategoricalHierarchicalVQVAE(nn.Module):

@@ -196,9 +196,7 @@ def prepare(config: RunConfig, device: torch.device, display: Display) -> Prepar
     groups = find_categories(cleaned[split.train], kept, config)
     clock.lap("discover")
     normalizer = fit_normalizer(cleaned[split.train], config.training.normalization_method)
-    return Prepared(
-        normalizer(cleaned), encoders, cleaner, normalizer, groups, kept, columns.shape[1], clock.seconds
-    )
+    return Prepared(normalizer(cleaned), encoders, cleaner, normalizer, groups, kept, columns.shape[1], clock.seconds)
 
 
 def fingerprint(prepared: Prepared) -> dict[str, Any]:
@@ -217,12 +215,8 @@ def fingerprint(prepared: Prepared) -> dict[str, Any]:
 def _check_same_features(saved: Mapping[str, Any], prepared: Prepared) -> None:
     now = fingerprint(prepared)
     same_kind = all(saved[key] == now[key] for key in ("shape", "feature_names", "group_indices"))
-    if not same_kind or not all(
-        np.allclose(saved[key], now[key], rtol=1e-3, atol=1e-4) for key in ("mean", "std")
-    ):
-        raise DataError(
-            "the features are not those of the interrupted run: the data or the encoders have changed"
-        )
+    if not same_kind or not all(np.allclose(saved[key], now[key], rtol=1e-3, atol=1e-4) for key in ("mean", "std")):
+        raise DataError("the features are not those of the interrupted run: the data or the encoders have changed")
     if saved["fletcher32"] != now["fletcher32"]:
         log.warning(
             "features differ in rounding from the interrupted run (another processor, thread count or library?): "
@@ -250,9 +244,7 @@ def read_resumable(directory: Path, config: RunConfig) -> dict[str, Any]:
         if old.get(key) != new.get(key) and not any(
             key == free or key.startswith(f"{free}.") for free in _FREE_TO_CHANGE
         ):
-            raise ConfigError(
-                f"{key}: {new.get(key)!r}, but the run to resume was started with {old.get(key)!r}"
-            )
+            raise ConfigError(f"{key}: {new.get(key)!r}, but the run to resume was started with {old.get(key)!r}")
     return state
 
 

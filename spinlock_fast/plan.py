@@ -41,7 +41,7 @@ def print_plan(config: RunConfig) -> None:
             encode_seconds += (time.perf_counter() - started) * rows / block
             lines.append(
                 f"  {family.name}: {info.path} {[rows, *info.row_shape]} "
-                f"({rows * info.row_bytes / 1e9:.3g} GB) -> {family.encoder_name} -> {family.encoder.output_dim} columns"
+                f"({rows * info.row_bytes / 1e9:.3g} GB) -> {family.encoder_name}, {family.encoder.output_dim} columns"
             )
         files = len(source.files)
     columns = sum(family.encoder.output_dim for family in encoders)
@@ -83,7 +83,7 @@ def _probe_step(config: RunConfig, features: int, batch: int, device: torch.devi
         for _ in range(_PROBE_STEPS):
             started = time.perf_counter()
             terms = loss_terms(model, x, model(x), config.training.topo_samples)
-            terms.total(weights).backward()  # type: ignore[no-untyped-call]
+            terms.total(weights).backward()
             optimizer.step()
             optimizer.zero_grad()
             if device.type == "cuda":

@@ -17,9 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser("tokenize", "Turns an HDF5 file of features into an HDF5 file of tokens.")
     options.add_argument("checkpoint", help="checkpoint directory")
     options.add_argument("data", help="HDF5 file or glob")
-    options.add_argument(
-        "--output", required=True, metavar="TOKENS.h5", help="file to write; replaced if there"
-    )
+    options.add_argument("--output", required=True, metavar="TOKENS.h5", help="file to write; replaced if there")
     options.add_argument("--memory-budget", default="1.25GB", help="most bytes of raw features at once")
     options.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     options.add_argument("--quiet", action="store_true", help="print nothing but errors")

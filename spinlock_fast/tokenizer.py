@@ -75,9 +75,7 @@ class Tokenizer:
         """
         names = [family.name for family in self.families]
         if set(raw) != set(names):
-            raise DataError(
-                f"expected the families {', '.join(names)}, got {', '.join(map(str, raw)) or 'none'}"
-            )
+            raise DataError(f"expected the families {', '.join(names)}, got {', '.join(map(str, raw)) or 'none'}")
         arrays = {name: _tensor(raw[name]) for name in names}
         if len({array.shape[0] for array in arrays.values()}) > 1:
             raise DataError(
@@ -89,10 +87,7 @@ class Tokenizer:
             rows = slice(start, start + _ROWS_AT_ONCE)
             blocks.append(
                 torch.cat(
-                    [
-                        family(arrays[family.name][rows].to(self.device), first_row=start)
-                        for family in self.families
-                    ],
+                    [family(arrays[family.name][rows].to(self.device), first_row=start) for family in self.families],
                     1,
                 )
             )
@@ -195,9 +190,7 @@ def write_tokens(
     dtype = next(kind for kind in (np.uint8, np.uint16, np.uint32) if largest - 1 <= np.iinfo(kind).max)
     with replacing(output) as temporary, h5py.File(temporary, "w") as file:
         chunk = (min(rows, 8192), model.num_codebooks)
-        out = file.create_dataset(
-            "tokens", (rows, model.num_codebooks), dtype, chunks=chunk, compression="gzip"
-        )
+        out = file.create_dataset("tokens", (rows, model.num_codebooks), dtype, chunks=chunk, compression="gzip")
         out.attrs["codebook_names"] = model.codebook_names
         out.attrs["codebook_sizes"] = np.array(model.quantizer.num_codes)
         out.attrs["checkpoint_sha256"] = tokenizer.checkpoint_hash

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
+from pydantic import ValidationError
 from torch import Tensor
 
 from spinlock_fast.config import Levels, RunConfig, TrainingConfig
@@ -108,9 +109,7 @@ def split_rows(rows: int, config: TrainingConfig, seed: int, val_rows: ArrayLike
         DataError: nothing would be left to train on, or `val_rows` is not a set of rows.
     """
     if rows < 2:
-        raise DataError(
-            f"the data have {rows} row{'' if rows == 1 else 's'}: training and validation need at least 2"
-        )
+        raise DataError(f"the data have {rows} row{'' if rows == 1 else 's'}: training and validation need at least 2")
     order = np.random.default_rng([seed, 0]).permutation(rows)
     if val_rows is None:
         val = order[: max(1, round(rows * config.val_fraction))]
@@ -122,9 +121,7 @@ def split_rows(rows: int, config: TrainingConfig, seed: int, val_rows: ArrayLike
         order = order[~np.isin(order, val)]
     test_size = max(1, round(rows * config.test_fraction)) if config.test_fraction > 0 else 0
     if order.size <= test_size:
-        raise DataError(
-            f"{rows} rows leave none to train on after {val.size} for validation and {test_size} for test"
-        )
+        raise DataError(f"{rows} rows leave none to train on after {val.size} for validation and {test_size} for test")
     return Split(np.sort(order[test_size:]), np.sort(val), np.sort(order[:test_size]))
 
 
@@ -203,9 +200,7 @@ class Trainer:
         model_config = self._model_config(F, groups, levels)
         outside = F - sum(model_config.group_sizes.values())
         if outside:
-            log.warning(
-                "%d of %d features are in no category: they are reconstructed, but not encoded", outside, F
-            )
+            log.warning("%d of %d features are in no category: they are reconstructed, but not encoded", outside, F)
         correlation_max = max_off_diagonal(category_correlation(train_x, groups))
         if correlation_max > training.orthogonality_target:
             log.warning(
@@ -257,7 +252,7 @@ class Trainer:
                 }
             )
         except ValueError as error:
-            problem = getattr(error, "errors", lambda: [{"msg": str(error)}])()[0]["msg"]
+            problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
             raise ConfigError(f"model: {problem.removeprefix('Value error, ')}") from None
 
 
@@ -274,12 +269,8 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
-    if device.type == "cuda" and (
-        not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()
-    ):
-        raise ConfigError(
-            f"device: {name} is not available; {torch.cuda.device_count()} CUDA devices were found"
-        )
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise ConfigError(f"device: {name} is not available; {torch.cuda.device_count()} CUDA devices were found")
     return device
 
 
@@ -381,8 +372,8 @@ class _Run:
 
     def _run_epoch(self) -> None:
         self.model.train()
-        order = np.random.default_rng([self.seed, 2, self.epoch]).permutation(self.x_train.shape[0])
-        order = torch.from_numpy(order).to(self.device)
+        generator = np.random.default_rng([self.seed, 2, self.epoch])
+        order = torch.from_numpy(generator.permutation(self.x_train.shape[0])).to(self.device)
         for step, rows in enumerate(order.split(self.batch)):
             if step < self.step:
                 continue  # done before the interruption that this run resumes from
@@ -392,9 +383,7 @@ class _Run:
                 signal_number = self.trainer._stop_signal
                 self._raise_if_not_finite()
                 self.trainer.observer.save(self.state())
-                raise Interrupted(
-                    f"stopped in epoch {self.epoch + 1} of {self.training.num_epochs}", signal_number
-                )
+                raise Interrupted(f"stopped in epoch {self.epoch + 1} of {self.training.num_epochs}", signal_number)
 
     def _loss(self, x: Tensor) -> tuple[Tensor, LossTerms, Tensor]:
         out = self.model(x)
@@ -408,7 +397,7 @@ class _Run:
             group["lr"] = rate
         loss, terms, latents = self.loss(x)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self.optimizer.step()
         with torch.no_grad():
             values = torch.stack([loss.detach(), *(term.detach() for term in terms)])
@@ -453,9 +442,7 @@ class _Run:
     def _validate(self) -> dict[str, float]:
         found = evaluate(self.model, self.x_val, self.training)
         kept = {key: value for key, value in found.items() if isinstance(value, float)}
-        if kept["val_loss"] < self.best_loss - (
-            self.training.early_stopping_min_delta if self.best_state else 0.0
-        ):
+        if kept["val_loss"] < self.best_loss - (self.training.early_stopping_min_delta if self.best_state else 0.0):
             self.stale = 0
         else:
             self.stale += 1

@@ -27,9 +27,7 @@ def ema_update(
     epsilon: float = 1e-5,
 ) -> None:
     """`reference.ema_update`, written into codebook, cluster_size and code_sum."""
-    new = reference.ema_update(
-        codebook, cluster_size, code_sum, counts, sums, layout, decay, smoothing, epsilon
-    )
+    new = reference.ema_update(codebook, cluster_size, code_sum, counts, sums, layout, decay, smoothing, epsilon)
     for target, value in zip((codebook, cluster_size, code_sum), new, strict=True):
         target.copy_(value)
 

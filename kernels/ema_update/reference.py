@@ -137,9 +137,7 @@ def reset_dead_codes(
     return new, new_n, new_s, dead.sum(1)
 
 
-def _sample_rows(
-    latents: Tensor, layout: CodebookLayout, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor]:
+def _sample_rows(latents: Tensor, layout: CodebookLayout, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
     """[G, K_max, D_max] random finite rows of each codebook's latents, and [G, 1] whether there are any."""
     padded = layout.pad_columns(latents)  # [G, N, D_max]
     finite = torch.isfinite(padded).all(-1)

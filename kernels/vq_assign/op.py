@@ -64,7 +64,7 @@ def quantize(z: Tensor, quantized: Tensor, layout: CodebookLayout, rotation_tric
     """[N, sum D] the codes, differentiable with respect to z: straight through, or by rotation."""
     if rotation_trick:
         return reference.rotate_to_codes(z, quantized.to(z.dtype), layout)
-    result: Tensor = _StraightThrough.apply(z, quantized)
+    result: Tensor = _StraightThrough.apply(z, quantized)  # type: ignore[no-untyped-call]
     return result
 
 

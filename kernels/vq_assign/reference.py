@@ -117,7 +117,5 @@ def rotate_to_codes(z: Tensor, quantized: Tensor, layout: CodebookLayout) -> Ten
         r = z_unit + q_unit
         r = r / r.norm(dim=-1, keepdim=True).clamp(min=tiny)
         scale = q_norm / z_norm
-    rotated = (
-        zp - 2.0 * (zp * r).sum(-1, keepdim=True) * r + 2.0 * (zp * z_unit).sum(-1, keepdim=True) * q_unit
-    )
+    rotated = zp - 2.0 * (zp * r).sum(-1, keepdim=True) * r + 2.0 * (zp * z_unit).sum(-1, keepdim=True) * q_unit
     return layout.pack_columns(scale * rotated)

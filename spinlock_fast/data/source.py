@@ -91,7 +91,8 @@ class Source:
                         out[done : done + high - low] = dataset[low:high]
                 except (OSError, RuntimeError) as error:
                     raise DataError(
-                        f"{file}: {info.path}: rows {low}..{high - 1} cannot be read, the file is damaged: {_one_line(error)}"
+                        f"{file}: {info.path}: rows {low}..{high - 1} cannot be read, the file is damaged: "
+                        f"{_one_line(error)}"
                     ) from None
                 done += high - low
             first += dataset.shape[0]
@@ -114,13 +115,9 @@ class Source:
             if node.dtype.kind not in "fiu":
                 raise DataError(f"{file}: {path}: expected numbers, got {node.dtype}")
             if node.ndim not in (2, 3):
-                raise DataError(
-                    f"{file}: {path}: family {family!r} needs a 2-D or 3-D dataset, got shape {node.shape}"
-                )
+                raise DataError(f"{file}: {path}: family {family!r} needs a 2-D or 3-D dataset, got shape {node.shape}")
             if shape is not None and node.shape[1:] != shape:
-                raise DataError(
-                    f"{file}: {path}: rows of shape {node.shape[1:]}, but {shape} in {self.files[0]}"
-                )
+                raise DataError(f"{file}: {path}: rows of shape {node.shape[1:]}, but {shape} in {self.files[0]}")
             shape = node.shape[1:]
             if 0 in shape:
                 raise DataError(f"{file}: {path}: no columns (shape {node.shape})")

@@ -39,11 +39,9 @@ def discover_categories(x: Matrix, feature_names: Sequence[str], config: Trainin
     Raises:
         DataError: fewer than 10 rows.
     """
-    N, F = x.shape
+    N = x.shape[0]
     if N < MIN_ROWS:
-        raise DataError(
-            f"{N} training rows are too few to discover categories: at least {MIN_ROWS} are needed"
-        )
+        raise DataError(f"{N} training rows are too few to discover categories: at least {MIN_ROWS} are needed")
     if N > _CORRELATION_ROWS:
         rows = np.random.default_rng([seed, 1]).choice(N, _CORRELATION_ROWS, replace=False)
         x = x[np.sort(rows)]
@@ -66,7 +64,7 @@ def _cluster(distance: NDArray[np.float64], config: TrainingConfig) -> NDArray[n
 
     F = distance.shape[0]
     smallest = config.min_features_per_category
-    if F < 2 * smallest or F < 3:
+    if 2 * smallest > F or F < 3:
         return np.zeros(F, dtype=np.int64)
     tree = linkage(squareform(distance, checks=False), method="ward")
     most = min(config.max_clusters, F - 1)
@@ -92,15 +90,11 @@ def silhouette(distance: NDArray[np.float64], labels: NDArray[np.int64]) -> floa
     inside = sums[own] / np.maximum(size[labels] - 1, 1)
     outside = np.where(own, np.inf, sums / size).min(1)
     larger = np.maximum(inside, outside)
-    score = np.where(
-        (size[labels] > 1) & (larger > 0), (outside - inside) / np.where(larger > 0, larger, 1.0), 0.0
-    )
+    score = np.where((size[labels] > 1) & (larger > 0), (outside - inside) / np.where(larger > 0, larger, 1.0), 0.0)
     return float(score.mean())
 
 
-def _merge_small(
-    labels: NDArray[np.int64], distance: NDArray[np.float64], smallest: int
-) -> NDArray[np.int64]:
+def _merge_small(labels: NDArray[np.int64], distance: NDArray[np.float64], smallest: int) -> NDArray[np.int64]:
     """Joins each cluster under `smallest` members, smallest first, to the one at the least mean distance."""
     while True:
         size = np.bincount(labels)
@@ -114,7 +108,8 @@ def _merge_small(
 
 
 def _consecutive(labels: NDArray[np.integer]) -> NDArray[np.int64]:
-    return np.unique(labels, return_inverse=True)[1].astype(np.int64)
+    result: NDArray[np.int64] = np.unique(labels, return_inverse=True)[1].astype(np.int64)
+    return result
 
 
 def read_categories(path: str | Path, feature_names: Sequence[str]) -> Groups:
@@ -128,9 +123,7 @@ def read_categories(path: str | Path, feature_names: Sequence[str]) -> Groups:
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(
-            f"training.category_mapping_file: {path} cannot be read: {error.strerror}"
-        ) from None
+        raise ConfigError(f"training.category_mapping_file: {path} cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise ConfigError(f"training.category_mapping_file: {path} is not JSON: {error}") from None
     if not isinstance(data, dict) or not all(isinstance(members, list) for members in data.values()):
@@ -140,11 +133,7 @@ def read_categories(path: str | Path, feature_names: Sequence[str]) -> Groups:
     groups: Groups = {}
     for category, members in data.items():
         for member in members:
-            i = (
-                member
-                if isinstance(member, int) and member < len(feature_names)
-                else position.get(str(member))
-            )
+            i = member if isinstance(member, int) and member < len(feature_names) else position.get(str(member))
             if i is None:
                 continue
             if i in place:

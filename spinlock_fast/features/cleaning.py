@@ -59,24 +59,24 @@ def fit_cleaner(x: Matrix, config: FeatureCleaningConfig) -> FeatureCleaner:
     Raises:
         DataError: no column is left.
     """
-    x = x.astype(np.float64)
-    missing = np.isnan(x)
+    values = x.astype(np.float64)
+    missing = np.isnan(values)
     empty = missing.all(axis=0)
-    fill = np.zeros(x.shape[1])
-    fill[~empty] = np.nanmedian(x[:, ~empty], axis=0)
-    x = np.where(missing, fill, x)
-    everything = np.ones(x.shape[1], dtype=bool)
+    fill = np.zeros(values.shape[1])
+    fill[~empty] = np.nanmedian(values[:, ~empty], axis=0)
+    values = np.where(missing, fill, values)
+    everything = np.ones(values.shape[1], dtype=bool)
     if not config.enabled:
-        bound = np.full(x.shape[1], np.inf)
+        bound = np.full(values.shape[1], np.inf)
         return FeatureCleaner(everything, fill, -bound, bound)
-    keep = x.std(axis=0) >= max(config.variance_threshold, np.finfo(np.float64).tiny)
+    keep = values.std(axis=0) >= max(config.variance_threshold, np.finfo(np.float64).tiny)
     if not keep.any():
         raise DataError(
-            f"all {x.shape[1]} columns are constant (standard deviation below {config.variance_threshold:g})"
+            f"all {values.shape[1]} columns are constant (standard deviation below {config.variance_threshold:g})"
         )
     candidates = np.flatnonzero(keep)
-    keep[candidates[_duplicates(x[:, candidates], config.deduplicate_threshold)]] = False
-    low, high = clip_bounds(x[:, keep], config)
+    keep[candidates[_duplicates(values[:, candidates], config.deduplicate_threshold)]] = False
+    low, high = clip_bounds(values[:, keep], config)
     return FeatureCleaner(keep, fill, low, high)
 
 

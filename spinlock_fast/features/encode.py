@@ -78,7 +78,7 @@ class FamilyEncoder:
             if self.center is not None and self.scale is not None:
                 clip = _STANDARDIZE_CLIP
                 values = ((values - self.center) / self.scale).clamp(-clip, clip)
-            columns = self.encoder(values)
+            columns: Tensor = self.encoder(values)
         if not bool(torch.isfinite(columns).all()):
             row = int((~torch.isfinite(columns)).nonzero()[0, 0])
             raise DataError(
@@ -199,7 +199,8 @@ def block_rows(info: DatasetInfo, memory_budget: int) -> int:
     fit = memory_budget // (2 * info.row_bytes)
     if fit < 1:
         raise DataError(
-            f"memory_budget {memory_budget} is below one row of {info.path}; at least {2 * info.row_bytes} bytes are needed"
+            f"memory_budget {memory_budget} is below one row of {info.path}: "
+            f"at least {2 * info.row_bytes} bytes are needed"
         )
     rows = min(fit, max(_BLOCK_ROWS, info.chunk_rows))
     return rows - rows % info.chunk_rows if rows >= info.chunk_rows else rows

@@ -124,9 +124,7 @@ def build_encoder(row_shape: Sequence[int], params: EncoderParams) -> Encoder:
         encoder = MLPEncoder(row_shape, params)
     elif isinstance(params, TemporalCNNEncoderParams):
         if len(row_shape) != 2:
-            raise ValueError(
-                f"TemporalCNNEncoder needs a 3-D dataset [N, T, D], got rows of shape {tuple(row_shape)}"
-            )
+            raise ValueError(f"TemporalCNNEncoder needs a 3-D dataset [N, T, D], got rows of shape {tuple(row_shape)}")
         encoder = TemporalCNNEncoder(row_shape, params)
     else:
         encoder = IdentityEncoder(row_shape, params)
