@@ -264,6 +264,11 @@ class TrainingConfig(Section):
     )
     checkpoint_dir: str | None = Field(default=None, description="the same as output_dir")
 
+    @property
+    def mapping_file(self) -> str:
+        """The JSON file of categories, where `category_assignment` is not auto."""
+        return self.category_mapping_file or self.category_assignment
+
     @model_validator(mode="after")
     def _fractions(self) -> TrainingConfig:
         if self.val_fraction + self.test_fraction >= 1.0:
@@ -293,9 +298,7 @@ class RunConfig(Section):
         default=None, description="checkpoint directory; by default checkpoints/<name of the config file>"
     )
     random_seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=42, description="seed of everything random")
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = Field(
-        default="auto", description="auto, cpu, cuda or cuda:N"
-    )
+    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
     families: dict[str, FamilyConfig] = Field(
         default_factory=_default_families, min_length=1, description="feature families by name"
     )
@@ -305,6 +308,13 @@ class RunConfig(Section):
     model: ModelConfig = Field(default_factory=ModelConfig, description="see its section")
     training: TrainingConfig = Field(default_factory=TrainingConfig, description="see its section")
     logging: LoggingConfig = Field(default_factory=LoggingConfig, description="see its section")
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, value: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+            raise ValueError("expected auto, cpu, cuda or cuda:N")
+        return value
 
     @field_validator("families")
     @classmethod

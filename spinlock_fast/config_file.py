@@ -64,10 +64,11 @@ def load_config(path: str | Path, overrides: Sequence[str] | Mapping[str, Any] =
         raise ConfigError(f"{path}: cannot be read: {_one_line(error)}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {_one_line(error)}") from None
-    if data is None:
-        data = {}
+    data = {} if data is None else data
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected sections such as `training:`, got a {type(data).__name__}")
+    # A section with nothing under it is an empty one.
+    data = {key: {} if value is None and _is_section(key) else value for key, value in data.items()}
     for key, value in _parse_overrides(overrides):
         _set_dotted(data, key, value)
     config = check_config(data, source=str(path))
@@ -77,12 +78,18 @@ def load_config(path: str | Path, overrides: Sequence[str] | Mapping[str, Any] =
     return config
 
 
+def _is_section(key: str) -> bool:
+    field = RunConfig.model_fields.get(key)
+    return field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+
+
 def check_config(data: Mapping[str, Any], source: str = "configuration") -> RunConfig:
     """`RunConfig` from plain data; raises ConfigError with one line."""
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
-        problems = error.errors()
+        # A misspelt key also leaves its proper form missing: name the misspelling.
+        problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ConfigError(f"{source}: {_describe(problems[0], data)}{more}") from None
 

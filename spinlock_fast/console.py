@@ -21,6 +21,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from spinlock_fast.checkpoint import TENSORBOARD
 from spinlock_fast.config import LoggingConfig
 from spinlock_fast.metrics import Metrics
 from spinlock_fast.trainer import EpochRecord
@@ -45,7 +46,9 @@ class RunDisplay:
         self._rows = 0
         self._epochs = 0
         self._latest: dict[str, float] = {}
-        self._writer = _tensorboard(directory, logging_config)
+        self._directory = directory
+        self._logging = logging_config
+        self._writer: Any = None
         logging.basicConfig(
             level="ERROR" if quiet else logging_config.level.upper(),
             format="%(message)s",
@@ -81,6 +84,7 @@ class RunDisplay:
     def training_started(self, epochs: int, first_epoch: int, rows: int) -> None:
         """The loop begins (or goes on) at an epoch."""
         self._rows, self._epochs = rows, epochs
+        self._writer = _tensorboard(self._directory, self._logging)
         if self._live:
             self._start_bar("epochs", epochs, "")
             self._update(first_epoch, "")
@@ -152,13 +156,13 @@ def _tensorboard(directory: Path | None, config: LoggingConfig) -> Any:
                 "logging.tensorboard is true, but it is not installed: pip install 'spinlock-fast[tensorboard]'"
             )
         return None
-    return SummaryWriter(str(directory / "tensorboard"))
+    return SummaryWriter(str(directory / TENSORBOARD))
 
 
 def print_summary(metrics: Metrics, console: Console | None = None) -> None:
     """The figures of a run and a row per category, on standard output."""
     console = console or Console(highlight=False, width=None if sys.stdout.isatty() else 100)
-    figures = Table(title=f"on {metrics['val_rows']:,} held-out samples", title_justify="left", show_header=False)
+    figures = Table(title=f"measured on {metrics['val_rows']:,} samples", title_justify="left", show_header=False)
     rows = [
         ("quality", f"{metrics['quality']:.4f}"),
         ("reconstruction error", f"{metrics['reconstruction_error']:.4f}"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import threading
 import time
@@ -34,6 +35,7 @@ from spinlock_fast.config import RunConfig
 from spinlock_fast.config_file import dump_config
 from spinlock_fast.data.source import Source
 from spinlock_fast.errors import ConfigError, DataError, Interrupted, OutputError
+from spinlock_fast.features.categories import MIN_ROWS, read_mapping
 from spinlock_fast.features.cleaning import FeatureCleaner, fit_cleaner
 from spinlock_fast.features.encode import FamilyEncoder, encode, make_encoders
 from spinlock_fast.features.normalize import Normalizer, fit_normalizer
@@ -182,6 +184,10 @@ def prepare(config: RunConfig, device: torch.device, display: Display) -> Prepar
     clock = _Clock()
     with open_source(config) as source:
         split = split_rows(source.rows, config.training, config.random_seed)
+        if split.train.size < MIN_ROWS:
+            raise DataError(f"{source.rows} rows leave {split.train.size} to train on: at least {MIN_ROWS} are needed")
+        if config.training.category_assignment != "auto":
+            read_mapping(config.training.mapping_file)  # a bad file shows now, not after encoding
         display.stage(f"encoding {source.rows:,} samples of {len(config.families)} families")
         encoders = make_encoders(source, config.families, config.random_seed, config.memory_budget)
         columns = encode(source, encoders, config.memory_budget, device, display.encoded)
@@ -257,7 +263,10 @@ def set_aside_earlier_run(directory: Path) -> None:
     try:
         aside.mkdir(exist_ok=True)
         for name in FILES:
-            (aside / name).unlink(missing_ok=True)
+            if (aside / name).is_dir():
+                shutil.rmtree(aside / name)
+            else:
+                (aside / name).unlink(missing_ok=True)
         for path in earlier:
             os.replace(path, aside / path.name)
     except OSError as error:

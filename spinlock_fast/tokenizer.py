@@ -127,7 +127,7 @@ class Tokenizer:
         with Source(paths, datasets) as source:
             for family in self.families:
                 found = source.datasets[family.name]
-                if found.row_shape != family.row_shape:
+                if not family.fits(found.row_shape):
                     raise DataError(
                         f"{source.files[0]}: {found.path}: rows of shape {found.row_shape}, "
                         f"but the checkpoint was trained on {family.row_shape}"

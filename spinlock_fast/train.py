@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from spinlock_fast.cli import exit_with, parser
 from spinlock_fast.config_file import help_text, load_config
@@ -41,14 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _train(chosen: argparse.Namespace) -> None:
     config_path = chosen.config or Path(chosen.resume) / "config.yaml"
-    overrides: list[str] | dict[str, Any] = list(chosen.overrides)
+    overrides = list(chosen.overrides)
+    if chosen.device:
+        overrides.append(f"device={json.dumps(chosen.device)}")
+    if output := chosen.output or chosen.resume:
+        overrides += [f"output_dir={json.dumps(output)}", "training.checkpoint_dir=null"]
     config = load_config(config_path, overrides)
-    output = chosen.output or chosen.resume
-    changes: dict[str, Any] = {"device": chosen.device} if chosen.device else {}
-    if output:
-        training = config.training.model_copy(update={"checkpoint_dir": None})
-        changes |= {"output_dir": output, "training": training}
-    config = type(config).model_validate({**dict(config), **changes})
 
     # What follows needs torch: after the checks that do not.
     if chosen.dry_run:

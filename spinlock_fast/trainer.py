@@ -21,11 +21,11 @@ from spinlock_fast.config import Levels, RunConfig, TrainingConfig
 from spinlock_fast.config_file import apply_overrides, load_config
 from spinlock_fast.errors import ConfigError, DataError, Interrupted, TrainingError
 from spinlock_fast.features.categories import (
+    assign_categories,
     Groups,
     category_correlation,
     discover_categories,
     max_off_diagonal,
-    read_categories,
 )
 from spinlock_fast.features.statistics import Matrix
 from spinlock_fast.losses import LossTerms, LossWeights, loss_terms
@@ -261,7 +261,7 @@ def find_categories(x: Matrix, feature_names: Sequence[str], config: RunConfig) 
     training = config.training
     if training.category_assignment == "auto":
         return discover_categories(x, feature_names, training, config.random_seed)
-    return read_categories(training.category_mapping_file or training.category_assignment, feature_names)
+    return assign_categories(training.mapping_file, feature_names)
 
 
 def resolve_device(name: str) -> torch.device:

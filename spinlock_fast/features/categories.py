@@ -112,13 +112,11 @@ def _consecutive(labels: NDArray[np.integer]) -> NDArray[np.int64]:
     return result
 
 
-def read_categories(path: str | Path, feature_names: Sequence[str]) -> Groups:
-    """Categories from a JSON file {category: [feature names or indices]}.
-
-    Features of the file that cleaning has dropped are passed over; a category left empty disappears.
+def read_mapping(path: str | Path) -> dict[str, list[str | int]]:
+    """A JSON file {category: [feature names or indices]}.
 
     Raises:
-        ConfigError: unreadable file, other JSON, a feature in two categories, none of the features.
+        ConfigError: unreadable file or other JSON.
     """
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -128,6 +126,18 @@ def read_categories(path: str | Path, feature_names: Sequence[str]) -> Groups:
         raise ConfigError(f"training.category_mapping_file: {path} is not JSON: {error}") from None
     if not isinstance(data, dict) or not all(isinstance(members, list) for members in data.values()):
         raise ConfigError(f"training.category_mapping_file: {path}: expected {{category: [features]}}")
+    return data
+
+
+def assign_categories(path: str | Path, feature_names: Sequence[str]) -> Groups:
+    """Categories of features as a mapping file has them, see `read_mapping`.
+
+    Features of the file that cleaning has dropped are passed over; a category left empty disappears.
+
+    Raises:
+        ConfigError: what `read_mapping` finds, a feature in two categories, none of the features.
+    """
+    data = read_mapping(path)
     position = {name: i for i, name in enumerate(feature_names)}
     place: dict[int, str] = {}
     groups: Groups = {}

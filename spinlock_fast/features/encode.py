@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,8 @@ from spinlock_fast.features.statistics import robust_scale
 
 _BLOCK_ROWS = 512
 _STANDARDIZE_CLIP = 10.0
+
+ANY_LENGTH = -1  # in a row shape: a length that the encoder does not depend on
 
 Progress = Callable[[str, int, int], None]
 
@@ -52,6 +54,12 @@ class FamilyEncoder:
         columns = self.column_names or [f"{self.name}_{i}" for i in range(self.encoder.output_dim)]
         return [f"{self.name}::{column}" for column in columns]
 
+    def fits(self, row_shape: Sequence[int]) -> bool:
+        """Whether rows have the shape that the encoder takes."""
+        return len(row_shape) == len(self.row_shape) and all(
+            expected in (ANY_LENGTH, given) for expected, given in zip(self.row_shape, row_shape, strict=True)
+        )
+
     def to(self, device: torch.device) -> None:
         """Moves the network to a device."""
         self.encoder.to(device)
@@ -63,7 +71,7 @@ class FamilyEncoder:
 
         NaN counts as 0. Raises DataError naming row and position of an infinite value.
         """
-        if tuple(raw.shape[1:]) != self.row_shape:
+        if not self.fits(raw.shape[1:]):
             raise DataError(
                 f"family {self.name!r}: expected rows of shape {self.row_shape}, got {tuple(raw.shape[1:])}"
             )

@@ -1,0 +1,53 @@
+# The doors of the project. Each sets up what it needs; PYTHON and TORCH may be overridden.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+READY := .venv/.ready
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: help setup train test test-all bench lint format clean
+
+help:
+	@echo "make setup     create .venv and build the package in it"
+	@echo "make train     train the quickstart tokenizer"
+	@echo "make test      fast tests"
+	@echo "make test-all  all tests that need no GPU"
+	@echo "make bench     benchmarks"
+	@echo "make lint      ruff and mypy --strict"
+
+setup: $(READY)
+
+$(READY): pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@command -v c++ >/dev/null || { echo "a C++ compiler is needed: apt-get install g++"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv || { echo "apt-get install python3-venv"; exit 1; }
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet "scikit-build-core>=0.10" "pybind11>=2.13" "cmake>=3.24" ninja
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test,lint,tensorboard]"
+	@touch $@
+
+train: $(READY)
+	@$(BIN)/python -m spinlock_fast.quickstart
+
+test: $(READY)
+	$(PYTEST) -m "not slow and not gpu"
+
+test-all: $(READY)
+	$(PYTEST) -m "not gpu"
+
+bench: $(READY)
+	$(PYTEST) benchmarks --benchmark-only
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks

@@ -1,0 +1,95 @@
+"""A quantizer with the interface, the names and the numbers of the original project's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spinlock_fast.kernels.ema_update import ema_update
+from spinlock_fast.kernels.layout import CodebookLayout
+from spinlock_fast.kernels.vq_assign import quantize, vq_assign
+
+
+class VectorQuantizer(nn.Module):
+    """One codebook of `num_embeddings` codes of `embedding_dim` dimensions.
+
+    Loads the original's state dict: `embedding.weight`, `ema_cluster_size`, `ema_w`. With `use_ema` the
+    codes follow the inputs by moving average with Laplace smoothing (`epsilon`), and the codes take no
+    part in the optimizer.
+
+    forward(z [..., D]) returns
+
+    - quantized [..., D], gradient straight through;
+    - one-hot encodings [..., K] float32;
+    - losses: `codebook_loss` = mean((sg(e) - z)^2), `commitment_loss` = mean((e - sg(z))^2) and `loss` =
+      codebook_loss + commitment_cost * commitment_loss. The two names are those of the original,
+      which uses them the other way round from van den Oord et al. (2017).
+
+    Raises:
+        ValueError: the last dimension of z is not `embedding_dim`.
+    """
+
+    ema_cluster_size: Tensor
+    ema_w: Tensor
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        commitment_cost: float = 0.25,
+        decay: float = 0.99,
+        epsilon: float = 1e-5,
+        use_ema: bool = True,
+    ) -> None:
+        super().__init__()
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self.commitment_cost = commitment_cost
+        self.decay = decay
+        self.epsilon = epsilon
+        self.use_ema = use_ema
+        self._layout = CodebookLayout.of([num_embeddings], [embedding_dim])
+        self.embedding = nn.Embedding(num_embeddings, embedding_dim)
+        nn.init.uniform_(self.embedding.weight, -1.0 / num_embeddings, 1.0 / num_embeddings)
+        if use_ema:
+            self.register_buffer("ema_cluster_size", torch.zeros(num_embeddings))
+            self.register_buffer("ema_w", self.embedding.weight.detach().clone())
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        if inputs.shape[-1] != self.embedding_dim:
+            raise ValueError(f"inputs must be [..., {self.embedding_dim}], got {list(inputs.shape)}")
+        flat = inputs.reshape(-1, self.embedding_dim)
+        found = vq_assign(flat, self.embedding.weight.detach().flatten(), self._layout)
+        codes = found.codes[:, 0]
+        # The losses see the codes that the inputs were assigned to: taken before they move.
+        valid = codes >= 0
+        chosen = self.embedding(codes.clamp(min=0)).clone()
+        chosen = torch.where(valid[:, None], chosen, torch.nan)
+        if self.training and self.use_ema:
+            ema_update(
+                self.embedding.weight.detach().view(-1),
+                self.ema_cluster_size,
+                self.ema_w.view(-1),
+                found.counts,
+                found.sums,
+                self._layout,
+                self.decay,
+                "laplace",
+                self.epsilon,
+            )
+        encodings = F.one_hot(codes.clamp(min=0), self.num_embeddings).to(torch.float32) * valid[:, None]
+        codebook_loss = F.mse_loss(chosen.detach(), flat)
+        commitment_loss = F.mse_loss(chosen, flat.detach())
+        losses = {
+            "loss": codebook_loss + self.commitment_cost * commitment_loss,
+            "codebook_loss": codebook_loss,
+            "commitment_loss": commitment_loss,
+        }
+        quantized = quantize(flat, chosen.detach(), self._layout)
+        return quantized.view(inputs.shape), encodings.view(*inputs.shape[:-1], self.num_embeddings), losses
+
+    def get_codebook_entry(self, indices: Tensor) -> Tensor:
+        """Code vectors [..., D] of indices [...]."""
+        entries: Tensor = self.embedding(indices)
+        return entries
