@@ -29,7 +29,9 @@ $(READY): pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 	@touch $@
 
 train: $(READY)
-	@$(BIN)/python -m spinlock_fast.quickstart
+	@test -n "$(SPINLOCK_FAST_REAL_DATA)" || { echo "set SPINLOCK_FAST_REAL_DATA to a folder that holds operators_real.h5"; exit 1; }
+	$(BIN)/python -m spinlock_fast.train configs/quickstart.yaml \
+		--set dataset_path="$(SPINLOCK_FAST_REAL_DATA)/operators_real.h5"
 
 test: $(READY)
 	$(PYTEST) -m "not slow and not gpu"

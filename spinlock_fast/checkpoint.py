@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import struct
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -55,15 +57,23 @@ def load_torch(path: Path) -> dict[str, Any]:
         DataError: missing, damaged, or holding anything but tensors and plain values.
     """
     try:
-        payload = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
+        return load_restricted(path)
     except pickle.UnpicklingError:
         raise DataError(
             f"{path}: holds objects other than tensors and plain values; a checkpoint of the original project "
             "is read by `python -m spinlock_fast.convert`"
         ) from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+
+
+def load_restricted(path: Path) -> dict[str, Any]:
+    """As `load_torch`, but raises pickle.UnpicklingError for a type that may not be loaded."""
+    try:
+        if path.exists() and not zipfile.is_zipfile(path):
+            raise DataError(f"{path}: not a checkpoint, or a damaged one (torch files are zip archives)")
+        payload = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (OSError, RuntimeError, EOFError, LookupError, TypeError, AttributeError, struct.error) as error:
         raise DataError(f"{path}: cannot be read as a checkpoint: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(payload, dict):
         raise DataError(f"{path}: not a checkpoint")

@@ -7,13 +7,13 @@ class SpinlockFastError(Exception):
     exit_status = 1
 
 
-class ConfigError(SpinlockFastError):
+class ConfigError(SpinlockFastError, ValueError):
     """A setting is unknown, of the wrong type, or impossible."""
 
     exit_status = 2
 
 
-class DataError(SpinlockFastError):
+class DataError(SpinlockFastError, ValueError):
     """The data cannot serve: missing, unreadable, damaged, mismatched, constant, too few rows."""
 
     exit_status = 3

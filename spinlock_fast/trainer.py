@@ -21,8 +21,8 @@ from spinlock_fast.config import Levels, RunConfig, TrainingConfig
 from spinlock_fast.config_file import apply_overrides, load_config
 from spinlock_fast.errors import ConfigError, DataError, Interrupted, TrainingError
 from spinlock_fast.features.categories import (
-    assign_categories,
     Groups,
+    assign_categories,
     category_correlation,
     discover_categories,
     max_off_diagonal,

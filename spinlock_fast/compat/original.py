@@ -13,7 +13,16 @@ import torch
 import yaml
 from torch import Tensor
 
-from spinlock_fast.checkpoint import BEST, CONFIG, SAFETENSORS, model_payload, save_torch, write_normalization
+from spinlock_fast.checkpoint import (
+    BEST,
+    CONFIG,
+    NORMALIZATION,
+    SAFETENSORS,
+    load_restricted,
+    model_payload,
+    save_torch,
+    write_normalization,
+)
 from spinlock_fast.config import (
     ENCODER_PARAMS,
     FamilyConfig,
@@ -88,15 +97,11 @@ def read_original(path: Path) -> dict[str, Any]:
     """
     try:
         with torch.serialization.safe_globals(_allowed()):
-            payload = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
+            payload = load_restricted(path)
     except pickle.UnpicklingError as error:
         reason = str(error).split("WeightsUnpickler error:")[-1].strip().splitlines()[0]
         raise DataError(f"{path}: refused: {reason}") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
-        raise DataError(f"{path}: cannot be read: {' '.join(str(error).split())[:200]}") from None
-    if not isinstance(payload, dict) or "model_state_dict" not in payload:
+    if "model_state_dict" not in payload:
         raise DataError(f"{path}: no model_state_dict: not a checkpoint of the original project")
     return payload
 
@@ -176,7 +181,7 @@ def write_converted(converted: Converted, directory: Path) -> None:
     write_text(directory / CONFIG, dump_config(converted.config))
     write_atomically(directory / SAFETENSORS, lambda temporary: save_file(tensors, temporary))
     groups = converted.model.config.group_indices
-    write_normalization(directory / "normalization_stats.npz", converted.normalizer.by_category(groups))
+    write_normalization(directory / NORMALIZATION, converted.normalizer.by_category(groups))
     save_torch(directory / BEST, payload)
 
 
@@ -281,7 +286,7 @@ def _normalizer(
         pairs = {name: (stats[name].mean, stats[name].std) for name in groups if name in stats}
         mad = False
     else:
-        file = path.parent / "normalization_stats.npz"
+        file = path.parent / NORMALIZATION
         if not file.exists():
             raise DataError(f"{path}: no normalization_stats in it, and no {file.name} beside it")
         with np.load(file, allow_pickle=False) as arrays:

@@ -1,0 +1,219 @@
+"""Small synthetic data and reference formulas that several tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from spinlock_fast.kernels.layout import CodebookLayout
+
+SUMMARY = "features/summary/aggregated/features"
+TRAJECTORIES = "features/summary/per_trajectory/features"
+TEMPORAL = "features/temporal/features"
+ARCHITECTURE = "features/architecture/aggregated/features"
+FIELDS = "inputs/fields"
+PARAMS = "parameters/params"
+_STORAGE = ("chunk_rows", "compression", "shuffle", "fletcher32")
+FAMILIES = {"summary": SUMMARY, "temporal": TEMPORAL, "architecture": ARCHITECTURE}
+
+
+def planted_matrix(rows: int, sizes: Sequence[int], *, seed: int, noise: float = 0.3) -> NDArray[np.float32]:
+    """[rows, sum sizes]: group after group of columns that share one hidden factor; every second column is negated."""
+    rng = np.random.default_rng(seed)
+    factor = np.repeat(rng.standard_normal((rows, len(sizes))), sizes, axis=1)
+    sign = np.where(np.arange(sum(sizes)) % 2 == 0, 1.0, -1.0)
+    return (sign * factor + noise * rng.standard_normal(factor.shape)).astype(np.float32)
+
+
+def synthetic_arrays(
+    rows: int,
+    *,
+    seed: int,
+    summary_width: int = 36,
+    temporal_shape: tuple[int, int] = (32, 7),
+    architecture_width: int = 12,
+    trajectories: int = 2,
+    field_shape: tuple[int, ...] = (3, 8, 8),
+    params_width: int = 12,
+    groups: int = 6,
+    noise: float = 0.3,
+    nan: bool = True,
+    structure: bool = True,
+) -> dict[str, NDArray[Any]]:
+    """The datasets of SPEC.md by path in the file, small.
+
+    Args:
+        groups: hidden factors that the columns of every family follow, in turn.
+        noise: standard deviation of what is not the factor, which has 1.
+        nan: every twelfth summary column is all NaN, and about 1 % of other raw values.
+        structure: False makes all values independent noise.
+    """
+    rng = np.random.default_rng(seed)
+    factors = rng.standard_normal((rows, groups)) if structure else np.zeros((rows, groups))
+
+    def columns(width: int) -> NDArray[np.float64]:
+        base = factors[:, np.arange(width) % groups] * rng.choice([-1.0, 1.0], width)
+        return base + (noise if structure else 1.0) * rng.standard_normal((rows, width))
+
+    summary = columns(summary_width) * np.exp(rng.uniform(-2.0, 2.0, summary_width)) + rng.normal(size=summary_width)
+    per_trajectory = summary[:, None] + 0.1 * rng.standard_normal((rows, trajectories, summary_width))
+    steps, channels = temporal_shape
+    phase = 2.0 * np.pi * np.arange(1, channels + 1) * np.linspace(0.0, 1.0, steps)[:, None]  # [T, D]
+    amplitude = columns(channels)[:, None]
+    temporal = amplitude * np.sin(phase) + factors[:, :1, None] + 0.1 * rng.standard_normal((rows, steps, channels))
+    if nan:
+        for values in (summary, temporal):
+            values[rng.random(values.shape) < 0.01] = np.nan
+        summary[:, ::12] = np.nan
+    choice = rng.integers(0, 3, (3, rows))
+    return {
+        SUMMARY: summary.astype(np.float32),
+        TRAJECTORIES: per_trajectory[..., : max(summary_width // 3, 1)].astype(np.float32),
+        TEMPORAL: temporal.astype(np.float32),
+        ARCHITECTURE: (1.0 / (1.0 + np.exp(-columns(architecture_width)))).astype(np.float32),
+        FIELDS: rng.standard_normal((rows, *field_shape)).astype(np.float32),
+        PARAMS: rng.random((rows, params_width)).astype(np.float32),
+        "metadata/ic_types": np.array(["gaussian", "grf", "waves"], dtype=object)[choice[0]],
+        "metadata/evolution_policies": np.array(["autoregressive", "residual", "convex"], dtype=object)[choice[1]],
+        "metadata/grid_sizes": np.full(rows, field_shape[-1] if field_shape else 0, dtype=np.int32),
+        "metadata/noise_regimes": np.array(["low", "medium", "high"], dtype=object)[choice[2]],
+    }
+
+
+def write_arrays(
+    path: str | Path,
+    arrays: Mapping[str, NDArray[Any]],
+    *,
+    chunk_rows: int | None = 8,
+    compression: str | None = "gzip",
+    shuffle: bool = False,
+    fletcher32: bool = False,
+) -> Path:
+    """Writes arrays by path in the file; `chunk_rows=None` stores them contiguous and unfiltered."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    filters: dict[str, Any] = {"compression": compression, "shuffle": shuffle, "fletcher32": fletcher32}
+    if compression == "gzip":
+        filters["compression_opts"] = 4
+    with h5py.File(path, "w") as file:
+        for name, values in arrays.items():
+            options: dict[str, Any] = {}
+            if chunk_rows is not None and values.size and values.ndim > 1:
+                step = 1 if name == FIELDS else min(chunk_rows, len(values))
+                options = {"chunks": (step, *values.shape[1:]), **filters}
+            dtype = h5py.string_dtype() if values.dtype == object else values.dtype
+            file.create_dataset(name, data=values, dtype=dtype, **options)
+    return path
+
+
+def write_dataset(
+    path: str | Path,
+    rows: int,
+    *,
+    seed: int,
+    chunk_rows: int | None = 8,
+    compression: str | None = "gzip",
+    shuffle: bool = False,
+    fletcher32: bool = False,
+    omit: Sequence[str] = (),
+    **shape: Any,
+) -> Path:
+    """Writes a small HDF5 file in the layout of SPEC.md; see `synthetic_arrays` for `shape`.
+
+    Args:
+        omit: dataset paths (or groups of them) that are left out.
+    """
+    arrays = {
+        name: values
+        for name, values in synthetic_arrays(rows, seed=seed, **shape).items()
+        if not any(name == left or name.startswith(f"{left}/") for left in omit)
+    }
+    return write_arrays(
+        path, arrays, chunk_rows=chunk_rows, compression=compression, shuffle=shuffle, fletcher32=fletcher32
+    )
+
+
+def write_shards(directory: str | Path, counts: Sequence[int], *, seed: int, **options: Any) -> list[Path]:
+    """Writes shard_0.h5, shard_1.h5, ... that together hold the rows of `write_dataset(sum(counts))`."""
+    storage = {key: options.pop(key) for key in _STORAGE if key in options}
+    arrays = synthetic_arrays(sum(counts), seed=seed, **options)
+    ends = np.cumsum(counts)
+    return [
+        write_arrays(
+            Path(directory) / f"shard_{i}.h5",
+            {name: values[end - count : end] for name, values in arrays.items()},
+            **storage,
+        )
+        for i, (end, count) in enumerate(zip(ends, counts, strict=True))
+    ]
+
+
+def split_columns(z: torch.Tensor, layout: CodebookLayout) -> list[torch.Tensor]:
+    """Packed latents [N, sum D] -> one [N, D_g] per codebook."""
+    return list(z.split(list(layout.dims), dim=1))
+
+
+def split_codebooks(codebook: torch.Tensor, layout: CodebookLayout) -> list[torch.Tensor]:
+    """Packed code vectors [sum K D] -> one [K_g, D_g] per codebook."""
+    sizes = [k * d for k, d in zip(layout.num_codes, layout.dims, strict=True)]
+    return [part.view(-1, d) for part, d in zip(codebook.split(sizes), layout.dims, strict=True)]
+
+
+def distances64(z: torch.Tensor, codebook: torch.Tensor, layout: CodebookLayout) -> list[torch.Tensor]:
+    """Squared distances [N, K_g] of every codebook, from differences in float64."""
+    return [
+        (part.double()[:, None] - codes.double()[None]).square().sum(-1)
+        for part, codes in zip(split_columns(z, layout), split_codebooks(codebook, layout), strict=True)
+    ]
+
+
+def assert_nearest(
+    codes: torch.Tensor, z: torch.Tensor, codebook: torch.Tensor, layout: CodebookLayout, ulps: float = 4.0
+) -> None:
+    """Every chosen code is as near as the nearest, up to the rounding of |e|^2 - 2 z.e in float32.
+
+    The bound is `ulps` * sqrt(D) * eps * (|z|^2 + max |e|^2): rounding errors of D products add up like a random walk.
+    """
+    eps = torch.finfo(torch.float32).eps
+    parts = zip(split_columns(z, layout), split_codebooks(codebook, layout), strict=True)
+    for g, ((part, book), distance) in enumerate(zip(parts, distances64(z, codebook, layout), strict=True)):
+        chosen = distance.gather(1, codes[:, g : g + 1])[:, 0]
+        size = part.double().square().sum(1) + book.double().square().sum(1).max()
+        gap = chosen - distance.min(1).values
+        assert (gap <= ulps * part.shape[1] ** 0.5 * eps * size).all(), f"codebook {g}: {gap.max()} too far"
+
+
+def random_group(
+    layout: CodebookLayout, rows: int, *, seed: int, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Normal latents [rows, sum D] and code vectors [sum K D]."""
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(rows, layout.total_dims, generator=generator, dtype=dtype)
+    return z, torch.randn(layout.total_entries, generator=generator, dtype=dtype)
+
+
+def loop_of_layers(
+    layers: Sequence[Callable[[torch.Tensor], torch.Tensor]], parts: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Each layer on its own part: what a grouped layer does at once."""
+    return [layer(part) for layer, part in zip(layers, parts, strict=True)]
+
+
+@contextmanager
+def raises_one_line(kind: type[Exception], *texts: str) -> Iterator[None]:
+    """The block raises exactly `kind` with a message of one line that holds every text."""
+    with pytest.raises(kind) as caught:
+        yield
+    message = str(caught.value)
+    assert caught.type is kind, f"{caught.type.__name__}: {message}"
+    assert "\n" not in message
+    for text in texts:
+        assert text in message, f"{text!r} is not in: {message}"

@@ -1,0 +1,504 @@
+"""The commands end to end, on small synthetic files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+import yaml
+from helpers import ARCHITECTURE, SUMMARY, TEMPORAL, TRAJECTORIES, write_dataset, write_shards
+
+from spinlock_fast import Tokenizer, load_checkpoint
+from spinlock_fast.checkpoint import FILES, RESUME, load_torch
+from spinlock_fast.config_file import load_config
+from spinlock_fast.evaluate import main as evaluate_main
+from spinlock_fast.tokenize import main as tokenize_main
+from spinlock_fast.train import main as train_main
+
+ROOT = Path(__file__).parents[1]
+FAMILIES = (SUMMARY, TEMPORAL, ARCHITECTURE)
+ENCODER = {"encoder": "MLPEncoder", "encoder_params": {"hidden_dims": [16], "output_dim": 12}}
+CONFIG: dict[str, Any] = {
+    "device": "cpu",
+    "families": {
+        "summary": ENCODER,
+        "temporal": {"encoder": "TemporalCNNEncoder", "encoder_params": {"embedding_dim": 8}},
+        "architecture": {"encoder": "IdentityEncoder"},
+    },
+    "training": {
+        "batch_size": 64,
+        "topo_samples": 64,
+        "num_epochs": 3,
+        "val_every_n_epochs": 1,
+        "orthogonality_target": 10.0,
+    },
+    "logging": {"tensorboard": False},
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data") / "operators.h5", 160, seed=3)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "run.yaml"
+    path.write_text(yaml.safe_dump(CONFIG, sort_keys=False))
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(data: Path, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("run") / "checkpoint"
+    with pytest.raises(SystemExit) as end:
+        train_main([str(config), "--quiet", "--set", f"dataset_path={data}", "--output", str(output)])
+    assert end.value.code == 0
+    return output
+
+
+def run(command: Callable[[list[str]], None], *arguments: object) -> int:
+    with pytest.raises(SystemExit) as end:
+        command([str(argument) for argument in arguments])
+    return int(end.value.code or 0)
+
+
+def test_a_run_leaves_the_whole_directory(checkpoint: Path) -> None:
+    assert {path.name for path in checkpoint.iterdir()} == set(FILES) - {RESUME, "tensorboard"}
+
+
+def test_model_files_hold_what_is_promised(checkpoint: Path) -> None:
+    for name in ("best_model.pt", "final_model.pt"):
+        payload = torch.load(checkpoint / name, weights_only=True)
+        for key in ("model_state_dict", "model_config", "encoder_state_dicts", "feature_mask", "feature_cleaning"):
+            assert key in payload
+        assert payload["feature_mask"].dtype == torch.bool
+        assert payload["feature_mask"].numel() == 12 + 8 + 12
+    assert payload["run_state"]["run"]["optimizer_state_dict"]["state"]
+
+
+def test_safetensors_hold_the_best_model(checkpoint: Path) -> None:
+    from safetensors.torch import load_file
+
+    best = torch.load(checkpoint / "best_model.pt", weights_only=True)["model_state_dict"]
+    tensors = load_file(checkpoint / "model.safetensors")
+    assert tensors.keys() == best.keys()
+    assert all(torch.equal(tensors[key], best[key]) for key in best)
+
+
+def test_metrics_hold_every_key_of_the_specification(checkpoint: Path) -> None:
+    metrics = json.loads((checkpoint / "metrics.json").read_text())
+    keys = """quality reconstruction_error utilization perplexity perplexity_over_k category_correlation_max val_rows
+    val_loss topo_pre topo_post parameters epochs total_codes active_codes categories seconds samples backend device
+    versions"""
+    assert set(keys.split()) <= metrics.keys()
+    assert {"load_encode", "clean", "discover", "train", "total"} <= metrics["seconds"].keys()
+    for category in metrics["categories"]:
+        expected = {"name", "features", "families", "partial_mse", "utilization", "perplexity", "codes", "dims"}
+        assert expected <= category.keys()
+        assert sum(category["families"].values()) == category["features"]
+    assert metrics["samples"] == 160
+    assert metrics["val_rows"] == 16
+
+
+def test_normalization_stats_have_an_entry_per_category(checkpoint: Path) -> None:
+    names = [c["name"] for c in json.loads((checkpoint / "metrics.json").read_text())["categories"]]
+    with np.load(checkpoint / "normalization_stats.npz", allow_pickle=False) as arrays:
+        assert set(arrays) == {f"{n}_{kind}" for n in names for kind in ("mean", "std")} | {"_normalization_method"}
+
+
+def test_the_written_configuration_loads_again(checkpoint: Path, data: Path) -> None:
+    config = load_config(checkpoint / "config.yaml")
+    assert config.dataset_path == str(data)
+    assert config.output_dir == str(checkpoint)
+    assert config.training.num_epochs == 3
+
+
+def test_features_of_training_rows_are_normalised(checkpoint: Path, data: Path) -> None:
+    tokenizer = Tokenizer.from_checkpoint(checkpoint)
+    x = np.concatenate([block for _, block in tokenizer.features_file(data)])
+    assert np.isfinite(x).all()
+    assert np.abs(x.mean(0)).max() < 0.5
+    assert np.abs(x.std(0) - 1).max() < 0.6
+
+
+def test_tokens_from_file_arrays_and_model_agree(checkpoint: Path, data: Path) -> None:
+    tokenizer = Tokenizer.from_checkpoint(checkpoint)
+    with h5py.File(data) as file:
+        raw = {name: file[path][:] for name, path in zip(CONFIG["families"], FAMILIES, strict=True)}
+    from_file = tokenizer.encode(str(data))
+    from_arrays = tokenizer.encode(raw)
+    assert from_file.dtype == np.int64
+    assert np.array_equal(from_file, from_arrays)
+    from_torch = tokenizer.encode({name: torch.from_numpy(array) for name, array in raw.items()})
+    assert isinstance(from_torch, torch.Tensor)
+    assert np.array_equal(from_torch.numpy(), from_arrays)
+    model = load_checkpoint(checkpoint)
+    assert np.array_equal(model.get_tokens(torch.from_numpy(tokenizer.features(raw))).numpy(), from_arrays)
+
+
+def test_decoding_returns_features_in_their_units(checkpoint: Path, data: Path) -> None:
+    tokenizer = Tokenizer.from_checkpoint(checkpoint)
+    tokens = tokenizer.encode(data)
+    features = tokenizer.decode(tokens)
+    assert features.shape == (160, len(tokenizer.feature_names))
+    x = np.concatenate([block for _, block in tokenizer.features_file(data)])
+    true = tokenizer.normalizer.inverse(x)
+    assert np.mean((features - true) ** 2 / tokenizer.normalizer.scale**2) < 1.0
+    with pytest.raises(IndexError, match="codebook 0"):
+        tokenizer.decode(tokens + 1000)
+
+
+def test_tokenize_writes_the_narrowest_integers(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "tokens.h5"
+    assert run(tokenize_main, checkpoint, data, "--output", output, "--quiet", "--memory-budget", "1MB") == 0
+    tokenizer = Tokenizer.from_checkpoint(checkpoint)
+    with h5py.File(output) as file:
+        tokens = file["tokens"]
+        assert tokens.dtype == np.uint8
+        assert np.array_equal(tokens[:], tokenizer.encode(data))
+        assert list(tokens.attrs["codebook_names"]) == tokenizer.model.codebook_names
+        assert tuple(tokens.attrs["codebook_sizes"]) == tokenizer.model.quantizer.num_codes
+        assert len(tokens.attrs["checkpoint_sha256"]) == 64
+    assert [path.name for path in tmp_path.iterdir()] == ["tokens.h5"]
+
+
+def test_tokenize_refuses_to_overwrite_its_input(
+    checkpoint: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = data.read_bytes()
+    assert run(tokenize_main, checkpoint, data, "--output", data, "--quiet") == 4
+    assert data.read_bytes() == before
+
+
+def test_evaluate_measures_every_row(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "metrics.json"
+    assert run(evaluate_main, checkpoint, data, "--json", output, "--quiet") == 0
+    metrics = json.loads(output.read_text())
+    assert metrics["val_rows"] == metrics["samples"] == 160
+    assert 0 < metrics["quality"] <= 1
+
+
+def test_shards_train_like_one_file(config: Path, checkpoint: Path, tmp_path: Path) -> None:
+    write_shards(tmp_path, [50, 7, 103], seed=3)
+    output = tmp_path / "out"
+    assert run(train_main, config, "--quiet", "--set", f"dataset_path={tmp_path}/shard_*.h5", "--output", output) == 0
+    whole, shards = (json.loads((place / "metrics.json").read_text()) for place in (checkpoint, output))
+    assert shards["reconstruction_error"] == pytest.approx(whole["reconstruction_error"], rel=1e-4)
+    assert [c["feature_names"] for c in shards["categories"]] == [c["feature_names"] for c in whole["categories"]]
+
+
+def test_a_family_may_be_any_dataset(config: Path, data: Path, tmp_path: Path) -> None:
+    families = f"families={{mine: {{encoder: IdentityEncoder, dataset: {TRAJECTORIES}}}}}"
+    arguments = [config, "--quiet", "--set", families, "--set", f"dataset_path={data}", "--output", tmp_path / "out"]
+    assert run(train_main, *arguments) == 0
+    names = Tokenizer.from_checkpoint(tmp_path / "out").feature_names
+    assert all(name.startswith("mine::") for name in names)
+
+
+def test_standardized_families_tokenize_alike_from_the_checkpoint(config: Path, data: Path, tmp_path: Path) -> None:
+    arguments = ["--set", "families.summary.standardize=true", "--set", "families.temporal.standardize=true"]
+    output = tmp_path / "out"
+    assert run(train_main, config, "--quiet", *arguments, "--set", f"dataset_path={data}", "--output", output) == 0
+    tokenizer = Tokenizer.from_checkpoint(output)
+    assert tokenizer.families[0].center is not None
+    x = np.concatenate([block for _, block in tokenizer.features_file(data)])
+    assert np.abs(x.mean(0)).max() < 0.5
+
+
+def test_categories_from_a_mapping_file(config: Path, checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    names = Tokenizer.from_checkpoint(checkpoint).feature_names
+    mapping = {"last": names[::-2], "first": names[-2::-2], "unused": ["summary::no_such_column"]}
+    (tmp_path / "map.json").write_text(json.dumps(mapping))
+    output = tmp_path / "out"
+    arguments = [config, "--quiet", "--set", f"dataset_path={data}", "--output", output]
+    assert run(train_main, *arguments, "--set", f"training.category_assignment={tmp_path}/map.json") == 0
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert [c["name"] for c in metrics["categories"]] == ["last", "first"]
+
+
+def test_an_earlier_run_is_set_aside(config: Path, data: Path, checkpoint: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    shutil.copytree(checkpoint, output)
+    assert run(train_main, config, "--quiet", "--set", f"dataset_path={data}", "--output", output) == 0
+    assert (output / "previous" / "best_model.pt").read_bytes() == (checkpoint / "best_model.pt").read_bytes()
+
+
+def test_dry_run_writes_nothing(config: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out"
+    assert run(train_main, config, "--dry-run", "--set", f"dataset_path={data}", "--output", output) == 0
+    text = capsys.readouterr().out
+    assert "160 samples" in text
+    assert "144 training, 16 validation" in text
+    assert not output.exists()
+
+
+def test_help_config_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    train_main(["--help-config"])
+    text = capsys.readouterr().out
+    for key in ("dataset_path", "standardize", "mad_scale", "codebook_init", "dead_code_threshold", "hidden_dims"):
+        assert key in text
+
+
+def train_process(*arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "spinlock_fast.train", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_leaves_a_run_that_resumes_to_the_same_weights(
+    config: Path, data: Path, tmp_path: Path, number: int, status: int
+) -> None:
+    common = [config, "--set", f"dataset_path={data}", "--set", "training.num_epochs=400"]
+    common += ["--set", "training.val_every_n_epochs=50", "--set", "training.save_every=5"]
+    broken = tmp_path / "broken"
+    process = train_process(*common, "--output", broken)
+    deadline = time.monotonic() + 60
+    while not (broken / RESUME).exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert errors.strip().splitlines()[-1].startswith("error: stopped in epoch")
+    assert f"--resume {broken}" in errors.replace("\n", "")
+    reached = load_torch(broken / RESUME)["run"]["epoch"]
+    assert 5 <= reached < 400
+
+    # The rest is shortened: what matters is that both runs see the same steps.
+    epochs = f"training.num_epochs={reached + 3}"
+    for output, resume in ((broken, ["--resume", broken]), (tmp_path / "whole", [])):
+        process = train_process(*common, "--set", epochs, "--quiet", "--output", output, *resume)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    weights = [load_torch(place / "final_model.pt")["model_state_dict"] for place in (broken, tmp_path / "whole")]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert not (broken / RESUME).exists()
+
+
+def test_resuming_with_another_setting_names_it(
+    config: Path, data: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    shutil.copytree(checkpoint, output)
+    arguments = [config, "--quiet", "--set", f"dataset_path={data}", "--resume", output]
+    assert run(train_main, *arguments, "--set", "training.batch_size=32") == 2
+    assert "training.batch_size: 32, but the run to resume was started with 64" in capsys.readouterr().err
+
+
+def test_resuming_on_other_data_is_refused(
+    config: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    shutil.copytree(checkpoint, output)
+    other = write_dataset(tmp_path / "other.h5", 160, seed=4)
+    arguments = [config, "--quiet", "--set", f"dataset_path={other}", "--resume", output]
+    assert run(train_main, *arguments, "--set", "training.num_epochs=4") == 3
+    assert "not those of the interrupted run" in capsys.readouterr().err
+
+
+def test_a_finished_run_can_be_trained_longer(config: Path, data: Path, checkpoint: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    shutil.copytree(checkpoint, output)
+    arguments = [config, "--quiet", "--set", f"dataset_path={data}", "--resume", output]
+    assert run(train_main, *arguments, "--set", "training.num_epochs=5") == 0
+    assert json.loads((output / "metrics.json").read_text())["epochs"] == 5
+
+
+# --- bad input: one line, its status, nothing written ---
+
+
+@pytest.fixture
+def variant(data: Path, tmp_path: Path) -> Callable[[Callable[[h5py.File], None]], Path]:
+    def make(change: Callable[[h5py.File], None]) -> Path:
+        path = tmp_path / "variant.h5"
+        shutil.copy(data, path)
+        with h5py.File(path, "a") as file:
+            change(file)
+        return path
+
+    return make
+
+
+def replace(file: h5py.File, path: str, values: np.ndarray[Any, Any]) -> None:
+    del file[path]
+    file[path] = values
+
+
+def keep_rows(count: int) -> Callable[[h5py.File], None]:
+    def change(file: h5py.File) -> None:
+        for path in FAMILIES:
+            replace(file, path, file[path][:count])
+
+    return change
+
+
+def make_constant(file: h5py.File) -> None:
+    for path in FAMILIES:
+        replace(file, path, np.ones(file[path].shape, np.float32))
+
+
+def put(path: str, row: int, value: float) -> Callable[[h5py.File], None]:
+    def change(file: h5py.File) -> None:
+        file[path][row, ..., 0] = value
+
+    return change
+
+
+def drop(path: str) -> Callable[[h5py.File], None]:
+    def change(file: h5py.File) -> None:
+        del file[path]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (drop(ARCHITECTURE), f"no dataset {ARCHITECTURE}"),
+        (lambda f: replace(f, ARCHITECTURE, f[ARCHITECTURE][:150]), "families differ in their number of rows"),
+        (lambda f: replace(f, SUMMARY, f[SUMMARY][:][:, None, None, :]), "2-D or 3-D"),
+        (lambda f: replace(f, TEMPORAL, f[TEMPORAL][:, 0]), "3-D"),
+        (make_constant, "constant"),
+        (keep_rows(0), "no rows"),
+        (keep_rows(1), "1 row"),
+        (keep_rows(8), "at least 10"),
+        (keep_rows(14), "fewer than the"),
+        (put(SUMMARY, 42, np.inf), "row 42, position [0] is infinite"),
+        (put(TEMPORAL, 7, -np.inf), "row 7, position [0, 0] is infinite"),
+        (put(ARCHITECTURE, 159, np.inf), "row 159"),
+    ],
+)
+def test_data_that_cannot_serve(
+    config: Path,
+    variant: Callable[[Callable[[h5py.File], None]], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: Callable[[h5py.File], None],
+    words: str,
+) -> None:
+    path, output = variant(change), tmp_path / "out"
+    assert run(train_main, config, "--quiet", "--set", f"dataset_path={path}", "--output", output) == 3
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1
+    assert errors[0].startswith("error: ")
+    assert words in errors[0]
+    assert not (output / "best_model.pt").exists()
+
+
+@pytest.mark.parametrize("kind", ["missing", "text", "truncated", "directory", "glob"])
+def test_files_that_cannot_be_read(
+    config: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    path: Path = tmp_path / "bad.h5"
+    if kind == "text":
+        path.write_text("not HDF5")
+    elif kind == "truncated":
+        path.write_bytes(data.read_bytes()[:-5000])
+    elif kind == "directory":
+        path.mkdir()
+    elif kind == "glob":
+        path = tmp_path / "no_such_*.h5"
+    assert run(train_main, config, "--quiet", "--set", f"dataset_path={path}", "--output", tmp_path / "out") == 3
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1
+    assert str(path) in errors[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["families.summary={encoder: MLPEncodr}"], "did you mean 'MLPEncoder'"),
+        (["training.bach_size=3"], "did you mean 'batch_size'"),
+        (["training.batch_size=many"], "training.batch_size"),
+        (["training.num_epochs=0"], "training.num_epochs"),
+        (["training.val_fraction=0.7", "training.test_fraction=0.5"], "must leave rows"),
+        (["families={mine: {encoder: MLPEncoder}}"], "needs `dataset`"),
+        (["device=tpu"], "auto, cpu, cuda"),
+        (["training.category_assignment=/no/such.json"], "cannot be read"),
+        (["memory_budget=lots"], "expected a size"),
+    ],
+)
+def test_settings_that_cannot_serve(
+    config: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    settings: list[str],
+    words: str,
+) -> None:
+    changes = [part for setting in settings for part in ("--set", setting)]
+    arguments = [config, "--quiet", "--set", f"dataset_path={data}", *changes, "--output", tmp_path / "out"]
+    assert run(train_main, *arguments) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1
+    assert words in errors[0]
+    assert not (tmp_path / "out" / "config.yaml").exists()
+
+
+def test_output_that_cannot_be_written(
+    config: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    output = tmp_path / "file" / "out"
+    assert run(train_main, config, "--quiet", "--set", f"dataset_path={data}", "--output", output) == 4
+    assert "cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["best_model.pt", "nothing"])
+def test_a_damaged_or_missing_checkpoint_is_one_line(
+    checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    if name != "nothing":
+        (broken / name).write_bytes((checkpoint / name).read_bytes()[:1000])
+    assert run(evaluate_main, broken, data) == 3
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_model_file_with_code_in_it_is_not_run(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Trap:
+        def __reduce__(self) -> Any:
+            return (os.mkdir, (str(tmp_path / "trapped"),))
+
+    torch.save({"model_state_dict": Trap()}, tmp_path / "best_model.pt")
+    assert run(evaluate_main, tmp_path, data) == 3
+    assert not (tmp_path / "trapped").exists()
+
+
+def test_rows_of_another_shape_are_refused(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = write_dataset(tmp_path / "other.h5", 20, seed=0, summary_width=40)
+    assert run(tokenize_main, checkpoint, other, "--output", tmp_path / "t.h5") == 3
+    assert "rows of shape (40,)" in capsys.readouterr().err
+    assert not (tmp_path / "t.h5").exists()
+
+
+def test_encode_names_missing_families(checkpoint: Path) -> None:
+    tokenizer = Tokenizer.from_checkpoint(checkpoint)
+    with pytest.raises(ValueError, match="expected the families summary, temporal, architecture"):
+        tokenizer.encode({"summary": np.zeros((2, 36), np.float32)})
+
+
+def test_the_dispatcher_knows_its_verbs(capsys: pytest.CaptureFixture[str]) -> None:
+    from spinlock_fast.cli import main
+
+    assert run(main, "trane") == 2
+    assert "invalid choice: 'trane'" in capsys.readouterr().err
+    assert run(main, "train", "--help-config") == 0

@@ -1,0 +1,287 @@
+"""The training loop, on small planted matrices."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import planted_matrix
+
+from spinlock_fast.config import RunConfig
+from spinlock_fast.config_file import apply_overrides
+from spinlock_fast.errors import ConfigError, DataError, Interrupted, TrainingError
+from spinlock_fast.trainer import EpochRecord, SilentObserver, Trainer, TrainResult, split_rows
+
+SIZES = [6, 9, 5]
+GROUPS = {"cluster_2": list(range(6)), "cluster_10": list(range(6, 15)), "cluster_1": list(range(15, 20))}
+SMALL = {
+    "device": "cpu",
+    "training.batch_size": 64,
+    "training.topo_samples": 64,
+    "training.num_epochs": 4,
+    "training.val_every_n_epochs": 2,
+    "training.orthogonality_target": 1.0,
+}
+
+
+@pytest.fixture(scope="module")
+def x() -> np.ndarray[Any, Any]:
+    return planted_matrix(300, SIZES, seed=0)
+
+
+def trainer(observer: SilentObserver | None = None, **overrides: Any) -> Trainer:
+    dotted = {key.replace("__", "."): value for key, value in overrides.items()}
+    return Trainer.from_config(RunConfig(), {**SMALL, **dotted}, observer)
+
+
+def weights(result: TrainResult) -> dict[str, torch.Tensor]:
+    return dict(result.final_state["model_state_dict"])
+
+
+def assert_same_weights(a: TrainResult, b: TrainResult) -> None:
+    for key, value in weights(a).items():
+        torch.testing.assert_close(value, weights(b)[key], rtol=0, atol=0)
+
+
+def test_training_reduces_the_error_and_reports_every_metric(x: np.ndarray[Any, Any]) -> None:
+    result = trainer(training__num_epochs=20).fit(x, GROUPS)
+    m = result.metrics
+    first = result.history[1].validation
+    assert first is not None
+    assert m["reconstruction_error"] < 0.6 * first["reconstruction_error"]
+    assert m["quality"] == pytest.approx(1 - m["reconstruction_error"])
+    assert 0 < m["utilization"] <= 1
+    assert 0 < m["perplexity_over_k"] <= 1
+    assert m["val_rows"] == 30
+    assert m["samples"] == 300
+    assert m["epochs"] == 20
+    assert m["parameters"] == m["trainable_parameters"] + m["code_entries"]
+    assert [c["name"] for c in m["categories"]] == list(GROUPS)
+    assert [c["features"] for c in m["categories"]] == SIZES
+    for category in m["categories"]:
+        assert all(0 <= u <= 1 for u in category["utilization"])
+        assert len(category["utilization"]) == len(category["perplexity"]) == len(category["codes"]) == 3
+    json.dumps(m, allow_nan=False)
+
+
+def test_the_returned_model_is_the_best_validated_one(x: np.ndarray[Any, Any]) -> None:
+    result = trainer(training__num_epochs=8).fit(x, GROUPS)
+    losses = {r.epoch: r.validation["val_loss"] for r in result.history if r.validation}
+    assert result.best_epoch == min(losses, key=losses.__getitem__)
+    assert result.metrics["val_loss"] == pytest.approx(losses[result.best_epoch], rel=1e-6)
+    assert not result.model.training
+
+
+def test_two_runs_with_one_seed_are_identical(x: np.ndarray[Any, Any]) -> None:
+    a, b = trainer().fit(x, GROUPS), trainer().fit(x, GROUPS)
+    assert_same_weights(a, b)
+    assert {**a.metrics, "seconds": 0} == {**b.metrics, "seconds": 0}
+
+
+def test_another_seed_gives_another_model(x: np.ndarray[Any, Any]) -> None:
+    a, b = trainer().fit(x, GROUPS), trainer(random_seed=7).fit(x, GROUPS)
+    assert a.metrics["reconstruction_error"] != b.metrics["reconstruction_error"]
+
+
+def test_the_callers_random_state_is_untouched(x: np.ndarray[Any, Any]) -> None:
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    trainer(training__num_epochs=1).fit(x, GROUPS)
+    assert torch.equal(torch.rand(3), expected)
+
+
+class StopAt(SilentObserver):
+    """Stops the trainer at a given step, counted over the run, and keeps the saved state."""
+
+    def __init__(self) -> None:
+        self.trainer: Trainer | None = None
+        self.state: dict[str, Any] = {}
+
+    def save(self, state: dict[str, Any]) -> None:
+        self.state = {
+            key: torch.clone(value) if isinstance(value, torch.Tensor) else value for key, value in state.items()
+        }
+
+
+@pytest.mark.parametrize("stop_after", [1, 7, 12])
+def test_a_resumed_run_ends_like_an_unbroken_one(
+    x: np.ndarray[Any, Any], stop_after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"training__dead_code_reset_interval": 1, "training__dead_code_threshold": 0.5}
+    whole = trainer(**settings).fit(x, GROUPS)
+
+    from spinlock_fast import trainer as module
+
+    steps = 0
+    original = module._Run._step
+
+    def counting(self: Any, *args: Any) -> None:
+        nonlocal steps
+        original(self, *args)
+        steps += 1
+        if steps == stop_after:
+            self.trainer.stop(signal.SIGTERM)
+
+    monkeypatch.setattr(module._Run, "_step", counting)
+    observer = StopAt()
+    with pytest.raises(Interrupted) as stopped:
+        trainer(observer, **settings).fit(x, GROUPS)
+    assert stopped.value.exit_status == 143
+    monkeypatch.undo()
+    resumed = trainer(**settings).fit(x, GROUPS, resume=observer.state)
+    assert_same_weights(whole, resumed)
+    assert {**whole.metrics, "seconds": 0} == {**resumed.metrics, "seconds": 0}
+    assert [r.train_loss for r in whole.history] == [r.train_loss for r in resumed.history]
+
+
+def test_given_validation_rows_are_used(x: np.ndarray[Any, Any]) -> None:
+    rows = [3, 1, 200, 77]
+    result = trainer(training__num_epochs=1).fit(x, GROUPS, val_rows=rows)
+    assert result.split.val.tolist() == sorted(rows)
+    assert not set(rows) & set(result.split.train.tolist())
+    assert result.metrics["val_rows"] == 4
+
+
+@pytest.mark.parametrize("rows", [[1, 1], [-1], [300], []])
+def test_impossible_validation_rows_are_refused(x: np.ndarray[Any, Any], rows: list[int]) -> None:
+    with pytest.raises(DataError, match="val_rows"):
+        trainer().fit(x, GROUPS, val_rows=rows)
+
+
+def test_test_rows_are_kept_out_of_training_and_reported(x: np.ndarray[Any, Any]) -> None:
+    result = trainer(training__num_epochs=1, training__test_fraction=0.2).fit(x, GROUPS)
+    split = result.split
+    assert (split.train.size, split.val.size, split.test.size) == (210, 30, 60)
+    assert sorted(np.concatenate([split.train, split.val, split.test])) == list(range(300))
+    assert result.metrics["test"]["val_rows"] == 60
+
+
+def test_split_depends_on_the_seed_alone() -> None:
+    config = RunConfig().training
+    assert np.array_equal(split_rows(100, config, 1).val, split_rows(100, config, 1).val)
+    assert not np.array_equal(split_rows(100, config, 1).val, split_rows(100, config, 2).val)
+
+
+def test_categories_are_discovered_when_not_given(x: np.ndarray[Any, Any]) -> None:
+    result = trainer(training__num_epochs=1).fit(torch.from_numpy(x))
+    found = {frozenset(members) for members in result.model.config.group_indices.values()}
+    assert found == {frozenset(members) for members in GROUPS.values()}
+
+
+def test_families_are_counted_from_feature_names(x: np.ndarray[Any, Any]) -> None:
+    names = [f"{'a' if i % 2 else 'b'}::{i}" for i in range(20)]
+    result = trainer(training__num_epochs=1).fit(x, GROUPS, feature_names=names)
+    assert result.metrics["categories"][0]["families"] == {"b": 3, "a": 3}
+
+
+def test_levels_of_the_call_win_over_the_configuration(x: np.ndarray[Any, Any]) -> None:
+    level = {"num_tokens": 8, "latent_dim": 4}
+    result = trainer(training__num_epochs=1).fit(x, GROUPS, levels={name: [level] for name in GROUPS})
+    assert result.metrics["total_codes"] == 24
+    assert result.model.num_codebooks == 3
+
+
+def test_a_feature_in_no_category_is_still_reconstructed(x: np.ndarray[Any, Any]) -> None:
+    groups = {name: members[1:] for name, members in GROUPS.items()}
+    result = trainer(training__num_epochs=1).fit(x, groups)
+    assert result.model(torch.from_numpy(x))["reconstruction"].shape == x.shape
+
+
+@pytest.mark.parametrize(
+    ("settings", "groups"),
+    [({"model__levels": {"other": [{"num_tokens": 4, "latent_dim": 4}]}}, GROUPS), ({}, {"a": [0, 20]})],
+)
+def test_impossible_models_are_configuration_errors(
+    x: np.ndarray[Any, Any], settings: dict[str, Any], groups: dict[str, list[int]]
+) -> None:
+    with pytest.raises(ConfigError):
+        trainer(**settings).fit(x, groups)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_value_that_is_not_finite_is_named(x: np.ndarray[Any, Any], value: float) -> None:
+    bad = x.copy()
+    bad[17, 3] = value
+    with pytest.raises(DataError, match=r"x\[17, 3\]"):
+        trainer().fit(bad, GROUPS)
+
+
+@pytest.mark.parametrize("shape", [(300,), (300, 0), (10, 2, 3), (1, 20), (20, 20)])
+def test_data_of_the_wrong_size_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(DataError):
+        trainer().fit(np.ones(shape, np.float32), GROUPS)
+
+
+def test_a_loss_that_explodes_is_raised_with_step_and_term(x: np.ndarray[Any, Any]) -> None:
+    with pytest.raises(TrainingError, match=r"the \w+ loss is not finite from step \d+"):
+        trainer(training__learning_rate=1e30).fit(x, GROUPS)
+
+
+def test_early_stopping_counts_validations(x: np.ndarray[Any, Any]) -> None:
+    result = trainer(
+        training__num_epochs=50,
+        training__val_every_n_epochs=2,
+        training__early_stopping_patience=2,
+        training__early_stopping_min_delta=1e9,
+    ).fit(x, GROUPS)
+    assert len(result.history) == 2 + 2 * 2  # the first validation always counts as better
+
+
+def test_validation_runs_at_its_interval_and_at_the_end(x: np.ndarray[Any, Any]) -> None:
+    result = trainer(training__num_epochs=5, training__val_every_n_epochs=2).fit(x, GROUPS)
+    assert [r.epoch for r in result.history if r.validation] == [2, 4, 5]
+
+
+@pytest.mark.parametrize("strategy", ["perturb", "sample"])
+def test_dead_codes_are_reset_at_their_interval_but_not_at_the_end(x: np.ndarray[Any, Any], strategy: str) -> None:
+    result = trainer(
+        training__num_epochs=4,
+        training__dead_code_reset_interval=2,
+        training__dead_code_threshold=0.9,
+        training__dead_code_strategy=strategy,
+    ).fit(x, GROUPS)
+    assert [r.epoch for r in result.history if r.resets is not None] == [2]
+    assert result.history[1].resets
+
+
+def test_learning_rate_warms_up_and_follows_the_cosine(x: np.ndarray[Any, Any]) -> None:
+    result = trainer(
+        training__num_epochs=4, training__warmup_epochs=1, training__scheduler="cosine", training__batch_size=270
+    ).fit(x, GROUPS)
+    rates = [r.learning_rate for r in result.history]
+    cosine = [1e-3 * 0.5 * (1 + math.cos(math.pi * k / 3)) for k in range(3)]
+    assert rates == pytest.approx([1e-3, *cosine])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model__use_ema": False},
+        {"model__rotation_trick": True},
+        {"model__codebook_init": "uniform"},
+        {"training__optimizer": "adamw", "training__weight_decay": 0.01},
+        {"training__topo_weight": 0.0, "training__informativeness_weight": 0.0},
+        {"training__dead_code_reset_steps": 2, "training__dead_code_strategy": "sample"},
+        {"training__batch_size": 10_000},
+    ],
+)
+def test_options_train_to_a_finite_model(x: np.ndarray[Any, Any], settings: dict[str, Any]) -> None:
+    result = trainer(training__num_epochs=2, **settings).fit(x, GROUPS)
+    assert math.isfinite(result.metrics["val_loss"])
+
+
+def test_overrides_are_checked() -> None:
+    with pytest.raises(ConfigError, match="batch_size"):
+        apply_overrides(RunConfig(), {"training.batch_size": 0})
+
+
+def test_history_terms_add_up_to_the_loss(x: np.ndarray[Any, Any]) -> None:
+    record: EpochRecord = trainer(training__num_epochs=1).fit(x, GROUPS).history[0]
+    w = {"reconstruction": 1.0, "vq": 1.0, "orthogonality": 0.1, "informativeness": 0.1, "topographic": 0.3}
+    assert sum(w[name] * value for name, value in record.terms.items()) == pytest.approx(record.train_loss, rel=1e-5)
