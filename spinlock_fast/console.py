@@ -161,41 +161,47 @@ def _tensorboard(directory: Path | None, config: LoggingConfig) -> Any:
 
 def print_summary(metrics: Metrics, console: Console | None = None) -> None:
     """The figures of a run and a row per category, on standard output."""
-    console = console or Console(highlight=False, width=None if sys.stdout.isatty() else 100)
-    figures = Table(title=f"measured on {metrics['val_rows']:,} samples", title_justify="left", show_header=False)
+    console = console or Console(highlight=False, width=None if sys.stdout.isatty() else 80)
+    figures = Table.grid(padding=(0, 2))
     rows = [
         ("quality", f"{metrics['quality']:.4f}"),
         ("reconstruction error", f"{metrics['reconstruction_error']:.4f}"),
         ("utilization", f"{metrics['utilization']:.3f}"),
         ("perplexity / K", f"{metrics['perplexity_over_k']:.3f}"),
-        ("distances kept (latents, codes)", f"{metrics['topo_pre']:.3f}, {metrics['topo_post']:.3f}"),
+        ("distances kept", f"{metrics['topo_pre']:.3f} by latents, {metrics['topo_post']:.3f} by codes"),
         ("validation loss", f"{metrics['val_loss']:.4f}"),
         ("codes in use", f"{metrics['active_codes']} of {metrics['total_codes']}"),
     ]
     if "parameters" in metrics:
         rows.append(("parameters", f"{metrics['parameters']:,}"))
     if "best_epoch" in metrics:
-        rows.append(("epochs (best)", f"{metrics['epochs']} ({metrics['best_epoch']})"))
+        rows.append(("epochs", f"{metrics['epochs']}, best {metrics['best_epoch']}"))
     if "seconds" in metrics:
         rows.append(("seconds", ", ".join(f"{name} {value:.1f}" for name, value in metrics["seconds"].items())))
     for name, value in rows:
-        figures.add_row(name, value)
+        figures.add_row(f"  {name}", value)
+    console.print(f"\nMeasured on {metrics['val_rows']:,} samples")
     console.print(figures)
 
-    table = Table(title=f"{len(metrics['categories'])} categories", title_justify="left")
-    for name in ("category", "features", "families", "purity"):
-        table.add_column(name, justify="left" if name in ("category", "families") else "right")
-    for name in ("partial MSE", "utilization by level", "codes"):
-        table.add_column(name, justify="right")
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column("category", no_wrap=True)
+    table.add_column("features", justify="right")
+    table.add_column("families")
+    for name in ("purity", "MSE", "utilization", "codes"):
+        table.add_column(name, justify="right", no_wrap=True)
     for category in metrics["categories"]:
         families = category.get("families", {})
         table.add_row(
             category["name"],
             str(category["features"]),
-            ", ".join(f"{name} {count}" for name, count in families.items()),
-            f"{max(families.values()) / category['features']:.0%}" if families else "",
+            ", ".join(f"{name[:3].upper()} {count}" for name, count in families.items()),
+            f"{category['purity']:.0%}" if "purity" in category else "",
             f"{category['partial_mse']:.4f}",
-            " / ".join(f"{value:.2f}" for value in category["utilization"]),
-            " / ".join(str(k) for k in category["codes"]),
+            " ".join(f"{value:.2f}" for value in category["utilization"]),
+            " ".join(f"{k:2d}" for k in category["codes"]),
         )
+    console.print()
     console.print(table)
+    console.print(
+        "MSE: of a category's own features, from each of its codebooks alone; by level: L0 L1 L2 ...\n", style="dim"
+    )

@@ -124,7 +124,8 @@ def complete(
     """Adds what does not depend on the rows: families, names, sizes, backend, device, versions."""
     trainable, codes = model.num_parameters()
     for category, members in zip(metrics["categories"], model.config.group_indices.values(), strict=True):
-        category["families"] = count_families(feature_names, members)
+        families = category["families"] = count_families(feature_names, members)
+        category["purity"] = max(families.values()) / len(members)
         category["feature_names"] = [feature_names[i] for i in members]
     metrics |= {
         "category_correlation_max": category_correlation_max,

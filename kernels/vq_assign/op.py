@@ -40,12 +40,14 @@ def vq_assign(z: Tensor, codebook: Tensor, layout: CodebookLayout, mask: Tensor 
     if codebook.shape != (layout.total_entries,):
         raise ValueError(f"codebook must be [{layout.total_entries}], got {list(codebook.shape)}")
     z = z.to(codebook.dtype)
-    codes = reference.nearest_codes(z, codebook, layout)
-    if mask is not None:
-        codes = codes.masked_fill(~mask[:, None], -1)
-    quantized = reference.gather_codes(codes, codebook, layout)
-    counts, sums = reference.accumulate(z, codes, layout)
-    return Assignment(codes, quantized, reference.squared_error(z, quantized, codes, layout), counts, sums)
+    # Autocast would form the distances in half precision, which picks other codes.
+    with torch.autocast(z.device.type, enabled=False):
+        codes = reference.nearest_codes(z, codebook, layout)
+        if mask is not None:
+            codes = codes.masked_fill(~mask[:, None], -1)
+        quantized = reference.gather_codes(codes, codebook, layout)
+        counts, sums = reference.accumulate(z, codes, layout)
+        return Assignment(codes, quantized, reference.squared_error(z, quantized, codes, layout), counts, sums)
 
 
 class _StraightThrough(torch.autograd.Function):
