@@ -154,12 +154,12 @@ def write_results(
     Raises:
         OutputError: a file cannot be written.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     payload = model_payload(model, model.state_dict(), metrics["best_epoch"], parts)
     tensors = {key: value.contiguous() for key, value in payload["model_state_dict"].items()}
     write_text(directory / CONFIG, dump_config(config))
-    write_atomically(directory / SAFETENSORS, lambda temporary: save_file(tensors, temporary))
+    write_atomically(directory / SAFETENSORS, lambda temporary: temporary.write_bytes(save(tensors)))
     write_normalization(directory / NORMALIZATION, normalization)
     write_json(directory / HISTORY, history)
     end = resumable["run"]

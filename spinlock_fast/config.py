@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 _BYTE_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _BYTE_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
@@ -23,10 +23,10 @@ def parse_bytes(value: object) -> int:
         raise ValueError("expected a size such as 1.25GB, 512MiB or a number of bytes")
     if unit not in _BYTE_UNITS:
         raise ValueError("expected a size such as 1.25GB, 512MiB or a number of bytes")
-    size = int(number * _BYTE_UNITS[unit])
-    if size < 1:
-        raise ValueError("expected a size above zero")
-    return size
+    size = number * _BYTE_UNITS[unit]
+    if not 1 <= size < 2**63:
+        raise ValueError("expected a size above zero and below 8 EiB")
+    return int(size)
 
 
 ByteSize = Annotated[int, BeforeValidator(parse_bytes)]
@@ -80,7 +80,7 @@ class FamilyConfig(Section):
         description="network that turns the family's raw values into columns"
     )
     encoder_params: EncoderParams = Field(
-        default_factory=IdentityEncoderParams, description="settings of the encoder; see its section"
+        default=None, validate_default=True, description="settings of the encoder; see its section"
     )
     dataset: str | None = Field(
         default=None,
@@ -91,16 +91,13 @@ class FamilyConfig(Section):
         description="z-score raw columns (median, MAD; clipped at 10) before encoding",
     )
 
-    @model_validator(mode="before")
+    @field_validator("encoder_params", mode="before")
     @classmethod
-    def _params_of_the_named_encoder(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        kind = ENCODER_PARAMS.get(data.get("encoder", ""))
-        params = data.get("encoder_params")
-        if kind is None or isinstance(params, BaseModel):
-            return data
-        return {**data, "encoder_params": kind.model_validate(params if params is not None else {})}
+    def _params_of_the_named_encoder(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = ENCODER_PARAMS.get(info.data.get("encoder", ""))
+        if kind is None:  # an unknown encoder is the error to report
+            return IdentityEncoderParams()
+        return value if isinstance(value, kind) else kind.model_validate({} if value is None else value)
 
 
 def _default_families() -> dict[str, FamilyConfig]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from spinlock_fast.config import ENCODER_PARAMS, RunConfig, Section
+from spinlock_fast.config import ENCODER_PARAMS, FamilyConfig, LevelConfig, RunConfig, Section
 from spinlock_fast.errors import ConfigError
 
 
@@ -22,18 +22,26 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
-            if key in seen:
+            if isinstance(key, Hashable) and key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
-            seen.add(key)
+            if isinstance(key, Hashable):
+                seen.add(key)
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes a text which `_Loader` would read as a number."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+        list("-+.0123456789"),
+    )
 
 
 def parse_yaml(text: str) -> Any:
@@ -96,7 +104,7 @@ def check_config(data: Mapping[str, Any], source: str = "configuration") -> RunC
 
 def dump_config(config: RunConfig) -> str:
     """YAML text that `load_config` reads back to the same settings."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def apply_overrides(config: RunConfig, overrides: Sequence[str] | Mapping[str, Any]) -> RunConfig:
@@ -179,9 +187,10 @@ def _set_dotted(data: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def _describe(problem: ErrorDetails, data: Mapping[str, Any]) -> str:
-    place = _place(problem["loc"])
+    keys = _keys(problem["loc"], data, problem["type"] == "missing")
+    place = ".".join(keys)
     if problem["type"] == "extra_forbidden":
-        return f"{place}: unknown key{_suggest(problem['loc'], data)}"
+        return f"{place}: unknown key{_suggest(keys, data)}"
     if problem["type"] == "missing":
         return f"{place}: required, not given"
     message = problem["msg"].removeprefix("Value error, ")
@@ -201,41 +210,40 @@ def _describe(problem: ErrorDetails, data: Mapping[str, Any]) -> str:
     return f"{place}: {message}, got {shown} ({type(given).__name__}){nearest}"
 
 
-def _place(loc: tuple[int | str, ...]) -> str:
-    # Pydantic adds the names of union members to the path; a user's keys are the rest.
-    parts = [str(part) for part in loc if not re.search(r"\[|Config|Params|^(int|str|float|bool)$", str(part))]
-    return ".".join(parts)
-
-
-def _suggest(loc: tuple[int | str, ...], data: Mapping[str, Any]) -> str:
-    section: type[BaseModel] | None = RunConfig
-    path = [part for part in loc[:-1] if isinstance(part, str)]
-    for depth, part in enumerate(path):
-        if section is None:
-            break
-        field = section.model_fields.get(part)
-        annotation = field.annotation if field else None
-        if part == "families":
-            section = get_args(annotation)[1]
-        elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            section = annotation
-        elif depth >= 1 and path[depth - 1] == "families":
+def _keys(loc: tuple[int | str, ...], data: Any, missing: bool) -> list[str]:
+    """The user's keys in a path; pydantic mixes the names of union members into it."""
+    keys: list[str] = []
+    for part in loc:
+        if isinstance(data, Mapping) and part in data:
+            data = data[part]
+        elif isinstance(data, list) and isinstance(part, int) and part < len(data):
+            data = data[part]
+        elif not (missing and part == loc[-1]):
             continue
-        else:
-            section = None
-    if path and section is not None and len(path) == 2 and path[0] == "families":
-        family = data.get("families", {}).get(path[1], {})
-        params = ENCODER_PARAMS.get(family.get("encoder", "")) if isinstance(family, Mapping) else None
-        if params is not None and str(loc[-1]) not in section.model_fields and loc[-1] not in family:
-            section = params
-    if section is None:
-        return ""
-    allowed = list(section.model_fields)
-    close = difflib.get_close_matches(str(loc[-1]), allowed, 1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return (
-        f"{hint} Allowed: {', '.join(allowed) or 'no keys at all'}" if not hint else f"{hint} (--help-config lists all)"
-    )
+        keys.append(str(part))
+    return keys
+
+
+def _suggest(keys: list[str], data: Mapping[str, Any]) -> str:
+    """What an unknown key may have been meant to be."""
+    allowed = list(_section_at(keys[:-1], data).model_fields)
+    close = difflib.get_close_matches(keys[-1], allowed, 1)
+    if close:
+        return f"; did you mean {close[0]!r}? (--help-config lists all)"
+    return f"; allowed: {', '.join(allowed) or 'no keys at all'}"
+
+
+def _section_at(keys: list[str], data: Mapping[str, Any]) -> type[BaseModel]:
+    match keys:
+        case ["families", _]:
+            return FamilyConfig
+        case ["families", name, "encoder_params"]:
+            return ENCODER_PARAMS[data["families"][name]["encoder"]]
+        case ["model", "levels", *_]:
+            return LevelConfig
+        case [name] if isinstance(section := RunConfig.model_fields[name].annotation, type):
+            return section
+    return RunConfig
 
 
 def _one_line(error: BaseException) -> str:

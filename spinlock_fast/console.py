@@ -202,6 +202,4 @@ def print_summary(metrics: Metrics, console: Console | None = None) -> None:
         )
     console.print()
     console.print(table)
-    console.print(
-        "MSE: of a category's own features, from each of its codebooks alone; by level: L0 L1 L2 ...\n", style="dim"
-    )
+    console.print("MSE: own features from one codebook alone; levels in the order L0, L1, L2\n", style="dim")

@@ -33,7 +33,7 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         temporary = None
     except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from None
+        raise OutputError(f"{path}: cannot be written: {_reason(error)}") from None
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -42,7 +42,10 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Calls `write` with a temporary name, then renames; raises OutputError."""
     with replacing(path) as temporary:
-        write(temporary)
+        try:
+            write(temporary)
+        except RuntimeError as error:  # what torch.save makes of a full disk
+            raise OutputError(f"{path}: cannot be written: {_one_line(error)}") from None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -60,6 +63,15 @@ def check_writable(directory: Path) -> None:
     with replacing(directory / ".writable") as temporary:
         temporary.write_bytes(b"")
     (directory / ".writable").unlink(missing_ok=True)
+
+
+def _reason(error: OSError) -> str:
+    # HDF5 puts a page of detail where others put a phrase.
+    return os.strerror(error.errno) if error.errno else _one_line(error)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def _umask() -> int:

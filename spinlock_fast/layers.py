@@ -71,7 +71,7 @@ class RaggedOutputLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         padded = x @ gather_rows(self.weight, self.gather).transpose(1, 2)  # [G, B, n_max]
-        flat = padded.permute(1, 0, 2).reshape(x.shape[1], -1)
+        flat = padded.permute(1, 0, 2).reshape(x.shape[1], self.gather.numel())
         return flat[:, self.packed] + self.bias
 
 

@@ -101,7 +101,8 @@ def pairwise_distances(points: Tensor) -> Tensor:
     norms = points.square().sum(-1)
     both = norms[:, :, None] + norms[:, None, :]
     square = torch.baddbmm(both, points, points.transpose(1, 2), alpha=-2.0)
-    apart = square > 8.0 * torch.finfo(points.dtype).eps * both.detach()
+    rounding = (8.0 + points.shape[-1] ** 0.5) * torch.finfo(points.dtype).eps
+    apart = square > rounding * both.detach()
     distances: Tensor = torch.where(apart, torch.where(apart, square, 1.0).sqrt(), 0.0)
     return distances
 
@@ -111,10 +112,20 @@ def pair_correlation(a: Tensor, b: Tensor) -> Tensor:
     S = a.shape[0]
     off_diagonal = 1.0 - torch.eye(S, dtype=a.dtype, device=a.device)
     pairs = max(S * (S - 1), 1)
-    a = (a - (a * off_diagonal).sum() / pairs) * off_diagonal
-    b = (b - (b * off_diagonal).sum() / pairs) * off_diagonal
-    tiny = torch.finfo(a.dtype).tiny ** 0.5
-    return (a * b).sum() / (a.square().sum().clamp(min=tiny).sqrt() * b.square().sum().clamp(min=tiny).sqrt())
+    a, a_variance, a_varies = _centred(a, off_diagonal, pairs)
+    b, b_variance, b_varies = _centred(b, off_diagonal, pairs)
+    both = a_varies & b_varies
+    norm = torch.where(both, a_variance, 1.0).sqrt() * torch.where(both, b_variance, 1.0).sqrt()
+    return torch.where(both, (a * b).sum() / pairs / norm, 0.0)
+
+
+def _centred(values: Tensor, off_diagonal: Tensor, pairs: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Values without their mean, their variance, and whether it is more than rounding."""
+    mean = (values * off_diagonal).sum() / pairs
+    centred = (values - mean) * off_diagonal
+    variance = centred.square().sum() / pairs
+    rounding = (16.0 * torch.finfo(values.dtype).eps * mean.detach()).square()
+    return centred, variance, variance > rounding.clamp(min=torch.finfo(values.dtype).tiny)
 
 
 def topographic_correlations(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -17,6 +19,19 @@ from spinlock_fast.layers import (
     RaggedOutputLinear,
 )
 from spinlock_fast.quantize import GroupedVectorQuantizer, resolve_levels
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode for a while; every part gets its own mode back."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
 
 _PARTIAL_HIDDEN = 128
 _SHARED_HIDDEN = 256
@@ -178,22 +193,14 @@ class CategoricalHierarchicalVQVAE(nn.Module):
     @torch.no_grad()
     def get_tokens(self, x: Tensor) -> Tensor:
         """Features [B, F] -> tokens [B, G] int64, without dropout, gradient or change of the codes."""
-        training = self.training
-        self.eval()
-        try:
+        with _evaluating(self):
             return self.quantizer.assign(self.encode(x)).codes
-        finally:
-            self.train(training)
 
     @torch.no_grad()
     def decode_from_tokens(self, tokens: Tensor) -> Tensor:
         """Tokens [B, G] -> features [B, F], without dropout; raises IndexError outside a codebook."""
-        training = self.training
-        self.eval()
-        try:
+        with _evaluating(self):
             return self.decode(self.quantizer.lookup(tokens))
-        finally:
-            self.train(training)
 
     def get_category_tokens(self, tokens: Tensor, category: str) -> Tensor:
         """The tokens [..., L] of one category out of [..., G]."""

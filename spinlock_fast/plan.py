@@ -37,7 +37,7 @@ def print_plan(config: RunConfig) -> None:
             block = min(block_rows(info, config.memory_budget), rows)
             block_bytes = max(block_bytes, 2 * block * info.row_bytes)
             started = time.perf_counter()
-            family(torch.from_numpy(source.read(family.name, 0, block)), f"{source.files[0]}: {info.path}")
+            family(torch.from_numpy(source.read(family.name, 0, block)), source.placing(family.name, 0))
             encode_seconds += (time.perf_counter() - started) * rows / block
             lines.append(
                 f"  {family.name}: {info.path} {[rows, *info.row_shape]} "

@@ -85,12 +85,14 @@ class Tokenizer:
         blocks = []
         for start in range(0, max(arrays[names[0]].shape[0], 1), _ROWS_AT_ONCE):
             rows = slice(start, start + _ROWS_AT_ONCE)
-            blocks.append(
-                torch.cat(
-                    [family(arrays[family.name][rows].to(self.device), first_row=start) for family in self.families],
-                    1,
-                )
-            )
+            columns = []
+            for family in self.families:
+
+                def place(row: int, start: int = start, name: str = family.name) -> str:
+                    return f"family {name!r}: row {start + row}"
+
+                columns.append(family(arrays[family.name][rows].to(self.device), place))
+            blocks.append(torch.cat(columns, 1))
         return self._prepare(torch.cat(blocks).cpu().numpy())
 
     def encode(self, raw: Mapping[str, Any] | str | Path) -> Any:
@@ -139,7 +141,7 @@ class Tokenizer:
                 columns = []
                 for family in self.families:
                     raw = torch.from_numpy(source.read(family.name, start, stop)).to(self.device)
-                    columns.append(family(raw, f"{source.files[0]}: {family.dataset}", start))
+                    columns.append(family(raw, source.placing(family.name, start)))
                 yield start, self._prepare(torch.cat(columns, 1).cpu().numpy())
 
     def decode(self, tokens: Any) -> Any:

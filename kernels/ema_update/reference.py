@@ -139,6 +139,9 @@ def reset_dead_codes(
 
 def _sample_rows(latents: Tensor, layout: CodebookLayout, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
     """[G, K_max, D_max] random finite rows of each codebook's latents, and [G, 1] whether there are any."""
+    if latents.shape[0] == 0:
+        nothing = latents.new_zeros(layout.groups, layout.max_codes, layout.max_dims)
+        return nothing, torch.zeros(layout.groups, 1, dtype=torch.bool, device=latents.device)
     padded = layout.pad_columns(latents)  # [G, N, D_max]
     finite = torch.isfinite(padded).all(-1)
     score = torch.rand(finite.shape, device=latents.device, generator=generator).masked_fill(~finite, -1.0)

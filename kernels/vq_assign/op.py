@@ -78,6 +78,7 @@ def lookup(codes: Tensor, codebook: Tensor, layout: CodebookLayout) -> Tensor:
     """
     if codes.ndim != 2 or codes.shape[1] != layout.groups:
         raise ValueError(f"codes must be [N, {layout.groups}], got {list(codes.shape)}")
+    codes = codes.to(torch.int64)
     sizes = layout.indices(codes.device).num_codes.to(codes.dtype)
     if bool(((codes < 0) | (codes >= sizes)).any()):
         row, g = (int(i) for i in ((codes < 0) | (codes >= sizes)).nonzero()[0])

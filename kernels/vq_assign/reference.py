@@ -30,6 +30,7 @@ def nearest_codes(z: Tensor, codebook: Tensor, layout: CodebookLayout) -> Tensor
     z_padded = layout.pad_columns(z)  # [G, N, D_max]
     codes = layout.pad_codebook(codebook)  # [G, K_max, D_max]
     norms = codes.square().sum(-1).masked_fill(~index.code_mask, torch.inf)  # [G, K_max]
+    same = first_equal(codes)
     transposed = codes.transpose(1, 2)
     rows = max(1, _DISTANCES_AT_ONCE // (layout.groups * layout.max_codes))
     found = []
@@ -37,8 +38,28 @@ def nearest_codes(z: Tensor, codebook: Tensor, layout: CodebookLayout) -> Tensor
         distance = torch.baddbmm(norms[:, None, :], block, transposed, alpha=-2.0)
         distance = distance.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
         best, code = distance.min(-1) if distance.numel() else _no_rows(distance)
+        code = same.gather(1, code)
         found.append(torch.where(torch.isfinite(block).all(-1) & (best < torch.inf), code, -1))
     return torch.cat(found, dim=1).transpose(0, 1).contiguous()
+
+
+def first_equal(codes: Tensor) -> Tensor:
+    """[G, K] lowest index of a code with the same entries, for codes [G, K, D].
+
+    A matrix product may round the distances to two equal codes differently, depending on their columns,
+    so ties between equal codes are settled here. Codes are compared by a 64-bit hash of their bits.
+    """
+    _, K, D = codes.shape
+    bits = (codes + 0.0).contiguous()  # -0 becomes +0
+    words = bits.view(torch.int32 if bits.element_size() == 4 else torch.int64).to(torch.int64)
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randint(-(2**62), 2**62, (D,), generator=generator).mul_(2).add_(1).to(codes.device)
+    hashes = (words * factors).sum(-1)  # [G, K], modulo 2^64
+    ordered, index = hashes.sort(dim=1, stable=True)  # equal codes next to each other, lowest index first
+    starts = torch.ones_like(ordered, dtype=torch.bool)
+    starts[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    position = torch.where(starts, torch.arange(K, device=codes.device), 0).cummax(1).values
+    return torch.empty_like(index).scatter_(1, index, index.gather(1, position))
 
 
 def _no_rows(distance: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,7 +81,7 @@ def gather_codes(codes: Tensor, codebook: Tensor, layout: CodebookLayout) -> Ten
     padded = layout.pad_codebook(codebook).flatten(0, 1)  # [G * K_max, D_max]
     first = torch.arange(layout.groups, device=codes.device) * layout.max_codes
     rows = padded[(codes.clamp(min=0) + first).flatten()]  # [N * G, D_max]
-    packed = rows.view(codes.shape[0], -1)[:, index.packed_columns]
+    packed = rows.view(codes.shape[0], layout.groups * layout.max_dims)[:, index.packed_columns]
     return packed.masked_fill((codes < 0)[:, index.column_book], torch.nan)
 
 
@@ -117,5 +138,9 @@ def rotate_to_codes(z: Tensor, quantized: Tensor, layout: CodebookLayout) -> Ten
         r = z_unit + q_unit
         r = r / r.norm(dim=-1, keepdim=True).clamp(min=tiny)
         scale = q_norm / z_norm
-    rotated = zp - 2.0 * (zp * r).sum(-1, keepdim=True) * r + 2.0 * (zp * z_unit).sum(-1, keepdim=True) * q_unit
-    return layout.pack_columns(scale * rotated)
+    rotated = scale * (
+        zp - 2.0 * (zp * r).sum(-1, keepdim=True) * r + 2.0 * (zp * z_unit).sum(-1, keepdim=True) * q_unit
+    )
+    # No rotation carries a zero latent to a code: its gradient goes straight through.
+    straight = zp + (qp - zp).detach()
+    return layout.pack_columns(torch.where(z_norm > tiny, rotated, straight))

@@ -174,12 +174,12 @@ def convert(source: Path, data: str | None = None) -> Converted:
 
 def write_converted(converted: Converted, directory: Path) -> None:
     """best_model.pt, model.safetensors, config.yaml and normalization_stats.npz; raises OutputError."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     payload = model_payload(converted.model, converted.model.state_dict(), converted.epoch, converted.parts)
     tensors = {key: value.contiguous() for key, value in payload["model_state_dict"].items()}
     write_text(directory / CONFIG, dump_config(converted.config))
-    write_atomically(directory / SAFETENSORS, lambda temporary: save_file(tensors, temporary))
+    write_atomically(directory / SAFETENSORS, lambda temporary: temporary.write_bytes(save(tensors)))
     groups = converted.model.config.group_indices
     write_normalization(directory / NORMALIZATION, converted.normalizer.by_category(groups))
     save_torch(directory / BEST, payload)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import glob
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -77,9 +77,11 @@ class Source:
         return next(iter(self.datasets.values())).rows
 
     def read(self, family: str, start: int, stop: int) -> NDArray[np.float32]:
-        """Rows [start, stop) of a family as float32, across shards; raises DataError naming the damaged place."""
+        """Rows [start, stop) of a family as float32, across shards; DataError names a damaged place."""
         info = self.datasets[family]
-        out = np.empty((max(stop - start, 0), *info.row_shape), dtype=np.float32)
+        if not 0 <= start <= stop <= info.rows:
+            raise IndexError(f"rows {start}..{stop} of {info.rows}")
+        out = np.empty((stop - start, *info.row_shape), dtype=np.float32)
         done = first = 0
         for file, handle in zip(self.files, self._handles, strict=True):
             dataset = handle[info.path]
@@ -97,6 +99,20 @@ class Source:
                 done += high - low
             first += dataset.shape[0]
         return out
+
+    def place(self, family: str, row: int) -> str:
+        """Where a row lies, for messages: file, dataset, row in the file."""
+        info = self.datasets[family]
+        for file, handle in zip(self.files, self._handles, strict=True):
+            count = handle[info.path].shape[0]
+            if row < count:
+                return f"{file}: {info.path}: row {row}"
+            row -= count
+        raise IndexError(f"row {row} beyond the {info.rows} of {info.path}")
+
+    def placing(self, family: str, first: int) -> Callable[[int], str]:
+        """`place` for rows counted from `first`."""
+        return lambda row: self.place(family, first + row)
 
     def feature_names(self, family: str) -> list[str] | None:
         """Names of a family's columns, where the dataset or its group has an attribute `feature_names`."""

@@ -17,6 +17,7 @@ from spinlock_fast.features.statistics import Matrix, correlation
 Groups = dict[str, list[int]]
 
 _CORRELATION_ROWS = 50_000
+_ROUNDING = 1e-9  # of a correlation
 MIN_ROWS = 10
 
 
@@ -46,6 +47,7 @@ def discover_categories(x: Matrix, feature_names: Sequence[str], config: Trainin
         rows = np.random.default_rng([seed, 1]).choice(N, _CORRELATION_ROWS, replace=False)
         x = x[np.sort(rows)]
     distance = 1.0 - np.abs(correlation(x))
+    distance[distance < _ROUNDING] = 0.0
     families = np.array([family_of(name) for name in feature_names])
     isolated = [family for family in config.isolated_families if (families == family).any()]
     parts = [np.flatnonzero(~np.isin(families, isolated))] if len(isolated) < len(set(families)) else []
@@ -73,6 +75,8 @@ def _cluster(distance: NDArray[np.float64], config: TrainingConfig) -> NDArray[n
         return _merge_small(_consecutive(labels), distance, smallest)
     cuts = [_consecutive(fcluster(tree, k, criterion="maxclust")) for k in range(2, most + 1)]
     cuts = [cut for cut in cuts if cut.max() >= 1]
+    if not cuts:  # all features go together
+        return np.zeros(F, dtype=np.int64)
     without_singletons = [cut for cut in cuts if np.bincount(cut).min() > 1]
     best = max(without_singletons or cuts, key=lambda cut: silhouette(distance, cut))
     return _merge_small(best, distance, smallest)
@@ -143,7 +147,7 @@ def assign_categories(path: str | Path, feature_names: Sequence[str]) -> Groups:
     groups: Groups = {}
     for category, members in data.items():
         for member in members:
-            i = member if isinstance(member, int) and member < len(feature_names) else position.get(str(member))
+            i = _position(member, position, path)
             if i is None:
                 continue
             if i in place:
@@ -155,6 +159,17 @@ def assign_categories(path: str | Path, feature_names: Sequence[str]) -> Groups:
     if not groups:
         raise ConfigError(f"training.category_mapping_file: {path} names none of the features")
     return groups
+
+
+def _position(member: object, position: dict[str, int], path: str | Path) -> int | None:
+    """The feature that a mapping file names, None for one that cleaning has dropped."""
+    if isinstance(member, str):
+        return position.get(member)
+    if isinstance(member, int) and not isinstance(member, bool) and 0 <= member < len(position):
+        return member
+    raise ConfigError(
+        f"training.category_mapping_file: {path}: {member!r} is neither a feature's name nor one of 0..{len(position) - 1}"
+    )
 
 
 def category_correlation(x: Matrix, groups: Groups) -> NDArray[np.float64]:

@@ -66,10 +66,13 @@ class FamilyEncoder:
         if self.center is not None and self.scale is not None:
             self.center, self.scale = self.center.to(device), self.scale.to(device)
 
-    def __call__(self, raw: Tensor, place: str = "", first_row: int = 0) -> Tensor:
+    def __call__(self, raw: Tensor, place: Callable[[int], str] | None = None) -> Tensor:
         """Raw values [B, *row_shape] -> columns [B, output_dim] on the encoder's device.
 
         NaN counts as 0. Raises DataError naming row and position of an infinite value.
+
+        Args:
+            place: describes row i of `raw` in messages.
         """
         if not self.fits(raw.shape[1:]):
             raise DataError(
@@ -80,7 +83,7 @@ class FamilyEncoder:
         if bool(infinite.any()):
             row, *position = (int(i) for i in infinite.nonzero()[0])
             where = ", ".join(str(i) for i in position)
-            raise DataError(f"{place or self.name}: row {first_row + row}, position [{where}] is infinite")
+            raise DataError(f"{self._place(place, row)}, position [{where}] is infinite")
         values = torch.nan_to_num(raw, nan=0.0)
         with torch.no_grad():
             if self.center is not None and self.scale is not None:
@@ -90,10 +93,13 @@ class FamilyEncoder:
         if not bool(torch.isfinite(columns).all()):
             row = int((~torch.isfinite(columns)).nonzero()[0, 0])
             raise DataError(
-                f"{place or self.name}: row {first_row + row} overflows in {self.encoder_name}; "
+                f"{self._place(place, row)} overflows in {self.encoder_name}; "
                 f"families.{self.name}.standardize: true may help"
             )
         return columns
+
+    def _place(self, place: Callable[[int], str] | None, row: int) -> str:
+        return place(row) if place is not None else f"family {self.name!r}: row {row}"
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain values that `from_state` takes."""
@@ -196,7 +202,7 @@ def encode_blocks(
     for start in range(0, info.rows, rows):
         stop = min(start + rows, info.rows)
         raw = torch.from_numpy(source.read(family.name, start, stop)).to(device)
-        yield start, family(raw, f"{source.files[0]}: {info.path}", start).cpu().numpy()
+        yield start, family(raw, source.placing(family.name, start)).cpu().numpy()
         if progress is not None:
             progress(family.name, stop, info.rows)
 

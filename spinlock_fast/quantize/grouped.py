@@ -124,7 +124,9 @@ class GroupedVectorQuantizer(nn.Module):
         flat = z.reshape(-1, z.shape[-1])
         rows = mask.reshape(-1) if mask is not None else None
         if self.training and self._needs_init:
-            self.initialize(flat if rows is None else flat[rows])
+            usable = torch.isfinite(flat).all(1) if rows is None else torch.isfinite(flat).all(1) & rows
+            if bool(usable.any()):
+                self.initialize(flat[usable])
         found = self.assign(flat, rows)
         loss = self._loss(flat, found, rows)
         quantized = quantize(flat, found.quantized, self.layout, self.rotation_trick)
@@ -142,11 +144,12 @@ class GroupedVectorQuantizer(nn.Module):
         z = z.to(self.embedding.dtype)
 
         def mean_square(difference: Tensor) -> Tensor:
-            square = difference.square()
-            if rows is None:
-                return (square.mean(0) * weight).sum()
-            square = torch.where(rows[:, None], square, 0.0)
-            return (square.sum(0) * weight).sum() / rows.sum().clamp(min=1)
+            count: Tensor | int = max(z.shape[0], 1)
+            if rows is not None:
+                # Before the square: the gradient of NaN is NaN, even times zero.
+                difference = torch.where(rows[:, None], difference, 0.0)
+                count = rows.sum().clamp(min=1)
+            return (difference.square().sum(0) * weight).sum() / count
 
         loss = self.commitment_weight * mean_square(z - found.quantized)
         if not self.use_ema:
