@@ -1,0 +1,290 @@
+import h5py
+import helpers
+import numpy as np
+import pytest
+
+from spinlock_fast.data.source import Source, find_files
+from spinlock_fast.errors import DataError
+
+PATH = "features/x"
+
+
+def write(path, values, name=PATH, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with h5py.File(path, "a") as file:
+        file.create_dataset(name, data=values, **options)
+    return str(path)
+
+
+def table(rows=6, width=3, dtype=np.float32, start=0):
+    return np.arange(start, start + rows * width).reshape(rows, width).astype(dtype)
+
+
+def open_family(paths, path=PATH):
+    return Source(paths, {"family": path})
+
+
+def fails(paths, *texts, path=PATH):
+    with helpers.raises_one_line(DataError, *texts):
+        open_family(paths, path)
+
+
+def test_a_file_tells_its_shape(tmp_path):
+    file = str(helpers.write_dataset(tmp_path / "a.h5", 20, seed=0, chunk_rows=4))
+    with Source(file, helpers.FAMILIES) as source:
+        assert source.rows == 20
+        temporal = source.datasets["temporal"]
+        assert (temporal.path, temporal.rows, temporal.row_shape) == (helpers.TEMPORAL, 20, (32, 7))
+        assert temporal.chunk_rows == 4
+        assert temporal.row_bytes == 4 * 32 * 7
+
+
+def test_contiguous_data_count_as_chunks_of_one_row(tmp_path):
+    with open_family(write(tmp_path / "a.h5", table())) as source:
+        assert source.datasets["family"].chunk_rows == 1
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"chunks": (4, 2), "compression": "gzip", "shuffle": True, "fletcher32": True}]
+)
+@pytest.mark.parametrize(("start", "stop"), [(0, 6), (0, 1), (2, 5), (5, 6), (3, 3)])
+def test_rows_of_a_file(tmp_path, options, start, stop):
+    with open_family(write(tmp_path / "a.h5", table(), **options)) as source:
+        np.testing.assert_array_equal(source.read("family", start, stop), table()[start:stop])
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 15), (4, 6), (5, 6), (3, 14), (14, 15), (5, 5)])
+def test_rows_across_shards(tmp_path, start, stop):
+    whole = table(15)
+    for i, rows in enumerate(np.split(whole, [5, 6])):
+        write(tmp_path / f"shard_{i}.h5", rows)
+    with open_family(str(tmp_path / "*.h5")) as source:
+        assert source.rows == 15
+        np.testing.assert_array_equal(source.read("family", start, stop), whole[start:stop])
+
+
+def test_an_empty_shard_among_others(tmp_path):
+    for i, rows in enumerate([table(3), table(0), table(2, start=9)]):
+        write(tmp_path / f"shard_{i}.h5", rows)
+    with open_family(str(tmp_path / "*.h5")) as source:
+        np.testing.assert_array_equal(source.read("family", 0, 5), table(5))
+
+
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8", ">f4", ">f8", "i1", "u1", "<i2", ">i4", "i8", "u8"])
+def test_numbers_of_any_type_become_float32(tmp_path, dtype):
+    with open_family(write(tmp_path / "a.h5", table(dtype=dtype))) as source:
+        found = source.read("family", 0, 6)
+    assert found.dtype == np.dtype("=f4")
+    np.testing.assert_array_equal(found, table())
+
+
+@pytest.mark.filterwarnings("error")
+def test_values_beyond_float32_become_infinite(tmp_path):
+    values = table(dtype=np.float64)
+    values[1, 1] = -1e300
+    with open_family(write(tmp_path / "a.h5", values)) as source:
+        assert source.read("family", 0, 6)[1, 1] == -np.inf
+
+
+def test_nan_is_passed_on(tmp_path):
+    values = table()
+    values[2, 1] = np.nan
+    with open_family(write(tmp_path / "a.h5", values)) as source:
+        np.testing.assert_array_equal(source.read("family", 0, 6), values)
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 7), (6, 8), (-1, 3), (4, 2)])
+def test_rows_that_do_not_exist_are_never_made_up(tmp_path, start, stop):
+    with open_family(write(tmp_path / "a.h5", table())) as source, pytest.raises((IndexError, ValueError, DataError)):
+        source.read("family", start, stop)
+
+
+def test_shards_of_a_glob_are_in_natural_order(tmp_path):
+    for i in (10, 9, 100, 1):
+        write(tmp_path / f"shard_{i}.h5", table())
+    found = [file.name for file in find_files(str(tmp_path / "shard_*.h5"))]
+    assert found == [f"shard_{i}.h5" for i in (1, 9, 10, 100)]
+
+
+def test_a_list_keeps_its_order(tmp_path):
+    names = [write(tmp_path / name, table()) for name in ("b.h5", "a.h5", "part_2.h5", "part_10.h5")]
+    assert [str(file) for file in find_files([names[0], names[1], str(tmp_path / "part_*.h5")])] == names
+
+
+def test_a_file_whose_name_looks_like_a_glob(tmp_path):
+    assert find_files(write(tmp_path / "run[1].h5", table()))[0].name == "run[1].h5"
+
+
+def test_files_are_closed(tmp_path):
+    with open_family(write(tmp_path / "a.h5", table())) as source:
+        pass
+    with h5py.File(tmp_path / "a.h5", "a") as file:
+        assert PATH in file
+    source.close()
+
+
+def test_files_are_closed_after_an_error(tmp_path):
+    write(tmp_path / "a.h5", table(dtype="S3"))
+    fails(str(tmp_path / "a.h5"))
+    with h5py.File(tmp_path / "a.h5", "a") as file:
+        assert PATH in file
+
+
+@pytest.mark.parametrize("on_group", [False, True])
+def test_names_of_columns(tmp_path, on_group):
+    file = write(tmp_path / "a.h5", table())
+    with h5py.File(file, "a") as handle:
+        node = handle["features"] if on_group else handle[PATH]
+        node.attrs["feature_names"] = ["a", "b", "ü"]
+    with open_family(file) as source:
+        assert source.feature_names("family") == ["a", "b", "ü"]
+
+
+@pytest.mark.parametrize("names", [None, ["a", "b"]])
+def test_names_that_do_not_fit_are_none(tmp_path, names):
+    file = write(tmp_path / "a.h5", table())
+    if names:
+        with h5py.File(file, "a") as handle:
+            handle[PATH].attrs["feature_names"] = names
+    with open_family(file) as source:
+        assert source.feature_names("family") is None
+
+
+def test_a_missing_file(tmp_path):
+    fails(str(tmp_path / "none.h5"), "none.h5", "no such file")
+
+
+def test_a_file_below_a_regular_file(tmp_path):
+    (tmp_path / "a").write_text("x")
+    fails(str(tmp_path / "a" / "b.h5"), "b.h5")
+
+
+def test_a_directory(tmp_path):
+    fails(str(tmp_path), str(tmp_path), "directory", "*.h5")
+
+
+def test_a_glob_without_matches(tmp_path):
+    fails(str(tmp_path / "*.h5"), "*.h5", "no file matches")
+
+
+def test_a_glob_that_matches_a_directory(tmp_path):
+    (tmp_path / "a.h5").mkdir()
+    fails(str(tmp_path / "*.h5"), "a.h5", "directory")
+
+
+def test_an_empty_list():
+    fails([], "dataset_path")
+
+
+@pytest.mark.parametrize("content", [b"", b"\x89HDF", b"some text, and more of it\n" * 99])
+def test_a_file_that_is_not_hdf5(tmp_path, content):
+    (tmp_path / "a.h5").write_bytes(content)
+    fails(str(tmp_path / "a.h5"), "a.h5", "not an HDF5 file")
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
+def test_a_truncated_file(tmp_path, share):
+    path = helpers.write_dataset(tmp_path / "a.h5", 50, seed=0)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    fails(str(path), "a.h5", "truncated")
+
+
+@pytest.mark.parametrize(("path", "hint"), [("features/y", "nearest is features/x"), ("zzz", "it holds features/x")])
+def test_a_missing_dataset(tmp_path, path, hint):
+    fails(write(tmp_path / "a.h5", table()), "a.h5", path, hint, path=path)
+
+
+def test_a_missing_dataset_of_an_empty_file(tmp_path):
+    h5py.File(tmp_path / "a.h5", "w").close()
+    fails(str(tmp_path / "a.h5"), "no dataset features/x", "it holds no dataset")
+
+
+def test_a_dataset_missing_in_one_shard(tmp_path):
+    write(tmp_path / "shard_0.h5", table())
+    write(tmp_path / "shard_1.h5", table(), name="other")
+    fails(str(tmp_path / "*.h5"), "shard_1.h5", PATH)
+
+
+def test_a_dangling_link(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["link"] = h5py.ExternalLink("nowhere.h5", "/x")
+    fails(str(tmp_path / "a.h5"), "link", path="link")
+
+
+@pytest.mark.parametrize("path", ["features", "/"])
+def test_a_group_instead_of_a_dataset(tmp_path, path):
+    fails(write(tmp_path / "a.h5", table()), "a.h5", path, "group", path=path)
+
+
+def test_an_empty_dataset_path(tmp_path):
+    fails(write(tmp_path / "a.h5", table()), "a.h5", path="")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.array([["a", "b"]], dtype="S1"),
+        np.array([["a", "b"]], dtype=h5py.string_dtype()),
+        np.zeros((2, 2), np.complex64),
+        np.zeros((2, 2), bool),
+        np.zeros((2, 2), [("x", "f4"), ("y", "f4")]),
+    ],
+    ids=["bytes", "text", "complex", "bool", "compound"],
+)
+def test_values_that_are_not_numbers(tmp_path, values):
+    fails(write(tmp_path / "a.h5", values), "a.h5", PATH, "expected numbers")
+
+
+@pytest.mark.parametrize("shape", [(5,), (), (2, 2, 2, 2)])
+def test_datasets_of_other_dimensions(tmp_path, shape):
+    fails(write(tmp_path / "a.h5", np.zeros(shape, np.float32)), "a.h5", PATH, "'family'", str(shape))
+
+
+def test_a_null_dataset(tmp_path):
+    fails(write(tmp_path / "a.h5", h5py.Empty("f4")), "a.h5", PATH)
+
+
+def test_a_dataset_without_columns(tmp_path):
+    fails(write(tmp_path / "a.h5", np.zeros((4, 0), np.float32)), "a.h5", PATH, "no columns")
+
+
+def test_no_rows(tmp_path):
+    fails(write(tmp_path / "a.h5", np.zeros((0, 4), np.float32)), "a.h5", PATH, "no rows")
+
+
+def test_families_of_different_length(tmp_path):
+    write(tmp_path / "a.h5", table(6))
+    write(tmp_path / "a.h5", table(5), name="y")
+    with helpers.raises_one_line(DataError, "a.h5", f"{PATH} has 6", "y has 5"):
+        Source(str(tmp_path / "a.h5"), {"a": PATH, "b": "y"})
+
+
+def test_families_of_different_length_in_one_shard(tmp_path):
+    """The totals agree, the rows do not."""
+    for shard, (a, b) in enumerate([(6, 5), (5, 6)]):
+        write(tmp_path / f"shard_{shard}.h5", table(a))
+        write(tmp_path / f"shard_{shard}.h5", table(b), name="y")
+    with helpers.raises_one_line(DataError, "shard_0.h5", f"{PATH} has 6", "y has 5"):
+        Source(str(tmp_path / "*.h5"), {"a": PATH, "b": "y"})
+
+
+def test_shards_of_different_width(tmp_path):
+    write(tmp_path / "shard_0.h5", table(width=3))
+    write(tmp_path / "shard_1.h5", table(width=4))
+    fails(str(tmp_path / "*.h5"), "shard_1.h5", PATH, "(4,)", "(3,)", "shard_0.h5")
+
+
+@pytest.mark.parametrize("filters", [{"compression": "gzip"}, {"fletcher32": True}])
+def test_a_damaged_chunk_names_file_dataset_and_rows(tmp_path, filters):
+    values = np.random.default_rng(0).standard_normal((8, 50)).astype(np.float32)
+    file = write(tmp_path / "a.h5", values, chunks=(4, 50), **filters)
+    with h5py.File(file) as handle:
+        chunk = handle[PATH].id.get_chunk_info(1)
+    with open(file, "r+b") as raw:
+        raw.seek(chunk.byte_offset + chunk.size // 2)
+        raw.write(b"\xa5" * 20)
+    with open_family(file) as source:
+        np.testing.assert_array_equal(source.read("family", 0, 4), values[:4])
+        with helpers.raises_one_line(DataError, "a.h5", PATH, "rows 3..6", "damaged"):
+            source.read("family", 3, 7)

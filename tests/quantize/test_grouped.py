@@ -1,0 +1,361 @@
+import copy
+
+import helpers
+import pytest
+import torch
+
+from spinlock_fast import GroupedVectorQuantizer
+from spinlock_fast.kernels.layout import CodebookLayout
+
+SIZES = ([5, 3, 8], [3, 2, 4])
+LAYOUT = CodebookLayout.of(*SIZES)
+
+
+def make(**options):
+    torch.manual_seed(0)
+    return GroupedVectorQuantizer(*SIZES, **{"codebook_init": "uniform", **options})
+
+
+def latents(rows=40, seed=0):
+    return helpers.random_group(LAYOUT, rows, seed=seed)[0]
+
+
+def snapshot(quantizer):
+    return {name: value.clone() for name, value in quantizer.state_dict().items()}
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 3), (1, 2, 3), (0,), ()])
+def test_shapes_of_the_results(shape):
+    quantizer = make().eval()
+    quantized, codes, loss = quantizer(torch.randn(*shape, 9))
+    assert quantized.shape == (*shape, 9)
+    assert codes.shape == (*shape, 3)
+    assert codes.dtype == torch.int64
+    assert loss.shape == ()
+
+
+@pytest.mark.parametrize("use_ema", [True, False])
+def test_empty_batches_train_without_a_trace(use_ema):
+    quantizer = make(use_ema=use_ema)
+    before = quantizer.embedding.detach().clone()
+    assert quantizer(torch.zeros(0, 9))[2] == 0.0
+    assert torch.equal(quantizer.embedding, before)
+    assert not quantizer.usage.any()
+
+
+def test_values_are_the_nearest_codes():
+    quantizer = make().eval()
+    z = latents()
+    quantized, codes, _ = quantizer(z)
+    helpers.assert_nearest(codes, z, quantizer.embedding, LAYOUT)
+    for g, part in enumerate(helpers.split_columns(quantized, LAYOUT)):
+        assert torch.equal(part, quantizer.codebook(g)[codes[:, g]])
+    assert torch.equal(quantizer.lookup(codes), quantized)
+
+
+@pytest.mark.parametrize("use_ema", [True, False])
+def test_loss_against_the_formula(use_ema):
+    quantizer = make(commitment_weight=0.7, use_ema=use_ema).eval()
+    z = latents().double()
+    quantizer = quantizer.double()
+    quantized, _, loss = quantizer(z)
+    parts = zip(helpers.split_columns(z, LAYOUT), helpers.split_columns(quantized, LAYOUT), strict=True)
+    expected = sum((a - b).square().mean() for a, b in parts) * (0.7 if use_ema else 1.7)
+    torch.testing.assert_close(loss, expected)
+
+
+def test_commitment_loss_has_the_right_gradient_with_codes_fixed():
+    quantizer = make().double().eval()
+    z = latents(6).double().requires_grad_()
+    torch.autograd.gradcheck(lambda t: quantizer(t)[2], z)
+
+
+def test_gradient_passes_straight_through():
+    quantizer = make(commitment_weight=0.0).eval()
+    z = latents(6).requires_grad_()
+    upstream = torch.randn(6, 9)
+    quantizer(z)[0].backward(upstream)
+    assert torch.equal(z.grad, upstream)
+
+
+def test_rotation_changes_the_gradient_and_not_the_value():
+    z = latents(6).requires_grad_()
+    plain, rotated = make().eval()(z)[0], make(rotation_trick=True).eval()(z)[0]
+    torch.testing.assert_close(plain, rotated, rtol=1e-4, atol=1e-5)
+    upstream = torch.randn(6, 9)
+    gradient = torch.autograd.grad(rotated, z, upstream)[0]
+    assert gradient.isfinite().all()
+    assert not torch.allclose(gradient, upstream)
+
+
+def test_rotation_of_a_zero_latent_is_finite():
+    quantizer = make(rotation_trick=True, commitment_weight=0.0).eval()
+    z = torch.zeros(2, 9, requires_grad=True)
+    quantized, codes, _ = quantizer(z)
+    quantized.sum().backward()
+    torch.testing.assert_close(quantized, quantizer.lookup(codes))
+    assert z.grad.isfinite().all()
+
+
+def test_codes_of_a_moving_average_are_buffers():
+    assert not list(make().parameters())
+    assert [name for name, _ in make(use_ema=False).named_parameters()] == ["embedding"]
+
+
+def test_learned_codes_get_the_gradient_of_their_error():
+    quantizer = make(use_ema=False).double()
+    z = latents().double()
+    _, codes, loss = quantizer(z)
+    loss.backward()
+    expected = torch.zeros_like(quantizer.embedding)
+    for g, part in enumerate(helpers.split_columns(z, LAYOUT)):
+        book = expected[LAYOUT.entry_slice(g)].view(LAYOUT.num_codes[g], -1)
+        error = 2.0 * (quantizer.codebook(g)[codes[:, g]] - part) / part.numel()
+        book.index_add_(0, codes[:, g], error.detach())
+    torch.testing.assert_close(quantizer.embedding.grad, expected)
+
+
+def test_training_moves_the_codes_and_evaluation_does_not():
+    quantizer = make()
+    before = snapshot(quantizer)
+    quantizer.eval()(latents())
+    assert_same(snapshot(quantizer), before)
+    quantizer.train()(latents())
+    assert not torch.equal(quantizer.embedding, before["embedding"])
+
+
+def test_frozen_codes_stay_in_training_mode():
+    quantizer = make()
+    quantizer.freeze()
+    before = snapshot(quantizer)
+    quantizer(latents())
+    assert_same(snapshot(quantizer), before)
+    quantizer.freeze(False)
+    quantizer(latents())
+    assert not torch.equal(quantizer.embedding, before["embedding"])
+
+
+def test_the_loss_of_a_step_is_that_of_the_codes_before_it():
+    quantizer = make()
+    expected = copy.deepcopy(quantizer).eval()(latents())[2]
+    assert torch.equal(quantizer.train()(latents())[2], expected)
+
+
+def test_moving_average_follows_the_data():
+    quantizer = make(decay=0.9)
+    z = 3.0 + 0.01 * latents(64)
+    for _ in range(200):
+        quantizer(z)
+    assert quantizer.eval()(z)[2] < 1e-3
+
+
+def test_codes_start_on_the_first_training_batch():
+    quantizer = GroupedVectorQuantizer(*SIZES)
+    assert not quantizer.initialized
+    quantizer.eval()(latents())
+    assert not quantizer.initialized
+    quantizer.freeze()
+    z = 50.0 + latents(200)
+    _, _, loss = quantizer.train()(z)
+    assert quantizer.initialized
+    assert loss < 2.0
+    counts = quantizer.cluster_size
+    assert [counts[LAYOUT.code_slice(g)].sum().item() for g in range(3)] == [200.0] * 3
+    torch.testing.assert_close(
+        quantizer.embedding_sum, quantizer.embedding * counts[LAYOUT.indices(z.device).entry_code]
+    )
+
+
+def test_codes_start_once():
+    quantizer = GroupedVectorQuantizer(*SIZES, decay=0.99)
+    quantizer(latents())
+    before = quantizer.embedding.clone()
+    quantizer(100.0 + latents())
+    # One step of decay 0.99 moves a code at most about 1 % of the way, or wholly if it had no rows.
+    assert (quantizer.embedding - before).abs().median() < 20.0
+
+
+def test_initialization_leaves_masked_rows_out():
+    quantizer = GroupedVectorQuantizer(*SIZES)
+    z = latents()
+    z[::2] = 1e6
+    quantizer(z, mask=torch.arange(40) % 2 == 1)
+    assert quantizer.embedding.abs().max() < 100.0
+
+
+def test_a_first_batch_without_valid_rows_changes_nothing():
+    quantizer = GroupedVectorQuantizer(*SIZES)
+    quantizer(torch.full((3, 9), torch.nan))
+    assert quantizer.embedding.isfinite().all()
+    assert not quantizer.initialized
+
+
+def test_state_makes_the_round_trip():
+    trained, fresh = make(), GroupedVectorQuantizer(*SIZES)
+    trained(latents())
+    fresh.load_state_dict(trained.state_dict())
+    assert_same(snapshot(fresh), snapshot(trained))
+    z = latents(seed=5)
+    assert torch.equal(fresh.eval()(z)[1], trained.eval()(z)[1])
+
+
+@pytest.mark.parametrize("prefix", ["", "quantizer."])
+def test_loaded_codes_are_not_started_again(prefix):
+    trained, fresh = GroupedVectorQuantizer(*SIZES, decay=0.5), GroupedVectorQuantizer(*SIZES, decay=0.5)
+    trained(latents())
+    if prefix:
+        torch.nn.ModuleDict({"quantizer": fresh}).load_state_dict(
+            {prefix + name: value for name, value in trained.state_dict().items()}
+        )
+    else:
+        fresh.load_state_dict(trained.state_dict())
+    z = 100.0 + latents(seed=1)
+    trained(z)
+    fresh(z)
+    assert_same(snapshot(fresh), snapshot(trained))
+
+
+def test_an_untrained_state_still_starts_on_the_first_batch():
+    fresh = make(codebook_init="kmeans")
+    fresh.load_state_dict(GroupedVectorQuantizer(*SIZES).state_dict())
+    fresh(50.0 + latents())
+    assert fresh.initialized
+
+
+def test_usage_windows():
+    quantizer = make()
+    assert quantizer.utilization().tolist() == quantizer.perplexity().tolist() == [0.0] * 3
+    for seed in range(10):
+        quantizer(latents(seed=seed))
+    assert (quantizer.utilization() <= 1.0).all()
+    assert (quantizer.perplexity() <= torch.tensor([5.0, 3.0, 8.0]) + 1e-4).all()
+    assert quantizer.usage.sum() == 3 * 10 * 40
+    quantizer.reset_usage()
+    assert not quantizer.utilization().any()
+
+
+def test_rows_that_are_not_finite_are_counted_and_never_coded():
+    quantizer = make()
+    z = latents()
+    z[3], z[5, 0], z[7, 8] = torch.nan, torch.inf, torch.nan
+    quantized, codes, loss = quantizer(z)
+    assert quantizer.nonfinite_rows == 3
+    assert codes[3].tolist() == [-1, -1, -1]
+    assert (codes[5] >= 0).tolist() == [False, True, True]
+    assert quantized[3].isnan().all()
+    assert not loss.isfinite()
+    assert quantizer.embedding.isfinite().all()
+
+
+def test_masked_rows_take_no_part_in_values_loss_and_update():
+    z = latents()
+    mask = torch.arange(40) % 3 != 0
+    masked, alone = make(), make()
+    quantized, codes, loss = masked(z, mask=mask)
+    expected = alone(z[mask])
+    assert (codes[~mask] == -1).all()
+    assert quantized[~mask].isnan().all()
+    assert torch.equal(codes[mask], expected[1])
+    torch.testing.assert_close(loss, expected[2])
+    for name, value in snapshot(alone).items():
+        torch.testing.assert_close(masked.state_dict()[name], value)
+    assert masked.nonfinite_rows == 0
+
+
+@pytest.mark.parametrize("use_ema", [True, False])
+def test_masked_rows_take_no_gradient(use_ema):
+    quantizer = make(use_ema=use_ema)
+    z = latents(6).requires_grad_()
+    mask = torch.tensor([True, False, True, True, False, True])
+    quantizer(z, mask=mask)[2].backward()
+    assert not z.grad[~mask].any()
+    assert z.grad[mask].isfinite().all()
+    assert z.grad[mask].any()
+    if not use_ema:
+        assert quantizer.embedding.grad.isfinite().all()
+
+
+def test_a_mask_of_the_shape_of_the_rows():
+    quantizer = make().eval()
+    mask = torch.tensor([[True, False, True], [False, True, True]])
+    _, codes, _ = quantizer(torch.randn(2, 3, 9), mask=mask)
+    assert torch.equal((codes >= 0).all(-1), mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_latents(dtype):
+    quantizer = make()
+    z = latents().to(dtype).requires_grad_()
+    quantized, _, loss = quantizer(z)
+    (quantized.float().square().sum() + loss).backward()
+    assert quantized.dtype == z.grad.dtype == dtype
+    assert quantizer.embedding.dtype == torch.float32
+    assert z.grad.isfinite().all()
+
+
+def test_reset_replaces_dead_codes_and_tells_how_many():
+    quantizer = make()
+    quantizer.cluster_size[8:16] = torch.tensor([0.0, 0.0, 0.0, 5.0, 5.0, 5.0, 5.0, 5.0])
+    assert quantizer.reset_dead_codes().tolist() == [0, 0, 2]
+    assert quantizer.reset_dead_codes(strategy="sample", latents=latents()).tolist() == [0, 0, 1]
+
+
+def test_reset_works_on_learned_codes():
+    quantizer = make(use_ema=False)
+    quantizer.cluster_size[8:10] = 0.0
+    before = quantizer.embedding.detach().clone()
+    assert quantizer.reset_dead_codes().sum() == 2
+    assert quantizer.embedding.requires_grad
+    assert not torch.equal(quantizer.embedding, before)
+
+
+@pytest.mark.parametrize("g", [-1, 3])
+def test_codebooks_outside_the_group(g):
+    with pytest.raises(IndexError):
+        make().codebook(g)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"decay": 1.0}, {"decay": -0.1}, {"codebook_init": "x"}, {"smoothing": "x"}, {"backend": "cuda"}],
+)
+def test_impossible_options_are_refused(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        make(**options)
+
+
+@pytest.mark.parametrize("shape", [(4, 8), (9, 4)])
+def test_latents_of_another_width_are_refused(shape):
+    with pytest.raises(ValueError, match="9"):
+        make()(torch.zeros(shape))
+
+
+def test_backend_and_sizes_can_be_asked_for():
+    quantizer = make()
+    assert quantizer.backend == "reference"
+    assert (quantizer.num_codes, quantizer.dims) == ((5, 3, 8), (3, 2, 4))
+    assert quantizer.codebook(2).shape == (8, 4)
+    assert "3 codebooks" in repr(quantizer)
+
+
+def test_deep_copies_are_independent():
+    quantizer = make()
+    other = copy.deepcopy(quantizer)
+    before = snapshot(quantizer)
+    other(latents())
+    assert_same(snapshot(quantizer), before)
+
+
+def test_laplace_smoothing_moves_idle_codes():
+    plain, laplace = make(), make(smoothing="laplace")
+    z = torch.cat([latents(8)] * 2)
+    for _ in range(3):
+        plain(z)
+        laplace(z)
+    assert not torch.equal(plain.embedding, laplace.embedding)

@@ -1,0 +1,297 @@
+import helpers
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spinlock_fast import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig, GroupedVectorQuantizer
+from spinlock_fast.config import TrainingConfig
+from spinlock_fast.kernels.layout import CodebookLayout
+from spinlock_fast.losses import (
+    LossTerms,
+    LossWeights,
+    code_orthogonality,
+    loss_terms,
+    pair_correlation,
+    pairwise_distances,
+    topographic_correlations,
+    topographic_loss,
+)
+
+LAYOUT = CodebookLayout.of([5, 3, 8], [3, 2, 4])
+
+
+def distances(points: torch.Tensor) -> torch.Tensor:
+    """[S, S] from differences."""
+    return (points[:, None] - points[None]).square().sum(-1).sqrt()
+
+
+def pearson(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Over the pairs i < j."""
+    upper = np.triu_indices(a.shape[0], 1)
+    return float(np.corrcoef(a.detach().numpy()[upper], b.detach().numpy()[upper])[0, 1])
+
+
+def mean_distances(z: torch.Tensor, layout: CodebookLayout) -> torch.Tensor:
+    return torch.stack([distances(part) for part in helpers.split_columns(z, layout)]).mean(0)
+
+
+def make_model(**options):
+    torch.manual_seed(0)
+    groups = {"a": [0, 1, 2, 3], "b": [4, 5, 6], "c": [7, 8, 9, 10]}
+    config = CategoricalVQVAEConfig(
+        input_dim=11, group_indices=groups, group_embedding_dim=8, group_hidden_dim=8, **{"dropout": 0.0, **options}
+    )
+    return CategoricalHierarchicalVQVAE(config).double()
+
+
+def test_terms_against_the_formulas():
+    model = make_model().eval()
+    model.quantizer.embedding.normal_()
+    x = torch.randn(30, 11, dtype=torch.float64)
+    out = model(x)
+    terms = loss_terms(model, x, out, topo_samples=20)
+    layout, z, e = model.quantizer.layout, out["latents"], out["quantized"]
+
+    torch.testing.assert_close(terms.reconstruction, ((out["reconstruction"] - x) ** 2).sum() / x.numel())
+    vq = sum(
+        0.25 * (a - b).square().mean()
+        for a, b in zip(helpers.split_columns(z, layout), helpers.split_columns(e, layout), strict=True)
+    )
+    torch.testing.assert_close(terms.vq, vq)
+    partial = model.partial_reconstructions(e)
+    info = torch.stack([(partial[g] - x).square().mean() for g in range(9)]).mean()
+    torch.testing.assert_close(terms.informativeness, info)
+    torch.testing.assert_close(terms.orthogonality, orthogonality(model.quantizer))
+    d_z = mean_distances(z[:20], layout)
+    pre, post = pearson(distances(x[:20]), d_z), pearson(d_z, mean_distances(e[:20], layout))
+    assert terms.topographic.item() == pytest.approx(0.3 * (1 - pre) + 0.7 * (1 - post), abs=1e-9)
+
+
+def orthogonality(quantizer):
+    """A loop over codebooks and pairs of codes."""
+    per_book = []
+    for g in range(quantizer.layout.groups):
+        codes = quantizer.codebook(g)
+        squares = [
+            torch.cosine_similarity(codes[i], codes[j], dim=0) ** 2
+            for i in range(len(codes))
+            for j in range(len(codes))
+            if i != j
+        ]
+        per_book.append(torch.stack(squares).mean() if squares else codes.new_zeros(()))
+    return torch.stack(per_book).mean()
+
+
+@pytest.mark.parametrize("sizes", [([5, 3, 8], [3, 2, 4]), ([1, 6], [4, 1]), ([1], [1])])
+def test_orthogonality_against_a_loop(sizes):
+    quantizer = GroupedVectorQuantizer(*sizes).double()
+    torch.testing.assert_close(code_orthogonality(quantizer), orthogonality(quantizer))
+
+
+@pytest.mark.parametrize(("rows", "expected"), [([[1.0, 0.0], [0.0, 2.0]], 0.0), ([[1.0, 1.0], [-3.0, -3.0]], 1.0)])
+def test_orthogonality_of_known_codes(rows, expected):
+    quantizer = GroupedVectorQuantizer([2], [2])
+    quantizer.embedding.copy_(torch.tensor(rows).flatten())
+    assert code_orthogonality(quantizer).item() == pytest.approx(expected)
+
+
+def test_orthogonality_of_learned_codes_has_a_gradient():
+    quantizer = GroupedVectorQuantizer([5, 1, 3], [3, 4, 2], use_ema=False).double()
+    codebook = torch.randn(25, dtype=torch.float64)
+    quantizer.embedding.data.copy_(codebook)
+    code_orthogonality(quantizer).backward()
+    step = 1e-6
+    for i in range(25):
+        values = []
+        for sign in (1.0, -1.0):
+            quantizer.embedding.data.copy_(codebook)
+            quantizer.embedding.data[i] += sign * step
+            values.append(code_orthogonality(quantizer).item())
+        assert quantizer.embedding.grad[i].item() == pytest.approx((values[0] - values[1]) / (2 * step), abs=1e-7)
+    assert quantizer.embedding.grad.any()
+
+
+def test_orthogonality_of_a_moving_average_is_a_constant():
+    assert not code_orthogonality(GroupedVectorQuantizer([5], [3])).requires_grad
+
+
+def test_orthogonality_survives_a_zero_code():
+    quantizer = GroupedVectorQuantizer([3, 2], [2, 4], use_ema=False)
+    quantizer.embedding.data[:2] = 0.0
+    term = code_orthogonality(quantizer)
+    term.backward()
+    assert term.isfinite()
+    assert quantizer.embedding.grad.isfinite().all()
+
+
+@given(st.integers(1, 12), st.integers(1, 9), st.integers(0, 2**31))
+def test_distances_of_any_shape(S, D, seed):
+    points = torch.randn(2, S, D, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    expected = torch.stack([distances(part) for part in points])
+    torch.testing.assert_close(pairwise_distances(points), expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("offset", [0.0, 5.0, 100.0])
+def test_distances_in_float32_are_near(offset):
+    points = offset + torch.randn(1, 64, 24)
+    exact = distances(points[0].double())
+    # The square is off by a few eps of |a|^2 + |b|^2 about the centre, which is what the distances are made of.
+    error = (pairwise_distances(points)[0].double() - exact).abs()
+    assert error.max() <= 16 * torch.finfo(torch.float32).eps * exact.max()
+
+
+def test_distances_have_the_right_gradient():
+    points = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(pairwise_distances, points)
+
+
+@pytest.mark.parametrize("D", [1, 4, 172, 2000])
+def test_equal_points_are_at_distance_zero_with_gradient_zero(D):
+    points = (3.0 + torch.randn(1, 1, D)).repeat(1, 6, 1)
+    points[0, 5] += 1.0
+    points.requires_grad_()
+    found = pairwise_distances(points)
+    assert not found[0, :5, :5].any()
+    found[0, :5, :5].sum().backward()
+    assert not points.grad.any()
+
+
+@pytest.mark.parametrize("S", [1, 2, 3, 40])
+def test_correlation_of_pairs_against_numpy(S):
+    a, b = (distances(torch.randn(S, 3, dtype=torch.float64)) for _ in range(2))
+    found = pair_correlation(a, b).item()
+    if S > 2:
+        assert found == pytest.approx(pearson(a, b), abs=1e-12)
+    else:
+        assert found == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [0.0, 0.1, 1.2345, 1e3])
+@pytest.mark.parametrize("S", [3, 10, 100])
+def test_a_constant_correlates_with_nothing(dtype, value, S):
+    constant = torch.full((S, S), value, dtype=dtype)
+    other = distances(torch.randn(S, 3, dtype=dtype))
+    for a, b in ((constant, other), (other, constant), (constant, constant)):
+        assert pair_correlation(a, b).item() == pytest.approx(0.0, abs=1e-3)
+
+
+def test_the_diagonal_has_no_part_in_the_correlation():
+    a, b = (distances(torch.randn(6, 3, dtype=torch.float64)) for _ in range(2))
+    expected = pair_correlation(a, b)
+    torch.testing.assert_close(pair_correlation(a + torch.diag(torch.rand(6)), b), expected)
+
+
+def test_topographic_correlations_against_numpy():
+    x = torch.randn(25, 7, dtype=torch.float64)
+    z, e = (torch.randn(25, 9, dtype=torch.float64) for _ in range(2))
+    pre, post = topographic_correlations(x, z, e, LAYOUT)
+    d_z = mean_distances(z, LAYOUT)
+    assert pre.item() == pytest.approx(pearson(distances(x), d_z), abs=1e-9)
+    assert post.item() == pytest.approx(pearson(d_z, mean_distances(e, LAYOUT)), abs=1e-9)
+
+
+def test_distances_of_codes_pass_their_gradient_straight_through():
+    """dd_e/dz_i = (e_i - e_j) / d_e,ij, by central differences of the two arguments apart."""
+    x = torch.randn(8, 4, dtype=torch.float64)
+    z = torch.randn(8, 9, dtype=torch.float64)
+    e = torch.randn(8, 9, dtype=torch.float64)
+
+    def post(latents, codes):
+        return topographic_correlations(x, latents, codes, LAYOUT)[1]
+
+    latents = z.clone().requires_grad_()
+    post(latents, e).backward()
+    expected = torch.zeros_like(z)
+    step = 1e-6
+    for i in range(8):
+        for j in range(9):
+            nudge = torch.zeros_like(z)
+            nudge[i, j] = step
+            both = post(z + nudge, e) - post(z - nudge, e) + post(z, e + nudge) - post(z, e - nudge)
+            expected[i, j] = both / (2 * step)
+    torch.testing.assert_close(latents.grad, expected, rtol=1e-5, atol=1e-8)
+
+
+def test_distances_of_features_take_no_gradient():
+    x = torch.randn(8, 4, requires_grad=True)
+    z = torch.randn(8, 9, requires_grad=True)
+    sum(topographic_correlations(x, z, z.detach().clone(), LAYOUT)).backward()
+    assert x.grad is None
+
+
+@pytest.mark.parametrize("rows", [1, 2, 12])
+@pytest.mark.parametrize("same", ["x", "z", "e", "all", "pairs"])
+def test_equal_rows_make_no_nan(rows, same):
+    x, z, e = torch.randn(rows, 4), torch.randn(rows, 9), torch.randn(rows, 9)
+    for name, values in (("x", x), ("z", z), ("e", e)):
+        if same in (name, "all"):
+            values[:] = values[:1].clone()
+        elif same == "pairs":
+            values[: rows // 2] = values[:1].clone()
+    z.requires_grad_()
+    loss = topographic_loss(*topographic_correlations(x, z, e, LAYOUT))
+    loss.backward()
+    assert loss.isfinite()
+    assert z.grad.isfinite().all()
+    assert z.grad.abs().max() < 1e3
+
+
+def test_topographic_loss_is_weighted():
+    assert topographic_loss(torch.tensor(0.5), torch.tensor(0.25)).item() == pytest.approx(0.3 * 0.5 + 0.7 * 0.75)
+    assert topographic_loss(torch.tensor(1.0), torch.tensor(1.0)).item() == 0.0
+
+
+@pytest.mark.parametrize("topo_samples", [2, 10, 100])
+def test_the_topographic_term_takes_the_first_rows(topo_samples):
+    model = make_model().eval()
+    x = torch.randn(12, 11, dtype=torch.float64)
+    out = model(x)
+    n = min(topo_samples, 12)
+    expected = topographic_loss(
+        *topographic_correlations(x[:n], out["latents"][:n], out["quantized"][:n], model.quantizer.layout)
+    )
+    torch.testing.assert_close(loss_terms(model, x, out, topo_samples).topographic, expected)
+
+
+@pytest.mark.parametrize("rotation_trick", [False, True])
+def test_every_part_of_the_model_gets_a_finite_gradient(rotation_trick):
+    model = make_model(rotation_trick=rotation_trick).train()
+    x = torch.randn(30, 11, dtype=torch.float64)
+    loss_terms(model, x, model(x), 16).total(LossWeights.of(TrainingConfig())).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.any(), name
+
+
+def test_a_batch_of_one_row_has_a_finite_loss():
+    model = make_model(codebook_init="uniform").train()
+    x = torch.randn(1, 11, dtype=torch.float64)
+    total = loss_terms(model, x, model(x), 16).total(LossWeights.of(TrainingConfig()))
+    total.backward()
+    assert total.isfinite()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_default_weights_are_those_of_the_specification():
+    assert LossWeights.of(TrainingConfig()) == (1.0, 1.0, 0.1, 0.1, 0.3)
+
+
+def test_total_is_the_weighted_sum():
+    terms = LossTerms(*(torch.tensor(v) for v in (1.0, 2.0, 3.0, 4.0, 5.0)))
+    assert terms.total(LossWeights(1.0, 10.0, 0.1, 2.0, 0.5)).item() == pytest.approx(1 + 20 + 0.3 + 8 + 2.5)
+
+
+def test_a_term_of_weight_zero_may_be_anything():
+    terms = LossTerms(*(torch.tensor(v) for v in (1.0, 2.0, float("nan"), float("inf"), 5.0)))
+    assert terms.total(LossWeights(1.0, 1.0, 0.0, 0.0, 0.0)).item() == 3.0
+    assert terms.total(LossWeights(0.0, 0.0, 0.0, 0.0, 0.0)).item() == 0.0
+
+
+def test_a_row_that_is_not_finite_shows_in_the_loss():
+    model = make_model(codebook_init="uniform").eval()
+    x = torch.randn(6, 11, dtype=torch.float64)
+    x[2, 0] = torch.nan
+    assert loss_terms(model, x, model(x), 16).reconstruction.isnan()
