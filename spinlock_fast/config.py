@@ -13,7 +13,7 @@ _BYTE_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 def parse_bytes(value: object) -> int:
     """Bytes from an integer or a text such as "1.25GB" or "512 MiB"."""
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1:
         number, unit = float(value), ""
     elif isinstance(value, str) and (
         match := re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]?i?b?)\s*", value, re.IGNORECASE)
@@ -208,7 +208,8 @@ class TrainingConfig(Section):
         default=None, description="JSON file of categories, used when category_assignment is not auto"
     )
     num_categories_auto: Annotated[int, Field(ge=2)] | None = Field(
-        default=None, description="number of categories to cut; null: chosen by silhouette"
+        default=None,
+        description="number of categories to cut (in each isolated family, and in the rest); null: by silhouette",
     )
     orthogonality_target: PositiveFloat = Field(
         default=0.15, description="category correlation above which a warning is given"

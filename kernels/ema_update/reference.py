@@ -71,7 +71,7 @@ def perplexity(counts: Tensor, layout: CodebookLayout) -> Tensor:
     index = layout.indices(counts.device)
     counts = counts.to(torch.float64)
     total = sum_by_book(counts, layout)
-    share = counts / total.clamp(min=1.0)[index.code_book]
+    share = counts / total.clamp(min=torch.finfo(total.dtype).tiny)[index.code_book]
     entropy = sum_by_book(-torch.xlogy(share, share), layout)
     return torch.where(total > 0, entropy.exp(), 0.0).to(torch.float32)
 
@@ -93,8 +93,8 @@ def reset_dead_codes(
     Dead are codes with n_k < threshold * mean(n) of their codebook; the least used first, at most
     floor(max_fraction * K_g). The i-th dead code becomes
 
-    - "perturb": the code of i-th highest usage plus Gaussian noise of `noise` times the spread
-      (standard deviation per dimension) of the codebook's codes;
+    - "perturb": the code of i-th highest usage (starting over after the last that is not dead) plus
+      Gaussian noise of `noise` times the spread (standard deviation per dimension) of the codebook's codes;
     - "sample": a random finite row of `latents`.
 
     Then n_k = mean(n) and s_k = n_k e_k.
@@ -117,7 +117,8 @@ def reset_dead_codes(
     dead = index.code_mask & (n < threshold * mean) & (rank < torch.floor(max_fraction * sizes))
     if strategy == "perturb":
         last = index.num_codes.to(torch.int64)[:, None] - 1
-        source = order.gather(1, (last - rank).clamp(min=0))  # i-th least used <- i-th most used
+        live = (index.code_mask & (n >= threshold * mean)).sum(1, keepdim=True).clamp(min=1)
+        source = order.gather(1, (last - rank % live).clamp(min=0))  # i-th least used <- i-th most used, in turn
         centre = codes.sum(1, keepdim=True) / sizes[:, :, None]
         inside = index.code_mask[:, :, None]
         spread = (((codes - centre).square() * inside).sum(1, keepdim=True) / sizes[:, :, None]).sqrt()

@@ -1,7 +1,8 @@
 """The mathematics of nearest-code assignment in plain PyTorch.
 
 For codebook g: code(i) = argmin_k ||z_i - e_k||^2, the lowest k on ties, with
-||z - e||^2 = ||z||^2 + ||e||^2 - 2 z.e; ||z||^2 does not depend on k and is left out.
+||z - e||^2 = ||z||^2 + ||e||^2 - 2 z.e; ||z||^2 does not depend on k and is left out. Both sides are
+centred on the codebook's mean code first.
 """
 
 from __future__ import annotations
@@ -27,10 +28,14 @@ def nearest_codes(z: Tensor, codebook: Tensor, layout: CodebookLayout) -> Tensor
         [N, G] int64; -1 where the row is not finite in that codebook, or where no code is finite.
     """
     index = layout.indices(z.device)
-    z_padded = layout.pad_columns(z)  # [G, N, D_max]
     codes = layout.pad_codebook(codebook)  # [G, K_max, D_max]
-    norms = codes.square().sum(-1).masked_fill(~index.code_mask, torch.inf)  # [G, K_max]
     same = first_equal(codes)
+    # Distances do not change when both sides move; near the origin |e|^2 - 2 z.e cancels least.
+    centre = torch.where(torch.isfinite(codes), codes, 0.0).sum(1, keepdim=True)
+    centre = torch.where(torch.isfinite(centre), centre / index.num_codes[:, None, None].to(codes.dtype), 0.0)
+    codes = codes - centre
+    z_padded = layout.pad_columns(z) - centre  # [G, N, D_max]
+    norms = codes.square().sum(-1).masked_fill(~index.code_mask, torch.inf)  # [G, K_max]
     transposed = codes.transpose(1, 2)
     rows = max(1, _DISTANCES_AT_ONCE // (layout.groups * layout.max_codes))
     found = []

@@ -165,6 +165,9 @@ def find_files(paths: str | Sequence[str]) -> list[Path]:
             found.append(Path(pattern))
     if not found:
         raise DataError("dataset_path is an empty list")
+    twice = [file for i, file in enumerate(found) if file in found[:i]]
+    if twice:
+        raise DataError(f"dataset_path names {twice[0]} twice: its rows would count double")
     for file in found:
         if file.is_dir():
             raise DataError(f"{file}: is a directory; name the file, or a glob such as {file}/*.h5")

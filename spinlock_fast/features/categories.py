@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from spinlock_fast.config import TrainingConfig
 from spinlock_fast.errors import ConfigError, DataError
 from spinlock_fast.features.names import family_of
 from spinlock_fast.features.statistics import Matrix, correlation
+
+log = logging.getLogger(__name__)
 
 Groups = dict[str, list[int]]
 
@@ -158,6 +161,11 @@ def assign_categories(path: str | Path, feature_names: Sequence[str]) -> Groups:
             groups.setdefault(category, []).append(i)
     if not groups:
         raise ConfigError(f"training.category_mapping_file: {path} names none of the features")
+    listed = sum(len(members) for members in data.values())
+    if listed > len(place):
+        log.warning(
+            "%s: %d of %d names are no feature (misspelt, or dropped by cleaning)", path, listed - len(place), listed
+        )
     return groups
 
 

@@ -88,7 +88,8 @@ def clip_bounds(x: Matrix, config: FeatureCleaningConfig) -> tuple[NDArray[np.fl
         return median - reach, median + reach
     if config.outlier_method == "percentile":
         low, high = np.percentile(x, config.percentile_range, axis=0)
-        return low, high
+        # A rare value must not be clipped to the only other one.
+        return np.where(high > low, low, -np.inf), np.where(high > low, high, np.inf)
     if config.outlier_method == "iqr":
         first, third = np.percentile(x, [25.0, 75.0], axis=0)
         reach = np.where(third > first, config.iqr_multiplier * (third - first), np.inf)

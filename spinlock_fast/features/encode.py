@@ -153,7 +153,7 @@ def _raw_statistics(source: Source, family: str, memory_budget: int) -> tuple[Te
     info = source.datasets[family]
     # The sample, its copy without NaN and its deviations from the median exist together.
     rows = max(1, min(info.rows, 8192, memory_budget // (4 * info.row_bytes)))
-    chunk = max(1, min(info.chunk_rows, rows))
+    chunk = rows if rows == info.rows else max(1, min(info.chunk_rows, rows))
     starts = np.linspace(0, info.rows - chunk, max(1, rows // chunk)).astype(int)
     blocks = [source.read(family, int(start), int(start) + chunk) for start in starts]
     values = np.nan_to_num(np.concatenate(blocks), nan=0.0).reshape(-1, info.row_shape[-1])

@@ -178,10 +178,7 @@ class GroupedVectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def initialize(self, z: Tensor, iterations: int = 10, generator: torch.Generator | None = None) -> None:
-        """Fits the codes to rows z [N, sum D] by k-means.
-
-        Moving counts start as the rows of each code, scaled to a mean of 1 per codebook row share.
-        """
+        """Fits the codes to rows z [N, sum D] by k-means; moving counts start as the rows of each code."""
         codebook, counts = kmeans(z.detach(), self.layout, iterations, generator)
         index = self.layout.indices(z.device)
         self.embedding.data.copy_(codebook)

@@ -288,3 +288,9 @@ def test_a_damaged_chunk_names_file_dataset_and_rows(tmp_path, filters):
         np.testing.assert_array_equal(source.read("family", 0, 4), values[:4])
         with helpers.raises_one_line(DataError, "a.h5", PATH, "rows 3..6", "damaged"):
             source.read("family", 3, 7)
+
+
+def test_a_file_listed_twice_is_refused(tmp_path):
+    write(tmp_path / "a.h5", table())
+    with helpers.raises_one_line(DataError, "a.h5", "twice"):
+        find_files([str(tmp_path / "a.h5"), str(tmp_path / "*.h5")])

@@ -202,3 +202,8 @@ def test_a_mapping_file_that_is_missing(tmp_path):
 def test_a_mapping_is_read_as_it_stands(tmp_path):
     mapping = {"z": ["anything", 3], "a": []}
     assert list(read_mapping(write(tmp_path, mapping)).items()) == list(mapping.items())
+
+
+def test_names_that_are_no_feature_are_counted(tmp_path, caplog):
+    assign_categories(write(tmp_path, {"a": ["summary::a", "summary::mispelt"]}), NAMES)
+    assert "1 of 2 names are no feature" in caplog.text

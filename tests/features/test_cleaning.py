@@ -195,3 +195,12 @@ def test_another_number_of_columns_is_an_error(shape):
     cleaner = fit_cleaner(normal(), CONFIG)
     with pytest.raises(DataError, match="expected 5 columns"):
         cleaner(np.zeros(shape, np.float32))
+
+
+def test_a_rare_value_survives_percentile_clipping():
+    x = np.zeros((1000, 2))
+    x[:2, 0] = 1.0
+    x[:, 1] = np.arange(1000)
+    cleaner = fit_cleaner(x, FeatureCleaningConfig(outlier_method="percentile"))
+    assert cleaner(x)[:, 0].max() == 1.0
+    assert cleaner(x)[:, 1].max() < 999.0

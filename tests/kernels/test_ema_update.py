@@ -264,3 +264,22 @@ def test_a_codebook_nobody_used_is_left_alone():
     layout = CodebookLayout.of([4], [2])
     codebook, _, s = start(layout)
     assert not reset_dead_codes(codebook, torch.zeros(4), s, layout).any()
+
+
+def test_perplexity_of_fractional_counts():
+    layout = CodebookLayout.of([4, 2], [1, 1])
+    counts = torch.tensor([0.1, 0.1, 0.0, 0.0, 1e-6, 0.0])
+    torch.testing.assert_close(perplexity(counts, layout), torch.tensor([2.0, 1.0]))
+
+
+def test_perturbed_codes_are_copies_of_living_ones_alone():
+    layout = CodebookLayout.of([16], [2])
+    codebook = torch.arange(32.0)
+    n = torch.zeros(16)
+    n[[5, 9]] = torch.tensor([30.0, 20.0])
+    reset_dead_codes(codebook, n, torch.zeros(32), layout, noise=0.0)
+    codes = codebook.view(16, 2)
+    replaced = [i for i in range(16) if codes[i].tolist() != [2.0 * i, 2.0 * i + 1]]
+    assert len(replaced) == 4
+    copied = sorted(codes[i].tolist() for i in replaced)
+    assert copied == [[10.0, 11.0], [10.0, 11.0], [18.0, 19.0], [18.0, 19.0]]

@@ -288,3 +288,15 @@ def test_lookup_takes_gradients_of_learned_codes():
     codebook = torch.randn(21, dtype=torch.float64, requires_grad=True)
     codes = torch.tensor([[0, 2], [4, 2], [0, 0]])
     torch.autograd.gradcheck(lambda c: lookup(codes, c, SMALL), codebook)
+
+
+@pytest.mark.parametrize(("offset", "spread"), [(5.0, 0.1), (5.0, 0.01), (100.0, 0.1), (-3e4, 10.0)])
+def test_codes_far_from_the_origin_are_told_apart(offset, spread):
+    layout = CodebookLayout.of([64, 7], [64, 3])
+    z, codebook = helpers.random_group(layout, 500, seed=3)
+    z, codebook = offset + spread * z, offset + spread * codebook
+    codes = vq_assign(z, codebook, layout).codes
+    for g, distance in enumerate(helpers.distances64(z, codebook, layout)):
+        best, second = distance.topk(2, largest=False).values.unbind(1)
+        chosen = distance.gather(1, codes[:, g : g + 1])[:, 0]
+        assert ((chosen == best) | (second - best < 1e-5 * second)).all()
