@@ -1,0 +1,119 @@
+"""Metrics against direct formulas on a small random model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import planted_matrix
+
+from spinlock_fast import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig, metrics
+from spinlock_fast.config import TrainingConfig
+from spinlock_fast.features.names import count_families
+from spinlock_fast.losses import LossWeights, loss_terms
+
+GROUPS = {"cluster_2": [3, 4, 5, 0], "cluster_10": [1, 2, 6, 7, 8, 9]}
+NAMES = [f"{'a' if i < 5 else 'b'}::{i}" for i in range(10)]
+
+
+@pytest.fixture(scope="module")
+def model() -> CategoricalHierarchicalVQVAE:
+    torch.manual_seed(0)
+    config = CategoricalVQVAEConfig(
+        input_dim=10, group_indices=GROUPS, group_embedding_dim=8, group_hidden_dim=8, codebook_init="uniform"
+    )
+    model = CategoricalHierarchicalVQVAE(config)
+    model.quantizer.initialize(model.encode(x()).detach())
+    return model.train()
+
+
+def x(rows: int = 120) -> torch.Tensor:
+    return torch.from_numpy(planted_matrix(rows, [4, 6], seed=1))
+
+
+@pytest.fixture(scope="module")
+def found(model: CategoricalHierarchicalVQVAE) -> metrics.Metrics:
+    return metrics.evaluate(model, x(), TrainingConfig())
+
+
+def test_evaluation_restores_the_mode_and_touches_no_code(model: CategoricalHierarchicalVQVAE) -> None:
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    metrics.evaluate(model, x(), TrainingConfig())
+    assert model.training
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_error_and_quality(model: CategoricalHierarchicalVQVAE, found: metrics.Metrics) -> None:
+    with torch.no_grad():
+        decoded = model.decode_from_tokens(model.get_tokens(x()))
+    error = (decoded.double() - x()).square().mean().item()
+    assert found["reconstruction_error"] == pytest.approx(error, rel=1e-5)
+    assert found["quality"] == pytest.approx(max(1 - error, 0.0))
+
+
+def test_use_of_codes_is_counted_from_the_tokens(model: CategoricalHierarchicalVQVAE, found: metrics.Metrics) -> None:
+    tokens = model.get_tokens(x()).numpy()
+    sizes = model.quantizer.num_codes
+    distinct = [len(np.unique(tokens[:, g])) for g in range(len(sizes))]
+    entropies = []
+    for g in range(len(sizes)):
+        share = np.unique(tokens[:, g], return_counts=True)[1] / len(tokens)
+        entropies.append(np.exp(-(share * np.log(share)).sum()))
+    assert found["active_codes"] == sum(distinct)
+    assert found["utilization"] == pytest.approx(np.mean([d / k for d, k in zip(distinct, sizes, strict=True)]))
+    assert found["perplexity"] == pytest.approx(np.mean(entropies), rel=1e-5)
+    expected = np.mean([e / k for e, k in zip(entropies, sizes, strict=True)])
+    assert found["perplexity_over_k"] == pytest.approx(expected, rel=1e-5)
+    levels = [u for category in found["categories"] for u in category["utilization"]]
+    assert levels == pytest.approx([d / k for d, k in zip(distinct, sizes, strict=True)])
+
+
+def test_the_validation_loss_is_the_whole_sum(model: CategoricalHierarchicalVQVAE, found: metrics.Metrics) -> None:
+    model.eval()
+    with torch.no_grad():
+        terms = loss_terms(model, x(), model(x()), 1024)
+    model.train()
+    assert found["val_loss"] == pytest.approx(float(terms.total(LossWeights.of(TrainingConfig()))), rel=1e-5)
+    assert 0.3 * (1 - found["topo_pre"]) + 0.7 * (1 - found["topo_post"]) == pytest.approx(float(terms.topographic))
+
+
+def test_a_category_is_judged_on_its_own_features(model: CategoricalHierarchicalVQVAE, found: metrics.Metrics) -> None:
+    with torch.no_grad():
+        alone = model.partial_reconstructions(model.quantizer.lookup(model.get_tokens(x())))
+    for category, members in zip(found["categories"], GROUPS.values(), strict=True):
+        books = model.category_slice(category["name"])
+        expected = (alone[books][:, :, members] - x()[:, members]).square().mean().item()
+        assert category["partial_mse"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_blocks_make_no_difference(model: CategoricalHierarchicalVQVAE, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = metrics.evaluate(model, x(), TrainingConfig())
+    monkeypatch.setattr(metrics, "_ROWS_AT_ONCE", 17)
+    blocks = metrics.evaluate(model, x(), TrainingConfig())
+    flat: list[tuple[Any, Any]] = [(whole[key], blocks[key]) for key in whole if key != "categories"]
+    for a, b in flat:
+        assert a == pytest.approx(b, rel=1e-5)
+
+
+def test_topo_looks_at_the_first_1024_rows_alone(model: CategoricalHierarchicalVQVAE) -> None:
+    many = x(1100)
+    changed = many.clone()
+    changed[1024:] *= 3.0
+    a, b = (metrics.evaluate(model, rows, TrainingConfig()) for rows in (many, changed))
+    assert a["topo_pre"] == pytest.approx(b["topo_pre"], rel=1e-6)
+    assert a["reconstruction_error"] != b["reconstruction_error"]
+
+
+def test_completion_adds_families_purity_and_sizes(model: CategoricalHierarchicalVQVAE, found: metrics.Metrics) -> None:
+    metrics.complete(found, model, NAMES, 0.25)
+    assert [c["families"] for c in found["categories"]] == [{"a": 3, "b": 1}, {"a": 2, "b": 4}]
+    assert [c["purity"] for c in found["categories"]] == pytest.approx([3 / 4, 4 / 6])
+    assert found["categories"][0]["feature_names"] == ["a::3", "a::4", "b::5", "a::0"]
+    assert found["parameters"] == sum(p.numel() for p in model.parameters()) + model.quantizer.embedding.numel()
+    assert found["category_correlation_max"] == 0.25
+
+
+def test_names_without_a_family_are_one_family() -> None:
+    assert count_families(["x", "y", "a::z"], [0, 1, 2]) == {"features": 2, "a": 1}
