@@ -36,6 +36,7 @@ class LayoutIndices:
     code_offsets: Tensor  # [G] first code of each codebook
     num_codes: Tensor  # [G] K_g, float32
     dims: Tensor  # [G] D_g, float32
+    hash_factors: Tensor  # [D_max] odd random int64, for hashing codes
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,7 @@ class CodebookLayout:
             code_offsets=torch.cumsum(k, 0) - k,
             num_codes=k.to(torch.float32),
             dims=d.to(torch.float32),
+            hash_factors=torch.randint(-(2**62), 2**62, (D,), generator=torch.Generator().manual_seed(0)) * 2 + 1,
         )
         return LayoutIndices(**{name: tensor.to(device) for name, tensor in vars(flat).items()})
 

@@ -29,7 +29,7 @@ def nearest_codes(z: Tensor, codebook: Tensor, layout: CodebookLayout) -> Tensor
     """
     index = layout.indices(z.device)
     codes = layout.pad_codebook(codebook)  # [G, K_max, D_max]
-    same = first_equal(codes)
+    same = first_equal(codes, index.hash_factors)
     # Distances do not change when both sides move; near the origin |e|^2 - 2 z.e cancels least.
     centre = torch.where(torch.isfinite(codes), codes, 0.0).sum(1, keepdim=True)
     centre = torch.where(torch.isfinite(centre), centre / index.num_codes[:, None, None].to(codes.dtype), 0.0)
@@ -48,17 +48,16 @@ def nearest_codes(z: Tensor, codebook: Tensor, layout: CodebookLayout) -> Tensor
     return torch.cat(found, dim=1).transpose(0, 1).contiguous()
 
 
-def first_equal(codes: Tensor) -> Tensor:
+def first_equal(codes: Tensor, factors: Tensor) -> Tensor:
     """[G, K] lowest index of a code with the same entries, for codes [G, K, D].
 
     A matrix product may round the distances to two equal codes differently, depending on their columns,
-    so ties between equal codes are settled here. Codes are compared by a 64-bit hash of their bits.
+    so ties between equal codes are settled here. Codes are compared by a 64-bit hash of their bits, a
+    sum weighted by odd `factors` [D].
     """
-    _, K, D = codes.shape
+    K = codes.shape[1]
     bits = (codes + 0.0).contiguous()  # -0 becomes +0
     words = bits.view(torch.int32 if bits.element_size() == 4 else torch.int64).to(torch.int64)
-    generator = torch.Generator().manual_seed(0)
-    factors = torch.randint(-(2**62), 2**62, (D,), generator=generator).mul_(2).add_(1).to(codes.device)
     hashes = (words * factors).sum(-1)  # [G, K], modulo 2^64
     ordered, index = hashes.sort(dim=1, stable=True)  # equal codes next to each other, lowest index first
     starts = torch.ones_like(ordered, dtype=torch.bool)
