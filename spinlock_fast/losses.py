@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -102,9 +102,23 @@ def pairwise_distances(points: Tensor) -> Tensor:
     both = norms[:, :, None] + norms[:, None, :]
     square = torch.baddbmm(both, points, points.transpose(1, 2), alpha=-2.0)
     rounding = (8.0 + points.shape[-1] ** 0.5) * torch.finfo(points.dtype).eps
-    apart = square > rounding * both.detach()
-    distances: Tensor = torch.where(apart, torch.where(apart, square, 1.0).sqrt(), 0.0)
+    distances: Tensor = _RootAbove.apply(square, rounding * both.detach())  # type: ignore[no-untyped-call]
     return distances
+
+
+class _RootAbove(torch.autograd.Function):
+    """sqrt(square) where it is above a floor, else 0 with gradient 0; a third of the passes of `torch.where`."""
+
+    @staticmethod
+    def forward(ctx: Any, square: Tensor, floor: Tensor) -> Tensor:
+        root = square.sqrt().masked_fill_(square <= floor, 0.0)
+        ctx.save_for_backward(root)
+        return root
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (root,) = ctx.saved_tensors
+        return (0.5 * grads[0]).div_(root).masked_fill_(root == 0.0, 0.0), None
 
 
 def pair_correlation(a: Tensor, b: Tensor) -> Tensor:
