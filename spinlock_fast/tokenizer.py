@@ -93,13 +93,13 @@ class Tokenizer:
 
                 columns.append(family(arrays[family.name][rows].to(self.device), place))
             blocks.append(torch.cat(columns, 1))
-        return self._prepare(torch.cat(blocks).cpu().numpy())
+        return self._prepare(torch.cat(blocks).cpu().numpy(), lambda row: f"row {row}")
 
-    def encode(self, raw: Mapping[str, Any] | str | Path) -> Any:
+    def encode(self, raw: Mapping[str, Any] | str | Path | list[str]) -> Any:
         """Tokens [N, G] int64 of raw families, or of an HDF5 file (path or glob).
 
         Args:
-            raw: {family: [N, ...]} numpy or torch, or a path.
+            raw: {family: [N, ...]} numpy or torch, or a path, a glob, a list of paths.
 
         Returns:
             A torch tensor where a torch tensor was given, else a numpy array.
@@ -107,7 +107,7 @@ class Tokenizer:
         Raises:
             DataError: see `features`; for a file also what `Source` finds.
         """
-        if isinstance(raw, (str, Path)):
+        if isinstance(raw, (str, Path, list)):
             return np.concatenate([tokens for _, tokens in self.encode_file(raw)])
         as_torch = any(isinstance(array, Tensor) for array in raw.values())
         tokens = self._tokens(self.features(raw))
@@ -142,7 +142,8 @@ class Tokenizer:
                 for family in self.families:
                     raw = torch.from_numpy(source.read(family.name, start, stop)).to(self.device)
                     columns.append(family(raw, source.placing(family.name, start)))
-                yield start, self._prepare(torch.cat(columns, 1).cpu().numpy())
+                place = source.placing(self.families[0].name, start)
+                yield start, self._prepare(torch.cat(columns, 1).cpu().numpy(), place)
 
     def decode(self, tokens: Any) -> Any:
         """Tokens [N, G] -> features [N, F] in the units of the cleaned features, see `feature_names`.
@@ -156,11 +157,23 @@ class Tokenizer:
         features = self.normalizer.inverse(np.concatenate(blocks))
         return torch.from_numpy(features) if as_torch else features
 
-    def _prepare(self, columns: NDArray[np.float32]) -> NDArray[np.float32]:
-        return self.normalizer(self.cleaner(columns))
+    def _prepare(self, columns: NDArray[np.float32], place: Callable[[int], str]) -> NDArray[np.float32]:
+        x = self.normalizer(self.cleaner(columns))
+        finite = np.isfinite(x).all(1)
+        if not finite.all():
+            row = int(np.argmin(finite))
+            name = self.feature_names[int(np.argmin(np.isfinite(x[row])))]
+            raise DataError(f"{place(row)}: feature {name} is too large to normalise")
+        return x
 
     def _tokens(self, x: NDArray[np.float32]) -> NDArray[np.int64]:
         tokens: NDArray[np.int64] = self.model.get_tokens(torch.from_numpy(x).to(self.device)).cpu().numpy()
+        if (tokens < 0).any():
+            row, book = np.argwhere(tokens < 0)[0]
+            raise DataError(
+                f"row {row} of a block overflows in the encoder of {self.model.codebook_names[book]}: "
+                "its features are far outside those of training"
+            )
         return tokens
 
 
@@ -188,6 +201,8 @@ def write_tokens(
         rows = source.rows
         if any(output.exists() and output.samefile(file) for file in source.files):
             raise OutputError(f"{output}: is the file that is read")
+    if output.is_dir():
+        raise OutputError(f"{output}: is a directory; name a file")
     largest = max(model.quantizer.num_codes)
     dtype = next(kind for kind in (np.uint8, np.uint16, np.uint32) if largest - 1 <= np.iinfo(kind).max)
     with replacing(output) as temporary, h5py.File(temporary, "w") as file:

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from spinlock_fast.config import FeatureCleaningConfig
 from spinlock_fast.errors import DataError
-from spinlock_fast.features.statistics import Matrix, correlation, median_and_mad
+from spinlock_fast.features.statistics import Matrix, column_blocks, correlation, mean_and_std, median_and_mad
 
 _ENTROPY_BINS = 50
+_SCORED_AT_ONCE = 16  # columns
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,10 @@ class FeatureCleaner:
         """Columns [N, C] -> cleaned features [N, F]."""
         if x.ndim != 2 or x.shape[1] != self.keep.size:
             raise DataError(f"expected {self.keep.size} columns to clean, got shape {x.shape}")
-        kept = x[:, self.keep].astype(np.float32)
-        fill = self.fill[self.keep].astype(np.float32)
-        kept = np.where(np.isnan(kept), fill, kept)
-        result: NDArray[np.float32] = np.clip(kept, self.low.astype(np.float32), self.high.astype(np.float32))
-        return result
+        kept: NDArray[np.float32] = x[:, self.keep].astype(np.float32, copy=False)
+        rows, columns = np.nonzero(np.isnan(kept))
+        kept[rows, columns] = self.fill[self.keep].astype(np.float32)[columns]
+        return np.clip(kept, self.low.astype(np.float32), self.high.astype(np.float32), out=kept)
 
     def state(self) -> dict[str, Any]:
         """Tensors that `from_state` takes."""
@@ -59,25 +59,32 @@ def fit_cleaner(x: Matrix, config: FeatureCleaningConfig) -> FeatureCleaner:
     Raises:
         DataError: no column is left.
     """
-    values = x.astype(np.float64)
-    missing = np.isnan(values)
-    empty = missing.all(axis=0)
-    fill = np.zeros(values.shape[1])
-    fill[~empty] = np.nanmedian(values[:, ~empty], axis=0)
-    values = np.where(missing, fill, values)
-    everything = np.ones(values.shape[1], dtype=bool)
+    values, fill = _without_nan(x)
     if not config.enabled:
         bound = np.full(values.shape[1], np.inf)
-        return FeatureCleaner(everything, fill, -bound, bound)
-    keep = values.std(axis=0) >= max(config.variance_threshold, np.finfo(np.float64).tiny)
+        return FeatureCleaner(np.ones(values.shape[1], dtype=bool), fill, -bound, bound)
+    keep = mean_and_std(values)[1] >= max(config.variance_threshold, np.finfo(np.float64).tiny)
     if not keep.any():
         raise DataError(
             f"all {values.shape[1]} columns are constant (standard deviation below {config.variance_threshold:g})"
         )
-    candidates = np.flatnonzero(keep)
-    keep[candidates[_duplicates(values[:, candidates], config.deduplicate_threshold)]] = False
+    keep[_duplicates(values, np.flatnonzero(keep), config.deduplicate_threshold)] = False
     low, high = clip_bounds(values[:, keep], config)
     return FeatureCleaner(keep, fill, low, high)
+
+
+def _without_nan(x: Matrix) -> tuple[Matrix, NDArray[np.float64]]:
+    """x itself, or a copy with each NaN replaced by its column's median, and the medians (0 for a column of NaN)."""
+    fill = np.zeros(x.shape[1])
+    missing = np.zeros(x.shape[1], dtype=bool)
+    for columns, block in column_blocks(x):
+        nan = np.isnan(block)
+        missing[columns] = nan.any(axis=1)
+        some = ~nan.all(axis=1)
+        fill[columns][some] = np.nanmedian(block[some], axis=1)
+    if missing.any():
+        x = np.where(np.isnan(x), fill.astype(x.dtype), x)
+    return x, fill
 
 
 def clip_bounds(x: Matrix, config: FeatureCleaningConfig) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -98,19 +105,20 @@ def clip_bounds(x: Matrix, config: FeatureCleaningConfig) -> tuple[NDArray[np.fl
     return -bound, bound
 
 
-def _duplicates(x: NDArray[np.float64], threshold: float) -> NDArray[np.int64]:
-    """Columns to drop: each correlates above the threshold with a kept, more informative one."""
-    alike = np.abs(correlation(x)) > threshold
+def _duplicates(x: Matrix, candidates: NDArray[np.int64], threshold: float) -> NDArray[np.int64]:
+    """Candidates to drop: each correlates above the threshold with a kept, more informative one."""
+    alike = np.abs(correlation(x, candidates)) > threshold
     np.fill_diagonal(alike, False)
     involved = np.flatnonzero(alike.any(axis=0))
-    score = np.full(x.shape[1], np.inf)
-    score[involved] = informativeness(x[:, involved])
-    dropped = np.zeros(x.shape[1], dtype=bool)
+    score = np.full(candidates.size, np.inf)
+    for part in np.array_split(involved, -(-involved.size // _SCORED_AT_ONCE)) if involved.size else []:
+        score[part] = informativeness(x[:, candidates[part]].astype(np.float64))
+    dropped = np.zeros(candidates.size, dtype=bool)
     for column in involved[np.argsort(-score[involved], kind="stable")]:
         if not dropped[column]:
             dropped |= alike[column]
             dropped[column] = False
-    return np.flatnonzero(dropped)
+    return candidates[dropped]
 
 
 def informativeness(x: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -10,7 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from spinlock_fast.features.statistics import Matrix, robust_scale
+from spinlock_fast.features.statistics import Matrix, mean_and_std, robust_scale
+
+
+_ROWS_AT_ONCE = 8192
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,11 @@ class Normalizer:
     scale: NDArray[np.float64]
 
     def __call__(self, x: Matrix) -> NDArray[np.float32]:
-        result: NDArray[np.float32] = ((x - self.center) / self.scale).astype(np.float32)
+        result = np.empty(x.shape, dtype=np.float32)
+        with np.errstate(over="ignore"):  # what overflows becomes Inf, which callers refuse with its place
+            for start in range(0, len(x), _ROWS_AT_ONCE):
+                rows = slice(start, start + _ROWS_AT_ONCE)
+                result[rows] = (x[rows] - self.center) / self.scale
         return result
 
     def inverse(self, x: Matrix) -> NDArray[np.float32]:
@@ -62,5 +69,5 @@ def fit_normalizer(x: Matrix, method: Literal["standard", "mad"]) -> Normalizer:
     if method == "mad":
         center, scale = robust_scale(x)
     else:
-        center, scale = x.mean(axis=0, dtype=np.float64), x.std(axis=0, dtype=np.float64)
+        center, scale = mean_and_std(x)
     return Normalizer(method, center.astype(np.float64), np.where(scale > 0, scale, 1.0))
