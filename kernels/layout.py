@@ -119,7 +119,9 @@ class CodebookLayout:
         """The index tensors on `device`, made once."""
         found = self._cache.get(device)
         if found is None:
-            found = self._cache[device] = self._build(device)
+            # Tensors made under inference mode could not take part in training later.
+            with torch.inference_mode(False):
+                found = self._cache[device] = self._build(device)
         return found
 
     def _build(self, device: torch.device) -> LayoutIndices:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from types import FrameType
 from typing import NoReturn
 
 from spinlock_fast.errors import Interrupted, SpinlockFastError
 
 VERBS = {
+    "generate": "simulate operators and write their features to an HDF5 file",
     "train": "train a tokenizer on an HDF5 file",
     "evaluate": "measure a checkpoint on an HDF5 file",
     "tokenize": "turn an HDF5 file into tokens",
@@ -32,6 +35,8 @@ def parser(verb: str, description: str) -> Parser:
 
 def exit_with(command: Callable[[], None]) -> NoReturn:
     """Runs a command and ends the process: a foreseen error is one line on stderr and its status."""
+    # A SIGTERM unwinds the stack, so that unfinished files are removed; `train` has a handler of its own.
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         command()
     except SpinlockFastError as error:
@@ -43,6 +48,10 @@ def exit_with(command: Callable[[], None]) -> NoReturn:
     except BrokenPipeError:
         sys.exit(141)
     sys.exit(0)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    raise Interrupted("interrupted", number)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

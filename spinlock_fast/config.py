@@ -205,7 +205,7 @@ class TrainingConfig(Section):
         description="auto: discover categories; or the path of a JSON file {category: [feature names]}",
     )
     category_mapping_file: str | None = Field(
-        default=None, description="JSON file of categories, used when category_assignment is not auto"
+        default=None, description="JSON file of categories; the same as naming it in category_assignment"
     )
     num_categories_auto: Annotated[int, Field(ge=2)] | None = Field(
         default=None,
@@ -263,14 +263,16 @@ class TrainingConfig(Section):
     checkpoint_dir: str | None = Field(default=None, description="the same as output_dir")
 
     @property
-    def mapping_file(self) -> str:
-        """The JSON file of categories, where `category_assignment` is not auto."""
-        return self.category_mapping_file or self.category_assignment
+    def mapping_file(self) -> str | None:
+        """The JSON file of categories; None where they are discovered."""
+        return self.category_mapping_file or (None if self.category_assignment == "auto" else self.category_assignment)
 
     @model_validator(mode="after")
     def _fractions(self) -> TrainingConfig:
         if self.val_fraction + self.test_fraction >= 1.0:
             raise ValueError("val_fraction + test_fraction must leave rows to train on")
+        if not any((self.reconstruction_weight, self.vq_weight, self.informativeness_weight, self.topo_weight)):
+            raise ValueError("at least one of reconstruction_weight, vq_weight, informativeness_weight, topo_weight")
         return self
 
 

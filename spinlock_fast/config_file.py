@@ -170,7 +170,8 @@ def _parse_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> list[tuple
         if not equals or not key.strip():
             raise ConfigError(f"--set {text}: expected key=value, such as training.num_epochs=5")
         try:
-            pairs.append((key.strip(), parse_yaml(value)))
+            # A leading * is a glob here, not a YAML alias.
+            pairs.append((key.strip(), value if value.lstrip().startswith("*") else parse_yaml(value)))
         except yaml.YAMLError as error:
             raise ConfigError(f"--set {text}: not valid YAML: {_one_line(error)}") from None
     return pairs
@@ -210,18 +211,28 @@ def _describe(problem: ErrorDetails, data: Mapping[str, Any]) -> str:
     return f"{place}: {message}, got {shown} ({type(given).__name__}){nearest}"
 
 
+_ABSENT = object()
+
+
 def _keys(loc: tuple[int | str, ...], data: Any, missing: bool) -> list[str]:
     """The user's keys in a path; pydantic mixes the names of union members into it."""
     keys: list[str] = []
     for part in loc:
-        if isinstance(data, Mapping) and part in data:
-            data = data[part]
-        elif isinstance(data, list) and isinstance(part, int) and part < len(data):
-            data = data[part]
+        child = _child(data, part)
+        if child is not _ABSENT:
+            data = child
         elif not (missing and part == loc[-1]):
             continue
         keys.append(str(part))
     return keys
+
+
+def _child(data: Any, part: int | str) -> Any:
+    if isinstance(data, Mapping):
+        return data.get(part, _ABSENT)
+    if isinstance(data, list) and isinstance(part, int) and part < len(data):
+        return data[part]
+    return _ABSENT
 
 
 def _suggest(keys: list[str], data: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -169,7 +170,7 @@ def print_summary(metrics: Metrics, console: Console | None = None) -> None:
         ("utilization", f"{metrics['utilization']:.3f}"),
         ("perplexity / K", f"{metrics['perplexity_over_k']:.3f}"),
         ("distances kept", f"{metrics['topo_pre']:.3f} by latents, {metrics['topo_post']:.3f} by codes"),
-        ("validation loss", f"{metrics['val_loss']:.4f}"),
+        ("loss, all terms", f"{metrics['val_loss']:.4f}"),
         ("codes in use", f"{metrics['active_codes']} of {metrics['total_codes']}"),
     ]
     if "parameters" in metrics:
@@ -192,9 +193,9 @@ def print_summary(metrics: Metrics, console: Console | None = None) -> None:
     for category in metrics["categories"]:
         families = category.get("families", {})
         table.add_row(
-            category["name"],
+            escape(category["name"]),
             str(category["features"]),
-            ", ".join(f"{name[:3].upper()} {count}" for name, count in families.items()),
+            escape(", ".join(f"{name[:3].upper()} {count}" for name, count in families.items())),
             f"{category['purity']:.0%}" if "purity" in category else "",
             f"{category['partial_mse']:.4f}",
             " ".join(f"{value:.2f}" for value in category["utilization"]),

@@ -60,9 +60,12 @@ def write_json(path: Path, value: Any) -> None:
 
 def check_writable(directory: Path) -> None:
     """Raises OutputError where no file can be made in the directory, which is created if need be."""
-    with replacing(directory / ".writable") as temporary:
-        temporary.write_bytes(b"")
-    (directory / ".writable").unlink(missing_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise OutputError(f"{directory}: cannot be written: {_reason(error)}") from None
 
 
 def _reason(error: OSError) -> str:

@@ -52,6 +52,7 @@ def _evaluate(model: CategoricalHierarchicalVQVAE, x: Tensor, training: Training
     vq = torch.zeros_like(error)
     partial = torch.zeros(layout.groups, F, dtype=torch.float64, device=x.device)
     counts = torch.zeros(layout.total_codes, device=x.device)
+    first_code = layout.indices(x.device).code_offsets
     latents, quantized = [], []
     kept = 0
     for rows in x.split(_ROWS_AT_ONCE):
@@ -60,7 +61,8 @@ def _evaluate(model: CategoricalHierarchicalVQVAE, x: Tensor, training: Training
         vq += out["vq_loss"].double() * rows.shape[0]
         alone = model.partial_reconstructions(out["quantized"])
         partial += (alone - rows).square().sum(1, dtype=torch.float64)
-        counts += model.quantizer.assign(out["latents"]).counts
+        used_codes = out["tokens"] + first_code
+        counts += torch.bincount(used_codes[out["tokens"] >= 0], minlength=layout.total_codes)
         if kept < TOPO_ROWS:
             latents.append(out["latents"])
             quantized.append(out["quantized"])

@@ -37,8 +37,9 @@ from spinlock_fast.data.source import Source
 from spinlock_fast.errors import ConfigError, DataError, Interrupted, OutputError
 from spinlock_fast.features.categories import MIN_ROWS, read_mapping
 from spinlock_fast.features.cleaning import FeatureCleaner, fit_cleaner
-from spinlock_fast.features.encode import FamilyEncoder, encode, make_encoders
+from spinlock_fast.features.encode import FamilyEncoder, block_rows, encode, make_encoders
 from spinlock_fast.features.normalize import Normalizer, fit_normalizer
+from spinlock_fast.features.statistics import mean_and_std
 from spinlock_fast.files import check_writable, write_text
 from spinlock_fast.metrics import Metrics
 from spinlock_fast.trainer import (
@@ -123,16 +124,18 @@ def run(config: RunConfig, display: Display, resume: Path | None = None) -> Outc
     started = time.perf_counter()
     directory = output_directory(config)
     device = resolve_device(config.device)
-    check_writable(directory)
-    with _Signals() as signals:
+    with _Signals(resume) as signals:
         state = read_resumable(resume, config) if resume is not None else None
-        prepared = prepare(config, device, display)
+        with open_source(config) as source:
+            check_writable(directory)
+            prepared = prepare(source, config, device, display)
+        features = fingerprint(prepared)
         if state is not None:
-            _check_same_features(state["features"], prepared)
-        else:
+            _check_same_features(state["features"], features)
+        if state is None or resume is None or not _same_place(resume, directory):
             set_aside_earlier_run(directory)
         write_text(directory / CONFIG, dump_config(config))
-        keeper = _Keeper(display, directory, prepared, config)
+        keeper = _Keeper(display, directory, features, config)
         trainer = Trainer(config, keeper)
         signals.trainer = trainer
         display.stage("training")
@@ -179,47 +182,55 @@ def open_source(config: RunConfig) -> Source:
     return Source(config.dataset_path, config.datasets())
 
 
-def prepare(config: RunConfig, device: torch.device, display: Display) -> Prepared:
+def prepare(source: Source, config: RunConfig, device: torch.device, display: Display) -> Prepared:
     """Encodes, cleans, discovers categories and normalises. All is fitted to the training rows."""
     clock = _Clock()
-    with open_source(config) as source:
-        split = split_rows(source.rows, config.training, config.random_seed)
-        if split.train.size < MIN_ROWS:
-            raise DataError(f"{source.rows} rows leave {split.train.size} to train on: at least {MIN_ROWS} are needed")
-        if config.training.category_assignment != "auto":
-            read_mapping(config.training.mapping_file)  # a bad file shows now, not after encoding
-        display.stage(f"encoding {source.rows:,} samples of {len(config.families)} families")
-        encoders = make_encoders(source, config.families, config.random_seed, config.memory_budget)
-        columns = encode(source, encoders, config.memory_budget, device, display.encoded)
+    split = split_rows(source.rows, config.training, config.random_seed)
+    if split.train.size < MIN_ROWS:
+        raise DataError(f"{source.rows} rows leave {split.train.size} to train on: at least {MIN_ROWS} are needed")
+    # What can be refused without reading the data is refused now.
+    if config.training.mapping_file is not None:
+        read_mapping(config.training.mapping_file)
+    for info in source.datasets.values():
+        block_rows(info, config.memory_budget)
+    display.stage(f"encoding {source.rows:,} samples of {len(config.families)} families")
+    encoders = make_encoders(source, config.families, config.random_seed, config.memory_budget)
+    columns = encode(source, encoders, config.memory_budget, device, display.encoded)
     names = [name for family in encoders for name in family.names]
     clock.lap("load_encode")
     display.stage(f"cleaning {columns.shape[1]} columns")
     cleaner = fit_cleaner(columns[split.train], config.feature_cleaning)
     cleaned = cleaner(columns)
+    width = columns.shape[1]
+    del columns  # the raw matrix is no longer needed
     kept = [name for name, keep in zip(names, cleaner.keep, strict=True) if keep]
     clock.lap("clean")
     display.stage(f"discovering categories of {len(kept)} features")
     groups = find_categories(cleaned[split.train], kept, config)
     clock.lap("discover")
     normalizer = fit_normalizer(cleaned[split.train], config.training.normalization_method)
-    return Prepared(normalizer(cleaned), encoders, cleaner, normalizer, groups, kept, columns.shape[1], clock.seconds)
+    return Prepared(normalizer(cleaned), encoders, cleaner, normalizer, groups, kept, width, clock.seconds)
 
 
 def fingerprint(prepared: Prepared) -> dict[str, Any]:
     """What tells whether a resumed run sees the same features."""
     x = np.ascontiguousarray(prepared.x)
+    mean, std = mean_and_std(x)
     return {
         "shape": list(x.shape),
         "fletcher32": _native.fletcher32(x),
-        "mean": torch.from_numpy(x.mean(0, dtype=np.float64)),
-        "std": torch.from_numpy(x.std(0, dtype=np.float64)),
+        "mean": torch.from_numpy(mean),
+        "std": torch.from_numpy(std),
         "feature_names": prepared.feature_names,
         "group_indices": prepared.groups,
     }
 
 
-def _check_same_features(saved: Mapping[str, Any], prepared: Prepared) -> None:
-    now = fingerprint(prepared)
+def _same_place(a: Path, b: Path) -> bool:
+    return a.resolve() == b.resolve()
+
+
+def _check_same_features(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     same_kind = all(saved[key] == now[key] for key in ("shape", "feature_names", "group_indices"))
     if not same_kind or not all(np.allclose(saved[key], now[key], rtol=1e-3, atol=1e-4) for key in ("mean", "std")):
         raise DataError("the features are not those of the interrupted run: the data or the encoders have changed")
@@ -296,12 +307,11 @@ def _advice_to_resume(directory: Path) -> Iterator[None]:
 class _Keeper:
     """Passes news to the display and writes resumable states."""
 
-    def __init__(self, display: Display, directory: Path, prepared: Prepared, config: RunConfig) -> None:
+    def __init__(self, display: Display, directory: Path, features: dict[str, Any], config: RunConfig) -> None:
         self.display = display
         self.directory = directory
-        self.prepared = prepared
+        self.features = features
         self.config = config
-        self._fingerprint = fingerprint(prepared)
 
     def training_started(self, epochs: int, first_epoch: int, rows: int) -> None:
         self.display.training_started(epochs, first_epoch, rows)
@@ -316,7 +326,7 @@ class _Keeper:
         """What `read_resumable` takes."""
         return {
             "run": plain(state),
-            "features": self._fingerprint,
+            "features": self.features,
             "config": self.config.model_dump(mode="json"),
         }
 
@@ -334,10 +344,10 @@ class _Clock:
 class _Signals:
     """Turns SIGINT and SIGTERM into Interrupted: at once before training, after the step during it."""
 
-    def __init__(self) -> None:
+    def __init__(self, resume: Path | None) -> None:
         self.trainer: Trainer | None = None
+        self._resume = resume
         self._old: dict[int, Any] = {}
-        self._seen = False
 
     def __enter__(self) -> _Signals:
         if threading.current_thread() is threading.main_thread():
@@ -350,7 +360,9 @@ class _Signals:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.trainer is None or self._seen:
+        if self.trainer is not None:
+            self.trainer.stop(number)  # a second signal finds the state being saved, and waits for it like the first
+        elif self._resume is not None:
+            raise Interrupted(f"interrupted before the first step; --resume {self._resume} still works", number)
+        else:
             raise Interrupted("interrupted before the first step: there is nothing to resume", number)
-        self._seen = True
-        self.trainer.stop(number)

@@ -204,7 +204,8 @@ class Trainer:
         correlation_max = max_off_diagonal(category_correlation(train_x, groups))
         if correlation_max > training.orthogonality_target:
             log.warning(
-                "category correlation reaches %.3f, above orthogonality_target %.3f",
+                "category correlation reaches %.3f, above orthogonality_target %.3f: some categories overlap "
+                "(more of them: training.num_categories_auto)",
                 correlation_max,
                 training.orthogonality_target,
             )
@@ -222,12 +223,18 @@ class Trainer:
                 run.load(resume)
             else:
                 run.initialize_codes()
-            run.train()
+            try:
+                run.train()
+            finally:
+                self._stop_signal = None
         best_model = run.best_model()
         metrics = evaluate(best_model, run.x_val, training)
         if split.test.size:
             metrics["test"] = evaluate(best_model, data[split.test].to(device), training)
         complete(metrics, best_model, names, correlation_max)
+        idle = [c["name"] for c in metrics["categories"] if max(c["perplexity"]) < 1.0 + 1e-6]
+        if idle:
+            log.warning("%s: one code serves every sample, so these tokens say nothing", ", ".join(idle))
         metrics |= {
             "epochs": len(run.history),
             "best_epoch": run.best_epoch,
@@ -259,9 +266,18 @@ class Trainer:
 def find_categories(x: Matrix, feature_names: Sequence[str], config: RunConfig) -> Groups:
     """Categories of features as `training.category_assignment` says; see `discover_categories`."""
     training = config.training
-    if training.category_assignment == "auto":
-        return discover_categories(x, feature_names, training, config.random_seed)
-    return assign_categories(training.mapping_file, feature_names)
+    if training.mapping_file is not None:
+        return assign_categories(training.mapping_file, feature_names)
+    groups = discover_categories(x, feature_names, training, config.random_seed)
+    asked = training.num_categories_auto
+    if asked is not None and len(groups) != asked:
+        log.warning(
+            "%d categories instead of num_categories_auto %d: those under min_features_per_category %d were merged",
+            len(groups),
+            asked,
+            training.min_features_per_category,
+        )
+    return groups
 
 
 def resolve_device(name: str) -> torch.device:
@@ -305,6 +321,7 @@ class _Run:
         self.x_train = x[torch.from_numpy(split.train).to(device)]
         self.x_val = x[torch.from_numpy(split.val).to(device)]
         self.weights = LossWeights.of(self.training)
+        self.weighted = torch.tensor([weight != 0.0 for weight in self.weights], device=device)
         rows = self.x_train.shape[0]
         self.batch = min(self.training.batch_size, rows)
         if self.batch < self.training.batch_size:
@@ -331,6 +348,7 @@ class _Run:
         self.best_epoch = 0
         self.best_loss = math.inf
         self.best_state: dict[str, Tensor] = {}
+        self.counted_loss = math.inf  # of the last validation that early stopping counted as better
         self.stale = 0
 
     def initialize_codes(self) -> None:
@@ -347,6 +365,14 @@ class _Run:
     def train(self) -> None:
         training = self.training
         observer = self.trainer.observer
+        if self.epoch > training.num_epochs:
+            raise ConfigError(f"training.num_epochs: {training.num_epochs}, but the run has done {self.epoch} epochs")
+        if self.epoch and self.epoch == training.num_epochs:
+            log.warning("the run is complete: %d of %d epochs are done", self.epoch, training.num_epochs)
+        elif self._stopped_early():
+            log.warning(
+                "the run had stopped early, after epoch %d; a larger early_stopping_patience goes on", self.epoch
+            )
         observer.training_started(training.num_epochs, self.epoch, self.x_train.shape[0])
         while self.epoch < training.num_epochs and not self._stopped_early():
             started = time.perf_counter()
@@ -401,7 +427,7 @@ class _Run:
         self.optimizer.step()
         with torch.no_grad():
             values = torch.stack([loss.detach(), *(term.detach() for term in terms)])
-            bad = ~torch.isfinite(values[1:])
+            bad = ~torch.isfinite(values[1:]) & self.weighted
             here = torch.stack([torch.full_like(self.first_bad[0], step), bad.to(torch.int64).argmax()])
             self.first_bad = torch.where((self.first_bad[0] < 0) & bad.any(), here, self.first_bad)
             self.sums += values * rows
@@ -425,7 +451,8 @@ class _Run:
         if step >= 0:
             raise TrainingError(
                 f"the {LossTerms._fields[term]} loss is not finite from step {step} on (epoch "
-                f"{step // self.steps_per_epoch + 1}); a smaller training.learning_rate may help"
+                f"{step // self.steps_per_epoch + 1}); "
+                + ("the features are too large" if step == 0 else "a smaller training.learning_rate may help")
             )
 
     def _record(self, seconds: float) -> EpochRecord:
@@ -442,7 +469,13 @@ class _Run:
     def _validate(self) -> dict[str, float]:
         found = evaluate(self.model, self.x_val, self.training)
         kept = {key: value for key, value in found.items() if isinstance(value, float)}
-        if kept["val_loss"] < self.best_loss - (self.training.early_stopping_min_delta if self.best_state else 0.0):
+        if not math.isfinite(kept["val_loss"]):
+            raise TrainingError(
+                f"the validation loss is not finite after epoch {self.epoch}: "
+                "a validation row holds values far outside those of training"
+            )
+        if kept["val_loss"] < self.counted_loss - self.training.early_stopping_min_delta:
+            self.counted_loss = kept["val_loss"]
             self.stale = 0
         else:
             self.stale += 1
@@ -487,6 +520,7 @@ class _Run:
             "history": [vars(record) for record in self.history],
             "best_epoch": self.best_epoch,
             "best_loss": self.best_loss,
+            "counted_loss": self.counted_loss,
             "best_state_dict": self.best_state,
             "stale": self.stale,
         }
@@ -500,7 +534,7 @@ class _Run:
         self.history = [EpochRecord(**record) for record in state["history"]]
         self.best_epoch, self.best_loss = state["best_epoch"], state["best_loss"]
         self.best_state = {k: v.to(self.device) for k, v in state["best_state_dict"].items()}
-        self.stale = state["stale"]
+        self.counted_loss, self.stale = state["counted_loss"], state["stale"]
         torch.set_rng_state(state["rng"]["cpu"].cpu())
         if self.device.type == "cuda" and state["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(state["rng"]["cuda"].cpu(), self.device)

@@ -39,6 +39,7 @@ def vq_assign(z: Tensor, codebook: Tensor, layout: CodebookLayout, mask: Tensor 
         raise ValueError(f"z must be [N, {layout.total_dims}], got {list(z.shape)}")
     if codebook.shape != (layout.total_entries,):
         raise ValueError(f"codebook must be [{layout.total_entries}], got {list(codebook.shape)}")
+    codebook = codebook.to(torch.promote_types(codebook.dtype, torch.float32))
     z = z.to(codebook.dtype)
     # Autocast would form the distances in half precision, which picks other codes.
     with torch.autocast(z.device.type, enabled=False):

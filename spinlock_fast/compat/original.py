@@ -187,6 +187,8 @@ def write_converted(converted: Converted, directory: Path) -> None:
 
 def convert_model(payload: Mapping[str, Any], settings: Mapping[str, Any], path: Path) -> CategoricalHierarchicalVQVAE:
     """The model alone, in eval mode; raises DataError where weights are missing or do not fit."""
+    if "category_mlp.0.weight" in payload["model_state_dict"]:
+        raise DataError(f"{path}: is a checkpoint of this package already")
     described = payload.get("model_config")
     if not isinstance(described, Mapping) or "group_indices" not in described:
         raise DataError(f"{path}: no model_config with group_indices")

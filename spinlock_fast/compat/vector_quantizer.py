@@ -15,8 +15,8 @@ class VectorQuantizer(nn.Module):
     """One codebook of `num_embeddings` codes of `embedding_dim` dimensions.
 
     Loads the original's state dict: `embedding.weight`, `ema_cluster_size`, `ema_w`. With `use_ema` the
-    codes follow the inputs by moving average with Laplace smoothing (`epsilon`), and the codes take no
-    part in the optimizer.
+    codes follow the inputs by moving average with Laplace smoothing (`epsilon`); as in the original they
+    are a parameter all the same, and `commitment_loss` gives them a gradient.
 
     forward(z [..., D]) returns
 

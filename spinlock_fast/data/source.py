@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import glob
 import re
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from spinlock_fast.errors import DataError
 
 _GLOB = re.compile(r"[*?\[]")
+_OPEN_FILES = 16
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class DatasetInfo:
 
 
 class Source:
-    """Named datasets with a common number of rows; a context manager that holds the files open.
+    """Named datasets with a common number of rows; a context manager that keeps a few files open.
 
     Args:
         paths: a file, a glob, or a list of those. The shards of a glob follow each other in natural
@@ -49,12 +51,9 @@ class Source:
 
     def __init__(self, paths: str | Sequence[str], datasets: Mapping[str, str]) -> None:
         self.files = find_files(paths)
-        self._handles: list[h5py.File] = []
+        self._handles: OrderedDict[int, h5py.File] = OrderedDict()  # the last used, at most _OPEN_FILES
         try:
-            for file in self.files:
-                self._handles.append(_open(file))
-            self.datasets = {family: self._inspect(family, path) for family, path in datasets.items()}
-            self._check_rows()
+            self._inspect(datasets)
         except BaseException:
             self.close()
             raise
@@ -68,9 +67,8 @@ class Source:
         self.close()
 
     def close(self) -> None:
-        for handle in self._handles:
-            handle.close()
-        self._handles = []
+        while self._handles:
+            self._handles.popitem()[1].close()
 
     @property
     def rows(self) -> int:
@@ -82,33 +80,28 @@ class Source:
         if not 0 <= start <= stop <= info.rows:
             raise IndexError(f"rows {start}..{stop} of {info.rows}")
         out = np.empty((stop - start, *info.row_shape), dtype=np.float32)
-        done = first = 0
-        for file, handle in zip(self.files, self._handles, strict=True):
-            dataset = handle[info.path]
-            low, high = max(start - first, 0), min(stop - first, dataset.shape[0])
-            if low < high:
-                try:
-                    # Values beyond float32 become Inf, which the caller reports with its place.
-                    with np.errstate(over="ignore"):
-                        out[done : done + high - low] = dataset[low:high]
-                except (OSError, RuntimeError) as error:
-                    raise DataError(
-                        f"{file}: {info.path}: rows {low}..{high - 1} cannot be read, the file is damaged: "
-                        f"{_one_line(error)}"
-                    ) from None
-                done += high - low
-            first += dataset.shape[0]
+        shard = int(np.searchsorted(self._ends, start, side="right"))
+        while start < stop:
+            file, first = self.files[shard], self._ends[shard] - self._counts[shard]
+            low, high = start - first, min(stop, self._ends[shard]) - first
+            try:
+                # Values beyond float32 become Inf, which the caller reports with its place.
+                with np.errstate(over="ignore"):
+                    out[len(out) - (stop - start) :][: high - low] = self._handle(shard)[info.path][low:high]
+            except (OSError, RuntimeError) as error:
+                raise DataError(
+                    f"{file}: {info.path}: rows {low}..{high - 1} cannot be read, the file is damaged: "
+                    f"{_one_line(error)}"
+                ) from None
+            start += high - low
+            shard += 1
         return out
 
     def place(self, family: str, row: int) -> str:
         """Where a row lies, for messages: file, dataset, row in the file."""
-        info = self.datasets[family]
-        for file, handle in zip(self.files, self._handles, strict=True):
-            count = handle[info.path].shape[0]
-            if row < count:
-                return f"{file}: {info.path}: row {row}"
-            row -= count
-        raise IndexError(f"row {row} beyond the {info.rows} of {info.path}")
+        shard = int(np.searchsorted(self._ends, row, side="right"))
+        first = self._ends[shard] - self._counts[shard]
+        return f"{self.files[shard]}: {self.datasets[family].path}: row {row - first}"
 
     def placing(self, family: str, first: int) -> Callable[[int], str]:
         """`place` for rows counted from `first`."""
@@ -117,39 +110,58 @@ class Source:
     def feature_names(self, family: str) -> list[str] | None:
         """Names of a family's columns, where the dataset or its group has an attribute `feature_names`."""
         path = self.datasets[family].path
-        dataset = self._handles[0][path]
+        dataset = self._handle(0)[path]
         for node in (dataset, dataset.parent):
             names = node.attrs.get("feature_names")
             if isinstance(names, np.ndarray) and names.shape == dataset.shape[1:]:
                 return [name.decode() if isinstance(name, bytes) else str(name) for name in names]
         return None
 
-    def _inspect(self, family: str, path: str) -> DatasetInfo:
-        rows, shape, chunk_rows = 0, None, 1
-        for file, handle in zip(self.files, self._handles, strict=True):
-            node = _get(file, handle, path)
-            if node.dtype.kind not in "fiu":
-                raise DataError(f"{file}: {path}: expected numbers, got {node.dtype}")
-            if node.ndim not in (2, 3):
-                raise DataError(f"{file}: {path}: family {family!r} needs a 2-D or 3-D dataset, got shape {node.shape}")
-            if shape is not None and node.shape[1:] != shape:
-                raise DataError(f"{file}: {path}: rows of shape {node.shape[1:]}, but {shape} in {self.files[0]}")
-            shape = node.shape[1:]
-            if 0 in shape:
-                raise DataError(f"{file}: {path}: no columns (shape {node.shape})")
-            rows += node.shape[0]
-            chunk_rows = max(chunk_rows, node.chunks[0] if node.chunks else 1)
-        assert shape is not None
-        return DatasetInfo(path, rows, shape, chunk_rows)
+    def _handle(self, shard: int) -> h5py.File:
+        if shard not in self._handles:
+            while len(self._handles) >= _OPEN_FILES:
+                self._handles.popitem(last=False)[1].close()
+            self._handles[shard] = _open(self.files[shard])
+        self._handles.move_to_end(shard)
+        return self._handles[shard]
 
-    def _check_rows(self) -> None:
-        for file, handle in zip(self.files, self._handles, strict=True):
-            counts = {info.path: handle[info.path].shape[0] for info in self.datasets.values()}
-            if len(set(counts.values())) > 1:
-                listed = ", ".join(f"{path} has {count}" for path, count in counts.items())
+    def _inspect(self, datasets: Mapping[str, str]) -> None:
+        counts: list[int] = []
+        shapes: dict[str, tuple[int, ...]] = {}
+        chunk_rows = dict.fromkeys(datasets, 1)
+        for shard, file in enumerate(self.files):
+            rows: dict[str, int] = {}
+            for family, path in datasets.items():
+                node = _get(file, self._handle(shard), path)
+                _check(file, family, node)
+                if shapes.setdefault(family, node.shape[1:]) != node.shape[1:]:
+                    raise DataError(
+                        f"{file}: {path}: rows of shape {node.shape[1:]}, but {shapes[family]} in {self.files[0]}"
+                    )
+                rows[path] = node.shape[0]
+                chunk_rows[family] = max(chunk_rows[family], node.chunks[0] if node.chunks else 1)
+            if len(set(rows.values())) > 1:
+                listed = ", ".join(f"{path} has {count}" for path, count in rows.items())
                 raise DataError(f"{file}: families differ in their number of rows: {listed}")
-        if self.rows == 0:
-            raise DataError(f"{self.files[0]}: {next(iter(self.datasets.values())).path} has no rows")
+            counts.append(next(iter(rows.values())))
+        self._counts = counts
+        self._ends = np.cumsum(counts).tolist()
+        total = self._ends[-1]
+        if total == 0:
+            raise DataError(f"{self.files[0]}: {next(iter(datasets.values()))} has no rows")
+        self.datasets = {
+            family: DatasetInfo(path, total, shapes[family], chunk_rows[family]) for family, path in datasets.items()
+        }
+
+
+def _check(file: Path, family: str, node: h5py.Dataset) -> None:
+    path = node.name.lstrip("/")
+    if node.dtype.kind not in "fiu":
+        raise DataError(f"{file}: {path}: expected numbers, got {node.dtype}")
+    if node.ndim not in (2, 3):
+        raise DataError(f"{file}: {path}: family {family!r} needs a 2-D or 3-D dataset, got shape {node.shape}")
+    if 0 in node.shape[1:]:
+        raise DataError(f"{file}: {path}: no columns (shape {node.shape})")
 
 
 def find_files(paths: str | Sequence[str]) -> list[Path]:
@@ -165,9 +177,9 @@ def find_files(paths: str | Sequence[str]) -> list[Path]:
             found.append(Path(pattern))
     if not found:
         raise DataError("dataset_path is an empty list")
-    twice = [file for i, file in enumerate(found) if file in found[:i]]
-    if twice:
-        raise DataError(f"dataset_path names {twice[0]} twice: its rows would count double")
+    twice = next((file for file, count in Counter(found).items() if count > 1), None)
+    if twice is not None:
+        raise DataError(f"dataset_path names {twice} twice: its rows would count double")
     for file in found:
         if file.is_dir():
             raise DataError(f"{file}: is a directory; name the file, or a glob such as {file}/*.h5")
@@ -177,7 +189,8 @@ def find_files(paths: str | Sequence[str]) -> list[Path]:
 
 
 def _how_to_make(path: str) -> str:
-    return ""
+    name = path if not _GLOB.search(path) else "FILE.h5"
+    return f"; simulate one with `python -m spinlock_fast.generate --operators 512 --output {name}`"
 
 
 def _natural(text: str) -> list[Any]:

@@ -176,7 +176,8 @@ def _position(member: object, position: dict[str, int], path: str | Path) -> int
     if isinstance(member, int) and not isinstance(member, bool) and 0 <= member < len(position):
         return member
     raise ConfigError(
-        f"training.category_mapping_file: {path}: {member!r} is neither a feature's name nor one of 0..{len(position) - 1}"
+        f"training.category_mapping_file: {path}: {member!r} is neither a feature's name "
+        f"nor one of 0..{len(position) - 1}"
     )
 
 

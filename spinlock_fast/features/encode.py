@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spinlock_fast.config import ENCODER_PARAMS, FamilyConfig
 from spinlock_fast.data.source import DatasetInfo, Source
-from spinlock_fast.errors import DataError
+from spinlock_fast.errors import ConfigError, DataError
 from spinlock_fast.features.encoders import Encoder, build_encoder, seeded_encoder
 from spinlock_fast.features.statistics import robust_scale
 
@@ -212,7 +212,7 @@ def block_rows(info: DatasetInfo, memory_budget: int) -> int:
     # Raw values exist twice, as read and without NaN.
     fit = memory_budget // (2 * info.row_bytes)
     if fit < 1:
-        raise DataError(
+        raise ConfigError(
             f"memory_budget {memory_budget} is below one row of {info.path}: "
             f"at least {2 * info.row_bytes} bytes are needed"
         )

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from spinlock_fast.features.statistics import Matrix, mean_and_std, robust_scale
 
-
 _ROWS_AT_ONCE = 8192
 
 

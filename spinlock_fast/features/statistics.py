@@ -30,8 +30,7 @@ def column_blocks(x: Matrix) -> Iterator[tuple[slice, Matrix]]:
     """(columns, x[:, columns] transposed and contiguous), a few columns at a time: fast, and no copy of x."""
     for start in range(0, x.shape[1], _COLUMNS_AT_ONCE):
         columns = slice(start, start + _COLUMNS_AT_ONCE)
-        block: Matrix = np.ascontiguousarray(x[:, columns].T)
-        yield columns, block
+        yield columns, x[:, columns].T.copy()
 
 
 def mean_and_std(x: Matrix) -> tuple[Vector, Vector]:

@@ -5,7 +5,7 @@ import torch
 
 from spinlock_fast.config import FamilyConfig, MLPEncoderParams, TemporalCNNEncoderParams
 from spinlock_fast.data.source import DatasetInfo, Source
-from spinlock_fast.errors import DataError
+from spinlock_fast.errors import ConfigError, DataError
 from spinlock_fast.features import encode as module
 from spinlock_fast.features.encode import FamilyEncoder, block_rows, encode, make_encoders
 
@@ -163,7 +163,7 @@ def test_a_block_of_large_chunks_is_one_chunk():
 
 
 def test_a_budget_below_one_row_names_the_one_that_fits(path):
-    with helpers.raises_one_line(DataError, "memory_budget 1791", helpers.TEMPORAL, "at least 1792 bytes"):
+    with helpers.raises_one_line(ConfigError, "memory_budget 1791", helpers.TEMPORAL, "at least 1792 bytes"):
         columns(path, {"temporal": FAMILIES["temporal"]}, budget=1791)
 
 
