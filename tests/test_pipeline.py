@@ -23,8 +23,10 @@ from helpers import ARCHITECTURE, SUMMARY, TEMPORAL, TRAJECTORIES, write_dataset
 from spinlock_fast import Tokenizer, load_checkpoint
 from spinlock_fast.checkpoint import FILES, RESUME, load_torch
 from spinlock_fast.config_file import load_config
+from spinlock_fast.errors import DataError
 from spinlock_fast.evaluate import main as evaluate_main
 from spinlock_fast.tokenize import main as tokenize_main
+from spinlock_fast.tokenizer import write_tokens
 from spinlock_fast.train import main as train_main
 
 ROOT = Path(__file__).parents[1]
@@ -229,6 +231,37 @@ def test_categories_from_a_mapping_file(config: Path, checkpoint: Path, data: Pa
     assert [c["name"] for c in metrics["categories"]] == ["last", "first"]
 
 
+def test_a_mapping_file_alone_is_enough(config: Path, checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    names = Tokenizer.from_checkpoint(checkpoint).feature_names
+    (tmp_path / "map.json").write_text(json.dumps({"energy [J]": names[:9], "[/x]": names[9:]}))
+    arguments = [config, "--set", f"dataset_path={data}", "--output", tmp_path / "out"]
+    assert run(train_main, *arguments, "--set", f"training.category_mapping_file={tmp_path}/map.json") == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert [c["name"] for c in metrics["categories"]] == ["energy [J]", "[/x]"]
+
+
+def test_a_glob_may_be_set_without_quotes(config: Path, data: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(data.parent)
+    assert run(train_main, config, "--quiet", "--set", "dataset_path=*.h5", "--output", tmp_path / "out") == 0
+
+
+def test_more_shards_than_files_are_kept_open(config: Path, tmp_path: Path) -> None:
+    write_shards(tmp_path, [5] * 32, seed=3)
+    output = tmp_path / "out"
+    assert run(train_main, config, "--quiet", "--set", f"dataset_path={tmp_path}/shard_*.h5", "--output", output) == 0
+
+
+def test_resuming_into_another_directory_sets_its_run_aside(
+    config: Path, data: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    shutil.copytree(checkpoint, output)
+    arguments = [config, "--quiet", "--set", f"dataset_path={data}", "--resume", checkpoint, "--output", output]
+    assert run(train_main, *arguments, "--set", "training.num_epochs=4") == 0
+    assert (output / "previous" / "best_model.pt").read_bytes() == (checkpoint / "best_model.pt").read_bytes()
+    assert json.loads((checkpoint / "metrics.json").read_text())["epochs"] == 3
+
+
 def test_an_earlier_run_is_set_aside(config: Path, data: Path, checkpoint: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     shutil.copytree(checkpoint, output)
@@ -258,9 +291,11 @@ def train_process(*arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("numbers", "status"), [([signal.SIGTERM], 143), ([signal.SIGINT], 130), ([signal.SIGINT, signal.SIGINT], 130)]
+)
 def test_a_signal_leaves_a_run_that_resumes_to_the_same_weights(
-    config: Path, data: Path, tmp_path: Path, number: int, status: int
+    config: Path, data: Path, tmp_path: Path, numbers: list[int], status: int
 ) -> None:
     common = [config, "--set", f"dataset_path={data}", "--set", "training.num_epochs=400"]
     common += ["--set", "training.val_every_n_epochs=50", "--set", "training.save_every=5"]
@@ -269,7 +304,9 @@ def test_a_signal_leaves_a_run_that_resumes_to_the_same_weights(
     deadline = time.monotonic() + 60
     while not (broken / RESUME).exists() and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(number)
+    for number in numbers:
+        process.send_signal(number)
+        time.sleep(0.01)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == status
     assert errors.strip().splitlines()[-1].startswith("error: stopped in epoch")
@@ -429,6 +466,8 @@ def test_files_that_cannot_be_read(
         (["device=tpu"], "auto, cpu, cuda"),
         (["training.category_assignment=/no/such.json"], "cannot be read"),
         (["memory_budget=lots"], "expected a size"),
+        (["memory_budget=100"], "memory_budget 100 is below one row"),
+        ([f"training.{name}_weight=0" for name in ("reconstruction", "vq", "informativeness", "topo")], "at least one"),
     ],
 )
 def test_settings_that_cannot_serve(
@@ -488,6 +527,31 @@ def test_rows_of_another_shape_are_refused(
     assert run(tokenize_main, checkpoint, other, "--output", tmp_path / "t.h5") == 3
     assert "rows of shape (40,)" in capsys.readouterr().err
     assert not (tmp_path / "t.h5").exists()
+
+
+def test_a_row_without_a_code_is_an_error(
+    checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hot = tmp_path / "hot.h5"
+    shutil.copy(data, hot)
+    with h5py.File(hot, "a") as file:
+        file[ARCHITECTURE][5] = 3e38
+    tokenizer = Tokenizer.from_checkpoint(checkpoint)
+    tokenizer.cleaner.high[:] = np.inf
+    with pytest.raises(DataError, match=r"row 5"):
+        tokenizer.encode(hot)
+    with pytest.raises(DataError, match=r"row 5"):
+        write_tokens(tokenizer, str(hot), tmp_path / "t.h5")
+    assert not (tmp_path / "t.h5").exists()
+
+
+def test_encode_takes_a_list_of_files(checkpoint: Path, data: Path) -> None:
+    tokenizer = Tokenizer.from_checkpoint(checkpoint)
+    assert np.array_equal(tokenizer.encode([str(data)]), tokenizer.encode(data))
+
+
+def test_tokens_into_a_directory_are_refused_at_once(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    assert run(tokenize_main, checkpoint, data, "--output", tmp_path, "--quiet") == 4
 
 
 def test_encode_names_missing_families(checkpoint: Path) -> None:

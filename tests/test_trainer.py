@@ -285,3 +285,74 @@ def test_history_terms_add_up_to_the_loss(x: np.ndarray[Any, Any]) -> None:
     record: EpochRecord = trainer(training__num_epochs=1).fit(x, GROUPS).history[0]
     w = {"reconstruction": 1.0, "vq": 1.0, "orthogonality": 0.1, "informativeness": 0.1, "topographic": 0.3}
     assert sum(w[name] * value for name, value in record.terms.items()) == pytest.approx(record.train_loss, rel=1e-5)
+
+
+def test_a_validation_row_that_overflows_is_an_error_not_a_crash(x: np.ndarray[Any, Any]) -> None:
+    bad = x.copy()
+    bad[7, 3] = 1e30
+    with pytest.raises(TrainingError, match="validation loss is not finite"):
+        trainer().fit(bad, GROUPS, val_rows=range(30))
+
+
+def test_a_stopped_trainer_can_be_used_again(x: np.ndarray[Any, Any]) -> None:
+    again = trainer()
+    again.stop(signal.SIGINT)
+    with pytest.raises(Interrupted):
+        again.fit(x, GROUPS)
+    assert len(again.fit(x, GROUPS).history) == 4
+
+
+def test_small_steady_gains_are_gains(x: np.ndarray[Any, Any]) -> None:
+    """Early stopping compares with the last loss that counted, so that gains below min_delta add up."""
+    plain = trainer(training__num_epochs=12).fit(x, GROUPS)
+    losses = [r.validation["val_loss"] for r in plain.history if r.validation]
+    gains = -np.diff(losses)
+    assert (gains > 0).all()
+    patient = trainer(
+        training__num_epochs=12,
+        training__early_stopping_patience=2,
+        training__early_stopping_min_delta=float(gains.max() * 1.01),
+    ).fit(x, GROUPS)
+    counted, stale, expected = losses[0], 0, 2
+    for loss in losses[1:]:
+        if stale == 2:
+            break
+        expected += 2
+        counted, stale = (loss, 0) if loss < counted - gains.max() * 1.01 else (counted, stale + 1)
+    assert len(patient.history) == expected
+    assert expected > 6  # comparing with the best loss alone would have stopped here
+
+
+def test_fewer_epochs_than_done_cannot_be_resumed(x: np.ndarray[Any, Any]) -> None:
+    done = trainer().fit(x, GROUPS).final_state
+    with pytest.raises(ConfigError, match="has done 4 epochs"):
+        trainer(training__num_epochs=3).fit(x, GROUPS, resume=done)
+
+
+def test_a_complete_run_says_so(x: np.ndarray[Any, Any], caplog: pytest.LogCaptureFixture) -> None:
+    done = trainer().fit(x, GROUPS).final_state
+    trainer().fit(x, GROUPS, resume=done)
+    assert "the run is complete" in caplog.text
+
+
+def test_fewer_categories_than_asked_are_mentioned(x: np.ndarray[Any, Any], caplog: pytest.LogCaptureFixture) -> None:
+    trainer(training__num_epochs=1, training__num_categories_auto=15).fit(x)
+    assert "instead of num_categories_auto 15" in caplog.text
+
+
+def test_a_category_with_one_code_in_use_is_mentioned(
+    x: np.ndarray[Any, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    level = {"num_tokens": 1, "latent_dim": 4}
+    levels = {name: [level if name == "cluster_1" else {"num_tokens": 8, "latent_dim": 4}] for name in GROUPS}
+    trainer(training__num_epochs=1).fit(x, GROUPS, levels=levels)
+    assert "cluster_1: one code serves every sample" in caplog.text
+
+
+def test_a_term_of_weight_zero_may_be_anything(x: np.ndarray[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from spinlock_fast import losses
+
+    monkeypatch.setattr(losses, "topographic_loss", lambda pre, post: pre * torch.nan)
+    trainer(training__num_epochs=1, training__topo_weight=0.0).fit(x, GROUPS)
+    with pytest.raises(TrainingError, match="topographic"):
+        trainer(training__num_epochs=1).fit(x, GROUPS)

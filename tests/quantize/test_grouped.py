@@ -359,3 +359,23 @@ def test_laplace_smoothing_moves_idle_codes():
         plain(z)
         laplace(z)
     assert not torch.equal(plain.embedding, laplace.embedding)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_codes_in_half_precision(dtype):
+    quantizer = make().to(dtype)
+    z = latents().to(dtype)
+    quantized, codes, loss = quantizer(z)
+    assert quantized.dtype == dtype
+    assert (codes >= 0).all()
+    assert loss.isfinite()
+
+
+def test_a_first_use_under_inference_mode_leaves_training_possible():
+    quantizer = GroupedVectorQuantizer([3, 5], [2, 7], codebook_init="uniform")
+    quantizer.layout._cache.clear()
+    with torch.inference_mode():
+        quantizer.eval()(torch.randn(4, 9))
+    z = torch.randn(4, 9, requires_grad=True)
+    quantizer.train()(z)[2].backward()
+    assert z.grad.isfinite().all()
