@@ -28,10 +28,12 @@ $(READY): pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test,lint,tensorboard]"
 	@touch $@
 
-train: $(READY)
-	@test -n "$(SPINLOCK_FAST_REAL_DATA)" || { echo "set SPINLOCK_FAST_REAL_DATA to a folder that holds operators_real.h5"; exit 1; }
-	$(BIN)/python -m spinlock_fast.train configs/quickstart.yaml \
-		--set dataset_path="$(SPINLOCK_FAST_REAL_DATA)/operators_real.h5"
+train: $(READY) data/quickstart.h5
+	$(BIN)/python -m spinlock_fast.train configs/quickstart.yaml
+
+# Simulated once; an interrupted simulation goes on where it stopped.
+data/quickstart.h5: | $(READY)
+	$(BIN)/python -m spinlock_fast.generate --config configs/data/quickstart.yaml --output $@ --resume
 
 test: $(READY)
 	$(PYTEST) -m "not slow and not gpu"

@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--output", required=True, metavar="FILE.h5", help="the data set")
     options.add_argument("--seed", type=int, metavar="S", help="seed of everything random, instead of random_seed")
     options.add_argument("--config", metavar="YAML", help="settings, for instance configs/data/quickstart.yaml")
-    options.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    options.add_argument("--device", help="auto, cpu, cuda or cuda:N, instead of the file's")
     options.add_argument(
         "--shard", default="0/1", metavar="I/N", help="only part I (from 0) of N: files of all parts follow each other"
     )
@@ -39,6 +39,7 @@ def _generate(chosen: argparse.Namespace) -> None:
     changes: dict[str, Any] = {
         "operators": chosen.operators,
         "random_seed": chosen.seed,
+        "device": chosen.device,
         "compression": chosen.compression,
         "operator_sensitivity": chosen.operator_sensitivity or None,
     }
@@ -48,7 +49,7 @@ def _generate(chosen: argparse.Namespace) -> None:
     # What follows needs torch: after the checks that do not.
     from spinlock_fast.simulate.run import generate
 
-    path = generate(config, chosen.output, chosen.device, shard, chosen.overwrite, chosen.resume, chosen.quiet)
+    path = generate(config, chosen.output, shard, chosen.overwrite, chosen.resume, chosen.quiet)
     sys.stdout.write(f"data set: {path}\n")
 
 

@@ -1,0 +1,1 @@
+"""Features of trajectories: per step (TEMPORAL), per trajectory and over realizations (SUMMARY)."""

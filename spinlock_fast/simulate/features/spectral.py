@@ -1,0 +1,113 @@
+"""Spectra of fields on the torus: every sum over wavenumbers is one matrix product."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+TINY = 1e-20  # under every ratio: a constant field gives 0
+BANDS = 5
+_ROLLOFF = 0.85
+
+
+class Wavenumbers:
+    """Weights of the modes of a real transform of [G, G], for products with power spectra [B, G (G/2 + 1)].
+
+    Args:
+        grid: G, points along a side.
+        device: where the weights live.
+    """
+
+    def __init__(self, grid: int, device: torch.device) -> None:
+        ky = torch.fft.fftfreq(grid, 1.0 / grid, dtype=torch.float64)[:, None].expand(grid, grid // 2 + 1)
+        kx = torch.fft.rfftfreq(grid, 1.0 / grid, dtype=torch.float64)[None, :].expand_as(ky)
+        k = torch.hypot(kx, ky)
+        twice = torch.full_like(k, 2.0)  # a mode stands for itself and its conjugate
+        twice[:, 0] = twice[:, -1] = 1.0
+        twice[0, 0] = 0.0  # the mean is no mode
+        self.grid, self.modes = grid, grid**2 - 1
+        self.shells = int(k.max().round()) + 1
+        shell = torch.nn.functional.one_hot(k.round().long(), self.shells).double()  # [G, G/2 + 1, shells]
+        octave = torch.log2(k.clamp(min=1.0)).floor().clamp(max=BANDS - 1).long()
+        band = torch.nn.functional.one_hot(octave, BANDS).double()
+        dx, dy = (2.0 - 2.0 * torch.cos(2.0 * math.pi * f / grid) for f in (kx, ky))  # of forward differences
+        columns = [
+            *shell.unbind(-1),
+            *band.unbind(-1),
+            *(band * ((kx**2 - ky**2) / k.square().clamp(min=1.0))[..., None]).unbind(-1),
+            *(k, kx.abs(), ky.abs(), k.square()),
+            *(dx, dy, (dx + dy).square()),
+            *((2.0 * math.pi / grid) ** 2 * moment for moment in (kx**2, ky**2, kx * ky)),
+        ]
+        self.weights = self._flat(columns, twice, device)  # [G (G/2 + 1), columns]
+        self.cross_weights = self._flat([torch.ones_like(k), dx + dy, *band.unbind(-1)], twice, device)
+        self.flow_weights = self._flat([2.0 * math.pi / grid * kx, 2.0 * math.pi / grid * ky], twice, device)
+        self.multiplicity = self._flat([torch.ones_like(k)], twice, device)[:, 0]
+        pair = torch.full_like(k, 2.0)  # a mode and its conjugate, wherever that is stored
+        for y, x in ((0, 0), (0, -1), (grid // 2, 0), (grid // 2, -1)):
+            pair[y, x] = 1.0
+        self.conjugates = pair.reshape(-1).float().to(device)
+        self.band_modes = (band * twice[..., None]).sum((0, 1)).float().to(device)
+        self.kx, self.ky = kx.abs().reshape(-1).float().to(device), ky.abs().reshape(-1).float().to(device)
+
+    def _flat(self, columns: list[Tensor], twice: Tensor, device: torch.device) -> Tensor:
+        return torch.stack([(column * twice).reshape(-1) for column in columns], 1).float().to(device)
+
+    def transform(self, fields: Tensor) -> tuple[Tensor, Tensor]:
+        """Real and imaginary Fourier coefficients [B, G (G/2 + 1)] of fields [B, G, G].
+
+        Sums of their squares over all modes are mean squares over the grid.
+        """
+        coefficients = torch.fft.rfft2(fields, norm="forward").flatten(1)
+        return coefficients.real.contiguous(), coefficients.imag.contiguous()
+
+    def sums(self, power: Tensor) -> dict[str, Tensor]:
+        """Named sums over wavenumbers of |F|^2 [B, G (G/2 + 1)]: [B] or [B, shells or bands] each."""
+        shells, bands, turned, rest = (power @ self.weights).split([self.shells, BANDS, BANDS, 10], 1)
+        labels = ("k", "kx", "ky", "k2", "dx2", "dy2", "laplacian2", "flow_xx", "flow_yy", "flow_xy")
+        out = dict(zip(labels, rest.unbind(1), strict=True))
+        return {"shells": shells, "bands": bands, "turned": turned, "total": bands.sum(1), **out}
+
+
+def spectral_features(power: Tensor, sums: dict[str, Tensor], waves: Wavenumbers) -> Tensor:
+    """The 27 columns of `registry.SPECTRAL` of power spectra [B, G (G/2 + 1)]: [B, 27]."""
+    total = sums["total"] + TINY
+    bands = sums["bands"]
+    # The mean's coefficient counts nowhere below.
+    power[:, 0] = 0.0
+    strongest, place = power.max(1)
+    kx, ky = waves.kx[place], waves.ky[place]
+    centroid = sums["k"] / total
+    logs = power.add(TINY).log_()
+    geometric = torch.exp(logs @ waves.multiplicity / waves.modes)
+    information = logs.mul_(power) @ waves.multiplicity
+    share = (bands / total[:, None]).clamp_(0.0, 1.0)
+    # -sum p ln p with p = power / total
+    entropy = ((sums["total"] / total) * total.log() - information / total) / math.log(waves.modes)
+    reached = sums["shells"].cumsum(1) < _ROLLOFF * sums["total"][:, None]
+    columns = [
+        *bands.unbind(1),
+        *share.unbind(1),
+        *(sums["turned"] / (bands + TINY)).unbind(1),
+        kx,
+        ky,
+        torch.hypot(kx, ky),
+        strongest * waves.conjugates[place] / total,
+        centroid,
+        sums["kx"] / total,
+        sums["ky"] / total,
+        (sums["k2"] / total - centroid.square()).clamp_(min=0.0).sqrt_(),
+        torch.where(sums["total"] > TINY, geometric * waves.modes / total, 0.0),
+        entropy.clamp_(0.0, 1.0),
+        reached.sum(1).float(),
+        _slope((bands / waves.band_modes + TINY).log_()),
+    ]
+    return torch.stack(columns, 1)
+
+
+def _slope(logs: Tensor) -> Tensor:
+    """Least-squares slope over ln k of the octaves' log densities [B, 5]."""
+    x = math.log(2.0) * (torch.arange(BANDS, device=logs.device) - (BANDS - 1) / 2)
+    return logs @ x / x.square().sum()

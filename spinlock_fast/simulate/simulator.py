@@ -1,0 +1,205 @@
+"""Operators to rows of the data set: rollout and features of one tile after the other."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from multiprocessing import get_context, parent_process
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from spinlock_fast.errors import SpinlockFastError
+from spinlock_fast.simulate.config import GeneratorConfig
+from spinlock_fast.simulate.features.registry import PER_TRAJECTORY
+from spinlock_fast.simulate.features.sensitivity import sensitivity_features
+from spinlock_fast.simulate.features.spectral import Wavenumbers
+from spinlock_fast.simulate.features.steps import StepFeatures, joined
+from spinlock_fast.simulate.features.trajectory import trajectory_features
+from spinlock_fast.simulate.noise import Purpose, generator
+from spinlock_fast.simulate.parameters import Theta, ThetaSequence
+from spinlock_fast.simulate.rollout import TILE, Rollout
+
+Array = NDArray[np.float32]
+_TILES_A_WORKER = 8  # starting a process takes as long as simulating a few
+_CV_TINY, _CV_MOST = 1e-8, 100.0
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Operators as rows of the file's datasets; n rows."""
+
+    fields: Array  # [n, 3, G, G]
+    temporal: Array  # [n, T, 63]
+    trajectories: Array  # [n, M, 120]
+    diverged: NDArray[np.bool_]  # [n]
+
+    def __len__(self) -> int:
+        return len(self.fields)
+
+    def part(self, rows: slice) -> Rows:
+        """Some of the rows."""
+        return Rows(*(value[rows] for value in vars(self).values()))
+
+
+def concatenated(parts: Sequence[Rows]) -> Rows:
+    """Rows that follow each other."""
+    return Rows(*(np.concatenate([getattr(part, name) for part in parts]) for name in vars(parts[0])))
+
+
+class Simulator:
+    """Simulates operators by index: row i is a function of the configuration and i alone.
+
+    On the CPU operators run side by side in processes, each with one thread, so that neither the number
+    of processes nor the batch changes a bit. On CUDA they run in tiles of 32 fixed indices.
+
+    Args:
+        config: settings of the data set.
+        device: where to simulate.
+    """
+
+    def __init__(self, config: GeneratorConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.sequence = ThetaSequence(config.parameters, config.random_seed)
+        self._waves = Wavenumbers(config.grid_size, device)
+        self._workers = (config.workers or _cores()) if device.type == "cpu" else 1
+
+    def simulate(self, start: int, stop: int) -> Rows:
+        """The operators start..stop-1 at once."""
+        return concatenated(list(self.stream(start, stop)))
+
+    def stream(self, start: int, stop: int, stopped: Callable[[], bool] = lambda: False) -> Iterator[Rows]:
+        """The operators start..stop-1 in order, a tile at a time, until `stopped`; memory does not grow with them.
+
+        Worker processes are spawned where there is enough to do: a script that calls this needs the usual
+        `if __name__ == "__main__":`.
+
+        Raises:
+            SpinlockFastError: a worker process died.
+        """
+        tile = TILE[self.device.type]
+        firsts = range(start // tile * tile, stop, tile)
+        workers = min(self._workers, len(firsts) // _TILES_A_WORKER)
+        tiles = self._in_workers(firsts, workers, stopped) if workers > 1 else self._here(firsts, stopped)
+        for first, rows in tiles:
+            yield rows.part(slice(max(start - first, 0), stop - first))
+
+    def _here(self, firsts: range, stopped: Callable[[], bool]) -> Iterator[tuple[int, Rows]]:
+        tile = TILE[self.device.type]
+        with _one_thread():
+            for first in firsts:
+                if stopped():
+                    return
+                yield first, self.simulate_tile(self.sequence.thetas(first, first + tile))
+
+    def _in_workers(self, firsts: range, workers: int, stopped: Callable[[], bool]) -> Iterator[tuple[int, Rows]]:
+        context = get_context("spawn")  # a fork would inherit locks of the parent's threads
+        with ProcessPoolExecutor(workers, context, _start_worker, (self.config,)) as pool:
+            left, waiting = iter(firsts), deque[tuple[int, Future[Rows]]]()
+            try:
+                while not stopped():
+                    for first in islice(left, 4 * workers - len(waiting)):
+                        waiting.append((first, pool.submit(_in_worker, first)))
+                    if not waiting:
+                        return
+                    first, future = waiting.popleft()
+                    yield first, future.result()
+            except BrokenProcessPool:
+                if not stopped():
+                    raise SpinlockFastError("a worker process died, perhaps for want of memory") from None
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def simulate_tile(self, thetas: Sequence[Theta]) -> Rows:
+        """The operators of one tile."""
+        with torch.inference_mode():
+            return self._tile_rows(thetas)
+
+    def _tile_rows(self, thetas: Sequence[Theta]) -> Rows:
+        config, M, count = self.config, self.config.num_realizations, len(thetas)
+        rollout = Rollout(thetas, config, self.device)
+        initial = rollout.initial.expand(M, *rollout.initial.shape).flatten(0, 1)
+        steps = StepFeatures(initial, config.clip, self._waves)
+        blocks = []
+        for states in rollout.blocks():
+            blocks.append(steps.block(states.flatten(1, 2)))
+            last = states[-1]
+        series = joined(blocks)
+        temporal = series.features.view(config.num_timesteps, M, count, -1).double().mean(1).transpose(0, 1)
+        live = trajectory_features(series).view(M, count, -1)
+        ten = torch.full((M, count, len(PER_TRAJECTORY["operator_sensitivity"])), torch.nan, device=self.device)
+        if config.operator_sensitivity:
+            ten = sensitivity_features(rollout.step, last, self._direction(thetas))
+        return Rows(
+            fields=_array(rollout.initial),
+            temporal=_array(temporal),
+            trajectories=_array(torch.cat([live, ten], 2).transpose(0, 1)),
+            diverged=series.at_bound.view(-1, M, count).any(0).any(0).cpu().numpy(),
+        )
+
+    def _direction(self, thetas: Sequence[Theta]) -> Tensor:
+        """Normal perturbations, one of each operator: [O, 3, G, G]."""
+        shape = (3, self.config.grid_size, self.config.grid_size)
+        draws = [
+            generator(self.config.random_seed, Purpose.PROBE, theta.index).standard_normal(shape) for theta in thetas
+        ]
+        return torch.from_numpy(np.stack(draws)).float().to(self.device)
+
+
+def aggregate(trajectories: Array) -> Array:
+    """Mean, standard deviation and coefficient of variation over realizations: [n, M, 120] -> [n, 360]."""
+    values = trajectories.astype(np.float64)
+    mean, std = values.mean(1), values.std(1)
+    variation = np.minimum(std / (np.abs(mean) + _CV_TINY), _CV_MOST)
+    return np.concatenate([mean, std, variation], axis=1).astype(np.float32)
+
+
+def _array(tensor: Tensor) -> Array:
+    return np.ascontiguousarray(tensor.float().cpu().numpy())
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+_worker: Simulator | None = None  # of this process, where it is a worker
+
+
+def _start_worker(config: GeneratorConfig) -> None:
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when to stop
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    _worker = Simulator(config, torch.device("cpu"))
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _in_worker(first: int) -> Rows:
+    assert _worker is not None
+    return _worker.simulate_tile(_worker.sequence.thetas(first, first + TILE["cpu"]))
