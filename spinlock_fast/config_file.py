@@ -77,7 +77,10 @@ def load_config(path: str | Path, overrides: Sequence[str] | Mapping[str, Any] =
         raise ConfigError(f"{path}: expected sections such as `training:`, got a {type(data).__name__}")
     # A section with nothing under it is an empty one.
     data = {key: {} if value is None and _is_section(key) else value for key, value in data.items()}
-    for key, value in _parse_overrides(overrides):
+    pairs = _parse_overrides(overrides)
+    if "families" not in data and any(key.startswith("families.") for key, _ in pairs):
+        data["families"] = RunConfig().model_dump(mode="json")["families"]
+    for key, value in pairs:
         _set_dotted(data, key, value)
     config = check_config(data, source=str(path))
     if config.output_dir is None:

@@ -426,3 +426,10 @@ def test_help_names_every_key_with_its_default():
             assert field.description
     assert "default 200" in text
     assert "PydanticUndefined" not in text
+
+
+def test_an_override_may_touch_a_default_family(load):
+    config = load("training: {num_epochs: 1}", ["families.summary.standardize=true"])
+    assert list(config.families) == ["summary", "temporal", "architecture"]
+    assert config.families["summary"].standardize
+    assert config.families["summary"].encoder_params == RunConfig().families["summary"].encoder_params
