@@ -50,20 +50,23 @@ class RunDisplay:
         self._directory = directory
         self._logging = logging_config
         self._writer: Any = None
-        logging.basicConfig(
-            level="ERROR" if quiet else logging_config.level.upper(),
-            format="%(message)s",
-            handlers=[RichHandler(console=self.console, show_time=False, show_path=False)],
-            force=True,
-        )
+        self._logger = logging.getLogger("spinlock_fast")
+        self._handler = RichHandler(console=self.console, show_time=False, show_path=False)
+        self._before = (self._logger.level, self._logger.propagate)
 
     def __enter__(self) -> RunDisplay:
+        self._logger.addHandler(self._handler)
+        self._logger.setLevel("ERROR" if self.quiet else self._logging.level.upper())
+        self._logger.propagate = False
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._end_bar()
+        self._logger.removeHandler(self._handler)
+        self._logger.setLevel(self._before[0])
+        self._logger.propagate = self._before[1]
         if self._writer is not None:
             self._writer.close()
 

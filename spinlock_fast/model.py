@@ -128,6 +128,7 @@ class CategoricalHierarchicalVQVAE(nn.Module):
             codebook_init=config.codebook_init,
             use_ema=config.use_ema,
             rotation_trick=config.rotation_trick,
+            centred=False,  # LayerNorm bounds the latents
         )
         self.shared_decoder = nn.Sequential(
             nn.Linear(total, _SHARED_HIDDEN),

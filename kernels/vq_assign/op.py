@@ -23,7 +23,9 @@ class Assignment(NamedTuple):
 
 
 @torch.no_grad()
-def vq_assign(z: Tensor, codebook: Tensor, layout: CodebookLayout, mask: Tensor | None = None) -> Assignment:
+def vq_assign(
+    z: Tensor, codebook: Tensor, layout: CodebookLayout, mask: Tensor | None = None, centred: bool = True
+) -> Assignment:
     """Nearest code of every row in every codebook, without gradient.
 
     Args:
@@ -31,6 +33,7 @@ def vq_assign(z: Tensor, codebook: Tensor, layout: CodebookLayout, mask: Tensor 
         codebook: [sum K D] code vectors, float32 or wider.
         layout: sizes of the group.
         mask: [N] bool; rows that are False take no part (code -1).
+        centred: subtract each codebook's mean code first: exact far from the origin, see `nearest_codes`.
 
     Raises:
         ValueError: z or codebook do not fit the layout.
@@ -43,7 +46,7 @@ def vq_assign(z: Tensor, codebook: Tensor, layout: CodebookLayout, mask: Tensor 
     z = z.to(codebook.dtype)
     # Autocast would form the distances in half precision, which picks other codes.
     with torch.autocast(z.device.type, enabled=False):
-        codes = reference.nearest_codes(z, codebook, layout)
+        codes = reference.nearest_codes(z, codebook, layout, centred)
         if mask is not None:
             codes = codes.masked_fill(~mask[:, None], -1)
         quantized = reference.gather_codes(codes, codebook, layout)

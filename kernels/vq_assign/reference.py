@@ -1,8 +1,7 @@
 """The mathematics of nearest-code assignment in plain PyTorch.
 
 For codebook g: code(i) = argmin_k ||z_i - e_k||^2, the lowest k on ties, with
-||z - e||^2 = ||z||^2 + ||e||^2 - 2 z.e; ||z||^2 does not depend on k and is left out. Both sides are
-centred on the codebook's mean code first.
+||z - e||^2 = ||z||^2 + ||e||^2 - 2 z.e; ||z||^2 does not depend on k and is left out.
 """
 
 from __future__ import annotations
@@ -16,13 +15,15 @@ from spinlock_fast.kernels.layout import CodebookLayout
 _DISTANCES_AT_ONCE = 1 << 24
 
 
-def nearest_codes(z: Tensor, codebook: Tensor, layout: CodebookLayout) -> Tensor:
+def nearest_codes(z: Tensor, codebook: Tensor, layout: CodebookLayout, centred: bool = True) -> Tensor:
     """Index of the nearest code within each codebook.
 
     Args:
         z: [N, sum D] latents, finite or not.
         codebook: [sum K D] code vectors.
         layout: sizes of the group.
+        centred: move both sides by the codebook's mean code first. Far from the origin this tells codes
+            apart that |e|^2 - 2 z.e rounds to one distance; it costs a pass over z.
 
     Returns:
         [N, G] int64; -1 where the row is not finite in that codebook, or where no code is finite.
@@ -30,11 +31,11 @@ def nearest_codes(z: Tensor, codebook: Tensor, layout: CodebookLayout) -> Tensor
     index = layout.indices(z.device)
     codes = layout.pad_codebook(codebook)  # [G, K_max, D_max]
     same = first_equal(codes, index.hash_factors)
-    # Distances do not change when both sides move; near the origin |e|^2 - 2 z.e cancels least.
-    centre = torch.where(torch.isfinite(codes), codes, 0.0).sum(1, keepdim=True)
-    centre = torch.where(torch.isfinite(centre), centre / index.num_codes[:, None, None].to(codes.dtype), 0.0)
-    codes = codes - centre
-    z_padded = layout.pad_columns(z) - centre  # [G, N, D_max]
+    z_padded = layout.pad_columns(z)  # [G, N, D_max]
+    if centred:
+        centre = torch.where(torch.isfinite(codes), codes, 0.0).sum(1, keepdim=True)
+        centre = torch.where(torch.isfinite(centre), centre / index.num_codes[:, None, None].to(codes.dtype), 0.0)
+        codes, z_padded = codes - centre, z_padded - centre
     norms = codes.square().sum(-1).masked_fill(~index.code_mask, torch.inf)  # [G, K_max]
     transposed = codes.transpose(1, 2)
     rows = max(1, _DISTANCES_AT_ONCE // (layout.groups * layout.max_codes))

@@ -60,7 +60,7 @@ class VectorQuantizer(nn.Module):
         if inputs.shape[-1] != self.embedding_dim:
             raise ValueError(f"inputs must be [..., {self.embedding_dim}], got {list(inputs.shape)}")
         flat = inputs.reshape(-1, self.embedding_dim)
-        found = vq_assign(flat, self.embedding.weight.detach().flatten(), self._layout)
+        found = vq_assign(flat, self.embedding.weight.detach().flatten(), self._layout, centred=False)
         codes = found.codes[:, 0]
         # The losses see the codes that the inputs were assigned to: taken before they move.
         valid = codes >= 0

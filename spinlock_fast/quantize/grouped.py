@@ -28,6 +28,8 @@ class GroupedVectorQuantizer(nn.Module):
         use_ema: codes follow the latents by moving average (van den Oord et al. 2017). False makes
             them a parameter, moved by the gradient of mean((sg(z) - e)^2).
         rotation_trick: gradient by rotation instead of straight through (arXiv 2410.06424).
+        centred: subtract each codebook's mean code before distances are formed, which keeps codes of data
+            far from the origin exact. LayerNorm-ed latents do not need it.
         smoothing: "none" leaves idle codes in place, "laplace" is the rule of the 2017 paper.
         backend: "auto" or "reference".
 
@@ -58,6 +60,7 @@ class GroupedVectorQuantizer(nn.Module):
         use_ema: bool = True,
         rotation_trick: bool = False,
         smoothing: Literal["none", "laplace"] = "none",
+        centred: bool = True,
         backend: Literal["auto", "reference"] = "auto",
     ) -> None:
         super().__init__()
@@ -76,6 +79,7 @@ class GroupedVectorQuantizer(nn.Module):
         self.use_ema = use_ema
         self.rotation_trick = rotation_trick
         self.smoothing = smoothing
+        self.centred = centred
         self.frozen = False
 
         layout = self.layout
@@ -136,7 +140,7 @@ class GroupedVectorQuantizer(nn.Module):
 
     def assign(self, z: Tensor, mask: Tensor | None = None) -> Assignment:
         """Nearest codes of z [N, sum D] without gradient or update."""
-        return vq_assign(z, self.embedding, self.layout, mask)
+        return vq_assign(z, self.embedding, self.layout, mask, self.centred)
 
     def _loss(self, z: Tensor, found: Assignment, rows: Tensor | None) -> Tensor:
         index = self.layout.indices(z.device)
