@@ -24,8 +24,8 @@ from rich.table import Table
 
 from spinlock_fast.checkpoint import TENSORBOARD
 from spinlock_fast.config import LoggingConfig
+from spinlock_fast.loop import EpochRecord
 from spinlock_fast.metrics import Metrics
-from spinlock_fast.trainer import EpochRecord
 
 _PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal
 

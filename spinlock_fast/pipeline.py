@@ -41,10 +41,9 @@ from spinlock_fast.features.encode import FamilyEncoder, block_rows, encode, mak
 from spinlock_fast.features.normalize import Normalizer, fit_normalizer
 from spinlock_fast.features.statistics import mean_and_std
 from spinlock_fast.files import check_writable, write_text
+from spinlock_fast.loop import EpochRecord, Observer
 from spinlock_fast.metrics import Metrics
 from spinlock_fast.trainer import (
-    EpochRecord,
-    Observer,
     Trainer,
     find_categories,
     resolve_device,

@@ -15,7 +15,8 @@ from helpers import planted_matrix
 from spinlock_fast.config import RunConfig
 from spinlock_fast.config_file import apply_overrides
 from spinlock_fast.errors import ConfigError, DataError, Interrupted, TrainingError
-from spinlock_fast.trainer import EpochRecord, SilentObserver, Trainer, TrainResult, split_rows
+from spinlock_fast.loop import EpochRecord, SilentObserver
+from spinlock_fast.trainer import Trainer, TrainResult, split_rows
 
 SIZES = [6, 9, 5]
 GROUPS = {"cluster_2": list(range(6)), "cluster_10": list(range(6, 15)), "cluster_1": list(range(15, 20))}
@@ -96,11 +97,10 @@ def test_the_callers_random_state_is_untouched(x: np.ndarray[Any, Any]) -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
-class StopAt(SilentObserver):
-    """Stops the trainer at a given step, counted over the run, and keeps the saved state."""
+class KeepState(SilentObserver):
+    """Keeps a copy of the saved state."""
 
     def __init__(self) -> None:
-        self.trainer: Trainer | None = None
         self.state: dict[str, Any] = {}
 
     def save(self, state: dict[str, Any]) -> None:
@@ -116,22 +116,23 @@ def test_a_resumed_run_ends_like_an_unbroken_one(
     settings = {"training__dead_code_reset_interval": 1, "training__dead_code_threshold": 0.5}
     whole = trainer(**settings).fit(x, GROUPS)
 
-    from spinlock_fast import trainer as module
+    from spinlock_fast import loop as module
 
     steps = 0
-    original = module._Run._step
+    original = module.TrainingRun._step
 
     def counting(self: Any, *args: Any) -> None:
         nonlocal steps
         original(self, *args)
         steps += 1
         if steps == stop_after:
-            self.trainer.stop(signal.SIGTERM)
+            broken.stop(signal.SIGTERM)
 
-    monkeypatch.setattr(module._Run, "_step", counting)
-    observer = StopAt()
+    monkeypatch.setattr(module.TrainingRun, "_step", counting)
+    observer = KeepState()
+    broken = trainer(observer, **settings)
     with pytest.raises(Interrupted) as stopped:
-        trainer(observer, **settings).fit(x, GROUPS)
+        broken.fit(x, GROUPS)
     assert stopped.value.exit_status == 143
     monkeypatch.undo()
     resumed = trainer(**settings).fit(x, GROUPS, resume=observer.state)
