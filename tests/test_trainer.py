@@ -89,6 +89,22 @@ def test_another_seed_gives_another_model(x: np.ndarray[Any, Any]) -> None:
     assert a.metrics["reconstruction_error"] != b.metrics["reconstruction_error"]
 
 
+def test_the_seed_decides_the_first_weights(x: np.ndarray[Any, Any]) -> None:
+    """With the same rows in one batch, nothing but the first weights is left to the seed."""
+    settings = {
+        "training__num_epochs": 1,
+        "training__batch_size": 300,
+        "training__topo_samples": 2,
+        "model__dropout": 0.0,
+    }
+    a, b = (
+        trainer(random_seed=seed, training__learning_rate=1e-9, **settings).fit(x, GROUPS, val_rows=range(30))
+        for seed in (1, 2)
+    )
+    name = "shared_decoder.0.weight"
+    assert (weights(a)[name] - weights(b)[name]).abs().mean() > 0.01
+
+
 def test_the_callers_random_state_is_untouched(x: np.ndarray[Any, Any]) -> None:
     torch.manual_seed(1)
     expected = torch.rand(3)

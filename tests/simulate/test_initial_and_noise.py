@@ -105,6 +105,7 @@ def test_schedules() -> None:
     decaying = schedule(a_theta(noise_schedule="decaying", noise_scale=0.5), 64)
     assert decaying[0].item() == pytest.approx(0.5)
     assert (decaying.diff() < 0).all()
+    assert decaying.tolist() == pytest.approx([0.5 * math.exp(-4.0 * t / 64) for t in range(64)])
     periodic = schedule(a_theta(noise_schedule="periodic", noise_scale=0.5), 64)
     assert periodic[:32].tolist() == pytest.approx(periodic[32:].tolist(), abs=1e-6)
     assert periodic.max().item() == pytest.approx(1.0)
