@@ -49,6 +49,23 @@ def parse_yaml(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)
 
 
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys of a YAML file, none for an empty one; raises ConfigError with one line."""
+    try:
+        data = parse_yaml(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {_one_line(error)}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {_one_line(error)}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected sections and keys, got a {type(data).__name__}")
+    return data
+
+
 def load_config(path: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -> RunConfig:
     """Reads a YAML file and applies overrides.
 
@@ -64,17 +81,7 @@ def load_config(path: str | Path, overrides: Sequence[str] | Mapping[str, Any] =
         ConfigError: one line naming the key, what was given and what is allowed.
     """
     path = Path(path)
-    try:
-        data = parse_yaml(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such configuration file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {_one_line(error)}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {_one_line(error)}") from None
-    data = {} if data is None else data
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected sections such as `training:`, got a {type(data).__name__}")
+    data = read_yaml(path)
     # A section with nothing under it is an empty one.
     data = {key: {} if value is None and _is_section(key) else value for key, value in data.items()}
     pairs = _parse_overrides(overrides)

@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from spinlock_fast.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
-from spinlock_fast.config_file import parse_yaml
+from spinlock_fast.config_file import read_yaml
 from spinlock_fast.errors import ConfigError
 
 Activation = Literal["relu", "gelu", "tanh", "sine"]
@@ -138,28 +137,12 @@ def load_generator_config(path: str | Path | None, changes: Mapping[str, Any] | 
     Raises:
         ConfigError: one line naming the key, what was given and what is allowed.
     """
-    data = {} if path is None else _read(Path(path))
+    data = {} if path is None else read_yaml(Path(path))
     source = "arguments" if path is None else str(path)
     try:
         return GeneratorConfig.model_validate({**data, **(changes or {})})
     except ValidationError as error:
         raise ConfigError(f"{source}: {_describe(error)}") from None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        data = parse_yaml(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such configuration file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if data is None:
-        return {}
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected keys such as `num_realizations:`, got a {type(data).__name__}")
-    return data
 
 
 def _describe(error: ValidationError) -> str:

@@ -65,6 +65,8 @@ def generate(
                     batch = [_write_chunks(writer, concatenated(batch))]
                 display.advance(done)
             if stopped.is_set() and done < writer.rows:
+                if sum(map(len, batch)) >= CHUNK_ROWS:
+                    _write_chunks(writer, concatenated(batch))
                 kept = f"{writer.finished} of {writer.rows} operators are kept, --resume goes on"
                 raise Interrupted(f"stopped; {kept}", stopped.signal_number)
         writer.finish()

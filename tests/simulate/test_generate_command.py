@@ -89,7 +89,7 @@ def test_arguments_that_cannot_serve(
         ("parameters: {activation: [relu, relu]}", "parameters.activation: expected each choice once"),
         ("parameters: {noise_scale: [0.0, 1.0]}", "parameters.noise_scale: expected two increasing numbers"),
         ("grid_size: 32\nparameters: {noise_correlation: [0, 20]}", "noise_correlation must stay below half"),
-        ("- a list", "expected keys such as"),
+        ("- a list", "expected sections and keys"),
         ("a: [", "not valid YAML"),
     ],
 )

@@ -251,9 +251,10 @@ def test_a_killed_run_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         )
 
 
+@pytest.mark.parametrize("batch", [8, 24])  # the second is not full when the signal comes
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_the_run_between_operators(
-    number: signal.Signals, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: signal.Signals, status: int, batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stream, handler = Simulator.stream, signal.getsignal(number)
 
@@ -265,7 +266,7 @@ def test_a_signal_ends_the_run_between_operators(
 
     monkeypatch.setattr(Simulator, "stream", signalled)
     with pytest.raises(Interrupted, match="8 of 24 operators are kept, --resume goes on") as stopped:
-        generate(CONFIG, tmp_path / "data.h5")
+        generate(CONFIG.model_copy(update={"batch_operators": batch}), tmp_path / "data.h5")
     assert stopped.value.exit_status == status
     assert signal.getsignal(number) is handler
     assert sorted(os.listdir(tmp_path)) == ["data.h5.partial"]
