@@ -30,6 +30,8 @@ def ema_update(
     """`reference.ema_update`, written into codebook, cluster_size and code_sum.
 
     Args:
+        counts: [sum K] rows of this batch, or parts of them [P, sum K].
+        sums: [sum K D] latent sums of this batch, or parts of them [P, sum K D].
         usage: [sum K] counts of a window; grows by `counts`.
         backend: "auto", "triton" or "reference", see `resolve_backend`.
     """
@@ -38,8 +40,8 @@ def ema_update(
         cluster_size,
         code_sum,
         usage,
-        counts,
-        sums,
+        counts if counts.ndim == 2 else counts[None],
+        sums if sums.ndim == 2 else sums[None],
         layout.num_codes,
         layout.dims,
         decay,
@@ -81,6 +83,7 @@ def _ema_update(
         )
         return
     smoothing: Literal["none", "laplace"] = "laplace" if laplace else "none"
+    counts, sums = counts.sum(0), sums.sum(0)
     new = reference.ema_update(codebook, cluster_size, code_sum, counts, sums, layout, decay, smoothing, epsilon)
     for target, value in zip((codebook, cluster_size, code_sum), new, strict=True):
         target.copy_(value)

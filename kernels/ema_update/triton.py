@@ -19,42 +19,54 @@ _BLOCK_D = 32
 
 
 @triton.jit
-def sum_counts(cluster_size_ptr, counts_ptr, K, BLOCK_K: tl.constexpr):
+def add_parts(parts_ptr, offsets, mask, parts, stride, total):
+    """`total` plus the entries at `offsets` of every part, in their order."""
+    for part in range(parts):
+        total += tl.load(parts_ptr + tl.cast(part, tl.int64) * stride + offsets, mask=mask, other=0.0)
+    return total
+
+
+@triton.jit
+def sum_counts(cluster_size_ptr, counts_ptr, K, parts, total_codes, BLOCK_K: tl.constexpr):
     """Sums over the K codes of a codebook: the moving counts, and the rows of this batch."""
     old = tl.zeros([BLOCK_K], dtype=tl.float32)
     new = tl.zeros([BLOCK_K], dtype=tl.float32)
     for first in range(0, K, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         old += tl.load(cluster_size_ptr + k, mask=k < K, other=0.0)
-        new += tl.load(counts_ptr + k, mask=k < K, other=0.0)
+        new = add_parts(counts_ptr, k, k < K, parts, total_codes, new)
     return tl.sum(old, axis=0), tl.sum(new, axis=0)
 
 
-@triton.jit(do_not_specialize=["G"])
+@triton.jit(do_not_specialize=["G", "parts", "total_codes"])
 def ema_totals_kernel(
     cluster_size_ptr,  # [sum K]
-    counts_ptr,  # [sum K]
+    counts_ptr,  # [parts, sum K]
     table_ptr,  # [5, G] int32
     totals_ptr,  # [2, G] sums of the two
     G,
+    parts,
+    total_codes,
     BLOCK_K: tl.constexpr,
 ):
     g = tl.program_id(0)
     K = tl.load(table_ptr + g)
     first_code = tl.load(table_ptr + 2 * G + g)
-    old, new = sum_counts(cluster_size_ptr + first_code, counts_ptr + first_code, K, BLOCK_K)
+    old, new = sum_counts(
+        cluster_size_ptr + first_code, counts_ptr + first_code, K, parts, total_codes, BLOCK_K
+    )
     tl.store(totals_ptr + g, old)
     tl.store(totals_ptr + G + g, new)
 
 
-@triton.jit(do_not_specialize=["G"])
+@triton.jit(do_not_specialize=["G", "parts", "total_codes", "total_entries"])
 def ema_update_kernel(
     codebook_ptr,  # [sum K D], changed
     cluster_size_ptr,  # [sum K], changed
     code_sum_ptr,  # [sum K D], changed
     usage_ptr,  # [sum K], changed: counts of the window
-    counts_ptr,  # [sum K]
-    sums_ptr,  # [sum K D]
+    counts_ptr,  # [parts, sum K]
+    sums_ptr,  # [parts, sum K D]
     table_ptr,  # [5, G] int32
     totals_ptr,  # [2, G], or not read
     decay,
@@ -62,6 +74,9 @@ def ema_update_kernel(
     epsilon,
     idle_share,
     G,
+    parts,
+    total_codes,
+    total_entries,
     FUSED: tl.constexpr,
     LAPLACE: tl.constexpr,
     WITH_USAGE: tl.constexpr,
@@ -74,7 +89,9 @@ def ema_update_kernel(
     first_code = tl.load(table_ptr + 2 * G + g)
     first_entry = tl.load(table_ptr + 4 * G + g).to(tl.int64)
     if FUSED:
-        old, new = sum_counts(cluster_size_ptr + first_code, counts_ptr + first_code, K, BLOCK_K)
+        old, new = sum_counts(
+            cluster_size_ptr + first_code, counts_ptr + first_code, K, parts, total_codes, BLOCK_K
+        )
     else:
         old = tl.load(totals_ptr + g)
         new = tl.load(totals_ptr + G + g)
@@ -84,7 +101,7 @@ def ema_update_kernel(
     mine = k < K
     code = first_code + k
     n = tl.load(cluster_size_ptr + code, mask=mine, other=0.0)  # [BLOCK_K]
-    counts = tl.load(counts_ptr + code, mask=mine, other=0.0)
+    counts = add_parts(counts_ptr, code, mine, parts, total_codes, tl.zeros([BLOCK_K], dtype=tl.float32))
     n = tl.where(active, decay * n + rest * counts, n)
     if LAPLACE:
         n = tl.where(active, (n + epsilon) / (total + K * epsilon) * total, n)
@@ -97,7 +114,8 @@ def ema_update_kernel(
         entry = first_entry + k.to(tl.int64)[:, None] * D + d[None, :]  # [BLOCK_K, BLOCK_D]
         here = mine[:, None] & (d < D)[None, :] & active
         s = tl.load(code_sum_ptr + entry, mask=here, other=0.0)
-        s = decay * s + rest * tl.load(sums_ptr + entry, mask=here, other=0.0)
+        fresh = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
+        s = decay * s + rest * add_parts(sums_ptr, entry, here, parts, total_entries, fresh)
         tl.store(code_sum_ptr + entry, s, mask=here)
         tl.store(codebook_ptr + entry, s / divisor[:, None], mask=here & moves[:, None])
     # Every thread has read the counts of the whole codebook before any of them changes.
@@ -152,21 +170,30 @@ def ema_update(
 ) -> None:
     """`reference.ema_update` in place, and usage += counts: one launch, or two for large codebooks."""
     table = book_table(layout, codebook.device)
+    counts, sums = counts.contiguous(), sums.contiguous()
     fused = layout.max_codes <= MAX_FUSED
     block_k = power_of_two(layout.max_codes, 16) if fused else 16
     totals = table
     if not fused:
         totals = torch.empty(2, layout.groups, dtype=torch.float32, device=codebook.device)
         ema_totals_kernel[(layout.groups,)](
-            cluster_size, counts, table, totals, layout.groups, BLOCK_K=1024, num_warps=4
+            cluster_size,
+            counts,
+            table,
+            totals,
+            layout.groups,
+            counts.shape[0],
+            layout.total_codes,
+            BLOCK_K=1024,
+            num_warps=4,
         )
     ema_update_kernel[(1 if fused else triton.cdiv(layout.max_codes, block_k), layout.groups)](
         codebook,
         cluster_size,
         code_sum,
         usage if usage is not None else counts,
-        counts.contiguous(),
-        sums.contiguous(),
+        counts,
+        sums,
         table,
         totals,
         decay,
@@ -174,6 +201,9 @@ def ema_update(
         epsilon,
         idle_share,
         layout.groups,
+        counts.shape[0],
+        layout.total_codes,
+        layout.total_entries,
         FUSED=fused,
         LAPLACE=laplace,
         WITH_USAGE=usage is not None,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,15 +13,42 @@ from spinlock_fast.kernels.backend import resolve_backend
 from spinlock_fast.kernels.layout import CodebookLayout
 from spinlock_fast.kernels.vq_assign import reference
 
+# Codebooks up to this size are held whole in a tile by the kernels.
+MAX_TILE_CODES = 64
 
-class Assignment(NamedTuple):
-    """Nearest codes of a batch and the sums over them."""
+
+@dataclass(frozen=True)
+class Assignment:
+    """Nearest codes of a batch and what training needs of them.
+
+    Errors, counts and sums come in parts, one for each run of rows that a program adds up; adding the
+    parts in their order gives the same bits each time. `squared_error`, `counts` and `sums` do so.
+    """
 
     codes: Tensor  # [N, G] int64, -1 where masked or not finite
     quantized: Tensor  # [N, sum D], NaN where codes is -1
-    squared_error: Tensor  # [G]
-    counts: Tensor  # [sum K]
-    sums: Tensor  # [sum K D]
+    error_parts: Tensor  # [P, G]
+    count_parts: Tensor  # [P, sum K]
+    sum_parts: Tensor  # [P, sum K D]
+
+    @property
+    def squared_error(self) -> Tensor:
+        """[G] sum over rows with a code of ||z_g - e_g||^2."""
+        return _add_parts(self.error_parts)
+
+    @property
+    def counts(self) -> Tensor:
+        """[sum K] rows of each code."""
+        return _add_parts(self.count_parts)
+
+    @property
+    def sums(self) -> Tensor:
+        """[sum K D] sum of the latents of each code."""
+        return _add_parts(self.sum_parts)
+
+
+def _add_parts(parts: Tensor) -> Tensor:
+    return parts[0] if parts.shape[0] == 1 else parts.sum(0)
 
 
 def vq_assign(
@@ -110,12 +138,14 @@ def _(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     N = z.shape[0]
+    in_tile = backend == "triton" and max(num_codes) <= MAX_TILE_CODES
+    parts = reference.row_parts(N, len(dims)) if in_tile else 1
     return (
         codebook.new_empty(N, len(dims), dtype=torch.int64),
         codebook.new_empty(N, sum(dims)),
-        codebook.new_empty(len(dims)),
-        codebook.new_empty(sum(num_codes) if with_sums else 0),
-        codebook.new_empty(codebook.shape[0] if with_sums else 0),
+        codebook.new_empty(parts, len(dims)),
+        codebook.new_empty(parts, sum(num_codes) if with_sums else 0),
+        codebook.new_empty(parts, codebook.shape[0] if with_sums else 0),
     )
 
 

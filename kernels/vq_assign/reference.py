@@ -15,12 +15,24 @@ from spinlock_fast.kernels.layout import CodebookLayout
 _DISTANCES_AT_ONCE = 1 << 24
 
 
+# Kernels add up errors, counts and sums in parts of so many rows, or a multiple: enough parts to fill a large
+# GPU, the same number on every device.
+PART_ROWS = 64
+_PARTS_AT_MOST = 1024
+
+
+def row_parts(rows: int, groups: int) -> int:
+    """Parts in which the kernels for small codebooks add up, given N and G; at least 1."""
+    limit = max(1, _PARTS_AT_MOST // groups)
+    return torch.sym_max(1, torch.sym_min((rows + PART_ROWS - 1) // PART_ROWS, limit))  # type: ignore[no-any-return]
+
+
 def assign(
     z: Tensor, codebook: Tensor, layout: CodebookLayout, mask: Tensor | None, centred: bool, with_sums: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """codes [N, G], quantized [N, sum D], squared_error [G], counts [sum K], sums [sum K D].
+    """codes [N, G], quantized [N, sum D], and in parts of rows squared_error [1, G], counts [1, sum K], sums [1, sum K D].
 
-    The last two are empty without `with_sums`. Half-precision latents are compared as float32.
+    The last two are of width 0 without `with_sums`. Half-precision latents are compared as float32.
     """
     z = z.to(codebook.dtype)
     codes = nearest_codes(z, codebook, layout, centred)
@@ -29,7 +41,7 @@ def assign(
     quantized = gather_codes(codes, codebook, layout)
     error = squared_error(z, quantized, codes, layout)
     counts, sums = accumulate(z, codes, layout) if with_sums else (z.new_empty(0), z.new_empty(0))
-    return codes, quantized, error, counts, sums
+    return codes, quantized, error[None], counts[None], sums[None]
 
 
 def backward(
@@ -43,7 +55,7 @@ def backward(
 ) -> Tensor:
     """Gradient of z [N, sum D], in the type of z.
 
-    `quantized` passes its gradient straight through or by rotation, squared_error [G] gives 2 (z - e).
+    `quantized` passes its gradient straight through or by rotation, squared_error [1, G] gives 2 (z - e).
     """
     index = layout.indices(z.device)
     wide = z.to(quantized.dtype)
@@ -52,7 +64,7 @@ def backward(
     if rotation:
         # Rows without a code hold NaN; as zeros, their gradient goes straight through.
         grad = _rotate_gradient(grad, wide.masked_fill(none, 0.0), quantized.masked_fill(none, 0.0), layout)
-    pull = (2.0 * grad_error)[index.column_book] * (wide - quantized)
+    pull = (2.0 * grad_error[0])[index.column_book] * (wide - quantized)
     return (grad + pull.masked_fill(none, 0.0)).to(z.dtype)
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from spinlock_fast.kernels._triton.tables import book_table, power_of_two
 from spinlock_fast.kernels.layout import CodebookLayout
 
-_PROGRAMS = 1024  # see triton.py
+# Programs that fill a large GPU; the number of shares depends on it, never on the device.
+_PROGRAMS = 1024
 _SEGMENT_ROWS = 32
 _PAD_D = 32  # codes are padded to a multiple, which aligns their rows
 
@@ -272,13 +273,9 @@ def assign(
     codes = torch.empty(N, G, dtype=torch.int64, device=z.device)
     quantized = torch.empty(N, layout.total_dims, dtype=torch.float32, device=z.device)
     if N == 0:
-        nothing = torch.zeros(layout.total_codes + layout.total_entries, device=z.device)
-        counts, sums = nothing.split([layout.total_codes, layout.total_entries])
-        empty = nothing[:0]
-        error = torch.zeros(G, device=z.device)
-        return codes, quantized, error, (counts.clone() if with_sums else empty.clone()), (
-            sums.clone() if with_sums else empty.clone()
-        )
+        empty = z.new_zeros(1, layout.total_codes if with_sums else 0, dtype=torch.float32)
+        sums = z.new_zeros(1, layout.total_entries if with_sums else 0, dtype=torch.float32)
+        return codes, quantized, z.new_zeros(1, G, dtype=torch.float32), empty, sums
     best, code = search(z, codebook, layout, centred)
     block_n = 32
     tiles = triton.cdiv(N, block_n)
@@ -307,7 +304,7 @@ def assign(
         counts, sums = accumulate(z, codes, layout)
     else:
         counts, sums = codebook.new_empty(0), codebook.new_empty(0)
-    return codes, quantized, error.sum(0), counts, sums
+    return codes, quantized, error.sum(0, keepdim=True), counts[None], sums[None]
 
 
 def search(z: Tensor, codebook: Tensor, layout: CodebookLayout, centred: bool) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,7 @@
 
 One program holds a tile of rows and all codes of one codebook: distances by |e|^2 - 2 z.e with products
 accurate to float32 (three TF32 products each, never plain TF32), nearest code, then codes, errors and the
-counts and sums of the tile. Counts and sums are added up in a fixed order: the last program of a codebook
-to finish adds the parts of all.
+counts and sums of its rows. Those parts are added up in their order by whoever uses them.
 """
 
 from __future__ import annotations
@@ -17,10 +16,8 @@ from torch import Tensor
 
 from spinlock_fast.kernels._triton.tables import book_table, power_of_two
 from spinlock_fast.kernels.layout import CodebookLayout
+from spinlock_fast.kernels.vq_assign.reference import PART_ROWS, row_parts
 
-MAX_CODES = 64
-# Enough programs to fill a large GPU. A constant, so that sums do not depend on the device.
-_PROGRAMS = 1024
 
 
 @dataclass(frozen=True)
@@ -35,12 +32,7 @@ class AssignConfig:
 
     @classmethod
     def of(cls, layout: CodebookLayout) -> AssignConfig:
-        return cls(block_n=32, block_k=power_of_two(layout.max_codes, 16), block_d=16)
-
-
-def serves(layout: CodebookLayout) -> bool:
-    """Whether every codebook fits a tile."""
-    return layout.max_codes <= MAX_CODES
+        return cls(block_n=PART_ROWS, block_k=power_of_two(layout.max_codes, 16), block_d=16)
 
 
 @triton.jit(do_not_specialize=["N", "G", "total_codes", "total_dims", "total_entries", "z_stride", "tiles"])
@@ -51,10 +43,9 @@ def vq_assign_fwd_kernel(
     table_ptr,  # [5, G] int32, see book_table
     codes_ptr,  # [N, G] int64
     quantized_ptr,  # [N, sum D] float32
-    error_ptr,  # [1 + parts, G] float32, row 0 the result
-    counts_ptr,  # [1 + parts, sum K] float32, row 0 the result
-    sums_ptr,  # [1 + parts, sum K D] float32, row 0 the result
-    tickets_ptr,  # [G] int32, zero
+    error_ptr,  # [parts, G] float32
+    counts_ptr,  # [parts, sum K] float32
+    sums_ptr,  # [parts, sum K D] float32
     N,
     G,
     total_codes,
@@ -71,7 +62,6 @@ def vq_assign_fwd_kernel(
 ):
     part = tl.program_id(0)
     g = tl.program_id(1)
-    parts = tl.num_programs(0)
     K = tl.load(table_ptr + g)
     D = tl.load(table_ptr + G + g)
     first_code = tl.load(table_ptr + 2 * G + g)
@@ -79,9 +69,8 @@ def vq_assign_fwd_kernel(
     first_entry = tl.load(table_ptr + 4 * G + g)
     codebook_ptr += first_entry
     k = tl.arange(0, BLOCK_K)
-    row = tl.where(parts == 1, 0, 1 + part).to(tl.int64)
-    counts_out = counts_ptr + row * total_codes + first_code
-    sums_out = sums_ptr + row * total_entries + first_entry
+    counts_out = counts_ptr + part.to(tl.int64) * total_codes + first_code
+    sums_out = sums_ptr + part.to(tl.int64) * total_entries + first_entry
 
     error = tl.zeros([BLOCK_N], dtype=tl.float32)
     for tile in range(tiles):
@@ -142,40 +131,16 @@ def vq_assign_fwd_kernel(
                 counts += tl.load(counts_out + k, mask=k < K, other=0.0)
             tl.store(counts_out + k, counts, mask=k < K)
 
-    tl.store(error_ptr + row * G + g, tl.sum(error, axis=0))
-    if parts > 1:
-        # Every thread's stores come before the ticket; the last to take one adds all parts in their order.
-        tl.debug_barrier()
-        arrived = tl.atomic_add(tickets_ptr + g, 1, sem="acq_rel")
-        if arrived == parts - 1:
-            total_error = 0.0
-            for p in range(1, parts + 1):
-                total_error += tl.load(error_ptr + p * G + g, cache_modifier=".cg")
-            tl.store(error_ptr + g, total_error)
-            if WITH_SUMS:
-                add_parts(counts_ptr + first_code, K, total_codes, parts)
-                add_parts(sums_ptr + first_entry, K * D, total_entries, parts)
+    tl.store(error_ptr + part * G + g, tl.sum(error, axis=0))
 
 
-@triton.jit
-def add_parts(ptr, size, stride, parts, BLOCK: tl.constexpr = 512):
-    """Row 0 of [1 + parts, stride] becomes the sum of the others, in their order."""
-    for start in range(0, size, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        total = tl.zeros([BLOCK], dtype=tl.float32)
-        for p in range(1, parts + 1):
-            at = tl.cast(p, tl.int64) * stride
-            total += tl.load(ptr + at + i, mask=i < size, other=0.0, cache_modifier=".cg")
-        tl.store(ptr + i, total, mask=i < size)
-
-
-@triton.jit(do_not_specialize=["N", "G", "total_dims", "z_stride", "grad_stride"])
+@triton.jit(do_not_specialize=["N", "G", "total_dims", "z_stride", "grad_stride", "rows_per_part"])
 def vq_assign_bwd_kernel(
     z_ptr,  # [N, sum D], row stride z_stride
     quantized_ptr,  # [N, sum D] float32
     codes_ptr,  # [N, G] int64
     grad_quantized_ptr,  # [N, sum D], row stride grad_stride
-    grad_error_ptr,  # [G] float32
+    grad_error_ptr,  # [parts, G] float32
     table_ptr,  # [5, G] int32
     grad_z_ptr,  # [N, sum D], the type of z
     N,
@@ -183,6 +148,7 @@ def vq_assign_bwd_kernel(
     total_dims,
     z_stride,
     grad_stride,
+    rows_per_part,  # a multiple of BLOCK_N, or there is one part
     ROTATE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -191,7 +157,8 @@ def vq_assign_bwd_kernel(
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     D = tl.load(table_ptr + G + g)
     first_column = tl.load(table_ptr + 3 * G + g)
-    grad_error = tl.load(grad_error_ptr + g)
+    part = tl.program_id(0) * BLOCK_N // rows_per_part
+    grad_error = tl.load(grad_error_ptr + part * G + g)
     inside = n < N
     valid = tl.load(codes_ptr + n * G + g, mask=inside, other=-1) >= 0  # [BLOCK_N]
 
@@ -246,55 +213,48 @@ def vq_assign_bwd_kernel(
 def assign(
     z: Tensor, codebook: Tensor, layout: CodebookLayout, mask: Tensor | None, centred: bool, with_sums: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`reference.assign` in one launch."""
+    """`reference.assign` in one launch; error, counts and sums come in parts of rows."""
     config = AssignConfig.of(layout)
     N, G = z.shape[0], layout.groups
     z = z if z.stride(-1) == 1 else z.contiguous()
     codebook = codebook.contiguous()
-    row_tiles = triton.cdiv(N, config.block_n)
-    tiles = max(1, triton.cdiv(row_tiles, max(1, _PROGRAMS // G)))
-    parts = triton.cdiv(row_tiles, tiles)
-    rows = 1 if parts <= 1 else 1 + parts
-    new = torch.zeros if N == 0 else torch.empty
+    parts = row_parts(N, G)
+    tiles = triton.cdiv(triton.cdiv(N, config.block_n), parts)
     options = {"dtype": torch.float32, "device": z.device}
     codes = torch.empty(N, G, dtype=torch.int64, device=z.device)
     quantized = torch.empty(N, layout.total_dims, **options)
-    error = new(rows, G, **options)
-    counts = new(rows if with_sums else 0, layout.total_codes, **options)
-    sums = new(rows if with_sums else 0, layout.total_entries, **options)
-    if N:
-        # A multiple of nothing: zeroed here, not kept, so that calls on two streams do not meet.
-        tickets = torch.zeros(G if parts > 1 else 1, dtype=torch.int32, device=z.device)
-        vq_assign_fwd_kernel[(parts, G)](
-            z,
-            codebook,
-            mask if mask is not None else z,
-            book_table(layout, z.device),
-            codes,
-            quantized,
-            error,
-            counts,
-            sums,
-            tickets,
-            N,
-            G,
-            layout.total_codes,
-            layout.total_dims,
-            layout.total_entries,
-            z.stride(0),
-            tiles,
-            HAS_MASK=mask is not None,
-            WITH_SUMS=with_sums,
-            CENTRED=centred,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            BLOCK_D=config.block_d,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
-    if not with_sums:
-        return codes, quantized, error[0], counts.flatten(), sums.flatten()
-    return codes, quantized, error[0], counts[0], sums[0]
+    error = torch.empty(parts, G, **options)
+    counts = torch.empty(parts, layout.total_codes if with_sums else 0, **options)
+    sums = torch.empty(parts, layout.total_entries if with_sums else 0, **options)
+    if N == 0:
+        return codes, quantized, error.zero_(), counts.zero_(), sums.zero_()
+    vq_assign_fwd_kernel[(parts, G)](
+        z,
+        codebook,
+        mask if mask is not None else z,
+        book_table(layout, z.device),
+        codes,
+        quantized,
+        error,
+        counts,
+        sums,
+        N,
+        G,
+        layout.total_codes,
+        layout.total_dims,
+        layout.total_entries,
+        z.stride(0),
+        tiles,
+        HAS_MASK=mask is not None,
+        WITH_SUMS=with_sums,
+        CENTRED=centred,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        BLOCK_D=config.block_d,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return codes, quantized, error, counts, sums
 
 
 def backward(
@@ -314,6 +274,8 @@ def backward(
     if N:
         block_d = min(64, power_of_two(layout.max_dims, 16))
         block_n = 1024 // block_d
+        parts = grad_error.shape[0]
+        tiles = triton.cdiv(triton.cdiv(N, PART_ROWS), parts)
         vq_assign_bwd_kernel[(triton.cdiv(N, block_n), layout.groups)](
             z,
             quantized,
@@ -327,6 +289,7 @@ def backward(
             layout.total_dims,
             z.stride(0),
             grad_quantized.stride(0),
+            tiles * PART_ROWS if parts > 1 else max(N, block_n),
             ROTATE=rotation,
             BLOCK_N=block_n,
             BLOCK_D=block_d,

@@ -175,8 +175,9 @@ class GroupedVectorQuantizer(nn.Module):
     def _learned_error(self, found: Assignment) -> Tensor:
         """[G] sum over rows of ||sg(z) - e||^2, with its gradient to the codes: 2 (n_k e_k - s_k)."""
         index = self.layout.indices(found.codes.device)
-        codes = self.embedding.to(found.sums.dtype)
-        entries = found.counts[index.entry_code] * codes.square() - 2.0 * codes * found.sums
+        counts, sums = found.counts, found.sums
+        codes = self.embedding.to(sums.dtype)
+        entries = counts[index.entry_code] * codes.square() - 2.0 * codes * sums
         per_code_book = index.code_book[index.entry_code]
         moving = entries.new_zeros(self.layout.groups).index_add(0, per_code_book, entries)
         return found.squared_error.detach() + (moving - moving.detach())
@@ -200,12 +201,12 @@ class GroupedVectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def _update(self, found: Assignment, rows: Tensor | int) -> None:
-        counts, sums = found.counts, found.sums
+        counts, sums = found.count_parts, found.sum_parts
         if self.sync and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             seen = torch.as_tensor(rows, dtype=counts.dtype, device=counts.device)
-            packed = torch.cat([counts, sums, seen[None]])
+            packed = torch.cat([found.counts, found.sums, seen[None]])
             dist.all_reduce(packed)
-            counts, sums, seen = packed.split([counts.numel(), sums.numel(), 1])
+            counts, sums, seen = packed.split([counts.shape[1], sums.shape[1], 1])
             rows = seen[0]
         self.rows_seen += rows
         if self.use_ema:
@@ -222,6 +223,7 @@ class GroupedVectorQuantizer(nn.Module):
                 backend=self.requested_backend,
             )
         else:
+            counts = counts.sum(0) if counts.ndim == 2 else counts
             self.usage += counts
             self.cluster_size.mul_(self.decay).add_(counts, alpha=1.0 - self.decay)
 
