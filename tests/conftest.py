@@ -5,6 +5,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+
+# Without a GPU, kernels run under Triton's interpreter. It must be chosen before any of them is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from hypothesis import settings
 
 torch.set_num_threads(1)

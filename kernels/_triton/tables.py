@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,15 @@ def book_table(layout: CodebookLayout, device: torch.device) -> Tensor:
             rows = [codes, dims, *(size.cumsum(0) - size for size in (codes, dims, entries))]
             table = _tables[key] = torch.stack(rows).to(torch.int32).to(device)
     return table
+
+
+@cache
+def capability(device: torch.device) -> int:
+    """10 times the compute capability of a CUDA device; 90 elsewhere (the interpreter)."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def power_of_two(n: int, least: int) -> int:

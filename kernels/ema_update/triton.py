@@ -95,35 +95,34 @@ def ema_update_kernel(
     else:
         old = tl.load(totals_ptr + g)
         new = tl.load(totals_ptr + G + g)
-    active = new > 0.0
-    total = tl.where(active, decay * old + rest * new, old)
-    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-    mine = k < K
-    code = first_code + k
-    n = tl.load(cluster_size_ptr + code, mask=mine, other=0.0)  # [BLOCK_K]
-    counts = add_parts(counts_ptr, code, mine, parts, total_codes, tl.zeros([BLOCK_K], dtype=tl.float32))
-    n = tl.where(active, decay * n + rest * counts, n)
-    if LAPLACE:
-        n = tl.where(active, (n + epsilon) / (total + K * epsilon) * total, n)
-        moves = mine & active
-    else:
-        moves = mine & active & (n > idle_share * total / K)
-    divisor = tl.where(moves, n, 1.0)
-    for first in range(0, D, BLOCK_D):
-        d = first + tl.arange(0, BLOCK_D)
-        entry = first_entry + k.to(tl.int64)[:, None] * D + d[None, :]  # [BLOCK_K, BLOCK_D]
-        here = mine[:, None] & (d < D)[None, :] & active
-        s = tl.load(code_sum_ptr + entry, mask=here, other=0.0)
-        fresh = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
-        s = decay * s + rest * add_parts(sums_ptr, entry, here, parts, total_entries, fresh)
-        tl.store(code_sum_ptr + entry, s, mask=here)
-        tl.store(codebook_ptr + entry, s / divisor[:, None], mask=here & moves[:, None])
-    # Every thread has read the counts of the whole codebook before any of them changes.
-    tl.debug_barrier()
-    tl.store(cluster_size_ptr + code, n, mask=mine)
-    if WITH_USAGE:
-        used = tl.load(usage_ptr + code, mask=mine, other=0.0)
-        tl.store(usage_ptr + code, used + counts, mask=mine)
+    if new > 0.0:  # a codebook without rows stays as it is
+        total = decay * old + rest * new
+        k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+        mine = k < K
+        code = first_code + k
+        counts = add_parts(counts_ptr, code, mine, parts, total_codes, tl.zeros([BLOCK_K], dtype=tl.float32))
+        n = decay * tl.load(cluster_size_ptr + code, mask=mine, other=0.0) + rest * counts  # [BLOCK_K]
+        if LAPLACE:
+            n = (n + epsilon) / (total + K * epsilon) * total
+            moves = mine
+        else:
+            moves = mine & (n > idle_share * total / K)
+        divisor = tl.where(moves, n, 1.0)
+        for first in range(0, D, BLOCK_D):
+            d = first + tl.arange(0, BLOCK_D)
+            entry = first_entry + k.to(tl.int64)[:, None] * D + d[None, :]  # [BLOCK_K, BLOCK_D]
+            here = mine[:, None] & (d < D)[None, :]
+            fresh = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
+            fresh = add_parts(sums_ptr, entry, here, parts, total_entries, fresh)
+            s = decay * tl.load(code_sum_ptr + entry, mask=here, other=0.0) + rest * fresh
+            tl.store(code_sum_ptr + entry, s, mask=here)
+            tl.store(codebook_ptr + entry, s / divisor[:, None], mask=here & moves[:, None])
+        # Every thread has read the counts of the whole codebook before any of them changes.
+        tl.debug_barrier()
+        tl.store(cluster_size_ptr + code, n, mask=mine)
+        if WITH_USAGE:
+            used = tl.load(usage_ptr + code, mask=mine, other=0.0)
+            tl.store(usage_ptr + code, used + counts, mask=mine)
 
 
 @triton.jit(do_not_specialize=["G"])

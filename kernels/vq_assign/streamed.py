@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spinlock_fast.kernels._triton.tables import book_table, power_of_two
+from spinlock_fast.kernels._triton.tables import book_table, capability, power_of_two
 from spinlock_fast.kernels.layout import CodebookLayout
 
 # Programs that fill a large GPU; the number of shares depends on it, never on the device.
@@ -26,7 +26,7 @@ _PAD_D = 32  # codes are padded to a multiple, which aligns their rows
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """Tile sizes, chosen by shape."""
+    """Tile sizes, chosen by device."""
 
     block_n: int
     block_k: int
@@ -35,7 +35,10 @@ class SearchConfig:
     num_stages: int
 
     @classmethod
-    def of(cls, layout: CodebookLayout) -> SearchConfig:
+    def of(cls, capability: int) -> SearchConfig:
+        """For a device of compute capability `capability` (80, 90, 100)."""
+        if capability >= 90:
+            return cls(block_n=128, block_k=128, block_d=32, num_warps=8, num_stages=1)
         return cls(block_n=128, block_k=128, block_d=16, num_warps=8, num_stages=2)
 
 
@@ -108,6 +111,7 @@ def vq_search_fwd_kernel(
     z_stride,
     share,  # codes of a codebook that one program searches, a multiple of BLOCK_K
     CENTRED: tl.constexpr,
+    ALIGNED: tl.constexpr,  # every D_g is a multiple of 32, and z_stride too
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -117,6 +121,9 @@ def vq_search_fwd_kernel(
     K = tl.load(table_ptr + g)
     D = tl.load(table_ptr + G + g)
     first_column = tl.load(table_ptr + 3 * G + g)
+    if ALIGNED:
+        first_column = tl.multiple_of(first_column, 32)
+        z_stride = tl.multiple_of(z_stride, 32)
     centres_ptr += first_column
     norms_ptr += g * K_pad
     centred_ptr += g.to(tl.int64) * K_pad * D_pad
@@ -133,7 +140,7 @@ def vq_search_fwd_kernel(
         e_tile = centred_ptr + tl.cast(first_code, tl.int64) * D_pad
         for first in range(0, D, BLOCK_D):
             d = first + tl.arange(0, BLOCK_D)
-            in_rows = inside[:, None] & (d < D)[None, :]
+            in_rows = inside[:, None] if ALIGNED else inside[:, None] & (d < D)[None, :]
             z = tl.load(z_tile + ((r * z_stride)[:, None] + d[None, :]), mask=in_rows, other=0.0).to(tl.float32)
             if CENTRED:
                 z -= tl.load(centres_ptr + d, mask=d < D, other=0.0)[None, :]
@@ -311,7 +318,7 @@ def search(z: Tensor, codebook: Tensor, layout: CodebookLayout, centred: bool) -
     """Distances (but for |z|^2) and indices [splits, G, N] of the nearest code in each share of the codes."""
     N, G = z.shape[0], layout.groups
     table = book_table(layout, z.device)
-    config = SearchConfig.of(layout)
+    config = SearchConfig.of(capability(z.device))
     tiles = triton.cdiv(N, config.block_n)
     most = triton.cdiv(layout.max_codes, config.block_k)
     K_pad, D_pad = most * config.block_k, triton.cdiv(layout.max_dims, _PAD_D) * _PAD_D
@@ -345,6 +352,7 @@ def search(z: Tensor, codebook: Tensor, layout: CodebookLayout, centred: bool) -
         z.stride(0),
         share,
         CENTRED=centred,
+        ALIGNED=all(d % 32 == 0 for d in layout.dims) and z.stride(0) % 32 == 0,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         BLOCK_D=config.block_d,

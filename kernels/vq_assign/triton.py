@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spinlock_fast.kernels._triton.tables import book_table, power_of_two
+from spinlock_fast.kernels._triton.tables import book_table, capability, power_of_two
 from spinlock_fast.kernels.layout import CodebookLayout
 from spinlock_fast.kernels.vq_assign.reference import PART_ROWS, row_parts
 
@@ -22,7 +22,7 @@ from spinlock_fast.kernels.vq_assign.reference import PART_ROWS, row_parts
 
 @dataclass(frozen=True)
 class AssignConfig:
-    """Tile sizes, chosen by shape."""
+    """Tile sizes, chosen by shape and device."""
 
     block_n: int
     block_k: int
@@ -31,8 +31,10 @@ class AssignConfig:
     num_stages: int = 1  # the loops over D are short, and stages cost registers
 
     @classmethod
-    def of(cls, layout: CodebookLayout) -> AssignConfig:
-        return cls(block_n=PART_ROWS, block_k=power_of_two(layout.max_codes, 16), block_d=16)
+    def of(cls, layout: CodebookLayout, capability: int) -> AssignConfig:
+        """For a device of compute capability `capability` (80, 90, 100)."""
+        # Tiles of 32 codes spill on sm_100.
+        return cls(PART_ROWS, power_of_two(layout.max_codes, 64 if capability >= 100 else 16), block_d=16)
 
 
 @triton.jit(do_not_specialize=["N", "G", "total_codes", "total_dims", "total_entries", "z_stride", "tiles"])
@@ -81,33 +83,33 @@ def vq_assign_fwd_kernel(
         z_tile = z_ptr + start * z_stride + first_column
 
         products = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
-        norms = tl.zeros([BLOCK_K], dtype=tl.float32)
-        bad = tl.zeros([BLOCK_N], dtype=tl.int32)
+        squares = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
+        bad = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.int1)
         for first in range(0, D, BLOCK_D):
             d = first + tl.arange(0, BLOCK_D)
-            z = tl.load(z_tile + ((r * z_stride)[:, None] + d[None, :]), mask=inside[:, None] & (d < D)[None, :], other=0.0)
-            z = z.to(tl.float32)
+            in_tile = inside[:, None] & (d < D)[None, :]
+            z = tl.load(z_tile + ((r * z_stride)[:, None] + d[None, :]), mask=in_tile, other=0.0).to(tl.float32)
             in_codes = (k < K)[:, None] & (d < D)[None, :]
             e = tl.load(codebook_ptr + (k[:, None] * D + d[None, :]), mask=in_codes, other=0.0)  # [BLOCK_K, BLOCK_D]
-            bad = tl.maximum(bad, tl.max((tl.abs(z) < float("inf")).to(tl.int32) ^ 1, axis=1))
+            bad = bad | (tl.abs(z) >= float("inf")) | (z != z)
             if CENTRED:
                 centre = tl.sum(tl.where(tl.abs(e) < float("inf"), e, 0.0), axis=0) / K  # [BLOCK_D]
                 centre = tl.where(tl.abs(centre) < float("inf"), centre, 0.0)
                 e = tl.where(in_codes, e - centre[None, :], 0.0)
                 z -= centre[None, :]
-            norms += tl.sum(e * e, axis=1)
+            squares += e * e
             products = tl.dot(z, tl.trans(e), products, input_precision="tf32x3")
-        distance = norms[None, :] - 2.0 * products  # |z - e|^2 but for |z|^2
+        distance = tl.sum(squares, axis=1)[None, :] - 2.0 * products  # |z - e|^2 but for |z|^2
         # NaN compares unequal to itself: a code that is not finite is never near.
         distance = tl.where((k < K)[None, :] & (distance == distance), distance, float("inf"))
         best, code = tl.min(distance, axis=1, return_indices=True)  # the lowest index on ties
-        valid = inside & (bad == 0) & (best < float("inf"))
+        valid = inside & (tl.max(bad.to(tl.int32), axis=1) == 0) & (best < float("inf"))
         if HAS_MASK:
             valid = valid & (tl.load(mask_ptr + start + r, mask=inside, other=0) != 0)
         code = tl.where(valid, code, -1)
         tl.store(codes_ptr + start * G + g + r * G, code.to(tl.int64), mask=inside)
 
-        hot = code[:, None] == k[None, :]  # [BLOCK_N, BLOCK_K]
+        hot = (code[:, None] == k[None, :]).to(tl.float32)  # [BLOCK_N, BLOCK_K]
         chosen = tl.where(valid, code, 0) * D  # [BLOCK_N]
         out_tile = quantized_ptr + start * total_dims + first_column
         for first in range(0, D, BLOCK_D):
@@ -116,17 +118,18 @@ def vq_assign_fwd_kernel(
             here = in_tile & valid[:, None]
             z = tl.load(z_tile + ((r * z_stride)[:, None] + d[None, :]), mask=here, other=0.0).to(tl.float32)
             q = tl.load(codebook_ptr + (chosen[:, None] + d[None, :]), mask=here, other=0.0)  # [BLOCK_N, BLOCK_D]
-            tl.store(out_tile + ((r * total_dims)[:, None] + d[None, :]), tl.where(valid[:, None], q, float("nan")), mask=in_tile)
+            out = tl.where(valid[:, None], q, float("nan"))
+            tl.store(out_tile + ((r * total_dims)[:, None] + d[None, :]), out, mask=in_tile)
             error += tl.sum((z - q) * (z - q), axis=1)
             if WITH_SUMS:
-                sums = tl.dot(tl.trans(hot.to(tl.float32)), z, input_precision="tf32x3")  # [BLOCK_K, BLOCK_D]
+                sums = tl.dot(tl.trans(hot), z, input_precision="tf32x3")  # [BLOCK_K, BLOCK_D]
                 entries = sums_out + (k[:, None] * D + d[None, :])
                 in_codes = (k < K)[:, None] & (d < D)[None, :]
-                if tile > 0:  # this program alone writes its row, each thread its own entries
+                if tile > 0:  # this program alone writes its part, each thread its own entries
                     sums += tl.load(entries, mask=in_codes, other=0.0)
                 tl.store(entries, sums, mask=in_codes)
         if WITH_SUMS:
-            counts = tl.sum(hot.to(tl.float32), axis=0)  # [BLOCK_K]
+            counts = tl.sum(hot, axis=0)  # [BLOCK_K]
             if tile > 0:
                 counts += tl.load(counts_out + k, mask=k < K, other=0.0)
             tl.store(counts_out + k, counts, mask=k < K)
@@ -214,7 +217,7 @@ def assign(
     z: Tensor, codebook: Tensor, layout: CodebookLayout, mask: Tensor | None, centred: bool, with_sums: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`reference.assign` in one launch; error, counts and sums come in parts of rows."""
-    config = AssignConfig.of(layout)
+    config = AssignConfig.of(layout, capability(z.device))
     N, G = z.shape[0], layout.groups
     z = z if z.stride(-1) == 1 else z.contiguous()
     codebook = codebook.contiguous()
