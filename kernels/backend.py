@@ -15,6 +15,8 @@ Backend = Literal["auto", "triton", "reference"]
 BACKENDS: tuple[Backend, ...] = ("auto", "triton", "reference")
 VARIABLE = "SPINLOCK_FAST_BACKEND"
 
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
 log = logging.getLogger(__name__)
 
 
@@ -25,7 +27,7 @@ def check_backend(name: str) -> None:
 
 
 def resolve_backend(name: str, *tensors: Tensor) -> str:
-    """"triton" or "reference" for tensors of one device.
+    """ "triton" or "reference" for tensors of one device.
 
     Args:
         name: an explicit choice, or "auto": the environment variable SPINLOCK_FAST_BACKEND where it is
@@ -44,21 +46,17 @@ def resolve_backend(name: str, *tensors: Tensor) -> str:
     device = tensors[0].device
     wide = any(tensor.dtype == torch.float64 for tensor in tensors)
     if name == "auto":
-        name = "triton" if device.type == "cuda" and not wide and _has_triton() else "reference"
+        name = "triton" if device.type == "cuda" and not wide and _HAS_TRITON else "reference"
     elif name == "triton":
-        if not _has_triton():
+        if not _HAS_TRITON:
             raise RuntimeError("backend triton: the package triton is not installed")
         if wide:
             raise RuntimeError("backend triton: float64 is computed by backend reference alone")
         if device.type != "cuda" and not _interpreted():
             raise RuntimeError(f"backend triton: needs a CUDA device, the tensors are on {device.type}")
-    _say_once(name, device.type)
+    if not torch.compiler.is_compiling():
+        _say_once(name, device.type)
     return name
-
-
-@cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def _interpreted() -> bool:

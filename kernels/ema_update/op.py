@@ -56,9 +56,7 @@ def _backend(name: str, codebook: Tensor) -> str:
     return "reference" if name == "auto" and codebook.dtype != torch.float32 else resolve_backend(name, codebook)
 
 
-@torch.library.custom_op(
-    "spinlock_fast::ema_update", mutates_args=("codebook", "cluster_size", "code_sum", "usage")
-)
+@torch.library.custom_op("spinlock_fast::ema_update", mutates_args=("codebook", "cluster_size", "code_sum", "usage"))
 def _ema_update(
     codebook: Tensor,
     cluster_size: Tensor,
@@ -78,9 +76,7 @@ def _ema_update(
         from spinlock_fast.kernels.ema_update import triton
 
         share = reference.IDLE_SHARE
-        triton.ema_update(
-            codebook, cluster_size, code_sum, usage, counts, sums, layout, decay, laplace, epsilon, share
-        )
+        triton.ema_update(codebook, cluster_size, code_sum, usage, counts, sums, layout, decay, laplace, epsilon, share)
         return
     smoothing: Literal["none", "laplace"] = "laplace" if laplace else "none"
     counts, sums = counts.sum(0), sums.sum(0)

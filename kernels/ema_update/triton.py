@@ -52,9 +52,7 @@ def ema_totals_kernel(
     g = tl.program_id(0)
     K = tl.load(table_ptr + g)
     first_code = tl.load(table_ptr + 2 * G + g)
-    old, new = sum_counts(
-        cluster_size_ptr + first_code, counts_ptr + first_code, K, parts, total_codes, BLOCK_K
-    )
+    old, new = sum_counts(cluster_size_ptr + first_code, counts_ptr + first_code, K, parts, total_codes, BLOCK_K)
     tl.store(totals_ptr + g, old)
     tl.store(totals_ptr + G + g, new)
 
@@ -89,9 +87,7 @@ def ema_update_kernel(
     first_code = tl.load(table_ptr + 2 * G + g)
     first_entry = tl.load(table_ptr + 4 * G + g).to(tl.int64)
     if FUSED:
-        old, new = sum_counts(
-            cluster_size_ptr + first_code, counts_ptr + first_code, K, parts, total_codes, BLOCK_K
-        )
+        old, new = sum_counts(cluster_size_ptr + first_code, counts_ptr + first_code, K, parts, total_codes, BLOCK_K)
     else:
         old = tl.load(totals_ptr + g)
         new = tl.load(totals_ptr + G + g)

@@ -99,7 +99,7 @@ def vq_assign(
         gradient == "rotation",
         resolve_backend(backend, codebook),
     )
-    codes, quantized, error, counts, sums = found
+    quantized, codes, error, counts, sums = found
     return Assignment(codes, quantized, error, counts.detach(), sums.detach())
 
 
@@ -121,8 +121,11 @@ def _vq_assign(
         if backend == "triton":
             from spinlock_fast.kernels.vq_assign import dispatch
 
-            return dispatch.assign(z, codebook, layout, mask, centred, with_sums)
-        return reference.assign(z, codebook, layout, mask, centred, with_sums)
+            codes, quantized, *rest = dispatch.assign(z, codebook, layout, mask, centred, with_sums)
+        else:
+            codes, quantized, *rest = reference.assign(z, codebook, layout, mask, centred, with_sums)
+    error, counts, sums = rest
+    return quantized, codes, error, counts, sums
 
 
 @_vq_assign.register_fake
@@ -141,8 +144,8 @@ def _(
     in_tile = backend == "triton" and max(num_codes) <= MAX_TILE_CODES
     parts = reference.row_parts(N, len(dims)) if in_tile else 1
     return (
-        codebook.new_empty(N, len(dims), dtype=torch.int64),
         codebook.new_empty(N, sum(dims)),
+        codebook.new_empty(N, len(dims), dtype=torch.int64),
         codebook.new_empty(parts, len(dims)),
         codebook.new_empty(parts, sum(num_codes) if with_sums else 0),
         codebook.new_empty(parts, codebook.shape[0] if with_sums else 0),
@@ -187,7 +190,7 @@ def _(
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     z, _, num_codes, dims, _, _, _, rotation, backend = inputs
-    codes, quantized, *_ = output
+    quantized, codes, *_ = output
     ctx.save_for_backward(z, quantized, codes)
     ctx.sizes = num_codes, dims
     ctx.rotation, ctx.backend = rotation, backend
@@ -196,7 +199,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     z, quantized, codes = ctx.saved_tensors
-    grad_z = _vq_assign_backward(grads[1], grads[2], z, quantized, codes, *ctx.sizes, ctx.rotation, ctx.backend)
+    grad_z = _vq_assign_backward(grads[0], grads[2], z, quantized, codes, *ctx.sizes, ctx.rotation, ctx.backend)
     return grad_z, None, None, None, None, None, None, None, None
 
 

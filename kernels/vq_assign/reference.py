@@ -30,9 +30,10 @@ def row_parts(rows: int, groups: int) -> int:
 def assign(
     z: Tensor, codebook: Tensor, layout: CodebookLayout, mask: Tensor | None, centred: bool, with_sums: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """codes [N, G], quantized [N, sum D], and in parts of rows squared_error [1, G], counts [1, sum K], sums [1, sum K D].
+    """codes [N, G], quantized [N, sum D], squared_error [1, G], counts [1, sum K], sums [1, sum K D].
 
-    The last two are of width 0 without `with_sums`. Half-precision latents are compared as float32.
+    Kernels give the last three in parts of rows, hence the leading 1. The last two are of width 0 without
+    `with_sums`. Half-precision latents are compared as float32.
     """
     z = z.to(codebook.dtype)
     codes = nearest_codes(z, codebook, layout, centred)

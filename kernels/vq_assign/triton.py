@@ -19,7 +19,6 @@ from spinlock_fast.kernels.layout import CodebookLayout
 from spinlock_fast.kernels.vq_assign.reference import PART_ROWS, row_parts
 
 
-
 @dataclass(frozen=True)
 class AssignConfig:
     """Tile sizes, chosen by shape and device."""
@@ -223,12 +222,11 @@ def assign(
     codebook = codebook.contiguous()
     parts = row_parts(N, G)
     tiles = triton.cdiv(triton.cdiv(N, config.block_n), parts)
-    options = {"dtype": torch.float32, "device": z.device}
     codes = torch.empty(N, G, dtype=torch.int64, device=z.device)
-    quantized = torch.empty(N, layout.total_dims, **options)
-    error = torch.empty(parts, G, **options)
-    counts = torch.empty(parts, layout.total_codes if with_sums else 0, **options)
-    sums = torch.empty(parts, layout.total_entries if with_sums else 0, **options)
+    quantized = torch.empty(N, layout.total_dims, device=z.device)
+    error = torch.empty(parts, G, device=z.device)
+    counts = torch.empty(parts, layout.total_codes if with_sums else 0, device=z.device)
+    sums = torch.empty(parts, layout.total_entries if with_sums else 0, device=z.device)
     if N == 0:
         return codes, quantized, error.zero_(), counts.zero_(), sums.zero_()
     vq_assign_fwd_kernel[(parts, G)](

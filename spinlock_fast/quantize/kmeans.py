@@ -92,9 +92,7 @@ def initialize_codes(
         initialized: bool scalar, set.
         sync: with `torch.distributed` initialised, every process takes the codes of rank 0.
     """
-    _initialize_codes(
-        z, usable, codebook, cluster_size, code_sum, initialized, layout.num_codes, layout.dims, sync
-    )
+    _initialize_codes(z, usable, codebook, cluster_size, code_sum, initialized, layout.num_codes, layout.dims, sync)
 
 
 @torch.library.custom_op(

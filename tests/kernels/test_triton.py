@@ -202,9 +202,7 @@ def test_gradients_are_those_of_the_reference(layout, gradient, dtype):
     grads = []
     for backend, device in (("triton", DEVICE), ("reference", "cpu")):
         leaf = z.to(device, dtype).requires_grad_()
-        found = vq_assign(
-            leaf, codebook.to(device), layout, mask.to(device), gradient=gradient, backend=backend
-        )
+        found = vq_assign(leaf, codebook.to(device), layout, mask.to(device), gradient=gradient, backend=backend)
         value = torch.where(mask.to(device)[:, None], found.quantized, 0.0) * upstream.to(device)
         (value.sum() + (found.squared_error * weight.to(device)).sum()).backward()
         assert leaf.grad.dtype == dtype
