@@ -63,6 +63,7 @@ _FREE_TO_CHANGE = {
     "training.save_every",
     "training.early_stopping_patience",
     "training.use_torch_compile",
+    "training.cuda_graphs",
     "training.checkpoint_dir",
 }
 
@@ -253,8 +254,8 @@ def read_resumable(directory: Path, config: RunConfig) -> dict[str, Any]:
         state = load_torch(directory / FINAL).get("run_state", {})
     else:
         raise DataError(f"{directory}: nothing to resume, neither {RESUME} nor {FINAL} is there")
-    if not {"run", "features", "config"} <= state.keys():
-        raise DataError(f"{directory}: the saved state is incomplete")
+    if not {"run", "features", "config"} <= state.keys() or "values" not in state["run"]:
+        raise DataError(f"{directory}: the saved state is incomplete, or of another version")
     old, new = _flat(state["config"]), _flat(config.model_dump(mode="json"))
     for key in old.keys() | new.keys():
         if old.get(key) != new.get(key) and not any(

@@ -16,6 +16,7 @@ from spinlock_fast.config import RunConfig
 from spinlock_fast.config_file import apply_overrides
 from spinlock_fast.errors import ConfigError, DataError, Interrupted, TrainingError
 from spinlock_fast.loop import EpochRecord, SilentObserver
+from spinlock_fast.step import StepKind, TrainingStep
 from spinlock_fast.trainer import Trainer, TrainResult, split_rows
 
 SIZES = [6, 9, 5]
@@ -132,19 +133,17 @@ def test_a_resumed_run_ends_like_an_unbroken_one(
     settings = {"training__dead_code_reset_interval": 1, "training__dead_code_threshold": 0.5}
     whole = trainer(**settings).fit(x, GROUPS)
 
-    from spinlock_fast import loop as module
-
     steps = 0
-    original = module.TrainingRun._step
+    original = TrainingStep.__call__
 
-    def counting(self: Any, *args: Any) -> None:
+    def counting(self: TrainingStep, kind: StepKind) -> None:
         nonlocal steps
-        original(self, *args)
+        original(self, kind)
         steps += 1
         if steps == stop_after:
             broken.stop(signal.SIGTERM)
 
-    monkeypatch.setattr(module.TrainingRun, "_step", counting)
+    monkeypatch.setattr(TrainingStep, "__call__", counting)
     observer = KeepState()
     broken = trainer(observer, **settings)
     with pytest.raises(Interrupted) as stopped:
