@@ -13,6 +13,7 @@ from torch import Tensor
 from spinlock_fast.config import TrainingConfig
 from spinlock_fast.losses import LossTerms, LossWeights, loss_terms
 from spinlock_fast.model import CategoricalHierarchicalVQVAE
+from spinlock_fast.optimizer import FusedAdam
 from spinlock_fast.precision import cuda_matmul
 
 
@@ -66,9 +67,8 @@ class TrainingStep:
         if self.rest:
             self._sizes[-1] = self.rest
         self._weighted = torch.tensor([weight != 0.0 for weight in self.weights], device=device)
-        kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-        self.optimizer = kinds[training.optimizer](
-            model.parameters(), lr=self._rate, weight_decay=training.weight_decay, fused=True, capturable=on_cuda
+        self.optimizer = FusedAdam(
+            model.parameters(), self._rate, training.weight_decay, decoupled=training.optimizer == "adamw"
         )
         self._terms = self._loss_terms
         self._model: Any = model
@@ -101,7 +101,7 @@ class TrainingStep:
         with self._matmul(tf32=False):
             terms = self._terms(x, out)
             loss = terms.total(self.weights)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         with self._matmul(tf32=True):
             loss.backward()
         self.optimizer.step()
@@ -135,11 +135,8 @@ class TrainingStep:
         return {"optimizer_state_dict": self.optimizer.state_dict(), "values": self.values}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Goes back to a state. The optimizer's tensors are new ones afterwards: load before steps are captured."""
+        """Goes back to a state; every tensor keeps its place."""
         self.optimizer.load_state_dict(state["optimizer_state_dict"])
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._rate
-            group["capturable"] = self._rate.is_cuda  # the state may come from another kind of device
         self.values.copy_(state["values"])
 
     def _rows(self, kind: StepKind) -> Tensor:

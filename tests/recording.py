@@ -69,8 +69,9 @@ def lasting_tensors(step: TrainingStep) -> dict[str, Tensor]:
     """Everything that a step changes and the next step reads."""
     kept = {name: value for name, value in vars(step).items() if isinstance(value, Tensor)}
     kept |= dict(step.model.named_parameters()) | dict(step.model.named_buffers())
-    for i, state in enumerate(step.optimizer.state.values()):
-        kept |= {f"optimizer.{i}.{name}": value for name, value in state.items()}
+    optimizer = step.optimizer
+    moments = dict(enumerate([optimizer.count, *optimizer.mean, *optimizer.square]))
+    kept |= {f"optimizer.{i}": value for i, value in moments.items()}
     return kept
 
 
