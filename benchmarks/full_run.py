@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 from epoch_profile import measured
-from make_100k import expand
 
 from spinlock_fast.checkpoint import load_payload, load_run_config
 from spinlock_fast.metrics import device_name, versions
@@ -40,17 +39,17 @@ def generated(directory: Path, operators: int) -> Path:
     """A file of simulated operators, made by the command."""
     path = directory / f"operators_{operators}.h5"
     if not path.exists():
-        command = ["spinlock_fast.generate", "--config", str(ROOT / "configs/data/quickstart.yaml"), "--quiet"]
-        _run([*command, "--operators", str(operators), "--output", str(path)], os.environ, directory / "generate.log")
+        settings = ["--config", str(ROOT / "configs/data/quickstart.yaml"), "--operators", str(operators), "--quiet"]
+        _run(["-m", "spinlock_fast.generate", *settings, "--output", str(path)], os.environ, directory / "generate.log")
     return path
 
 
 def _run(command: Sequence[str], environment: Any, log: Path) -> float:
-    """Seconds of a Python module as a process; what it says goes to a file, and here if it fails."""
+    """Seconds of a Python process; what it says goes to a file, and here if it fails."""
     started = time.perf_counter()
     with open(log, "w") as said:
         done = subprocess.run(
-            [sys.executable, "-m", *command], env=environment, cwd=ROOT, stdout=said, stderr=said, check=False
+            [sys.executable, *command], env=environment, cwd=ROOT, stdout=said, stderr=said, check=False
         )
     seconds = time.perf_counter() - started
     if done.returncode:
@@ -68,7 +67,8 @@ def trained(name: str, chosen: argparse.Namespace, data: str, caches: Path) -> d
         "training.early_stopping_patience": 1_000_000,
     }
     changes = [f"{key}={json.dumps(value)}" for key, value in settings.items()] + chosen.overrides
-    command = ["spinlock_fast.train", str(chosen.config), "--output", str(checkpoint), "--device", chosen.device]
+    command = ["-m", "spinlock_fast.train", str(chosen.config), "--output", str(checkpoint)]
+    command += ["--device", chosen.device]
     for change in changes:
         command += ["--set", change]
     kinds = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_CACHE_PATH")
@@ -146,7 +146,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     data = chosen.data
     if data is None:
         source = chosen.source or generated(chosen.work, chosen.operators)
-        expand(source, chosen.work / "data", chosen.rows)
+        command = [str(ROOT / "benchmarks" / "make_100k.py"), str(source), str(chosen.work / "data")]
+        _run([*command, "--rows", str(chosen.rows)], os.environ, chosen.work / "make.log")
         data = str(chosen.work / "data" / "part_*.h5")
     result["seconds_to_make_data"] = time.perf_counter() - started
     _write(chosen.output, result)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import multiprocessing
 import os
 import sys
 import time
@@ -128,7 +129,8 @@ def expand(
     paths = [directory / f"part_{i:03d}.h5" for i in range(len(ranges))]
     for stale in set(directory.glob("part_*.h5")) - set(paths):
         stale.unlink()
-    with ProcessPoolExecutor(workers) as pool:
+    # New processes, not copies of this one: a copy of a process with threads may hang.
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         jobs = [
             pool.submit(write_part, str(source), str(path), list(families), span, seed)
             for path, span in zip(paths, ranges, strict=True)

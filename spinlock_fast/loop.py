@@ -20,7 +20,7 @@ from spinlock_fast.graphs import StepLauncher, own_stream
 from spinlock_fast.losses import LossTerms
 from spinlock_fast.metrics import evaluate
 from spinlock_fast.model import CategoricalHierarchicalVQVAE
-from spinlock_fast.step import EpochSummary, StepKind, TrainingStep, learning_rates
+from spinlock_fast.step import EpochSummary, StepKind, TrainingStep, learning_rate, learning_rates
 
 log = logging.getLogger(__name__)
 
@@ -194,12 +194,13 @@ class TrainingRun:
         return found
 
     def _record(self, found: EpochSummary, started: float) -> EpochRecord:
+        steps = self.one_step.count
         return EpochRecord(
             epoch=self.epoch + 1,
             train_loss=found.loss,
             terms=dict(zip(LossTerms._fields, found.terms, strict=True)),
             utilization=found.utilization,
-            learning_rate=float(learning_rates(self.training, self.one_step.count, self.epoch)[-1]),
+            learning_rate=learning_rate(self.training, steps, (self.epoch + 1) * steps - 1),
             seconds=time.perf_counter() - started,
         )
 

@@ -157,17 +157,17 @@ class TrainingStep:
             yield
 
 
+def learning_rate(training: TrainingConfig, steps_per_epoch: int, step: int) -> float:
+    """The rate of a step, counted from 0 over the whole run."""
+    warmup, total = training.warmup_epochs * steps_per_epoch, training.num_epochs * steps_per_epoch
+    if step < warmup:
+        return training.learning_rate * (step + 1) / warmup
+    if training.scheduler == "cosine":
+        return training.learning_rate * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+    return training.learning_rate
+
+
 def learning_rates(training: TrainingConfig, steps_per_epoch: int, epoch: int) -> Tensor:
     """[steps_per_epoch] float64: the rate of each step of an epoch, counted from 0."""
-    first, total = epoch * steps_per_epoch, training.num_epochs * steps_per_epoch
-    warmup = training.warmup_epochs * steps_per_epoch
-
-    def rate(step: int) -> float:
-        if step < warmup:
-            return training.learning_rate * (step + 1) / warmup
-        if training.scheduler == "cosine":
-            share = (step - warmup) / max(total - warmup, 1)
-            return training.learning_rate * 0.5 * (1.0 + math.cos(math.pi * share))
-        return training.learning_rate
-
-    return torch.tensor([rate(step) for step in range(first, first + steps_per_epoch)], dtype=torch.float64)
+    steps = range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch)
+    return torch.tensor([learning_rate(training, steps_per_epoch, step) for step in steps], dtype=torch.float64)

@@ -176,7 +176,7 @@ class Trainer:
                 raise DataError(
                     f"{split.train.size} training rows are fewer than the {largest} codes of the largest codebook"
                 )
-            x_train, x_val = (_upload(data, rows, device) for rows in (split.train, split.val))
+            x_train, x_val = _upload(torch.from_numpy(train_x), device), _upload(data[split.val], device)
             run = TrainingRun(self.config, self.observer, lambda: self._stop_signal, model, x_train, x_val)
             if resume is not None:
                 run.load(resume)
@@ -194,7 +194,7 @@ class Trainer:
         best_model = run.best_model()
         metrics = evaluate(best_model, run.x_val, training)
         if split.test.size:
-            metrics["test"] = evaluate(best_model, _upload(data, split.test, device), training)
+            metrics["test"] = evaluate(best_model, _upload(data[split.test], device), training)
         complete(metrics, best_model, names, correlation_max)
         idle = [c["name"] for c in metrics["categories"] if max(c["perplexity"]) < 1.0 + 1e-6]
         if idle:
@@ -265,15 +265,14 @@ def _random_state_of_its_own(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _upload(data: Tensor, rows: np.ndarray[Any, np.dtype[np.int64]], device: torch.device) -> Tensor:
-    """Rows of the matrix on the device, where they stay; raises DataError where they do not fit."""
-    chosen = data[rows]
+def _upload(rows: Tensor, device: torch.device) -> Tensor:
+    """Rows on the device, where they stay; raises DataError where they do not fit."""
     try:
-        return chosen.to(device)
+        return rows.to(device)
     except torch.OutOfMemoryError:
         free = torch.cuda.mem_get_info(device)[0]
         raise DataError(
-            f"{len(chosen):,} rows of {chosen.shape[1]} features take {chosen.nbytes / 1e9:.2f} GB, but {device} has "
+            f"{len(rows):,} rows of {rows.shape[1]} features take {rows.nbytes / 1e9:.2f} GB, but {device} has "
             f"{free / 1e9:.2f} GB free; --device cpu trains in main memory"
         ) from None
 
