@@ -21,10 +21,10 @@ def cuda_matmul(tf32: bool) -> Iterator[None]:
     older = _read(lambda: matmul.allow_tf32)
     everywhere = _read(torch.get_float32_matmul_precision)
     try:
-        _set_both(tf32)
+        allow_tf32(tf32)
         yield
     finally:
-        _set_both(bool(older))
+        allow_tf32(bool(older))
         if everywhere == "medium":  # which the line above cannot say
             torch.set_float32_matmul_precision("medium")
         matmul.fp32_precision = newer
@@ -38,7 +38,8 @@ def _read(setting: Callable[[], Any]) -> Any:
         return None
 
 
-def _set_both(tf32: bool) -> None:
+def allow_tf32(tf32: bool) -> None:
+    """Until it is set again; inside `cuda_matmul`, which restores it."""
     # torch.compile reads the older interface and fails where the newer says something else: this one sets both.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Please use the new API settings")

@@ -14,7 +14,7 @@ from spinlock_fast.config import TrainingConfig
 from spinlock_fast.losses import LossTerms, LossWeights, loss_terms
 from spinlock_fast.model import CategoricalHierarchicalVQVAE
 from spinlock_fast.optimizer import FusedAdam
-from spinlock_fast.precision import cuda_matmul
+from spinlock_fast.precision import allow_tf32, cuda_matmul
 
 
 class StepKind(NamedTuple):
@@ -101,8 +101,9 @@ class TrainingStep:
         with self._matmul(tf32=False):
             terms = self._terms(x, out)
             loss = terms.total(self.weights)
-        self.optimizer.zero_grad()
-        with self._matmul(tf32=True):
+            self.optimizer.zero_grad()
+            # Gradients flow from the last operation to the first: at the decoder the losses are behind them.
+            out["reconstruction"].register_hook(self._networks_follow)
             loss.backward()
         self.optimizer.step()
         with torch.no_grad():
@@ -147,6 +148,10 @@ class TrainingStep:
 
     def _loss_terms(self, x: Tensor, out: dict[str, Tensor]) -> LossTerms:
         return loss_terms(self.model, x, out, self.training.topo_samples)
+
+    def _networks_follow(self, gradient: Tensor) -> None:
+        if gradient.is_cuda:
+            allow_tf32(True)
 
     @contextmanager
     def _matmul(self, tf32: bool) -> Iterator[None]:

@@ -187,6 +187,29 @@ def test_every_row_is_seen_once_an_epoch(monkeypatch: pytest.MonkeyPatch) -> Non
     assert torch.equal(torch.cat(seen), step.x[order])
 
 
+def test_gradients_of_the_losses_are_complete_before_those_of_the_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the precision of products can change between them."""
+    step = made({})
+    ran: list[str] = []
+
+    def noting(name: str, tensor: Tensor) -> Tensor:
+        tensor.register_hook(lambda gradient: ran.append(name))
+        return tensor
+
+    def terms(x: Tensor, out: dict[str, Tensor]) -> LossTerms:
+        # A copy of each input belongs to the losses; its gradient is ready when they are through.
+        return original(
+            x, {key: noting(key, value * 1) if value.is_floating_point() else value for key, value in out.items()}
+        )
+
+    original = step._terms
+    monkeypatch.setattr(step, "_terms", terms)
+    monkeypatch.setattr(step, "_networks_follow", lambda gradient: ran.append("networks"))
+    step(StepKind(False, False))
+    assert sorted(ran[:-1]) == ["latents", "quantized", "reconstruction", "vq_loss"]
+    assert ran[-1] == "networks"
+
+
 def test_the_summary_weighs_every_row_alike_and_finds_the_first_bad_term() -> None:
     step = made({"training.topo_weight": 0.0})
     step.values[:] = torch.arange(5.0)[:, None]

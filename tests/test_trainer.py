@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import signal
@@ -154,6 +155,15 @@ def test_a_resumed_run_ends_like_an_unbroken_one(
     assert_same_weights(whole, resumed)
     assert {**whole.metrics, "seconds": 0} == {**resumed.metrics, "seconds": 0}
     assert [r.train_loss for r in whole.history] == [r.train_loss for r in resumed.history]
+
+
+def test_a_state_is_not_changed_by_the_run_that_goes_on_from_it(x: np.ndarray[Any, Any]) -> None:
+    done = trainer().fit(x, GROUPS).final_state
+    before = copy.deepcopy(done)
+    resumed = trainer(training__num_epochs=8).fit(x, GROUPS, resume=done)
+    assert resumed.best_epoch > 4
+    for part in ("model_state_dict", "best_state_dict"):
+        assert all(torch.equal(done[part][name], value) for name, value in before[part].items())
 
 
 def test_given_validation_rows_are_used(x: np.ndarray[Any, Any]) -> None:
