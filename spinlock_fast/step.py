@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from spinlock_fast.config import TrainingConfig
+from spinlock_fast.kernels.precision import allow_tf32, cuda_matmul
 from spinlock_fast.losses import LossTerms, LossWeights, loss_terms
 from spinlock_fast.model import CategoricalHierarchicalVQVAE
 from spinlock_fast.optimizer import FusedAdam
-from spinlock_fast.precision import allow_tf32, cuda_matmul
 
 
 class StepKind(NamedTuple):

@@ -12,9 +12,9 @@ from spinlock_fast import loop
 from spinlock_fast.config import RunConfig
 from spinlock_fast.config_file import apply_overrides
 from spinlock_fast.graphs import WARM_UP, StepLauncher
+from spinlock_fast.kernels.precision import cuda_matmul
 from spinlock_fast.loop import SilentObserver, TrainingRun
 from spinlock_fast.model import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
-from spinlock_fast.precision import cuda_matmul
 from spinlock_fast.step import StepKind
 
 CPU = torch.device("cpu")

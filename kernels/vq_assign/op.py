@@ -11,6 +11,7 @@ from torch.autograd.function import FunctionCtx
 
 from spinlock_fast.kernels.backend import resolve_backend
 from spinlock_fast.kernels.layout import CodebookLayout
+from spinlock_fast.kernels.precision import cuda_matmul
 from spinlock_fast.kernels.vq_assign import reference
 
 # Codebooks up to this size are held whole in a tile by the kernels.
@@ -116,8 +117,8 @@ def _vq_assign(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     layout = CodebookLayout.cached(tuple(num_codes), tuple(dims))
-    # Autocast would form the distances in half precision, which picks other codes.
-    with torch.autocast(z.device.type, enabled=False):
+    # Autocast would form the distances in half precision, TF32 in ten bits of fraction: both pick other codes.
+    with torch.autocast(z.device.type, enabled=False), cuda_matmul(tf32=False):
         if backend == "triton":
             from spinlock_fast.kernels.vq_assign import dispatch
 

@@ -223,10 +223,10 @@ def assign(
     parts = row_parts(N, G)
     tiles = triton.cdiv(triton.cdiv(N, config.block_n), parts)
     codes = torch.empty(N, G, dtype=torch.int64, device=z.device)
-    quantized = torch.empty(N, layout.total_dims, device=z.device)
-    error = torch.empty(parts, G, device=z.device)
-    counts = torch.empty(parts, layout.total_codes if with_sums else 0, device=z.device)
-    sums = torch.empty(parts, layout.total_entries if with_sums else 0, device=z.device)
+    quantized = torch.empty(N, layout.total_dims, dtype=torch.float32, device=z.device)
+    error = torch.empty(parts, G, dtype=torch.float32, device=z.device)
+    counts = torch.empty(parts, layout.total_codes if with_sums else 0, dtype=torch.float32, device=z.device)
+    sums = torch.empty(parts, layout.total_entries if with_sums else 0, dtype=torch.float32, device=z.device)
     if N == 0:
         return codes, quantized, error.zero_(), counts.zero_(), sums.zero_()
     vq_assign_fwd_kernel[(parts, G)](

@@ -13,6 +13,7 @@ from spinlock_fast.kernels.vq_assign import vq_assign
 pytest.importorskip("triton", reason="the package triton is not installed here")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [
+    *([pytest.mark.gpu] if torch.cuda.is_available() else []),
     pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),  # numpy, of NaN in the interpreter
     pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
 ]
