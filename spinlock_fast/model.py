@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from spinlock_fast.config import LevelConfig, ModelConfig, PositiveInt
 from spinlock_fast.kernels.code_decoders import Decoders
-from spinlock_fast.kernels.grouped_mlp import Ragged, grouped_mlp, ragged_layer_norm, scaled_output_linear
+from spinlock_fast.kernels.grouped_mlp import Ragged, grouped_mlp, normalize, ragged_layer_norm, scaled_output_linear
 from spinlock_fast.layers import (
     GroupedLayerNorm,
     GroupedLinear,
@@ -188,10 +188,11 @@ class CategoricalHierarchicalVQVAE(nn.Module):
             _rate(layers.hidden_dropout),
         )  # [C, B, E]
         norm, head, head_norm = layers.norm, layers.head, layers.head_norm
-        normed = nn.functional.layer_norm(embedding, embedding.shape[-1:], eps=norm.eps)
+        normed = normalize(embedding, norm.eps)
         latents = scaled_output_linear(normed, norm.weight, norm.bias, head.weight, head.bias, head.outputs)
-        latents = nn.functional.dropout(latents, _rate(layers.dropout))
-        return ragged_layer_norm(latents, head_norm.weight, head_norm.bias, head_norm.segments, head_norm.eps)
+        return ragged_layer_norm(
+            latents, head_norm.weight, head_norm.bias, head_norm.segments, head_norm.eps, _rate(layers.dropout)
+        )
 
     def quantize(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Latents [B, sum D] -> quantized [B, sum D], tokens [B, G], commitment loss."""

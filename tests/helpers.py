@@ -238,5 +238,15 @@ class _NoHostWait(TorchDispatchMode):
 
 
 def no_host_wait() -> TorchDispatchMode:
-    """Within it, operators that a CUDA graph cannot hold fail, forward and backward."""
+    """Within it, operators that a CUDA graph cannot hold fail, forward and backward; native CPU kernels are off."""
     return _NoHostWait()
+
+
+class _PlainTorch(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def plain_torch() -> TorchDispatchMode:
+    """Within it, native CPU kernels are off."""
+    return _PlainTorch()

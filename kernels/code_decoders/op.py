@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spinlock_fast.kernels.code_decoders import native
 from spinlock_fast.kernels.code_decoders.reference import Decoders
 from spinlock_fast.kernels.layout import CodebookLayout
+from spinlock_fast.kernels.native import serves
 
 # Rows enter the sums over codes in blocks, so that this many entries of the one-hot matrix exist at once.
 _ONE_HOT_AT_ONCE = 1 << 24
@@ -29,7 +31,8 @@ def partial_loss(
         decoders: differentiable.
         layout: sizes of the group.
     """
-    loss: Tensor = _PartialLoss.apply(  # type: ignore[no-untyped-call]
+    function = native.PartialLoss if serves(x, quantized, codebook, *decoders) else _PartialLoss
+    loss: Tensor = function.apply(  # type: ignore[no-untyped-call]
         x.detach(), quantized, codes, codebook.detach(), *decoders, layout
     )
     return loss

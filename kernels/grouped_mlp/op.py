@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spinlock_fast.kernels.grouped_mlp import native
 from spinlock_fast.kernels.grouped_mlp.ragged import Ragged
+from spinlock_fast.kernels.native import serves
 
 
 def grouped_mlp(
@@ -25,7 +27,8 @@ def grouped_mlp(
     Returns:
         [G, B, E].
     """
-    out: Tensor = _GroupedMLP.apply(x, w1, b1, w2, b2, inputs, dropout)  # type: ignore[no-untyped-call]
+    function = native.GroupedMLP if serves(x, w1, b1, w2, b2) else _GroupedMLP
+    out: Tensor = function.apply(x, w1, b1, w2, b2, inputs, dropout)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -75,7 +78,8 @@ def scaled_output_linear(
     Returns:
         [B, sum n].
     """
-    out: Tensor = _ScaledOutputLinear.apply(x, gain, shift, weight, bias, outputs)  # type: ignore[no-untyped-call]
+    function = native.ScaledOutputLinear if serves(x, gain, shift, weight, bias) else _ScaledOutputLinear
+    out: Tensor = function.apply(x, gain, shift, weight, bias, outputs)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -109,9 +113,24 @@ class _ScaledOutputLinear(torch.autograd.Function):
         )
 
 
-def ragged_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, segments: Ragged, eps: float = 1e-5) -> Tensor:
-    """Layer normalisation of each segment of the columns of x [B, sum n], with weight and bias [sum n]."""
-    out: Tensor = _RaggedLayerNorm.apply(x, weight, bias, segments, eps)  # type: ignore[no-untyped-call]
+def normalize(x: Tensor, eps: float = 1e-5) -> Tensor:
+    """Layer normalisation over the last dimension, without scale and shift."""
+    if serves(x):
+        out: Tensor = native.Normalize.apply(x, eps)  # type: ignore[no-untyped-call]
+        return out
+    return torch.nn.functional.layer_norm(x, x.shape[-1:], eps=eps)
+
+
+def ragged_layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, segments: Ragged, eps: float = 1e-5, dropout: float = 0.0
+) -> Tensor:
+    """Layer normalisation of each segment of the columns of dropout(x) [B, sum n], with weight and bias [sum n]."""
+    out: Tensor
+    if serves(x, weight, bias):
+        out = native.RaggedLayerNorm.apply(x, weight, bias, segments, eps, dropout)  # type: ignore[no-untyped-call]
+    else:
+        x = torch.nn.functional.dropout(x, dropout)
+        out = _RaggedLayerNorm.apply(x, weight, bias, segments, eps)  # type: ignore[no-untyped-call]
     return out
 
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from spinlock_fast.kernels.layout import CodebookLayout
+from spinlock_fast.kernels.native import serves
+from spinlock_fast.kernels.topo_loss import native
 from spinlock_fast.kernels.topo_loss.reference import rounding, varies
 
 # Entries of the pair matrices that exist at once: of the size of a cache on a CPU, few launches elsewhere.
@@ -37,7 +39,8 @@ def topographic_correlations(
         corr(d_x, d_z) and corr(d_z, d_e), where d_x are distances of features and d_z, d_e the means
         over codebooks of distances of latents and of codes; 0 where one of the two is constant.
     """
-    pre, post = _Correlations.apply(x.detach(), latents, codes, codebook.detach(), layout)  # type: ignore[no-untyped-call]
+    function = native.Correlations if serves(x, latents, codebook) else _Correlations
+    pre, post = function.apply(x.detach(), latents, codes, codebook.detach(), layout)  # type: ignore[no-untyped-call]
     return pre, post
 
 
