@@ -27,3 +27,59 @@ def unshuffle(data: Buffer, item_size: int) -> bytes:
 
 def fletcher32(data: Buffer) -> int:
     """The checksum of HDF5's fletcher32 filter over a C-contiguous buffer."""
+
+# The CPU path of a training step (csrc/training). Tensors are addresses of float32 entries, 0 for none; a matrix of
+# any strides is (address, distance of rows, distance of columns). kernels/*/native.py says what each computes.
+Matrix = tuple[int, int, int]
+
+def training_levels() -> list[str]:
+    """The instruction sets of this processor that the kernels are compiled for, best first."""
+
+def use_training_level(level: str) -> None:
+    """Compute with another instruction set from now on; raises ValueError for one that is not there."""
+
+def mlp_forward(
+    x: Matrix, w1: Matrix, b1: int, w2: Matrix, w2_group: int, b2: int, sizes: list[int], rows: int, hidden_width: int,
+    out_width: int, dropout: float, seed: int, hidden: int, out: int, threads: int,
+) -> None: ...  # fmt: skip
+def mlp_backward(
+    grad: int, x: Matrix, w1: Matrix, w2: Matrix, w2_group: int, hidden: int, sizes: list[int], rows: int,
+    hidden_width: int, out_width: int, dropout: float, of_hidden: int, of_x: int, of_w1: int, of_b1: int, of_w2: int,
+    of_b2: int, threads: int,
+) -> None: ...  # fmt: skip
+def output_linear(
+    x: int, weights: list[int], bias: int, sizes: list[int], rows: int, width: int, out: int, threads: int
+) -> None: ...
+def output_linear_backward(
+    grad: int, x: int, weights: list[int], sizes: list[int], rows: int, width: int, of_x: int, of_weights: list[int],
+    of_bias: int, threads: int,
+) -> None: ...  # fmt: skip
+def normalize(x: int, rows: int, width: int, eps: float, deviation: int, threads: int) -> None: ...
+def normalize_backward(
+    grad: int, normed: int, deviation: int, rows: int, width: int, of_x: int, threads: int
+) -> None: ...
+def segments(
+    x: int, rows: int, sizes: list[int], weight: int, bias: int, eps: float, dropout: float, seed: int, normed: int,
+    deviation: int, out: int, threads: int,
+) -> None: ...  # fmt: skip
+def segments_backward(
+    grad: int, normed: int, deviation: int, rows: int, sizes: list[int], weight: int, dropout: float, seed: int,
+    of_x: int, of_weight: int, of_bias: int, threads: int,
+) -> None: ...  # fmt: skip
+def decoders_forward(
+    x: int, mean: int, codes: int, codebook: int, w1: int, b1: int, w2: int, b2: int, num_codes: list[int],
+    dims: list[int], rows: int, features: int, hidden_width: int, hidden: int, decoded: int, off: int, threads: int,
+) -> float: ...  # fmt: skip
+def decoders_backward(
+    scale: float, x: int, codes: int, codebook: int, w1: int, w2: int, num_codes: list[int], dims: list[int],
+    rows: int, features: int, hidden_width: int, hidden: int, decoded: int, off: int, of_quantized: int, of_w1: int,
+    of_b1: int, of_w2: int, of_b2: int, threads: int,
+) -> None: ...  # fmt: skip
+def topo_forward(
+    x: int, features: int, z: int, codes: int, codebook: int, rows: int, num_codes: list[int], dims: list[int],
+    distances: int, tables: int, missing: bool, threads: int,
+) -> tuple[float, float, list[float]]: ...  # fmt: skip
+def topo_backward(
+    of_pre: float, of_post: float, factors: list[float], z: int, codes: int, codebook: int, rows: int,
+    num_codes: list[int], dims: list[int], distances: int, tables: int, of_z: int, threads: int,
+) -> None: ...  # fmt: skip

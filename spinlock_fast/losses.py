@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from spinlock_fast.config import TrainingConfig
-from spinlock_fast.kernels.layout import CodebookLayout
-from spinlock_fast.kernels.vq_assign import quantize
+from spinlock_fast.kernels.code_decoders import partial_loss
+from spinlock_fast.kernels.topo_loss import topographic_correlations
 from spinlock_fast.model import CategoricalHierarchicalVQVAE
 from spinlock_fast.quantize import GroupedVectorQuantizer
 
@@ -60,16 +60,14 @@ def loss_terms(model: CategoricalHierarchicalVQVAE, x: Tensor, out: dict[str, Te
         out: what `model(x)` returned.
         topo_samples: the topographic term takes the first so many rows.
     """
-    partial = model.partial_reconstructions(out["quantized"])  # [G, B, F]
+    layout, codes, codebook = model.quantizer.layout, out["tokens"], out["codebook"]
     rows = slice(0, topo_samples)
-    pre, post = topographic_correlations(
-        x[rows], out["latents"][rows], out["quantized"][rows].detach(), model.quantizer.layout
-    )
+    pre, post = topographic_correlations(x[rows], out["latents"][rows], codes[rows], codebook, layout)
     return LossTerms(
         reconstruction=(out["reconstruction"] - x).square().mean(),
         vq=out["vq_loss"],
         orthogonality=code_orthogonality(model.quantizer),
-        informativeness=(partial - x).square().mean(),
+        informativeness=partial_loss(x, out["quantized"], codes, codebook, model.code_decoders, layout),
         topographic=topographic_loss(pre, post),
     )
 
@@ -89,78 +87,6 @@ def code_orthogonality(quantizer: GroupedVectorQuantizer) -> Tensor:
     pairs = (K * (K - 1.0)).clamp(min=1.0)
     mean_square: Tensor = (cosine * off_diagonal).square().sum((1, 2)) / pairs
     return mean_square.mean()
-
-
-def pairwise_distances(points: Tensor) -> Tensor:
-    """Euclidean distances [G, S, S] between the rows of [G, S, D]; differentiable, with gradient 0 at distance 0.
-
-    Uses |a|^2 + |b|^2 - 2 a.b on centred points. What is below the rounding error of that sum counts
-    as distance 0.
-    """
-    points = points - points.mean(1, keepdim=True)
-    norms = points.square().sum(-1)
-    both = norms[:, :, None] + norms[:, None, :]
-    square = torch.baddbmm(both, points, points.transpose(1, 2), alpha=-2.0)
-    rounding = (8.0 + points.shape[-1] ** 0.5) * torch.finfo(points.dtype).eps
-    distances: Tensor = _RootAbove.apply(square, rounding * both.detach())  # type: ignore[no-untyped-call]
-    return distances
-
-
-class _RootAbove(torch.autograd.Function):
-    """sqrt(square) where it is above a floor, else 0 with gradient 0; a third of the passes of `torch.where`."""
-
-    @staticmethod
-    def forward(ctx: Any, square: Tensor, floor: Tensor) -> Tensor:
-        root = square.sqrt().masked_fill_(square <= floor, 0.0)
-        ctx.save_for_backward(root)
-        return root
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (root,) = ctx.saved_tensors
-        return (0.5 * grads[0]).div_(root).masked_fill_(root == 0.0, 0.0), None
-
-
-def pair_correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Pearson correlation of two distance matrices [S, S] over the pairs i < j; 0 where one is constant."""
-    S = a.shape[0]
-    off_diagonal = 1.0 - torch.eye(S, dtype=a.dtype, device=a.device)
-    pairs = max(S * (S - 1), 1)
-    a, a_variance, a_varies = _centred(a, off_diagonal, pairs)
-    b, b_variance, b_varies = _centred(b, off_diagonal, pairs)
-    both = a_varies & b_varies
-    norm = torch.where(both, a_variance, 1.0).sqrt() * torch.where(both, b_variance, 1.0).sqrt()
-    return torch.where(both, (a * b).sum() / pairs / norm, 0.0)
-
-
-def _centred(values: Tensor, off_diagonal: Tensor, pairs: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Values without their mean, their variance, and whether it is more than rounding."""
-    mean = (values * off_diagonal).sum() / pairs
-    centred = (values - mean) * off_diagonal
-    variance = centred.square().sum() / pairs
-    rounding = (16.0 * torch.finfo(values.dtype).eps * mean.detach()).square()
-    return centred, variance, variance > rounding.clamp(min=torch.finfo(values.dtype).tiny)
-
-
-def topographic_correlations(
-    x: Tensor, latents: Tensor, quantized: Tensor, layout: CodebookLayout
-) -> tuple[Tensor, Tensor]:
-    """How well distances survive encoding and quantization.
-
-    Args:
-        x: [S, F] features.
-        latents: [S, sum D].
-        quantized: [S, sum D] codes of the latents; their distances pass the gradient straight
-            through to the latents.
-
-    Returns:
-        corr(d_x, d_z) and corr(d_z, d_e), where d_x are distances of features and d_z, d_e the means
-        over codebooks of distances of latents and of codes.
-    """
-    d_x = pairwise_distances(x.detach()[None])[0]
-    d_z = pairwise_distances(layout.pad_columns(latents)).mean(0)
-    d_e = pairwise_distances(layout.pad_columns(quantize(latents, quantized, layout))).mean(0)
-    return pair_correlation(d_x, d_z), pair_correlation(d_z, d_e)
 
 
 def topographic_loss(pre: Tensor, post: Tensor) -> Tensor:

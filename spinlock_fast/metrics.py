@@ -11,14 +11,10 @@ from torch import Tensor
 
 from spinlock_fast.config import TrainingConfig
 from spinlock_fast.features.names import count_families
+from spinlock_fast.kernels.code_decoders import code_statistics, decode_codes
 from spinlock_fast.kernels.ema_update import perplexity, utilization
-from spinlock_fast.losses import (
-    LossTerms,
-    LossWeights,
-    code_orthogonality,
-    topographic_correlations,
-    topographic_loss,
-)
+from spinlock_fast.kernels.topo_loss import topographic_correlations
+from spinlock_fast.losses import LossTerms, LossWeights, code_orthogonality, topographic_loss
 from spinlock_fast.model import CategoricalHierarchicalVQVAE
 
 Metrics = dict[str, Any]
@@ -48,27 +44,33 @@ def evaluate(model: CategoricalHierarchicalVQVAE, x: Tensor, training: TrainingC
 def _evaluate(model: CategoricalHierarchicalVQVAE, x: Tensor, training: TrainingConfig) -> Metrics:
     layout = model.quantizer.layout
     N, F = x.shape
+    index = layout.indices(x.device)
     error = torch.zeros((), dtype=torch.float64, device=x.device)
     vq = torch.zeros_like(error)
-    partial = torch.zeros(layout.groups, F, dtype=torch.float64, device=x.device)
-    counts = torch.zeros(layout.total_codes, device=x.device)
-    first_code = layout.indices(x.device).code_offsets
-    latents, quantized = [], []
-    kept = 0
+    code_counts = torch.zeros(layout.groups, layout.max_codes, 1, dtype=torch.float64, device=x.device)
+    code_sums = torch.zeros(layout.groups, layout.max_codes, F, dtype=torch.float64, device=x.device)
+    centre = x.double().mean(0)  # sums of squares cancel less about it
+    latents: list[Tensor] = []
+    tokens: list[Tensor] = []
     for rows in x.split(_ROWS_AT_ONCE):
         out = model(rows)
         error += (out["reconstruction"] - rows).square().sum(dtype=torch.float64)
         vq += out["vq_loss"].double() * rows.shape[0]
-        alone = model.partial_reconstructions(out["quantized"])
-        partial += (alone - rows).square().sum(1, dtype=torch.float64)
-        used_codes = out["tokens"] + first_code
-        counts += torch.bincount(used_codes[out["tokens"] >= 0], minlength=layout.total_codes)
-        if kept < TOPO_ROWS:
+        counts, sums = code_statistics(rows.double() - centre, out["tokens"], layout)
+        code_counts += counts
+        code_sums += sums
+        tokens.append(out["tokens"])
+        if len(latents) * _ROWS_AT_ONCE < TOPO_ROWS:
             latents.append(out["latents"])
-            quantized.append(out["quantized"])
-            kept += rows.shape[0]
     first = slice(0, min(TOPO_ROWS, N))
-    pre, post = topographic_correlations(x[first], torch.cat(latents)[first], torch.cat(quantized)[first], layout)
+    codebook = model.quantizer.embedding.detach()
+    codes = torch.cat(tokens)
+    pre, post = topographic_correlations(x[first], torch.cat(latents)[first], codes[first], codebook, layout)
+    # Rows of one code have one partial reconstruction: what is left of them is their scatter about its mean.
+    code_means = code_sums / code_counts.clamp(min=1.0)
+    off = decode_codes(codebook, model.code_decoders, layout).double() - centre - code_means
+    partial = (code_counts * (off.square() - code_means.square())).sum(1) + (x.double() - centre).square().sum(0)
+    partial = partial.masked_fill((codes < 0).any(0)[:, None], torch.nan)  # [G, F]
     terms = LossTerms(
         reconstruction=error / (N * F),
         vq=vq / N,
@@ -76,6 +78,7 @@ def _evaluate(model: CategoricalHierarchicalVQVAE, x: Tensor, training: Training
         informativeness=partial.sum() / (layout.groups * N * F),
         topographic=topographic_loss(pre, post).double(),
     )
+    counts = code_counts.flatten()[index.packed_codes]
     used = utilization(counts, layout)
     entropy = perplexity(counts, layout)
     sizes = torch.tensor([float(k) for k in layout.num_codes], device=x.device)

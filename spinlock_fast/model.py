@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from spinlock_fast.config import LevelConfig, ModelConfig, PositiveInt
+from spinlock_fast.kernels.code_decoders import Decoders
+from spinlock_fast.kernels.grouped_mlp import Ragged, grouped_mlp, normalize, ragged_layer_norm, scaled_output_linear
 from spinlock_fast.layers import (
     GroupedLayerNorm,
     GroupedLinear,
@@ -31,6 +33,20 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+class _EncoderLayers(NamedTuple):
+    first: RaggedInputLinear
+    hidden_dropout: nn.Dropout
+    second: GroupedLinear
+    norm: GroupedLayerNorm
+    head: RaggedOutputLinear
+    dropout: nn.Dropout
+    head_norm: RaggedLayerNorm
+
+
+def _rate(dropout: nn.Dropout) -> float:
+    return dropout.p if dropout.training else 0.0
 
 
 _PARTIAL_HIDDEN = 128
@@ -161,8 +177,22 @@ class CategoricalHierarchicalVQVAE(nn.Module):
         """Features [B, F] -> latents [B, sum D]."""
         if x.ndim != 2 or x.shape[1] != self.config.input_dim:
             raise ValueError(f"x must be [B, {self.config.input_dim}], got {list(x.shape)}")
-        latents: Tensor = self.heads(self.category_mlp(x[:, self.feature_order]))
-        return latents
+        layers = self._encoder
+        embedding = grouped_mlp(
+            x[:, self.feature_order],
+            layers.first.weight,
+            layers.first.bias,
+            layers.second.weight,
+            layers.second.bias,
+            layers.first.inputs,
+            _rate(layers.hidden_dropout),
+        )  # [C, B, E]
+        norm, head, head_norm = layers.norm, layers.head, layers.head_norm
+        normed = normalize(embedding, norm.eps)
+        latents = scaled_output_linear(normed, norm.weight, norm.bias, head.weight, head.bias, head.outputs)
+        return ragged_layer_norm(
+            latents, head_norm.weight, head_norm.bias, head_norm.segments, head_norm.eps, _rate(layers.dropout)
+        )
 
     def quantize(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Latents [B, sum D] -> quantized [B, sum D], tokens [B, G], commitment loss."""
@@ -171,8 +201,29 @@ class CategoricalHierarchicalVQVAE(nn.Module):
 
     def decode(self, quantized: Tensor) -> Tensor:
         """Quantized latents [B, sum D] -> features [B, F]."""
-        features: Tensor = self.shared_decoder(quantized)
-        return features
+        first, _, dropout, second = cast(tuple[nn.Linear, nn.ReLU, nn.Dropout, nn.Linear], tuple(self.shared_decoder))
+        features = grouped_mlp(
+            quantized,
+            first.weight.t(),
+            first.bias[None],
+            second.weight.t()[None],
+            second.bias[None],
+            Ragged.of([first.in_features]),
+            _rate(dropout),
+        )
+        return features[0]
+
+    @property
+    def code_decoders(self) -> Decoders:
+        """The parameters of the partial decoders."""
+        first, _, second = cast(tuple[RaggedInputLinear, nn.ReLU, GroupedLinear], tuple(self.partial_decoders))
+        return Decoders(first.weight, first.bias, second.weight, second.bias)
+
+    @property
+    def _encoder(self) -> _EncoderLayers:
+        parts: list[Any] = [*self.category_mlp, *self.heads]
+        first, _, hidden_dropout, second, norm, head, dropout, head_norm = parts
+        return _EncoderLayers(first, hidden_dropout, second, norm, head, dropout, head_norm)
 
     def partial_reconstructions(self, quantized: Tensor) -> Tensor:
         """Features from each codebook alone: [B, sum D] -> [G, B, F]."""
@@ -180,8 +231,14 @@ class CategoricalHierarchicalVQVAE(nn.Module):
         return features
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Features [B, F] -> reconstruction [B, F], tokens [B, G], vq_loss, latents and quantized [B, sum D]."""
+        """Features [B, F] -> what training and evaluation need.
+
+        Returns:
+            reconstruction [B, F], tokens [B, G], vq_loss, latents and quantized [B, sum D], and codebook
+            [sum K D]: the codes that the tokens stand for, which training moves on within this call.
+        """
         latents = self.encode(x)
+        codebook = self._codes_in_use(latents)
         quantized, tokens, vq_loss = self.quantize(latents)
         return {
             "reconstruction": self.decode(quantized),
@@ -189,7 +246,19 @@ class CategoricalHierarchicalVQVAE(nn.Module):
             "vq_loss": vq_loss,
             "latents": latents,
             "quantized": quantized,
+            "codebook": codebook,
         }
+
+    def _codes_in_use(self, latents: Tensor) -> Tensor:
+        """The codes that the next call of the quantizer assigns."""
+        quantizer = self.quantizer
+        if not self.training:
+            return quantizer.embedding.detach()
+        if quantizer._needs_init:  # its first call would fit them to these latents and at once move them on
+            usable = torch.isfinite(latents).all(1)
+            if bool(usable.any()):
+                quantizer.initialize(latents.detach()[usable])
+        return quantizer.embedding.detach().clone()
 
     @torch.no_grad()
     def get_tokens(self, x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from spinlock_fast.kernels.layout import CodebookLayout
 
@@ -217,3 +218,35 @@ def raises_one_line(kind: type[Exception], *texts: str) -> Iterator[None]:
     assert "\n" not in message
     for text in texts:
         assert text in message, f"{text!r} is not in: {message}"
+
+
+# What reads a value on the host, or has a shape that depends on values: neither fits into a CUDA graph.
+_WAITING = {
+    "_local_scalar_dense", "item", "nonzero", "nonzero_static", "masked_select", "_unique", "_unique2", "unique_dim",
+    "unique_consecutive", "equal", "is_nonzero", "bincount", "histc", "repeat_interleave", "_assert_async",
+}  # fmt: skip
+
+
+class _NoHostWait(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert name not in _WAITING, f"{name} waits for the device"
+        if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
+            masks = [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
+            assert not masks, f"{name} with a mask has a shape that depends on values"
+        return func(*args, **(kwargs or {}))
+
+
+def no_host_wait() -> TorchDispatchMode:
+    """Within it, operators that a CUDA graph cannot hold fail, forward and backward; native CPU kernels are off."""
+    return _NoHostWait()
+
+
+class _PlainTorch(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def plain_torch() -> TorchDispatchMode:
+    """Within it, native CPU kernels are off."""
+    return _PlainTorch()

@@ -8,8 +8,6 @@ from spinlock_fast.layers import (
     RaggedInputLinear,
     RaggedLayerNorm,
     RaggedOutputLinear,
-    gather_rows,
-    pack_indices,
 )
 
 SIZES = [4, 1, 7, 3]
@@ -164,14 +162,6 @@ def test_a_large_offset_does_not_spoil_the_variance():
     exact = nn.functional.layer_norm((x + 1000.0).double(), [8])
     eager = nn.functional.layer_norm(x + 1000.0, [8]).double()
     assert (ours - exact).abs().max() <= 2.0 * (eager - exact).abs().max() + 1e-6
-
-
-def test_index_tensors_of_ragged_rows():
-    gather, packed = pack_indices([2, 3])
-    assert gather.tolist() == [[0, 1, 5], [2, 3, 4]]
-    assert packed.tolist() == [0, 1, 3, 4, 5]
-    rows = torch.arange(1.0, 6.0)[:, None]
-    assert gather_rows(rows, gather)[..., 0].tolist() == [[1.0, 2.0, 0.0], [3.0, 4.0, 5.0]]
 
 
 def test_no_index_is_part_of_the_state():

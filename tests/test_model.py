@@ -58,6 +58,7 @@ def test_shapes_of_the_output():
         "vq_loss": (),
         "latents": (20, model.quantizer.layout.total_dims),
         "quantized": (20, model.quantizer.layout.total_dims),
+        "codebook": (model.quantizer.layout.total_entries,),
     }
     assert out["tokens"].dtype == torch.int64
     assert model.partial_reconstructions(out["quantized"]).shape == (9, 20, 13)
@@ -128,6 +129,26 @@ def test_the_network_is_that_of_the_specification():
         columns = layout.column_slice(g)
         hidden = torch.relu(out["quantized"][:, columns] @ first.weight[columns] + first.bias[g])
         torch.testing.assert_close(partial, hidden @ second.weight[g] + second.bias[g])
+
+
+def test_fused_layers_are_the_layers_one_by_one():
+    model = make().double().eval()
+    x = features(model).double()
+    latents = model.heads(model.category_mlp(x[:, model.feature_order]))
+    torch.testing.assert_close(model.encode(x), latents)
+    torch.testing.assert_close(model.decode(latents), model.shared_decoder(latents))
+
+
+@pytest.mark.parametrize("codebook_init", ["kmeans", "uniform"])
+def test_the_codebook_of_the_output_is_what_the_tokens_stand_for(codebook_init):
+    model = make(codebook_init=codebook_init).train()
+    for seed in range(2):
+        out = model(features(model, seed=seed))
+        moved = model.quantizer.embedding.clone()
+        model.quantizer.embedding.copy_(out["codebook"])
+        assert torch.equal(model.quantizer.lookup(out["tokens"]), out["quantized"])
+        model.quantizer.embedding.copy_(moved)
+        assert not torch.equal(moved, out["codebook"])
 
 
 def test_every_parameter_gets_a_gradient():

@@ -1,0 +1,169 @@
+// Matrix products of float32 with what follows them, for matrices that fit into a cache or nearly.
+//
+// This header is compiled once per instruction set (SPINLOCK_SIMD names the namespace); it includes nothing that
+// another instruction set could share at link time.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+namespace spinlock_fast::SPINLOCK_SIMD {
+
+using Index = std::int64_t;
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kRows = 12;  // 24 of 32 registers hold the result
+#elif defined(__AVX2__)
+constexpr int kLanes = 8, kRows = 6;  // 12 of 16
+#else
+constexpr int kLanes = 4, kRows = 6;
+#endif
+constexpr int kVectors = 2;
+constexpr int kColumns = kLanes * kVectors;
+constexpr Index kDepth = 512;           // of a packed block: a panel of it streams from the second-level cache
+constexpr Index kPackedFloats = 1 << 17;  // of a packed block: half a megabyte
+
+typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+
+// An operand: entry (i, j) is p[i * row + j * column].
+struct Matrix {
+    const float* p;
+    Index row, column;
+    Matrix block(Index i, Index j) const { return {p + i * row + j * column, row, column}; }
+};
+
+// Memory of one thread.
+struct Scratch {
+    float* packed;   // kPackedFloats
+    float* rows;     // kRows * kDepth
+    float* partial;  // M * min(N, width_of_block(K)) where K > kDepth, else unused
+};
+
+// tile[r][c] = sum over k of a[r, k] b[k, c]: kRows x kColumns in registers.
+template <bool kPackedRows, int kWide>
+inline void multiply_tile(const float* a, Index row, Index depth, const float* b, float* tile) {
+    Vector sum[kRows][kWide] = {};
+    const float *a0 = a, *a1 = a + 3 * row, *a2 = a + 6 * row, *a3 = a + 9 * row;
+    for (Index k = 0; k < depth; ++k) {
+        Vector right[kWide];
+#pragma GCC unroll 2
+        for (int v = 0; v < kWide; ++v) right[v] = *reinterpret_cast<const Vector*>(b + k * kWide * kLanes + v * kLanes);
+#pragma GCC unroll 12
+        for (int r = 0; r < kRows; ++r) {
+            float left;
+            if constexpr (kPackedRows) {
+                left = a[k * kRows + r];
+            } else {
+                const float* base = r < 3 ? a0 : r < 6 ? a1 : r < 9 ? a2 : a3;
+                left = base[(r % 3) * row + k];
+            }
+#pragma GCC unroll 2
+            for (int v = 0; v < kWide; ++v) sum[r][v] += left * right[v];
+        }
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < kWide; ++v) *reinterpret_cast<Vector*>(tile + (r * kWide + v) * kLanes) = sum[r][v];
+}
+
+// b[0:depth, 0:width] as [depth, wide], zero beyond width.
+inline void pack_panel(Matrix b, Index depth, Index width, Index wide, float* packed) {
+    if (b.column == 1) {
+        for (Index k = 0; k < depth; ++k) {
+            float* out = packed + k * wide;
+            const float* in = b.p + k * b.row;
+            if (width == wide) {
+                for (Index c = 0; c < wide; c += kLanes)
+                    *reinterpret_cast<Vector*>(out + c) = *reinterpret_cast<const Vector*>(in + c);
+            } else {
+                for (Index c = 0; c < width; ++c) out[c] = in[c];
+                for (Index c = width; c < wide; ++c) out[c] = 0.0f;
+            }
+        }
+        return;
+    }
+    for (Index c = 0; c < width; ++c)
+        for (Index k = 0; k < depth; ++k) packed[k * wide + c] = b.p[k * b.row + c * b.column];
+    for (Index c = width; c < wide; ++c)
+        for (Index k = 0; k < depth; ++k) packed[k * wide + c] = 0.0f;
+}
+
+// a[0:rows, 0:depth] as [depth, kRows], zero beyond rows, but for a row of ones.
+inline void pack_rows(Matrix a, Index rows, Index depth, float* packed, Index ones = -1) {
+    if (a.row == 1 && rows == kRows) {
+        for (Index k = 0; k < depth; ++k)
+            std::memcpy(packed + k * kRows, a.p + k * a.column, kRows * sizeof(float));
+        return;
+    }
+    for (Index k = 0; k < depth; ++k)
+        for (Index r = 0; r < kRows; ++r)
+            packed[k * kRows + r] = r == ones ? 1.0f : r < rows ? a.p[r * a.row + k * a.column] : 0.0f;
+}
+
+// Depth of the blocks of a product, alike but for the last.
+inline Index depth_of_block(Index K) {
+    const Index blocks = K > 0 ? (K + kDepth - 1) / kDepth : 1;
+    return K > 0 ? (K + blocks - 1) / blocks : 1;
+}
+
+// Columns that are packed at once.
+inline Index width_of_block(Index K) { return (kPackedFloats / depth_of_block(K)) / kColumns * kColumns; }
+
+// Calls store(row, column, values, width) for every run of a row of a b; a is [M, K], b is [K, N].
+// The sum over k runs in one order, whatever block of rows or columns is asked for. With `ones`, a has one more row
+// than M, of ones: what is stored as row M are the sums of the columns of b.
+template <class Store>
+void multiply(Index M, Index N, Index K, Matrix a, Matrix b, Scratch scratch, Store store, bool ones = false) {
+    const Index last_row = ones ? M : -1;
+    M += ones;
+    alignas(64) float tile[kRows * kColumns];
+    const Index block = depth_of_block(K);
+    const Index wide_block = width_of_block(K);
+    for (Index n0 = 0; n0 < N; n0 += wide_block) {
+        const Index n1 = n0 + wide_block < N ? n0 + wide_block : N;
+        for (Index k0 = 0; k0 < K || k0 == 0; k0 += block) {
+            const Index depth = K - k0 < block ? K - k0 : block;
+            const bool first = k0 == 0, last = k0 + depth >= K;
+            for (Index n = n0; n < n1; n += kColumns) {
+                const Index width = n1 - n < kColumns ? n1 - n : kColumns;
+                const Index wide = width <= kLanes ? kLanes : kColumns;
+                pack_panel(b.block(k0, n), depth, width, wide, scratch.packed + (n - n0) * depth);
+            }
+            for (Index m = 0; m < M; m += kRows) {
+                const Index rows = M - m < kRows ? M - m : kRows;
+                const Matrix left = a.block(m, k0);
+                const bool with_ones = last_row >= m && last_row < m + kRows;
+                const bool direct = left.column == 1 && rows == kRows && !with_ones;
+                if (!direct) pack_rows(left, rows - with_ones, depth, scratch.rows, with_ones ? last_row - m : -1);
+                for (Index n = n0; n < n1; n += kColumns) {
+                    const Index width = n1 - n < kColumns ? n1 - n : kColumns;
+                    const float* panel = scratch.packed + (n - n0) * depth;
+                    const bool narrow = width <= kLanes;
+                    if (direct)
+                        narrow ? multiply_tile<false, 1>(left.p, left.row, depth, panel, tile)
+                               : multiply_tile<false, kVectors>(left.p, left.row, depth, panel, tile);
+                    else
+                        narrow ? multiply_tile<true, 1>(scratch.rows, 0, depth, panel, tile)
+                               : multiply_tile<true, kVectors>(scratch.rows, 0, depth, panel, tile);
+                    const Index wide = narrow ? kLanes : kColumns;
+                    if (!(first && last)) {
+                        for (Index r = 0; r < rows; ++r) {
+                            float* sum = scratch.partial + (m + r) * (n1 - n0) + (n - n0);
+                            float* here = tile + r * wide;
+                            if (!first)
+                                for (Index c = 0; c < width; ++c) here[c] += sum[c];
+                            if (!last)
+                                for (Index c = 0; c < width; ++c) sum[c] = here[c];
+                        }
+                    }
+                    if (last)
+                        for (Index r = 0; r < rows; ++r) store(m + r, n, tile + r * wide, width);
+                }
+            }
+        }
+    }
+}
+
+}  // namespace spinlock_fast::SPINLOCK_SIMD

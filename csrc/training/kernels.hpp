@@ -1,0 +1,119 @@
+// What one thread does of a training step, for one instruction set. `kernels_impl.hpp` is compiled once for each.
+#pragma once
+
+#include <cstdint>
+
+namespace spinlock_fast::training {
+
+using Index = std::int64_t;
+
+// Memory of one thread; sizes in `Kernels`.
+struct Workspace {
+    float* packed;
+    float* rows;
+    float* partial;
+    float* buffer;
+};
+
+// Entry (i, j) of an operand is p[i * row + j * column].
+struct Operand {
+    const float* p;
+    Index row, column;
+};
+
+// Which entries dropout keeps: a hash of (seed, row, column) at or above the threshold.
+struct Dropout {
+    std::uint64_t seed;
+    std::uint32_t threshold;  // probability * 2^32; 0 keeps everything
+};
+
+// out = then(alpha a b + bias), out [M, N] with rows `out_row` apart.
+struct Product {
+    Index M, N, K;
+    Operand a, b;
+    float* out;
+    Index out_row;
+    float alpha = 1.0f;
+    const float* bias = nullptr;      // [N]
+    bool relu = false;                // then max(., 0) and dropout
+    Dropout dropout = {0, 0};
+    Index first_row = 0;              // of `out`, for dropout
+    const float* positive = nullptr;  // laid out like out: 0 where it is not positive
+    float* column_sums = nullptr;     // [N], of b
+};
+
+// Columns of a codebook and of its codes.
+struct Book {
+    Index first_column, dims, first_code, codes, first_entry;
+};
+
+// Partial decoder of one codebook; see kernels/code_decoders. Row pointers are those of the whole batch.
+struct DecoderTask {
+    Index B, F, H, G, g, total_dims;
+    Book book;
+    const float* x;               // [B, F] about its mean
+    const float* mean;            // [F]
+    const std::int64_t* codes;    // [B, G]
+    const float* codebook;        // [sum K D]
+    const float *w1, *b1, *w2, *b2;
+    float *hidden, *decoded, *off;  // [sum K, H], [sum K, F] about the mean, [sum K, F] times counts
+    float *of_quantized, *of_w1, *of_b1, *of_w2, *of_b2;
+    float scale;
+};
+
+// A set of points in groups of columns, and the panels that a product with their transpose reads.
+struct Points {
+    const float* p;       // [S, row]
+    Index S, row, groups;
+    const Index* first;   // [groups] first column
+    const Index* dims;    // [groups]
+    float* panels;        // padded_columns * sum dims
+    float* norms;         // [groups, padded_columns]
+    Index padded_columns;
+};
+
+struct Kernels {
+    Index lanes, rows, columns, packed_floats, row_floats;
+    Index (*partial_floats)(Index M, Index N, Index K);  // of `Workspace::partial`
+    void (*product)(const Product&, const Workspace&);
+    // out[c] = sum over rows of a[r, c]
+    void (*column_sums)(const float* a, Index rows, Index columns, Index row, float* out);
+    // Normalises rows of width n in place; deviations are 1 / sqrt(variance + eps).
+    void (*normalize)(float* x, Index rows, Index n, float eps, float* deviation);
+    void (*normalize_backward)(const float* grad, const float* normed, const float* deviation, Index rows, Index n, float* of_x);
+    // Dropout, then normalisation of each segment, scale and shift, of rows [first, last).
+    void (*segments)(const float* x, Index first, Index last, Index total, Index groups, const Index* sizes,
+                     const float* weight, const float* bias, float eps, Dropout dropout, float scale, float* normed,
+                     float* deviation, float* out);
+    void (*segments_backward)(const float* grad, const float* normed, const float* deviation, Index first, Index last,
+                              Index total, Index groups, const Index* sizes, const float* weight, Dropout dropout,
+                              float scale, float* of_x);
+    // columns sums of grad * normed and of grad
+    void (*weighted_column_sums)(const float* grad, const float* normed, Index rows, Index total, float* of_weight, float* of_bias);
+    // returns this codebook's share of the loss, times B F G
+    double (*decoder_forward)(const DecoderTask&, const Workspace&);
+    void (*decoder_backward)(const DecoderTask&, const Workspace&);
+    Index (*decoder_buffer_floats)(Index B, Index F, Index H, Index K);
+    void (*pack_points)(const Points&, Index group);
+    // Mean over groups of the distances, rows [first, first + rows), columns from `first` on.
+    void (*distances)(const Points&, Index first, float* out, Index out_row, const Workspace&);
+    // out_i = sum over j of w_ij (z_i - z_j) / d_ij of one group, into columns of `out`; weight is upper triangular
+    void (*pull)(const Points&, Index group, const float* weight, Index weight_row, float* out, Index out_row, const Workspace&);
+    Index (*pull_buffer_floats)(Index S, Index padded_columns, Index dims);
+    void (*code_distances)(const float* codes, Index K, Index D, float* table);
+    // adds table rows: out[j] += table[code_i][codes[j]] for j in (i, S)
+    void (*add_lookup)(const float* table_row, const std::int32_t* codes, Index first, Index last, float* out);
+    // adds the pull of codes to columns of out; weight [S, S] symmetric
+    void (*pull_codes)(const float* table, const float* vectors, Index K, Index D, const std::int32_t* codes, Index S,
+                       const float* weight, Index weight_row, float* out, Index out_row, const Workspace&);
+    Index (*pull_codes_buffer_floats)(Index S, Index K, Index D);
+};
+
+const Kernels& portable_kernels();
+const Kernels& avx2_kernels();
+const Kernels& avx512_kernels();
+
+// The kernels for this processor.
+const Kernels& kernels();
+
+}  // namespace spinlock_fast::training

@@ -1,0 +1,483 @@
+// The kernels of `kernels.hpp` for the instruction set that this file is compiled for.
+#pragma once
+
+#include "gemm.hpp"
+#include "kernels.hpp"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace spinlock_fast::SPINLOCK_SIMD {
+
+using training::Book;
+using training::DecoderTask;
+using training::Dropout;
+using training::Operand;
+using training::Points;
+using training::Product;
+using training::Workspace;
+
+inline Matrix matrix(Operand o) { return {o.p, o.row, o.column}; }
+inline Scratch scratch(const Workspace& w) { return {w.packed, w.rows, w.partial}; }
+inline Vector load(const float* p) { return *reinterpret_cast<const Vector*>(p); }
+inline void keep(float* p, Vector v) { *reinterpret_cast<Vector*>(p) = v; }
+inline Vector all(float x) { return x - Vector{}; }
+
+inline Vector root(Vector x) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<Vector>(_mm512_sqrt_ps(reinterpret_cast<__m512>(x)));
+#elif defined(__AVX2__)
+    return reinterpret_cast<Vector>(_mm256_sqrt_ps(reinterpret_cast<__m256>(x)));
+#else
+    for (int i = 0; i < kLanes; ++i) x[i] = __builtin_sqrtf(x[i]);
+    return x;
+#endif
+}
+
+inline float total(Vector x) {
+    float sum = 0.0f;
+    for (int i = 0; i < kLanes; ++i) sum += x[i];
+    return sum;
+}
+
+// ---- dropout
+
+inline std::uint64_t mixed(std::uint64_t x) {  // splitmix64 (Steele, Lea and Flood 2014)
+    x += 0x9e3779b97f4a7c15u;
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+    return x ^ (x >> 31);
+}
+
+// Zeroes what dropout drops of row[0:n], the columns from `column` on, and multiplies the rest by `scale`.
+inline void drop(float* row, Index n, Dropout dropout, Index row_index, Index column, float scale) {
+    const std::uint64_t key = mixed(dropout.seed ^ mixed(static_cast<std::uint64_t>(row_index)));
+    const auto offset = static_cast<std::uint32_t>(key), factor = static_cast<std::uint32_t>(key >> 32) | 1u;
+    const std::uint32_t threshold = dropout.threshold;
+    for (Index c = 0; c < n; ++c) {
+        std::uint32_t h = static_cast<std::uint32_t>(column + c) * 0x9e3779b9u + offset;
+        h ^= h >> 16;
+        h *= 0x7feb352du;  // the multipliers and shifts of lowbias32 (Wellons 2018), the second keyed
+        h ^= h >> 15;
+        h *= factor;
+        h ^= h >> 16;
+        row[c] = h >= threshold ? row[c] * scale : 0.0f;
+    }
+}
+
+// ---- products
+
+Index partial_floats(Index M, Index N, Index K) {
+    if (K <= kDepth) return 0;
+    const Index wide = width_of_block(K);
+    return M * (N < wide ? N : wide);
+}
+
+template <class Then>
+inline void product_then(const Product& p, const Workspace& w, Then then) {
+    const auto store = [&](Index i, Index j, float* values, Index n) {
+        if (i == p.M) {
+            for (Index c = 0; c < n; ++c) p.column_sums[j + c] = values[c];
+            return;
+        }
+        float* out = p.out + i * p.out_row + j;
+        if (n % kLanes == 0) {  // whole vectors, which is what most rows are made of
+            for (Index c = 0; c < n; c += kLanes) {
+                Vector v = load(values + c) * p.alpha;
+                if (p.bias) v += load(p.bias + j + c);
+                keep(values + c, v);
+            }
+        } else {
+            for (Index c = 0; c < n; ++c) values[c] = values[c] * p.alpha + (p.bias ? p.bias[j + c] : 0.0f);
+        }
+        then(i, j, values, n, out);
+        if (n % kLanes == 0)
+            for (Index c = 0; c < n; c += kLanes) keep(out + c, load(values + c));
+        else
+            for (Index c = 0; c < n; ++c) out[c] = values[c];
+    };
+    multiply(p.M, p.N, p.K, matrix(p.a), matrix(p.b), scratch(w), store, p.column_sums != nullptr);
+}
+
+void product(const Product& p, const Workspace& w) {
+    if (p.relu) {
+        product_then(p, w, [&](Index i, Index j, float* values, Index n, float*) {
+            for (Index c = 0; c < n; ++c) values[c] = values[c] > 0.0f || values[c] != values[c] ? values[c] : 0.0f;
+            if (p.dropout.threshold) drop(values, n, p.dropout, p.first_row + i, j, 1.0f);
+        });
+    } else if (p.positive) {
+        product_then(p, w, [&](Index i, Index j, float* values, Index n, float*) {
+            const float* mask = p.positive + i * p.out_row + j;
+            for (Index c = 0; c < n; ++c) values[c] = mask[c] <= 0.0f ? 0.0f : values[c];
+        });
+    } else {
+        product_then(p, w, [](Index, Index, float*, Index, float*) {});
+    }
+}
+
+void column_sums(const float* a, Index rows, Index columns, Index row, float* out) {
+    for (Index c0 = 0; c0 < columns; c0 += 4 * kLanes) {
+        const Index n = columns - c0 < 4 * kLanes ? columns - c0 : 4 * kLanes;
+        float sum[4 * kLanes] = {};
+        if (n == 4 * kLanes) {
+            Vector s[4] = {};
+            for (Index r = 0; r < rows; ++r)
+                for (int v = 0; v < 4; ++v) s[v] += load(a + r * row + c0 + v * kLanes);
+            for (int v = 0; v < 4; ++v) keep(sum + v * kLanes, s[v]);
+        } else {
+            for (Index r = 0; r < rows; ++r)
+                for (Index c = 0; c < n; ++c) sum[c] += a[r * row + c0 + c];
+        }
+        for (Index c = 0; c < n; ++c) out[c0 + c] = sum[c];
+    }
+}
+
+// ---- normalisation
+
+// f(i) summed over [0, n), lane by lane.
+template <class F>
+inline float vector_sum(Index n, F f) {
+    Vector sum = {};
+    Index i = 0;
+    for (; i + kLanes <= n; i += kLanes) sum += f(i);
+    return total(sum);
+}
+
+inline float sum_of(const float* x, Index n) {
+    Index whole = n / kLanes * kLanes;
+    float sum = vector_sum(whole, [&](Index i) { return load(x + i); });
+    for (Index i = whole; i < n; ++i) sum += x[i];
+    return sum;
+}
+
+inline float dot(const float* x, const float* y, Index n) {
+    Index whole = n / kLanes * kLanes;
+    float sum = vector_sum(whole, [&](Index i) { return load(x + i) * load(y + i); });
+    for (Index i = whole; i < n; ++i) sum += x[i] * y[i];
+    return sum;
+}
+
+// x to mean 0 and variance 1; returns 1 / sqrt(variance + eps).
+inline float normalize_one(float* x, Index n, float eps) {
+    const float count = static_cast<float>(n);
+    const float mean = sum_of(x, n) / count;
+    for (Index i = 0; i < n; ++i) x[i] -= mean;
+    const float deviation = 1.0f / __builtin_sqrtf(dot(x, x, n) / count + eps);
+    for (Index i = 0; i < n; ++i) x[i] *= deviation;
+    return deviation;
+}
+
+// (g - mean(g) - normed mean(g normed)) * deviation, in place of g.
+inline void normalize_one_backward(float* g, const float* normed, Index n, float deviation) {
+    const float count = static_cast<float>(n);
+    const float mean = sum_of(g, n) / count, along = dot(g, normed, n) / count;
+    for (Index i = 0; i < n; ++i) g[i] = (g[i] - mean - normed[i] * along) * deviation;
+}
+
+void normalize(float* x, Index rows, Index n, float eps, float* deviation) {
+    for (Index r = 0; r < rows; ++r) deviation[r] = normalize_one(x + r * n, n, eps);
+}
+
+void normalize_backward(const float* grad, const float* normed, const float* deviation, Index rows, Index n, float* of_x) {
+    for (Index r = 0; r < rows; ++r) {
+        if (of_x != grad) std::memcpy(of_x + r * n, grad + r * n, static_cast<std::size_t>(n) * sizeof(float));
+        normalize_one_backward(of_x + r * n, normed + r * n, n, deviation[r]);
+    }
+}
+
+void segments(const float* x, Index first, Index last, Index width, Index groups, const Index* sizes,
+              const float* weight, const float* bias, float eps, Dropout dropout, float scale, float* normed,
+              float* deviation, float* out) {
+    for (Index b = first; b < last; ++b) {
+        float* row = normed + b * width;
+        std::memcpy(row, x + b * width, static_cast<std::size_t>(width) * sizeof(float));
+        if (dropout.threshold) drop(row, width, dropout, b, 0, scale);
+        Index column = 0;
+        for (Index g = 0; g < groups; column += sizes[g], ++g)
+            deviation[b * groups + g] = normalize_one(row + column, sizes[g], eps);
+        for (Index c = 0; c < width; ++c) out[b * width + c] = row[c] * weight[c] + bias[c];
+    }
+}
+
+void segments_backward(const float* grad, const float* normed, const float* deviation, Index first, Index last,
+                       Index width, Index groups, const Index* sizes, const float* weight, Dropout dropout, float scale,
+                       float* of_x) {
+    for (Index b = first; b < last; ++b) {
+        float* row = of_x + b * width;
+        for (Index c = 0; c < width; ++c) row[c] = grad[b * width + c] * weight[c];
+        Index column = 0;
+        for (Index g = 0; g < groups; column += sizes[g], ++g)
+            normalize_one_backward(row + column, normed + b * width + column, sizes[g], deviation[b * groups + g]);
+        if (dropout.threshold) drop(row, width, dropout, b, 0, scale);
+    }
+}
+
+void weighted_column_sums(const float* grad, const float* normed, Index rows, Index width, float* of_weight,
+                          float* of_bias) {
+    for (Index c = 0; c < width; ++c) of_weight[c] = of_bias[c] = 0.0f;
+    for (Index b = 0; b < rows; ++b)
+        for (Index c = 0; c < width; ++c) {
+            of_weight[c] += grad[b * width + c] * normed[b * width + c];
+            of_bias[c] += grad[b * width + c];
+        }
+}
+
+// ---- partial decoders
+
+constexpr Index kDecoderRows = 512;
+
+Index decoder_buffer_floats(Index, Index F, Index H, Index K) { return K * (F + 2 * H + 1) + kDecoderRows * H; }
+
+inline void simple_product(Index M, Index N, Index K, Operand a, Operand b, float* out, Index out_row, const Workspace& w,
+                           const float* bias = nullptr, float* column_sums = nullptr) {
+    Product p{M, N, K, a, b, out, out_row};
+    p.bias = bias;
+    p.column_sums = column_sums;
+    product(p, w);
+}
+
+double decoder_forward(const DecoderTask& t, const Workspace& w) {
+    const Index K = t.book.codes, D = t.book.dims, F = t.F, H = t.H;
+    float* hidden = t.hidden + t.book.first_code * H;
+    float* decoded = t.decoded + t.book.first_code * F;
+    float* off = t.off + t.book.first_code * F;
+    Product first{K, H, D, {t.codebook + t.book.first_entry, D, 1}, {t.w1 + t.book.first_column * H, H, 1}, hidden, H};
+    first.bias = t.b1 + t.g * H;
+    first.relu = true;
+    product(first, w);
+    float* bias = w.buffer;
+    float* counts = w.buffer + F;
+    for (Index f = 0; f < F; ++f) bias[f] = t.b2[t.g * F + f] - t.mean[f];
+    simple_product(K, F, H, {hidden, H, 1}, {t.w2 + t.g * H * F, F, 1}, decoded, F, w, bias);
+    std::memset(off, 0, static_cast<std::size_t>(K * F) * sizeof(float));
+    for (Index k = 0; k < K; ++k) counts[k] = 0.0f;
+    for (Index b = 0; b < t.B; ++b) {
+        const Index k = t.codes[b * t.G + t.g];
+        if (k < 0) continue;
+        counts[k] += 1.0f;
+        const float* x = t.x + b * F;
+        float* sum = off + k * F;
+        for (Index f = 0; f < F; ++f) sum[f] += x[f];
+    }
+    double loss = 0.0;
+    for (Index k = 0; k < K; ++k) {
+        const float n = counts[k], inverse = n > 0.0f ? 1.0f / n : 0.0f;
+        float part = 0.0f, around = 0.0f;
+        for (Index f = 0; f < F; ++f) {
+            const float mean = off[k * F + f] * inverse, difference = decoded[k * F + f] - mean;
+            part += difference * difference;
+            around += mean * mean;
+            off[k * F + f] = n > 0.0f ? difference * n : 0.0f;
+        }
+        if (n > 0.0f) loss += static_cast<double>(n) * (static_cast<double>(part) - static_cast<double>(around));
+    }
+    return loss;
+}
+
+void decoder_backward(const DecoderTask& t, const Workspace& w) {
+    const Index K = t.book.codes, D = t.book.dims, F = t.F, H = t.H, column = t.book.first_column;
+    const float* hidden = t.hidden + t.book.first_code * H;
+    const float* decoded = t.decoded + t.book.first_code * F;
+    const float* vectors = t.codebook + t.book.first_entry;
+    const float* w1 = t.w1 + column * H;
+    const Operand w2_turned{t.w2 + t.g * H * F, 1, F};
+    float* of_decoded = w.buffer;         // [K, F]
+    float* of_hidden = of_decoded + K * F;  // [K, H]
+    float* back = of_hidden + K * H;      // [K, H]
+    float* rows = back + K * H;           // [kDecoderRows, H]
+    const float* off = t.off + t.book.first_code * F;
+    for (Index i = 0; i < K * F; ++i) of_decoded[i] = off[i] * t.scale;
+    simple_product(H, F, K, {hidden, 1, H}, {of_decoded, F, 1}, t.of_w2 + t.g * H * F, F, w, nullptr, t.of_b2 + t.g * F);
+    Product p{K, H, F, {of_decoded, F, 1}, w2_turned, of_hidden, H};
+    p.positive = hidden;
+    product(p, w);
+    simple_product(D, H, K, {vectors, 1, D}, {of_hidden, H, 1}, t.of_w1 + column * H, H, w, nullptr, t.of_b1 + t.g * H);
+    if (!t.of_quantized) return;
+    simple_product(K, H, F, {decoded, F, 1}, w2_turned, back, H, w);
+    for (Index b0 = 0; b0 < t.B; b0 += kDecoderRows) {
+        const Index n = t.B - b0 < kDecoderRows ? t.B - b0 : kDecoderRows;
+        multiply(n, H, F, {t.x + b0 * F, F, 1}, matrix(w2_turned), scratch(w), [&](Index i, Index j, float* v, Index c) {
+            const Index k = t.codes[(b0 + i) * t.G + t.g];
+            float* row = rows + i * H + j;
+            if (k < 0) {
+                for (Index h = 0; h < c; ++h) row[h] = 0.0f;
+                return;
+            }
+            const float *target = back + k * H + j, *active = hidden + k * H + j;
+            for (Index h = 0; h < c; ++h) row[h] = active[h] > 0.0f ? (target[h] - v[h]) * t.scale : 0.0f;
+        });
+        simple_product(n, D, H, {rows, H, 1}, {w1, 1, H}, t.of_quantized + b0 * t.total_dims + column, t.total_dims, w);
+    }
+}
+
+// ---- distances
+
+// As kernels/topo_loss/reference.py: the rounding error of |a|^2 + |b|^2 - 2 a.b, relative to |a|^2 + |b|^2.
+inline float rounding(Index dims) { return (8.0f + __builtin_sqrtf(static_cast<float>(dims))) * 1.1920929e-7f; }
+
+// The panels of one group of points, transposed, and its squared norms; columns beyond S are points at the origin.
+void pack_points(const Points& z, Index g) {
+    Index before = 0;
+    for (Index i = 0; i < g; ++i) before += z.dims[i];
+    const Index D = z.dims[g];
+    const float* p = z.p + z.first[g];
+    float* panels = z.panels + before * z.padded_columns;
+    for (Index n = 0; n < z.padded_columns; n += kColumns) {
+        const Index width = z.S - n < kColumns ? (z.S > n ? z.S - n : 0) : kColumns;
+        pack_panel({p + n * z.row, 1, z.row}, D, width, kColumns, panels + n * D);
+    }
+    float* norms = z.norms + g * z.padded_columns;
+    for (Index j = 0; j < z.padded_columns; ++j) norms[j] = j < z.S ? dot(p + j * z.row, p + j * z.row, D) : 0.0f;
+}
+
+// The tile of products of points [m, m + kRows) with those of one panel.
+inline void point_products(const Points& z, Index g, Index m, const float* panel, const Workspace& w, float* tile) {
+    const float* p = z.p + m * z.row + z.first[g];
+    if (m + kRows <= z.S) {
+        multiply_tile<false, kVectors>(p, z.row, z.dims[g], panel, tile);
+    } else {
+        pack_rows({p, z.row, 1}, z.S - m, z.dims[g], w.rows);
+        multiply_tile<true, kVectors>(w.rows, 0, z.dims[g], panel, tile);
+    }
+}
+
+// Squared distances, 0 where rounding is all there is.
+inline Vector squares(Vector products, Vector norms, float norm, float least) {
+    const Vector both = norms + norm, square = both - 2.0f * products;
+    return square > least * both ? square : Vector{};
+}
+
+void distances(const Points& z, Index m, float* out, Index out_row, const Workspace& w) {
+    alignas(64) float tile[kRows * kColumns];
+    const Index rows = z.S - m < kRows ? z.S - m : kRows;
+    const float share = 1.0f / static_cast<float>(z.groups);
+    for (Index n = m / kColumns * kColumns; n < z.padded_columns; n += kColumns) {
+        Vector sum[kRows][kVectors] = {};
+        const float* panels = z.panels;
+        for (Index g = 0; g < z.groups; ++g) {
+            const Index D = z.dims[g];
+            point_products(z, g, m, panels + n * D, w, tile);
+            panels += D * z.padded_columns;
+            const float* norms = z.norms + g * z.padded_columns;
+            const float least = rounding(D);
+            for (Index r = 0; r < rows; ++r)
+                for (int v = 0; v < kVectors; ++v)
+                    sum[r][v] += root(squares(load(tile + r * kColumns + v * kLanes), load(norms + n + v * kLanes),
+                                              norms[m + r], least));
+        }
+        for (Index r = 0; r < rows; ++r)
+            for (int v = 0; v < kVectors; ++v) keep(out + (m + r) * out_row + n + v * kLanes, sum[r][v] * share);
+    }
+}
+
+constexpr Index kPullRows = 4 * kRows;
+
+Index pull_buffer_floats(Index S, Index padded_columns, Index dims) {
+    return kPullRows * padded_columns + padded_columns + S * dims;
+}
+
+void pull(const Points& z, Index g, const float* weight, Index weight_row, float* out, Index out_row, const Workspace& w) {
+    alignas(64) float tile[kRows * kColumns];
+    const Index S = z.S, D = z.dims[g], wide = z.padded_columns;
+    Index before = 0;
+    for (Index i = 0; i < g; ++i) before += z.dims[i];
+    const float* panels = z.panels + before * wide;
+    const float* norms = z.norms + g * wide;
+    const float* points = z.p + z.first[g];
+    const float least = rounding(D);
+    float* pulls = w.buffer;                    // [kPullRows, wide]
+    float* sums = pulls + kPullRows * wide;     // [wide] of a row and of a column
+    float* others = sums + wide;                // [S, D] sum over j of pull_ij z_j
+    std::memset(sums, 0, static_cast<std::size_t>(wide) * sizeof(float));
+    std::memset(others, 0, static_cast<std::size_t>(S * D) * sizeof(float));
+    for (Index m0 = 0; m0 < S; m0 += kPullRows) {
+        const Index rows = S - m0 < kPullRows ? S - m0 : kPullRows;
+        const Index n0 = m0 / kColumns * kColumns;
+        for (Index m = m0; m < m0 + rows; m += kRows) {
+            const Index here = S - m < kRows ? S - m : kRows;
+            Vector row_sums[kRows] = {};
+            for (Index n = n0; n < wide; n += kColumns) {
+                point_products(z, g, m, panels + n * D, w, tile);
+                for (int v = 0; v < kVectors; ++v) {
+                    const Index c = n + v * kLanes;
+                    Vector column = load(sums + c);
+                    for (Index r = 0; r < here; ++r) {
+                        const Vector square =
+                            squares(load(tile + r * kColumns + v * kLanes), load(norms + c), norms[m + r], least);
+                        const Vector one = square > Vector{} ? load(weight + (m + r) * weight_row + c) / root(square) : Vector{};
+                        keep(pulls + (m + r - m0) * wide + c, one);
+                        row_sums[r] += one;
+                        column += one;
+                    }
+                    keep(sums + c, column);
+                }
+            }
+            for (Index r = 0; r < here; ++r) sums[m + r] += total(row_sums[r]);
+        }
+        // The weight is 0 on and below the diagonal: each pair is met once, and pulls both ways.
+        const auto add_to = [&](Index first) {
+            return [=](Index i, Index j, const float* v, Index n) {
+                float* o = others + (first + i) * D + j;
+                for (Index c = 0; c < n; ++c) o[c] += v[c];
+            };
+        };
+        multiply(rows, D, S - n0, {pulls + n0, wide, 1}, {points + n0 * z.row, z.row, 1}, scratch(w), add_to(m0));
+        multiply(S - n0, D, rows, {pulls + n0, 1, wide}, {points + m0 * z.row, z.row, 1}, scratch(w), add_to(n0));
+    }
+    for (Index i = 0; i < S; ++i)
+        for (Index d = 0; d < D; ++d) out[i * out_row + d] = points[i * z.row + d] * sums[i] - others[i * D + d];
+}
+
+void code_distances(const float* codes, Index K, Index D, float* table) {
+    for (Index a = 0; a < K; ++a)
+        for (Index b = 0; b < K; ++b) {
+            float square = 0.0f;
+            for (Index d = 0; d < D; ++d) {
+                const float difference = codes[a * D + d] - codes[b * D + d];
+                square += difference * difference;
+            }
+            table[a * K + b] = __builtin_sqrtf(square);
+        }
+}
+
+void add_lookup(const float* table_row, const std::int32_t* codes, Index first, Index last, float* out) {
+    for (Index j = first; j < last; ++j) out[j] += table_row[codes[j]];
+}
+
+Index pull_codes_buffer_floats(Index S, Index K, Index) { return K * S + S; }
+
+void pull_codes(const float* table, const float* vectors, Index K, Index D, const std::int32_t* codes, Index S,
+                const float* weight, Index weight_row, float* out, Index out_row, const Workspace& w) {
+    float* gathered = w.buffer;      // [K, S] weight of a row with all rows of a code
+    float* sums = gathered + K * S;  // [S]
+    std::memset(gathered, 0, static_cast<std::size_t>(K * S) * sizeof(float));
+    for (Index j = 0; j < S; ++j) {
+        float* sum = gathered + codes[j] * S;
+        const float* row = weight + j * weight_row;
+        for (Index i = 0; i < S; ++i) sum[i] += row[i];
+    }
+    std::memset(sums, 0, static_cast<std::size_t>(S) * sizeof(float));
+    for (Index k = 0; k < K; ++k) {
+        float* row = gathered + k * S;
+        for (Index i = 0; i < S; ++i) {
+            const float distance = table[k * K + codes[i]];
+            row[i] = distance > 0.0f ? row[i] / distance : 0.0f;
+            sums[i] += row[i];
+        }
+    }
+    multiply(S, D, K, {gathered, 1, S}, {vectors, D, 1}, scratch(w), [&](Index i, Index j, const float* v, Index n) {
+        const float* own = vectors + codes[i] * D + j;
+        float* o = out + i * out_row + j;
+        for (Index c = 0; c < n; ++c) o[c] += own[c] * sums[i] - v[c];
+    });
+}
+
+constexpr training::Kernels kKernels = {
+    kLanes, kRows, kColumns, kPackedFloats, kRows * kDepth,
+    partial_floats, product, column_sums, normalize, normalize_backward, segments, segments_backward,
+    weighted_column_sums, decoder_forward, decoder_backward, decoder_buffer_floats, pack_points, distances, pull,
+    pull_buffer_floats, code_distances, add_lookup, pull_codes, pull_codes_buffer_floats,
+};
+
+}  // namespace spinlock_fast::SPINLOCK_SIMD

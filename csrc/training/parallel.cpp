@@ -1,0 +1,108 @@
+#include "parallel.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <unistd.h>
+#endif
+
+namespace spinlock_fast {
+namespace {
+
+long process() {
+#if defined(__unix__) || defined(__APPLE__)
+    return static_cast<long>(getpid());
+#else
+    return 0;
+#endif
+}
+
+class Pool {
+public:
+    void run(std::int64_t tasks, int threads, const std::function<void(std::int64_t, int)>& task) {
+        while (static_cast<int>(workers_.size()) < threads - 1) {
+            const int worker = static_cast<int>(workers_.size()) + 1;
+            workers_.emplace_back([this, worker] { work(worker); });
+        }
+        {
+            const std::lock_guard lock(mutex_);
+            task_ = &task;
+            tasks_ = tasks;
+            next_.store(0, std::memory_order_relaxed);
+            wanted_ = threads - 1;
+            working_.store(wanted_, std::memory_order_relaxed);
+            round_.fetch_add(1, std::memory_order_release);
+        }
+        wake_.notify_all();
+        take_tasks(0);
+        while (working_.load(std::memory_order_acquire) != 0) std::this_thread::yield();
+    }
+
+private:
+    void take_tasks(int worker) {
+        for (;;) {
+            const std::int64_t i = next_.fetch_add(1, std::memory_order_relaxed);
+            if (i >= tasks_) return;
+            (*task_)(i, worker);
+        }
+    }
+
+    // Threads look for the next loop for a moment before they sleep: a training step has a dozen in a row.
+    void work(int worker) {
+        std::uint64_t seen = 0;
+        for (;;) {
+            const auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(50);
+            while (round_.load(std::memory_order_acquire) == seen && std::chrono::steady_clock::now() < until)
+                std::this_thread::yield();
+            bool mine;
+            {
+                std::unique_lock lock(mutex_);
+                wake_.wait(lock, [&] { return round_.load(std::memory_order_relaxed) != seen; });
+                seen = round_.load(std::memory_order_relaxed);
+                mine = worker <= wanted_;
+            }
+            if (!mine) continue;
+            take_tasks(worker);
+            working_.fetch_sub(1, std::memory_order_release);
+        }
+    }
+
+    std::mutex mutex_;
+    std::condition_variable wake_;
+    std::vector<std::thread> workers_;
+    const std::function<void(std::int64_t, int)>* task_ = nullptr;
+    std::int64_t tasks_ = 0;
+    int wanted_ = 0;
+    std::atomic<std::int64_t> next_ = 0;
+    std::atomic<int> working_ = 0;
+    std::atomic<std::uint64_t> round_ = 0;
+};
+
+}  // namespace
+
+void parallel_for(std::int64_t tasks, int threads, const std::function<void(std::int64_t, int)>& task) {
+    // The pool is never destroyed: its threads sleep until the process ends. A forked process has none of them
+    // and makes its own.
+    static std::mutex busy;
+    static Pool* pool = nullptr;
+    static long owner = 0;
+    threads = static_cast<int>(std::min<std::int64_t>(threads, tasks));
+    std::unique_lock lock(busy, std::defer_lock);
+    if (threads <= 1 || !lock.try_lock()) {
+        for (std::int64_t i = 0; i < tasks; ++i) task(i, 0);
+        return;
+    }
+    if (pool == nullptr || owner != process()) {
+        pool = new Pool;
+        owner = process();
+    }
+    pool->run(tasks, threads, task);
+}
+
+}  // namespace spinlock_fast

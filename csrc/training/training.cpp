@@ -1,0 +1,629 @@
+#include "training.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include <pybind11/stl.h>
+
+#include "build_info.hpp"
+#include "kernels.hpp"
+#include "parallel.hpp"
+
+namespace py = pybind11;
+
+namespace spinlock_fast {
+
+namespace training {
+
+namespace {
+
+bool runs_here(const std::string& level) {
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+    if (level == "avx512")
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (level == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+    return level == "portable";
+}
+
+const Kernels& kernels_of(const std::string& level) {
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+    if (level == "avx512") return avx512_kernels();
+    if (level == "avx2") return avx2_kernels();
+#endif
+    return portable_kernels();
+}
+
+std::vector<std::string> levels_here() {
+    std::vector<std::string> found;
+    for (const char* level : {"avx512", "avx2", "portable"})
+        if (runs_here(level)) found.emplace_back(level);
+    return found;
+}
+
+std::atomic<const Kernels*> chosen = nullptr;
+
+}  // namespace
+
+const Kernels& kernels() {
+    const Kernels* found = chosen.load(std::memory_order_relaxed);
+    if (found == nullptr) {
+        found = &kernels_of(levels_here().front());
+        chosen.store(found, std::memory_order_relaxed);
+    }
+    return *found;
+}
+
+}  // namespace training
+
+namespace {
+
+using namespace training;
+
+// Memory that starts at a cache line and is not cleared.
+class Floats {
+public:
+    explicit Floats(Index n = 0) { reserve(n); }
+    float* reserve(Index n) {
+        if (n > size_) {
+            memory_.reset(new (std::align_val_t{64}) float[static_cast<std::size_t>(n)]);
+            size_ = n;
+        }
+        return memory_.get();
+    }
+    float* get() const { return memory_.get(); }
+
+private:
+    struct Delete {
+        void operator()(float* p) const { ::operator delete[](p, std::align_val_t{64}); }
+    };
+    std::unique_ptr<float[], Delete> memory_;
+    Index size_ = 0;
+};
+
+// The memory of each thread of one call.
+class Workspaces {
+public:
+    Workspaces(int threads, Index partial, Index buffer) : each_(static_cast<std::size_t>(std::max(threads, 1))) {
+        const Kernels& k = kernels();
+        const auto round = [](Index n) { return (n + 15) / 16 * 16; };
+        const Index packed = round(k.packed_floats), rows = round(k.row_floats);
+        partial = round(partial);
+        for (auto& [memory, space] : each_) {
+            float* p = memory.reserve(packed + rows + partial + buffer);
+            space = {p, p + packed, p + packed + rows, p + packed + rows + partial};
+        }
+    }
+    const Workspace& operator[](int worker) const { return each_[static_cast<std::size_t>(worker)].second; }
+
+private:
+    std::vector<std::pair<Floats, Workspace>> each_;
+};
+
+template <class T>
+T* at(std::uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+// Address, distance of rows, distance of columns.
+using PyOperand = std::tuple<std::uintptr_t, Index, Index>;
+
+Operand operand(const PyOperand& o) { return {at<const float>(std::get<0>(o)), std::get<1>(o), std::get<2>(o)}; }
+
+Operand block(Operand o, Index i, Index j) { return {o.p + i * o.row + j * o.column, o.row, o.column}; }
+
+// Splits products by rows of their results, so that threads share them evenly.
+std::vector<Product> split(const std::vector<Product>& products, int threads) {
+    const auto wanted = static_cast<Index>(threads > 1 ? 8 * threads : 1);
+    const Index parts = (wanted + static_cast<Index>(products.size()) - 1) / static_cast<Index>(products.size());
+    std::vector<Product> out;
+    for (const Product& p : products) {
+        const Index rows = std::max<Index>((p.M + parts - 1) / parts, 4 * kernels().rows);
+        for (Index m = 0; m < p.M; m += rows) {
+            Product piece = p;
+            piece.M = std::min(rows, p.M - m);
+            piece.a = block(p.a, m, 0);
+            piece.out = p.out + m * p.out_row;
+            piece.first_row = p.first_row + m;
+            if (p.positive) piece.positive = p.positive + m * p.out_row;
+            if (m + rows < p.M) piece.column_sums = nullptr;
+            out.push_back(piece);
+        }
+    }
+    return out;
+}
+
+void run(const std::vector<Product>& products, int threads) {
+    const Kernels& k = kernels();
+    const std::vector<Product> pieces = split(products, threads);
+    Index partial = 0;
+    for (const Product& p : pieces) partial = std::max(partial, k.partial_floats(p.M + 1, p.N, p.K));
+    const Workspaces spaces(threads, partial, 0);
+    parallel_for(static_cast<Index>(pieces.size()), threads,
+                 [&](Index i, int worker) { k.product(pieces[static_cast<std::size_t>(i)], spaces[worker]); });
+}
+
+Dropout dropout_of(double rate, std::uintptr_t seed) {
+    if (rate <= 0.0) return {0, 0};
+    const double threshold = std::min(std::round(rate * 4294967296.0), 4294967295.0);
+    return {*at<const std::uint64_t>(seed), static_cast<std::uint32_t>(threshold)};
+}
+
+// ---- grouped layers
+
+void mlp_forward(const PyOperand& x, const PyOperand& w1, std::uintptr_t b1, const PyOperand& w2, Index w2_group,
+                 std::uintptr_t b2, const std::vector<Index>& sizes, Index B, Index H, Index E, double rate,
+                 std::uintptr_t seed, std::uintptr_t hidden, std::uintptr_t out, int threads) {
+    const py::gil_scoped_release release;  // only memory that the caller holds is touched
+    const Dropout dropout = dropout_of(rate, seed);
+    std::vector<Product> first, second;
+    Index column = 0;
+    for (Index g = 0; g < static_cast<Index>(sizes.size()); ++g) {
+        const Index n = sizes[static_cast<std::size_t>(g)];
+        Product p{B, H, n, block(operand(x), 0, column), block(operand(w1), column, 0), at<float>(hidden) + g * B * H, H};
+        p.bias = at<const float>(b1) + g * H;
+        p.relu = true;
+        p.dropout = dropout;
+        p.first_row = g * B;
+        first.push_back(p);
+        Operand weight = operand(w2);
+        weight.p += g * w2_group;
+        Product q{B, E, H, {at<const float>(hidden) + g * B * H, H, 1}, weight, at<float>(out) + g * B * E, E};
+        q.alpha = static_cast<float>(rate < 1.0 ? 1.0 / (1.0 - rate) : 0.0);
+        q.bias = at<const float>(b2) + g * E;
+        second.push_back(q);
+        column += n;
+    }
+    run(first, threads);
+    run(second, threads);
+}
+
+void mlp_backward(std::uintptr_t grad, const PyOperand& x, const PyOperand& w1, const PyOperand& w2, Index w2_group,
+                  std::uintptr_t hidden, const std::vector<Index>& sizes, Index B, Index H, Index E, double rate,
+                  std::uintptr_t of_hidden, std::uintptr_t of_x, std::uintptr_t of_w1, std::uintptr_t of_b1,
+                  std::uintptr_t of_w2, std::uintptr_t of_b2, int threads) {
+    const py::gil_scoped_release release;
+    const float scale = static_cast<float>(rate < 1.0 ? 1.0 / (1.0 - rate) : 0.0);
+    std::vector<Product> to_hidden, rest;
+    Index column = 0, total = 0;
+    for (const Index n : sizes) total += n;
+    const Index G = static_cast<Index>(sizes.size());
+    for (Index g = 0; g < G; ++g) {
+        const Index n = sizes[static_cast<std::size_t>(g)];
+        const Operand dy{at<const float>(grad) + g * B * E, E, 1}, h{at<const float>(hidden) + g * B * H, H, 1};
+        const Operand dh{at<const float>(of_hidden) + g * B * H, H, 1};
+        const Operand weight{at<const float>(std::get<0>(w2)) + g * w2_group, std::get<2>(w2), std::get<1>(w2)};
+        Product p{B, H, E, dy, weight, at<float>(of_hidden) + g * B * H, H};
+        p.alpha = scale;
+        p.positive = h.p;
+        to_hidden.push_back(p);
+        Product q{H, E, B, {h.p, 1, H}, dy, at<float>(of_w2) + g * H * E, E};
+        q.alpha = scale;
+        q.column_sums = at<float>(of_b2) + g * E;
+        rest.push_back(q);
+        const Operand inputs = block(operand(x), 0, column);
+        Product r{n, H, B, {inputs.p, inputs.column, inputs.row}, dh, at<float>(of_w1) + column * H, H};
+        r.column_sums = at<float>(of_b1) + g * H;
+        rest.push_back(r);
+        if (of_x) {
+            const Operand back = block(operand(w1), column, 0);
+            rest.push_back({B, n, H, dh, {back.p, back.column, back.row}, at<float>(of_x) + column, total});
+        }
+        column += n;
+    }
+    run(to_hidden, threads);
+    run(rest, threads);
+}
+
+// x [G, B, in] with a weight [n, in] per group, to columns of out [B, total].
+void output_linear(std::uintptr_t x, const std::vector<std::uintptr_t>& weights, std::uintptr_t bias,
+                   const std::vector<Index>& sizes, Index B, Index in, std::uintptr_t out, int threads) {
+    const py::gil_scoped_release release;
+    std::vector<Product> products;
+    Index column = 0, total = 0;
+    for (const Index n : sizes) total += n;
+    for (Index g = 0; g < static_cast<Index>(sizes.size()); ++g) {
+        const Index n = sizes[static_cast<std::size_t>(g)];
+        Product p{B, n, in, {at<const float>(x) + g * B * in, in, 1}, {at<const float>(weights[static_cast<std::size_t>(g)]), 1, in},
+                  at<float>(out) + column, total};
+        p.bias = at<const float>(bias) + column;
+        products.push_back(p);
+        column += n;
+    }
+    run(products, threads);
+}
+
+void output_linear_backward(std::uintptr_t grad, std::uintptr_t x, const std::vector<std::uintptr_t>& weights,
+                            const std::vector<Index>& sizes, Index B, Index in, std::uintptr_t of_x,
+                            const std::vector<std::uintptr_t>& of_weights, std::uintptr_t of_bias, int threads) {
+    const py::gil_scoped_release release;
+    std::vector<Product> products;
+    Index column = 0, total = 0;
+    for (const Index n : sizes) total += n;
+    for (Index g = 0; g < static_cast<Index>(sizes.size()); ++g) {
+        const Index n = sizes[static_cast<std::size_t>(g)];
+        const float* part = at<const float>(grad) + column;
+        products.push_back({B, in, n, {part, total, 1}, {at<const float>(weights[static_cast<std::size_t>(g)]), in, 1},
+                            at<float>(of_x) + g * B * in, in});
+        products.push_back({n, in, B, {part, 1, total}, {at<const float>(x) + g * B * in, in, 1},
+                            at<float>(of_weights[static_cast<std::size_t>(g)]), in});
+        column += n;
+    }
+    run(products, threads);
+    kernels().column_sums(at<const float>(grad), B, total, total, at<float>(of_bias));
+}
+
+constexpr Index kRowsOfATask = 64;
+
+void normalize(std::uintptr_t x, Index rows, Index n, double eps, std::uintptr_t deviation, int threads) {
+    const py::gil_scoped_release release;
+    parallel_for((rows + kRowsOfATask - 1) / kRowsOfATask, threads, [&](Index i, int) {
+        const Index first = i * kRowsOfATask;
+        kernels().normalize(at<float>(x) + first * n, std::min(kRowsOfATask, rows - first), n, static_cast<float>(eps),
+                            at<float>(deviation) + first);
+    });
+}
+
+void normalize_backward(std::uintptr_t grad, std::uintptr_t normed, std::uintptr_t deviation, Index rows, Index n,
+                        std::uintptr_t of_x, int threads) {
+    const py::gil_scoped_release release;
+    parallel_for((rows + kRowsOfATask - 1) / kRowsOfATask, threads, [&](Index i, int) {
+        const Index first = i * kRowsOfATask;
+        kernels().normalize_backward(at<const float>(grad) + first * n, at<const float>(normed) + first * n,
+                                     at<const float>(deviation) + first, std::min(kRowsOfATask, rows - first), n,
+                                     at<float>(of_x) + first * n);
+    });
+}
+
+void segments(std::uintptr_t x, Index B, const std::vector<Index>& sizes, std::uintptr_t weight, std::uintptr_t bias,
+              double eps, double rate, std::uintptr_t seed, std::uintptr_t normed, std::uintptr_t deviation,
+              std::uintptr_t out, int threads) {
+    const py::gil_scoped_release release;
+    Index total = 0;
+    for (const Index n : sizes) total += n;
+    const Dropout dropout = dropout_of(rate, seed);
+    const float scale = static_cast<float>(rate < 1.0 ? 1.0 / (1.0 - rate) : 0.0);
+    parallel_for((B + kRowsOfATask - 1) / kRowsOfATask, threads, [&](Index i, int) {
+        kernels().segments(at<const float>(x), i * kRowsOfATask, std::min(B, (i + 1) * kRowsOfATask), total,
+                           static_cast<Index>(sizes.size()), sizes.data(), at<const float>(weight),
+                           at<const float>(bias), static_cast<float>(eps), dropout, scale, at<float>(normed),
+                           at<float>(deviation), at<float>(out));
+    });
+}
+
+void segments_backward(std::uintptr_t grad, std::uintptr_t normed, std::uintptr_t deviation, Index B,
+                       const std::vector<Index>& sizes, std::uintptr_t weight, double rate, std::uintptr_t seed,
+                       std::uintptr_t of_x, std::uintptr_t of_weight, std::uintptr_t of_bias, int threads) {
+    const py::gil_scoped_release release;
+    Index total = 0;
+    for (const Index n : sizes) total += n;
+    const Dropout dropout = dropout_of(rate, seed);
+    const float scale = static_cast<float>(rate < 1.0 ? 1.0 / (1.0 - rate) : 0.0);
+    parallel_for((B + kRowsOfATask - 1) / kRowsOfATask, threads, [&](Index i, int) {
+        kernels().segments_backward(at<const float>(grad), at<const float>(normed), at<const float>(deviation),
+                                    i * kRowsOfATask, std::min(B, (i + 1) * kRowsOfATask), total,
+                                    static_cast<Index>(sizes.size()), sizes.data(), at<const float>(weight), dropout,
+                                    scale, at<float>(of_x));
+    });
+    kernels().weighted_column_sums(at<const float>(grad), at<const float>(normed), B, total, at<float>(of_weight),
+                                   at<float>(of_bias));
+}
+
+// ---- partial decoders
+
+std::vector<Book> books_of(const std::vector<Index>& num_codes, const std::vector<Index>& dims) {
+    std::vector<Book> books;
+    Book next{0, 0, 0, 0, 0};
+    for (std::size_t g = 0; g < dims.size(); ++g) {
+        next.dims = dims[g];
+        next.codes = num_codes[g];
+        books.push_back(next);
+        next.first_column += dims[g];
+        next.first_code += num_codes[g];
+        next.first_entry += num_codes[g] * dims[g];
+    }
+    return books;
+}
+
+template <class Call>
+void for_each_decoder(DecoderTask task, const std::vector<Index>& num_codes, const std::vector<Index>& dims, int threads,
+                      Call call) {
+    const Kernels& k = kernels();
+    const std::vector<Book> books = books_of(num_codes, dims);
+    task.G = static_cast<Index>(books.size());
+    Index partial = 0, buffer = 0;
+    task.total_dims = 0;
+    const Index rows = std::min<Index>(task.B, 512);
+    for (const Book& b : books) {
+        task.total_dims += b.dims;
+        buffer = std::max(buffer, k.decoder_buffer_floats(task.B, task.F, task.H, b.codes));
+        for (const auto& [m, n, depth] : {std::tuple{b.codes, task.H, b.dims}, {b.codes, task.F, task.H},
+                                          {b.codes, task.H, task.F}, {task.H, task.F, b.codes},
+                                          {b.dims, task.H, b.codes}, {rows, task.H, task.F}, {rows, b.dims, task.H}})
+            partial = std::max(partial, k.partial_floats(m + 1, n, depth));
+    }
+    const Workspaces spaces(threads, partial, buffer);
+    parallel_for(task.G, threads, [&](Index g, int worker) {
+        DecoderTask mine = task;
+        mine.g = g;
+        mine.book = books[static_cast<std::size_t>(g)];
+        call(mine, spaces[worker]);
+    });
+}
+
+double decoders_forward(std::uintptr_t x, std::uintptr_t mean, std::uintptr_t codes, std::uintptr_t codebook,
+                        std::uintptr_t w1, std::uintptr_t b1, std::uintptr_t w2, std::uintptr_t b2,
+                        const std::vector<Index>& num_codes, const std::vector<Index>& dims, Index B, Index F, Index H,
+                        std::uintptr_t hidden, std::uintptr_t decoded, std::uintptr_t off, int threads) {
+    const py::gil_scoped_release release;
+    DecoderTask task{};
+    task.B = B, task.F = F, task.H = H;
+    task.x = at<const float>(x), task.mean = at<const float>(mean), task.codes = at<const std::int64_t>(codes);
+    task.codebook = at<const float>(codebook);
+    task.w1 = at<const float>(w1), task.b1 = at<const float>(b1);
+    task.w2 = at<const float>(w2), task.b2 = at<const float>(b2);
+    task.hidden = at<float>(hidden), task.decoded = at<float>(decoded), task.off = at<float>(off);
+    std::vector<double> shares(dims.size());
+    for_each_decoder(task, num_codes, dims, threads, [&](const DecoderTask& t, const Workspace& w) {
+        shares[static_cast<std::size_t>(t.g)] = kernels().decoder_forward(t, w);
+    });
+    double loss = 0.0;
+    for (const double share : shares) loss += share;
+    double scatter = 0.0;
+    for (Index i = 0; i < B * F; ++i) scatter += static_cast<double>(task.x[i]) * static_cast<double>(task.x[i]);
+    const auto groups = static_cast<double>(dims.size());
+    for (Index i = 0; i < B * static_cast<Index>(dims.size()); ++i)
+        if (task.codes[i] < 0) return std::numeric_limits<double>::quiet_NaN();
+    return (loss + groups * scatter) / (groups * static_cast<double>(B * F));
+}
+
+void decoders_backward(double scale, std::uintptr_t x, std::uintptr_t codes, std::uintptr_t codebook, std::uintptr_t w1,
+                       std::uintptr_t w2, const std::vector<Index>& num_codes, const std::vector<Index>& dims, Index B,
+                       Index F, Index H, std::uintptr_t hidden, std::uintptr_t decoded, std::uintptr_t off,
+                       std::uintptr_t of_quantized, std::uintptr_t of_w1, std::uintptr_t of_b1, std::uintptr_t of_w2,
+                       std::uintptr_t of_b2, int threads) {
+    const py::gil_scoped_release release;
+    DecoderTask task{};
+    task.B = B, task.F = F, task.H = H;
+    task.x = at<const float>(x), task.codes = at<const std::int64_t>(codes), task.codebook = at<const float>(codebook);
+    task.w1 = at<const float>(w1), task.w2 = at<const float>(w2);
+    task.hidden = at<float>(hidden), task.decoded = at<float>(decoded), task.off = at<float>(off);
+    task.of_quantized = at<float>(of_quantized);
+    task.of_w1 = at<float>(of_w1), task.of_b1 = at<float>(of_b1);
+    task.of_w2 = at<float>(of_w2), task.of_b2 = at<float>(of_b2);
+    task.scale = static_cast<float>(scale);
+    for_each_decoder(task, num_codes, dims, threads,
+                     [&](const DecoderTask& t, const Workspace& w) { kernels().decoder_backward(t, w); });
+}
+
+// ---- topographic correlations
+
+constexpr Index kWidth = 32;  // a multiple of every instruction set's columns
+
+Index padded(Index n, Index to) { return (n + to - 1) / to * to; }
+
+// Points with the memory that their distances need.
+struct OwnedPoints {
+    std::vector<Index> first, dims;
+    Floats panels, norms;
+    Points points;
+
+    OwnedPoints(const float* p, Index S, Index row, std::vector<Index> sizes) : dims(std::move(sizes)) {
+        Index column = 0;
+        for (const Index d : dims) {
+            first.push_back(column);
+            column += d;
+        }
+        const Index wide = padded(S, kWidth), groups = static_cast<Index>(dims.size());
+        panels.reserve(wide * column);
+        norms.reserve(wide * groups);
+        points = {p, S, row, groups, first.data(), dims.data(), panels.get(), norms.get(), wide};
+    }
+};
+
+// Sums over the pairs i < j.
+struct Moments {
+    double mean[3], square[3], pre, post;
+};
+
+// d_x, d_z, d_e are [S, wide], above the diagonal.
+Moments moments_of(const float* const d[3], Index S, Index wide) {
+    Moments m{};
+    const double pairs = std::max(1.0, 0.5 * static_cast<double>(S) * static_cast<double>(S - 1));
+    for (int which = 0; which < 3; ++which) {
+        double sum = 0.0;
+        for (Index i = 0; i < S; ++i)
+            for (Index j = i + 1; j < S; ++j) sum += static_cast<double>(d[which][i * wide + j]);
+        m.mean[which] = sum / pairs;
+    }
+    for (Index i = 0; i < S; ++i) {
+        double square[3] = {}, pre = 0.0, post = 0.0;
+        for (Index j = i + 1; j < S; ++j) {
+            double c[3];
+            for (int which = 0; which < 3; ++which) {
+                c[which] = static_cast<double>(d[which][i * wide + j]) - m.mean[which];
+                square[which] += c[which] * c[which];
+            }
+            pre += c[0] * c[1];
+            post += c[1] * c[2];
+        }
+        for (int which = 0; which < 3; ++which) m.square[which] += square[which] / pairs;
+        m.pre += pre / pairs;
+        m.post += post / pairs;
+    }
+    return m;
+}
+
+// Whether a variance of float32 distances is more than the rounding of values about their mean.
+bool varies(double mean, double variance) {
+    const double rounding = 16.0 * std::numeric_limits<float>::epsilon() * mean;
+    return variance > std::max(rounding * rounding, static_cast<double>(std::numeric_limits<float>::min()));
+}
+
+// Returns the correlations and, for the backward pass, the factors of d_x - mean, d_z - mean, d_e - mean in the
+// gradients of both correlations by d_z and by d_e, and the means. `distances` [3, S, wide] is written.
+std::tuple<double, double, std::vector<double>> topo_forward(std::uintptr_t x, Index F, std::uintptr_t z,
+                                                             std::uintptr_t codes, std::uintptr_t codebook, Index S,
+                                                             const std::vector<Index>& num_codes,
+                                                             const std::vector<Index>& dims, std::uintptr_t distances,
+                                                             std::uintptr_t tables, bool missing, int threads) {
+    const py::gil_scoped_release release;
+    const Kernels& k = kernels();
+    const Index G = static_cast<Index>(dims.size()), wide = padded(S, kWidth);
+    Index total = 0;
+    for (const Index d : dims) total += d;
+    OwnedPoints features(at<const float>(x), S, F, {F}), latents(at<const float>(z), S, total, dims);
+    float* d[3];
+    for (int i = 0; i < 3; ++i) d[i] = at<float>(distances) + i * S * wide;
+    const std::vector<Book> books = books_of(num_codes, dims);
+    std::vector<Index> first_entry(books.size());
+    for (std::size_t g = 1; g < books.size(); ++g)
+        first_entry[g] = first_entry[g - 1] + num_codes[g - 1] * num_codes[g - 1];
+    parallel_for(2 * G + 1, threads, [&](Index i, int) {
+        if (i == 2 * G) {
+            k.pack_points(features.points, 0);
+        } else if (i % 2 == 0) {
+            k.pack_points(latents.points, i / 2);
+        } else {
+            const Book& b = books[static_cast<std::size_t>(i / 2)];
+            k.code_distances(at<const float>(codebook) + b.first_entry, b.codes, b.dims,
+                             at<float>(tables) + first_entry[static_cast<std::size_t>(i / 2)]);
+        }
+    });
+    const Workspaces spaces(threads, 0, 0);
+    const Index blocks = (S + k.rows - 1) / k.rows;
+    parallel_for(2 * blocks + blocks, threads, [&](Index task, int worker) {
+        const Index i = task / 3, first = i * k.rows;
+        if (task % 3 == 0) {
+            k.distances(latents.points, first, d[1], wide, spaces[worker]);
+        } else if (task % 3 == 1) {
+            k.distances(features.points, first, d[0], wide, spaces[worker]);
+        } else {
+            const auto* all = at<const std::int32_t>(codes);  // [G, S]
+            for (Index r = first; r < std::min(S, first + k.rows); ++r) {
+                float* out = d[2] + r * wide;
+                std::fill(out, out + wide, 0.0f);
+                for (Index g = 0; g < G; ++g) {
+                    const auto& b = books[static_cast<std::size_t>(g)];
+                    const float* table = at<const float>(tables) + first_entry[static_cast<std::size_t>(g)];
+                    k.add_lookup(table + all[g * S + r] * b.codes, all + g * S, r + 1, S, out);
+                }
+                for (Index j = r + 1; j < S; ++j) out[j] /= static_cast<float>(G);
+            }
+        }
+    });
+    const Moments m = moments_of(d, S, wide);
+    const bool pre_counts = varies(m.mean[0], m.square[0]) && varies(m.mean[1], m.square[1]);
+    const bool post_counts = !missing && varies(m.mean[1], m.square[1]) && varies(m.mean[2], m.square[2]);
+    const double sx = std::sqrt(m.square[0]), sz = std::sqrt(m.square[1]), se = std::sqrt(m.square[2]);
+    const double pre = pre_counts ? m.pre / (sx * sz) : 0.0, post = post_counts ? m.post / (sz * se) : 0.0;
+    // dr/db_ij = (a_ij / (s_a s_b) - r b_ij / s_b^2) / pairs for centred a, b.
+    std::vector<double> factors(9, 0.0);
+    if (pre_counts) {
+        factors[0] = 1.0 / (sx * sz);
+        factors[1] = -pre / (sz * sz);
+    }
+    if (post_counts) {
+        factors[2] = 1.0 / (sz * se);
+        factors[3] = -post / (sz * sz);
+        factors[4] = 1.0 / (sz * se);
+        factors[5] = -post / (se * se);
+    }
+    std::copy(m.mean, m.mean + 3, factors.begin() + 6);
+    return {pre, post, factors};
+}
+
+void topo_backward(double of_pre, double of_post, const std::vector<double>& factors, std::uintptr_t z,
+                   std::uintptr_t codes, std::uintptr_t codebook, Index S, const std::vector<Index>& num_codes,
+                   const std::vector<Index>& dims, std::uintptr_t distances, std::uintptr_t tables, std::uintptr_t of_z,
+                   int threads) {
+    const py::gil_scoped_release release;
+    const Kernels& k = kernels();
+    const Index G = static_cast<Index>(dims.size()), wide = padded(S, kWidth);
+    Index total = 0;
+    for (const Index d : dims) total += d;
+    OwnedPoints latents(at<const float>(z), S, total, dims);
+    const float* d[3];
+    for (int i = 0; i < 3; ++i) d[i] = at<const float>(distances) + i * S * wide;
+    // Each pair once; the mean over codebooks.
+    const double share = 2.0 / (std::max(1.0, static_cast<double>(S) * static_cast<double>(S - 1)) * static_cast<double>(G));
+    const double xz = share * of_pre * factors[0], zz = share * (of_pre * factors[1] + of_post * factors[3]);
+    const double ez = share * of_post * factors[2], ze = share * of_post * factors[4], ee = share * of_post * factors[5];
+    const double mean_x = factors[6], mean_z = factors[7], mean_e = factors[8];
+    Floats of_dz(S * wide), of_de(S * wide);
+    constexpr Index kBlock = 32;
+    const Index blocks = (S + kBlock - 1) / kBlock;
+    parallel_for(blocks + G, threads, [&](Index task, int) {
+        if (task >= blocks) return k.pack_points(latents.points, task - blocks);
+        for (Index i = task * kBlock; i < std::min(S, (task + 1) * kBlock); ++i) {
+            float* to_z = of_dz.get() + i * wide;
+            float* to_e = of_de.get() + i * wide;
+            std::fill(to_z, to_z + i + 1, 0.0f);
+            to_e[i] = 0.0f;
+            for (Index j = i + 1; j < S; ++j) {
+                const Index at_pair = i * wide + j;
+                const double dx = static_cast<double>(d[0][at_pair]) - mean_x, dz = static_cast<double>(d[1][at_pair]) - mean_z;
+                const double de = static_cast<double>(d[2][at_pair]) - mean_e;
+                to_z[j] = static_cast<float>(xz * dx + zz * dz + ez * de);
+                to_e[j] = static_cast<float>(ze * dz + ee * de);
+            }
+            std::fill(to_z + S, to_z + wide, 0.0f);
+        }
+    });
+    parallel_for(blocks, threads, [&](Index task, int) {
+        float* e = of_de.get();
+        for (Index i = task * kBlock; i < std::min(S, (task + 1) * kBlock); ++i)
+            for (Index j = 0; j < i; ++j) e[i * wide + j] = e[j * wide + i];
+    });
+    const std::vector<Book> books = books_of(num_codes, dims);
+    Index buffer = 0, partial = 0;
+    std::vector<Index> first_entry(books.size());
+    for (std::size_t g = 0; g < books.size(); ++g) {
+        if (g) first_entry[g] = first_entry[g - 1] + num_codes[g - 1] * num_codes[g - 1];
+        buffer = std::max({buffer, k.pull_buffer_floats(S, wide, dims[g]), k.pull_codes_buffer_floats(S, num_codes[g], dims[g])});
+        partial = std::max({partial, k.partial_floats(4 * k.rows, dims[g], S), k.partial_floats(S, dims[g], num_codes[g])});
+    }
+    const Workspaces spaces(threads, partial, buffer);
+    const bool with_codes = of_post != 0.0 && factors[4] != 0.0;
+    parallel_for(G, threads, [&](Index g, int worker) {
+        const Book& b = books[static_cast<std::size_t>(g)];
+        float* out = at<float>(of_z) + b.first_column;
+        k.pull(latents.points, g, of_dz.get(), wide, out, total, spaces[worker]);
+        if (with_codes)
+            k.pull_codes(at<const float>(tables) + first_entry[static_cast<std::size_t>(g)],
+                         at<const float>(codebook) + b.first_entry, b.codes, b.dims, at<const std::int32_t>(codes) + g * S,
+                         S, of_de.get(), wide, out, total, spaces[worker]);
+    });
+}
+
+}  // namespace
+
+void register_training(py::module_& module) {
+    module.def("training_levels", &training::levels_here);
+    module.def("use_training_level", [](const std::string& level) {
+        if (!training::runs_here(level)) throw py::value_error("not an instruction set of this processor: " + level);
+        training::chosen.store(&training::kernels_of(level));
+    });
+    module.def("mlp_forward", &mlp_forward);
+    module.def("mlp_backward", &mlp_backward);
+    module.def("output_linear", &output_linear);
+    module.def("output_linear_backward", &output_linear_backward);
+    module.def("normalize", &normalize);
+    module.def("normalize_backward", &normalize_backward);
+    module.def("segments", &segments);
+    module.def("segments_backward", &segments_backward);
+    module.def("decoders_forward", &decoders_forward);
+    module.def("decoders_backward", &decoders_backward);
+    module.def("topo_forward", &topo_forward);
+    module.def("topo_backward", &topo_backward);
+}
+
+}  // namespace spinlock_fast

@@ -1,0 +1,46 @@
+"""The mathematics of the partial decoders in plain PyTorch, differentiated by autograd.
+
+Decoder g reconstructs the features from codebook g alone: P_g(e) = relu(e W1_g + b1_g) W2_g + b2_g. The loss is the
+mean over codebooks, rows and features of (P_g(e_g) - x)^2.
+
+Rows with one code have one P. With n_k rows, and the mean m_k of their x, at code k
+
+    sum_b |P(e_k(b)) - x_b|^2  =  sum_k n_k |P_k - m_k|^2  +  sum_b |x_b - m_k(b)|^2,
+
+where the second sum does not depend on the decoders. So dP_k = 2 n_k (P_k - m_k), a row per code; the gradient of
+a row's code is ((P_k - x_b) W2^T * relu'_k) W1^T.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from spinlock_fast.kernels.layout import CodebookLayout
+
+
+class Decoders(NamedTuple):
+    """Parameters of G decoders."""
+
+    w1: Tensor  # [sum D, H] a row per latent dimension
+    b1: Tensor  # [G, H]
+    w2: Tensor  # [G, H, F]
+    b2: Tensor  # [G, F]
+
+
+def reconstructions(quantized: Tensor, decoders: Decoders, layout: CodebookLayout) -> Tensor:
+    """Features from each codebook alone: [B, sum D] -> [G, B, F]."""
+    w1, b1, w2, b2 = decoders
+    parts = []
+    for g in range(layout.groups):
+        columns = layout.column_slice(g)
+        hidden = torch.relu(quantized[:, columns] @ w1[columns] + b1[g])
+        parts.append(hidden @ w2[g] + b2[g])
+    return torch.stack(parts)
+
+
+def partial_loss(x: Tensor, quantized: Tensor, decoders: Decoders, layout: CodebookLayout) -> Tensor:
+    """Mean of (P_g(e_g) - x)^2 over codebooks, rows x [B, F] and features; quantized [B, sum D]."""
+    return (reconstructions(quantized, decoders, layout) - x).square().mean()

@@ -1,0 +1,155 @@
+"""The grouped layers on a CPU: ragged products without padding, with bias, ReLU, dropout and its gradient in the same
+pass. Dropout keeps no mask: it is a hash of a seed, row and column, and of the hidden layer zeros tell it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spinlock_fast.kernels.grouped_mlp.ragged import Ragged
+from spinlock_fast.kernels.native import address, draw_seed, library, operand
+
+
+class GroupedMLP(torch.autograd.Function):
+    """`op.grouped_mlp`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, inputs: Ragged, dropout: float
+    ) -> Tensor:
+        (G, H, E), B = w2.shape, x.shape[0]
+        seed = draw_seed() if dropout > 0.0 else None
+        hidden, out = x.new_empty(G, B, H), x.new_empty(G, B, E)
+        b1, b2 = b1.contiguous(), b2.contiguous()
+        library.mlp_forward(
+            operand(x), operand(w1), address(b1), operand(w2[0]), w2.stride(0), address(b2), list(inputs.sizes),
+            B, H, E, dropout, address(seed), address(hidden), address(out), torch.get_num_threads(),
+        )  # fmt: skip
+        ctx.inputs, ctx.dropout = inputs, dropout
+        ctx.save_for_backward(x, w1, hidden, w2)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, w1, hidden, w2 = ctx.saved_tensors
+        (G, H, E), B = w2.shape, x.shape[0]
+        grad = grads[0].contiguous()
+        of_hidden = torch.empty_like(hidden)
+        of_x = torch.empty_like(x, memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
+        of_w1, of_b1 = x.new_empty(w1.shape), x.new_empty(G, H)
+        of_w2, of_b2 = x.new_empty(w2.shape), x.new_empty(G, E)
+        library.mlp_backward(
+            address(grad), operand(x), operand(w1), operand(w2[0]), w2.stride(0), address(hidden),
+            list(ctx.inputs.sizes), B, H, E, ctx.dropout, address(of_hidden), address(of_x), address(of_w1),
+            address(of_b1), address(of_w2), address(of_b2), torch.get_num_threads(),
+        )  # fmt: skip
+        return of_x, of_w1, of_b1, of_w2, of_b2, None, None
+
+
+class ScaledOutputLinear(torch.autograd.Function):
+    """`op.scaled_output_linear`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, gain: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, outputs: Ragged
+    ) -> Tensor:
+        x = x.contiguous()
+        _, B, width = x.shape
+        rows = outputs.indices(x.device).book
+        scaled = weight * gain[rows]
+        offset = bias + (weight * shift[rows]).sum(1)
+        starts = _starts(scaled, outputs)
+        out = x.new_empty(B, outputs.total)
+        library.output_linear(
+            address(x), starts, address(offset), list(outputs.sizes), B, width, address(out), torch.get_num_threads()
+        )
+        ctx.outputs = outputs
+        ctx.save_for_backward(x, gain, shift, weight, scaled)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, gain, shift, weight, scaled = ctx.saved_tensors
+        _, B, width = x.shape
+        outputs: Ragged = ctx.outputs
+        rows = outputs.indices(x.device).book
+        grad = grads[0].contiguous()
+        of_x, of_scaled, of_bias = torch.empty_like(x), torch.empty_like(scaled), x.new_empty(outputs.total)
+        library.output_linear_backward(
+            address(grad), address(x), _starts(scaled, outputs), list(outputs.sizes), B, width, address(of_x),
+            _starts(of_scaled, outputs), address(of_bias), torch.get_num_threads(),
+        )  # fmt: skip
+        of_offset = of_bias[:, None]
+        of_weight = (of_scaled * gain[rows]).addcmul_(of_offset, shift[rows])
+        of_gain = torch.zeros_like(gain).index_add_(0, rows, of_scaled.mul_(weight))
+        of_shift = torch.zeros_like(shift).index_add_(0, rows, of_offset * weight)
+        return of_x, of_gain, of_shift, of_weight, of_bias, None
+
+
+def _starts(weight: Tensor, outputs: Ragged) -> list[int]:
+    """Addresses of the first row of each group."""
+    step = weight.stride(0) * weight.element_size()
+    starts, row = [], 0
+    for n in outputs.sizes:
+        starts.append(weight.data_ptr() + row * step)
+        row += n
+    return starts
+
+
+class RaggedLayerNorm(torch.autograd.Function):
+    """`op.ragged_layer_norm`, after dropout."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, segments: Ragged, eps: float, dropout: float
+    ) -> Tensor:
+        x = x.contiguous()
+        B = x.shape[0]
+        seed = draw_seed() if dropout > 0.0 else None
+        normed, deviation, out = torch.empty_like(x), x.new_empty(B, segments.groups), torch.empty_like(x)
+        library.segments(
+            address(x), B, list(segments.sizes), address(weight), address(bias), eps, dropout, address(seed),
+            address(normed), address(deviation), address(out), torch.get_num_threads(),
+        )  # fmt: skip
+        ctx.segments, ctx.dropout, ctx.seed = segments, dropout, seed
+        ctx.save_for_backward(normed, deviation, weight)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        normed, deviation, weight = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        of_x, of_weight, of_bias = torch.empty_like(normed), torch.empty_like(weight), torch.empty_like(weight)
+        library.segments_backward(
+            address(grad), address(normed), address(deviation), normed.shape[0], list(ctx.segments.sizes),
+            address(weight), ctx.dropout, address(ctx.seed), address(of_x), address(of_weight), address(of_bias),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return of_x, of_weight, of_bias, None, None, None
+
+
+class Normalize(torch.autograd.Function):
+    """Layer normalisation over the last dimension, without scale and shift."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        normed = x.clone(memory_format=torch.contiguous_format)
+        deviation = x.new_empty(x.shape[:-1])
+        library.normalize(
+            address(normed), deviation.numel(), x.shape[-1], eps, address(deviation), torch.get_num_threads()
+        )
+        ctx.save_for_backward(normed, deviation)
+        return normed
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        normed, deviation = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        of_x = torch.empty_like(grad)
+        library.normalize_backward(
+            address(grad), address(normed), address(deviation), deviation.numel(), grad.shape[-1], address(of_x),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return of_x, None

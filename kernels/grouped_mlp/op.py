@@ -1,0 +1,165 @@
+"""What callers use. Gradients are written by hand: autograd would scatter where a gather serves, keep masks that the
+outputs already tell, and make a pass of its own for every factor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spinlock_fast.kernels.grouped_mlp import native
+from spinlock_fast.kernels.grouped_mlp.ragged import Ragged
+from spinlock_fast.kernels.native import serves
+
+
+def grouped_mlp(
+    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, inputs: Ragged, dropout: float = 0.0
+) -> Tensor:
+    """Two-layer networks of all groups: dropout(relu(x_g W1_g + b1_g)) W2_g + b2_g.
+
+    Args:
+        x: [B, sum n] the inputs of group 0, then of group 1, ...
+        w1: [sum n, H]; b1: [G, H]; w2: [G, H, E]; b2: [G, E].
+        inputs: n of each group.
+        dropout: probability that a hidden value is dropped.
+
+    Returns:
+        [G, B, E].
+    """
+    function = native.GroupedMLP if serves(x, w1, b1, w2, b2) else _GroupedMLP
+    out: Tensor = function.apply(x, w1, b1, w2, b2, inputs, dropout)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _GroupedMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, inputs: Ragged, dropout: float
+    ) -> Tensor:
+        x, w1 = inputs.pad_columns(x), inputs.pad_rows(w1)
+        hidden = torch.baddbmm(b1[:, None], x, w1).relu_()  # [G, B, H]
+        if dropout > 0.0:
+            hidden = torch.native_dropout(hidden, dropout, True)[0]
+        ctx.inputs, ctx.scale = inputs, 1.0 / (1.0 - dropout) if dropout < 1.0 else 0.0
+        ctx.save_for_backward(x, w1, hidden, w2)
+        return torch.baddbmm(b2[:, None], hidden, w2)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, w1, hidden, w2 = ctx.saved_tensors
+        (grad,) = grads
+        # A hidden value of 0 was cut off or dropped; either way nothing goes back through it.
+        of_hidden = torch.baddbmm(grad.new_zeros(()), grad, w2.transpose(1, 2), beta=0.0, alpha=ctx.scale)
+        of_hidden = torch.ops.aten.threshold_backward(of_hidden, hidden, 0.0)
+        inputs: Ragged = ctx.inputs
+        return (
+            inputs.pack_columns(of_hidden @ w1.transpose(1, 2)) if ctx.needs_input_grad[0] else None,
+            inputs.pack_rows(x.transpose(1, 2) @ of_hidden),
+            of_hidden.sum(1),
+            hidden.transpose(1, 2) @ grad,
+            grad.sum(1),
+            None,
+            None,
+        )
+
+
+def scaled_output_linear(
+    x: Tensor, gain: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, outputs: Ragged
+) -> Tensor:
+    """(x_g * gain_g + shift_g) W_g^T + b_g for every group, side by side.
+
+    Gain and shift go into the weights, which are fewer than the rows.
+
+    Args:
+        x: [G, B, in]; gain, shift: [G, in]; weight: [sum n, in]; bias: [sum n].
+        outputs: n of each group.
+
+    Returns:
+        [B, sum n].
+    """
+    function = native.ScaledOutputLinear if serves(x, gain, shift, weight, bias) else _ScaledOutputLinear
+    out: Tensor = function.apply(x, gain, shift, weight, bias, outputs)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _ScaledOutputLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, gain: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, outputs: Ragged
+    ) -> Tensor:
+        weight = outputs.pad_rows(weight)  # [G, n_max, in]
+        scaled = weight * gain[:, None]
+        offset = outputs.pad_rows(bias) + (weight @ shift[:, :, None])[:, :, 0]
+        ctx.outputs = outputs
+        ctx.save_for_backward(x, gain, shift, weight, scaled)
+        return outputs.pack_columns(torch.baddbmm(offset[:, None], x, scaled.transpose(1, 2)))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, gain, shift, weight, scaled = ctx.saved_tensors
+        outputs: Ragged = ctx.outputs
+        grad = outputs.pad_columns(grads[0])  # [G, B, n_max]
+        of_bias = grads[0].sum(0)
+        of_offset = outputs.pad_rows(of_bias)[:, :, None]
+        of_scaled = grad.transpose(1, 2) @ x  # [G, n_max, in]
+        return (
+            grad @ scaled if ctx.needs_input_grad[0] else None,
+            (of_scaled * weight).sum(1),
+            (of_offset * weight).sum(1),
+            outputs.pack_rows((of_scaled * gain[:, None]).addcmul_(of_offset, shift[:, None])),
+            of_bias,
+            None,
+        )
+
+
+def normalize(x: Tensor, eps: float = 1e-5) -> Tensor:
+    """Layer normalisation over the last dimension, without scale and shift."""
+    if serves(x):
+        out: Tensor = native.Normalize.apply(x, eps)  # type: ignore[no-untyped-call]
+        return out
+    return torch.nn.functional.layer_norm(x, x.shape[-1:], eps=eps)
+
+
+def ragged_layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, segments: Ragged, eps: float = 1e-5, dropout: float = 0.0
+) -> Tensor:
+    """Layer normalisation of each segment of the columns of dropout(x) [B, sum n], with weight and bias [sum n]."""
+    out: Tensor
+    if serves(x, weight, bias):
+        out = native.RaggedLayerNorm.apply(x, weight, bias, segments, eps, dropout)  # type: ignore[no-untyped-call]
+    else:
+        x = torch.nn.functional.dropout(x, dropout)
+        out = _RaggedLayerNorm.apply(x, weight, bias, segments, eps)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _RaggedLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, segments: Ragged, eps: float) -> Tensor:
+        centred = x - _segment_means(x, segments)
+        deviation = (_segment_means(centred.square(), segments) + eps).rsqrt_()
+        normed = centred.mul_(deviation)
+        ctx.segments = segments
+        ctx.save_for_backward(normed, deviation, weight)
+        return torch.addcmul(bias, normed, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        normed, deviation, weight = ctx.saved_tensors
+        (grad,) = grads
+        segments: Ragged = ctx.segments
+        of_normed = grad * weight
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            along = _segment_means(of_normed * normed, segments)
+            of_x = (of_normed - _segment_means(of_normed, segments)).addcmul_(normed, along, value=-1.0)
+            of_x.mul_(deviation)
+        return of_x, (grad * normed).sum(0), grad.sum(0), None, None
+
+
+def _segment_means(x: Tensor, segments: Ragged) -> Tensor:
+    """[B, sum n], in each column the mean over the columns of its segment."""
+    index = segments.indices(x.device)
+    sums = segments.pad_columns(x).sum(-1)  # [G, B]
+    return (sums / index.sizes[:, None].to(x.dtype)).t().index_select(1, index.book)

@@ -1,0 +1,35 @@
+"""When the CPU kernels of `csrc/training` serve, and how tensors are handed to them: as addresses."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spinlock_fast import _native as library
+
+__all__ = ["address", "draw_seed", "library", "operand", "serves"]
+
+
+def serves(*tensors: Tensor) -> bool:
+    """Whether all tensors are float32 on the CPU, outside of torch.compile and of a dispatch mode."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where the first entry lies; 0 for None."""
+    return tensor.data_ptr() if tensor is not None else 0
+
+
+def operand(matrix: Tensor) -> tuple[int, int, int]:
+    """Address and strides of a matrix, in any order of dimensions."""
+    return matrix.data_ptr(), matrix.stride(0), matrix.stride(1)
+
+
+def draw_seed() -> Tensor:
+    """A seed for dropout from torch's generator, so that its state determines the masks."""
+    return torch.empty((), dtype=torch.int64).random_()
