@@ -35,6 +35,24 @@ inline Vector root(Vector x) {
 #endif
 }
 
+// 1 / sqrt(x) for x > 0, to the last bit or two.
+inline Vector inverse_root(Vector x) {
+#if defined(__AVX512F__)
+    const Vector guess = reinterpret_cast<Vector>(_mm512_rsqrt14_ps(reinterpret_cast<__m512>(x)));
+    return guess * (1.5f - 0.5f * x * guess * guess);
+#else
+    return 1.0f / root(x);
+#endif
+}
+
+inline Vector root_of_square(Vector x) {
+#if defined(__AVX512F__)
+    return x > Vector{} ? x * inverse_root(x) : Vector{};  // in half the time of the division unit's root
+#else
+    return root(x);
+#endif
+}
+
 inline float total(Vector x) {
     float sum = 0.0f;
     for (int i = 0; i < kLanes; ++i) sum += x[i];
@@ -225,9 +243,9 @@ void weighted_column_sums(const float* grad, const float* normed, Index rows, In
 
 // ---- partial decoders
 
-constexpr Index kDecoderRows = 512;
-
-Index decoder_buffer_floats(Index, Index F, Index H, Index K) { return K * (F + 2 * H + 1) + kDecoderRows * H; }
+Index decoder_buffer_floats(Index B, Index F, Index H, Index K, Index D) {
+    return K * (F + H) + H * (F + D) + F * D + B * (F + 2) + K + 1;
+}
 
 inline void simple_product(Index M, Index N, Index K, Operand a, Operand b, float* out, Index out_row, const Workspace& w,
                            const float* bias = nullptr, float* column_sums = nullptr) {
@@ -282,10 +300,14 @@ void decoder_backward(const DecoderTask& t, const Workspace& w) {
     const float* vectors = t.codebook + t.book.first_entry;
     const float* w1 = t.w1 + column * H;
     const Operand w2_turned{t.w2 + t.g * H * F, 1, F};
-    float* of_decoded = w.buffer;         // [K, F]
+    float* of_decoded = w.buffer;           // [K, F]
     float* of_hidden = of_decoded + K * F;  // [K, H]
-    float* back = of_hidden + K * H;      // [K, H]
-    float* rows = back + K * H;           // [kDecoderRows, H]
+    float* of_active = of_hidden + K * H;   // [H, F] rows of the second weights
+    float* to_active = of_active + H * F;   // [H, D]
+    float* jacobian = to_active + H * D;    // [F, D]
+    float* difference = jacobian + F * D;   // [B, F]
+    auto* order = reinterpret_cast<std::int32_t*>(difference + t.B * F);  // [B]
+    auto* starts = order + t.B;                                           // [K + 1]
     const float* off = t.off + t.book.first_code * F;
     for (Index i = 0; i < K * F; ++i) of_decoded[i] = off[i] * t.scale;
     simple_product(H, F, K, {hidden, 1, H}, {of_decoded, F, 1}, t.of_w2 + t.g * H * F, F, w, nullptr, t.of_b2 + t.g * F);
@@ -294,20 +316,41 @@ void decoder_backward(const DecoderTask& t, const Workspace& w) {
     product(p, w);
     simple_product(D, H, K, {vectors, 1, D}, {of_hidden, H, 1}, t.of_w1 + column * H, H, w, nullptr, t.of_b1 + t.g * H);
     if (!t.of_quantized) return;
-    simple_product(K, H, F, {decoded, F, 1}, w2_turned, back, H, w);
-    for (Index b0 = 0; b0 < t.B; b0 += kDecoderRows) {
-        const Index n = t.B - b0 < kDecoderRows ? t.B - b0 : kDecoderRows;
-        multiply(n, H, F, {t.x + b0 * F, F, 1}, matrix(w2_turned), scratch(w), [&](Index i, Index j, float* v, Index c) {
-            const Index k = t.codes[(b0 + i) * t.G + t.g];
-            float* row = rows + i * H + j;
-            if (k < 0) {
-                for (Index h = 0; h < c; ++h) row[h] = 0.0f;
-                return;
-            }
-            const float *target = back + k * H + j, *active = hidden + k * H + j;
-            for (Index h = 0; h < c; ++h) row[h] = active[h] > 0.0f ? (target[h] - v[h]) * t.scale : 0.0f;
+    // Rows by code: those of code k are order[starts[k] : starts[k + 1]].
+    for (Index k = 0; k <= K; ++k) starts[k] = 0;
+    for (Index row = 0; row < t.B; ++row)
+        if (const Index k = t.codes[row * t.G + t.g]; k >= 0) ++starts[k + 1];
+    for (Index k = 0; k < K; ++k) starts[k + 1] += starts[k];
+    for (Index row = 0; row < t.B; ++row) {
+        const Index k = t.codes[row * t.G + t.g];
+        if (k >= 0)
+            order[starts[k]++] = static_cast<std::int32_t>(row);
+        else
+            for (Index d = 0; d < D; ++d) t.of_quantized[row * t.total_dims + column + d] = 0.0f;
+    }
+    for (Index k = K; k > 0; --k) starts[k] = starts[k - 1];
+    starts[0] = 0;
+    for (Index k = 0; k < K; ++k) {
+        const Index n = starts[k + 1] - starts[k];
+        if (n == 0) continue;
+        // The Jacobian of the decoder at this code, turned: only hidden units above 0 take part.
+        Index active = 0;
+        for (Index h = 0; h < H; ++h) {
+            if (!(hidden[k * H + h] > 0.0f)) continue;
+            std::memcpy(of_active + active * F, t.w2 + (t.g * H + h) * F, static_cast<std::size_t>(F) * sizeof(float));
+            for (Index d = 0; d < D; ++d) to_active[active * D + d] = w1[d * H + h];
+            ++active;
+        }
+        simple_product(F, D, active, {of_active, 1, F}, {to_active, D, 1}, jacobian, D, w);
+        for (Index i = 0; i < n; ++i) {
+            const float *x = t.x + order[starts[k] + i] * F, *goal = decoded + k * F;
+            for (Index f = 0; f < F; ++f) difference[i * F + f] = (goal[f] - x[f]) * t.scale;
+        }
+        const std::int32_t* rows = order + starts[k];
+        multiply(n, D, F, {difference, F, 1}, {jacobian, D, 1}, scratch(w), [&](Index i, Index j, float* v, Index c) {
+            float* out = t.of_quantized + rows[i] * t.total_dims + column + j;
+            for (Index d = 0; d < c; ++d) out[d] = v[d];
         });
-        simple_product(n, D, H, {rows, H, 1}, {w1, 1, H}, t.of_quantized + b0 * t.total_dims + column, t.total_dims, w);
     }
 }
 
@@ -363,11 +406,59 @@ void distances(const Points& z, Index m, float* out, Index out_row, const Worksp
             const float least = rounding(D);
             for (Index r = 0; r < rows; ++r)
                 for (int v = 0; v < kVectors; ++v)
-                    sum[r][v] += root(squares(load(tile + r * kColumns + v * kLanes), load(norms + n + v * kLanes),
-                                              norms[m + r], least));
+                    sum[r][v] += root_of_square(squares(load(tile + r * kColumns + v * kLanes),
+                                                        load(norms + n + v * kLanes), norms[m + r], least));
         }
         for (Index r = 0; r < rows; ++r)
             for (int v = 0; v < kVectors; ++v) keep(out + (m + r) * out_row + n + v * kLanes, sum[r][v] * share);
+    }
+}
+
+// Sums over the pairs (i, j), j > i, of one row of the distances d_x, d_z, d_e.
+void row_sums(const float* const d[3], Index first, Index last, double* sums) {
+    for (int which = 0; which < 3; ++which) sums[which] = static_cast<double>(sum_of(d[which] + first, last - first));
+}
+
+// Squares of the deviations from the means, and products of those of d_x with d_z and of d_z with d_e.
+void row_moments(const float* const d[3], Index first, Index last, const double* means, double* sums) {
+    const float mean[3] = {static_cast<float>(means[0]), static_cast<float>(means[1]), static_cast<float>(means[2])};
+    const Index n = last - first, whole = n / kLanes * kLanes;
+    Vector sum[5] = {};
+    float rest[5] = {};
+    for (Index i = 0; i < whole; i += kLanes) {
+        const Vector x = load(d[0] + first + i) - mean[0], z = load(d[1] + first + i) - mean[1];
+        const Vector e = load(d[2] + first + i) - mean[2];
+        sum[0] += x * x, sum[1] += z * z, sum[2] += e * e, sum[3] += x * z, sum[4] += z * e;
+    }
+    for (Index i = first + whole; i < last; ++i) {
+        const float x = d[0][i] - mean[0], z = d[1][i] - mean[1], e = d[2][i] - mean[2];
+        rest[0] += x * x, rest[1] += z * z, rest[2] += e * e, rest[3] += x * z, rest[4] += z * e;
+    }
+    for (int i = 0; i < 5; ++i) sums[i] = static_cast<double>(total(sum[i]) + rest[i]);
+}
+
+// Weights of the pairs of rows [m, m + kBlock) in the pull of latents (above the diagonal) and of codes (both ways).
+void pair_weights(const training::PairWeights& p, Index m) {
+    constexpr Index kBlock = training::kPairBlock;
+    const Index m1 = m + kBlock < p.S ? m + kBlock : p.S;
+    for (Index i = m; i < m1; ++i) {
+        for (Index j = 0; j <= i; ++j) p.of_z[i * p.wide + j] = 0.0f;
+        for (Index j = p.S; j < p.wide; ++j) p.of_z[i * p.wide + j] = 0.0f;
+        p.of_e[i * p.wide + i] = 0.0f;
+    }
+    for (Index n = m; n < p.S; n += kBlock) {
+        const Index n1 = n + kBlock < p.S ? n + kBlock : p.S;
+        for (Index i = m; i < m1; ++i) {
+            const Index first = n > i ? n : i + 1;
+            // In double: an error of a mean would add up over all pairs of a row.
+            for (Index j = first; j < n1; ++j) {
+                const double x = p.d[0][i * p.wide + j] - p.mean[0], z = p.d[1][i * p.wide + j] - p.mean[1];
+                const double e = p.d[2][i * p.wide + j] - p.mean[2];
+                p.of_z[i * p.wide + j] = static_cast<float>(p.z_by_x * x + p.z_by_z * z + p.z_by_e * e);
+                p.of_e[i * p.wide + j] = static_cast<float>(p.e_by_z * z + p.e_by_e * e);
+            }
+            for (Index j = first; j < n1; ++j) p.of_e[j * p.wide + i] = p.of_e[i * p.wide + j];
+        }
     }
 }
 
@@ -405,7 +496,8 @@ void pull(const Points& z, Index g, const float* weight, Index weight_row, float
                     for (Index r = 0; r < here; ++r) {
                         const Vector square =
                             squares(load(tile + r * kColumns + v * kLanes), load(norms + c), norms[m + r], least);
-                        const Vector one = square > Vector{} ? load(weight + (m + r) * weight_row + c) / root(square) : Vector{};
+                        const Vector one = square > Vector{} ? load(weight + (m + r) * weight_row + c) * inverse_root(square)
+                                                             : Vector{};
                         keep(pulls + (m + r - m0) * wide + c, one);
                         row_sums[r] += one;
                         column += one;
@@ -441,7 +533,23 @@ void code_distances(const float* codes, Index K, Index D, float* table) {
         }
 }
 
-void add_lookup(const float* table_row, const std::int32_t* codes, Index first, Index last, float* out) {
+void add_lookup(const float* table_row, Index K, const std::int32_t* codes, Index first, Index last, float* out) {
+#if defined(__AVX512F__)
+    if (K <= 32) {  // the row fits into two registers: one permutation looks up sixteen entries
+        const auto part = [&](Index from) {
+            const Index n = K - from < 0 ? 0 : K - from > 16 ? 16 : K - from;
+            return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1u), table_row + from);
+        };
+        const __m512 low = part(0), high = K > 16 ? part(16) : _mm512_setzero_ps();
+        for (; first + kLanes <= last; first += kLanes) {
+            const __m512i index = _mm512_loadu_si512(codes + first);
+            const __m512 found = _mm512_permutex2var_ps(low, index, high);
+            _mm512_storeu_ps(out + first, _mm512_add_ps(_mm512_loadu_ps(out + first), found));
+        }
+    }
+#else
+    (void)K;
+#endif
     for (Index j = first; j < last; ++j) out[j] += table_row[codes[j]];
 }
 
@@ -477,7 +585,8 @@ constexpr training::Kernels kKernels = {
     kLanes, kRows, kColumns, kPackedFloats, kRows * kDepth,
     partial_floats, product, column_sums, normalize, normalize_backward, segments, segments_backward,
     weighted_column_sums, decoder_forward, decoder_backward, decoder_buffer_floats, pack_points, distances, pull,
-    pull_buffer_floats, code_distances, add_lookup, pull_codes, pull_codes_buffer_floats,
+    pull_buffer_floats, code_distances, add_lookup, pull_codes, pull_codes_buffer_floats, row_sums, row_moments,
+    pair_weights,
 };
 
 }  // namespace spinlock_fast::SPINLOCK_SIMD

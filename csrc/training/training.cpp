@@ -341,13 +341,12 @@ void for_each_decoder(DecoderTask task, const std::vector<Index>& num_codes, con
     task.G = static_cast<Index>(books.size());
     Index partial = 0, buffer = 0;
     task.total_dims = 0;
-    const Index rows = std::min<Index>(task.B, 512);
     for (const Book& b : books) {
         task.total_dims += b.dims;
-        buffer = std::max(buffer, k.decoder_buffer_floats(task.B, task.F, task.H, b.codes));
+        buffer = std::max(buffer, k.decoder_buffer_floats(task.B, task.F, task.H, b.codes, b.dims));
         for (const auto& [m, n, depth] : {std::tuple{b.codes, task.H, b.dims}, {b.codes, task.F, task.H},
                                           {b.codes, task.H, task.F}, {task.H, task.F, b.codes},
-                                          {b.dims, task.H, b.codes}, {rows, task.H, task.F}, {rows, b.dims, task.H}})
+                                          {b.dims, task.H, b.codes}, {task.F, b.dims, task.H}, {task.B, b.dims, task.F}})
             partial = std::max(partial, k.partial_floats(m + 1, n, depth));
     }
     const Workspaces spaces(threads, partial, buffer);
@@ -436,28 +435,22 @@ struct Moments {
 
 // d_x, d_z, d_e are [S, wide], above the diagonal.
 Moments moments_of(const float* const d[3], Index S, Index wide) {
+    const Kernels& k = kernels();
     Moments m{};
     const double pairs = std::max(1.0, 0.5 * static_cast<double>(S) * static_cast<double>(S - 1));
-    for (int which = 0; which < 3; ++which) {
-        double sum = 0.0;
-        for (Index i = 0; i < S; ++i)
-            for (Index j = i + 1; j < S; ++j) sum += static_cast<double>(d[which][i * wide + j]);
-        m.mean[which] = sum / pairs;
+    for (Index i = 0; i < S; ++i) {
+        const float* const row[3] = {d[0] + i * wide, d[1] + i * wide, d[2] + i * wide};
+        double sums[3];
+        k.row_sums(row, i + 1, S, sums);
+        for (int which = 0; which < 3; ++which) m.mean[which] += sums[which] / pairs;
     }
     for (Index i = 0; i < S; ++i) {
-        double square[3] = {}, pre = 0.0, post = 0.0;
-        for (Index j = i + 1; j < S; ++j) {
-            double c[3];
-            for (int which = 0; which < 3; ++which) {
-                c[which] = static_cast<double>(d[which][i * wide + j]) - m.mean[which];
-                square[which] += c[which] * c[which];
-            }
-            pre += c[0] * c[1];
-            post += c[1] * c[2];
-        }
-        for (int which = 0; which < 3; ++which) m.square[which] += square[which] / pairs;
-        m.pre += pre / pairs;
-        m.post += post / pairs;
+        const float* const row[3] = {d[0] + i * wide, d[1] + i * wide, d[2] + i * wide};
+        double sums[5];
+        k.row_moments(row, i + 1, S, m.mean, sums);
+        for (int which = 0; which < 3; ++which) m.square[which] += sums[which] / pairs;
+        m.pre += sums[3] / pairs;
+        m.post += sums[4] / pairs;
     }
     return m;
 }
@@ -514,15 +507,17 @@ std::tuple<double, double, std::vector<double>> topo_forward(std::uintptr_t x, I
                 for (Index g = 0; g < G; ++g) {
                     const auto& b = books[static_cast<std::size_t>(g)];
                     const float* table = at<const float>(tables) + first_entry[static_cast<std::size_t>(g)];
-                    k.add_lookup(table + all[g * S + r] * b.codes, all + g * S, r + 1, S, out);
+                    k.add_lookup(table + all[g * S + r] * b.codes, b.codes, all + g * S, r + 1, S, out);
                 }
                 for (Index j = r + 1; j < S; ++j) out[j] /= static_cast<float>(G);
             }
         }
     });
     const Moments m = moments_of(d, S, wide);
-    const bool pre_counts = varies(m.mean[0], m.square[0]) && varies(m.mean[1], m.square[1]);
-    const bool post_counts = !missing && varies(m.mean[1], m.square[1]) && varies(m.mean[2], m.square[2]);
+    const float* norms = latents.norms.get();
+    const bool finite = std::all_of(norms, norms + G * wide, [](float norm) { return std::isfinite(norm); });
+    const bool pre_counts = finite && varies(m.mean[0], m.square[0]) && varies(m.mean[1], m.square[1]);
+    const bool post_counts = finite && !missing && varies(m.mean[1], m.square[1]) && varies(m.mean[2], m.square[2]);
     const double sx = std::sqrt(m.square[0]), sz = std::sqrt(m.square[1]), se = std::sqrt(m.square[2]);
     const double pre = pre_counts ? m.pre / (sx * sz) : 0.0, post = post_counts ? m.post / (sz * se) : 0.0;
     // dr/db_ij = (a_ij / (s_a s_b) - r b_ij / s_b^2) / pairs for centred a, b.
@@ -555,33 +550,22 @@ void topo_backward(double of_pre, double of_post, const std::vector<double>& fac
     for (int i = 0; i < 3; ++i) d[i] = at<const float>(distances) + i * S * wide;
     // Each pair once; the mean over codebooks.
     const double share = 2.0 / (std::max(1.0, static_cast<double>(S) * static_cast<double>(S - 1)) * static_cast<double>(G));
-    const double xz = share * of_pre * factors[0], zz = share * (of_pre * factors[1] + of_post * factors[3]);
-    const double ez = share * of_post * factors[2], ze = share * of_post * factors[4], ee = share * of_post * factors[5];
-    const double mean_x = factors[6], mean_z = factors[7], mean_e = factors[8];
     Floats of_dz(S * wide), of_de(S * wide);
-    constexpr Index kBlock = 32;
-    const Index blocks = (S + kBlock - 1) / kBlock;
+    PairWeights weights{};
+    for (int i = 0; i < 3; ++i) weights.d[i] = d[i], weights.mean[i] = factors[static_cast<std::size_t>(6 + i)];
+    weights.S = S, weights.wide = wide;
+    weights.z_by_x = share * of_pre * factors[0];
+    weights.z_by_z = share * (of_pre * factors[1] + of_post * factors[3]);
+    weights.z_by_e = share * of_post * factors[2];
+    weights.e_by_z = share * of_post * factors[4];
+    weights.e_by_e = share * of_post * factors[5];
+    weights.of_z = of_dz.get(), weights.of_e = of_de.get();
+    const Index blocks = (S + kPairBlock - 1) / kPairBlock;
     parallel_for(blocks + G, threads, [&](Index task, int) {
-        if (task >= blocks) return k.pack_points(latents.points, task - blocks);
-        for (Index i = task * kBlock; i < std::min(S, (task + 1) * kBlock); ++i) {
-            float* to_z = of_dz.get() + i * wide;
-            float* to_e = of_de.get() + i * wide;
-            std::fill(to_z, to_z + i + 1, 0.0f);
-            to_e[i] = 0.0f;
-            for (Index j = i + 1; j < S; ++j) {
-                const Index at_pair = i * wide + j;
-                const double dx = static_cast<double>(d[0][at_pair]) - mean_x, dz = static_cast<double>(d[1][at_pair]) - mean_z;
-                const double de = static_cast<double>(d[2][at_pair]) - mean_e;
-                to_z[j] = static_cast<float>(xz * dx + zz * dz + ez * de);
-                to_e[j] = static_cast<float>(ze * dz + ee * de);
-            }
-            std::fill(to_z + S, to_z + wide, 0.0f);
-        }
-    });
-    parallel_for(blocks, threads, [&](Index task, int) {
-        float* e = of_de.get();
-        for (Index i = task * kBlock; i < std::min(S, (task + 1) * kBlock); ++i)
-            for (Index j = 0; j < i; ++j) e[i * wide + j] = e[j * wide + i];
+        if (task < blocks)
+            k.pair_weights(weights, task * kPairBlock);
+        else
+            k.pack_points(latents.points, task - blocks);
     });
     const std::vector<Book> books = books_of(num_codes, dims);
     Index buffer = 0, partial = 0;

@@ -217,6 +217,13 @@ def test_a_row_without_a_code_correlates_with_nothing():
     assert pre.item() != 0.0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_latent_that_is_not_a_number_correlates_with_nothing(dtype):
+    x, z, codebook, found = batch(LAYOUT, 20, seed=0, dtype=dtype)
+    z[4, 1] = torch.nan
+    assert topographic_correlations(x, z, found.codes, codebook, LAYOUT) == (0.0, 0.0)
+
+
 def test_codes_that_are_not_finite_and_not_used_do_no_harm():
     x, z, codebook, found = batch(LAYOUT, 20, seed=0)
     expected = topographic_correlations(x, z, found.codes, codebook, LAYOUT)
