@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ class LayoutIndices:
     code_book: Tensor  # [sum K] codebook of a code
     entry_code: Tensor  # [sum K D] code (0 .. sum K) of a packed entry
     code_offsets: Tensor  # [G] first code of each codebook
+    first_entries: Tensor  # [sum K] first packed entry of a code
     num_codes: Tensor  # [G] K_g, float32
     dims: Tensor  # [G] D_g, float32
     hash_factors: Tensor  # [D_max] odd random int64, for hashing codes
@@ -65,7 +66,13 @@ class CodebookLayout:
 
     @classmethod
     def of(cls, num_codes: Sequence[int], dims: Sequence[int]) -> CodebookLayout:
-        return cls(tuple(int(k) for k in num_codes), tuple(int(d) for d in dims))
+        return cls.cached(tuple(int(k) for k in num_codes), tuple(int(d) for d in dims))
+
+    @staticmethod
+    @lru_cache(maxsize=256)
+    def cached(num_codes: tuple[int, ...], dims: tuple[int, ...]) -> CodebookLayout:
+        """One layout, with its index tensors, for all who name the same sizes."""
+        return CodebookLayout(num_codes, dims)
 
     def __getstate__(self) -> dict[str, object]:
         return {"num_codes": self.num_codes, "dims": self.dims, "_cache": {}}
@@ -149,6 +156,7 @@ class CodebookLayout:
             code_book=torch.repeat_interleave(torch.arange(G), k),
             entry_code=code_ids[:, :, None].expand(G, K, D)[entry_mask],
             code_offsets=torch.cumsum(k, 0) - k,
+            first_entries=(torch.repeat_interleave(d, k).cumsum(0) - torch.repeat_interleave(d, k)),
             num_codes=k.to(torch.float32),
             dims=d.to(torch.float32),
             hash_factors=torch.randint(-(2**62), 2**62, (D,), generator=torch.Generator().manual_seed(0)) * 2 + 1,

@@ -122,16 +122,20 @@ def checkpoint_hash(directory: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def plain(value: Any) -> Any:
-    """The same value from tensors, dicts, lists, numbers, texts and None alone, tensors on the CPU."""
+def plain(value: Any, copy: bool = False) -> Any:
+    """The same value from tensors, dicts, lists, numbers, texts and None alone, tensors on the CPU.
+
+    Args:
+        copy: so that the result stays as it is when the value changes.
+    """
     if isinstance(value, torch.Tensor):
-        return value.detach().cpu()
+        return value.detach().to("cpu", copy=copy)
     if isinstance(value, np.ndarray):
-        return torch.from_numpy(value)
+        return torch.from_numpy(value.copy() if copy else value)
     if isinstance(value, Mapping):
-        return {key: plain(inner) for key, inner in value.items()}
+        return {key: plain(inner, copy) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(inner) for inner in value]
+        return [plain(inner, copy) for inner in value]
     return value
 
 

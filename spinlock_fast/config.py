@@ -256,7 +256,12 @@ class TrainingConfig(Section):
     )
     val_every_n_epochs: PositiveInt = Field(default=5, description="epochs between validations")
     save_every: PositiveInt = Field(default=25, description="epochs between resumable checkpoints")
-    use_torch_compile: bool = Field(default=False, description="compile the training step with torch.compile")
+    cuda_graphs: bool = Field(
+        default=True, description="replay training steps as CUDA graphs; no effect on other devices"
+    )
+    use_torch_compile: bool = Field(
+        default=False, description="compile the training step with torch.compile; no effect on other devices than CUDA"
+    )
     normalization_method: Literal["standard", "mad"] = Field(
         default="standard", description="mean and standard deviation, or median and MAD"
     )

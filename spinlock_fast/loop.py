@@ -16,9 +16,11 @@ from torch import Tensor
 
 from spinlock_fast.config import RunConfig
 from spinlock_fast.errors import ConfigError, Interrupted, TrainingError
-from spinlock_fast.losses import LossTerms, LossWeights, loss_terms
+from spinlock_fast.graphs import StepLauncher, own_stream
+from spinlock_fast.losses import LossTerms
 from spinlock_fast.metrics import evaluate
 from spinlock_fast.model import CategoricalHierarchicalVQVAE
+from spinlock_fast.step import EpochSummary, StepKind, TrainingStep, learning_rate, learning_rates
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +49,8 @@ class Observer(Protocol):
 
     def epoch_finished(self, record: EpochRecord) -> None: ...
 
-    def save(self, state: dict[str, Any]) -> None: ...
+    def save(self, state: dict[str, Any]) -> None:
+        """Keeps a state from which the run can go on; its tensors change with the next step."""
 
 
 class SilentObserver:
@@ -83,30 +86,16 @@ class TrainingRun:
         self.model = model
         self.device = device = x_train.device
         self.x_train, self.x_val = x_train, x_val
-        self.weights = LossWeights.of(self.training)
-        self.weighted = torch.tensor([weight != 0.0 for weight in self.weights], device=device)
+        self.one_step = TrainingStep(model, x_train, self.training)
+        self.launcher = StepLauncher(self.one_step, device, self.training.cuda_graphs)
         rows = x_train.shape[0]
-        self.batch = min(self.training.batch_size, rows)
-        if self.batch < self.training.batch_size:
-            log.info("batch size is %d, all training rows (training.batch_size is %d)", rows, self.batch)
-        self.steps_per_epoch = math.ceil(rows / self.batch)
-        kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-        self.optimizer = kinds[self.training.optimizer](
-            model.parameters(),
-            lr=self.training.learning_rate,
-            weight_decay=self.training.weight_decay,
-            fused=True,
-        )
-        self.loss: Callable[[Tensor], tuple[Tensor, LossTerms, Tensor]] = self._loss
-        if self.training.use_torch_compile:
-            if device.type == "cuda":
-                self.loss = torch.compile(self._loss)
-            else:
-                log.info("training.use_torch_compile has an effect on CUDA devices only")
+        if rows < self.training.batch_size:
+            log.info("batch size is %d, all training rows (training.batch_size is %d)", rows, self.training.batch_size)
+        if self.training.use_torch_compile and device.type != "cuda":
+            log.info("training.use_torch_compile has an effect on CUDA devices only")
         self.epoch = 0  # finished epochs
         self.step = 0  # finished steps of the epoch under way
-        self.sums = torch.zeros(1 + len(LossTerms._fields), device=device)
-        self.first_bad = torch.full((2,), -1, dtype=torch.int64, device=device)  # step, term
+        self._order: tuple[int, Tensor] | None = None  # of an epoch, drawn ahead
         self.history: list[EpochRecord] = []
         self.best_epoch = 0
         self.best_loss = math.inf
@@ -137,96 +126,82 @@ class TrainingRun:
                 "the run had stopped early, after epoch %d; a larger early_stopping_patience goes on", self.epoch
             )
         observer.training_started(training.num_epochs, self.epoch, self.x_train.shape[0])
-        while self.epoch < training.num_epochs and not self._stopped_early():
-            started = time.perf_counter()
-            self._run_epoch()
-            self._raise_if_not_finite()
-            record = self._record(time.perf_counter() - started)
-            self.history.append(record)
-            self.epoch, self.step = self.epoch + 1, 0
-            self.sums.zero_()
-            self.model.quantizer.reset_usage()
-            last = self.epoch == training.num_epochs
-            if last or self.epoch % training.val_every_n_epochs == 0:
-                record.validation = self._validate()
-            interval = training.dead_code_reset_interval
-            if not last and interval and self.epoch % interval == 0:
-                record.resets = int(self._reset_dead_codes(self._recent_latents()).sum())
-            observer.epoch_finished(record)
-            if not last and self.epoch % training.save_every == 0:
-                observer.save(self.state())
+        with own_stream(self.device):
+            while self.epoch < training.num_epochs and not self._stopped_early():
+                self._train_epoch()
+
+    def _train_epoch(self) -> None:
+        training = self.training
+        started = time.perf_counter()
+        self._run_steps()
+        record = self._record(self._finite_summary(), started)
+        self.history.append(record)
+        self.epoch, self.step = self.epoch + 1, 0
+        self.model.quantizer.reset_usage()
+        last = self.epoch == training.num_epochs
+        if last or self.epoch % training.val_every_n_epochs == 0:
+            record.validation = self._validate()
+        interval = training.dead_code_reset_interval
+        if not last and interval and self.epoch % interval == 0:
+            record.resets = int(self.one_step.reset_dead_codes(self._recent_latents()).sum())
+        self.observer.epoch_finished(record)
+        if not last and self.epoch % training.save_every == 0:
+            self.observer.save(self.state())
 
     def _stopped_early(self) -> bool:
         return self.stale >= self.training.early_stopping_patience
 
-    def _run_epoch(self) -> None:
+    def _run_steps(self) -> None:
+        """The steps of an epoch that are not done yet. Nothing here waits for the device."""
         self.model.train()
-        generator = np.random.default_rng([self.seed, 2, self.epoch])
-        order = torch.from_numpy(generator.permutation(self.x_train.shape[0])).to(self.device)
-        for step, rows in enumerate(order.split(self.batch)):
-            if step < self.step:
-                continue  # done before the interruption that this run resumes from
-            self._step(self.x_train[rows], rows.shape[0])
-            self.step = step + 1
+        step = self.one_step
+        step.begin_epoch(self._rows_of(self.epoch), learning_rates(self.training, step.count, self.epoch), self.step)
+        while self.step < step.count:
+            kind, most = self._next_steps()
+            self.step += self.launcher.run(kind, most)
             stopped_by = self.stop_signal()
             if stopped_by is not None:
-                self._raise_if_not_finite()
+                self._finite_summary()
                 self.observer.save(self.state())
                 raise Interrupted(f"stopped in epoch {self.epoch + 1} of {self.training.num_epochs}", stopped_by)
+        if self.epoch + 1 < self.training.num_epochs:
+            self._rows_of(self.epoch + 1)  # drawn while a device still works on this epoch
 
-    def _loss(self, x: Tensor) -> tuple[Tensor, LossTerms, Tensor]:
-        out = self.model(x)
-        terms = loss_terms(self.model, x, out, self.training.topo_samples)
-        return terms.total(self.weights), terms, out["latents"]
+    def _rows_of(self, epoch: int) -> Tensor:
+        """The order of rows, by seed and epoch alone: the same on every device, and after an interruption."""
+        if self._order is None or self._order[0] != epoch:
+            generator = np.random.default_rng([self.seed, 2, epoch])
+            self._order = epoch, torch.from_numpy(generator.permutation(self.x_train.shape[0]))
+        return self._order[1]
 
-    def _step(self, x: Tensor, rows: int) -> None:
-        step = self.epoch * self.steps_per_epoch + self.step
-        rate = self._learning_rate(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        loss, terms, latents = self.loss(x)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
-        with torch.no_grad():
-            values = torch.stack([loss.detach(), *(term.detach() for term in terms)])
-            bad = ~torch.isfinite(values[1:]) & self.weighted
-            here = torch.stack([torch.full_like(self.first_bad[0], step), bad.to(torch.int64).argmax()])
-            self.first_bad = torch.where((self.first_bad[0] < 0) & bad.any(), here, self.first_bad)
-            self.sums += values * rows
-        interval = self.training.dead_code_reset_steps
-        if interval and (step + 1) % interval == 0:
-            self._reset_dead_codes(latents.detach())
+    def _next_steps(self) -> tuple[StepKind, int]:
+        """The kind of the next step, and how many of that kind follow each other."""
+        step, interval = self.one_step, self.training.dead_code_reset_steps
+        alike = step.full - self.step if self.step < step.full else 1
+        if not interval:
+            return step.kind(self.step, reset=False), alike
+        before = interval - 1 - (self.epoch * step.count + self.step) % interval  # steps before one that resets
+        return step.kind(self.step, reset=before == 0), min(alike, max(before, 1))
 
-    def _learning_rate(self, step: int) -> float:
-        training = self.training
-        total = training.num_epochs * self.steps_per_epoch
-        warmup = training.warmup_epochs * self.steps_per_epoch
-        rate = training.learning_rate
-        if step < warmup:
-            return rate * (step + 1) / warmup
-        if training.scheduler == "cosine":
-            return rate * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
-        return rate
-
-    def _raise_if_not_finite(self) -> None:
-        step, term = self.first_bad.tolist()
-        if step >= 0:
+    def _finite_summary(self) -> EpochSummary:
+        found = self.one_step.summary()
+        if found.first_bad is not None:
+            step, term = self.epoch * self.one_step.count + found.first_bad[0], found.first_bad[1]
             raise TrainingError(
-                f"the {LossTerms._fields[term]} loss is not finite from step {step} on (epoch "
-                f"{step // self.steps_per_epoch + 1}); "
+                f"the {LossTerms._fields[term]} loss is not finite from step {step} on (epoch {self.epoch + 1}); "
                 + ("the features are too large" if step == 0 else "a smaller training.learning_rate may help")
             )
+        return found
 
-    def _record(self, seconds: float) -> EpochRecord:
-        means = (self.sums / self.x_train.shape[0]).tolist()
+    def _record(self, found: EpochSummary, started: float) -> EpochRecord:
+        steps = self.one_step.count
         return EpochRecord(
             epoch=self.epoch + 1,
-            train_loss=means[0],
-            terms=dict(zip(LossTerms._fields, means[1:], strict=True)),
-            utilization=float(self.model.quantizer.utilization().mean()),
-            learning_rate=self.optimizer.param_groups[0]["lr"],
-            seconds=seconds,
+            train_loss=found.loss,
+            terms=dict(zip(LossTerms._fields, found.terms, strict=True)),
+            utilization=found.utilization,
+            learning_rate=learning_rate(self.training, steps, (self.epoch + 1) * steps - 1),
+            seconds=time.perf_counter() - started,
         )
 
     def _validate(self) -> dict[str, float]:
@@ -245,22 +220,23 @@ class TrainingRun:
         if kept["val_loss"] < self.best_loss:
             self.best_loss = kept["val_loss"]
             self.best_epoch = self.epoch
-            self.best_state = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+            self._keep_best()
         return kept
+
+    def _keep_best(self) -> None:
+        now = self.model.state_dict()
+        if not self.best_state:
+            self.best_state = {name: torch.empty_like(value) for name, value in now.items()}
+        for name, value in now.items():
+            self.best_state[name].copy_(value)
 
     @torch.no_grad()
     def _recent_latents(self) -> Tensor | None:
         if self.training.dead_code_strategy != "sample":
             return None
-        rows = torch.randperm(self.x_train.shape[0])[: max(self.batch, 1024)].to(self.device)
+        rows = torch.randperm(self.x_train.shape[0])[: max(self.one_step.batch, 1024)].to(self.device)
         self.model.eval()
         return self.model.encode(self.x_train[rows])
-
-    def _reset_dead_codes(self, latents: Tensor | None) -> Tensor:
-        training = self.training
-        return self.model.reset_dead_codes(
-            training.dead_code_threshold, training.dead_code_strategy, training.max_reset_fraction, latents
-        )
 
     def best_model(self) -> CategoricalHierarchicalVQVAE:
         best = copy.deepcopy(self.model)
@@ -272,14 +248,13 @@ class TrainingRun:
         return {
             "model_state_dict": self.model.state_dict(),
             "usage": self.model.quantizer.usage,
-            "optimizer_state_dict": self.optimizer.state_dict(),
+            **self.one_step.state(),
             "rng": {
                 "cpu": torch.get_rng_state(),
                 "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             },
             "epoch": self.epoch,
             "step": self.step,
-            "sums": self.sums,
             "history": [vars(record) for record in self.history],
             "best_epoch": self.best_epoch,
             "best_loss": self.best_loss,
@@ -291,12 +266,11 @@ class TrainingRun:
     def load(self, state: Mapping[str, Any]) -> None:
         self.model.load_state_dict(state["model_state_dict"])
         self.model.quantizer.usage.copy_(state["usage"])
-        self.optimizer.load_state_dict(state["optimizer_state_dict"])
+        self.one_step.load(state)
         self.epoch, self.step = state["epoch"], state["step"]
-        self.sums.copy_(state["sums"])
         self.history = [EpochRecord(**record) for record in state["history"]]
         self.best_epoch, self.best_loss = state["best_epoch"], state["best_loss"]
-        self.best_state = {k: v.to(self.device) for k, v in state["best_state_dict"].items()}
+        self.best_state = {k: v.to(self.device, copy=True) for k, v in state["best_state_dict"].items()}
         self.counted_loss, self.stale = state["counted_loss"], state["stale"]
         torch.set_rng_state(state["rng"]["cpu"].cpu())
         if self.device.type == "cuda" and state["rng"]["cuda"] is not None:

@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,7 @@ _FREE_TO_CHANGE = {
     "training.save_every",
     "training.early_stopping_patience",
     "training.use_torch_compile",
+    "training.cuda_graphs",
     "training.checkpoint_dir",
 }
 
@@ -138,7 +140,7 @@ def run(config: RunConfig, display: Display, resume: Path | None = None) -> Outc
         trainer = Trainer(config, keeper)
         signals.trainer = trainer
         display.stage("training")
-        with _advice_to_resume(directory):
+        with _advice_to_resume(directory), keeper:
             result = trainer.fit(
                 prepared.x,
                 prepared.groups,
@@ -253,8 +255,8 @@ def read_resumable(directory: Path, config: RunConfig) -> dict[str, Any]:
         state = load_torch(directory / FINAL).get("run_state", {})
     else:
         raise DataError(f"{directory}: nothing to resume, neither {RESUME} nor {FINAL} is there")
-    if not {"run", "features", "config"} <= state.keys():
-        raise DataError(f"{directory}: the saved state is incomplete")
+    if not {"run", "features", "config"} <= state.keys() or "values" not in state["run"]:
+        raise DataError(f"{directory}: the saved state is incomplete, or of another version")
     old, new = _flat(state["config"]), _flat(config.model_dump(mode="json"))
     for key in old.keys() | new.keys():
         if old.get(key) != new.get(key) and not any(
@@ -304,13 +306,27 @@ def _advice_to_resume(directory: Path) -> Iterator[None]:
 
 
 class _Keeper:
-    """Passes news to the display and writes resumable states."""
+    """Passes news to the display and writes resumable states, each in a thread beside the training.
+
+    A context manager: at its end the last state is on the disk.
+    """
 
     def __init__(self, display: Display, directory: Path, features: dict[str, Any], config: RunConfig) -> None:
         self.display = display
         self.directory = directory
         self.features = features
         self.config = config
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._written: Future[None] | None = None
+
+    def __enter__(self) -> _Keeper:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            self._wait()
+        finally:
+            self._writer.shutdown()
 
     def training_started(self, epochs: int, first_epoch: int, rows: int) -> None:
         self.display.training_started(epochs, first_epoch, rows)
@@ -319,15 +335,23 @@ class _Keeper:
         self.display.epoch_finished(record)
 
     def save(self, state: dict[str, Any]) -> None:
-        save_torch(self.directory / RESUME, self.resumable(state))
+        """Starts to write a state; raises OutputError where the one before could not be written."""
+        self._wait()
+        kept = self.resumable(state, copy=True)
+        self._written = self._writer.submit(save_torch, self.directory / RESUME, kept)
 
-    def resumable(self, state: dict[str, Any]) -> dict[str, Any]:
+    def resumable(self, state: dict[str, Any], copy: bool = False) -> dict[str, Any]:
         """What `read_resumable` takes."""
         return {
-            "run": plain(state),
+            "run": plain(state, copy),
             "features": self.features,
             "config": self.config.model_dump(mode="json"),
         }
+
+    def _wait(self) -> None:
+        if self._written is not None:
+            written, self._written = self._written, None
+            written.result()
 
 
 class _Clock:

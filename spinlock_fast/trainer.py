@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from spinlock_fast.config import Levels, RunConfig, TrainingConfig
 from spinlock_fast.config_file import apply_overrides, load_config
-from spinlock_fast.errors import ConfigError, DataError
+from spinlock_fast.errors import ConfigError, DataError, TrainingError
 from spinlock_fast.features.categories import (
     Groups,
     assign_categories,
@@ -167,8 +168,7 @@ class Trainer:
                 correlation_max,
                 training.orthogonality_target,
             )
-        devices = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
+        with _random_state_of_its_own(device):
             torch.manual_seed(seed)
             model = CategoricalHierarchicalVQVAE(model_config).to(device)
             largest = max(model.quantizer.num_codes)
@@ -176,22 +176,25 @@ class Trainer:
                 raise DataError(
                     f"{split.train.size} training rows are fewer than the {largest} codes of the largest codebook"
                 )
-            x = data.to(device)
-            run = TrainingRun(
-                self.config, self.observer, lambda: self._stop_signal, model, x[split.train], x[split.val]
-            )
+            x_train, x_val = _upload(torch.from_numpy(train_x), device), _upload(data[split.val], device)
+            run = TrainingRun(self.config, self.observer, lambda: self._stop_signal, model, x_train, x_val)
             if resume is not None:
                 run.load(resume)
             else:
                 run.initialize_codes()
             try:
                 run.train()
+            except torch.OutOfMemoryError:
+                raise TrainingError(
+                    f"{device} has no memory left for a step of {run.one_step.batch} rows; "
+                    "a smaller training.batch_size or training.topo_samples may help"
+                ) from None
             finally:
                 self._stop_signal = None
         best_model = run.best_model()
         metrics = evaluate(best_model, run.x_val, training)
         if split.test.size:
-            metrics["test"] = evaluate(best_model, x[split.test], training)
+            metrics["test"] = evaluate(best_model, _upload(data[split.test], device), training)
         complete(metrics, best_model, names, correlation_max)
         idle = [c["name"] for c in metrics["categories"] if max(c["perplexity"]) < 1.0 + 1e-6]
         if idle:
@@ -249,6 +252,29 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise ConfigError(f"device: {name} is not available; {torch.cuda.device_count()} CUDA devices were found")
     return device
+
+
+@contextmanager
+def _random_state_of_its_own(device: torch.device) -> Iterator[None]:
+    """Gives the caller's random state back afterwards; a CUDA device is the current one meanwhile."""
+    if device.type != "cuda":
+        with torch.random.fork_rng(devices=[]):
+            yield
+        return
+    with torch.cuda.device(device), torch.random.fork_rng(devices=[torch.cuda.current_device()]):
+        yield
+
+
+def _upload(rows: Tensor, device: torch.device) -> Tensor:
+    """Rows on the device, where they stay; raises DataError where they do not fit."""
+    try:
+        return rows.to(device)
+    except torch.OutOfMemoryError:
+        free = torch.cuda.mem_get_info(device)[0]
+        raise DataError(
+            f"{len(rows):,} rows of {rows.shape[1]} features take {rows.nbytes / 1e9:.2f} GB, but {device} has "
+            f"{free / 1e9:.2f} GB free; --device cpu trains in main memory"
+        ) from None
 
 
 def _as_matrix(x: ArrayLike | Tensor) -> Tensor:

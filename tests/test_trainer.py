@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import signal
@@ -16,6 +17,7 @@ from spinlock_fast.config import RunConfig
 from spinlock_fast.config_file import apply_overrides
 from spinlock_fast.errors import ConfigError, DataError, Interrupted, TrainingError
 from spinlock_fast.loop import EpochRecord, SilentObserver
+from spinlock_fast.step import StepKind, TrainingStep
 from spinlock_fast.trainer import Trainer, TrainResult, split_rows
 
 SIZES = [6, 9, 5]
@@ -132,19 +134,17 @@ def test_a_resumed_run_ends_like_an_unbroken_one(
     settings = {"training__dead_code_reset_interval": 1, "training__dead_code_threshold": 0.5}
     whole = trainer(**settings).fit(x, GROUPS)
 
-    from spinlock_fast import loop as module
-
     steps = 0
-    original = module.TrainingRun._step
+    original = TrainingStep.__call__
 
-    def counting(self: Any, *args: Any) -> None:
+    def counting(self: TrainingStep, kind: StepKind) -> None:
         nonlocal steps
-        original(self, *args)
+        original(self, kind)
         steps += 1
         if steps == stop_after:
             broken.stop(signal.SIGTERM)
 
-    monkeypatch.setattr(module.TrainingRun, "_step", counting)
+    monkeypatch.setattr(TrainingStep, "__call__", counting)
     observer = KeepState()
     broken = trainer(observer, **settings)
     with pytest.raises(Interrupted) as stopped:
@@ -155,6 +155,15 @@ def test_a_resumed_run_ends_like_an_unbroken_one(
     assert_same_weights(whole, resumed)
     assert {**whole.metrics, "seconds": 0} == {**resumed.metrics, "seconds": 0}
     assert [r.train_loss for r in whole.history] == [r.train_loss for r in resumed.history]
+
+
+def test_a_state_is_not_changed_by_the_run_that_goes_on_from_it(x: np.ndarray[Any, Any]) -> None:
+    done = trainer().fit(x, GROUPS).final_state
+    before = copy.deepcopy(done)
+    resumed = trainer(training__num_epochs=8).fit(x, GROUPS, resume=done)
+    assert resumed.best_epoch > 4
+    for part in ("model_state_dict", "best_state_dict"):
+        assert all(torch.equal(done[part][name], value) for name, value in before[part].items())
 
 
 def test_given_validation_rows_are_used(x: np.ndarray[Any, Any]) -> None:

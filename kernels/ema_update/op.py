@@ -1,4 +1,4 @@
-"""What callers use: the update in place, and usage figures."""
+"""What callers use: the update in place, and usage figures. The operator of `torch.library`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from spinlock_fast.kernels.backend import resolve_backend
 from spinlock_fast.kernels.ema_update import reference
 from spinlock_fast.kernels.layout import CodebookLayout
-
-utilization = reference.utilization
-perplexity = reference.perplexity
 
 
 @torch.no_grad()
@@ -25,11 +23,87 @@ def ema_update(
     decay: float,
     smoothing: Literal["none", "laplace"] = "none",
     epsilon: float = 1e-5,
+    *,
+    usage: Tensor | None = None,
+    backend: str = "auto",
 ) -> None:
-    """`reference.ema_update`, written into codebook, cluster_size and code_sum."""
+    """`reference.ema_update`, written into codebook, cluster_size and code_sum.
+
+    Args:
+        counts: [sum K] rows of this batch, or parts of them [P, sum K].
+        sums: [sum K D] latent sums of this batch, or parts of them [P, sum K D].
+        usage: [sum K] counts of a window; grows by `counts`.
+        backend: "auto", "triton" or "reference", see `resolve_backend`.
+    """
+    _ema_update(
+        codebook,
+        cluster_size,
+        code_sum,
+        usage,
+        counts if counts.ndim == 2 else counts[None],
+        sums if sums.ndim == 2 else sums[None],
+        layout.num_codes,
+        layout.dims,
+        decay,
+        smoothing == "laplace",
+        epsilon,
+        _backend(backend, codebook),
+    )
+
+
+def _backend(name: str, codebook: Tensor) -> str:
+    # The kernels move float32 codes alone.
+    return "reference" if name == "auto" and codebook.dtype != torch.float32 else resolve_backend(name, codebook)
+
+
+@torch.library.custom_op("spinlock_fast::ema_update", mutates_args=("codebook", "cluster_size", "code_sum", "usage"))
+def _ema_update(
+    codebook: Tensor,
+    cluster_size: Tensor,
+    code_sum: Tensor,
+    usage: Tensor | None,
+    counts: Tensor,
+    sums: Tensor,
+    num_codes: list[int],
+    dims: list[int],
+    decay: float,
+    laplace: bool,
+    epsilon: float,
+    backend: str,
+) -> None:
+    layout = CodebookLayout.cached(tuple(num_codes), tuple(dims))
+    if backend == "triton":
+        from spinlock_fast.kernels.ema_update import triton
+
+        share = reference.IDLE_SHARE
+        triton.ema_update(codebook, cluster_size, code_sum, usage, counts, sums, layout, decay, laplace, epsilon, share)
+        return
+    smoothing: Literal["none", "laplace"] = "laplace" if laplace else "none"
+    counts, sums = counts.sum(0), sums.sum(0)
     new = reference.ema_update(codebook, cluster_size, code_sum, counts, sums, layout, decay, smoothing, epsilon)
     for target, value in zip((codebook, cluster_size, code_sum), new, strict=True):
         target.copy_(value)
+    if usage is not None:
+        usage += counts
+
+
+def code_usage(counts: Tensor, layout: CodebookLayout, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """Utilization and perplexity [G] of counts [sum K]."""
+    if resolve_backend(backend, counts) == "triton":
+        from spinlock_fast.kernels.ema_update import triton
+
+        return triton.code_usage(counts, layout)
+    return reference.utilization(counts, layout), reference.perplexity(counts, layout)
+
+
+def utilization(counts: Tensor, layout: CodebookLayout) -> Tensor:
+    """[G] share of codes with a count above zero."""
+    return reference.utilization(counts, layout)
+
+
+def perplexity(counts: Tensor, layout: CodebookLayout) -> Tensor:
+    """[G] exp of the entropy of the counts, between 1 and K_g; 0 where nothing was counted."""
+    return reference.perplexity(counts, layout)
 
 
 @torch.no_grad()

@@ -1,57 +1,210 @@
-"""What callers use: assignment, straight-through quantization, lookup."""
+"""What callers use: assignment with or without gradient, lookup. The operators of `torch.library`."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from spinlock_fast.kernels.backend import resolve_backend
 from spinlock_fast.kernels.layout import CodebookLayout
+from spinlock_fast.kernels.precision import cuda_matmul
 from spinlock_fast.kernels.vq_assign import reference
 
+# Codebooks up to this size are held whole in a tile by the kernels.
+MAX_TILE_CODES = 64
 
-class Assignment(NamedTuple):
-    """Nearest codes of a batch and the sums over them."""
+
+@dataclass(frozen=True)
+class Assignment:
+    """Nearest codes of a batch and what training needs of them.
+
+    Errors, counts and sums come in parts, one for each run of rows that a program adds up; adding the
+    parts in their order gives the same bits each time. `squared_error`, `counts` and `sums` do so.
+    """
 
     codes: Tensor  # [N, G] int64, -1 where masked or not finite
     quantized: Tensor  # [N, sum D], NaN where codes is -1
-    squared_error: Tensor  # [G]
-    counts: Tensor  # [sum K]
-    sums: Tensor  # [sum K D]
+    error_parts: Tensor  # [P, G]
+    count_parts: Tensor  # [P, sum K]
+    sum_parts: Tensor  # [P, sum K D]
+
+    @property
+    def squared_error(self) -> Tensor:
+        """[G] sum over rows with a code of ||z_g - e_g||^2."""
+        return _add_parts(self.error_parts)
+
+    @property
+    def counts(self) -> Tensor:
+        """[sum K] rows of each code."""
+        return _add_parts(self.count_parts)
+
+    @property
+    def sums(self) -> Tensor:
+        """[sum K D] sum of the latents of each code."""
+        return _add_parts(self.sum_parts)
 
 
-@torch.no_grad()
+def _add_parts(parts: Tensor) -> Tensor:
+    return parts[0] if parts.shape[0] == 1 else parts.sum(0)
+
+
 def vq_assign(
-    z: Tensor, codebook: Tensor, layout: CodebookLayout, mask: Tensor | None = None, centred: bool = True
+    z: Tensor,
+    codebook: Tensor,
+    layout: CodebookLayout,
+    mask: Tensor | None = None,
+    centred: bool = True,
+    *,
+    gradient: Literal["straight_through", "rotation"] | None = None,
+    with_sums: bool = True,
+    backend: str = "auto",
 ) -> Assignment:
-    """Nearest code of every row in every codebook, without gradient.
+    """Nearest code of every row in every codebook.
 
     Args:
-        z: [N, sum D] latents.
-        codebook: [sum K D] code vectors, float32 or wider.
+        z: [N, sum D] latents; rows may be strided.
+        codebook: [sum K D] code vectors, float32 or wider. They take no gradient here.
         layout: sizes of the group.
         mask: [N] bool; rows that are False take no part (code -1).
-        centred: subtract each codebook's mean code first: exact far from the origin, see `nearest_codes`.
+        centred: subtract each codebook's mean code first: exact far from the origin, see
+            `reference.nearest_codes`. (Kernels of small codebooks are exact there in any case.)
+        gradient: how `quantized` passes its gradient to z (Bengio et al. 2013, or arXiv 2410.06424);
+            squared_error then carries its own. None: nothing is differentiable.
+        with_sums: False leaves counts and sums empty.
+        backend: "auto", "triton" or "reference", see `resolve_backend`.
 
     Raises:
-        ValueError: z or codebook do not fit the layout.
+        ValueError: z, codebook or mask do not fit the layout.
     """
     if z.ndim != 2 or z.shape[1] != layout.total_dims:
         raise ValueError(f"z must be [N, {layout.total_dims}], got {list(z.shape)}")
     if codebook.shape != (layout.total_entries,):
         raise ValueError(f"codebook must be [{layout.total_entries}], got {list(codebook.shape)}")
-    codebook = codebook.to(torch.promote_types(codebook.dtype, torch.float32))
-    z = z.to(codebook.dtype)
-    # Autocast would form the distances in half precision, which picks other codes.
+    if mask is not None and (mask.shape != z.shape[:1] or mask.dtype != torch.bool):
+        raise ValueError(f"mask must be [{z.shape[0]}] bool, got {list(mask.shape)} {mask.dtype}")
+    codebook = codebook.detach().to(torch.promote_types(codebook.dtype, torch.float32))
+    if gradient is None:
+        z = z.detach()
+    found = _vq_assign(
+        z if z.dtype != torch.float64 else z.to(codebook.dtype),
+        codebook,
+        layout.num_codes,
+        layout.dims,
+        mask,
+        centred,
+        with_sums,
+        gradient == "rotation",
+        resolve_backend(backend, codebook),
+    )
+    quantized, codes, error, counts, sums = found
+    return Assignment(codes, quantized, error, counts.detach(), sums.detach())
+
+
+@torch.library.custom_op("spinlock_fast::vq_assign", mutates_args=())
+def _vq_assign(
+    z: Tensor,
+    codebook: Tensor,
+    num_codes: list[int],
+    dims: list[int],
+    mask: Tensor | None,
+    centred: bool,
+    with_sums: bool,
+    rotation: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    layout = CodebookLayout.cached(tuple(num_codes), tuple(dims))
+    # Autocast would form the distances in half precision, TF32 in ten bits of fraction: both pick other codes.
+    with torch.autocast(z.device.type, enabled=False), cuda_matmul(tf32=False):
+        if backend == "triton":
+            from spinlock_fast.kernels.vq_assign import dispatch
+
+            codes, quantized, *rest = dispatch.assign(z, codebook, layout, mask, centred, with_sums)
+        else:
+            codes, quantized, *rest = reference.assign(z, codebook, layout, mask, centred, with_sums)
+    error, counts, sums = rest
+    return quantized, codes, error, counts, sums
+
+
+@_vq_assign.register_fake
+def _(
+    z: Tensor,
+    codebook: Tensor,
+    num_codes: list[int],
+    dims: list[int],
+    mask: Tensor | None,
+    centred: bool,
+    with_sums: bool,
+    rotation: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    N = z.shape[0]
+    in_tile = backend == "triton" and max(num_codes) <= MAX_TILE_CODES
+    parts = reference.row_parts(N, len(dims)) if in_tile else 1
+    return (
+        codebook.new_empty(N, sum(dims)),
+        codebook.new_empty(N, len(dims), dtype=torch.int64),
+        codebook.new_empty(parts, len(dims)),
+        codebook.new_empty(parts, sum(num_codes) if with_sums else 0),
+        codebook.new_empty(parts, codebook.shape[0] if with_sums else 0),
+    )
+
+
+@torch.library.custom_op("spinlock_fast::vq_assign_backward", mutates_args=())
+def _vq_assign_backward(
+    grad_quantized: Tensor,
+    grad_error: Tensor,
+    z: Tensor,
+    quantized: Tensor,
+    codes: Tensor,
+    num_codes: list[int],
+    dims: list[int],
+    rotation: bool,
+    backend: str,
+) -> Tensor:
+    layout = CodebookLayout.cached(tuple(num_codes), tuple(dims))
     with torch.autocast(z.device.type, enabled=False):
-        codes = reference.nearest_codes(z, codebook, layout, centred)
-        if mask is not None:
-            codes = codes.masked_fill(~mask[:, None], -1)
-        quantized = reference.gather_codes(codes, codebook, layout)
-        counts, sums = reference.accumulate(z, codes, layout)
-        return Assignment(codes, quantized, reference.squared_error(z, quantized, codes, layout), counts, sums)
+        if backend == "triton":
+            from spinlock_fast.kernels.vq_assign import dispatch
+
+            return dispatch.backward(grad_quantized, grad_error, z, quantized, codes, layout, rotation)
+        return reference.backward(grad_quantized, grad_error, z, quantized, codes, layout, rotation)
+
+
+@_vq_assign_backward.register_fake
+def _(
+    grad_quantized: Tensor,
+    grad_error: Tensor,
+    z: Tensor,
+    quantized: Tensor,
+    codes: Tensor,
+    num_codes: list[int],
+    dims: list[int],
+    rotation: bool,
+    backend: str,
+) -> Tensor:
+    return z.new_empty(z.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    z, _, num_codes, dims, _, _, _, rotation, backend = inputs
+    quantized, codes, *_ = output
+    ctx.save_for_backward(z, quantized, codes)
+    ctx.sizes = num_codes, dims
+    ctx.rotation, ctx.backend = rotation, backend
+    ctx.set_materialize_grads(True)
+
+
+def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    z, quantized, codes = ctx.saved_tensors
+    grad_z = _vq_assign_backward(grads[0], grads[2], z, quantized, codes, *ctx.sizes, ctx.rotation, ctx.backend)
+    return grad_z, None, None, None, None, None, None, None, None
+
+
+_vq_assign.register_autograd(_backward, setup_context=_keep)
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -15,6 +15,60 @@ from spinlock_fast.kernels.layout import CodebookLayout
 _DISTANCES_AT_ONCE = 1 << 24
 
 
+# Kernels add up errors, counts and sums in parts of so many rows, or a multiple: enough parts to fill a large
+# GPU, the same number on every device.
+PART_ROWS = 64
+_PARTS_AT_MOST = 1024
+
+
+def row_parts(rows: int, groups: int) -> int:
+    """Parts in which the kernels for small codebooks add up, given N and G; at least 1."""
+    limit = max(1, _PARTS_AT_MOST // groups)
+    return torch.sym_max(1, torch.sym_min((rows + PART_ROWS - 1) // PART_ROWS, limit))  # type: ignore[no-any-return]
+
+
+def assign(
+    z: Tensor, codebook: Tensor, layout: CodebookLayout, mask: Tensor | None, centred: bool, with_sums: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """codes [N, G], quantized [N, sum D], squared_error [1, G], counts [1, sum K], sums [1, sum K D].
+
+    Kernels give the last three in parts of rows, hence the leading 1. The last two are of width 0 without
+    `with_sums`. Half-precision latents are compared as float32.
+    """
+    z = z.to(codebook.dtype)
+    codes = nearest_codes(z, codebook, layout, centred)
+    if mask is not None:
+        codes = codes.masked_fill(~mask[:, None], -1)
+    quantized = gather_codes(codes, codebook, layout)
+    error = squared_error(z, quantized, codes, layout)
+    counts, sums = accumulate(z, codes, layout) if with_sums else (z.new_empty(0), z.new_empty(0))
+    return codes, quantized, error[None], counts[None], sums[None]
+
+
+def backward(
+    grad_quantized: Tensor,
+    grad_error: Tensor,
+    z: Tensor,
+    quantized: Tensor,
+    codes: Tensor,
+    layout: CodebookLayout,
+    rotation: bool,
+) -> Tensor:
+    """Gradient of z [N, sum D], in the type of z.
+
+    `quantized` passes its gradient straight through or by rotation, squared_error [1, G] gives 2 (z - e).
+    """
+    index = layout.indices(z.device)
+    wide = z.to(quantized.dtype)
+    grad = grad_quantized.to(quantized.dtype)
+    none = (codes < 0)[:, index.column_book]
+    if rotation:
+        # Rows without a code hold NaN; as zeros, their gradient goes straight through.
+        grad = _rotate_gradient(grad, wide.masked_fill(none, 0.0), quantized.masked_fill(none, 0.0), layout)
+    pull = (2.0 * grad_error[0])[index.column_book] * (wide - quantized)
+    return (grad + pull.masked_fill(none, 0.0)).to(z.dtype)
+
+
 def nearest_codes(z: Tensor, codebook: Tensor, layout: CodebookLayout, centred: bool = True) -> Tensor:
     """Index of the nearest code within each codebook.
 
@@ -135,17 +189,31 @@ def rotate_to_codes(z: Tensor, quantized: Tensor, layout: CodebookLayout) -> Ten
         [N, sum D], equal to `quantized` up to rounding.
     """
     zp, qp = layout.pad_columns(z), layout.pad_columns(quantized)  # [G, N, D_max]
-    tiny = torch.finfo(z.dtype).tiny
     with torch.no_grad():
-        z_norm = zp.norm(dim=-1, keepdim=True).clamp(min=tiny)
-        q_norm = qp.norm(dim=-1, keepdim=True).clamp(min=tiny)
-        z_unit, q_unit = zp / z_norm, qp / q_norm
-        r = z_unit + q_unit
-        r = r / r.norm(dim=-1, keepdim=True).clamp(min=tiny)
-        scale = q_norm / z_norm
+        scale, z_unit, q_unit, r, turns = _rotation(zp, qp)
     rotated = scale * (
         zp - 2.0 * (zp * r).sum(-1, keepdim=True) * r + 2.0 * (zp * z_unit).sum(-1, keepdim=True) * q_unit
     )
-    # No rotation carries a zero latent to a code: its gradient goes straight through.
     straight = zp + (qp - zp).detach()
-    return layout.pack_columns(torch.where(z_norm > tiny, rotated, straight))
+    return layout.pack_columns(torch.where(turns, rotated, straight))
+
+
+def _rotate_gradient(grad: Tensor, z: Tensor, quantized: Tensor, layout: CodebookLayout) -> Tensor:
+    """lambda R^T grad [N, sum D]: what `rotate_to_codes` passes on to z."""
+    up = layout.pad_columns(grad)
+    scale, z_unit, q_unit, r, turns = _rotation(layout.pad_columns(z), layout.pad_columns(quantized))
+    turned = scale * (
+        up - 2.0 * (up * r).sum(-1, keepdim=True) * r + 2.0 * (up * q_unit).sum(-1, keepdim=True) * z_unit
+    )
+    return layout.pack_columns(torch.where(turns, turned, up))
+
+
+def _rotation(z: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """lambda, z^, q^, r, and where z is not zero: no rotation carries a zero latent to a code."""
+    tiny = torch.finfo(z.dtype).tiny
+    z_norm = z.norm(dim=-1, keepdim=True).clamp(min=tiny)
+    q_norm = q.norm(dim=-1, keepdim=True).clamp(min=tiny)
+    z_unit, q_unit = z / z_norm, q / q_norm
+    r = z_unit + q_unit
+    r = r / r.norm(dim=-1, keepdim=True).clamp(min=tiny)
+    return q_norm / z_norm, z_unit, q_unit, r, z_norm > tiny

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from spinlock_fast.kernels.ema_update import ema_update, perplexity, reset_dead_codes, utilization
+from spinlock_fast.kernels.backend import Backend, check_backend, resolve_backend
+from spinlock_fast.kernels.ema_update import code_usage, ema_update, reset_dead_codes
 from spinlock_fast.kernels.layout import CodebookLayout
-from spinlock_fast.kernels.vq_assign import Assignment, lookup, quantize, vq_assign
-from spinlock_fast.kernels.vq_assign.reference import gather_codes
-from spinlock_fast.quantize.kmeans import kmeans
+from spinlock_fast.kernels.vq_assign import Assignment, lookup, vq_assign
+from spinlock_fast.quantize.kmeans import initialize_codes, kmeans
 
 
 class GroupedVectorQuantizer(nn.Module):
@@ -30,14 +31,17 @@ class GroupedVectorQuantizer(nn.Module):
         rotation_trick: gradient by rotation instead of straight through (arXiv 2410.06424).
         centred: subtract each codebook's mean code before distances are formed, which keeps codes of data
             far from the origin exact. LayerNorm-ed latents do not need it.
+        sync: with `torch.distributed` initialised, counts and sums are those of all processes: one
+            all-reduce a step, of a size that does not depend on the data.
         smoothing: "none" leaves idle codes in place, "laplace" is the rule of the 2017 paper.
-        backend: "auto" or "reference".
+        backend: "auto", "triton" or "reference". "auto" takes the environment variable
+            SPINLOCK_FAST_BACKEND where it is set, else Triton on CUDA devices.
 
     Shapes:
         z [..., sum D] -> quantized [..., sum D], codes [..., G] int64, loss scalar.
 
-    A row that is not finite in a codebook gets code -1 and NaN there, counts in no average, and is
-    counted in `nonfinite_rows`, a tensor on the device.
+    A row that is not finite in a codebook gets code -1 and NaN there, has no part in the loss and in any
+    average, and is counted in `nonfinite_rows`.
 
     Raises:
         ValueError: sizes that make no group, or shapes that do not fit it.
@@ -48,7 +52,7 @@ class GroupedVectorQuantizer(nn.Module):
     embedding_sum: Tensor
     initialized: Tensor
     usage: Tensor
-    nonfinite_rows: Tensor
+    rows_seen: Tensor
 
     def __init__(
         self,
@@ -61,7 +65,8 @@ class GroupedVectorQuantizer(nn.Module):
         rotation_trick: bool = False,
         smoothing: Literal["none", "laplace"] = "none",
         centred: bool = True,
-        backend: Literal["auto", "reference"] = "auto",
+        sync: bool = True,
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
         if not 0.0 <= decay < 1.0:
@@ -70,8 +75,7 @@ class GroupedVectorQuantizer(nn.Module):
             raise ValueError(f"codebook_init must be kmeans or uniform, got {codebook_init!r}")
         if smoothing not in ("none", "laplace"):
             raise ValueError(f"smoothing must be none or laplace, got {smoothing!r}")
-        if backend not in ("auto", "reference"):
-            raise ValueError(f"backend must be auto or reference, got {backend!r}")
+        check_backend(backend)
         self.layout = CodebookLayout.of(num_codes, dims)
         self.decay = decay
         self.commitment_weight = commitment_weight
@@ -80,6 +84,8 @@ class GroupedVectorQuantizer(nn.Module):
         self.rotation_trick = rotation_trick
         self.smoothing = smoothing
         self.centred = centred
+        self.sync = sync
+        self.requested_backend = backend
         self.frozen = False
 
         layout = self.layout
@@ -94,13 +100,20 @@ class GroupedVectorQuantizer(nn.Module):
         self.register_buffer("embedding_sum", start.clone())
         self.register_buffer("initialized", torch.tensor(codebook_init == "uniform"))
         self.register_buffer("usage", torch.zeros(layout.total_codes), persistent=False)
-        self.register_buffer("nonfinite_rows", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.register_buffer("rows_seen", torch.zeros(()), persistent=False)
         self._needs_init = codebook_init == "kmeans"
 
     @property
     def backend(self) -> str:
-        """The implementation in use."""
-        return "reference"
+        """The implementation in use where the codes are: "triton" or "reference"."""
+        return resolve_backend(self.requested_backend, self.embedding)
+
+    @property
+    def nonfinite_rows(self) -> Tensor:
+        """Rows of training since `reset_usage` that some codebook could not code: the most of any codebook."""
+        coded = self.usage.new_zeros(self.layout.groups)
+        coded.index_add_(0, self.layout.indices(self.usage.device).code_book, self.usage)
+        return (self.rows_seen - coded).max().clamp(min=0.0).to(torch.int64)
 
     @property
     def num_codes(self) -> tuple[int, ...]:
@@ -127,58 +140,92 @@ class GroupedVectorQuantizer(nn.Module):
         """
         flat = z.reshape(-1, z.shape[-1])
         rows = mask.reshape(-1) if mask is not None else None
+        updating = self.training and not self.frozen
         if self.training and self._needs_init:
-            usable = torch.isfinite(flat).all(1) if rows is None else torch.isfinite(flat).all(1) & rows
-            if bool(usable.any()):
-                self.initialize(flat[usable])
-        found = self.assign(flat, rows)
-        loss = self._loss(flat, found, rows)
-        quantized = quantize(flat, found.quantized, self.layout, self.rotation_trick)
-        if self.training and not self.frozen:
-            self._update(found, flat.shape[0], rows)
-        return quantized.view(z.shape), found.codes.view(*z.shape[:-1], self.layout.groups), loss
+            self._initialize_from(flat, rows)
+        found = vq_assign(
+            flat,
+            self.embedding,
+            self.layout,
+            rows,
+            self.centred,
+            gradient="rotation" if self.rotation_trick else "straight_through",
+            with_sums=updating or not self.use_ema,
+            backend=self.requested_backend,
+        )
+        loss = self._loss(found, flat.shape[0] if rows is None else rows.sum().clamp(min=1))
+        if updating:
+            self._update(found, flat.shape[0] if rows is None else rows.sum())
+        quantized = found.quantized.to(z.dtype).view(z.shape)
+        return quantized, found.codes.view(*z.shape[:-1], self.layout.groups), loss
 
     def assign(self, z: Tensor, mask: Tensor | None = None) -> Assignment:
         """Nearest codes of z [N, sum D] without gradient or update."""
-        return vq_assign(z, self.embedding, self.layout, mask, self.centred)
+        return vq_assign(z, self.embedding, self.layout, mask, self.centred, backend=self.requested_backend)
 
-    def _loss(self, z: Tensor, found: Assignment, rows: Tensor | None) -> Tensor:
-        index = self.layout.indices(z.device)
-        weight = (1.0 / index.dims)[index.column_book]
-        z = z.to(self.embedding.dtype)
-
-        def mean_square(difference: Tensor) -> Tensor:
-            count: Tensor | int = max(z.shape[0], 1)
-            if rows is not None:
-                # Before the square: the gradient of NaN is NaN, even times zero.
-                difference = torch.where(rows[:, None], difference, 0.0)
-                count = rows.sum().clamp(min=1)
-            return (difference.square().sum(0) * weight).sum() / count
-
-        loss = self.commitment_weight * mean_square(z - found.quantized)
+    def _loss(self, found: Assignment, rows: Tensor | int) -> Tensor:
+        index = self.layout.indices(found.codes.device)
+        weight = 1.0 / index.dims
+        count = rows if isinstance(rows, Tensor) else max(rows, 1)
+        loss = self.commitment_weight * (found.squared_error * weight).sum() / count
         if not self.use_ema:
-            learned = gather_codes(found.codes, self.embedding, self.layout)
-            loss = loss + mean_square(z.detach() - learned)
+            loss = loss + (self._learned_error(found) * weight).sum() / count
         return loss
 
+    def _learned_error(self, found: Assignment) -> Tensor:
+        """[G] sum over rows of ||sg(z) - e||^2, with its gradient to the codes: 2 (n_k e_k - s_k)."""
+        index = self.layout.indices(found.codes.device)
+        counts, sums = found.counts, found.sums
+        codes = self.embedding.to(sums.dtype)
+        entries = counts[index.entry_code] * codes.square() - 2.0 * codes * sums
+        per_code_book = index.code_book[index.entry_code]
+        moving = entries.new_zeros(self.layout.groups).index_add(0, per_code_book, entries)
+        return found.squared_error.detach() + (moving - moving.detach())
+
     @torch.no_grad()
-    def _update(self, found: Assignment, rows: int, mask: Tensor | None) -> None:
-        expected = rows if mask is None else mask.sum()
-        self.nonfinite_rows += expected - (found.codes >= 0).all(1).sum()
-        self.usage += found.counts
+    def _initialize_from(self, z: Tensor, rows: Tensor | None) -> None:
+        """k-means on the first batch of training, inside one operator so that it can be compiled."""
+        usable = torch.isfinite(z).all(1)
+        initialize_codes(
+            z.detach(),
+            usable if rows is None else usable & rows,
+            self.embedding.data,
+            self.cluster_size,
+            self.embedding_sum,
+            self.initialized,
+            self.layout,
+            self.sync,
+        )
+        # Reading `initialized` waits for the device and cannot be compiled.
+        self._needs_init = not torch.compiler.is_compiling() and not bool(self.initialized)
+
+    @torch.no_grad()
+    def _update(self, found: Assignment, rows: Tensor | int) -> None:
+        counts, sums = found.count_parts, found.sum_parts
+        if self.sync and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            seen = torch.as_tensor(rows, dtype=counts.dtype, device=counts.device)
+            packed = torch.cat([found.counts, found.sums, seen[None]])
+            dist.all_reduce(packed)
+            counts, sums, seen = packed.split([counts.shape[1], sums.shape[1], 1])
+            rows = seen[0]
+        self.rows_seen += rows
         if self.use_ema:
             ema_update(
                 self.embedding,
                 self.cluster_size,
                 self.embedding_sum,
-                found.counts,
-                found.sums,
+                counts,
+                sums,
                 self.layout,
                 self.decay,
                 self.smoothing,
+                usage=self.usage,
+                backend=self.requested_backend,
             )
         else:
-            self.cluster_size.mul_(self.decay).add_(found.counts, alpha=1.0 - self.decay)
+            counts = counts.sum(0) if counts.ndim == 2 else counts
+            self.usage += counts
+            self.cluster_size.mul_(self.decay).add_(counts, alpha=1.0 - self.decay)
 
     @torch.no_grad()
     def initialize(self, z: Tensor, iterations: int = 10, generator: torch.Generator | None = None) -> None:
@@ -209,15 +256,16 @@ class GroupedVectorQuantizer(nn.Module):
 
     def utilization(self) -> Tensor:
         """[G] share of codes used in training since `reset_usage`, at most 1."""
-        return utilization(self.usage, self.layout)
+        return code_usage(self.usage, self.layout, backend=self.requested_backend)[0]
 
     def perplexity(self) -> Tensor:
         """[G] exp of the entropy of code use in training since `reset_usage`."""
-        return perplexity(self.usage, self.layout)
+        return code_usage(self.usage, self.layout, backend=self.requested_backend)[1]
 
     def reset_usage(self) -> None:
         """Starts a new window for `utilization` and `perplexity`."""
         self.usage.zero_()
+        self.rows_seen.zero_()
 
     def reset_dead_codes(
         self,

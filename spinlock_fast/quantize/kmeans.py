@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from spinlock_fast.kernels.layout import CodebookLayout
@@ -68,3 +69,54 @@ def _distinct_rows(padded: Tensor, codes: int, generator: torch.Generator | None
     N = padded.shape[1]
     order = torch.randperm(N, device=padded.device, generator=generator)
     return padded[:, order.repeat(-(-codes // N))[:codes]]
+
+
+def initialize_codes(
+    z: Tensor,
+    usable: Tensor,
+    codebook: Tensor,
+    cluster_size: Tensor,
+    code_sum: Tensor,
+    initialized: Tensor,
+    layout: CodebookLayout,
+    sync: bool = True,
+) -> None:
+    """Fits codes in place to the usable rows by k-means, unless `initialized` says that it was done.
+
+    Args:
+        z: [N, sum D] latents.
+        usable: [N] bool; without any, nothing changes.
+        codebook: [sum K D], changed.
+        cluster_size: [sum K], changed: rows of each code.
+        code_sum: [sum K D], changed: code vectors times rows.
+        initialized: bool scalar, set.
+        sync: with `torch.distributed` initialised, every process takes the codes of rank 0.
+    """
+    _initialize_codes(z, usable, codebook, cluster_size, code_sum, initialized, layout.num_codes, layout.dims, sync)
+
+
+@torch.library.custom_op(
+    "spinlock_fast::initialize_codes", mutates_args=("codebook", "cluster_size", "code_sum", "initialized")
+)
+def _initialize_codes(
+    z: Tensor,
+    usable: Tensor,
+    codebook: Tensor,
+    cluster_size: Tensor,
+    code_sum: Tensor,
+    initialized: Tensor,
+    num_codes: list[int],
+    dims: list[int],
+    sync: bool,
+) -> None:
+    layout = CodebookLayout.of(num_codes, dims)
+    shared = sync and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if not bool(initialized) and bool(usable.any()):
+        fitted, counts = kmeans(z[usable], layout)
+        codebook.copy_(fitted)
+        cluster_size.copy_(counts)
+        code_sum.copy_(fitted * counts[layout.indices(z.device).entry_code])
+        initialized.fill_(True)
+    if shared:
+        for tensor in (codebook, cluster_size, code_sum, initialized):
+            dist.broadcast(tensor, src=0)

@@ -1,0 +1,217 @@
+"""Where an epoch of training goes: step times by way of launching, work between epochs, and the longest operations."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from spinlock_fast.checkpoint import plain, save_torch
+from spinlock_fast.config import RunConfig
+from spinlock_fast.config_file import apply_overrides
+from spinlock_fast.graphs import WARM_UP, own_stream
+from spinlock_fast.loop import SilentObserver, TrainingRun
+from spinlock_fast.metrics import evaluate
+from spinlock_fast.model import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
+
+_TOP = 25
+_EPOCHS = 5
+_PROFILED_STEPS = 48
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """p20, p50 and p80 of some measurements."""
+    ordered = sorted(values)
+    last = len(ordered) - 1
+    return {f"p{p}": ordered[round(p / 100 * last)] for p in (20, 50, 80)}
+
+
+def made_run(
+    config: RunConfig, model_config: CategoricalVQVAEConfig, rows: int, device: torch.device, steps_per_launch: int
+) -> TrainingRun:
+    """A run on random features that follow a factor per category; 0 steps a launch: no graphs."""
+    torch.manual_seed(0)
+    model = CategoricalHierarchicalVQVAE(model_config).to(device)
+    x = torch.randn(rows, model_config.input_dim, device=device)
+    for members in model_config.group_indices.values():
+        x[:, members] = 0.5 * x[:, members] + torch.randn(rows, 1, device=device)
+    held_out = max(rows // 10, 2)
+    config = apply_overrides(config, {"training.cuda_graphs": steps_per_launch > 0, "training.num_epochs": 10_000})
+    run = TrainingRun(config, SilentObserver(), lambda: None, model, x[held_out:], x[:held_out])
+    run.launcher.steps_per_launch = max(steps_per_launch, 1)
+    run.initialize_codes()
+    return run
+
+
+def one_epoch(run: TrainingRun, after_launch: Callable[[int], None] = lambda steps: None) -> None:
+    """The steps of the next epoch; `after_launch` hears how many each launch made."""
+    original = run.launcher.run
+
+    def launch(kind: Any, most: int) -> int:
+        steps = original(kind, most)
+        after_launch(steps)
+        return steps
+
+    run.launcher.run = launch  # type: ignore[method-assign]
+    try:
+        run._run_steps()
+    finally:
+        run.launcher.run = original  # type: ignore[method-assign]
+    run.epoch, run.step = run.epoch + 1, 0
+    assert run.one_step.summary().first_bad is None, "the loss is not finite"
+
+
+def step_times(run: TrainingRun) -> dict[str, Any]:
+    """Milliseconds of a step, of an epoch, and of the host's part in it."""
+    for _ in range(WARM_UP + 1 if run.launcher.capturing else 1):
+        one_epoch(run)
+    steps_ms: list[float] = []
+    epochs_ms: list[float] = []
+    launching_ms: list[float] = []
+    for _ in range(_EPOCHS):
+        marks, counts, host = [_now(run.device)], [], [time.perf_counter()]
+
+        def mark(steps: int, marks: list[Any] = marks, counts: list[int] = counts, host: list[float] = host) -> None:
+            marks.append(_now(run.device))
+            counts.append(steps)
+            host.append(time.perf_counter())
+
+        one_epoch(run, mark)
+        epochs_ms.append(1e3 * (time.perf_counter() - host[0]))
+        launching_ms.append(1e3 * (host[-1] - host[0]))
+        whole = len(counts) - (run.one_step.rest > 0)
+        steps_ms += [_between(marks[i], marks[i + 1]) / counts[i] for i in range(whole) for _ in range(counts[i])]
+    return {
+        "step_ms": percentiles(steps_ms),
+        "epoch_ms": percentiles(epochs_ms),
+        "launching_an_epoch_ms": percentiles(launching_ms),
+        "steps_per_epoch": run.one_step.count,
+        "graphs": run.launcher.capturing,
+    }
+
+
+def _now(device: torch.device) -> Any:
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _between(a: Any, b: Any) -> float:
+    return 1e3 * (b - a) if isinstance(a, float) else a.elapsed_time(b)
+
+
+def between_epochs(run: TrainingRun) -> dict[str, float]:
+    """Milliseconds (medians of five) of what happens outside of steps."""
+
+    def median(action: Callable[[], object]) -> float:
+        times = []
+        for _ in range(6):
+            started = time.perf_counter()
+            action()
+            if run.device.type == "cuda":
+                torch.cuda.synchronize(run.device)
+            times.append(1e3 * (time.perf_counter() - started))
+        return statistics.median(times[1:])
+
+    with tempfile.TemporaryDirectory() as directory:
+        return {
+            "validation_ms": median(lambda: evaluate(run.model, run.x_val, run.training)),
+            "keeping_the_best_ms": median(run._keep_best),
+            "summary_and_record_ms": median(lambda: run._record(run._finite_summary(), 0.0)),
+            "order_of_rows_ms": median(lambda: run._rows_of(run.epoch + (run._order or (0,))[0] % 2 + 1)),
+            "state_to_host_ms": median(lambda: plain(run.state())),
+            "saving_a_state_ms": median(lambda: save_torch(Path(directory) / "state.pt", {"run": plain(run.state())})),
+        }
+
+
+def top_operations(run: TrainingRun) -> dict[str, Any]:
+    """Device time by kernel (host time by operation on a CPU) over some steps, and launches a step."""
+    on_cuda = run.device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
+    kind = run.one_step.kind(0, reset=False)
+    steps = min(_PROFILED_STEPS if on_cuda else 8, run.one_step.full)
+    run.model.train()
+    run.one_step.begin_epoch(run._rows_of(run.epoch), torch.full((run.one_step.count,), 1e-3), 0)
+    with profile(activities=activities) as found:
+        started, done = time.perf_counter(), 0
+        while done < steps:
+            done += run.launcher.run(kind, steps - done)
+        if on_cuda:
+            torch.cuda.synchronize(run.device)
+        wall = time.perf_counter() - started
+    rows = []
+    for event in found.key_averages():
+        if on_cuda and event.device_type != DeviceType.CUDA:
+            continue
+        micros = event.self_device_time_total if on_cuda else event.self_cpu_time_total
+        rows.append((micros, event.count, event.key))
+    rows.sort(reverse=True)
+    total = sum(row[0] for row in rows)
+    return {
+        "steps": done,
+        "wall_us_per_step": 1e6 * wall / done,
+        "busy_us_per_step": total / done,
+        "launches_per_step": sum(row[1] for row in rows) / done,
+        "top": [
+            {"name": key[:160], "us_per_step": micros / done, "share": micros / total, "per_step": count / done}
+            for micros, count, key in rows[:_TOP]
+        ],
+    }
+
+
+def measured(
+    config: RunConfig,
+    model_config: CategoricalVQVAEConfig,
+    rows: int,
+    device: torch.device,
+    launches: Sequence[int] = (0, 1, 4, 16),
+    compiled: bool = False,
+) -> dict[str, Any]:
+    """Step times for each number of steps a launch (0: no graphs), and a profile of the fastest way.
+
+    Args:
+        config: of the training.
+        model_config: shapes of the model.
+        rows: N, of which a tenth is for validation.
+        device: where.
+        launches: steps a launch; only 0 on a CPU.
+        compiled: also with torch.compile, which takes its time.
+    """
+    ways: dict[str, Any] = {}
+    fastest: TrainingRun | None = None
+    best = float("inf")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    for compile_it in (False, True) if compiled and device.type == "cuda" else (False,):
+        for count in launches if device.type == "cuda" else (0,):
+            options = apply_overrides(config, {"training.use_torch_compile": compile_it})
+            with own_stream(device):
+                run = made_run(options, model_config, rows, device, count)
+                times = step_times(run)
+            name = f"graphs of {count}" if count else "one by one"
+            ways[name + (", compiled" if compile_it else "")] = times
+            if times["step_ms"]["p50"] < best:
+                best, fastest = times["step_ms"]["p50"], run
+    assert fastest is not None
+    with own_stream(device):
+        return {
+            "rows": rows,
+            "features": model_config.input_dim,
+            "codebooks": fastest.model.num_codebooks,
+            "codes": fastest.model.quantizer.layout.total_codes,
+            "batch": fastest.one_step.batch,
+            "topo_samples": config.training.topo_samples,
+            "ways": ways,
+            "between_epochs": between_epochs(fastest),
+            "profile": top_operations(fastest),
+            "peak_gpu_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        }

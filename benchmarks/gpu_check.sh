@@ -1,0 +1,79 @@
+#!/usr/bin/env bash
+# All that needs a GPU, on a machine that may have no network: installs the package, runs `pytest -m gpu`, times the
+# kernels, the layers and the whole command, and leaves JSON files in ${OUT:-benchmarks/results}.
+#
+#   bash benchmarks/gpu_check.sh [tests] [kernels] [layers] [train]      (all four without arguments)
+#
+# torch, triton, h5py, scikit-build-core, pybind11, cmake, ninja, rich, scikit-learn and pytest must be there. What else
+# is missing is taken from the folder ${WHEELS:-.whl}; fetch it beforehand where there is a network, for Python 3.12:
+#
+#   pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+#     --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -d .whl \
+#     pydantic pydantic-core annotated-types typing-inspection \
+#     vector-quantize-pytorch einx loguru torch-einops-utils frozendict flash-kmeans     # the last line: peers
+#
+# Without a GPU it runs to its end as well: the tests say how many were skipped, the rest runs small on the CPU.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+OUT=${OUT:-benchmarks/results}
+WHEELS=${WHEELS:-.whl}
+PYTHON=${PYTHON:-python3}
+COMMIT=${COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)}
+export COMMIT PYTHONUNBUFFERED=1
+mkdir -p "$OUT"
+stages=("$@")
+[ $# -gt 0 ] || stages=(tests kernels layers train)
+failed=()
+
+if compgen -G "$WHEELS/*.whl" >/dev/null; then
+  site=$(mktemp -d)
+  $PYTHON -m pip install -q --no-index --no-deps --no-cache-dir --target "$site" "$WHEELS"/*.whl || exit 1
+  export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
+fi
+$PYTHON -c 'import spinlock_fast._native' 2>/dev/null ||
+  $PYTHON -m pip install -q --no-build-isolation --no-deps -e . || exit 1
+has_gpu=$($PYTHON -c 'import torch; print(int(torch.cuda.is_available()))')
+$PYTHON -c 'import torch, triton; print("torch", torch.__version__, "triton", triton.__version__,
+  torch.cuda.get_device_name() if torch.cuda.is_available() else "without a GPU")'
+
+stage() { # name, command...
+  local name=$1 begin=$SECONDS
+  shift
+  case " ${stages[*]} " in *" $name "*) ;; *) return ;; esac
+  echo "== $name"
+  "$@" || failed+=("$name")
+  echo "== $name: $((SECONDS - begin)) s"
+}
+
+run_tests() {
+  $PYTHON -m pytest -q -p no:cacheprovider -m "gpu and not slow" --junitxml="$OUT/tests.xml" tests | tail -30
+  local status=${PIPESTATUS[0]}
+  $PYTHON - "$OUT/tests.xml" <<'PY' || status=1
+import sys
+import xml.etree.ElementTree as tree
+
+suite = tree.parse(sys.argv[1]).getroot().find("testsuite").attrib
+total, skipped = int(suite["tests"]), int(suite["skipped"])
+bad = int(suite["failures"]) + int(suite["errors"])
+print(f"{total - skipped} GPU tests ran, {bad} of them failed, {skipped} were skipped for want of a GPU")
+PY
+  if [ "$has_gpu" = 0 ]; then # what can be shown without one: values by the interpreter
+    $PYTHON -m pytest -q -p no:cacheprovider --junitxml="$OUT/tests.xml" tests/kernels -m "not gpu" | tail -3 || status=1
+    grep -q 'tests="0"' "$OUT/tests.xml" && status=1
+  fi
+  rm -f "$OUT/tests.xml"
+  return "$status"
+}
+
+small=()
+[ "$has_gpu" = 1 ] || small=(--rows 2000 --epochs 2 --device cpu)
+stage tests run_tests
+stage kernels $PYTHON benchmarks/kernel_times.py --output "$OUT/kernels.json"
+stage layers $PYTHON benchmarks/layer_times.py --output "$OUT/layers.json"
+stage train $PYTHON benchmarks/full_run.py --output "$OUT/train.json" --commit "$COMMIT" ${small[@]+"${small[@]}"}
+
+if [ ${#failed[@]} -gt 0 ]; then
+  echo "failed: ${failed[*]}"
+  exit 1
+fi
+echo "all passed: ${stages[*]}"

@@ -1,0 +1,40 @@
+"""The offset table of a group of codebooks, as kernels read it."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from spinlock_fast.kernels.layout import CodebookLayout
+
+_tables: dict[tuple[tuple[int, ...], tuple[int, ...], torch.device], Tensor] = {}
+
+
+def book_table(layout: CodebookLayout, device: torch.device) -> Tensor:
+    """[5, G] int32 on `device`: K_g, D_g, first code, first column, first entry. Made once per layout."""
+    key = (layout.num_codes, layout.dims, device)
+    table = _tables.get(key)
+    if table is None:
+        with torch.inference_mode(False):
+            codes = torch.tensor(layout.num_codes)
+            dims = torch.tensor(layout.dims)
+            entries = codes * dims
+            rows = [codes, dims, *(size.cumsum(0) - size for size in (codes, dims, entries))]
+            table = _tables[key] = torch.stack(rows).to(torch.int32).to(device)
+    return table
+
+
+@cache
+def capability(device: torch.device) -> int:
+    """10 times the compute capability of a CUDA device; 90 elsewhere (the interpreter)."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def power_of_two(n: int, least: int) -> int:
+    """The smallest power of two that holds n, at least `least`."""
+    return max(least, 1 << max(n - 1, 0).bit_length())

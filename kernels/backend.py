@@ -1,0 +1,68 @@
+"""Which implementation computes an operation."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Backend = Literal["auto", "triton", "reference"]
+BACKENDS: tuple[Backend, ...] = ("auto", "triton", "reference")
+VARIABLE = "SPINLOCK_FAST_BACKEND"
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+log = logging.getLogger(__name__)
+
+
+def check_backend(name: str) -> None:
+    """Raises ValueError where `name` is no backend."""
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+
+
+def resolve_backend(name: str, *tensors: Tensor) -> str:
+    """ "triton" or "reference" for tensors of one device.
+
+    Args:
+        name: an explicit choice, or "auto": the environment variable SPINLOCK_FAST_BACKEND where it is
+            set, else Triton on CUDA devices and the reference elsewhere.
+        tensors: what is computed on. Triton serves float32, float16 and bfloat16.
+
+    Raises:
+        ValueError: no such backend.
+        RuntimeError: "triton" was asked for where it cannot run.
+    """
+    check_backend(name)
+    if name == "auto":
+        name = os.environ.get(VARIABLE, "auto")
+        if name not in BACKENDS:
+            raise ValueError(f"{VARIABLE} must be one of {', '.join(BACKENDS)}, got {name!r}")
+    device = tensors[0].device
+    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
+    if name == "auto":
+        name = "triton" if device.type == "cuda" and not wide and _HAS_TRITON else "reference"
+    elif name == "triton":
+        if not _HAS_TRITON:
+            raise RuntimeError("backend triton: the package triton is not installed")
+        if wide:
+            raise RuntimeError("backend triton: float64 is computed by backend reference alone")
+        if device.type != "cuda" and not _interpreted():
+            raise RuntimeError(f"backend triton: needs a CUDA device, the tensors are on {device.type}")
+    if not torch.compiler.is_compiling():
+        _say_once(name, device.type)
+    return name
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@cache
+def _say_once(name: str, device: str) -> None:
+    log.info("backend %s on %s", name, device)

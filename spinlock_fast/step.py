@@ -1,0 +1,178 @@
+"""One training step as the device sees it: rows, losses, gradients, codes, all without a word to the host."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from spinlock_fast.config import TrainingConfig
+from spinlock_fast.kernels.precision import allow_tf32, cuda_matmul
+from spinlock_fast.losses import LossTerms, LossWeights, loss_terms
+from spinlock_fast.model import CategoricalHierarchicalVQVAE
+from spinlock_fast.optimizer import FusedAdam
+
+
+class StepKind(NamedTuple):
+    """What the host must know of a step before it starts."""
+
+    last: bool  # the rows that are left over at the end of an epoch, fewer than a batch
+    reset: bool  # dead codes are replaced after it
+
+
+class EpochSummary(NamedTuple):
+    """What the steps of an epoch left on the device."""
+
+    loss: float
+    terms: list[float]  # unweighted means over rows, in the order of LossTerms
+    utilization: float
+    first_bad: tuple[int, int] | None  # step of the epoch and term that first was not finite
+
+
+class TrainingStep:
+    """A step that finds its rows and its learning rate by a counter on the device.
+
+    Nothing in `__call__` waits for the device or depends on a value of the host that changes from step
+    to step, so that it can be captured once and replayed: the order of rows, the rates and the values
+    of the loss lie in tensors that keep their place.
+
+    Args:
+        model: in training mode while steps run.
+        x: [N, F] training rows, on the model's device.
+        training: settings.
+    """
+
+    def __init__(self, model: CategoricalHierarchicalVQVAE, x: Tensor, training: TrainingConfig) -> None:
+        self.model = model
+        self.x = x
+        self.training = training
+        self.weights = LossWeights.of(training)
+        rows, device = x.shape[0], x.device
+        self.batch = min(training.batch_size, rows)
+        self.full, self.rest = divmod(rows, self.batch)  # steps of a whole batch, rows of the last step
+        self.count = self.full + (self.rest > 0)  # steps of an epoch
+        on_cuda = device.type == "cuda"
+        # The fused kernels read the rate on the device: float32 there, a double on the CPU.
+        rate_type = torch.float32 if on_cuda else torch.float64
+        self._rate = torch.zeros(1, dtype=rate_type, device=device)
+        self._rates = torch.zeros(self.count, dtype=rate_type, device=device)
+        self._order = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._position = torch.zeros(1, dtype=torch.int64, device=device)
+        self.values = torch.zeros(self.count, 1 + len(LossTerms._fields), device=device)  # loss and terms of each step
+        self._sizes = torch.full((self.count, 1), self.batch, dtype=torch.float64, device=device)
+        if self.rest:
+            self._sizes[-1] = self.rest
+        self._weighted = torch.tensor([weight != 0.0 for weight in self.weights], device=device)
+        self.optimizer = FusedAdam(
+            model.parameters(), self._rate, training.weight_decay, decoupled=training.optimizer == "adamw"
+        )
+        self._terms = self._loss_terms
+        self._model: Any = model
+        if training.use_torch_compile and on_cuda:
+            # A shape of its own for the last batch: one graph for any shape would be slower for both.
+            self._model = torch.compile(model, dynamic=False)
+            self._terms = torch.compile(self._loss_terms, dynamic=False)
+
+    def kind(self, position: int, reset: bool) -> StepKind:
+        """The kind of the step at a position of the epoch."""
+        return StepKind(last=position >= self.full, reset=reset)
+
+    def begin_epoch(self, order: Tensor, rates: Tensor, done: int) -> None:
+        """Sets the order of rows [N] and the rate of each step; `done` steps of the epoch have been made."""
+        for target, source in ((self._order, order), (self._rates, rates)):
+            if target.is_cuda:
+                source = source.to(target.dtype).pin_memory()
+            target.copy_(source, non_blocking=True)
+        self._position.fill_(done)
+        if done == 0:
+            self.values.zero_()
+
+    def __call__(self, kind: StepKind) -> None:
+        """The next step."""
+        x = self.x.index_select(0, self._rows(kind))
+        torch.index_select(self._rates, 0, self._position, out=self._rate)
+        # TF32 for the networks; what compares distances needs all of float32.
+        with self._matmul(tf32=True):
+            out = self._model(x)
+        with self._matmul(tf32=False):
+            terms = self._terms(x, out)
+            loss = terms.total(self.weights)
+            self.optimizer.zero_grad()
+            # Gradients flow from the last operation to the first: at the decoder the losses are behind them.
+            out["reconstruction"].register_hook(self._networks_follow)
+            loss.backward()
+        self.optimizer.step()
+        with torch.no_grad():
+            values = torch.stack([loss.detach(), *(term.detach() for term in terms)])
+            self.values.index_copy_(0, self._position, values[None])
+        if kind.reset:
+            self.reset_dead_codes(out["latents"].detach())
+        self._position.add_(1)
+
+    def reset_dead_codes(self, latents: Tensor | None) -> Tensor:
+        """Replaces dead codes as the settings say; [G] how many."""
+        training = self.training
+        return self.model.reset_dead_codes(
+            training.dead_code_threshold, training.dead_code_strategy, training.max_reset_fraction, latents
+        )
+
+    def summary(self) -> EpochSummary:
+        """Means over the epoch; waits for the device, once."""
+        values = self.values.to(torch.float64)
+        means = (values * self._sizes).sum(0) / self.x.shape[0]
+        bad = (~torch.isfinite(values[:, 1:]) & self._weighted).flatten()
+        place = torch.where(bad.any(), bad.to(torch.uint8).argmax(), -1)
+        used = self.model.quantizer.utilization().mean()
+        loss, *terms, utilization, first = torch.cat([means, used[None], place[None]]).tolist()
+        first_bad = divmod(int(first), len(terms)) if first >= 0 else None
+        return EpochSummary(loss, terms, utilization, first_bad)
+
+    def state(self) -> dict[str, Any]:
+        """What `load` needs, in the middle of an epoch or at its end."""
+        return {"optimizer_state_dict": self.optimizer.state_dict(), "values": self.values}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Goes back to a state; every tensor keeps its place."""
+        self.optimizer.load_state_dict(state["optimizer_state_dict"])
+        self.values.copy_(state["values"])
+
+    def _rows(self, kind: StepKind) -> Tensor:
+        whole = self.full * self.batch
+        if kind.last:
+            return self._order[whole:]
+        return self._order[:whole].view(self.full, self.batch).index_select(0, self._position).view(self.batch)
+
+    def _loss_terms(self, x: Tensor, out: dict[str, Tensor]) -> LossTerms:
+        return loss_terms(self.model, x, out, self.training.topo_samples)
+
+    def _networks_follow(self, gradient: Tensor) -> None:
+        if gradient.is_cuda:
+            allow_tf32(True)
+
+    @contextmanager
+    def _matmul(self, tf32: bool) -> Iterator[None]:
+        if not self.x.is_cuda:
+            yield
+            return
+        with cuda_matmul(tf32):
+            yield
+
+
+def learning_rate(training: TrainingConfig, steps_per_epoch: int, step: int) -> float:
+    """The rate of a step, counted from 0 over the whole run."""
+    warmup, total = training.warmup_epochs * steps_per_epoch, training.num_epochs * steps_per_epoch
+    if step < warmup:
+        return training.learning_rate * (step + 1) / warmup
+    if training.scheduler == "cosine":
+        return training.learning_rate * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+    return training.learning_rate
+
+
+def learning_rates(training: TrainingConfig, steps_per_epoch: int, epoch: int) -> Tensor:
+    """[steps_per_epoch] float64: the rate of each step of an epoch, counted from 0."""
+    steps = range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch)
+    return torch.tensor([learning_rate(training, steps_per_epoch, step) for step in steps], dtype=torch.float64)

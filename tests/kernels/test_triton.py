@@ -1,0 +1,260 @@
+"""Values of the Triton kernels: under Triton's interpreter, or on a CUDA device where there is one."""
+
+import helpers
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spinlock_fast.kernels.ema_update import code_usage, ema_update
+from spinlock_fast.kernels.layout import CodebookLayout
+from spinlock_fast.kernels.vq_assign import vq_assign
+
+pytest.importorskip("triton", reason="the package triton is not installed here")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [
+    *([pytest.mark.gpu] if torch.cuda.is_available() else []),
+    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),  # numpy, of NaN in the interpreter
+    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
+]
+RAGGED = CodebookLayout.of([15, 7, 6, 28, 1, 13], [4, 16, 24, 8, 5, 1])
+LARGE = CodebookLayout.of([130, 7, 66], [5, 40, 1])
+BOTH = pytest.mark.parametrize("layout", [RAGGED, LARGE], ids=["tile", "streamed"])
+SIZES = st.lists(st.tuples(st.integers(1, 70), st.integers(1, 40)), min_size=1, max_size=4)
+NAN, INF = float("nan"), float("inf")
+
+
+def by_kernel(z, codebook, layout, **options):
+    """`vq_assign` of the kernels, on the CPU again; every output was written (float outputs start as NaN)."""
+    options = {name: value.to(DEVICE) if torch.is_tensor(value) else value for name, value in options.items()}
+    return vq_assign(z.to(DEVICE), codebook.to(DEVICE), layout, backend="triton", **options)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(monkeypatch):
+    """Fresh memory is NaN, or -77, so that an element that no kernel wrote shows."""
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        tensor = empty(*args, **kwargs)
+        return tensor.fill_(NAN if tensor.is_floating_point() else -77)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+def assert_agrees(found, z, codebook, layout, mask=None):
+    """The codes are nearest, and everything else is what the reference makes of these codes."""
+    z, codebook = z.float(), codebook.float()
+    codes = found.codes.cpu()
+    valid = torch.isfinite(z)
+    expected_valid = torch.stack([v.all(1) for v in helpers.split_columns(valid, layout)], 1)
+    if mask is not None:
+        expected_valid &= mask[:, None]
+    assert torch.equal(codes >= 0, expected_valid)
+    clean = torch.where(valid, z, 0.0)
+    reference = vq_assign(clean, codebook, layout, backend="reference").codes
+    helpers.assert_nearest(torch.where(expected_valid, codes, reference), clean, codebook, layout)
+    quantized = helpers.split_columns(found.quantized.cpu(), layout)
+    books = helpers.split_codebooks(codebook, layout)
+    eps = torch.finfo(torch.float32).eps
+    errors, counts, sums, size = [], [], [], []
+    for g, part in enumerate(helpers.split_columns(z, layout)):
+        rows = expected_valid[:, g]
+        assert torch.equal(quantized[g][rows], books[g][codes[rows, g]])
+        assert quantized[g][~rows].isnan().all()
+        hot = torch.nn.functional.one_hot(codes[rows, g], layout.num_codes[g]).double()
+        counts.append(hot.sum(0))
+        sums.append((hot.t() @ part[rows].double()).flatten())
+        size.append((hot.t() @ part[rows].double().abs()).flatten())
+        errors.append((part[rows].double() - books[g][codes[rows, g]].double()).square().sum())
+    assert torch.equal(found.counts.cpu().double(), torch.cat(counts))
+    # Three TF32 products keep 22 bits of a latent; adding up to 64 terms one by one rounds 64 times by eps / 2.
+    assert ((found.sums.cpu().double() - torch.cat(sums)).abs() <= (2 + 32) * eps * torch.cat(size) + 1e-30).all()
+    torch.testing.assert_close(found.squared_error.cpu().double(), torch.stack(errors), rtol=2e-6, atol=1e-30)
+
+
+@settings(max_examples=30)
+@given(SIZES, st.integers(0, 150), st.booleans(), st.integers(0, 2**31))
+def test_assignment_of_any_shape(sizes, rows, centred, seed):
+    layout = CodebookLayout.of(*zip(*sizes, strict=True))
+    z, codebook = helpers.random_group(layout, rows, seed=seed)
+    assert_agrees(by_kernel(z, codebook, layout, centred=centred), z, codebook, layout)
+
+
+@pytest.mark.parametrize(("K", "D"), [(1, 1), (1, 9), (2, 1), (64, 128), (65, 3), (64, 17), (257, 65)])
+@pytest.mark.parametrize("rows", [1, 65])
+def test_assignment_at_the_edges_of_tiles(K, D, rows):
+    layout = CodebookLayout.of([K], [D])
+    z, codebook = helpers.random_group(layout, rows, seed=K)
+    assert_agrees(by_kernel(z, codebook, layout), z, codebook, layout)
+
+
+@BOTH
+def test_many_rows_are_added_up_in_parts(layout, monkeypatch):
+    from spinlock_fast.kernels.vq_assign import reference
+
+    monkeypatch.setattr(reference, "_PARTS_AT_MOST", 2 * layout.groups)
+    z, codebook = helpers.random_group(layout, 333, seed=1)
+    found = by_kernel(z, codebook, layout)
+    assert_agrees(found, z, codebook, layout)
+    if layout is RAGGED:
+        assert found.count_parts.shape == (2, layout.total_codes)
+
+
+@BOTH
+def test_rows_in_few_codes_are_added_up_in_segments(layout):
+    z, codebook = helpers.random_group(layout, 700, seed=2)
+    z[100:] = z[0]
+    assert_agrees(by_kernel(z, codebook, layout), z, codebook, layout)
+
+
+@BOTH
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_rows_that_are_not_finite(layout, bad):
+    z, codebook = helpers.random_group(layout, 12, seed=0)
+    z[3, layout.column_slice(1)] = bad
+    z[5, 0] = bad
+    z[7] = bad
+    assert_agrees(by_kernel(z, codebook, layout), z, codebook, layout)
+
+
+@BOTH
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_codes_that_are_not_finite_are_never_chosen(layout, bad):
+    z, codebook = helpers.random_group(layout, 40, seed=0)
+    book = helpers.split_codebooks(codebook, layout)[1]
+    book[2] = bad
+    codes = by_kernel(z, codebook, layout).codes
+    assert (codes >= 0).all()
+    assert 2 not in codes[:, 1]
+    book[:] = bad
+    assert (by_kernel(z, codebook, layout).codes[:, 1] == -1).all()
+
+
+@BOTH
+def test_masked_rows_take_no_part(layout):
+    z, codebook = helpers.random_group(layout, 90, seed=0)
+    mask = torch.arange(90) % 3 != 0
+    z[0] = NAN
+    assert_agrees(by_kernel(z, codebook, layout, mask=mask), z, codebook, layout, mask)
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_latents_in_half_precision(layout, dtype):
+    z, codebook = helpers.random_group(layout, 70, seed=0)
+    z = z.to(dtype)
+    found = by_kernel(z, codebook, layout)
+    assert found.quantized.dtype == found.sums.dtype == torch.float32
+    assert_agrees(found, z, codebook, layout)
+
+
+@BOTH
+def test_latents_may_be_strided(layout):
+    z, codebook = helpers.random_group(layout, 20, seed=0)
+    wide = torch.full((20, layout.total_dims + 3), NAN)
+    wide[:, 1 : layout.total_dims + 1] = z
+    for view in (wide[:, 1 : layout.total_dims + 1], z.t().contiguous().t(), z.repeat_interleave(2, 0)[::2]):
+        assert_agrees(by_kernel(view, codebook, layout), z, codebook, layout)
+
+
+@settings(max_examples=15)
+@given(st.integers(2, 90), st.integers(1, 20), st.data())
+def test_equal_codes_give_the_lowest_index(K, D, data):
+    layout = CodebookLayout.of([K], [D])
+    source = torch.tensor(data.draw(st.lists(st.integers(0, K - 1), min_size=K, max_size=K)))
+    z, codebook = helpers.random_group(layout, 9, seed=K * D)
+    codes = codebook.view(K, D)[source]
+    first = torch.tensor([source.tolist().index(s) for s in source.tolist()])
+    found = by_kernel(z, codes.flatten(), layout).codes.cpu()
+    assert torch.equal(found, first[found])
+
+
+@BOTH
+@pytest.mark.parametrize(("offset", "spread"), [(5.0, 0.1), (100.0, 0.1), (-3e4, 10.0)])
+def test_data_far_from_the_origin(layout, offset, spread):
+    # |e|^2 - 2 z.e, not centred, and products in plain TF32 both fail here.
+    z, codebook = helpers.random_group(layout, 200, seed=3)
+    z, codebook = offset + spread * z, offset + spread * codebook
+    codes = by_kernel(z, codebook, layout).codes.cpu()
+    for g, distance in enumerate(helpers.distances64(z, codebook, layout)):
+        chosen = distance.gather(1, codes[:, g : g + 1])[:, 0]
+        best, second = distance.topk(min(2, distance.shape[1]), largest=False).values[:, [0, -1]].unbind(1)
+        assert ((chosen == best) | (second - best < 1e-5 * second)).all()
+
+
+@BOTH
+def test_the_same_bits_each_time(layout):
+    z, codebook = helpers.random_group(layout, 300, seed=5)
+    first, again = by_kernel(z, codebook, layout), by_kernel(z, codebook, layout)
+    for name in ("codes", "quantized", "error_parts", "count_parts", "sum_parts"):
+        assert torch.equal(getattr(first, name), getattr(again, name)), name
+
+
+@BOTH
+@pytest.mark.parametrize("gradient", ["straight_through", "rotation"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_those_of_the_reference(layout, gradient, dtype):
+    z, codebook = helpers.random_group(layout, 150, seed=6)
+    z[3, layout.column_slice(1)] = 0.0
+    mask = torch.arange(150) % 7 != 0
+    upstream, weight = torch.randn(150, layout.total_dims), torch.rand(layout.groups)
+    upstream[~mask] = 0.0
+    grads = []
+    for backend, device in (("triton", DEVICE), ("reference", "cpu")):
+        leaf = z.to(device, dtype).requires_grad_()
+        found = vq_assign(leaf, codebook.to(device), layout, mask.to(device), gradient=gradient, backend=backend)
+        value = torch.where(mask.to(device)[:, None], found.quantized, 0.0) * upstream.to(device)
+        (value.sum() + (found.squared_error * weight.to(device)).sum()).backward()
+        assert leaf.grad.dtype == dtype
+        grads.append(leaf.grad.cpu().float())
+    scale = grads[1].abs().max()
+    close = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(grads[0], grads[1], rtol=close, atol=float(close * scale))
+
+
+def random_state(layout, seed):
+    generator = torch.Generator().manual_seed(seed)
+    _, codebook = helpers.random_group(layout, 0, seed=seed)
+    n = torch.rand(layout.total_codes, generator=generator) * 10
+    n[::5] = 0.0
+    counts = torch.randint(0, 6, (layout.total_codes,), generator=generator).float()
+    counts[layout.code_slice(layout.groups - 1)] = 0.0  # a codebook without rows
+    s, sums = (torch.randn(layout.total_entries, generator=generator) for _ in range(2))
+    sums *= (counts > 0)[layout.indices(torch.device("cpu")).entry_code]
+    return codebook, n, s, torch.zeros(layout.total_codes), counts, sums
+
+
+@BOTH
+@pytest.mark.parametrize("smoothing", ["none", "laplace"])
+@pytest.mark.parametrize("decay", [0.99, 0.0])
+def test_update_is_that_of_the_reference(layout, smoothing, decay):
+    results = []
+    for backend, device in (("triton", DEVICE), ("reference", "cpu")):
+        *state, counts, sums = (t.to(device) for t in random_state(layout, 7))
+        codebook, n, s, usage = state
+        for step in range(10):
+            parts = torch.stack([counts, torch.zeros_like(counts)]) if step % 2 else counts
+            more = torch.stack([sums, torch.zeros_like(sums)]) if step % 2 else sums
+            ema_update(codebook, n, s, parts, more, layout, decay, smoothing, usage=usage, backend=backend)
+        results.append([t.cpu() for t in state])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=1e-7)
+
+
+@settings(max_examples=15)
+@given(SIZES, st.integers(0, 2**31))
+def test_usage_is_that_of_the_reference(sizes, seed):
+    layout = CodebookLayout.of(*zip(*sizes, strict=True))
+    generator = torch.Generator().manual_seed(seed)
+    counts = torch.randint(-3, 9, (layout.total_codes,), generator=generator).clamp(min=0).float()
+    ours = code_usage(counts.to(DEVICE), layout, backend="triton")
+    theirs = code_usage(counts, layout, backend="reference")
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-6, atol=1e-6)
+
+
+def test_usage_of_nothing_is_nothing():
+    layout = CodebookLayout.of([3, 70], [1, 1])
+    for figure in code_usage(torch.zeros(73, device=DEVICE), layout, backend="triton"):
+        assert not figure.any()

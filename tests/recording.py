@@ -1,0 +1,98 @@
+"""What tells on a CPU whether a training step could be a CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from spinlock_fast.step import StepKind, TrainingStep
+
+# Operations whose result has a shape, or is a number of the host, that only the values decide.
+_WAITING = {
+    "_local_scalar_dense",
+    "is_nonzero",
+    "equal",
+    "nonzero",
+    "argwhere",
+    "masked_select",
+    "bincount",
+    "histc",
+    "unique_dim",
+    "unique_consecutive",
+    "_unique",
+    "_unique2",
+}
+
+
+class HostNeededError(AssertionError):
+    """An operation that would make the host wait for a device, or send it something."""
+
+
+class DeviceOnly(TorchDispatchMode):
+    """Raises HostNeededError at what a CUDA graph cannot hold; `operations` counts the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        if name in _WAITING:
+            raise HostNeededError(f"{func} waits for values")
+        if name == "repeat_interleave" and kwargs.get("output_size") is None and func._overloadname == "Tensor":
+            raise HostNeededError(f"{func} without output_size waits for values")
+        if name in ("index", "index_put", "index_put_", "_unsafe_index"):
+            masks = [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
+            if masks:
+                raise HostNeededError(f"{func} by a mask has a shape that values decide")
+        if name == "lift_fresh":
+            raise HostNeededError("a tensor made of values of the host")
+        devices = {t.device.type for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()}
+        result = func(*args, **kwargs)
+        if isinstance(result, Tensor) and result.dim():
+            devices.add(result.device.type)
+        if len(devices) > 1:
+            raise HostNeededError(f"{func} copies between {' and '.join(sorted(devices))}")
+        self.operations += 1
+        return result
+
+
+def lasting_tensors(step: TrainingStep) -> dict[str, Tensor]:
+    """Everything that a step changes and the next step reads."""
+    kept = {name: value for name, value in vars(step).items() if isinstance(value, Tensor)}
+    kept |= dict(step.model.named_parameters()) | dict(step.model.named_buffers())
+    optimizer = step.optimizer
+    moments = dict(enumerate([optimizer.count, *optimizer.mean, *optimizer.square]))
+    kept |= {f"optimizer.{i}": value for i, value in moments.items()}
+    return kept
+
+
+def record(step: TrainingStep, kind: StepKind, count: int) -> Callable[[], object]:
+    """Records the operations of some steps once, as a capture does; the result makes them again.
+
+    What a step decides in Python is thereby decided once and for all. The recording runs the step, so
+    everything is put back afterwards.
+    """
+    tensors = lasting_tensors(step)
+    before = {name: value.detach().clone() for name, value in tensors.items()}
+    random = torch.get_rng_state()
+
+    def steps() -> Tensor:
+        for _ in range(count):
+            step(kind)
+        return torch.zeros(())
+
+    recorded = make_fx(steps)()
+    with torch.no_grad():
+        for name, value in tensors.items():
+            value.copy_(before[name])
+    torch.set_rng_state(random)
+    return torch.no_grad()(recorded)  # the backward pass is among the operations
