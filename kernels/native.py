@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
 from spinlock_fast import _native as library
+from spinlock_fast.kernels.backend import VARIABLE
 
 __all__ = ["address", "draw_seed", "library", "operand", "serves"]
 
 
 def serves(*tensors: Tensor) -> bool:
-    """Whether all tensors are float32 on the CPU, outside of torch.compile and of a dispatch mode."""
+    """Whether all tensors are float32 on the CPU, outside of torch.compile and of a dispatch mode.
+
+    The backend "reference", by the environment variable of `backend`, turns the kernels off.
+    """
     return (
-        not torch.compiler.is_compiling()
+        os.environ.get(VARIABLE) != "reference"
+        and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
         and not torch.is_autocast_enabled("cpu")

@@ -61,6 +61,18 @@ struct DecoderTask {
     float scale;
 };
 
+// Nearest codes of one codebook for rows [first, last) of a batch.
+struct AssignTask {
+    const float* z;  // [N, z_row]
+    Index z_row, first, last, G, g, total_dims;
+    Book book;
+    const float* codebook;     // [sum K D]
+    const std::uint8_t* mask;  // [N], or null
+    bool centred;
+    std::int64_t* codes;  // [N, G]
+    float* quantized;     // [N, total_dims]
+};
+
 // A set of points in groups of columns, and the panels that a product with their transpose reads.
 struct Points {
     const float* p;       // [S, row]
@@ -84,6 +96,10 @@ struct PairWeights {
 };
 
 struct Kernels {
+    void (*nearest)(const AssignTask&, const Workspace&);
+    Index (*nearest_buffer_floats)(Index rows, Index K, Index D);
+    // Squared error of all rows of one codebook; counts [K] and sums [K, D] unless null.
+    double (*tally)(const AssignTask&, float* counts, float* sums);
     Index lanes, rows, columns, packed_floats, row_floats;
     Index (*partial_floats)(Index M, Index N, Index K);  // of `Workspace::partial`
     void (*product)(const Product&, const Workspace&);

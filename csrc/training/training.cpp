@@ -317,7 +317,7 @@ void segments_backward(std::uintptr_t grad, std::uintptr_t normed, std::uintptr_
                                    at<float>(of_bias));
 }
 
-// ---- partial decoders
+// ---- nearest codes
 
 std::vector<Book> books_of(const std::vector<Index>& num_codes, const std::vector<Index>& dims) {
     std::vector<Book> books;
@@ -332,6 +332,47 @@ std::vector<Book> books_of(const std::vector<Index>& num_codes, const std::vecto
     }
     return books;
 }
+
+void assign(std::uintptr_t z, Index z_row, Index N, std::uintptr_t codebook, std::uintptr_t mask, bool centred,
+            const std::vector<Index>& num_codes, const std::vector<Index>& dims, std::uintptr_t codes,
+            std::uintptr_t quantized, std::uintptr_t error, std::uintptr_t counts, std::uintptr_t sums, int threads) {
+    const py::gil_scoped_release release;
+    const Kernels& k = kernels();
+    const std::vector<Book> books = books_of(num_codes, dims);
+    AssignTask task{};
+    task.z = at<const float>(z), task.z_row = z_row, task.codebook = at<const float>(codebook);
+    task.mask = at<const std::uint8_t>(mask), task.centred = centred;
+    task.codes = at<std::int64_t>(codes), task.quantized = at<float>(quantized);
+    task.G = static_cast<Index>(books.size());
+    constexpr Index kRows = 512;
+    const Index most = std::min(kRows, N), blocks = (N + kRows - 1) / kRows;
+    Index partial = 0, buffer = 0;
+    for (const Book& b : books) {
+        task.total_dims += b.dims;
+        partial = std::max(partial, k.partial_floats(most, b.codes, b.dims));
+        buffer = std::max(buffer, k.nearest_buffer_floats(most, b.codes, b.dims));
+    }
+    const Workspaces spaces(threads, partial, buffer);
+    parallel_for(task.G * blocks, threads, [&](Index i, int worker) {
+        AssignTask mine = task;
+        mine.g = i / blocks;
+        mine.book = books[static_cast<std::size_t>(mine.g)];
+        mine.first = i % blocks * kRows;
+        mine.last = std::min(N, mine.first + kRows);
+        k.nearest(mine, spaces[worker]);
+    });
+    parallel_for(task.G, threads, [&](Index g, int) {
+        AssignTask mine = task;
+        mine.g = g;
+        mine.book = books[static_cast<std::size_t>(g)];
+        mine.last = N;
+        float* count = counts ? at<float>(counts) + mine.book.first_code : nullptr;
+        float* sum = counts ? at<float>(sums) + mine.book.first_entry : nullptr;
+        at<float>(error)[g] = static_cast<float>(k.tally(mine, count, sum));
+    });
+}
+
+// ---- partial decoders
 
 template <class Call>
 void for_each_decoder(DecoderTask task, const std::vector<Index>& num_codes, const std::vector<Index>& dims, int threads,
@@ -604,6 +645,7 @@ void register_training(py::module_& module) {
     module.def("normalize_backward", &normalize_backward);
     module.def("segments", &segments);
     module.def("segments_backward", &segments_backward);
+    module.def("assign", &assign);
     module.def("decoders_forward", &decoders_forward);
     module.def("decoders_backward", &decoders_backward);
     module.def("topo_forward", &topo_forward);

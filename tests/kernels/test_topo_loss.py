@@ -1,3 +1,5 @@
+import dataclasses
+
 import helpers
 import numpy as np
 import pytest
@@ -168,7 +170,11 @@ def test_float32_is_as_near_as_the_reference(seed):
     layout = CodebookLayout.of([15, 7, 32], [4, 8, 48])
     x, z, codebook, found = batch(layout, 150, seed, torch.float32)
     exact = both_ways(
-        x.double(), z.double(), codebook.double(), found._replace(quantized=found.quantized.double()), layout
+        x.double(),
+        z.double(),
+        codebook.double(),
+        dataclasses.replace(found, quantized=found.quantized.double()),
+        layout,
     )
     (eager, eager_grad), (ours, our_grad) = both_ways(x, z, codebook, found, layout)
     truth, truth_grad = exact[0]
@@ -201,9 +207,9 @@ def test_equal_codes_in_a_codebook_are_at_distance_zero():
     layout_codes[3] = layout_codes[6]
     codes = torch.randint(0, 3, (30, 3))
     codes[:15, 2], codes[15:, 2] = 3, 6
-    found = vq_assign(z, codebook, LAYOUT)._replace(codes=codes)
+    found = dataclasses.replace(vq_assign(z, codebook, LAYOUT), codes=codes)
     parts = [book[codes[:, g]] for g, book in enumerate(helpers.split_codebooks(codebook, LAYOUT))]
-    found = found._replace(quantized=torch.cat(parts, 1))
+    found = dataclasses.replace(found, quantized=torch.cat(parts, 1))
     (expected, expected_grad), (values, grad) = both_ways(x, z, codebook, found, LAYOUT)
     torch.testing.assert_close(values, expected)
     torch.testing.assert_close(grad, expected_grad)
