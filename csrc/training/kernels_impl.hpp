@@ -326,8 +326,10 @@ double tally(const AssignTask& t, float* counts, float* sums) {
 
 // ---- partial decoders
 
+constexpr Index kGathered = 256;  // rows of one code that are multiplied at once
+
 Index decoder_buffer_floats(Index B, Index F, Index H, Index K, Index D) {
-    return K * (F + H) + H * (F + D) + F * D + B * (F + 2) + K + 1;
+    return K * (F + H) + H * (F + D) + F * D + kGathered * F + B + K + 1;
 }
 
 inline void simple_product(Index M, Index N, Index K, Operand a, Operand b, float* out, Index out_row, const Workspace& w,
@@ -388,8 +390,8 @@ void decoder_backward(const DecoderTask& t, const Workspace& w) {
     float* of_active = of_hidden + K * H;   // [H, F] rows of the second weights
     float* to_active = of_active + H * F;   // [H, D]
     float* jacobian = to_active + H * D;    // [F, D]
-    float* difference = jacobian + F * D;   // [B, F]
-    auto* order = reinterpret_cast<std::int32_t*>(difference + t.B * F);  // [B]
+    float* difference = jacobian + F * D;   // [kGathered, F]
+    auto* order = reinterpret_cast<std::int32_t*>(difference + kGathered * F);  // [B]
     auto* starts = order + t.B;                                           // [K + 1]
     const float* off = t.off + t.book.first_code * F;
     for (Index i = 0; i < K * F; ++i) of_decoded[i] = off[i] * t.scale;
@@ -425,15 +427,19 @@ void decoder_backward(const DecoderTask& t, const Workspace& w) {
             ++active;
         }
         simple_product(F, D, active, {of_active, 1, F}, {to_active, D, 1}, jacobian, D, w);
-        for (Index i = 0; i < n; ++i) {
-            const float *x = t.x + order[starts[k] + i] * F, *goal = decoded + k * F;
-            for (Index f = 0; f < F; ++f) difference[i * F + f] = (goal[f] - x[f]) * t.scale;
+        for (Index i0 = 0; i0 < n; i0 += kGathered) {
+            const std::int32_t* rows = order + starts[k] + i0;
+            const Index few = n - i0 < kGathered ? n - i0 : kGathered;
+            for (Index i = 0; i < few; ++i) {
+                const float *x = t.x + rows[i] * F, *goal = decoded + k * F;
+                for (Index f = 0; f < F; ++f) difference[i * F + f] = (goal[f] - x[f]) * t.scale;
+            }
+            const Matrix left{difference, F, 1}, right{jacobian, D, 1};
+            multiply(few, D, F, left, right, scratch(w), [&](Index i, Index j, float* v, Index c) {
+                float* out = t.of_quantized + rows[i] * t.total_dims + column + j;
+                for (Index d = 0; d < c; ++d) out[d] = v[d];
+            });
         }
-        const std::int32_t* rows = order + starts[k];
-        multiply(n, D, F, {difference, F, 1}, {jacobian, D, 1}, scratch(w), [&](Index i, Index j, float* v, Index c) {
-            float* out = t.of_quantized + rows[i] * t.total_dims + column + j;
-            for (Index d = 0; d < c; ++d) out[d] = v[d];
-        });
     }
 }
 

@@ -27,3 +27,16 @@ def assign(
         address(counts) if with_sums else 0, address(sums), torch.get_num_threads(),
     )  # fmt: skip
     return codes, quantized, error, counts, sums
+
+
+def backward(
+    grad_quantized: Tensor, grad_error: Tensor, z: Tensor, quantized: Tensor, codes: Tensor, layout: CodebookLayout
+) -> Tensor:
+    """`reference.backward`, straight through."""
+    grad_quantized, grad_error, z = grad_quantized.contiguous(), grad_error.contiguous(), z.contiguous()
+    of_z = torch.empty_like(z)
+    library.assign_backward(
+        address(grad_quantized), address(grad_error), address(z), address(quantized), address(codes), z.shape[0],
+        list(layout.dims), address(of_z), torch.get_num_threads(),
+    )  # fmt: skip
+    return of_z

@@ -174,6 +174,8 @@ def _vq_assign_backward(
             from spinlock_fast.kernels.vq_assign import dispatch
 
             return dispatch.backward(grad_quantized, grad_error, z, quantized, codes, layout, rotation)
+        if not rotation and serves(grad_quantized, grad_error, z, quantized):
+            return native.backward(grad_quantized, grad_error, z, quantized, codes, layout)
         return reference.backward(grad_quantized, grad_error, z, quantized, codes, layout, rotation)
 
 
