@@ -16,7 +16,7 @@ __all__ = ["address", "draw_seed", "library", "operand", "serves"]
 def serves(*tensors: Tensor) -> bool:
     """Whether all tensors are float32 on the CPU, outside of torch.compile and of a dispatch mode.
 
-    SPINLOCK_FAST_BACKEND=reference leaves everything to PyTorch.
+    The backend "reference", by the environment variable of `backend`, turns the kernels off.
     """
     return (
         os.environ.get(VARIABLE) != "reference"

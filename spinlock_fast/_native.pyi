@@ -66,6 +66,13 @@ def segments_backward(
     grad: int, normed: int, deviation: int, rows: int, sizes: list[int], weight: int, dropout: float, seed: int,
     of_x: int, of_weight: int, of_bias: int, threads: int,
 ) -> None: ...  # fmt: skip
+def assign(
+    z: int, z_row: int, rows: int, codebook: int, mask: int, centred: bool, num_codes: list[int], dims: list[int],
+    codes: int, quantized: int, error: int, counts: int, sums: int, threads: int,
+) -> None: ...  # fmt: skip
+def assign_backward(
+    grad: int, of_error: int, z: int, quantized: int, codes: int, rows: int, dims: list[int], of_z: int, threads: int
+) -> None: ...
 def decoders_forward(
     x: int, mean: int, codes: int, codebook: int, w1: int, b1: int, w2: int, b2: int, num_codes: list[int],
     dims: list[int], rows: int, features: int, hidden_width: int, hidden: int, decoded: int, off: int, threads: int,

@@ -61,6 +61,18 @@ struct DecoderTask {
     float scale;
 };
 
+// Nearest codes of one codebook for rows [first, last) of a batch.
+struct AssignTask {
+    const float* z;  // [N, z_row]
+    Index z_row, first, last, G, g, total_dims;
+    Book book;
+    const float* codebook;     // [sum K D]
+    const std::uint8_t* mask;  // [N], or null
+    bool centred;
+    std::int64_t* codes;  // [N, G]
+    float* quantized;     // [N, total_dims]
+};
+
 // A set of points in groups of columns, and the panels that a product with their transpose reads.
 struct Points {
     const float* p;       // [S, row]
@@ -72,7 +84,22 @@ struct Points {
     Index padded_columns;
 };
 
+// Rows whose pairs one task weighs.
+constexpr Index kPairBlock = 32;
+
+// The gradients of the correlations by the distances: linear in the distances' deviations from their means.
+struct PairWeights {
+    const float* d[3];  // d_x, d_z, d_e [S, wide], above the diagonal
+    Index S, wide;
+    double mean[3], z_by_x, z_by_z, z_by_e, e_by_z, e_by_e;
+    float *of_z, *of_e;  // [S, wide]
+};
+
 struct Kernels {
+    void (*nearest)(const AssignTask&, const Workspace&);
+    Index (*nearest_buffer_floats)(Index rows, Index K, Index D);
+    // Squared error of all rows of one codebook; counts [K] and sums [K, D] unless null.
+    double (*tally)(const AssignTask&, float* counts, float* sums);
     Index lanes, rows, columns, packed_floats, row_floats;
     Index (*partial_floats)(Index M, Index N, Index K);  // of `Workspace::partial`
     void (*product)(const Product&, const Workspace&);
@@ -93,7 +120,7 @@ struct Kernels {
     // returns this codebook's share of the loss, times B F G
     double (*decoder_forward)(const DecoderTask&, const Workspace&);
     void (*decoder_backward)(const DecoderTask&, const Workspace&);
-    Index (*decoder_buffer_floats)(Index B, Index F, Index H, Index K);
+    Index (*decoder_buffer_floats)(Index B, Index F, Index H, Index K, Index D);
     void (*pack_points)(const Points&, Index group);
     // Mean over groups of the distances, rows [first, first + rows), columns from `first` on.
     void (*distances)(const Points&, Index first, float* out, Index out_row, const Workspace&);
@@ -102,11 +129,14 @@ struct Kernels {
     Index (*pull_buffer_floats)(Index S, Index padded_columns, Index dims);
     void (*code_distances)(const float* codes, Index K, Index D, float* table);
     // adds table rows: out[j] += table[code_i][codes[j]] for j in (i, S)
-    void (*add_lookup)(const float* table_row, const std::int32_t* codes, Index first, Index last, float* out);
+    void (*add_lookup)(const float* table_row, Index K, const std::int32_t* codes, Index first, Index last, float* out);
     // adds the pull of codes to columns of out; weight [S, S] symmetric
     void (*pull_codes)(const float* table, const float* vectors, Index K, Index D, const std::int32_t* codes, Index S,
                        const float* weight, Index weight_row, float* out, Index out_row, const Workspace&);
     Index (*pull_codes_buffer_floats)(Index S, Index K, Index D);
+    void (*row_sums)(const float* const d[3], Index first, Index last, double* sums);
+    void (*row_moments)(const float* const d[3], Index first, Index last, const double* means, double* sums);
+    void (*pair_weights)(const PairWeights&, Index first_row);
 };
 
 const Kernels& portable_kernels();

@@ -10,6 +10,7 @@
 
 namespace spinlock_fast::SPINLOCK_SIMD {
 
+using training::AssignTask;
 using training::Book;
 using training::DecoderTask;
 using training::Dropout;
@@ -32,6 +33,24 @@ inline Vector root(Vector x) {
 #else
     for (int i = 0; i < kLanes; ++i) x[i] = __builtin_sqrtf(x[i]);
     return x;
+#endif
+}
+
+// 1 / sqrt(x) for x > 0, to the last bit or two.
+inline Vector inverse_root(Vector x) {
+#if defined(__AVX512F__)
+    const Vector guess = reinterpret_cast<Vector>(_mm512_rsqrt14_ps(reinterpret_cast<__m512>(x)));
+    return guess * (1.5f - 0.5f * x * guess * guess);
+#else
+    return 1.0f / root(x);
+#endif
+}
+
+inline Vector root_of_square(Vector x) {
+#if defined(__AVX512F__)
+    return x > Vector{} ? x * inverse_root(x) : Vector{};  // in half the time of the division unit's root
+#else
+    return root(x);
 #endif
 }
 
@@ -223,11 +242,95 @@ void weighted_column_sums(const float* grad, const float* normed, Index rows, In
         }
 }
 
+// ---- nearest codes
+
+inline bool finite(float x) { return x - x == 0.0f; }
+
+Index nearest_buffer_floats(Index rows, Index K, Index D) { return K * D + K + D + rows * D + rows; }
+
+void nearest(const AssignTask& t, const Workspace& w) {
+    const Index K = t.book.codes, D = t.book.dims, N = t.last - t.first;
+    const float* source = t.codebook + t.book.first_entry;
+    float* codes = w.buffer;        // [K, D]
+    float* norms = codes + K * D;   // [K]
+    float* centre = norms + K;      // [D]
+    float* rows = centre + D;       // [N, D], where they are moved
+    float* best = rows + N * D;     // [N]
+    std::memcpy(codes, source, static_cast<std::size_t>(K * D) * sizeof(float));
+    Matrix z{t.z + t.first * t.z_row + t.book.first_column, t.z_row, 1};
+    if (t.centred) {
+        for (Index d = 0; d < D; ++d) centre[d] = 0.0f;
+        for (Index k = 0; k < K; ++k)
+            for (Index d = 0; d < D; ++d) centre[d] += finite(codes[k * D + d]) ? codes[k * D + d] : 0.0f;
+        for (Index d = 0; d < D; ++d) centre[d] = finite(centre[d]) ? centre[d] / static_cast<float>(K) : 0.0f;
+        for (Index k = 0; k < K; ++k)
+            for (Index d = 0; d < D; ++d) codes[k * D + d] -= centre[d];
+        for (Index i = 0; i < N; ++i)
+            for (Index d = 0; d < D; ++d) rows[i * D + d] = z.p[i * z.row + d] - centre[d];
+        z = {rows, D, 1};
+    }
+    for (Index k = 0; k < K; ++k) norms[k] = dot(codes + k * D, codes + k * D, D);
+    std::int64_t* found = t.codes + t.first * t.G + t.g;
+    for (Index i = 0; i < N; ++i) {
+        best[i] = __builtin_inff();
+        found[i * t.G] = -1;
+    }
+    // Equal codes go through the same operations, so that the first of them wins.
+    multiply(N, K, D, z, {codes, 1, D}, scratch(w), [&](Index i, Index j, float* products, Index n) {
+        float least = best[i];
+        Index code = -1;
+        for (Index c = 0; c < n; ++c) {
+            const float distance = norms[j + c] - 2.0f * products[c];
+            if (distance < least) {
+                least = distance;
+                code = j + c;
+            }
+        }
+        if (code >= 0) {
+            best[i] = least;
+            found[i * t.G] = code;
+        }
+    });
+    for (Index i = 0; i < N; ++i) {
+        float* out = t.quantized + (t.first + i) * t.total_dims + t.book.first_column;
+        const float* row = t.z + (t.first + i) * t.z_row + t.book.first_column;
+        bool counts = !t.mask || t.mask[t.first + i];
+        for (Index d = 0; d < D; ++d) counts = counts && finite(z.p[i * z.row + d]) && finite(row[d]);
+        if (!counts) found[i * t.G] = -1;
+        const Index code = found[i * t.G];
+        for (Index d = 0; d < D; ++d) out[d] = code < 0 ? __builtin_nanf("") : source[code * D + d];
+    }
+}
+
+double tally(const AssignTask& t, float* counts, float* sums) {
+    const Index K = t.book.codes, D = t.book.dims;
+    if (counts) {
+        for (Index k = 0; k < K; ++k) counts[k] = 0.0f;
+        std::memset(sums, 0, static_cast<std::size_t>(K * D) * sizeof(float));
+    }
+    double error = 0.0;
+    for (Index i = 0; i < t.last; ++i) {
+        const Index code = t.codes[i * t.G + t.g];
+        if (code < 0) continue;
+        const float* z = t.z + i * t.z_row + t.book.first_column;
+        const float* e = t.quantized + i * t.total_dims + t.book.first_column;
+        float part = 0.0f;
+        for (Index d = 0; d < D; ++d) part += (z[d] - e[d]) * (z[d] - e[d]);
+        error += static_cast<double>(part);
+        if (!counts) continue;
+        counts[code] += 1.0f;
+        for (Index d = 0; d < D; ++d) sums[code * D + d] += z[d];
+    }
+    return error;
+}
+
 // ---- partial decoders
 
-constexpr Index kDecoderRows = 512;
+constexpr Index kGathered = 256;  // rows of one code that are multiplied at once
 
-Index decoder_buffer_floats(Index, Index F, Index H, Index K) { return K * (F + 2 * H + 1) + kDecoderRows * H; }
+Index decoder_buffer_floats(Index B, Index F, Index H, Index K, Index D) {
+    return K * (F + H) + H * (F + D) + F * D + kGathered * F + B + K + 1;
+}
 
 inline void simple_product(Index M, Index N, Index K, Operand a, Operand b, float* out, Index out_row, const Workspace& w,
                            const float* bias = nullptr, float* column_sums = nullptr) {
@@ -282,10 +385,14 @@ void decoder_backward(const DecoderTask& t, const Workspace& w) {
     const float* vectors = t.codebook + t.book.first_entry;
     const float* w1 = t.w1 + column * H;
     const Operand w2_turned{t.w2 + t.g * H * F, 1, F};
-    float* of_decoded = w.buffer;         // [K, F]
+    float* of_decoded = w.buffer;           // [K, F]
     float* of_hidden = of_decoded + K * F;  // [K, H]
-    float* back = of_hidden + K * H;      // [K, H]
-    float* rows = back + K * H;           // [kDecoderRows, H]
+    float* of_active = of_hidden + K * H;   // [H, F] rows of the second weights
+    float* to_active = of_active + H * F;   // [H, D]
+    float* jacobian = to_active + H * D;    // [F, D]
+    float* difference = jacobian + F * D;   // [kGathered, F]
+    auto* order = reinterpret_cast<std::int32_t*>(difference + kGathered * F);  // [B]
+    auto* starts = order + t.B;                                           // [K + 1]
     const float* off = t.off + t.book.first_code * F;
     for (Index i = 0; i < K * F; ++i) of_decoded[i] = off[i] * t.scale;
     simple_product(H, F, K, {hidden, 1, H}, {of_decoded, F, 1}, t.of_w2 + t.g * H * F, F, w, nullptr, t.of_b2 + t.g * F);
@@ -294,20 +401,45 @@ void decoder_backward(const DecoderTask& t, const Workspace& w) {
     product(p, w);
     simple_product(D, H, K, {vectors, 1, D}, {of_hidden, H, 1}, t.of_w1 + column * H, H, w, nullptr, t.of_b1 + t.g * H);
     if (!t.of_quantized) return;
-    simple_product(K, H, F, {decoded, F, 1}, w2_turned, back, H, w);
-    for (Index b0 = 0; b0 < t.B; b0 += kDecoderRows) {
-        const Index n = t.B - b0 < kDecoderRows ? t.B - b0 : kDecoderRows;
-        multiply(n, H, F, {t.x + b0 * F, F, 1}, matrix(w2_turned), scratch(w), [&](Index i, Index j, float* v, Index c) {
-            const Index k = t.codes[(b0 + i) * t.G + t.g];
-            float* row = rows + i * H + j;
-            if (k < 0) {
-                for (Index h = 0; h < c; ++h) row[h] = 0.0f;
-                return;
+    // Rows by code: those of code k are order[starts[k] : starts[k + 1]].
+    for (Index k = 0; k <= K; ++k) starts[k] = 0;
+    for (Index row = 0; row < t.B; ++row)
+        if (const Index k = t.codes[row * t.G + t.g]; k >= 0) ++starts[k + 1];
+    for (Index k = 0; k < K; ++k) starts[k + 1] += starts[k];
+    for (Index row = 0; row < t.B; ++row) {
+        const Index k = t.codes[row * t.G + t.g];
+        if (k >= 0)
+            order[starts[k]++] = static_cast<std::int32_t>(row);
+        else
+            for (Index d = 0; d < D; ++d) t.of_quantized[row * t.total_dims + column + d] = 0.0f;
+    }
+    for (Index k = K; k > 0; --k) starts[k] = starts[k - 1];
+    starts[0] = 0;
+    for (Index k = 0; k < K; ++k) {
+        const Index n = starts[k + 1] - starts[k];
+        if (n == 0) continue;
+        // The Jacobian of the decoder at this code, turned: only hidden units above 0 take part.
+        Index active = 0;
+        for (Index h = 0; h < H; ++h) {
+            if (!(hidden[k * H + h] > 0.0f)) continue;
+            std::memcpy(of_active + active * F, t.w2 + (t.g * H + h) * F, static_cast<std::size_t>(F) * sizeof(float));
+            for (Index d = 0; d < D; ++d) to_active[active * D + d] = w1[d * H + h];
+            ++active;
+        }
+        simple_product(F, D, active, {of_active, 1, F}, {to_active, D, 1}, jacobian, D, w);
+        for (Index i0 = 0; i0 < n; i0 += kGathered) {
+            const std::int32_t* rows = order + starts[k] + i0;
+            const Index few = n - i0 < kGathered ? n - i0 : kGathered;
+            for (Index i = 0; i < few; ++i) {
+                const float *x = t.x + rows[i] * F, *goal = decoded + k * F;
+                for (Index f = 0; f < F; ++f) difference[i * F + f] = (goal[f] - x[f]) * t.scale;
             }
-            const float *target = back + k * H + j, *active = hidden + k * H + j;
-            for (Index h = 0; h < c; ++h) row[h] = active[h] > 0.0f ? (target[h] - v[h]) * t.scale : 0.0f;
-        });
-        simple_product(n, D, H, {rows, H, 1}, {w1, 1, H}, t.of_quantized + b0 * t.total_dims + column, t.total_dims, w);
+            const Matrix left{difference, F, 1}, right{jacobian, D, 1};
+            multiply(few, D, F, left, right, scratch(w), [&](Index i, Index j, float* v, Index c) {
+                float* out = t.of_quantized + rows[i] * t.total_dims + column + j;
+                for (Index d = 0; d < c; ++d) out[d] = v[d];
+            });
+        }
     }
 }
 
@@ -363,11 +495,59 @@ void distances(const Points& z, Index m, float* out, Index out_row, const Worksp
             const float least = rounding(D);
             for (Index r = 0; r < rows; ++r)
                 for (int v = 0; v < kVectors; ++v)
-                    sum[r][v] += root(squares(load(tile + r * kColumns + v * kLanes), load(norms + n + v * kLanes),
-                                              norms[m + r], least));
+                    sum[r][v] += root_of_square(squares(load(tile + r * kColumns + v * kLanes),
+                                                        load(norms + n + v * kLanes), norms[m + r], least));
         }
         for (Index r = 0; r < rows; ++r)
             for (int v = 0; v < kVectors; ++v) keep(out + (m + r) * out_row + n + v * kLanes, sum[r][v] * share);
+    }
+}
+
+// Sums over the pairs (i, j), j > i, of one row of the distances d_x, d_z, d_e.
+void row_sums(const float* const d[3], Index first, Index last, double* sums) {
+    for (int which = 0; which < 3; ++which) sums[which] = static_cast<double>(sum_of(d[which] + first, last - first));
+}
+
+// Squares of the deviations from the means, and products of those of d_x with d_z and of d_z with d_e.
+void row_moments(const float* const d[3], Index first, Index last, const double* means, double* sums) {
+    const float mean[3] = {static_cast<float>(means[0]), static_cast<float>(means[1]), static_cast<float>(means[2])};
+    const Index n = last - first, whole = n / kLanes * kLanes;
+    Vector sum[5] = {};
+    float rest[5] = {};
+    for (Index i = 0; i < whole; i += kLanes) {
+        const Vector x = load(d[0] + first + i) - mean[0], z = load(d[1] + first + i) - mean[1];
+        const Vector e = load(d[2] + first + i) - mean[2];
+        sum[0] += x * x, sum[1] += z * z, sum[2] += e * e, sum[3] += x * z, sum[4] += z * e;
+    }
+    for (Index i = first + whole; i < last; ++i) {
+        const float x = d[0][i] - mean[0], z = d[1][i] - mean[1], e = d[2][i] - mean[2];
+        rest[0] += x * x, rest[1] += z * z, rest[2] += e * e, rest[3] += x * z, rest[4] += z * e;
+    }
+    for (int i = 0; i < 5; ++i) sums[i] = static_cast<double>(total(sum[i]) + rest[i]);
+}
+
+// Weights of the pairs of rows [m, m + kBlock) in the pull of latents (above the diagonal) and of codes (both ways).
+void pair_weights(const training::PairWeights& p, Index m) {
+    constexpr Index kBlock = training::kPairBlock;
+    const Index m1 = m + kBlock < p.S ? m + kBlock : p.S;
+    for (Index i = m; i < m1; ++i) {
+        for (Index j = 0; j <= i; ++j) p.of_z[i * p.wide + j] = 0.0f;
+        for (Index j = p.S; j < p.wide; ++j) p.of_z[i * p.wide + j] = 0.0f;
+        p.of_e[i * p.wide + i] = 0.0f;
+    }
+    for (Index n = m; n < p.S; n += kBlock) {
+        const Index n1 = n + kBlock < p.S ? n + kBlock : p.S;
+        for (Index i = m; i < m1; ++i) {
+            const Index first = n > i ? n : i + 1;
+            // In double: an error of a mean would add up over all pairs of a row.
+            for (Index j = first; j < n1; ++j) {
+                const double x = p.d[0][i * p.wide + j] - p.mean[0], z = p.d[1][i * p.wide + j] - p.mean[1];
+                const double e = p.d[2][i * p.wide + j] - p.mean[2];
+                p.of_z[i * p.wide + j] = static_cast<float>(p.z_by_x * x + p.z_by_z * z + p.z_by_e * e);
+                p.of_e[i * p.wide + j] = static_cast<float>(p.e_by_z * z + p.e_by_e * e);
+            }
+            for (Index j = first; j < n1; ++j) p.of_e[j * p.wide + i] = p.of_e[i * p.wide + j];
+        }
     }
 }
 
@@ -405,7 +585,8 @@ void pull(const Points& z, Index g, const float* weight, Index weight_row, float
                     for (Index r = 0; r < here; ++r) {
                         const Vector square =
                             squares(load(tile + r * kColumns + v * kLanes), load(norms + c), norms[m + r], least);
-                        const Vector one = square > Vector{} ? load(weight + (m + r) * weight_row + c) / root(square) : Vector{};
+                        const Vector one = square > Vector{} ? load(weight + (m + r) * weight_row + c) * inverse_root(square)
+                                                             : Vector{};
                         keep(pulls + (m + r - m0) * wide + c, one);
                         row_sums[r] += one;
                         column += one;
@@ -441,7 +622,23 @@ void code_distances(const float* codes, Index K, Index D, float* table) {
         }
 }
 
-void add_lookup(const float* table_row, const std::int32_t* codes, Index first, Index last, float* out) {
+void add_lookup(const float* table_row, Index K, const std::int32_t* codes, Index first, Index last, float* out) {
+#if defined(__AVX512F__)
+    if (K <= 32) {  // the row fits into two registers: one permutation looks up sixteen entries
+        const auto part = [&](Index from) {
+            const Index n = K - from < 0 ? 0 : K - from > 16 ? 16 : K - from;
+            return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1u), table_row + from);
+        };
+        const __m512 low = part(0), high = K > 16 ? part(16) : _mm512_setzero_ps();
+        for (; first + kLanes <= last; first += kLanes) {
+            const __m512i index = _mm512_loadu_si512(codes + first);
+            const __m512 found = _mm512_permutex2var_ps(low, index, high);
+            _mm512_storeu_ps(out + first, _mm512_add_ps(_mm512_loadu_ps(out + first), found));
+        }
+    }
+#else
+    (void)K;
+#endif
     for (Index j = first; j < last; ++j) out[j] += table_row[codes[j]];
 }
 
@@ -474,10 +671,12 @@ void pull_codes(const float* table, const float* vectors, Index K, Index D, cons
 }
 
 constexpr training::Kernels kKernels = {
+    nearest, nearest_buffer_floats, tally,
     kLanes, kRows, kColumns, kPackedFloats, kRows * kDepth,
     partial_floats, product, column_sums, normalize, normalize_backward, segments, segments_backward,
     weighted_column_sums, decoder_forward, decoder_backward, decoder_buffer_floats, pack_points, distances, pull,
-    pull_buffer_floats, code_distances, add_lookup, pull_codes, pull_codes_buffer_floats,
+    pull_buffer_floats, code_distances, add_lookup, pull_codes, pull_codes_buffer_floats, row_sums, row_moments,
+    pair_weights,
 };
 
 }  // namespace spinlock_fast::SPINLOCK_SIMD

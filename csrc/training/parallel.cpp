@@ -25,7 +25,7 @@ long process() {
 
 class Pool {
 public:
-    void run(std::int64_t tasks, int threads, const std::function<void(std::int64_t, int)>& task) {
+    void run(std::int64_t tasks, int threads, const std::function<void(std::int64_t)>& task) {
         while (static_cast<int>(workers_.size()) < threads - 1) {
             const int worker = static_cast<int>(workers_.size()) + 1;
             workers_.emplace_back([this, worker] { work(worker); });
@@ -40,16 +40,16 @@ public:
             round_.fetch_add(1, std::memory_order_release);
         }
         wake_.notify_all();
-        take_tasks(0);
+        take_tasks();
         while (working_.load(std::memory_order_acquire) != 0) std::this_thread::yield();
     }
 
 private:
-    void take_tasks(int worker) {
+    void take_tasks() {
         for (;;) {
             const std::int64_t i = next_.fetch_add(1, std::memory_order_relaxed);
             if (i >= tasks_) return;
-            (*task_)(i, worker);
+            (*task_)(i);
         }
     }
 
@@ -68,7 +68,7 @@ private:
                 mine = worker <= wanted_;
             }
             if (!mine) continue;
-            take_tasks(worker);
+            take_tasks();
             working_.fetch_sub(1, std::memory_order_release);
         }
     }
@@ -76,7 +76,7 @@ private:
     std::mutex mutex_;
     std::condition_variable wake_;
     std::vector<std::thread> workers_;
-    const std::function<void(std::int64_t, int)>* task_ = nullptr;
+    const std::function<void(std::int64_t)>* task_ = nullptr;
     std::int64_t tasks_ = 0;
     int wanted_ = 0;
     std::atomic<std::int64_t> next_ = 0;
@@ -86,7 +86,7 @@ private:
 
 }  // namespace
 
-void parallel_for(std::int64_t tasks, int threads, const std::function<void(std::int64_t, int)>& task) {
+void parallel_for(std::int64_t tasks, int threads, const std::function<void(std::int64_t)>& task) {
     // The pool is never destroyed: its threads sleep until the process ends. A forked process has none of them
     // and makes its own.
     static std::mutex busy;
@@ -95,7 +95,7 @@ void parallel_for(std::int64_t tasks, int threads, const std::function<void(std:
     threads = static_cast<int>(std::min<std::int64_t>(threads, tasks));
     std::unique_lock lock(busy, std::defer_lock);
     if (threads <= 1 || !lock.try_lock()) {
-        for (std::int64_t i = 0; i < tasks; ++i) task(i, 0);
+        for (std::int64_t i = 0; i < tasks; ++i) task(i);
         return;
     }
     if (pool == nullptr || owner != process()) {

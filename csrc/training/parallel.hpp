@@ -6,10 +6,9 @@
 
 namespace spinlock_fast {
 
-// Calls task(i, worker) once for every i in [0, tasks), on up to `threads` threads, the calling one among them, and
-// returns when all are done. `worker` is below `threads`, and no two threads share one at a time. Which thread meets
-// which task is not determined: results must not depend on it. Tasks do not throw. A call made while another
-// thread's call is running does its tasks alone.
-void parallel_for(std::int64_t tasks, int threads, const std::function<void(std::int64_t, int)>& task);
+// Calls task(i) once for every i in [0, tasks), on up to `threads` threads, the calling one among them, and returns
+// when all are done. Which thread meets which task is not determined: results must not depend on it. Tasks do not
+// throw. A call made while another thread's call is running does its tasks alone.
+void parallel_for(std::int64_t tasks, int threads, const std::function<void(std::int64_t)>& task);
 
 }  // namespace spinlock_fast

@@ -71,7 +71,7 @@ using namespace training;
 // Memory that starts at a cache line and is not cleared.
 class Floats {
 public:
-    explicit Floats(Index n = 0) { reserve(n); }
+    Floats() = default;
     float* reserve(Index n) {
         if (n > size_) {
             memory_.reset(new (std::align_val_t{64}) float[static_cast<std::size_t>(n)]);
@@ -89,23 +89,24 @@ private:
     Index size_ = 0;
 };
 
-// The memory of each thread of one call.
+// The memory of each thread. It is kept from call to call: to ask the system for it anew costs more than many a task.
 class Workspaces {
 public:
-    Workspaces(int threads, Index partial, Index buffer) : each_(static_cast<std::size_t>(std::max(threads, 1))) {
+    Workspaces(Index partial, Index buffer) : partial_(rounded(partial)), buffer_(buffer) {}
+
+    // That of the calling thread.
+    Workspace here() const {
+        thread_local Floats memory;
         const Kernels& k = kernels();
-        const auto round = [](Index n) { return (n + 15) / 16 * 16; };
-        const Index packed = round(k.packed_floats), rows = round(k.row_floats);
-        partial = round(partial);
-        for (auto& [memory, space] : each_) {
-            float* p = memory.reserve(packed + rows + partial + buffer);
-            space = {p, p + packed, p + packed + rows, p + packed + rows + partial};
-        }
+        const Index packed = rounded(k.packed_floats), rows = rounded(k.row_floats);
+        float* p = memory.reserve(packed + rows + partial_ + buffer_);
+        return {p, p + packed, p + packed + rows, p + packed + rows + partial_};
     }
-    const Workspace& operator[](int worker) const { return each_[static_cast<std::size_t>(worker)].second; }
 
 private:
-    std::vector<std::pair<Floats, Workspace>> each_;
+    static Index rounded(Index n) { return (n + 15) / 16 * 16; }
+
+    Index partial_, buffer_;
 };
 
 template <class T>
@@ -146,9 +147,9 @@ void run(const std::vector<Product>& products, int threads) {
     const std::vector<Product> pieces = split(products, threads);
     Index partial = 0;
     for (const Product& p : pieces) partial = std::max(partial, k.partial_floats(p.M + 1, p.N, p.K));
-    const Workspaces spaces(threads, partial, 0);
+    const Workspaces spaces(partial, 0);
     parallel_for(static_cast<Index>(pieces.size()), threads,
-                 [&](Index i, int worker) { k.product(pieces[static_cast<std::size_t>(i)], spaces[worker]); });
+                 [&](Index i) { k.product(pieces[static_cast<std::size_t>(i)], spaces.here()); });
 }
 
 Dropout dropout_of(double rate, std::uintptr_t seed) {
@@ -265,7 +266,7 @@ constexpr Index kRowsOfATask = 64;
 
 void normalize(std::uintptr_t x, Index rows, Index n, double eps, std::uintptr_t deviation, int threads) {
     const py::gil_scoped_release release;
-    parallel_for((rows + kRowsOfATask - 1) / kRowsOfATask, threads, [&](Index i, int) {
+    parallel_for((rows + kRowsOfATask - 1) / kRowsOfATask, threads, [&](Index i) {
         const Index first = i * kRowsOfATask;
         kernels().normalize(at<float>(x) + first * n, std::min(kRowsOfATask, rows - first), n, static_cast<float>(eps),
                             at<float>(deviation) + first);
@@ -275,7 +276,7 @@ void normalize(std::uintptr_t x, Index rows, Index n, double eps, std::uintptr_t
 void normalize_backward(std::uintptr_t grad, std::uintptr_t normed, std::uintptr_t deviation, Index rows, Index n,
                         std::uintptr_t of_x, int threads) {
     const py::gil_scoped_release release;
-    parallel_for((rows + kRowsOfATask - 1) / kRowsOfATask, threads, [&](Index i, int) {
+    parallel_for((rows + kRowsOfATask - 1) / kRowsOfATask, threads, [&](Index i) {
         const Index first = i * kRowsOfATask;
         kernels().normalize_backward(at<const float>(grad) + first * n, at<const float>(normed) + first * n,
                                      at<const float>(deviation) + first, std::min(kRowsOfATask, rows - first), n,
@@ -291,7 +292,7 @@ void segments(std::uintptr_t x, Index B, const std::vector<Index>& sizes, std::u
     for (const Index n : sizes) total += n;
     const Dropout dropout = dropout_of(rate, seed);
     const float scale = static_cast<float>(rate < 1.0 ? 1.0 / (1.0 - rate) : 0.0);
-    parallel_for((B + kRowsOfATask - 1) / kRowsOfATask, threads, [&](Index i, int) {
+    parallel_for((B + kRowsOfATask - 1) / kRowsOfATask, threads, [&](Index i) {
         kernels().segments(at<const float>(x), i * kRowsOfATask, std::min(B, (i + 1) * kRowsOfATask), total,
                            static_cast<Index>(sizes.size()), sizes.data(), at<const float>(weight),
                            at<const float>(bias), static_cast<float>(eps), dropout, scale, at<float>(normed),
@@ -307,7 +308,7 @@ void segments_backward(std::uintptr_t grad, std::uintptr_t normed, std::uintptr_
     for (const Index n : sizes) total += n;
     const Dropout dropout = dropout_of(rate, seed);
     const float scale = static_cast<float>(rate < 1.0 ? 1.0 / (1.0 - rate) : 0.0);
-    parallel_for((B + kRowsOfATask - 1) / kRowsOfATask, threads, [&](Index i, int) {
+    parallel_for((B + kRowsOfATask - 1) / kRowsOfATask, threads, [&](Index i) {
         kernels().segments_backward(at<const float>(grad), at<const float>(normed), at<const float>(deviation),
                                     i * kRowsOfATask, std::min(B, (i + 1) * kRowsOfATask), total,
                                     static_cast<Index>(sizes.size()), sizes.data(), at<const float>(weight), dropout,
@@ -317,7 +318,7 @@ void segments_backward(std::uintptr_t grad, std::uintptr_t normed, std::uintptr_
                                    at<float>(of_bias));
 }
 
-// ---- partial decoders
+// ---- nearest codes
 
 std::vector<Book> books_of(const std::vector<Index>& num_codes, const std::vector<Index>& dims) {
     std::vector<Book> books;
@@ -333,6 +334,70 @@ std::vector<Book> books_of(const std::vector<Index>& num_codes, const std::vecto
     return books;
 }
 
+void assign(std::uintptr_t z, Index z_row, Index N, std::uintptr_t codebook, std::uintptr_t mask, bool centred,
+            const std::vector<Index>& num_codes, const std::vector<Index>& dims, std::uintptr_t codes,
+            std::uintptr_t quantized, std::uintptr_t error, std::uintptr_t counts, std::uintptr_t sums, int threads) {
+    const py::gil_scoped_release release;
+    const Kernels& k = kernels();
+    const std::vector<Book> books = books_of(num_codes, dims);
+    AssignTask task{};
+    task.z = at<const float>(z), task.z_row = z_row, task.codebook = at<const float>(codebook);
+    task.mask = at<const std::uint8_t>(mask), task.centred = centred;
+    task.codes = at<std::int64_t>(codes), task.quantized = at<float>(quantized);
+    task.G = static_cast<Index>(books.size());
+    constexpr Index kRows = 512;
+    const Index most = std::min(kRows, N), blocks = (N + kRows - 1) / kRows;
+    Index partial = 0, buffer = 0;
+    for (const Book& b : books) {
+        task.total_dims += b.dims;
+        partial = std::max(partial, k.partial_floats(most, b.codes, b.dims));
+        buffer = std::max(buffer, k.nearest_buffer_floats(most, b.codes, b.dims));
+    }
+    const Workspaces spaces(partial, buffer);
+    parallel_for(task.G * blocks, threads, [&](Index i) {
+        AssignTask mine = task;
+        mine.g = i / blocks;
+        mine.book = books[static_cast<std::size_t>(mine.g)];
+        mine.first = i % blocks * kRows;
+        mine.last = std::min(N, mine.first + kRows);
+        k.nearest(mine, spaces.here());
+    });
+    parallel_for(task.G, threads, [&](Index g) {
+        AssignTask mine = task;
+        mine.g = g;
+        mine.book = books[static_cast<std::size_t>(g)];
+        mine.last = N;
+        float* count = counts ? at<float>(counts) + mine.book.first_code : nullptr;
+        float* sum = counts ? at<float>(sums) + mine.book.first_entry : nullptr;
+        at<float>(error)[g] = static_cast<float>(k.tally(mine, count, sum));
+    });
+}
+
+// grad + 2 of_error_g (z - quantized), without the second term where there is no code.
+void assign_backward(std::uintptr_t grad, std::uintptr_t of_error, std::uintptr_t z, std::uintptr_t quantized,
+                     std::uintptr_t codes, Index N, const std::vector<Index>& dims, std::uintptr_t of_z, int threads) {
+    const py::gil_scoped_release release;
+    const Index G = static_cast<Index>(dims.size());
+    Index total = 0;
+    for (const Index d : dims) total += d;
+    parallel_for((N + kRowsOfATask - 1) / kRowsOfATask, threads, [&](Index task) {
+        for (Index i = task * kRowsOfATask; i < std::min(N, (task + 1) * kRowsOfATask); ++i) {
+            const float *upstream = at<const float>(grad) + i * total, *row = at<const float>(z) + i * total;
+            const float* code = at<const float>(quantized) + i * total;
+            float* out = at<float>(of_z) + i * total;
+            Index c = 0;
+            for (Index g = 0; g < G; ++g) {
+                const bool none = at<const std::int64_t>(codes)[i * G + g] < 0;
+                const float factor = 2.0f * at<const float>(of_error)[g];
+                for (const Index end = c + dims[static_cast<std::size_t>(g)]; c < end; ++c)
+                    out[c] = none ? upstream[c] : upstream[c] + factor * (row[c] - code[c]);
+            }
+        }
+    });
+}
+
+// ---- partial decoders
+
 template <class Call>
 void for_each_decoder(DecoderTask task, const std::vector<Index>& num_codes, const std::vector<Index>& dims, int threads,
                       Call call) {
@@ -341,21 +406,20 @@ void for_each_decoder(DecoderTask task, const std::vector<Index>& num_codes, con
     task.G = static_cast<Index>(books.size());
     Index partial = 0, buffer = 0;
     task.total_dims = 0;
-    const Index rows = std::min<Index>(task.B, 512);
     for (const Book& b : books) {
         task.total_dims += b.dims;
-        buffer = std::max(buffer, k.decoder_buffer_floats(task.B, task.F, task.H, b.codes));
+        buffer = std::max(buffer, k.decoder_buffer_floats(task.B, task.F, task.H, b.codes, b.dims));
         for (const auto& [m, n, depth] : {std::tuple{b.codes, task.H, b.dims}, {b.codes, task.F, task.H},
                                           {b.codes, task.H, task.F}, {task.H, task.F, b.codes},
-                                          {b.dims, task.H, b.codes}, {rows, task.H, task.F}, {rows, b.dims, task.H}})
+                                          {b.dims, task.H, b.codes}, {task.F, b.dims, task.H}, {task.B, b.dims, task.F}})
             partial = std::max(partial, k.partial_floats(m + 1, n, depth));
     }
-    const Workspaces spaces(threads, partial, buffer);
-    parallel_for(task.G, threads, [&](Index g, int worker) {
+    const Workspaces spaces(partial, buffer);
+    parallel_for(task.G, threads, [&](Index g) {
         DecoderTask mine = task;
         mine.g = g;
         mine.book = books[static_cast<std::size_t>(g)];
-        call(mine, spaces[worker]);
+        call(mine, spaces.here());
     });
 }
 
@@ -413,19 +477,19 @@ Index padded(Index n, Index to) { return (n + to - 1) / to * to; }
 // Points with the memory that their distances need.
 struct OwnedPoints {
     std::vector<Index> first, dims;
-    Floats panels, norms;
+    Floats& memory;
     Points points;
 
-    OwnedPoints(const float* p, Index S, Index row, std::vector<Index> sizes) : dims(std::move(sizes)) {
+    OwnedPoints(const float* p, Index S, Index row, std::vector<Index> sizes, Floats& space)
+        : dims(std::move(sizes)), memory(space) {
         Index column = 0;
         for (const Index d : dims) {
             first.push_back(column);
             column += d;
         }
         const Index wide = padded(S, kWidth), groups = static_cast<Index>(dims.size());
-        panels.reserve(wide * column);
-        norms.reserve(wide * groups);
-        points = {p, S, row, groups, first.data(), dims.data(), panels.get(), norms.get(), wide};
+        float* panels = memory.reserve(wide * (column + groups));
+        points = {p, S, row, groups, first.data(), dims.data(), panels, panels + wide * column, wide};
     }
 };
 
@@ -436,28 +500,22 @@ struct Moments {
 
 // d_x, d_z, d_e are [S, wide], above the diagonal.
 Moments moments_of(const float* const d[3], Index S, Index wide) {
+    const Kernels& k = kernels();
     Moments m{};
     const double pairs = std::max(1.0, 0.5 * static_cast<double>(S) * static_cast<double>(S - 1));
-    for (int which = 0; which < 3; ++which) {
-        double sum = 0.0;
-        for (Index i = 0; i < S; ++i)
-            for (Index j = i + 1; j < S; ++j) sum += static_cast<double>(d[which][i * wide + j]);
-        m.mean[which] = sum / pairs;
+    for (Index i = 0; i < S; ++i) {
+        const float* const row[3] = {d[0] + i * wide, d[1] + i * wide, d[2] + i * wide};
+        double sums[3];
+        k.row_sums(row, i + 1, S, sums);
+        for (int which = 0; which < 3; ++which) m.mean[which] += sums[which] / pairs;
     }
     for (Index i = 0; i < S; ++i) {
-        double square[3] = {}, pre = 0.0, post = 0.0;
-        for (Index j = i + 1; j < S; ++j) {
-            double c[3];
-            for (int which = 0; which < 3; ++which) {
-                c[which] = static_cast<double>(d[which][i * wide + j]) - m.mean[which];
-                square[which] += c[which] * c[which];
-            }
-            pre += c[0] * c[1];
-            post += c[1] * c[2];
-        }
-        for (int which = 0; which < 3; ++which) m.square[which] += square[which] / pairs;
-        m.pre += pre / pairs;
-        m.post += post / pairs;
+        const float* const row[3] = {d[0] + i * wide, d[1] + i * wide, d[2] + i * wide};
+        double sums[5];
+        k.row_moments(row, i + 1, S, m.mean, sums);
+        for (int which = 0; which < 3; ++which) m.square[which] += sums[which] / pairs;
+        m.pre += sums[3] / pairs;
+        m.post += sums[4] / pairs;
     }
     return m;
 }
@@ -480,14 +538,16 @@ std::tuple<double, double, std::vector<double>> topo_forward(std::uintptr_t x, I
     const Index G = static_cast<Index>(dims.size()), wide = padded(S, kWidth);
     Index total = 0;
     for (const Index d : dims) total += d;
-    OwnedPoints features(at<const float>(x), S, F, {F}), latents(at<const float>(z), S, total, dims);
+    thread_local Floats feature_memory, latent_memory;
+    const OwnedPoints features(at<const float>(x), S, F, {F}, feature_memory);
+    const OwnedPoints latents(at<const float>(z), S, total, dims, latent_memory);
     float* d[3];
     for (int i = 0; i < 3; ++i) d[i] = at<float>(distances) + i * S * wide;
     const std::vector<Book> books = books_of(num_codes, dims);
     std::vector<Index> first_entry(books.size());
     for (std::size_t g = 1; g < books.size(); ++g)
         first_entry[g] = first_entry[g - 1] + num_codes[g - 1] * num_codes[g - 1];
-    parallel_for(2 * G + 1, threads, [&](Index i, int) {
+    parallel_for(2 * G + 1, threads, [&](Index i) {
         if (i == 2 * G) {
             k.pack_points(features.points, 0);
         } else if (i % 2 == 0) {
@@ -498,14 +558,14 @@ std::tuple<double, double, std::vector<double>> topo_forward(std::uintptr_t x, I
                              at<float>(tables) + first_entry[static_cast<std::size_t>(i / 2)]);
         }
     });
-    const Workspaces spaces(threads, 0, 0);
+    const Workspaces spaces(0, 0);
     const Index blocks = (S + k.rows - 1) / k.rows;
-    parallel_for(2 * blocks + blocks, threads, [&](Index task, int worker) {
+    parallel_for(2 * blocks + blocks, threads, [&](Index task) {
         const Index i = task / 3, first = i * k.rows;
         if (task % 3 == 0) {
-            k.distances(latents.points, first, d[1], wide, spaces[worker]);
+            k.distances(latents.points, first, d[1], wide, spaces.here());
         } else if (task % 3 == 1) {
-            k.distances(features.points, first, d[0], wide, spaces[worker]);
+            k.distances(features.points, first, d[0], wide, spaces.here());
         } else {
             const auto* all = at<const std::int32_t>(codes);  // [G, S]
             for (Index r = first; r < std::min(S, first + k.rows); ++r) {
@@ -514,15 +574,17 @@ std::tuple<double, double, std::vector<double>> topo_forward(std::uintptr_t x, I
                 for (Index g = 0; g < G; ++g) {
                     const auto& b = books[static_cast<std::size_t>(g)];
                     const float* table = at<const float>(tables) + first_entry[static_cast<std::size_t>(g)];
-                    k.add_lookup(table + all[g * S + r] * b.codes, all + g * S, r + 1, S, out);
+                    k.add_lookup(table + all[g * S + r] * b.codes, b.codes, all + g * S, r + 1, S, out);
                 }
                 for (Index j = r + 1; j < S; ++j) out[j] /= static_cast<float>(G);
             }
         }
     });
     const Moments m = moments_of(d, S, wide);
-    const bool pre_counts = varies(m.mean[0], m.square[0]) && varies(m.mean[1], m.square[1]);
-    const bool post_counts = !missing && varies(m.mean[1], m.square[1]) && varies(m.mean[2], m.square[2]);
+    const float* norms = latents.points.norms;
+    const bool finite = std::all_of(norms, norms + G * wide, [](float norm) { return std::isfinite(norm); });
+    const bool pre_counts = finite && varies(m.mean[0], m.square[0]) && varies(m.mean[1], m.square[1]);
+    const bool post_counts = finite && !missing && varies(m.mean[1], m.square[1]) && varies(m.mean[2], m.square[2]);
     const double sx = std::sqrt(m.square[0]), sz = std::sqrt(m.square[1]), se = std::sqrt(m.square[2]);
     const double pre = pre_counts ? m.pre / (sx * sz) : 0.0, post = post_counts ? m.post / (sz * se) : 0.0;
     // dr/db_ij = (a_ij / (s_a s_b) - r b_ij / s_b^2) / pairs for centred a, b.
@@ -550,38 +612,27 @@ void topo_backward(double of_pre, double of_post, const std::vector<double>& fac
     const Index G = static_cast<Index>(dims.size()), wide = padded(S, kWidth);
     Index total = 0;
     for (const Index d : dims) total += d;
-    OwnedPoints latents(at<const float>(z), S, total, dims);
+    thread_local Floats latent_memory, of_dz, of_de;
+    const OwnedPoints latents(at<const float>(z), S, total, dims, latent_memory);
     const float* d[3];
     for (int i = 0; i < 3; ++i) d[i] = at<const float>(distances) + i * S * wide;
     // Each pair once; the mean over codebooks.
     const double share = 2.0 / (std::max(1.0, static_cast<double>(S) * static_cast<double>(S - 1)) * static_cast<double>(G));
-    const double xz = share * of_pre * factors[0], zz = share * (of_pre * factors[1] + of_post * factors[3]);
-    const double ez = share * of_post * factors[2], ze = share * of_post * factors[4], ee = share * of_post * factors[5];
-    const double mean_x = factors[6], mean_z = factors[7], mean_e = factors[8];
-    Floats of_dz(S * wide), of_de(S * wide);
-    constexpr Index kBlock = 32;
-    const Index blocks = (S + kBlock - 1) / kBlock;
-    parallel_for(blocks + G, threads, [&](Index task, int) {
-        if (task >= blocks) return k.pack_points(latents.points, task - blocks);
-        for (Index i = task * kBlock; i < std::min(S, (task + 1) * kBlock); ++i) {
-            float* to_z = of_dz.get() + i * wide;
-            float* to_e = of_de.get() + i * wide;
-            std::fill(to_z, to_z + i + 1, 0.0f);
-            to_e[i] = 0.0f;
-            for (Index j = i + 1; j < S; ++j) {
-                const Index at_pair = i * wide + j;
-                const double dx = static_cast<double>(d[0][at_pair]) - mean_x, dz = static_cast<double>(d[1][at_pair]) - mean_z;
-                const double de = static_cast<double>(d[2][at_pair]) - mean_e;
-                to_z[j] = static_cast<float>(xz * dx + zz * dz + ez * de);
-                to_e[j] = static_cast<float>(ze * dz + ee * de);
-            }
-            std::fill(to_z + S, to_z + wide, 0.0f);
-        }
-    });
-    parallel_for(blocks, threads, [&](Index task, int) {
-        float* e = of_de.get();
-        for (Index i = task * kBlock; i < std::min(S, (task + 1) * kBlock); ++i)
-            for (Index j = 0; j < i; ++j) e[i * wide + j] = e[j * wide + i];
+    PairWeights weights{};
+    for (int i = 0; i < 3; ++i) weights.d[i] = d[i], weights.mean[i] = factors[static_cast<std::size_t>(6 + i)];
+    weights.S = S, weights.wide = wide;
+    weights.z_by_x = share * of_pre * factors[0];
+    weights.z_by_z = share * (of_pre * factors[1] + of_post * factors[3]);
+    weights.z_by_e = share * of_post * factors[2];
+    weights.e_by_z = share * of_post * factors[4];
+    weights.e_by_e = share * of_post * factors[5];
+    weights.of_z = of_dz.reserve(S * wide), weights.of_e = of_de.reserve(S * wide);
+    const Index blocks = (S + kPairBlock - 1) / kPairBlock;
+    parallel_for(blocks + G, threads, [&](Index task) {
+        if (task < blocks)
+            k.pair_weights(weights, task * kPairBlock);
+        else
+            k.pack_points(latents.points, task - blocks);
     });
     const std::vector<Book> books = books_of(num_codes, dims);
     Index buffer = 0, partial = 0;
@@ -591,16 +642,16 @@ void topo_backward(double of_pre, double of_post, const std::vector<double>& fac
         buffer = std::max({buffer, k.pull_buffer_floats(S, wide, dims[g]), k.pull_codes_buffer_floats(S, num_codes[g], dims[g])});
         partial = std::max({partial, k.partial_floats(4 * k.rows, dims[g], S), k.partial_floats(S, dims[g], num_codes[g])});
     }
-    const Workspaces spaces(threads, partial, buffer);
+    const Workspaces spaces(partial, buffer);
     const bool with_codes = of_post != 0.0 && factors[4] != 0.0;
-    parallel_for(G, threads, [&](Index g, int worker) {
+    parallel_for(G, threads, [&](Index g) {
         const Book& b = books[static_cast<std::size_t>(g)];
         float* out = at<float>(of_z) + b.first_column;
-        k.pull(latents.points, g, of_dz.get(), wide, out, total, spaces[worker]);
+        k.pull(latents.points, g, weights.of_z, wide, out, total, spaces.here());
         if (with_codes)
             k.pull_codes(at<const float>(tables) + first_entry[static_cast<std::size_t>(g)],
                          at<const float>(codebook) + b.first_entry, b.codes, b.dims, at<const std::int32_t>(codes) + g * S,
-                         S, of_de.get(), wide, out, total, spaces[worker]);
+                         S, weights.of_e, wide, out, total, spaces.here());
     });
 }
 
@@ -620,6 +671,8 @@ void register_training(py::module_& module) {
     module.def("normalize_backward", &normalize_backward);
     module.def("segments", &segments);
     module.def("segments_backward", &segments_backward);
+    module.def("assign", &assign);
+    module.def("assign_backward", &assign_backward);
     module.def("decoders_forward", &decoders_forward);
     module.def("decoders_backward", &decoders_backward);
     module.def("topo_forward", &topo_forward);

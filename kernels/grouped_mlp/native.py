@@ -131,11 +131,12 @@ class RaggedLayerNorm(torch.autograd.Function):
 
 
 class Normalize(torch.autograd.Function):
-    """Layer normalisation over the last dimension, without scale and shift."""
+    """`op.normalize_`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
-        normed = x.clone(memory_format=torch.contiguous_format)
+        normed = x
+        ctx.mark_dirty(x)
         deviation = x.new_empty(x.shape[:-1])
         library.normalize(
             address(normed), deviation.numel(), x.shape[-1], eps, address(deviation), torch.get_num_threads()

@@ -113,9 +113,9 @@ class _ScaledOutputLinear(torch.autograd.Function):
         )
 
 
-def normalize(x: Tensor, eps: float = 1e-5) -> Tensor:
-    """Layer normalisation over the last dimension, without scale and shift."""
-    if serves(x):
+def normalize_(x: Tensor, eps: float = 1e-5) -> Tensor:
+    """Layer normalisation over the last dimension, without scale and shift; x may be overwritten."""
+    if serves(x) and x.is_contiguous():
         out: Tensor = native.Normalize.apply(x, eps)  # type: ignore[no-untyped-call]
         return out
     return torch.nn.functional.layer_norm(x, x.shape[-1:], eps=eps)

@@ -11,8 +11,9 @@ from torch.autograd.function import FunctionCtx
 
 from spinlock_fast.kernels.backend import resolve_backend
 from spinlock_fast.kernels.layout import CodebookLayout
+from spinlock_fast.kernels.native import serves
 from spinlock_fast.kernels.precision import cuda_matmul
-from spinlock_fast.kernels.vq_assign import reference
+from spinlock_fast.kernels.vq_assign import native, reference
 
 # Codebooks up to this size are held whole in a tile by the kernels.
 MAX_TILE_CODES = 64
@@ -123,6 +124,8 @@ def _vq_assign(
             from spinlock_fast.kernels.vq_assign import dispatch
 
             codes, quantized, *rest = dispatch.assign(z, codebook, layout, mask, centred, with_sums)
+        elif serves(z, codebook):
+            codes, quantized, *rest = native.assign(z, codebook, layout, mask, centred, with_sums)
         else:
             codes, quantized, *rest = reference.assign(z, codebook, layout, mask, centred, with_sums)
     error, counts, sums = rest
@@ -171,6 +174,8 @@ def _vq_assign_backward(
             from spinlock_fast.kernels.vq_assign import dispatch
 
             return dispatch.backward(grad_quantized, grad_error, z, quantized, codes, layout, rotation)
+        if not rotation and serves(grad_quantized, grad_error, z, quantized):
+            return native.backward(grad_quantized, grad_error, z, quantized, codes, layout)
         return reference.backward(grad_quantized, grad_error, z, quantized, codes, layout, rotation)
 
 

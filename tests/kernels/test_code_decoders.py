@@ -1,4 +1,4 @@
-from dataclasses import replace
+import dataclasses
 
 import helpers
 import pytest
@@ -77,7 +77,7 @@ def test_float32_is_as_near_as_the_rows(seed, offset):
     x, z, codebook, decoders, found = batch(LAYOUT, 300, seed, torch.float32, features=20, offset=offset)
     # Decoders that reconstruct the offset, as trained ones do: else the loss is large and hides the cancellation.
     decoders = decoders._replace(b2=decoders.b2 + offset)
-    wide = replace(found, quantized=found.quantized.double())
+    wide = dataclasses.replace(found, quantized=found.quantized.double())
     exact = both_ways(x.double(), z.double(), codebook.double(), doubled(decoders), wide, LAYOUT)
     (eager, eager_grads), (ours, our_grads) = both_ways(x, z, codebook, decoders, found, LAYOUT)
     truth, truth_grads = exact[0]
@@ -114,7 +114,7 @@ def test_codes_that_are_not_finite_and_not_used_do_no_harm():
     spoilt = codebook.clone()
     spoilt[LAYOUT.entry_slice(2)][-7:] = torch.nan
     quantized = torch.cat([b[codes[:, g]] for g, b in enumerate(helpers.split_codebooks(codebook, LAYOUT))], 1)
-    found = replace(found, codes=codes, quantized=quantized)
+    found = dataclasses.replace(found, codes=codes, quantized=quantized)
     (expected, expected_grads), (loss, grads) = both_ways(x, z, spoilt, decoders, found, LAYOUT)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(grads, expected_grads)

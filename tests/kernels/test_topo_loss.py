@@ -1,4 +1,4 @@
-from dataclasses import replace
+import dataclasses
 
 import helpers
 import numpy as np
@@ -170,7 +170,11 @@ def test_float32_is_as_near_as_the_reference(seed):
     layout = CodebookLayout.of([15, 7, 32], [4, 8, 48])
     x, z, codebook, found = batch(layout, 150, seed, torch.float32)
     exact = both_ways(
-        x.double(), z.double(), codebook.double(), replace(found, quantized=found.quantized.double()), layout
+        x.double(),
+        z.double(),
+        codebook.double(),
+        dataclasses.replace(found, quantized=found.quantized.double()),
+        layout,
     )
     (eager, eager_grad), (ours, our_grad) = both_ways(x, z, codebook, found, layout)
     truth, truth_grad = exact[0]
@@ -203,9 +207,9 @@ def test_equal_codes_in_a_codebook_are_at_distance_zero():
     layout_codes[3] = layout_codes[6]
     codes = torch.randint(0, 3, (30, 3))
     codes[:15, 2], codes[15:, 2] = 3, 6
-    found = replace(vq_assign(z, codebook, LAYOUT), codes=codes)
+    found = dataclasses.replace(vq_assign(z, codebook, LAYOUT), codes=codes)
     parts = [book[codes[:, g]] for g, book in enumerate(helpers.split_codebooks(codebook, LAYOUT))]
-    found = replace(found, quantized=torch.cat(parts, 1))
+    found = dataclasses.replace(found, quantized=torch.cat(parts, 1))
     (expected, expected_grad), (values, grad) = both_ways(x, z, codebook, found, LAYOUT)
     torch.testing.assert_close(values, expected)
     torch.testing.assert_close(grad, expected_grad)
@@ -217,6 +221,13 @@ def test_a_row_without_a_code_correlates_with_nothing():
     pre, post = topographic_correlations(x, z, found.codes, codebook, LAYOUT)
     assert post.item() == 0.0
     assert pre.item() != 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_latent_that_is_not_a_number_correlates_with_nothing(dtype):
+    x, z, codebook, found = batch(LAYOUT, 20, seed=0, dtype=dtype)
+    z[4, 1] = torch.nan
+    assert topographic_correlations(x, z, found.codes, codebook, LAYOUT) == (0.0, 0.0)
 
 
 def test_codes_that_are_not_finite_and_not_used_do_no_harm():
