@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 
 import torch
@@ -11,6 +12,17 @@ from spinlock_fast import _native as library
 from spinlock_fast.kernels.backend import VARIABLE
 
 __all__ = ["address", "draw_seed", "library", "operand", "serves"]
+
+
+def _share_threads_of_torch() -> None:
+    """Loops of the kernels run on torch's own OpenMP threads, where its runtime can be found."""
+    try:
+        library.use_openmp(ctypes.cast(ctypes.CDLL(torch._C.__file__).GOMP_parallel, ctypes.c_void_p).value or 0)
+    except (OSError, AttributeError):
+        library.use_openmp(0)
+
+
+_share_threads_of_torch()
 
 
 def serves(*tensors: Tensor) -> bool:

@@ -32,6 +32,9 @@ def fletcher32(data: Buffer) -> int:
 # any strides is (address, distance of rows, distance of columns). kernels/*/native.py says what each computes.
 Matrix = tuple[int, int, int]
 
+def use_openmp(gomp_parallel: int) -> None:
+    """Run loops on the threads of an OpenMP runtime: the address of its GOMP_parallel, 0 for threads of our own."""
+
 def training_levels() -> list[str]:
     """The instruction sets of this processor that the kernels are compiled for, best first."""
 
@@ -48,11 +51,12 @@ def mlp_backward(
     of_b2: int, threads: int,
 ) -> None: ...  # fmt: skip
 def output_linear(
-    x: int, weights: list[int], bias: int, sizes: list[int], rows: int, width: int, out: int, threads: int
-) -> None: ...
+    x: int, gain: int, shift: int, weight: int, bias: int, sizes: list[int], rows: int, width: int, scaled: int,
+    out: int, threads: int,
+) -> None: ...  # fmt: skip
 def output_linear_backward(
-    grad: int, x: int, weights: list[int], sizes: list[int], rows: int, width: int, of_x: int, of_weights: list[int],
-    of_bias: int, threads: int,
+    grad: int, x: int, gain: int, shift: int, weight: int, scaled: int, sizes: list[int], rows: int, width: int,
+    of_x: int, of_gain: int, of_shift: int, of_weight: int, of_bias: int, threads: int,
 ) -> None: ...  # fmt: skip
 def normalize(x: int, rows: int, width: int, eps: float, deviation: int, threads: int) -> None: ...
 def normalize_backward(

@@ -84,7 +84,28 @@ private:
     std::atomic<std::uint64_t> round_ = 0;
 };
 
+using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+std::atomic<GompParallel> gomp = nullptr;
+std::atomic<long> gomp_process = 0;  // a forked process has none of its threads
+
+struct Loop {
+    const std::function<void(std::int64_t)>& task;
+    std::int64_t tasks;
+    std::atomic<std::int64_t> next = 0;
+};
+
+void run_loop(void* p) {
+    Loop& loop = *static_cast<Loop*>(p);
+    for (std::int64_t i; (i = loop.next.fetch_add(1, std::memory_order_relaxed)) < loop.tasks;) loop.task(i);
+}
+
 }  // namespace
+
+void use_openmp(std::uintptr_t gomp_parallel) {
+    gomp.store(reinterpret_cast<GompParallel>(gomp_parallel));
+    gomp_process.store(process());
+}
 
 void parallel_for(std::int64_t tasks, int threads, const std::function<void(std::int64_t)>& task) {
     // The pool is never destroyed: its threads sleep until the process ends. A forked process has none of them
@@ -93,6 +114,11 @@ void parallel_for(std::int64_t tasks, int threads, const std::function<void(std:
     static Pool* pool = nullptr;
     static long owner = 0;
     threads = static_cast<int>(std::min<std::int64_t>(threads, tasks));
+    if (const GompParallel parallel = gomp.load(); parallel && threads > 1 && gomp_process.load() == process()) {
+        Loop loop{task, tasks};
+        parallel(run_loop, &loop, static_cast<unsigned>(threads), 0);
+        return;
+    }
     std::unique_lock lock(busy, std::defer_lock);
     if (threads <= 1 || !lock.try_lock()) {
         for (std::int64_t i = 0; i < tasks; ++i) task(i);

@@ -11,4 +11,8 @@ namespace spinlock_fast {
 // throw. A call made while another thread's call is running does its tasks alone.
 void parallel_for(std::int64_t tasks, int threads, const std::function<void(std::int64_t)>& task);
 
+// From now on loops run on the threads of an OpenMP runtime: the address of its `GOMP_parallel`, 0 for threads of our own.
+// Two sets of threads would take the processor from each other, since those of OpenMP wait busily for their next loop.
+void use_openmp(std::uintptr_t gomp_parallel);
+
 }  // namespace spinlock_fast

@@ -224,27 +224,45 @@ void mlp_backward(std::uintptr_t grad, const PyOperand& x, const PyOperand& w1, 
     run(rest, threads);
 }
 
-// x [G, B, in] with a weight [n, in] per group, to columns of out [B, total].
-void output_linear(std::uintptr_t x, const std::vector<std::uintptr_t>& weights, std::uintptr_t bias,
-                   const std::vector<Index>& sizes, Index B, Index in, std::uintptr_t out, int threads) {
+// (x gain + shift) W^T + bias for x [G, B, in], gain and shift [G, in], W [sum n, in], to columns of out [B, sum n]:
+// gain and shift go into the weights. `scaled` [sum n, in] is what is left of them.
+void output_linear(std::uintptr_t x, std::uintptr_t gain, std::uintptr_t shift, std::uintptr_t weight,
+                   std::uintptr_t bias, const std::vector<Index>& sizes, Index B, Index in, std::uintptr_t scaled,
+                   std::uintptr_t out, int threads) {
     const py::gil_scoped_release release;
     std::vector<Product> products;
     Index column = 0, total = 0;
     for (const Index n : sizes) total += n;
+    std::vector<float> offset(static_cast<std::size_t>(total));
+    for (Index g = 0; g < static_cast<Index>(sizes.size()); ++g) {
+        const float *factors = at<const float>(gain) + g * in, *shifts = at<const float>(shift) + g * in;
+        for (const Index end = column + sizes[static_cast<std::size_t>(g)]; column < end; ++column) {
+            const float* row = at<const float>(weight) + column * in;
+            float* result = at<float>(scaled) + column * in;
+            float sum = 0.0f;
+            for (Index i = 0; i < in; ++i) {
+                result[i] = row[i] * factors[i];
+                sum += row[i] * shifts[i];
+            }
+            offset[static_cast<std::size_t>(column)] = at<const float>(bias)[column] + sum;
+        }
+    }
+    column = 0;
     for (Index g = 0; g < static_cast<Index>(sizes.size()); ++g) {
         const Index n = sizes[static_cast<std::size_t>(g)];
-        Product p{B, n, in, {at<const float>(x) + g * B * in, in, 1}, {at<const float>(weights[static_cast<std::size_t>(g)]), 1, in},
+        Product p{B, n, in, {at<const float>(x) + g * B * in, in, 1}, {at<const float>(scaled) + column * in, 1, in},
                   at<float>(out) + column, total};
-        p.bias = at<const float>(bias) + column;
+        p.bias = offset.data() + column;
         products.push_back(p);
         column += n;
     }
     run(products, threads);
 }
 
-void output_linear_backward(std::uintptr_t grad, std::uintptr_t x, const std::vector<std::uintptr_t>& weights,
-                            const std::vector<Index>& sizes, Index B, Index in, std::uintptr_t of_x,
-                            const std::vector<std::uintptr_t>& of_weights, std::uintptr_t of_bias, int threads) {
+void output_linear_backward(std::uintptr_t grad, std::uintptr_t x, std::uintptr_t gain, std::uintptr_t shift,
+                            std::uintptr_t weight, std::uintptr_t scaled, const std::vector<Index>& sizes, Index B,
+                            Index in, std::uintptr_t of_x, std::uintptr_t of_gain, std::uintptr_t of_shift,
+                            std::uintptr_t of_weight, std::uintptr_t of_bias, int threads) {
     const py::gil_scoped_release release;
     std::vector<Product> products;
     Index column = 0, total = 0;
@@ -252,14 +270,30 @@ void output_linear_backward(std::uintptr_t grad, std::uintptr_t x, const std::ve
     for (Index g = 0; g < static_cast<Index>(sizes.size()); ++g) {
         const Index n = sizes[static_cast<std::size_t>(g)];
         const float* part = at<const float>(grad) + column;
-        products.push_back({B, in, n, {part, total, 1}, {at<const float>(weights[static_cast<std::size_t>(g)]), in, 1},
+        products.push_back({B, in, n, {part, total, 1}, {at<const float>(scaled) + column * in, in, 1},
                             at<float>(of_x) + g * B * in, in});
         products.push_back({n, in, B, {part, 1, total}, {at<const float>(x) + g * B * in, in, 1},
-                            at<float>(of_weights[static_cast<std::size_t>(g)]), in});
+                            at<float>(of_weight) + column * in, in});
         column += n;
     }
     run(products, threads);
     kernels().column_sums(at<const float>(grad), B, total, total, at<float>(of_bias));
+    column = 0;
+    for (Index g = 0; g < static_cast<Index>(sizes.size()); ++g) {
+        const float *factors = at<const float>(gain) + g * in, *shifts = at<const float>(shift) + g * in;
+        float *gains = at<float>(of_gain) + g * in, *of_shifts = at<float>(of_shift) + g * in;
+        std::fill(gains, gains + in, 0.0f);
+        std::fill(of_shifts, of_shifts + in, 0.0f);
+        for (const Index end = column + sizes[static_cast<std::size_t>(g)]; column < end; ++column) {
+            const float *row = at<const float>(weight) + column * in, offset = at<const float>(of_bias)[column];
+            float* result = at<float>(of_weight) + column * in;  // still by the scaled weights
+            for (Index i = 0; i < in; ++i) {
+                gains[i] += result[i] * row[i];
+                of_shifts[i] += offset * row[i];
+                result[i] = result[i] * factors[i] + offset * shifts[i];
+            }
+        }
+    }
 }
 
 constexpr Index kRowsOfATask = 64;
@@ -658,6 +692,7 @@ void topo_backward(double of_pre, double of_post, const std::vector<double>& fac
 }  // namespace
 
 void register_training(py::module_& module) {
+    module.def("use_openmp", &use_openmp);
     module.def("training_levels", &training::levels_here);
     module.def("use_training_level", [](const std::string& level) {
         if (!training::runs_here(level)) throw py::value_error("not an instruction set of this processor: " + level);

@@ -55,16 +55,13 @@ class ScaledOutputLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, gain: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, outputs: Ragged
     ) -> Tensor:
-        x = x.contiguous()
+        x, gain, shift, weight, bias = (tensor.contiguous() for tensor in (x, gain, shift, weight, bias))
         _, B, width = x.shape
-        rows = outputs.indices(x.device).book
-        scaled = weight * gain[rows]
-        offset = bias + (weight * shift[rows]).sum(1)
-        starts = _starts(scaled, outputs)
-        out = x.new_empty(B, outputs.total)
+        scaled, out = torch.empty_like(weight), x.new_empty(B, outputs.total)
         library.output_linear(
-            address(x), starts, address(offset), list(outputs.sizes), B, width, address(out), torch.get_num_threads()
-        )
+            address(x), address(gain), address(shift), address(weight), address(bias), list(outputs.sizes), B, width,
+            address(scaled), address(out), torch.get_num_threads(),
+        )  # fmt: skip
         ctx.outputs = outputs
         ctx.save_for_backward(x, gain, shift, weight, scaled)
         return out
@@ -74,28 +71,15 @@ class ScaledOutputLinear(torch.autograd.Function):
         x, gain, shift, weight, scaled = ctx.saved_tensors
         _, B, width = x.shape
         outputs: Ragged = ctx.outputs
-        rows = outputs.indices(x.device).book
         grad = grads[0].contiguous()
-        of_x, of_scaled, of_bias = torch.empty_like(x), torch.empty_like(scaled), x.new_empty(outputs.total)
+        of_x, of_weight, of_bias = torch.empty_like(x), torch.empty_like(weight), x.new_empty(outputs.total)
+        of_gain, of_shift = torch.empty_like(gain), torch.empty_like(shift)
         library.output_linear_backward(
-            address(grad), address(x), _starts(scaled, outputs), list(outputs.sizes), B, width, address(of_x),
-            _starts(of_scaled, outputs), address(of_bias), torch.get_num_threads(),
+            address(grad), address(x), address(gain), address(shift), address(weight), address(scaled),
+            list(outputs.sizes), B, width, address(of_x), address(of_gain), address(of_shift), address(of_weight),
+            address(of_bias), torch.get_num_threads(),
         )  # fmt: skip
-        of_offset = of_bias[:, None]
-        of_weight = (of_scaled * gain[rows]).addcmul_(of_offset, shift[rows])
-        of_gain = torch.zeros_like(gain).index_add_(0, rows, of_scaled.mul_(weight))
-        of_shift = torch.zeros_like(shift).index_add_(0, rows, of_offset * weight)
         return of_x, of_gain, of_shift, of_weight, of_bias, None
-
-
-def _starts(weight: Tensor, outputs: Ragged) -> list[int]:
-    """Addresses of the first row of each group."""
-    step = weight.stride(0) * weight.element_size()
-    starts, row = [], 0
-    for n in outputs.sizes:
-        starts.append(weight.data_ptr() + row * step)
-        row += n
-    return starts
 
 
 class RaggedLayerNorm(torch.autograd.Function):

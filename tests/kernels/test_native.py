@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from spinlock_fast import _native
+from spinlock_fast.kernels import native
 from spinlock_fast.kernels.code_decoders import Decoders, partial_loss
 from spinlock_fast.kernels.grouped_mlp import Ragged, grouped_mlp, normalize_, ragged_layer_norm, scaled_output_linear
 from spinlock_fast.kernels.layout import CodebookLayout
@@ -190,6 +191,18 @@ def test_threads_make_no_difference(level):
         results.append(values + grads)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_threads_of_our_own_serve_as_well():
+    inputs = mlp_inputs([4, 16, 15], 100, 48, 36)
+    with threads(2):
+        expected = grouped_mlp(*inputs, Ragged.of([4, 16, 15]))
+        _native.use_openmp(0)
+        try:
+            for _ in range(20):
+                assert torch.equal(grouped_mlp(*inputs, Ragged.of([4, 16, 15])), expected)
+        finally:
+            native._share_threads_of_torch()
 
 
 def kept(seed, rows, columns, rate):

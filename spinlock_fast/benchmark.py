@@ -1,0 +1,110 @@
+"""How long a training step takes, for anyone's comparison."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spinlock_fast.config import RunConfig
+from spinlock_fast.config_file import apply_overrides
+from spinlock_fast.graphs import own_stream
+from spinlock_fast.loop import SilentObserver, TrainingRun
+from spinlock_fast.model import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
+from spinlock_fast.step import learning_rates
+from spinlock_fast.trainer import resolve_device
+
+SEED_FEATURES = (4, 16, 15, 13, 32, 28, 20, 10, 11, 14, 9)
+
+# Rows of the data are so many batches; steps go through them again and again, as epochs do.
+_BATCHES = 8
+_WARM_UP = 5
+
+
+def train_step(
+    batch: int = 512,
+    features: Sequence[int] = SEED_FEATURES,
+    topo_samples: int = 512,
+    device: str = "cpu",
+    steps: int = 15,
+) -> float:
+    """Milliseconds of a training step, the median of `steps`, on random data.
+
+    It is the step that `Trainer.fit` makes, with its optimizer, its codes' moving averages and, on a
+    CUDA device, its graphs. On a CPU it follows `torch.get_num_threads()`.
+
+    Args:
+        batch: rows of a step.
+        features: number of features of each category.
+        topo_samples: rows whose pair distances are compared.
+        device: "cpu", "cuda" or "cuda:N".
+        steps: how many are timed, after a few that are not.
+    """
+    return statistics.median(step_seconds(training_run(batch, features, topo_samples, device), steps)) * 1e3
+
+
+def training_run(
+    batch: int = 512,
+    features: Sequence[int] = SEED_FEATURES,
+    topo_samples: int = 512,
+    device: str = "cpu",
+    x: Tensor | None = None,
+    **settings: Any,
+) -> TrainingRun:
+    """What `Trainer.fit` runs, ready to make its first step.
+
+    Args:
+        batch, features, topo_samples, device: as of `train_step`.
+        x: [N, sum features] training rows; random ones when not given.
+        settings: of the configuration, "training__learning_rate" for `training.learning_rate`.
+    """
+    rows = sum(features)
+    if x is None:
+        x = torch.randn(_BATCHES * batch, rows, generator=torch.Generator().manual_seed(0))
+    fixed = {"training.batch_size": batch, "training.topo_samples": topo_samples, "training.num_epochs": 1_000_000}
+    chosen = {name.replace("__", "."): value for name, value in settings.items()}
+    config = apply_overrides(RunConfig.model_validate({"dataset_path": "none.h5"}), {**fixed, **chosen})
+    groups: dict[str, list[int]] = {}
+    for i, size in enumerate(features, start=1):
+        start = sum(features[: i - 1])
+        groups[f"cluster_{i}"] = list(range(start, start + size))
+    model_config = CategoricalVQVAEConfig(**{**config.model.model_dump(), "input_dim": rows, "group_indices": groups})
+    place = resolve_device(device)
+    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
+        torch.manual_seed(config.random_seed)
+        model = CategoricalHierarchicalVQVAE(model_config).to(place)
+        x = x.to(place)
+        run = TrainingRun(config, SilentObserver(), lambda: None, model, x, x[:1])
+        run.initialize_codes()
+    model.train()
+    return run
+
+
+def step_seconds(run: TrainingRun, steps: int) -> list[float]:
+    """Seconds of each of `steps` steps; of launches of several steps the share of one."""
+    seconds: list[float] = []
+    step = run.one_step
+    with own_stream(run.device):
+        done = 0
+        while done < _WARM_UP + steps:
+            if done % step.full == 0:
+                order = torch.randperm(run.x_train.shape[0])
+                step.begin_epoch(order, learning_rates(run.training, step.count, 0), 0)
+            most = step.full - done % step.full
+            started = _clock(run.device)
+            count = run.launcher.run(step.kind(done % step.full, reset=False), most)
+            each = (_clock(run.device) - started) / count
+            if done >= _WARM_UP:
+                seconds += [each] * count
+            done += count
+    return seconds[:steps]
+
+
+def _clock(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
