@@ -10,9 +10,6 @@ from torch import Tensor
 
 from spinlock_fast.kernels.layout import CodebookLayout
 from spinlock_fast.kernels.topo_loss import triton
-from spinlock_fast.kernels.topo_loss.triton import serves
-
-__all__ = ["Correlations", "serves"]
 
 _EPS = torch.finfo(torch.float32).eps
 

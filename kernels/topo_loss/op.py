@@ -44,11 +44,14 @@ def topographic_correlations(
     function: type[torch.autograd.Function] = _Correlations
     if serves(x, latents, codebook):
         function = native.Correlations
-    elif x.dtype == latents.dtype == codebook.dtype == torch.float32 and resolve_backend("auto", x) == "triton":
+    elif (
+        x.dtype == latents.dtype == codebook.dtype == torch.float32
+        and resolve_backend("auto", x) == "triton"
+        and len(x) > 0
+    ):
         from spinlock_fast.kernels.topo_loss import cuda
 
-        if cuda.serves(layout) and x.shape[0] > 0:
-            function = cuda.Correlations
+        function = cuda.Correlations
     # Distances need all of float32: TF32 keeps ten bits of fraction.
     with cuda_matmul(tf32=False):
         pre, post = function.apply(x.detach(), latents, codes, codebook.detach(), layout)

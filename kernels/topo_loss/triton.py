@@ -9,8 +9,6 @@ Nothing is larger than a few matrices of rows by rows, and nothing depends on ti
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -19,26 +17,12 @@ from torch import Tensor
 from spinlock_fast.kernels._triton.tables import book_table, power_of_two
 from spinlock_fast.kernels.layout import CodebookLayout
 
-MAX_DIMS = 128
 _PROGRAMS = 1024  # that fill a large GPU; a constant, so that sums do not depend on the device
 
 
 # Rows by rows of a tile of distances, columns at a time; larger tiles spill.
 _BLOCK_S, _BLOCK_D = 64, 16
-
-
-@dataclass(frozen=True)
-class PullConfig:
-    """Tile sizes of the backward pass, chosen by shape: all columns of a codebook at once."""
-
-    block_s: int
-    block_d: int
-    num_warps: int = 4
-
-    @classmethod
-    def of(cls, widest: int) -> PullConfig:
-        block_d = power_of_two(widest, 16)
-        return cls(block_s=32 if block_d <= 64 else 16, block_d=block_d)
+_BLOCK_CODES_S = 32
 
 
 @triton.jit
@@ -241,8 +225,7 @@ def topo_weights_bwd_kernel(
 
 @triton.jit(do_not_specialize=["S", "G", "stride", "total_dims"])
 def topo_pull_bwd_kernel(
-    points_ptr,  # [S, sum D] with row stride `stride`, or the packed code vectors [sum K D]
-    codes_ptr,  # [S, G] int64, or not read
+    points_ptr,  # [S, sum D] with row stride `stride`
     centre_ptr,  # [sum D]
     table_ptr,  # [5, G] int32
     weight_ptr,  # [S, S], symmetric
@@ -252,46 +235,115 @@ def topo_pull_bwd_kernel(
     stride,
     total_dims,
     rounding,
-    OF_CODES: tl.constexpr,  # and adds to what is in grad
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """grad_i = sum over j of weight_ij (p_i - p_j) / d_ij."""
+    """grad_i = sum over j of weight_ij (p_i - p_j) / d_ij; a program makes BLOCK_D columns of it."""
     g = tl.program_id(1)
     D = tl.load(table_ptr + G + g)
     first_column = tl.load(table_ptr + 3 * G + g)
+    mine = tl.program_id(2) * BLOCK_D
+    if mine < D:
+        ri = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+        row = tl.zeros([BLOCK_S], dtype=tl.float32)
+        pulled = tl.zeros([BLOCK_S, BLOCK_D], dtype=tl.float32)
+        for start in range(0, S, BLOCK_S):
+            rj = start + tl.arange(0, BLOCK_S)
+            products = tl.zeros([BLOCK_S, BLOCK_S], dtype=tl.float32)
+            own = tl.zeros([BLOCK_S], dtype=tl.float32)
+            other = tl.zeros([BLOCK_S], dtype=tl.float32)
+            for first in range(0, D, BLOCK_D):
+                d = first + tl.arange(0, BLOCK_D)
+                a = load_points(points_ptr, points_ptr, centre_ptr, ri, d, S, D, stride, g, G, first_column, 0, False)
+                b = load_points(points_ptr, points_ptr, centre_ptr, rj, d, S, D, stride, g, G, first_column, 0, False)
+                own += tl.sum(a * a, axis=1)
+                other += tl.sum(b * b, axis=1)
+                products = tl.dot(a, tl.trans(b), products, input_precision="tf32x3")
+            both = own[:, None] + other[None, :]
+            square = both - 2.0 * products
+            here = (ri < S)[:, None] & (rj < S)[None, :]
+            weight = tl.load(weight_ptr + (ri[:, None] * S + rj[None, :]), mask=here, other=0.0)
+            near = (square <= rounding * both) | (ri[:, None] == rj[None, :]) | (square != square)
+            pull = tl.where(near, 0.0, weight * tl.rsqrt(tl.where(near, 1.0, square)))
+            row += tl.sum(pull, axis=1)
+            d = mine + tl.arange(0, BLOCK_D)
+            b = load_points(points_ptr, points_ptr, centre_ptr, rj, d, S, D, stride, g, G, first_column, 0, False)
+            pulled = tl.dot(pull, tl.where(b == b, b, 0.0), pulled, input_precision="tf32x3")
+        d = mine + tl.arange(0, BLOCK_D)
+        a = load_points(points_ptr, points_ptr, centre_ptr, ri, d, S, D, stride, g, G, first_column, 0, False)
+        grad = tl.where(a == a, a, 0.0) * row[:, None] - pulled
+        out = grad_ptr + ((ri * total_dims + first_column)[:, None] + d[None, :])
+        tl.store(out, grad, mask=(ri < S)[:, None] & (d < D)[None, :])
+
+
+@triton.jit(do_not_specialize=["S", "G", "total_dims"])
+def topo_pull_codes_bwd_kernel(
+    codebook_ptr,  # [sum K D]
+    codes_ptr,  # [S, G] int64
+    centre_ptr,  # [sum D]
+    table_ptr,  # [5, G] int32
+    weight_ptr,  # [S, S], symmetric
+    grad_ptr,  # [S, sum D], added to
+    S,
+    G,
+    total_dims,
+    rounding,
+    BLOCK_S: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The pull of the codes of all rows: rows of one code pull as one, so that K codes do what S rows would."""
+    g = tl.program_id(1)
+    K = tl.load(table_ptr + g)
+    D = tl.load(table_ptr + G + g)
+    first_column = tl.load(table_ptr + 3 * G + g)
     first_entry = tl.load(table_ptr + 4 * G + g)
-    d = tl.arange(0, BLOCK_D)
     ri = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
-    a = load_points(points_ptr, codes_ptr, centre_ptr, ri, d, S, D, stride, g, G, first_column, first_entry, OF_CODES)
-    own = tl.sum(a * a, axis=1)
-    row = tl.zeros([BLOCK_S], dtype=tl.float32)
-    pulled = tl.zeros([BLOCK_S, BLOCK_D], dtype=tl.float32)
-    for start in range(0, S, BLOCK_S):
-        rj = start + tl.arange(0, BLOCK_S)
-        b = load_points(
-            points_ptr, codes_ptr, centre_ptr, rj, d, S, D, stride, g, G, first_column, first_entry, OF_CODES
-        )
-        here = (ri < S)[:, None] & (rj < S)[None, :]
-        weight = tl.load(weight_ptr + (ri[:, None] * S + rj[None, :]), mask=here, other=0.0)
-        both = own[:, None] + tl.sum(b * b, axis=1)[None, :]
-        square = both - 2.0 * tl.dot(a, tl.trans(b), input_precision="tf32x3")
-        near = (square <= rounding * both) | (ri[:, None] == rj[None, :])
-        pull = tl.where(near | (square != square), 0.0, weight * tl.rsqrt(tl.where(near, 1.0, square)))
-        row += tl.sum(pull, axis=1)
-        b = tl.where(b == b, b, 0.0)
-        pulled = tl.dot(pull, b, pulled, input_precision="tf32x3")
-    grad = tl.where(a == a, a, 0.0) * row[:, None] - pulled
-    out = grad_ptr + ((ri * total_dims + first_column)[:, None] + d[None, :])
-    here = (ri < S)[:, None] & (d < D)[None, :]
-    if OF_CODES:
-        grad += tl.load(out, mask=here, other=0.0)
-    tl.store(out, grad, mask=here)
+    own_code = tl.load(codes_ptr + ri * G + g, mask=ri < S, other=-1).to(tl.int32)
+    for first_code in range(0, K, BLOCK_K):
+        k = first_code + tl.arange(0, BLOCK_K)
+        weights = tl.zeros([BLOCK_S, BLOCK_K], dtype=tl.float32)  # of row i to all rows of code k
+        for start in range(0, S, BLOCK_S):
+            rj = start + tl.arange(0, BLOCK_S)
+            code = tl.load(codes_ptr + rj * G + g, mask=rj < S, other=-1).to(tl.int32)
+            here = (ri < S)[:, None] & (rj < S)[None, :]
+            weight = tl.load(weight_ptr + (ri[:, None] * S + rj[None, :]), mask=here, other=0.0)
+            hot = (code[:, None] == k[None, :]).to(tl.float32)
+            weights = tl.dot(weight, hot, weights, input_precision="tf32x3")
+        products = tl.zeros([BLOCK_S, BLOCK_K], dtype=tl.float32)
+        own = tl.zeros([BLOCK_S], dtype=tl.float32)
+        other = tl.zeros([BLOCK_K], dtype=tl.float32)
+        for first in range(0, D, BLOCK_D):
+            d = first + tl.arange(0, BLOCK_D)
+            a = load_codes(codebook_ptr, centre_ptr, own_code, own_code >= 0, d, D, first_column, first_entry)
+            e = load_codes(codebook_ptr, centre_ptr, k, k < K, d, D, first_column, first_entry)
+            own += tl.sum(a * a, axis=1)
+            other += tl.sum(e * e, axis=1)
+            products = tl.dot(a, tl.trans(e), products, input_precision="tf32x3")
+        both = own[:, None] + other[None, :]
+        square = both - 2.0 * products
+        near = (square <= rounding * both) | (own_code[:, None] == k[None, :]) | (square != square)
+        near = near | (k >= K)[None, :] | (own_code < 0)[:, None]
+        pull = tl.where(near, 0.0, weights * tl.rsqrt(tl.where(near, 1.0, square)))
+        row = tl.sum(pull, axis=1)
+        for first in range(0, D, BLOCK_D):
+            d = first + tl.arange(0, BLOCK_D)
+            a = load_codes(codebook_ptr, centre_ptr, own_code, own_code >= 0, d, D, first_column, first_entry)
+            e = load_codes(codebook_ptr, centre_ptr, k, k < K, d, D, first_column, first_entry)
+            pulled = tl.dot(pull, e, input_precision="tf32x3")
+            out = grad_ptr + ((ri * total_dims + first_column)[:, None] + d[None, :])
+            inside = (ri < S)[:, None] & (d < D)[None, :]
+            tl.store(out, tl.load(out, mask=inside, other=0.0) + a * row[:, None] - pulled, mask=inside)
 
 
-def serves(layout: CodebookLayout) -> bool:
-    """Whether the points of a codebook fit a tile."""
-    return layout.max_dims <= MAX_DIMS
+@triton.jit
+def load_codes(codebook_ptr, centre_ptr, code, inside, d, D, first_column, first_entry):
+    """Code vectors about the centre [codes, BLOCK_D]; zero outside, and for what is not finite."""
+    here = inside[:, None] & (d < D)[None, :]
+    e = tl.load(codebook_ptr + ((first_entry + code * D)[:, None] + d[None, :]), mask=here, other=0.0)
+    centre = tl.load(centre_ptr + first_column + d, mask=d < D, other=0.0)
+    e = e - centre[None, :]
+    return tl.where(here & (tl.abs(e) < float("inf")), e, 0.0)
 
 
 def distances(
@@ -360,25 +412,39 @@ def pull(
         grad_pre, grad_post, found, stats, d_x, d_z, d_e, of_z, of_e, S, G, BLOCK=block, num_warps=4
     )
     grad = torch.empty(S, layout.total_dims, dtype=torch.float32, device=latents.device)
-    config = PullConfig.of(layout.max_dims)
     table = book_table(layout, latents.device)
-    for points, of_codes, weight in ((latents, False, of_z), (codebook, True, of_e)):
-        topo_pull_bwd_kernel[(triton.cdiv(S, config.block_s), G)](
-            points,
-            codes,
-            centre,
-            table,
-            weight,
-            grad,
-            S,
-            G,
-            points.stride(0),
-            layout.total_dims,
-            rounding,
-            OF_CODES=of_codes,
-            BLOCK_S=config.block_s,
-            BLOCK_D=config.block_d,
-            num_warps=config.num_warps,
-            num_stages=1,
-        )
+    tiles = triton.cdiv(S, _BLOCK_S)
+    topo_pull_bwd_kernel[(tiles, G, triton.cdiv(layout.max_dims, _BLOCK_D))](
+        latents,
+        centre,
+        table,
+        of_z,
+        grad,
+        S,
+        G,
+        latents.stride(0),
+        layout.total_dims,
+        rounding,
+        BLOCK_S=_BLOCK_S,
+        BLOCK_D=_BLOCK_D,
+        num_warps=4,
+        num_stages=1,
+    )
+    topo_pull_codes_bwd_kernel[(triton.cdiv(S, _BLOCK_CODES_S), G)](
+        codebook,
+        codes,
+        centre,
+        table,
+        of_e,
+        grad,
+        S,
+        G,
+        layout.total_dims,
+        rounding,
+        BLOCK_S=_BLOCK_CODES_S,
+        BLOCK_K=min(64, power_of_two(layout.max_codes, 16)),
+        BLOCK_D=_BLOCK_D,
+        num_warps=4,
+        num_stages=1,
+    )
     return grad

@@ -21,6 +21,10 @@ PART_ROWS = 64
 _PARTS_AT_MOST = 1024
 
 
+# Length of z^ + q^ below which unit vectors point in opposite directions, up to rounding.
+OPPOSITE = 1e-6
+
+
 def row_parts(rows: int, groups: int) -> int:
     """Parts in which the kernels for small codebooks add up, given N and G; at least 1."""
     limit = max(1, _PARTS_AT_MOST // groups)
@@ -215,5 +219,7 @@ def _rotation(z: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Ten
     q_norm = q.norm(dim=-1, keepdim=True).clamp(min=tiny)
     z_unit, q_unit = z / z_norm, q / q_norm
     r = z_unit + q_unit
-    r = r / r.norm(dim=-1, keepdim=True).clamp(min=tiny)
+    length = r.norm(dim=-1, keepdim=True)
+    # Where z points away from q, r is rounding alone; without it the formula reflects z onto q.
+    r = torch.where(length > OPPOSITE, r / length.clamp(min=tiny), 0.0)
     return q_norm / z_norm, z_unit, q_unit, r, z_norm > tiny

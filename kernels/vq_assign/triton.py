@@ -195,7 +195,8 @@ def vq_assign_bwd_kernel(
             rr += tl.sum(r * r, axis=1)
             ur += tl.sum(u * r, axis=1)
             uq += tl.sum(u * q, axis=1)
-        along_r = ur / tl.maximum(rr, tiny)
+        # Where z points away from q, r is rounding alone; see reference.OPPOSITE.
+        along_r = tl.where(rr > 1e-12, ur / tl.maximum(rr, tiny), 0.0)
         along_q = uq / q_norm
 
     for start in range(0, D, BLOCK_D):
