@@ -11,11 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from spinlock_fast.kernels._triton.specimen import SEED, Specimen
 from spinlock_fast.kernels._triton.tables import book_table, power_of_two
 from spinlock_fast.kernels.layout import CodebookLayout
 
 MAX_FUSED = 64
-_BLOCK_D = 32
 
 
 @triton.jit
@@ -203,7 +203,7 @@ def ema_update(
         LAPLACE=laplace,
         WITH_USAGE=usage is not None,
         BLOCK_K=block_k,
-        BLOCK_D=_BLOCK_D,
+        BLOCK_D=32 if block_k == 32 else 16,  # what does not spill
         num_warps=4,
     )
 
@@ -222,3 +222,33 @@ def code_usage(counts: Tensor, layout: CodebookLayout) -> tuple[Tensor, Tensor]:
         num_warps=4,
     )
     return utilization, perplexity
+
+
+def specimens(capability: int) -> list[Specimen]:
+    """Launches for the report."""
+    entries, codes = SEED.total_entries, SEED.total_codes
+    found = [Specimen(ema_totals_kernel, "K = 8,192", {"BLOCK_K": 1024}, 8 * 8192, 2 * 8192, 0)]
+    for block_k in (16, 32, 64):
+        found.append(
+            Specimen(
+                ema_update_kernel,
+                f"33 codebooks, K <= {block_k}, 8 parts",
+                {
+                    "FUSED": True,
+                    "LAPLACE": False,
+                    "WITH_USAGE": True,
+                    "BLOCK_K": block_k,
+                    "BLOCK_D": 16 if block_k == 64 else 32,
+                },
+                4 * (3 * entries + 2 * codes + 8 * (entries + codes) + 2 * codes),
+                12 * entries,
+                0,
+            )
+        )
+    constants = {"FUSED": False, "LAPLACE": True, "WITH_USAGE": True, "BLOCK_K": 16, "BLOCK_D": 16}
+    found.append(Specimen(ema_update_kernel, "8,192 x 64", constants, 20 * 8192 * 64, 4 * 8192 * 64, 0))
+    for block_k in (32, 1024):
+        found.append(
+            Specimen(code_usage_kernel, f"33 codebooks, K <= {block_k}", {"BLOCK_K": block_k}, 4 * codes, 9 * codes, 0)
+        )
+    return found

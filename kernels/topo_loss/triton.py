@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from spinlock_fast.kernels._triton.specimen import ROWS, SEED, Specimen
 from spinlock_fast.kernels._triton.tables import book_table, power_of_two
 from spinlock_fast.kernels.layout import CodebookLayout
 
@@ -448,3 +449,33 @@ def pull(
         num_stages=1,
     )
     return grad
+
+
+def specimens(capability: int) -> list[Specimen]:
+    """Launches for the report: the batch of the 100K run."""
+    S, G, width, entries = ROWS, SEED.groups, SEED.total_dims, SEED.total_entries
+    pairs = S * S
+    shape = "512 rows, 33 codebooks"
+    tile = {"BLOCK_S": _BLOCK_S, "BLOCK_D": _BLOCK_D}
+    found = [
+        Specimen(topo_distances_fwd_kernel, shape, {"OF_CODES": False, **tile},
+                 4 * (S * width + pairs), 3 * pairs * G, pairs * width),
+        Specimen(topo_distances_fwd_kernel, shape + ", of codes", {"OF_CODES": True, **tile},
+                 4 * (entries + pairs) + 8 * S * G, 3 * pairs * G, pairs * width),
+        Specimen(topo_moments_fwd_kernel, shape, {"BLOCK_S": 32}, 4 * 5 * pairs, 12 * pairs, 0),
+        Specimen(topo_stats_fwd_kernel, shape, {"BLOCK_T": 128}, 8 * 8 * 256, 8 * 256, 0),
+        Specimen(topo_weights_bwd_kernel, shape, {"BLOCK": 1024}, 4 * 5 * pairs, 14 * pairs, 0),
+        Specimen(topo_pull_bwd_kernel, shape, tile, 4 * (2 * S * width + pairs), 6 * pairs * G, 4 * pairs * width),
+    ]  # fmt: skip
+    for block_k in (16, 32, 64):
+        found.append(
+            Specimen(
+                topo_pull_codes_bwd_kernel,
+                f"{shape}, K <= {block_k}",
+                {"BLOCK_S": _BLOCK_CODES_S, "BLOCK_K": block_k, "BLOCK_D": _BLOCK_D},
+                4 * (2 * S * width + entries + pairs) + 8 * S * G,
+                6 * S * SEED.total_codes,
+                2 * pairs * SEED.total_codes + 4 * S * entries,
+            )
+        )
+    return found

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from spinlock_fast.kernels._triton.specimen import Specimen
 from spinlock_fast.kernels._triton.tables import book_table, capability, power_of_two
 from spinlock_fast.kernels.layout import CodebookLayout
 
@@ -398,3 +399,46 @@ def accumulate(z: Tensor, codes: Tensor, layout: CodebookLayout) -> tuple[Tensor
         total, total, LEVEL=1, **options,
     )  # fmt: skip
     return lengths.to(torch.float32), sums
+
+
+def specimens(capability: int) -> list[Specimen]:
+    """Launches for the report: 65,536 rows of 256 dimensions, 1,024 codes."""
+    N, K, D = 65536, 1024, 256
+    shape = "65,536 x 256, K = 1,024"
+    config = SearchConfig.of(capability)
+    constants: dict[str, object] = {"HAS_MASK": True, "BLOCK_N": 32, "BLOCK_D": 32}
+    found = [
+        Specimen(code_centres_kernel, shape, {"BLOCK_K": 32, "BLOCK_D": 32}, 4 * (K + 1) * D, 2 * K * D, 0),
+        Specimen(vq_finish_fwd_kernel, shape, constants, 4 * (2 * N * D + K * D + 2 * N) + 8 * N, 4 * N * D, 0),
+    ]
+    for centred in (False, True):
+        with_centre = shape + (", centred" if centred else "")
+        constants = {"CENTRED": centred, "BLOCK_K": 32, "BLOCK_D": 32}
+        found.append(Specimen(centre_codes_kernel, with_centre, constants, 4 * (2 * K * D + K), 3 * K * D, 0))
+        for aligned in (False, True):
+            found.append(
+                Specimen(
+                    vq_search_fwd_kernel,
+                    with_centre + (", aligned" if aligned else ""),
+                    {
+                        "CENTRED": centred,
+                        "ALIGNED": aligned,
+                        "BLOCK_N": config.block_n,
+                        "BLOCK_K": config.block_k,
+                        "BLOCK_D": config.block_d,
+                    },
+                    4 * (N * D + K * D + 2 * N),
+                    2 * N * K,
+                    2 * N * K * D,
+                    num_warps=config.num_warps,
+                    num_stages=config.num_stages,
+                )
+            )
+    for level in (0, 1):
+        for block_d in (16, 64):
+            constants = {"LEVEL": level, "BLOCK_R": _SEGMENT_ROWS, "BLOCK_D": block_d}
+            rows = N if level == 0 else 2 * K
+            found.append(
+                Specimen(segment_sum_kernel, f"{rows:,} x {block_d}", constants, 4 * rows * block_d, rows * block_d, 0)
+            )
+    return found

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from spinlock_fast.kernels._triton.specimen import ROWS, SEED, Specimen
 from spinlock_fast.kernels._triton.tables import book_table, capability, power_of_two
 from spinlock_fast.kernels.layout import CodebookLayout
 from spinlock_fast.kernels.vq_assign.reference import PART_ROWS, row_parts
@@ -302,3 +303,47 @@ def backward(
             num_warps=4,
         )
     return grad_z
+
+
+def specimens(capability: int) -> list[Specimen]:
+    """Launches for the report."""
+    found = []
+    width, entries, codes = SEED.total_dims, SEED.total_entries, SEED.total_codes
+    for largest in (16, 32, 64):
+        config = AssignConfig.of(CodebookLayout.cached((largest,), (16,)), capability)
+        for centred in (False, True):
+            for with_sums in (True, False):
+                found.append(
+                    Specimen(
+                        vq_assign_fwd_kernel,
+                        f"512 rows, 33 codebooks, K <= {largest}"
+                        + (", centred" if centred else "")
+                        + ("" if with_sums else ", codes only"),
+                        {
+                            "HAS_MASK": True,
+                            "WITH_SUMS": with_sums,
+                            "CENTRED": centred,
+                            "BLOCK_N": config.block_n,
+                            "BLOCK_K": config.block_k,
+                            "BLOCK_D": config.block_d,
+                        },
+                        num_bytes=4 * (2 * ROWS * width + entries + (codes + entries) * with_sums) + 8 * ROWS * 33,
+                        float_ops=4 * ROWS * width,
+                        dot_ops=2 * ROWS * entries * (1 + with_sums),
+                        num_warps=config.num_warps,
+                        num_stages=config.num_stages,
+                    )
+                )
+    for block_d in (16, 32, 64):
+        for rotate in (False, True):
+            found.append(
+                Specimen(
+                    vq_assign_bwd_kernel,
+                    f"512 rows, 33 codebooks, D <= {block_d}" + (", rotation" if rotate else ""),
+                    {"ROTATE": rotate, "BLOCK_N": 1024 // block_d, "BLOCK_D": block_d},
+                    num_bytes=4 * 4 * ROWS * width + 8 * ROWS * 33,
+                    float_ops=(18 if rotate else 3) * ROWS * width,
+                    dot_ops=0,
+                )
+            )
+    return found
