@@ -18,7 +18,7 @@ from spinlock_fast.config import RunConfig
 from spinlock_fast.errors import ConfigError, Interrupted, TrainingError
 from spinlock_fast.graphs import StepLauncher, own_stream
 from spinlock_fast.losses import LossTerms
-from spinlock_fast.metrics import evaluate
+from spinlock_fast.metrics import validate
 from spinlock_fast.model import CategoricalHierarchicalVQVAE
 from spinlock_fast.step import EpochSummary, StepKind, TrainingStep, learning_rate, learning_rates
 
@@ -205,8 +205,7 @@ class TrainingRun:
         )
 
     def _validate(self) -> dict[str, float]:
-        found = evaluate(self.model, self.x_val, self.training)
-        kept = {key: value for key, value in found.items() if isinstance(value, float)}
+        kept = validate(self.model, self.x_val, self.training)
         if not math.isfinite(kept["val_loss"]):
             raise TrainingError(
                 f"the validation loss is not finite after epoch {self.epoch}: "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,10 +20,32 @@ from spinlock_fast.model import CategoricalHierarchicalVQVAE
 Metrics = dict[str, Any]
 
 TOPO_ROWS = 1024
-_ROWS_AT_ONCE = 1024
+# Rows that the model sees at once: what stays in the caches of a CPU, few launches elsewhere.
+_ROWS_AT_ONCE = {"cpu": 1024}
+_ROWS_AT_ONCE_ELSEWHERE = 16384
+
+# What `_Measured.scalars` holds, in this order.
+_SCALARS = (
+    "reconstruction_error",
+    "utilization",
+    "perplexity",
+    "perplexity_over_k",
+    "val_loss",
+    "topo_pre",
+    "topo_post",
+)
 
 
-@torch.no_grad()
+class _Measured(NamedTuple):
+    """Everything that metrics are made of, on the device."""
+
+    scalars: Tensor  # [7] float64
+    partial: Tensor  # [G, F] float64, mean squared error of each partial decoder and feature
+    utilization: Tensor  # [G]
+    perplexity: Tensor  # [G]
+    active: Tensor  # codes in use
+
+
 def evaluate(model: CategoricalHierarchicalVQVAE, x: Tensor, training: TrainingConfig) -> Metrics:
     """Metrics of a model on rows x [N, F], all of them, in eval mode.
 
@@ -33,70 +55,105 @@ def evaluate(model: CategoricalHierarchicalVQVAE, x: Tensor, training: TrainingC
         active_codes, total_codes, and categories: name, features, partial_mse, utilization,
         perplexity, codes and dims per level.
     """
+    layout = model.quantizer.layout
+    found = measure(model, x, training)
+    # One transfer, and one wait.
+    packed = torch.cat([part.flatten().to(torch.float64) for part in found]).cpu()
+    scalars, partial, used, entropy, active = packed.split([part.numel() for part in found])
+    return {
+        **_named(scalars.tolist()),
+        "val_rows": x.shape[0],
+        "total_codes": layout.total_codes,
+        "active_codes": int(active),
+        "categories": _categories(model, partial.view(layout.groups, -1), used.tolist(), entropy.tolist()),
+    }
+
+
+def validate(model: CategoricalHierarchicalVQVAE, x: Tensor, training: TrainingConfig) -> dict[str, float]:
+    """What `evaluate` returns as single numbers with a fraction: what a training run records and selects by."""
+    return _named(measure(model, x, training).scalars.tolist())
+
+
+def _named(scalars: Sequence[float]) -> dict[str, float]:
+    error = scalars[0]
+    return {"quality": min(max(1.0 - error, 0.0), 1.0), **dict(zip(_SCALARS, scalars, strict=True))}
+
+
+@torch.no_grad()
+def measure(model: CategoricalHierarchicalVQVAE, x: Tensor, training: TrainingConfig) -> _Measured:
+    """The part of `evaluate` that the device does; nothing in it waits, and no shape depends on values."""
     was_training = model.training
     model.eval()
     try:
-        return _evaluate(model, x, training)
+        return _measure(model, x, LossWeights.of(training))
     finally:
         model.train(was_training)
 
 
-def _evaluate(model: CategoricalHierarchicalVQVAE, x: Tensor, training: TrainingConfig) -> Metrics:
+def _measure(model: CategoricalHierarchicalVQVAE, x: Tensor, weights: LossWeights) -> _Measured:
     layout = model.quantizer.layout
     N, F = x.shape
     index = layout.indices(x.device)
+    first = min(TOPO_ROWS, N)
     error = torch.zeros((), dtype=torch.float64, device=x.device)
     vq = torch.zeros_like(error)
+    scatter = torch.zeros(F, dtype=torch.float64, device=x.device)
     code_counts = torch.zeros(layout.groups, layout.max_codes, 1, dtype=torch.float64, device=x.device)
     code_sums = torch.zeros(layout.groups, layout.max_codes, F, dtype=torch.float64, device=x.device)
-    centre = x.double().mean(0)  # sums of squares cancel less about it
+    uncoded = torch.zeros(layout.groups, dtype=torch.bool, device=x.device)
+    centre = x.mean(0, dtype=torch.float64)  # sums of squares cancel less about it
     latents: list[Tensor] = []
-    tokens: list[Tensor] = []
-    for rows in x.split(_ROWS_AT_ONCE):
+    codes: list[Tensor] = []
+    done = 0
+    for rows in _blocks(x):
         out = model(rows)
         error += (out["reconstruction"] - rows).square().sum(dtype=torch.float64)
         vq += out["vq_loss"].double() * rows.shape[0]
-        counts, sums = code_statistics(rows.double() - centre, out["tokens"], layout)
+        centred = rows.double() - centre
+        counts, sums = code_statistics(centred, out["tokens"], layout)
         code_counts += counts
         code_sums += sums
-        tokens.append(out["tokens"])
-        if len(latents) * _ROWS_AT_ONCE < TOPO_ROWS:
-            latents.append(out["latents"])
-    first = slice(0, min(TOPO_ROWS, N))
+        scatter += centred.square_().sum(0)
+        uncoded |= (out["tokens"] < 0).any(0)
+        if done < first:
+            latents.append(out["latents"][: first - done])
+            codes.append(out["tokens"][: first - done])
+        done += rows.shape[0]
     codebook = model.quantizer.embedding.detach()
-    codes = torch.cat(tokens)
-    pre, post = topographic_correlations(x[first], torch.cat(latents)[first], codes[first], codebook, layout)
+    pre, post = topographic_correlations(x[:first], torch.cat(latents), torch.cat(codes), codebook, layout)
     # Rows of one code have one partial reconstruction: what is left of them is their scatter about its mean.
     code_means = code_sums / code_counts.clamp(min=1.0)
     off = decode_codes(codebook, model.code_decoders, layout).double() - centre - code_means
-    partial = (code_counts * (off.square() - code_means.square())).sum(1) + (x.double() - centre).square().sum(0)
-    partial = partial.masked_fill((codes < 0).any(0)[:, None], torch.nan)  # [G, F]
+    partial = (code_counts * (off.square() - code_means.square())).sum(1) + scatter
+    partial = partial.masked_fill(uncoded[:, None], torch.nan) / N  # [G, F]
     terms = LossTerms(
         reconstruction=error / (N * F),
         vq=vq / N,
         orthogonality=code_orthogonality(model.quantizer).double(),
-        informativeness=partial.sum() / (layout.groups * N * F),
+        informativeness=partial.mean(),
         topographic=topographic_loss(pre, post).double(),
     )
-    counts = code_counts.flatten()[index.packed_codes]
-    used = utilization(counts, layout)
-    entropy = perplexity(counts, layout)
-    sizes = torch.tensor([float(k) for k in layout.num_codes], device=x.device)
-    reconstruction_error = float(terms.reconstruction)
-    return {
-        "quality": min(max(1.0 - reconstruction_error, 0.0), 1.0),
-        "reconstruction_error": reconstruction_error,
-        "utilization": float(used.mean()),
-        "perplexity": float(entropy.mean()),
-        "perplexity_over_k": float((entropy / sizes).mean()),
-        "val_rows": N,
-        "val_loss": float(terms.total(LossWeights.of(training))),
-        "topo_pre": float(pre),
-        "topo_post": float(post),
-        "total_codes": layout.total_codes,
-        "active_codes": int((counts > 0).sum()),
-        "categories": _categories(model, partial / N, used.tolist(), entropy.tolist()),
+    used = code_counts.flatten()[index.packed_codes]
+    share, entropy = utilization(used, layout), perplexity(used, layout)
+    scalars = {
+        "reconstruction_error": terms.reconstruction,
+        "utilization": share.mean(),
+        "perplexity": entropy.mean(),
+        "perplexity_over_k": (entropy / index.num_codes).mean(),
+        "val_loss": terms.total(weights),
+        "topo_pre": pre,
+        "topo_post": post,
     }
+    packed = torch.stack([scalars[name].double() for name in _SCALARS])
+    return _Measured(packed, partial, share, entropy, (used > 0).sum())
+
+
+def _blocks(x: Tensor) -> tuple[Tensor, ...]:
+    """The rows in blocks of nearly one size."""
+    most = _ROWS_AT_ONCE.get(x.device.type, _ROWS_AT_ONCE_ELSEWHERE)
+    count = max(1, -(-x.shape[0] // most))
+    blocks: tuple[Tensor, ...] = x.split(max(1, -(-x.shape[0] // count)))
+    return blocks
 
 
 def _categories(

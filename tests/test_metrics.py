@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from helpers import planted_matrix
+from recording import DeviceOnly
 
 from spinlock_fast import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig, metrics
 from spinlock_fast.config import TrainingConfig
@@ -90,15 +92,54 @@ def test_a_category_is_judged_on_its_own_features(model: CategoricalHierarchical
 
 def test_blocks_make_no_difference(model: CategoricalHierarchicalVQVAE, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = metrics.evaluate(model, x(), TrainingConfig())
-    monkeypatch.setattr(metrics, "_ROWS_AT_ONCE", 17)
+    monkeypatch.setattr(metrics, "_ROWS_AT_ONCE", {"cpu": 17})
     blocks = metrics.evaluate(model, x(), TrainingConfig())
     flat: list[tuple[Any, Any]] = [(whole[key], blocks[key]) for key in whole if key != "categories"]
     for a, b in flat:
         assert a == pytest.approx(b, rel=1e-5)
 
 
+def test_blocks_are_of_nearly_one_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "_ROWS_AT_ONCE", {"cpu": 8})
+    assert [len(block) for block in metrics._blocks(torch.zeros(20, 3))] == [7, 7, 6]
+    assert [len(block) for block in metrics._blocks(torch.zeros(8, 3))] == [8]
+    assert torch.equal(torch.cat(metrics._blocks(x())), x())
+
+
+def test_validation_gives_the_single_numbers_of_an_evaluation(
+    model: CategoricalHierarchicalVQVAE, found: metrics.Metrics
+) -> None:
+    kept = {key: value for key, value in found.items() if isinstance(value, float)}
+    assert metrics.validate(model, x(), TrainingConfig()) == kept
+    assert list(kept) == ["quality", *metrics._SCALARS]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_device_measures_without_the_host(
+    model: CategoricalHierarchicalVQVAE, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a run waits for a validation once, at its end, and a CUDA graph can hold it."""
+    monkeypatch.setenv("SPINLOCK_FAST_BACKEND", "reference")
+    monkeypatch.setattr(metrics, "_ROWS_AT_ONCE", {"cpu": 50})
+    copied, rows = copy.deepcopy(model).train(training), x()
+    metrics.measure(copied, rows, TrainingConfig())  # index tensors are made once
+    with DeviceOnly() as mode:
+        metrics.measure(copied, rows, TrainingConfig())
+    assert mode.operations > 100
+    assert copied.training == training
+
+
+def test_a_row_that_no_code_serves_spoils_its_codebooks_alone(model: CategoricalHierarchicalVQVAE) -> None:
+    rows = x()
+    rows[3, GROUPS["cluster_2"]] = torch.nan
+    found = metrics.measure(model, rows, TrainingConfig())
+    others = GROUPS["cluster_10"]
+    assert found.partial[model.category_slice("cluster_2")].isnan().all()
+    assert found.partial[model.category_slice("cluster_10")][:, others].isfinite().all()
+
+
 def test_topo_looks_at_the_first_1024_rows_alone(model: CategoricalHierarchicalVQVAE) -> None:
-    many = x(1100)
+    many = x(1100)  # in blocks of 550
     changed = many.clone()
     changed[1024:] *= 3.0
     a, b = (metrics.evaluate(model, rows, TrainingConfig()) for rows in (many, changed))
