@@ -59,6 +59,15 @@ def resolve_backend(name: str, *tensors: Tensor) -> str:
     return name
 
 
+def runs_triton(name: str, *tensors: Tensor) -> bool:
+    """Whether Triton serves an operation on float32 alone, whose kernels torch.compile does not see through."""
+    return (
+        not torch.compiler.is_compiling()
+        and all(tensor.dtype == torch.float32 for tensor in tensors)
+        and resolve_backend(name, *tensors) == "triton"
+    )
+
+
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 

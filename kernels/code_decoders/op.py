@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spinlock_fast.kernels.backend import Backend, runs_triton
 from spinlock_fast.kernels.code_decoders import native
 from spinlock_fast.kernels.code_decoders.reference import Decoders
 from spinlock_fast.kernels.layout import CodebookLayout
@@ -17,7 +18,13 @@ _ONE_HOT_AT_ONCE = 1 << 24
 
 
 def partial_loss(
-    x: Tensor, quantized: Tensor, codes: Tensor, codebook: Tensor, decoders: Decoders, layout: CodebookLayout
+    x: Tensor,
+    quantized: Tensor,
+    codes: Tensor,
+    codebook: Tensor,
+    decoders: Decoders,
+    layout: CodebookLayout,
+    backend: Backend = "auto",
 ) -> Tensor:
     """Mean over codebooks, rows and features of (P_g(e_g) - x)^2; P_g is evaluated for every code once.
 
@@ -30,11 +37,17 @@ def partial_loss(
         codebook: [sum K D] the code vectors that `codes` refer to; no gradient.
         decoders: differentiable.
         layout: sizes of the group.
+        backend: "auto", "triton" or "reference", see `resolve_backend`.
     """
-    function = native.PartialLoss if serves(x, quantized, codebook, *decoders) else _PartialLoss
-    loss: Tensor = function.apply(  # type: ignore[no-untyped-call]
-        x.detach(), quantized, codes, codebook.detach(), *decoders, layout
-    )
+    tensors = (x, quantized, codebook, *decoders)
+    function: type[torch.autograd.Function] = _PartialLoss
+    if backend == "auto" and serves(*tensors):
+        function = native.PartialLoss
+    elif runs_triton(backend, *tensors):
+        from spinlock_fast.kernels.code_decoders import triton
+
+        function = triton.PartialLoss
+    loss: Tensor = function.apply(x.detach(), quantized, codes, codebook.detach(), *decoders, layout)
     return loss
 
 
