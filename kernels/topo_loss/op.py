@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spinlock_fast.kernels.backend import resolve_backend
 from spinlock_fast.kernels.layout import CodebookLayout
 from spinlock_fast.kernels.native import serves
+from spinlock_fast.kernels.precision import cuda_matmul
 from spinlock_fast.kernels.topo_loss import native
 from spinlock_fast.kernels.topo_loss.reference import rounding, varies
 
@@ -39,8 +41,17 @@ def topographic_correlations(
         corr(d_x, d_z) and corr(d_z, d_e), where d_x are distances of features and d_z, d_e the means
         over codebooks of distances of latents and of codes; 0 where one of the two is constant.
     """
-    function = native.Correlations if serves(x, latents, codebook) else _Correlations
-    pre, post = function.apply(x.detach(), latents, codes, codebook.detach(), layout)  # type: ignore[no-untyped-call]
+    function: type[torch.autograd.Function] = _Correlations
+    if serves(x, latents, codebook):
+        function = native.Correlations
+    elif x.dtype == latents.dtype == codebook.dtype == torch.float32 and resolve_backend("auto", x) == "triton":
+        from spinlock_fast.kernels.topo_loss import cuda
+
+        if cuda.serves(layout) and x.shape[0] > 0:
+            function = cuda.Correlations
+    # Distances need all of float32: TF32 keeps ten bits of fraction.
+    with cuda_matmul(tf32=False):
+        pre, post = function.apply(x.detach(), latents, codes, codebook.detach(), layout)
     return pre, post
 
 
@@ -76,24 +87,29 @@ class _Correlations(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None, None, None]:
-        layout: CodebookLayout = ctx.layout
-        (
-            points, codes, vectors, x_unit, z_unit, e_unit, z_deviation, e_deviation, pre_counts, post_counts, pre, post
-        ) = ctx.saved_tensors  # fmt: skip
-        S, G = codes.shape
-        # dr/db = (a - r b) / sigma_b for standardized a, b; a pair stands in the matrix twice.
-        share = 2.0 / (max(S * (S - 1), 1) * G)
-        to_pre = torch.where(pre_counts, share * grads[0], 0.0)
-        to_post = torch.where(post_counts, share * grads[1], 0.0)
-        of_z = (to_pre * x_unit + to_post * e_unit - (to_pre * pre + to_post * post) * z_unit) / z_deviation
-        of_e = to_post * (z_unit - post * e_unit) / e_deviation
-        # Their means are 0 but for rounding, which all pairs of a row would add up.
-        pairs = max(S * (S - 1), 1)
-        of_z -= of_z.sum() / pairs
-        of_e -= of_e.sum() / pairs
-        grad = torch.cat([_pull(block, of_z) for block in _blocks(points)])  # [G, S, D_max]
-        grad += _pull_codes(codes, vectors, of_e, layout)
-        return None, layout.pack_columns(grad), None, None, None
+        with cuda_matmul(tf32=False):
+            return None, _gradient(ctx, *grads), None, None, None
+
+
+def _gradient(ctx: Any, *grads: Tensor) -> Tensor:
+    layout: CodebookLayout = ctx.layout
+    (
+        points, codes, vectors, x_unit, z_unit, e_unit, z_deviation, e_deviation, pre_counts, post_counts, pre, post
+    ) = ctx.saved_tensors  # fmt: skip
+    S, G = codes.shape
+    # dr/db = (a - r b) / sigma_b for standardized a, b; a pair stands in the matrix twice.
+    share = 2.0 / (max(S * (S - 1), 1) * G)
+    to_pre = torch.where(pre_counts, share * grads[0], 0.0)
+    to_post = torch.where(post_counts, share * grads[1], 0.0)
+    of_z = (to_pre * x_unit + to_post * e_unit - (to_pre * pre + to_post * post) * z_unit) / z_deviation
+    of_e = to_post * (z_unit - post * e_unit) / e_deviation
+    # Their means are 0 but for rounding, which all pairs of a row would add up.
+    pairs = max(S * (S - 1), 1)
+    of_z -= of_z.sum() / pairs
+    of_e -= of_e.sum() / pairs
+    grad = torch.cat([_pull(block, of_z) for block in _blocks(points)])  # [G, S, D_max]
+    grad += _pull_codes(codes, vectors, of_e, layout)
+    return layout.pack_columns(grad)
 
 
 def _blocks(points: Tensor) -> Iterator[Tensor]:

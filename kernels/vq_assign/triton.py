@@ -164,12 +164,25 @@ def vq_assign_bwd_kernel(
     inside = n < N
     valid = tl.load(codes_ptr + n * G + g, mask=inside, other=-1) >= 0  # [BLOCK_N]
 
-    # Sums over the columns first, where the rotation needs them.
+    # The rotation needs norms first, then products with r = (z^ + q^) / |z^ + q^|, where ^ marks unit length.
     if ROTATE:
         zz = tl.zeros([BLOCK_N], dtype=tl.float32)
         qq = tl.zeros([BLOCK_N], dtype=tl.float32)
-        zq = tl.zeros([BLOCK_N], dtype=tl.float32)
-        uz = tl.zeros([BLOCK_N], dtype=tl.float32)
+        for start in range(0, D, BLOCK_D):
+            d = start + tl.arange(0, BLOCK_D)
+            here = (inside & valid)[:, None] & (d < D)[None, :]
+            column = first_column + d[None, :]
+            z = tl.load(z_ptr + n[:, None] * z_stride + column, mask=here, other=0.0).to(tl.float32)
+            q = tl.load(quantized_ptr + n[:, None] * total_dims + column, mask=here, other=0.0)
+            zz += tl.sum(z * z, axis=1)
+            qq += tl.sum(q * q, axis=1)
+        tiny = 1.1754943508222875e-38
+        z_norm = tl.maximum(tl.sqrt(zz), tiny)
+        q_norm = tl.maximum(tl.sqrt(qq), tiny)
+        ratio = q_norm / z_norm
+        rotated = z_norm > tiny
+        rr = tl.zeros([BLOCK_N], dtype=tl.float32)
+        ur = tl.zeros([BLOCK_N], dtype=tl.float32)
         uq = tl.zeros([BLOCK_N], dtype=tl.float32)
         for start in range(0, D, BLOCK_D):
             d = start + tl.arange(0, BLOCK_D)
@@ -178,21 +191,12 @@ def vq_assign_bwd_kernel(
             z = tl.load(z_ptr + n[:, None] * z_stride + column, mask=here, other=0.0).to(tl.float32)
             q = tl.load(quantized_ptr + n[:, None] * total_dims + column, mask=here, other=0.0)
             u = tl.load(grad_quantized_ptr + n[:, None] * grad_stride + column, mask=here, other=0.0).to(tl.float32)
-            zz += tl.sum(z * z, axis=1)
-            qq += tl.sum(q * q, axis=1)
-            zq += tl.sum(z * q, axis=1)
-            uz += tl.sum(u * z, axis=1)
+            r = z / z_norm[:, None] + q / q_norm[:, None]
+            rr += tl.sum(r * r, axis=1)
+            ur += tl.sum(u * r, axis=1)
             uq += tl.sum(u * q, axis=1)
-        tiny = 1.1754943508222875e-38
-        z_norm = tl.maximum(tl.sqrt(zz), tiny)
-        q_norm = tl.maximum(tl.sqrt(qq), tiny)
-        ratio = q_norm / z_norm
-        # r = (z^ + q^) / |z^ + q^|, |z^ + q^|^2 = |z^|^2 + |q^|^2 + 2 z^.q^
-        cosine = zq / z_norm / q_norm
-        length2 = zz / z_norm / z_norm + qq / q_norm / q_norm + 2.0 * cosine
-        along_r = (uz / z_norm + uq / q_norm) / tl.maximum(length2, tiny)  # (u . r) / |z^ + q^|
+        along_r = ur / tl.maximum(rr, tiny)
         along_q = uq / q_norm
-        rotated = z_norm > tiny
 
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)

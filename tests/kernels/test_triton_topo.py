@@ -1,0 +1,100 @@
+"""Values of the topographic kernels: under Triton's interpreter, or on a CUDA device where there is one."""
+
+import helpers
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spinlock_fast.kernels.layout import CodebookLayout
+from spinlock_fast.kernels.topo_loss import reference
+from spinlock_fast.kernels.topo_loss.op import _Correlations
+from spinlock_fast.kernels.vq_assign import vq_assign
+
+pytest.importorskip("triton", reason="the package triton is not installed here")
+from spinlock_fast.kernels.topo_loss.cuda import Correlations
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [
+    *([pytest.mark.gpu] if torch.cuda.is_available() else []),
+    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),  # numpy, of NaN in the interpreter
+]
+LAYOUT = CodebookLayout.of([15, 7, 28, 13], [4, 16, 48, 5])
+GROUPS = st.lists(st.tuples(st.integers(1, 9), st.integers(2, 70)), min_size=1, max_size=3)
+
+
+def both_ways(function, x, z, codes, codebook, layout, weights=(0.3, 0.7)):
+    """The correlations and the gradient of their weighted sum, in float64."""
+    leaf = z.clone().requires_grad_()
+    pre, post = function(x, leaf, codes, codebook, layout)
+    (weights[0] * pre + weights[1] * post).backward()
+    return torch.stack([pre, post]).double().cpu(), leaf.grad.double().cpu()
+
+
+def exact(x, z, codes, codebook, layout):
+    quantized = vq_assign(z.double(), codebook.double(), layout).quantized
+    return both_ways(
+        lambda a, b, *_: reference.topographic_correlations(a, b, quantized, layout),
+        x.double(),
+        z.double(),
+        codes,
+        codebook,
+        layout,
+    )
+
+
+def check(layout, S, seed, features=7):
+    z, codebook = helpers.random_group(layout, S, seed=seed)
+    x = torch.randn(S, features, generator=torch.Generator().manual_seed(seed + 1))
+    codes = vq_assign(z.double(), codebook.double(), layout).codes
+    truth, truth_grad = exact(x, z, codes, codebook, layout)
+    found, grad = both_ways(Correlations.apply, *(t.to(DEVICE) for t in (x, z, codes, codebook)), layout)
+    eager, eager_grad = both_ways(_Correlations.apply, x, z, codes, codebook, layout)
+    size = max(float(truth_grad.norm()), 1e-12)
+    # Three TF32 products lose up to 2 bits against float32; close pairs make the rest of both errors.
+    assert (found - truth).abs().max() <= 4 * (eager - truth).abs().max() + 2e-6
+    assert (grad - truth_grad).norm() <= 4 * (eager_grad - truth_grad).norm() + 4e-6 * size
+
+
+@settings(max_examples=8)
+@given(GROUPS, st.integers(3, 80), st.integers(0, 2**31))
+def test_any_shape(sizes, S, seed):
+    check(CodebookLayout.of(*zip(*sizes, strict=True)), S, seed)
+
+
+@pytest.mark.parametrize("S", [1, 2, 3, 64, 65, 130])
+def test_the_edges_of_tiles(S):
+    check(LAYOUT, S, seed=S, features=33)
+
+
+def test_equal_rows_and_equal_codes_pull_nowhere():
+    z, codebook = helpers.random_group(LAYOUT, 40, seed=0)
+    z[20:] = z[:20]
+    x = torch.randn(20, 5).repeat(2, 1)
+    codes = vq_assign(z, codebook, LAYOUT).codes
+    arguments = [t.to(DEVICE) for t in (x, z, codes, codebook)]
+    found, grad = both_ways(Correlations.apply, *arguments, LAYOUT)
+    assert found.isfinite().all()
+    assert grad.isfinite().all()
+    torch.testing.assert_close(grad[20:], grad[:20], rtol=1e-4, atol=1e-7)
+
+
+def test_a_row_without_a_code_leaves_the_second_correlation_out():
+    z, codebook = helpers.random_group(LAYOUT, 30, seed=0)
+    x = torch.randn(30, 5)
+    codes = vq_assign(z, codebook, LAYOUT).codes
+    whole = both_ways(Correlations.apply, *(t.to(DEVICE) for t in (x, z, codes, codebook)), LAYOUT, (1.0, 0.0))
+    codes[3, 1] = -1
+    found, grad = both_ways(Correlations.apply, *(t.to(DEVICE) for t in (x, z, codes, codebook)), LAYOUT)
+    assert found[1] == 0.0
+    torch.testing.assert_close(found[0], whole[0][0])
+    torch.testing.assert_close(grad, 0.3 * whole[1])
+
+
+def test_the_same_bits_each_time():
+    z, codebook = helpers.random_group(LAYOUT, 100, seed=0)
+    x, codes = torch.randn(100, 5), vq_assign(z, codebook, LAYOUT).codes
+    arguments = [t.to(DEVICE) for t in (x, z, codes, codebook)]
+    first, again = (both_ways(Correlations.apply, *arguments, LAYOUT) for _ in range(2))
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1], again[1])
