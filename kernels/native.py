@@ -28,10 +28,10 @@ _share_threads_of_torch()
 def serves(*tensors: Tensor) -> bool:
     """Whether all tensors are float32 on the CPU, outside of torch.compile and of a dispatch mode.
 
-    The backend "reference", by the environment variable of `backend`, turns the kernels off.
+    A backend chosen by the environment variable of `backend` turns the kernels off.
     """
     return (
-        os.environ.get(VARIABLE) != "reference"
+        os.environ.get(VARIABLE, "auto") == "auto"
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
