@@ -1,10 +1,8 @@
-#include <pybind11/pybind11.h>
-
-#include "build_info.hpp"
-#include "byte_filters.hpp"
+#include "register.hpp"
 
 PYBIND11_MODULE(_native, module) {
     module.doc() = "Native parts of spinlock_fast.";
     spinlock_fast::register_build_info(module);
     spinlock_fast::register_byte_filters(module);
+    spinlock_fast::register_row_reader(module);
 }

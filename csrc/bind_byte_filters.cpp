@@ -1,0 +1,57 @@
+// Python's view of the byte filters.
+#include "byte_filters.hpp"
+#include "register.hpp"
+
+#include <stdexcept>
+
+namespace py = pybind11;
+
+namespace spinlock_fast {
+namespace {
+
+std::span<const std::byte> as_bytes(const py::buffer_info& info) {
+    if (info.ndim > 0) {
+        py::ssize_t expected = info.itemsize;
+        for (py::ssize_t axis = info.ndim; axis-- > 0;) {
+            if (info.shape[static_cast<std::size_t>(axis)] > 1 &&
+                info.strides[static_cast<std::size_t>(axis)] != expected)
+                throw std::invalid_argument("the buffer must be C-contiguous");
+            expected *= info.shape[static_cast<std::size_t>(axis)];
+        }
+    }
+    return {static_cast<const std::byte*>(info.ptr), static_cast<std::size_t>(info.size * info.itemsize)};
+}
+
+}  // namespace
+
+void register_byte_filters(py::module_& module) {
+    module.def(
+        "unshuffle",
+        [](const py::buffer& data, std::size_t item_size) {
+            if (item_size == 0) throw std::invalid_argument("item_size must be at least 1");
+            const py::buffer_info info = data.request();
+            const auto in = as_bytes(info);
+            py::bytes result(nullptr, in.size());
+            auto* out = reinterpret_cast<std::byte*>(PyBytes_AS_STRING(result.ptr()));
+            {
+                // Pure byte work on memory that both objects keep alive: other threads may run.
+                const py::gil_scoped_release release;
+                unshuffle(in, item_size, {out, in.size()});
+            }
+            return result;
+        },
+        py::arg("data"), py::arg("item_size"));
+
+    module.def(
+        "fletcher32",
+        [](const py::buffer& data) {
+            const py::buffer_info info = data.request();
+            const auto in = as_bytes(info);
+            // As above: reads only what `info` keeps alive.
+            const py::gil_scoped_release release;
+            return fletcher32(in);
+        },
+        py::arg("data"));
+}
+
+}  // namespace spinlock_fast
