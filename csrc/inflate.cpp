@@ -33,7 +33,7 @@ void Inflater::inflate(std::span<const std::byte> in, std::span<std::byte> out) 
         state_->decompressor.get(), in.data(), in.size(), out.data(), out.size(), &used, nullptr);
     switch (result) {
         case LIBDEFLATE_SUCCESS: return;
-        case LIBDEFLATE_BAD_DATA: throw DecodeError("the compressed data are damaged");
+        case LIBDEFLATE_BAD_DATA: throw DecodeError("the compressed data are invalid");
         case LIBDEFLATE_SHORT_OUTPUT: throw DecodeError("the compressed data end early");
         case LIBDEFLATE_INSUFFICIENT_SPACE: throw DecodeError("the compressed data are longer than the chunk");
     }
@@ -72,7 +72,7 @@ void Inflater::inflate(std::span<const std::byte> in, std::span<std::byte> out) 
     if (result == Z_STREAM_END) throw DecodeError("the compressed data end early");
     if (result == Z_BUF_ERROR && stream.avail_out == 0)
         throw DecodeError("the compressed data are longer than the chunk");
-    throw DecodeError("the compressed data are damaged");
+    throw DecodeError("the compressed data are invalid");
 }
 
 #else

@@ -228,6 +228,8 @@ std::optional<Failure> RowReader::Pool::perform(const Task& task, Decoding& deco
         }
         source_.read(task.chunk, decoding);
         return std::nullopt;
+    } catch (const DecodeError& error) {
+        return Failure{task.number, source_.describe(task.chunk) + " is damaged: " + error.what()};
     } catch (const std::exception& error) {
         // std::bad_alloc among them: no thread may end by an exception.
         return Failure{task.number, source_.describe(task.chunk) + ": " + error.what()};

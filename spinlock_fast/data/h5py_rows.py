@@ -52,8 +52,11 @@ class H5pyRows:
                 f"{one_line(error)}"
             ) from None
         if identify(index.file) != index.identity:
-            raise DataError(f"{index.file}: {table.path}: rows {low}..{high - 1}: the file has changed since it was opened")
-        return np.asarray(values, table.dtype)[local - low]
+            raise DataError(
+                f"{index.file}: {table.path}: rows {low}..{high - 1}: the file has changed since it was opened"
+            )
+        wanted: NDArray[Any] = np.asarray(values, table.dtype)[local - low]
+        return wanted
 
     def _handle(self, shard: int) -> h5py.File:
         if shard not in self._handles:

@@ -19,7 +19,11 @@ from spinlock_fast.data.files import Identity, get_dataset, identify, one_line, 
 from spinlock_fast.errors import DataError
 
 _MISSING = np.iinfo(np.uint64).max
-_FILTERS = {h5py.h5z.FILTER_DEFLATE: "deflate", h5py.h5z.FILTER_SHUFFLE: "shuffle", h5py.h5z.FILTER_FLETCHER32: "fletcher32"}
+_FILTERS = {
+    h5py.h5z.FILTER_DEFLATE: "deflate",
+    h5py.h5z.FILTER_SHUFFLE: "shuffle",
+    h5py.h5z.FILTER_FLETCHER32: "fletcher32",
+}
 _OTHER_FILTERS = {
     4: "szip",
     5: "nbit",

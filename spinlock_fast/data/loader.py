@@ -15,11 +15,11 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from spinlock_fast import _native
 from spinlock_fast.config import parse_bytes
-from spinlock_fast.data.files import find_files
+from spinlock_fast.data.files import Identity, find_files
 from spinlock_fast.data.order import RowOrder
 from spinlock_fast.data.reading import LoaderPass, PassStats
 from spinlock_fast.data.table import Tables
-from spinlock_fast.data.windows import Windows, sequential_windows, shuffled_windows
+from spinlock_fast.data.windows import Windows, processors, sequential_windows, shuffled_windows
 from spinlock_fast.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
             raise ConfigError(f"shuffle: {shuffle!r}, expected True, False or 'exact'")
         self.shuffle: bool | Literal["exact"] = shuffle
         self.seed = _count("seed", seed, least=0)
-        self.num_threads = _count("num_threads", num_threads, least=0) or _processors()
+        self.num_threads = _count("num_threads", num_threads, least=0) or processors()
         self.world_size = _count("world_size", world_size)
         self.rank = _count("rank", rank, least=0)
         if self.rank >= self.world_size:
@@ -155,6 +155,11 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
     def rows(self) -> int:
         """Rows of all ranks."""
         return self._tables.rows
+
+    @property
+    def identities(self) -> tuple[Identity, ...]:
+        """Of the files, as they were when the loader opened them; they must not change afterwards."""
+        return self._tables.identities
 
     @property
     def epoch(self) -> int:
@@ -240,10 +245,3 @@ def _count(name: str, value: int, least: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ConfigError(f"{name}: {value!r}, expected a whole number of at least {least}")
     return value
-
-
-def _processors() -> int:
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on every system
-        return os.cpu_count() or 1

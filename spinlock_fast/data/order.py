@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,39 @@ from numpy.typing import NDArray
 Rows = NDArray[np.int64]
 
 _UNITS, _WINDOW, _ROWS = range(3)  # what a stream of random numbers is for
+
+
+class Order(Protocol):
+    """What a pass over rows must know."""
+
+    @property
+    def most_rows(self) -> tuple[int, int]:
+        """Of a batch, of a window."""
+
+    @property
+    def batch_ends(self) -> Rows:
+        """Position after each batch."""
+
+    def windows(self, epoch: int) -> Iterator[tuple[int, Rows]]:
+        """(first position, rows) of runs that are best read together, in order."""
+
+
+@dataclass(frozen=True)
+class GivenRows:
+    """One batch of exactly these rows."""
+
+    rows: Rows
+
+    @property
+    def most_rows(self) -> tuple[int, int]:
+        return len(self.rows), len(self.rows)
+
+    @property
+    def batch_ends(self) -> Rows:
+        return np.array([len(self.rows)])
+
+    def windows(self, epoch: int) -> Iterator[tuple[int, Rows]]:
+        yield 0, self.rows
 
 
 @dataclass(frozen=True)
@@ -38,6 +71,10 @@ class RowOrder:
     def rows(self) -> int:
         """Rows of all ranks."""
         return sum(self.shard_rows)
+
+    @property
+    def most_rows(self) -> tuple[int, int]:
+        return min(self.batch_size, self.rows), self.window_rows
 
     @property
     def span(self) -> tuple[int, int]:
@@ -76,7 +113,9 @@ class RowOrder:
             stop_unit = max(unit + 1, int(np.searchsorted(end, position + self.window_rows, side="right")))
             block = slice(unit, stop_unit)
             first = int(end[unit] - length[unit])
-            rows = np.arange(first, end[stop_unit - 1]) + np.repeat(start[block] + length[block] - end[block], length[block])
+            rows = np.arange(first, end[stop_unit - 1]) + np.repeat(
+                start[block] + length[block] - end[block], length[block]
+            )
             stop = min(int(end[stop_unit - 1]), high)
             rows = rows[position - first : stop - first]  # a rank may begin and end within a unit
             if self.shuffle:

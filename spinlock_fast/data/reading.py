@@ -16,7 +16,8 @@ from torch import Tensor
 
 from spinlock_fast import _native
 from spinlock_fast.data.h5py_rows import H5pyRows
-from spinlock_fast.data.order import RowOrder
+from spinlock_fast.data.memory import BatchMemory
+from spinlock_fast.data.order import Order
 from spinlock_fast.data.table import Tables
 from spinlock_fast.errors import DataError
 
@@ -32,18 +33,15 @@ class PassStats:
     reader: _native.RowReader | None = None
 
     def summary(self) -> dict[str, Any]:
-        native = self.reader.stats() if self.reader is not None else {}
-        decoded = native.get("decoded_bytes", 0)
+        none: _native.ReaderStats = {"chunks": 0, "stored_bytes": 0, "decoded_bytes": 0, "cpu_seconds": 0.0}
+        native = self.reader.stats() if self.reader is not None else none
         return {
             "batches": self.batches,
             "rows": self.rows,
             "seconds": self.seconds,
             "seconds_waited": self.seconds_waited,
-            "chunks": native.get("chunks", 0),
-            "stored_bytes": native.get("stored_bytes", 0),
-            "decoded_bytes": decoded,
-            "cpu_seconds": native.get("cpu_seconds", 0.0),
-            "decoded_mb_per_second": decoded / 1e6 / self.seconds if self.seconds else 0.0,
+            **native,
+            "decoded_mb_per_second": native["decoded_bytes"] / 1e6 / self.seconds if self.seconds else 0.0,
         }
 
 
@@ -70,7 +68,7 @@ class LoaderPass:
     def __init__(
         self,
         tables: Tables,
-        order: RowOrder,
+        order: Order,
         epoch: int,
         first_batch: int,
         *,
@@ -87,8 +85,12 @@ class LoaderPass:
         self._windows = order.windows(epoch)
         self._ahead = ahead
         self._pin = pin
+        most, window = order.most_rows
+        in_flight = 2 + ahead * (2 + window // most)  # the caller's, and those of the windows
+        self._memory = [BatchMemory(table.row_shape, table.dtype, most, in_flight, pin) for table in tables.tables]
         self._reader = _native.RowReader(*tables.descriptions(), threads, verify_checksums)
         self._slow = H5pyRows(tables)
+        self._submitted = self._start
         self._running: deque[int] = deque()  # end of each window that is not wholly delivered
         self._batches: deque[_Batch] = deque()  # begun, not delivered
         self._stats = stats
@@ -108,11 +110,11 @@ class LoaderPass:
             if os.getpid() != self._process:
                 raise RuntimeError("an iteration cannot go on in a forked process: begin a new one there")
             asked = time.perf_counter()
-            self._submit()
+            self._submit(end)
             batch = self._take()
             while self._running and self._running[0] <= end:
                 self._running.popleft()
-            self._submit()  # before the caller works on the batch, so that the threads have something to do
+            self._submit(end)  # before the caller works on the batch, so that the threads have something to do
             self._stats.batches += 1
             self._stats.rows += len(batch["index"])
             now = time.perf_counter()
@@ -132,8 +134,11 @@ class LoaderPass:
         names = (table.path for table in self._tables.tables)
         return {**dict(zip(names, batch.tensors, strict=True)), "index": batch.index}
 
-    def _submit(self) -> None:
-        while len(self._running) < self._ahead and (window := next(self._windows, None)) is not None:
+    def _submit(self, needed: int) -> None:
+        """Windows ahead, and those that a batch up to position `needed` reaches into."""
+        while len(self._running) < self._ahead or self._submitted < needed:
+            if (window := next(self._windows, None)) is None:
+                return
             first, rows = window
             rows = rows[max(0, self._start - first) : max(0, int(self._ends[-1]) - first)]
             first = max(first, self._start)
@@ -147,6 +152,7 @@ class LoaderPass:
                     batch.rows[low - batch.first : high - batch.first] = rows[low - first : high - first]
             self._reader.submit(first, rows)
             self._running.append(end)
+            self._submitted = end
             self._read_slowly(first, rows)
 
     def _add_batches(self, end: int) -> None:
@@ -156,15 +162,9 @@ class LoaderPass:
             if first >= end:
                 return
             count = int(self._ends[self._next_batch]) - first
-            tensors = [
-                torch.empty((count, *table.row_shape), dtype=_TORCH[table.dtype.str[1:]], pin_memory=self._pin)
-                for table in self._tables.tables
-            ]
-            native = [
-                tensor.numpy()
-                for table, tensor in zip(self._tables.tables, tensors, strict=True)
-                if not table.reason
-            ]
+            tensors = [memory.take(count) for memory in self._memory]
+            pairs = zip(self._tables.tables, tensors, strict=True)
+            native = [tensor.numpy() for table, tensor in pairs if not table.reason]
             self._reader.add_batch(first, count, native)
             self._batches.append(_Batch(first, tensors, torch.empty(count, dtype=torch.int64, pin_memory=self._pin)))
             self._next_batch += 1
@@ -188,18 +188,3 @@ class LoaderPass:
                         batch.error = batch.error or error
                     else:
                         batch.tensors[t].numpy()[first + block[mine] - batch.first] = values[mine]
-
-
-_TORCH = {
-    "f2": torch.float16,
-    "f4": torch.float32,
-    "f8": torch.float64,
-    "i1": torch.int8,
-    "i2": torch.int16,
-    "i4": torch.int32,
-    "i8": torch.int64,
-    "u1": torch.uint8,
-    "u2": torch.uint16,
-    "u4": torch.uint32,
-    "u8": torch.uint64,
-}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -53,8 +53,8 @@ class Tables:
     tables: tuple[Table, ...]
 
     @classmethod
-    def open(cls, files: Sequence[Path], paths: Sequence[str]) -> Tables:
-        """Indexes every file.
+    def open(cls, files: Sequence[Path], paths: Sequence[str], called: str = "datasets") -> Tables:
+        """Indexes every file; messages speak of `called`.
 
         Raises:
             DataError: one line naming the file, the dataset and what is wrong; also where shards or datasets do
@@ -66,7 +66,7 @@ class Tables:
             rows = {path: index.shape[0] for path, index in found.items()}
             if len(set(rows.values())) > 1:
                 listed = ", ".join(f"{path} has {count}" for path, count in rows.items())
-                raise DataError(f"{file}: datasets differ in their number of rows: {listed}")
+                raise DataError(f"{file}: {called} differ in their number of rows: {listed}")
         tables = []
         for path in paths:
             first = shards[0][path]
@@ -94,6 +94,10 @@ class Tables:
     def native(self) -> tuple[Table, ...]:
         """Those that the native reader reads, in order."""
         return tuple(table for table in self.tables if not table.reason)
+
+    def select(self, path: str) -> Tables:
+        """One of the datasets, alone."""
+        return replace(self, tables=tuple(table for table in self.tables if table.path == path))
 
     def descriptions(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Files and native datasets as `_native.RowReader` takes them."""

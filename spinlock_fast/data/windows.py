@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from math import lcm
 
@@ -23,6 +24,14 @@ class Windows:
     window_rows: int
     ahead: int  # windows that are decoded or delivered at a time
     threads: int
+
+
+def processors() -> int:
+    """Those that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on every system
+        return os.cpu_count() or 1
 
 
 def shuffled_windows(
