@@ -23,13 +23,13 @@ struct Shard {
     bool contiguous = false;
     std::uint64_t offset = 0;  // of the first row, where contiguous
 
-    std::vector<std::uint64_t> chunk_shape;  // of one row; as long as the dataset's row_shape
-    std::vector<Filter> filters;
-    std::vector<std::byte> fill;  // one item in native order, for chunks that were never written
+    std::vector<std::uint64_t> chunk_shape{};  // of one row; as long as the dataset's row_shape
+    std::vector<Filter> filters{};
+    std::vector<std::byte> fill{};  // one item in native order, for chunks that were never written
     // By chunk in the order of its grid, rows slowest.
-    std::vector<std::uint64_t> offsets;
-    std::vector<std::uint64_t> sizes;  // stored bytes
-    std::vector<std::uint32_t> masks;
+    std::vector<std::uint64_t> offsets{};
+    std::vector<std::uint64_t> sizes{};  // stored bytes
+    std::vector<std::uint32_t> masks{};
 
     // Columns of the grid: chunks that share their rows.
     std::uint64_t columns = 1;
@@ -39,14 +39,14 @@ struct Shard {
 inline constexpr std::uint64_t kMissing = std::numeric_limits<std::uint64_t>::max();
 
 struct Dataset {
-    std::string name;
+    std::string name{};
     std::size_t item_size = 1;
-    std::vector<std::uint64_t> row_shape;
-    std::vector<Shard> shards;
+    std::vector<std::uint64_t> row_shape{};
+    std::vector<Shard> shards{};
 
     // Set by `validate`.
     std::uint64_t row_bytes = 0;
-    std::vector<std::uint64_t> ends;  // of each shard, in rows of the whole
+    std::vector<std::uint64_t> ends{};  // of each shard, in rows of the whole
 
     std::uint64_t rows() const noexcept { return ends.empty() ? 0 : ends.back(); }
 
