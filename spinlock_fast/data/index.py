@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -101,6 +103,7 @@ def _index(file: Path, identity: Identity, handle: h5py.File, path: str) -> Shar
         raise DataError(f"{file}: {path}: no rows (shape {shape})")
     if 0 in shape[1:]:
         raise DataError(f"{file}: {path}: no columns (shape {shape})")
+    _check_filters(file, dataset)
     chunks = dataset.chunks
     native, reason = None, ""
     try:
@@ -125,6 +128,8 @@ def _index(file: Path, identity: Identity, handle: h5py.File, path: str) -> Shar
 def _native_layout(handle: h5py.File, dataset: h5py.Dataset) -> dict[str, Any]:
     """What the native reader must know; raises NotNativeError where it would read other bytes than libhdf5."""
     plist = dataset.id.get_create_plist()
+    if dataset.shape[0] == 0:
+        return {"rows": 0, "swapped": False, "offset": 0, "chunk_rows": 1}  # an empty shard, of whatever layout
     if handle.driver != "sec2":
         raise NotNativeError(f"the file driver {handle.driver}")  # its offsets are not those of one file
     if handle.userblock_size and h5py.version.hdf5_version_tuple < (1, 14, 3):
@@ -175,6 +180,22 @@ def _chunks(dataset: h5py.Dataset, plist: Any) -> dict[str, Any]:
         "sizes": sizes,
         "masks": masks,
     }
+
+
+def _check_filters(file: Path, dataset: h5py.Dataset) -> None:
+    """Raises DataError where libhdf5 lacks a filter and hdf5plugin, which brings the common ones, does not help."""
+    plist = dataset.id.get_create_plist()
+    for i in range(plist.get_nfilters()):
+        code = plist.get_filter(i)[0]
+        if h5py.h5z.filter_avail(code):
+            continue
+        with contextlib.suppress(ImportError):
+            importlib.import_module("hdf5plugin")
+        if not h5py.h5z.filter_avail(code):
+            raise DataError(
+                f"{file}: {dataset.name.lstrip('/')}: compressed with the filter {_OTHER_FILTERS.get(code, code)}, "
+                "which this installation of HDF5 lacks; pip install hdf5plugin may bring it"
+            )
 
 
 def _pipeline(plist: Any) -> list[tuple[str, int]]:

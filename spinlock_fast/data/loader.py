@@ -123,6 +123,11 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
         tables = self._tables
         if tables.rows < world_size:
             raise ConfigError(f"world_size: {world_size} parts, but there are {tables.rows} rows")
+        if self.batch_size == 1 and not self.drop_last and tables.rows % self.world_size:
+            raise ConfigError(
+                f"batch_size: with 1, {tables.rows} rows on {self.world_size} ranks make different numbers of batches; "
+                "take 2 or drop_last"
+            )
         rows = -(-tables.rows // world_size)
         if self.shuffle:
             windows = shuffled_windows(

@@ -83,13 +83,15 @@ class RowOrder:
 
     @cached_property
     def batch_ends(self) -> Rows:
-        """Position after each batch. Every rank has as many batches, so the last two may be one row short."""
+        """Position after each batch. Every rank has as many batches (but for batches of one row, where that cannot be),
+        so the last but one may be a row short.
+        """
         if self.drop_last:
             count = self.rows // self.world_size // self.batch_size
             return np.arange(1, count + 1, dtype=np.int64) * self.batch_size
         largest = -(-self.rows // self.world_size)
-        count = -(-largest // self.batch_size)
         size = self.span[1] - self.span[0]
+        count = min(-(-largest // self.batch_size), size)
         ends = np.arange(1, count + 1, dtype=np.int64) * self.batch_size
         ends[-1:] = size
         if count > 1 and ends[-2] == size:
