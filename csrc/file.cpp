@@ -58,7 +58,7 @@ void File::read(std::span<std::byte> out, std::uint64_t offset) const {
             if (errno == EINTR) continue;
             throw ReadError("cannot be read: " + reason(errno));
         }
-        if (got == 0) throw ReadError("the file became shorter while it was read");
+        if (got == 0) throw ReadError("the file has changed since it was opened: it became shorter");
         out = out.subspan(static_cast<std::size_t>(got));
         offset += static_cast<std::uint64_t>(got);
     }

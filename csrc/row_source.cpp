@@ -61,10 +61,15 @@ void RowSource::read(const ChunkPlace& place, Decoding& decoding) {
         read_chunk(place, nullptr, decoding);
     } else {
         const auto file = files_.get(shard.file);
-        if (dataset.stored_as_rows(shard) && shard.sizes[chunk] == dataset.chunk_bytes(shard))
-            read_rows(place, *file, shard.offsets[chunk], decoding);
-        else
-            read_chunk(place, file.get(), decoding);
+        try {
+            if (dataset.stored_as_rows(shard) && shard.sizes[chunk] == dataset.chunk_bytes(shard))
+                read_rows(place, *file, shard.offsets[chunk], decoding);
+            else
+                read_chunk(place, file.get(), decoding);
+        } catch (const DecodeError&) {
+            file->check_unchanged();  // the better reason, where it is one
+            throw;
+        }
         file->check_unchanged();
     }
     ++decoding.stats.chunks;

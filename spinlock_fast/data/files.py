@@ -7,7 +7,8 @@ import glob
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from typing import Any
 import h5py
 
 from spinlock_fast.errors import DataError
+
+# What h5py raises where metadata are damaged: whatever the bytes happen to suggest.
+H5PY_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError, MemoryError, AttributeError)
 
 _GLOB = re.compile(r"[*?\[]")
 
@@ -73,18 +77,32 @@ def open_file(file: Path) -> h5py.File:
         raise DataError(f"{file}: not an HDF5 file")
     try:
         return h5py.File(file, "r")
-    except (OSError, RuntimeError) as error:
+    except H5PY_ERRORS as error:
         what = "truncated" if "truncated" in str(error) else "damaged"
         raise DataError(f"{file}: the file is {what}: {one_line(error)}") from None
+
+
+@contextmanager
+def naming_damage(file: Path, path: str) -> Iterator[None]:
+    """What h5py raises in the block becomes a DataError that names file and dataset."""
+    try:
+        yield
+    except DataError:
+        raise
+    except H5PY_ERRORS as error:
+        raise DataError(f"{file}: {path}: the file is damaged: {one_line(error)}") from None
 
 
 def get_dataset(file: Path, handle: h5py.File, path: str) -> h5py.Dataset:
     """A dataset by its path; raises DataError that names the nearest one."""
     try:
         node = handle[path]
-    except (KeyError, OSError, RuntimeError):
+    except H5PY_ERRORS as error:
         names: list[str] = []
-        handle.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
+        with naming_damage(file, path):
+            handle.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
+            if path in names:
+                raise error
         close = difflib.get_close_matches(path, names, 1, cutoff=0.4)
         hint = f"; nearest is {close[0]}" if close else f"; it holds {', '.join(names[:6]) or 'no dataset'}"
         raise DataError(f"{file}: no dataset {path}{hint}") from None

@@ -9,7 +9,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from spinlock_fast.data.files import identify, one_line, open_file
+from spinlock_fast.data.files import H5PY_ERRORS, identify, one_line, open_file
 from spinlock_fast.data.table import Table, Tables
 from spinlock_fast.errors import DataError
 
@@ -44,17 +44,15 @@ class H5pyRows:
         local = rows - (self._ends[shard] - self._tables.shard_rows[shard])
         low, high = int(local.min()), int(local.max()) + 1
         index = table.shards[shard]
+        where = f"{index.file}: {table.path}: rows {low}..{high - 1}"
         try:
-            values = self._handle(shard)[table.path][low:high]
-        except (OSError, RuntimeError, KeyError) as error:
-            raise DataError(
-                f"{index.file}: {table.path}: rows {low}..{high - 1} cannot be read, the file is damaged: "
-                f"{one_line(error)}"
-            ) from None
+            values, error = self._handle(shard)[table.path][low:high], None
+        except H5PY_ERRORS as caught:
+            error = caught
         if identify(index.file) != index.identity:
-            raise DataError(
-                f"{index.file}: {table.path}: rows {low}..{high - 1}: the file has changed since it was opened"
-            )
+            raise DataError(f"{where}: the file has changed since it was opened")
+        if error is not None:
+            raise DataError(f"{where} cannot be read, the file is damaged: {one_line(error)}")
         wanted: NDArray[Any] = np.asarray(values, table.dtype)[local - low]
         return wanted
 

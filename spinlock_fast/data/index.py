@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spinlock_fast import _native
-from spinlock_fast.data.files import Identity, get_dataset, identify, one_line, open_file
+from spinlock_fast.data.files import Identity, get_dataset, identify, naming_damage, open_file
 from spinlock_fast.errors import DataError
 
 _MISSING = np.iinfo(np.uint64).max
@@ -80,7 +80,8 @@ def index_file(file: Path, paths: list[str]) -> dict[str, ShardIndex]:
     if missing:
         with open_file(file) as handle:
             for path in missing:
-                found[path] = _index(file, identity, handle, path)
+                with naming_damage(file, path):
+                    found[path] = _index(file, identity, handle, path)
         if identify(file) != identity:
             raise DataError(f"{file}: the file changed while it was opened")
     with _known_lock:
@@ -110,8 +111,6 @@ def _index(file: Path, identity: Identity, handle: h5py.File, path: str) -> Shar
         native = _native_layout(handle, dataset)
     except NotNativeError as why:
         reason = str(why)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise DataError(f"{file}: {path}: the index of its chunks is damaged: {one_line(error)}") from None
     return ShardIndex(
         file,
         identity,
@@ -236,10 +235,10 @@ def _walk(
         return offsets, sizes, masks, partial
     origin = np.array([entry[0] for entry in found], np.int64)  # [chunks, dimensions]
     if len(found) > cells or (origin % dataset.chunks).any() or (origin >= dataset.shape).any() or (origin < 0).any():
-        raise ValueError("chunks outside the dataset")
+        raise ValueError("its index names chunks outside the dataset")
     cell = np.ravel_multi_index(tuple((origin // dataset.chunks).T), grid)
     if len(np.unique(cell)) != len(cell):
-        raise ValueError("a chunk is listed twice")
+        raise ValueError("its index names a chunk twice")
     offsets[cell] = [entry[1] for entry in found]
     sizes[cell] = [entry[2] for entry in found]
     masks[cell] = [entry[3] for entry in found]

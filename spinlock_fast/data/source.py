@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spinlock_fast.data.files import find_files, get_dataset, open_file
+from spinlock_fast.data.files import find_files, get_dataset, naming_damage, open_file
 from spinlock_fast.data.loader import HDF5Loader
 from spinlock_fast.data.order import GivenRows
 from spinlock_fast.data.reading import LoaderPass, PassStats
@@ -57,7 +57,8 @@ class Source:
         self._running: list[Generator[Any, None, None]] = []
         with open_file(self.files[0]) as handle:
             for family, path in datasets.items():
-                shape = get_dataset(self.files[0], handle, path).shape
+                with naming_damage(self.files[0], path):
+                    shape = get_dataset(self.files[0], handle, path).shape
                 if shape is None or len(shape) not in (2, 3):
                     raise DataError(
                         f"{self.files[0]}: {path}: family {family!r} needs a 2-D or 3-D dataset, got shape {shape}"
@@ -161,8 +162,9 @@ class Source:
 
     def feature_names(self, family: str) -> list[str] | None:
         """Names of a family's columns, where the dataset or its group has an attribute `feature_names`."""
-        with open_file(self.files[0]) as handle:
-            dataset = get_dataset(self.files[0], handle, self.datasets[family].path)
+        path = self.datasets[family].path
+        with open_file(self.files[0]) as handle, naming_damage(self.files[0], path):
+            dataset = get_dataset(self.files[0], handle, path)
             for node in (dataset, dataset.parent):
                 names = node.attrs.get("feature_names")
                 if isinstance(names, np.ndarray) and names.shape == dataset.shape[1:]:
