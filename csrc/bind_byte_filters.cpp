@@ -1,5 +1,7 @@
 // Python's view of the byte filters.
 #include "byte_filters.hpp"
+#include "errors.hpp"
+#include "inflate.hpp"
 #include "register.hpp"
 
 #include <stdexcept>
@@ -52,6 +54,21 @@ void register_byte_filters(py::module_& module) {
             return fletcher32(in);
         },
         py::arg("data"));
+
+    module.def(
+        "inflate",
+        [](const py::buffer& data, const py::buffer& out) {
+            const py::buffer_info in_info = data.request(), out_info = out.request(true);
+            const auto in = as_bytes(in_info), space = as_bytes(out_info);
+            try {
+                // As above, and nobody else should write to `out` meanwhile.
+                const py::gil_scoped_release release;
+                Inflater().inflate(in, {static_cast<std::byte*>(out_info.ptr), space.size()});
+            } catch (const DecodeError& error) {
+                throw std::invalid_argument(error.what());
+            }
+        },
+        py::arg("data"), py::arg("out"));
 }
 
 }  // namespace spinlock_fast

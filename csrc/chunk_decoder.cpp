@@ -3,7 +3,7 @@
 #include "byte_filters.hpp"
 #include "errors.hpp"
 
-#include <algorithm>
+#include <cstring>
 #include <string>
 
 namespace spinlock_fast {
@@ -28,9 +28,16 @@ std::span<std::byte> strip_checksum(std::span<std::byte> data, bool verify) {
 }  // namespace
 
 std::span<std::byte> ChunkDecoder::decode(std::span<std::byte> stored, std::uint32_t mask,
-                                          std::span<const Filter> filters, std::size_t chunk_bytes, bool verify) {
+                                          std::span<const Filter> filters, std::size_t chunk_bytes, bool verify,
+                                          std::span<std::byte> into) {
     const auto active = [&](std::size_t i) { return i >= 32 || ((mask >> i) & 1U) == 0; };
     std::span<std::byte> data = stored;
+    // Memory for what filter i was applied to: where that is the chunk itself, the caller's.
+    const auto output = [&](std::size_t i, std::size_t size, Scratch& own) {
+        for (std::size_t j = 0; j < i; ++j)
+            if (active(j)) return own.take(size);
+        return into.empty() || size != chunk_bytes ? own.take(size) : into;
+    };
     for (std::size_t i = filters.size(); i-- > 0;) {
         if (!active(i)) continue;
         switch (filters[i].kind) {
@@ -40,13 +47,13 @@ std::span<std::byte> ChunkDecoder::decode(std::span<std::byte> stored, std::uint
                 // A checksum that was appended before compression comes out of it.
                 for (std::size_t j = 0; j < i; ++j)
                     if (active(j) && filters[j].kind == FilterKind::fletcher32) expected += kChecksum;
-                const auto out = inflated_.take(expected);
+                const auto out = output(i, expected, inflated_);
                 inflater_.inflate(data, out);
                 data = out;
                 break;
             }
             case FilterKind::shuffle: {
-                const auto out = unshuffled_.take(data.size());
+                const auto out = output(i, data.size(), unshuffled_);
                 unshuffle(data, filters[i].item_size, out);
                 data = out;
                 break;
@@ -56,6 +63,10 @@ std::span<std::byte> ChunkDecoder::decode(std::span<std::byte> stored, std::uint
     if (data.size() != chunk_bytes)
         throw DecodeError("holds " + std::to_string(data.size()) + " bytes instead of " +
                           std::to_string(chunk_bytes));
+    if (!into.empty() && data.data() != into.data()) {
+        std::memcpy(into.data(), data.data(), chunk_bytes);
+        return into;
+    }
     return data;
 }
 

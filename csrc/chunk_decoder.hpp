@@ -45,11 +45,12 @@ public:
     // mask: bit i is set where filter i was skipped for this chunk.
     // chunk_bytes: size of the result, exactly.
     // verify: whether fletcher32 is compared; deflate's own checksum always is.
+    // into: memory of `chunk_bytes` for the result, where it is wanted there; else the decoder's own is used.
     //
     // Throws DecodeError. Nothing beyond `chunk_bytes` and a few bytes for checksums is allocated,
     // whatever `stored` says.
     std::span<std::byte> decode(std::span<std::byte> stored, std::uint32_t mask, std::span<const Filter> filters,
-                                std::size_t chunk_bytes, bool verify);
+                                std::size_t chunk_bytes, bool verify, std::span<std::byte> into = {});
 
 private:
     Inflater inflater_;

@@ -111,6 +111,11 @@ void RowSource::read_chunk(const ChunkPlace& place, const File* file, Decoding& 
     const Dataset& dataset = datasets_[place.dataset];
     const Shard& shard = this->shard(place);
     const std::uint64_t chunk_bytes = dataset.chunk_bytes(shard);
+    // Whole rows that follow each other in the batch, as they do when reading in order, are decoded in place.
+    std::span<std::byte> into;
+    if (shard.chunk_shape == dataset.row_shape && decoding.rows.size() == shard.chunk_rows &&
+        joined(decoding.rows, dataset.row_bytes) == shard.chunk_rows)
+        into = {decoding.rows.front().out, chunk_bytes};
     std::span<std::byte> data;
     if (file == nullptr) {
         data = decoding.stored.take(chunk_bytes);
@@ -125,11 +130,12 @@ void RowSource::read_chunk(const ChunkPlace& place, const File* file, Decoding& 
                               std::to_string(chunk_bytes));
         const auto stored = decoding.stored.take(size);
         file->read(stored, shard.offsets[chunk]);
-        data = decoding.decoder.decode(stored, shard.masks[chunk], shard.filters, chunk_bytes, verify_checksums_);
+        data = decoding.decoder.decode(stored, shard.masks[chunk], shard.filters, chunk_bytes, verify_checksums_, into);
         if (shard.swapped) swap_bytes(data, dataset.item_size);
         decoding.stats.stored_bytes += size;
     }
     decoding.stats.decoded_bytes += chunk_bytes;
+    if (!into.empty() && data.data() == into.data()) return;
     const RowCopy copy(dataset, shard, dataset.origin(shard, place.chunk_row, place.column));
     for (const auto& [row, out] : decoding.rows) copy(data.data(), row, out);
 }

@@ -33,6 +33,12 @@ def unshuffle(data: Buffer, item_size: int) -> bytes:
 def fletcher32(data: Buffer) -> int:
     """The checksum of HDF5's fletcher32 filter over a C-contiguous buffer."""
 
+def inflate(data: Buffer, out: Buffer) -> None:
+    """Decode one zlib stream into a writable buffer of exactly its size.
+
+    Raises ValueError for a damaged stream, or one of another size.
+    """
+
 class ReadError(RuntimeError):
     """Rows cannot be read; the text names file, dataset, chunk, rows and byte."""
 

@@ -11,7 +11,8 @@ from spinlock_fast.errors import ConfigError
 
 _CONTIGUOUS_UNIT = (8, 4096)  # rows that stay together: at least so many, and at least so many bytes
 _UNITS_A_WINDOW = 8  # fewer would hardly mix
-_MOST_AHEAD = 4  # sequential windows: they are small
+_TASKS_A_THREAD = 8  # chunks that are waiting while one is decoded: sequential windows may hold few of them
+_CONTIGUOUS_BYTES = 1 << 20  # that are read at once
 _FREE_SCRATCH = 4 << 20  # bytes of a thread that are not counted, as its stack is not
 _COPIES = 3  # of a chunk: as stored, inflated, un-shuffled
 
@@ -72,8 +73,13 @@ def sequential_windows(tables: Tables, batch_size: int, rank_rows: int, threads:
             "needed, or a smaller batch_size"
         )
     threads = _threads_that_fit(tables, threads, budget - base)
-    ahead = 1 + (budget - base - _scratch(tables, threads)) // _bytes(tables, rows)
-    return Windows(unit, max(rows, unit), min(ahead, _MOST_AHEAD), threads)
+    fit = 1 + (budget - base - _scratch(tables, threads)) // _bytes(tables, rows)
+    # Memory that comes round soon is still in the processor's cache: no more ahead than keeps the threads busy.
+    tasks = sum(
+        -(-rows // table.chunk_rows) if table.chunk_bytes else 1 + _bytes(tables, rows) // _CONTIGUOUS_BYTES
+        for table in tables.tables
+    )
+    return Windows(unit, max(rows, unit), min(fit, 1 + -(-_TASKS_A_THREAD * threads // tasks)), threads)
 
 
 def _unit(tables: Tables, window_rows: int) -> int:

@@ -56,8 +56,12 @@ void pipelines_are_undone_in_reverse() {
     const Bytes data = random_bytes(4000, 2);
     const Filter shuffle{FilterKind::shuffle, 4}, deflate{FilterKind::deflate}, fletcher{FilterKind::fletcher32};
     const auto decode = [&](Bytes stored, std::vector<Filter> filters, std::uint32_t mask) {
+        Bytes again = stored, given(data.size(), std::byte{0x55});
         const auto out = decoder.decode(stored, mask, filters, data.size(), true);
-        return Bytes(out.begin(), out.end());
+        const Bytes result(out.begin(), out.end());
+        const auto placed = decoder.decode(again, mask, filters, data.size(), true, given);
+        CHECK(placed.data() == given.data() && given == result);
+        return result;
     };
     CHECK(decode(data, {}, 0) == data);
     CHECK(decode(shuffled(data, 4), {shuffle}, 0) == data);
