@@ -46,7 +46,7 @@ class H5pyRows:
         index = table.shards[shard]
         where = f"{index.file}: {table.path}: rows {low}..{high - 1}"
         try:
-            values, error = self._handle(shard)[table.path][low:high], None
+            values, error = self._handle(shard)[index.path][low:high], None
         except H5PY_ERRORS as caught:
             error = caught
         if identify(index.file) != index.identity:

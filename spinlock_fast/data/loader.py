@@ -15,6 +15,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from spinlock_fast import _native
 from spinlock_fast.config import parse_bytes
+from spinlock_fast.data.cache import decoded_once
 from spinlock_fast.data.files import Identity, find_files
 from spinlock_fast.data.order import RowOrder
 from spinlock_fast.data.reading import LoaderPass, PassStats
@@ -54,6 +55,9 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
         pin_memory: batches in page-locked memory, where there is a CUDA device.
         drop_last: leaves out the last batch of a rank where it is not full.
         verify_checksums: whether fletcher32 checksums are compared; deflate's always are.
+        cache_dir: a directory for uncompressed copies of what is stored compressed or in chunks. The first pass writes
+            them and takes longer; later ones read as fast as memory or disk allow. A file that changes gets new
+            copies; old ones are for the user to delete.
 
     Yields:
         {dataset path: tensor [b, ...] of the dataset's type, "index": [b] int64 row numbers over all shards}.
@@ -61,6 +65,7 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
 
     Raises:
         ConfigError: an impossible setting; a memory_budget that does not hold two windows, naming the one that does.
+        OutputError: an uncompressed copy cannot be written.
         DataError: a file is missing, unreadable or damaged; datasets or shards do not fit together. While
             iterating: rows of this batch cannot be read, naming file, dataset, chunk and byte.
     """
@@ -80,6 +85,7 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
         pin_memory: bool = False,
         drop_last: bool = False,
         verify_checksums: bool = True,
+        cache_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         self.paths = _list(paths)
         self.datasets = _list(datasets)
@@ -101,6 +107,7 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
         self.pin_memory = pin_memory
         self.drop_last = drop_last
         self.verify_checksums = verify_checksums
+        self.cache_dir = None if cache_dir is None else Path(cache_dir)
         if not self.datasets or len(set(self.datasets)) < len(self.datasets) or "index" in self.datasets:
             raise ConfigError(f"datasets: {self.datasets}, expected different names, none of them 'index'")
         self._epoch = 0
@@ -146,6 +153,11 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
             world_size,
             self.drop_last,
         )
+        if (needed := order.bytes) > self.memory_budget:
+            raise ConfigError(
+                f"memory_budget {self.memory_budget} does not hold the order of {tables.rows} rows: at least {needed} "
+                "bytes are needed"
+            )
         return order, windows
 
     # What an iteration needs is made when it begins, so that a loader can be pickled and forked at any time.
@@ -190,9 +202,12 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
 
     def _pass(self, rank: int, world_size: int, epoch: int, first: int) -> Iterator[dict[str, Tensor]]:
         order, windows = self._plan(rank, world_size)
+        tables = self._tables
+        if self.cache_dir is not None:  # the order is still that of the files
+            tables = decoded_once(tables, self.cache_dir, windows.threads, self.verify_checksums)
         self._stats = stats = PassStats()
         batches = LoaderPass(
-            self._tables,
+            tables,
             order,
             epoch,
             first,

@@ -73,6 +73,12 @@ class RowOrder:
         return sum(self.shard_rows)
 
     @property
+    def bytes(self) -> int:
+        """Of memory for the order of an epoch."""
+        numbers = self.rows if self.shuffle == "exact" else 3 * (self.rows // self.unit_rows)
+        return 8 * (numbers + self.rows // self.batch_size)
+
+    @property
     def most_rows(self) -> tuple[int, int]:
         return min(self.batch_size, self.rows), self.window_rows
 

@@ -101,14 +101,17 @@ class Tables:
 
     def descriptions(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Files and native datasets as `_native.RowReader` takes them."""
+        files = list(dict.fromkeys((shard.file, shard.identity) for table in self.native for shard in table.shards))
+        numbers = {file: i for i, file in enumerate(files)}
         datasets = [
             {
                 "name": table.path,
                 "item_size": table.dtype.itemsize,
                 "row_shape": list(table.row_shape),
-                "shards": [{"file": i, **(shard.native or {})} for i, shard in enumerate(table.shards)],
+                "shards": [
+                    {"file": numbers[shard.file, shard.identity], **(shard.native or {})} for shard in table.shards
+                ],
             }
             for table in self.native
         ]
-        files = [file_description(file, identity) for file, identity in zip(self.files, self.identities, strict=True)]
-        return files, datasets
+        return [file_description(*file) for file in files], datasets

@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import h5py
 import helpers
 import numpy as np
 import pytest
@@ -217,19 +218,13 @@ def test_a_fork_in_the_middle_of_a_pass(file: str) -> None:
     assert len(rows_of(iterator)) == ROWS - 16
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_a_torch_data_loader_may_wrap_it(file: str, workers: int, method: str) -> None:
-    if workers == 0 and method == "spawn":
-        pytest.skip("no process to start")
-    context = method if workers else None
-    batches = list(DataLoader(load(file), batch_size=None, num_workers=workers, multiprocessing_context=context))
+@pytest.mark.parametrize(("workers", "method"), [(0, None), (2, "fork"), (2, "spawn")])
+def test_a_torch_data_loader_may_wrap_it(file: str, workers: int, method: str | None) -> None:
+    batches = list(DataLoader(load(file), batch_size=None, num_workers=workers, multiprocessing_context=method))
     assert sorted(rows_of(batches)) == list(range(ROWS))
 
 
 def test_datasets_of_h5py_and_native_stay_aligned(tmp_path: Path) -> None:
-    import h5py
-
     path = str(tmp_path / "a.h5")
     with h5py.File(path, "w") as file:
         number = np.arange(100, dtype=np.int64)
@@ -356,3 +351,14 @@ def test_pinned_batches(file: str) -> None:
 def test_pinning_without_a_device_is_no_error(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader_module.torch.cuda, "is_available", lambda: False)
     assert len(rows_of(load(file, pin_memory=True))) == ROWS
+
+
+def test_more_rows_than_an_order_can_hold(tmp_path: Path) -> None:
+    """A size that a damaged file may claim must not be allocated."""
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("x", (10**15, 2), np.float32, chunks=(8, 2))
+        file.create_dataset("y", (10**15, 2), np.float32)
+    for path in ("x", "y"):
+        for shuffle in (True, False, "exact"):
+            with helpers.raises_one_line(ConfigError, "memory_budget", str(10**15), "at least"):
+                load(str(tmp_path / "a.h5"), path, shuffle=shuffle)
