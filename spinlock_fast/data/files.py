@@ -76,10 +76,18 @@ def open_file(file: Path) -> h5py.File:
     if not h5py.is_hdf5(file):
         raise DataError(f"{file}: not an HDF5 file")
     try:
-        return h5py.File(file, "r")
+        try:
+            return h5py.File(file, "r")
+        except OSError as error:
+            if "already open for write" not in str(error):
+                raise
+            return h5py.File(file, "r", swmr=True)  # its writer may have asked for readers
     except H5PY_ERRORS as error:
-        what = "truncated" if "truncated" in str(error) else "damaged"
-        raise DataError(f"{file}: the file is {what}: {one_line(error)}") from None
+        text = one_line(error)
+        if "unable to lock" in text:
+            raise DataError(f"{file}: another program is writing to it") from None
+        what = "truncated" if "truncated" in text else "damaged, or its writer has not closed it"
+        raise DataError(f"{file}: the file is {what}: {text}") from None
 
 
 @contextmanager

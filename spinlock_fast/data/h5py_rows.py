@@ -49,7 +49,7 @@ class H5pyRows:
             values, error = self._handle(shard)[index.path][low:high], None
         except H5PY_ERRORS as caught:
             error = caught
-        if identify(index.file) != index.identity:
+        if not index.growing and identify(index.file) != index.identity:
             raise DataError(f"{where}: the file has changed since it was opened")
         if error is not None:
             raise DataError(f"{where} cannot be read, the file is damaged: {one_line(error)}")

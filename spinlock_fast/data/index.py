@@ -60,6 +60,7 @@ class ShardIndex:
     chunk_bytes: int  # decoded size of a chunk; 0 where not chunked
     native: dict[str, Any] | None  # for `_native.RowReader`; None where h5py must read
     reason: str  # why h5py must read
+    growing: bool  # a writer has it open for others to read: it may change
 
 
 _known: OrderedDict[tuple[str, Identity, str], ShardIndex] = OrderedDict()
@@ -82,7 +83,8 @@ def index_file(file: Path, paths: list[str]) -> dict[str, ShardIndex]:
             for path in missing:
                 with naming_damage(file, path):
                     found[path] = _index(file, identity, handle, path)
-        if identify(file) != identity:
+            growing = handle.swmr_mode
+        if identify(file) != identity and not growing:
             raise DataError(f"{file}: the file changed while it was opened")
     with _known_lock:
         for path, key in keys.items():
@@ -121,6 +123,7 @@ def _index(file: Path, identity: Identity, handle: h5py.File, path: str) -> Shar
         prod(chunks) * dtype.itemsize if chunks else 0,
         native,
         reason,
+        handle.swmr_mode,
     )
 
 
@@ -129,6 +132,8 @@ def _native_layout(handle: h5py.File, dataset: h5py.Dataset) -> dict[str, Any]:
     plist = dataset.id.get_create_plist()
     if dataset.shape[0] == 0:
         return {"rows": 0, "swapped": False, "offset": 0, "chunk_rows": 1}  # an empty shard, of whatever layout
+    if handle.swmr_mode:
+        raise NotNativeError("a writer that has the file open")
     if handle.driver != "sec2":
         raise NotNativeError(f"the file driver {handle.driver}")  # its offsets are not those of one file
     if handle.userblock_size and h5py.version.hdf5_version_tuple < (1, 14, 3):

@@ -304,3 +304,43 @@ def test_random_damage_anywhere_never_crashes(tmp_path: Path, layout: str) -> No
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout[-500:] + done.stderr[-2000:]
     assert done.stdout.split() == paths
+
+
+_WRITER = """
+import sys
+import h5py, numpy as np
+with h5py.File(sys.argv[1], "w", libver="latest") as file:
+    x = file.create_dataset("x", data=np.arange(80.0).reshape(20, 4), chunks=(4, 4), maxshape=(None, 4))
+    if sys.argv[2] == "for readers":
+        file.swmr_mode = True
+    file.flush()
+    print("ready", flush=True)
+    sys.stdin.readline()
+    x.resize(24, axis=0)
+    x.flush()
+    print("grown", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize("mode", ["for readers", "alone"])
+def test_a_file_that_another_process_writes(tmp_path: Path, mode: str) -> None:
+    """Read through libhdf5 where its writer allows for readers (SWMR), else refused."""
+    path = str(tmp_path / "a.h5")
+    command = [sys.executable, "-c", _WRITER, path, mode]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdin is not None
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "ready\n"
+        if mode == "alone":
+            with helpers.raises_one_line(DataError, "a.h5", "another program is writing"):
+                HDF5Loader(path, "x")
+        else:
+            loader = HDF5Loader(path, "x", batch_size=8, shuffle=False)
+            assert loader.stats()["paths"]["x"].startswith("h5py, because of a writer")
+            writer.stdin.write("\n")
+            writer.stdin.flush()
+            assert writer.stdout.readline() == "grown\n"
+            assert [len(batch["x"]) for batch in loader] == [8, 8, 4]
+        writer.stdin.write("\n\n")
+    assert writer.returncode == 0
