@@ -124,6 +124,15 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
             if table.reason and said not in _said:
                 _said.add(said)
                 log.warning("%s: %s is read through h5py, which is slower, because of %s", *said)
+            if self.shuffle and table.chunk_rows > self.window_rows:
+                log.warning(
+                    "%s: %s: chunks of %d rows are decoded for every window of %d rows that they reach into: a larger "
+                    "window_rows saves time",
+                    self._tables.files[0],
+                    table.path,
+                    table.chunk_rows,
+                    self.window_rows,
+                )
 
     def _plan(self, rank: int, world_size: int) -> tuple[RowOrder, Windows]:
         """Order and sizes of a pass; raises ConfigError where the budget or the rows do not suffice."""

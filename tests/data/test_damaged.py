@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,19 @@ def test_the_first_of_several_errors_is_raised_whatever_the_timing(tmp_path: Pat
     assert "rows 16..23" in messages.pop()
 
 
+def test_an_error_that_is_noticed_late_still_comes_first(tmp_path: Path) -> None:
+    """The first chunk is damaged at its end, the second at its beginning, which another thread sees at once."""
+    path = str(tmp_path / "a.h5")
+    with h5py.File(path, "w") as file:
+        values = np.random.default_rng(0).standard_normal((2, 400_000))
+        dataset = file.create_dataset("x", data=values, chunks=(1, 400_000), compression="gzip", compression_opts=1)
+        first, second = (dataset.id.get_chunk_info(i) for i in range(2))
+    overwrite(path, first.byte_offset + first.size - 4, b"\xff" * 4)
+    overwrite(path, second.byte_offset, b"\xff" * 4)
+    with helpers.raises_one_line(DataError, "rows 0..0"):
+        list(HDF5Loader(path, "x", num_threads=2))
+
+
 @pytest.mark.parametrize("shuffle", [True, "exact"])
 def test_batches_without_a_damaged_row_are_given(tmp_path: Path, shuffle: Any) -> None:
     path = write(tmp_path / "a.h5")
@@ -161,25 +174,29 @@ def test_a_truncated_file(tmp_path: Path, layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["gzip", "contiguous", "lzf"])
-@pytest.mark.parametrize("change", ["shorter", "touched", "replaced"])
+@pytest.mark.parametrize("change", ["shorter", "touched", "overwritten", "replaced"])
 def test_a_file_that_changes_while_it_is_read(tmp_path: Path, layout: str, change: str) -> None:
     path = write(tmp_path / "a.h5", layout)
-    loader = load(path, memory_budget=20_000)  # so that the end of the file is not read ahead
+    loader = HDF5Loader(
+        path, "x", 8, shuffle=False, num_threads=1, memory_budget=10_000
+    )  # so that the end of the file is not read ahead
     batches = iter(loader)
     next(batches)
     if change == "shorter":
         os.truncate(path, 900)
     elif change == "touched":
         os.utime(path, ns=(1, 1))
+    elif change == "overwritten":
+        overwrite(path, place(path, 56)[0] if layout != "contiguous" else 3000, b"\xff" * 900)
     else:
         shutil.copy(path, tmp_path / "b.h5")
         os.replace(tmp_path / "b.h5", path)
     if change == "replaced" and layout != "lzf":
         # The open descriptor still reads the old file, whole; a new pass notices.
-        assert good_batches(batches) == 7
+        assert sum(len(batch["x"]) for batch in batches) == 56
         batches = iter(loader)
-    with helpers.raises_one_line(DataError, "a.h5", "changed"):
-        good_batches(batches)
+    with helpers.raises_one_line(DataError, "a.h5: x", "changed"):
+        list(batches)
 
 
 @pytest.mark.parametrize("layout", ["gzip", "contiguous", "lzf"])
@@ -237,25 +254,46 @@ def test_a_hostile_index(tmp_path: Path, key: str, chunk: int, value: int, words
     index._known.clear()  # the manipulated index must not be found by other tests
 
 
-def test_an_index_that_leads_in_circles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = h5py._hl.base.HLObject.id.fget
+class Walked:
+    """A dataset whose index is told by `tell(chunk infos, note)`."""
 
-    class Circular:
-        def __init__(self, dataset: h5py.Dataset) -> None:
-            self.dataset = dataset
+    def __init__(self, dataset: h5py.Dataset, tell: Callable[[list[Any], Any], None]) -> None:
+        self.shape, self.chunks, self.id = dataset.shape, dataset.chunks, self
+        self.infos = [dataset.id.get_chunk_info(i) for i in range(dataset.id.get_num_chunks())]
+        self.tell = tell
 
-        def __getattr__(self, name: str) -> Any:
-            return getattr(original(self.dataset), name)
+    def chunk_iter(self, note: Any) -> None:
+        self.tell(self.infos, note)
 
-        def chunk_iter(self, note: Any) -> None:
-            info = original(self.dataset).get_chunk_info(0)
-            while note(info) is None:
-                pass
 
+def circles(infos: list[Any], note: Any) -> None:
+    while note(infos[0]) is None:
+        pass
+
+
+def twice(infos: list[Any], note: Any) -> None:
+    for info in [infos[0], *infos[:-1]]:
+        note(info)
+
+
+@pytest.mark.parametrize(("tell", "words"), [(circles, "outside"), (twice, "twice")])
+def test_an_index_that_is_no_grid(tmp_path: Path, tell: Any, words: str) -> None:
+    with h5py.File(write(tmp_path / "a.h5")) as file, pytest.raises(ValueError, match=words):
+        index._walk(Walked(file["x"], tell), (8, 1))
+
+
+def test_a_file_that_changes_while_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "a.h5")
-    monkeypatch.setattr(h5py.Dataset, "id", property(lambda self: Circular(self)), raising=False)
-    with h5py.File(path) as file, pytest.raises(ValueError, match="outside"):
-        index._walk(file["x"], (8, 1))
+    opened = index.open_file
+
+    def open_and_touch(file: Path) -> h5py.File:
+        handle = opened(file)
+        os.utime(file, ns=(1, 1))
+        return handle
+
+    monkeypatch.setattr(index, "open_file", open_and_touch)
+    with helpers.raises_one_line(DataError, "a.h5", "changed while it was opened"):
+        load(path)
 
 
 def test_descriptions_that_contradict_themselves_are_refused() -> None:
@@ -342,5 +380,5 @@ def test_a_file_that_another_process_writes(tmp_path: Path, mode: str) -> None:
             writer.stdin.flush()
             assert writer.stdout.readline() == "grown\n"
             assert [len(batch["x"]) for batch in loader] == [8, 8, 4]
-        writer.stdin.write("\n\n")
+        writer.communicate("\n\n")
     assert writer.returncode == 0

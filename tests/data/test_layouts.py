@@ -272,6 +272,15 @@ def test_edge_chunks_that_may_be_unfiltered_are_left_to_libhdf5(tmp_path: Path) 
         check([str(tmp_path / "a.h5")], ["x"], way)
 
 
+def test_chunks_without_values_are_left_to_libhdf5(tmp_path: Path) -> None:
+    """What a missing chunk holds where fill values are never written, only libhdf5 says."""
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        dataset = file.create_dataset("x", (40, 6), "<f4", chunks=(8, 6), compression="gzip", fill_time="never")
+        dataset[:8] = 1.0
+    loader = HDF5Loader(str(tmp_path / "a.h5"), "x")
+    assert loader.stats()["paths"]["x"] == "h5py, because of chunks without values"
+
+
 @pytest.mark.parametrize("old_format", [False, True])
 def test_every_kind_of_chunk_index(tmp_path: Path, old_format: bool) -> None:
     """Both formats of HDF5 files, fixed and growing in one or two dimensions, one chunk and many."""

@@ -1,3 +1,5 @@
+import os
+
 import h5py
 import helpers
 import numpy as np
@@ -299,3 +301,11 @@ def test_a_file_listed_twice_is_refused(tmp_path):
     write(tmp_path / "a.h5", table())
     with helpers.raises_one_line(DataError, "a.h5", "twice"):
         find_files([str(tmp_path / "a.h5"), str(tmp_path / "*.h5")])
+
+
+def test_a_file_that_changes_between_two_readings(tmp_path):
+    file = write(tmp_path / "a.h5", table())
+    with open_family(file) as source:
+        os.utime(file, ns=(1, 1))
+        with helpers.raises_one_line(DataError, "a.h5", "has changed"):
+            next(source.batches(["family"], 2, 10**6, torch.device("cpu")))
