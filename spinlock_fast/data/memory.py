@@ -35,13 +35,13 @@ class BatchMemory:
         self._dtype = dtype
         self._most_rows = most_rows
         self._keep = keep
-        self._pin = pin
+        self.pin = pin
         self._blocks: list[NDArray[Any]] = []
 
     def take(self, rows: int) -> Tensor:
         """An uninitialised tensor [rows, *row_shape]."""
         shape = (rows, *self._row_shape)
-        if self._pin:
+        if self.pin:
             return torch.empty(shape, dtype=_TORCH[self._dtype.str[1:]], pin_memory=True)
         return torch.from_numpy(self._block()[:rows])
 

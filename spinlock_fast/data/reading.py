@@ -57,12 +57,19 @@ class _Batch:
         self.rows = self.index.numpy()
 
 
+def batch_memory(tables: Tables, order: Order, ahead: int, pin: bool) -> list[BatchMemory]:
+    """Memory for the batches of a pass, by table; `pin`: page-locked."""
+    most, window = order.most_rows
+    in_flight = 2 + ahead * (2 + window // most)  # the caller's, and those of the windows
+    return [BatchMemory(table.row_shape, table.dtype, most, in_flight, pin) for table in tables.tables]
+
+
 class LoaderPass:
     """Batches from `first_batch` to the end of an epoch. To be closed: it holds threads and open files.
 
     Args:
         ahead: windows that are decoded or delivered at a time.
-        pin: whether tensors lie in page-locked memory.
+        memory: of `batch_memory`, used again from pass to pass.
     """
 
     def __init__(
@@ -75,7 +82,7 @@ class LoaderPass:
         ahead: int,
         threads: int,
         verify_checksums: bool,
-        pin: bool,
+        memory: list[BatchMemory],
         stats: PassStats,
     ) -> None:
         self._tables = tables
@@ -84,10 +91,7 @@ class LoaderPass:
         self._start = int(self._ends[first_batch - 1]) if first_batch else 0
         self._windows = order.windows(epoch)
         self._ahead = ahead
-        self._pin = pin
-        most, window = order.most_rows
-        in_flight = 2 + ahead * (2 + window // most)  # the caller's, and those of the windows
-        self._memory = [BatchMemory(table.row_shape, table.dtype, most, in_flight, pin) for table in tables.tables]
+        self._memory = memory
         self._reader = _native.RowReader(*tables.descriptions(), threads, verify_checksums)
         self._slow = H5pyRows(tables)
         self._submitted = self._start
@@ -164,7 +168,9 @@ class LoaderPass:
             pairs = zip(self._tables.tables, tensors, strict=True)
             native = [tensor.numpy() for table, tensor in pairs if not table.reason]
             self._reader.add_batch(first, count, native)
-            self._batches.append(_Batch(first, tensors, torch.empty(count, dtype=torch.int64, pin_memory=self._pin)))
+            self._batches.append(
+                _Batch(first, tensors, torch.empty(count, dtype=torch.int64, pin_memory=self._memory[0].pin))
+            )
             self._next_batch += 1
 
     def _read_slowly(self, first: int, rows: NDArray[np.int64]) -> None:

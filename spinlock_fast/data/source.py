@@ -16,7 +16,7 @@ from torch import Tensor
 from spinlock_fast.data.files import find_files, get_dataset, naming_damage, open_file
 from spinlock_fast.data.loader import HDF5Loader
 from spinlock_fast.data.order import GivenRows
-from spinlock_fast.data.reading import LoaderPass, PassStats
+from spinlock_fast.data.reading import LoaderPass, PassStats, batch_memory
 from spinlock_fast.data.table import Tables
 from spinlock_fast.data.windows import processors
 from spinlock_fast.errors import DataError
@@ -101,15 +101,16 @@ class Source:
         info = self.datasets[family]
         if not len(rows):
             return np.empty((0, *info.row_shape), np.float32)
+        tables, order = self._tables.select(info.path), GivenRows(rows)
         batches = LoaderPass(
-            self._tables.select(info.path),
-            GivenRows(rows),
+            tables,
+            order,
             epoch=0,
             first_batch=0,
             ahead=1,
             threads=processors(),
             verify_checksums=True,
-            pin=False,
+            memory=batch_memory(tables, order, 1, pin=False),
             stats=PassStats(),
         )
         with closing(batches):
