@@ -38,7 +38,7 @@ from spinlock_fast.data.source import Source
 from spinlock_fast.errors import ConfigError, DataError, Interrupted, OutputError
 from spinlock_fast.features.categories import MIN_ROWS, read_mapping
 from spinlock_fast.features.cleaning import FeatureCleaner, fit_cleaner
-from spinlock_fast.features.encode import FamilyEncoder, block_rows, encode, make_encoders
+from spinlock_fast.features.encode import FamilyEncoder, block_rows, encode, encode_seconds, make_encoders
 from spinlock_fast.features.normalize import Normalizer, fit_normalizer
 from spinlock_fast.features.statistics import mean_and_std
 from spinlock_fast.files import check_writable, write_text
@@ -67,6 +67,9 @@ _FREE_TO_CHANGE = {
     "training.cuda_graphs",
     "training.checkpoint_dir",
 }
+
+
+_ESTIMATE_ROWS = 10_000  # from here on the time to encode is worth an estimate
 
 
 class Display(Observer, Protocol):
@@ -194,8 +197,13 @@ def prepare(source: Source, config: RunConfig, device: torch.device, display: Di
         read_mapping(config.training.mapping_file)
     for info in source.datasets.values():
         block_rows(info, config.memory_budget)
-    display.stage(f"encoding {source.rows:,} samples of {len(config.families)} families")
     encoders = make_encoders(source, config.families, config.random_seed, config.memory_budget)
+    size = sum(info.rows * info.row_bytes for info in source.datasets.values()) / 1e9
+    text = f"encoding {source.rows:,} samples of {len(config.families)} families"
+    if source.rows >= _ESTIMATE_ROWS:
+        seconds = encode_seconds(source, encoders, config.memory_budget, device)
+        text += f": {size:.3g} GB, about {seconds:.0f} s"
+    display.stage(text)
     columns = encode(source, encoders, config.memory_budget, device, display.encoded)
     names = [name for family in encoders for name in family.names]
     clock.lap("load_encode")
