@@ -18,7 +18,6 @@ from spinlock_fast.config import RunConfig
 from spinlock_fast.config_file import apply_overrides
 from spinlock_fast.graphs import WARM_UP, own_stream
 from spinlock_fast.loop import SilentObserver, TrainingRun
-from spinlock_fast.metrics import validate
 from spinlock_fast.model import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
 
 _TOP = 25
@@ -123,9 +122,11 @@ def between_epochs(run: TrainingRun) -> dict[str, float]:
         return statistics.median(times[1:])
 
     staging = Staging(run.device.type)
+    for _ in range(WARM_UP + 1):  # until it is a graph
+        run._validate()
     with tempfile.TemporaryDirectory() as directory:
         return {
-            "validation_ms": median(lambda: validate(run.model, run.x_val, run.training)),
+            "validation_ms": median(run._validate),
             "keeping_the_best_ms": median(run._keep_best),
             "summary_and_record_ms": median(lambda: run._record(run._finite_summary(), 0.0)),
             "order_of_rows_ms": median(lambda: run._rows_of(run.epoch + (run._order or (0,))[0] % 2 + 1)),
