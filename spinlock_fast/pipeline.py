@@ -27,6 +27,7 @@ from spinlock_fast.checkpoint import (
     FILES,
     FINAL,
     RESUME,
+    Staging,
     load_torch,
     plain,
     save_torch,
@@ -326,6 +327,7 @@ class _Keeper:
         self.config = config
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._written: Future[None] | None = None
+        self._staging = Staging()
 
     def __enter__(self) -> _Keeper:
         return self
@@ -345,13 +347,13 @@ class _Keeper:
     def save(self, state: dict[str, Any]) -> None:
         """Starts to write a state; raises OutputError where the one before could not be written."""
         self._wait()
-        kept = self.resumable(state, copy=True)
+        kept = self.resumable(self._staging(state))
         self._written = self._writer.submit(save_torch, self.directory / RESUME, kept)
 
-    def resumable(self, state: dict[str, Any], copy: bool = False) -> dict[str, Any]:
+    def resumable(self, state: dict[str, Any]) -> dict[str, Any]:
         """What `read_resumable` takes."""
         return {
-            "run": plain(state, copy),
+            "run": plain(state),
             "features": self.features,
             "config": self.config.model_dump(mode="json"),
         }
