@@ -28,7 +28,9 @@ def step(layer: Callable[[torch.Tensor], Any], z: torch.Tensor) -> None:
     (quantized.sum() + loss.sum()).backward()
 
 
-def peers(z: torch.Tensor, num_codes: list[int], dims: list[int], codes: list[torch.Tensor]) -> Iterator[tuple[str, Any]]:
+def peers(
+    z: torch.Tensor, num_codes: list[int], dims: list[int], codes: list[torch.Tensor]
+) -> Iterator[tuple[str, Any]]:
     """Names and layers that start from the same codes."""
     try:
         from vector_quantize_pytorch import VectorQuantize
