@@ -220,7 +220,7 @@ class CategoricalHierarchicalVQVAE(nn.Module):
             Ragged.of([first.in_features]),
             _rate(dropout),
         )
-        return features[0]
+        return features.squeeze(0)  # its gradient is a view: that of an index is a copy into zeros
 
     @property
     def code_decoders(self) -> Decoders:

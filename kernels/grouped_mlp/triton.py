@@ -39,7 +39,7 @@ class ProductConfig:
     block_k: int
     precision: str
     num_warps: int = 4
-    num_stages: int = 2
+    num_stages: int = 2  # the loops are long enough for loads ahead
 
     @classmethod
     def of(cls, groups: int, rows: int, columns: int, precision: str) -> ProductConfig:
@@ -65,7 +65,7 @@ def _precision() -> str:
 
 
 def _table(outer: tuple[int, ...], inner: tuple[int, ...], device: torch.device) -> Tensor:
-    """int32 on `device`: size and start of each of `outer`, its first part, then size and start of each of `inner`."""
+    """int32 on `device`: size, start and first part of each of `outer`; size, start and group of each of `inner`."""
     key = (outer, inner, device)
     found = _tables.get(key)
     if found is None:
@@ -73,7 +73,8 @@ def _table(outer: tuple[int, ...], inner: tuple[int, ...], device: torch.device)
             groups, parts = torch.tensor(outer), torch.tensor(inner, dtype=torch.int64)
             starts, part_starts = groups.cumsum(0) - groups, parts.cumsum(0) - parts
             first = torch.searchsorted(part_starts, torch.cat([starts, groups.sum()[None]]))
-            table = torch.cat([groups, starts, first, parts, part_starts])
+            group_of_part = torch.searchsorted(first[1:], torch.arange(len(inner)), right=True)
+            table = torch.cat([groups, starts, first, parts, part_starts, group_of_part])
             found = _tables[key] = table.to(torch.int32).to(device)
     return found
 
@@ -417,16 +418,14 @@ def project_fwd_kernel(
     PRECISION: tl.constexpr,
 ):
     s = tl.program_id(1)
-    g = 0
-    for other in range(1, G):  # the group of this part
-        g += (tl.load(table_ptr + 2 * G + other) <= s).to(tl.int32)
+    g = tl.load(table_ptr + 3 * G + 1 + 2 * S + s)
     size = tl.load(table_ptr + 3 * G + 1 + s)
     first_column = tl.load(table_ptr + 3 * G + 1 + S + s)
     start = tl.program_id(0).to(tl.int64) * BLOCK_M
     rows = tl.minimum(B - start, BLOCK_M).to(tl.int32)
     m = tl.arange(0, BLOCK_M)
     o = tl.arange(0, BLOCK_O)
-    group_row = tl.cast(g, tl.int64) * B + start
+    group_row = g.to(tl.int64) * B + start
     x_ptr += group_row * E
     mean, rstd = _row_statistics(x_ptr, E, m, rows, E, eps, BLOCK_M, BLOCK_E)
     if tl.load(table_ptr + 2 * G + g) == s:
