@@ -73,7 +73,8 @@ def assert_agrees(function, expected, inputs):
     eager = with_gradients(expected, inputs, upstream, "cpu", torch.float32)
     for place, (a, b, t) in enumerate(zip(ours, eager, exact, strict=True)):
         # A row of few columns may have next to no deviation: then rounding is as large as the gradient.
-        assert (a - t).norm() <= CLOSE * t.norm() + 4.0 * (b - t).norm(), place
+        # Where the exact gradient is 0, so may be eager's; a device rounds otherwise.
+        assert (a - t).norm() <= CLOSE * t.norm() + 4.0 * (b - t).norm() + 1e-6, place
 
 
 @settings(max_examples=8)
