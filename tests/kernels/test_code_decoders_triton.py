@@ -18,9 +18,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),  # numpy, of NaN in the interpreter
 ]
 SIZES = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=2)
-# The gradients are products in TF32, which the interpreter computes in float32.
-# On a device the backward pass multiplies in TF32, whose factors are off by up to 2^-11 each.
-CLOSE = 4e-3 if torch.cuda.is_available() else 2e-3 if ON_GPU else 3e-6
+# On a device the gradients are products in TF32, whose factors are off by up to 2^-11 each.
+CLOSE = 4e-3 if ON_GPU else 3e-6
 
 
 @pytest.fixture(autouse=True)
