@@ -3,21 +3,25 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 READY := .venv/.ready
+# libdeflate's C sources, for systems without it: they come inside the sdist of its Python binding.
+DEFLATE := deflate==0.9.0 --hash=sha256:962e0a6f1ea3a94b900a8ea0ce138fa92bfcbafda5b86367104a259ffcd3462b
+LIBDEFLATE := $(CURDIR)/build/libdeflate
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help setup train test test-all bench lint format clean
+.PHONY: help setup train test test-all sanitize bench lint format clean
 
 help:
 	@echo "make setup     create .venv and build the package in it"
 	@echo "make train     train the quickstart tokenizer"
 	@echo "make test      fast tests"
 	@echo "make test-all  all tests that need no GPU"
+	@echo "make sanitize  C++ tests under the address, undefined and thread sanitizers"
 	@echo "make bench     benchmarks"
 	@echo "make lint      ruff and mypy --strict"
 
 setup: $(READY)
 
-$(READY): pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+$(READY): pyproject.toml CMakeLists.txt $(wildcard csrc/* csrc/*/* cmake/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed; name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@command -v c++ >/dev/null || { echo "a C++ compiler is needed: apt-get install g++"; exit 1; }
@@ -25,8 +29,18 @@ $(READY): pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet "scikit-build-core>=0.10" "pybind11>=2.13" "cmake>=3.24" ninja
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test,lint,tensorboard]"
+	@$(MAKE) --no-print-directory $(LIBDEFLATE) || echo "no sources of libdeflate: the system's, or zlib, will serve"
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test,lint,tensorboard]" \
+		-Ccmake.define.LIBDEFLATE_SOURCE_DIR=$(LIBDEFLATE)
 	@touch $@
+
+$(LIBDEFLATE):
+	@mkdir -p build/sdist
+	@echo "$(DEFLATE)" > build/sdist/requirements.txt
+	$(BIN)/python -m pip download --quiet --no-deps --no-build-isolation --no-binary deflate \
+		--requirement build/sdist/requirements.txt --dest build/sdist
+	tar xzf build/sdist/deflate-*.tar.gz -C build/sdist
+	mv build/sdist/deflate-*/libdeflate $@
 
 train: $(READY) data/quickstart.h5
 	$(BIN)/python -m spinlock_fast.train configs/quickstart.yaml
@@ -43,6 +57,15 @@ test-all: $(READY)
 
 bench: $(READY)
 	$(PYTEST) benchmarks --benchmark-only
+
+# One build per sanitizer; the C++ parts need no Python.
+sanitize: $(READY)
+	for kind in address,undefined thread; do \
+		$(BIN)/cmake -S tests/native -B build/sanitize-$$kind -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+			-DSANITIZE=$$kind -DLIBDEFLATE_SOURCE_DIR=$(LIBDEFLATE) >/dev/null && \
+		$(BIN)/cmake --build build/sanitize-$$kind && \
+		$(BIN)/ctest --test-dir build/sanitize-$$kind --output-on-failure || exit 1; \
+	done
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -13,12 +13,11 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from spinlock_fast.checkpoint import plain, save_torch
+from spinlock_fast.checkpoint import Staging, save_torch
 from spinlock_fast.config import RunConfig
 from spinlock_fast.config_file import apply_overrides
 from spinlock_fast.graphs import WARM_UP, own_stream
 from spinlock_fast.loop import SilentObserver, TrainingRun
-from spinlock_fast.metrics import validate
 from spinlock_fast.model import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
 
 _TOP = 25
@@ -122,14 +121,19 @@ def between_epochs(run: TrainingRun) -> dict[str, float]:
             times.append(1e3 * (time.perf_counter() - started))
         return statistics.median(times[1:])
 
+    staging = Staging(run.device.type)
+    for _ in range(WARM_UP + 1):  # until it is a graph
+        run._validate()
     with tempfile.TemporaryDirectory() as directory:
         return {
-            "validation_ms": median(lambda: validate(run.model, run.x_val, run.training)),
+            "validation_ms": median(run._validate),
             "keeping_the_best_ms": median(run._keep_best),
             "summary_and_record_ms": median(lambda: run._record(run._finite_summary(), 0.0)),
             "order_of_rows_ms": median(lambda: run._rows_of(run.epoch + (run._order or (0,))[0] % 2 + 1)),
-            "state_to_host_ms": median(lambda: plain(run.state())),
-            "saving_a_state_ms": median(lambda: save_torch(Path(directory) / "state.pt", {"run": plain(run.state())})),
+            "state_to_host_ms": median(lambda: staging(run.state())),
+            "saving_a_state_ms": median(
+                lambda: save_torch(Path(directory) / "state.pt", {"run": staging(run.state())})
+            ),
         }
 
 

@@ -2,14 +2,11 @@
 
 #include <algorithm>
 #include <cstring>
-#include <stdexcept>
-#include <string>
 
-#if defined(__SSE2__)
-#include <emmintrin.h>
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define SPINLOCK_FAST_X86 1
+#include <immintrin.h>
 #endif
-
-namespace py = pybind11;
 
 namespace spinlock_fast {
 namespace {
@@ -23,55 +20,119 @@ void unshuffle_scalar(const std::byte* in, std::size_t item_size, std::size_t co
     }
 }
 
-#if defined(__SSE2__)
-// Four byte planes to 16 items of 4 bytes at a time; returns the number of items done.
-std::size_t unshuffle4_sse2(const std::byte* in, std::size_t count, std::byte* out) noexcept {
+#if defined(SPINLOCK_FAST_X86)
+
+// Interleaving plane k with plane k + N/2, log2(N) times, brings the N bytes of every item together.
+
+// 16 items at a time; returns the number of items done.
+template <std::size_t N>
+std::size_t unshuffle_sse2(const std::byte* in, std::size_t count, std::byte* out) noexcept {
     std::size_t i = 0;
     for (; i + 16 <= count; i += 16) {
-        const auto load = [&](std::size_t b) {
-            return _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + b * count + i));
-        };
-        const __m128i p0 = load(0), p1 = load(1), p2 = load(2), p3 = load(3);
-        const __m128i lo01 = _mm_unpacklo_epi8(p0, p1), hi01 = _mm_unpackhi_epi8(p0, p1);
-        const __m128i lo23 = _mm_unpacklo_epi8(p2, p3), hi23 = _mm_unpackhi_epi8(p2, p3);
-        auto* dst = reinterpret_cast<__m128i*>(out + i * 4);
-        _mm_storeu_si128(dst + 0, _mm_unpacklo_epi16(lo01, lo23));
-        _mm_storeu_si128(dst + 1, _mm_unpackhi_epi16(lo01, lo23));
-        _mm_storeu_si128(dst + 2, _mm_unpacklo_epi16(hi01, hi23));
-        _mm_storeu_si128(dst + 3, _mm_unpackhi_epi16(hi01, hi23));
+        __m128i v[N], w[N];
+        for (std::size_t b = 0; b < N; ++b)
+            v[b] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + b * count + i));
+        for (std::size_t step = 1; step < N; step *= 2) {
+            for (std::size_t k = 0; k < N / 2; ++k) {
+                w[2 * k] = _mm_unpacklo_epi8(v[k], v[k + N / 2]);
+                w[2 * k + 1] = _mm_unpackhi_epi8(v[k], v[k + N / 2]);
+            }
+            for (std::size_t k = 0; k < N; ++k) v[k] = w[k];
+        }
+        auto* dst = reinterpret_cast<__m128i*>(out + i * N);
+        for (std::size_t k = 0; k < N; ++k) _mm_storeu_si128(dst + k, v[k]);
     }
     return i;
 }
-#endif
 
-std::span<const std::byte> as_bytes(const py::buffer_info& info) {
-    if (info.ndim > 0) {
-        py::ssize_t expected = info.itemsize;
-        for (py::ssize_t axis = info.ndim; axis-- > 0;) {
-            if (info.shape[static_cast<std::size_t>(axis)] > 1 &&
-                info.strides[static_cast<std::size_t>(axis)] != expected)
-                throw std::invalid_argument("the buffer must be C-contiguous");
-            expected *= info.shape[static_cast<std::size_t>(axis)];
+// 32 items at a time. The instructions work within halves of a register, so the low halves hold items
+// 0 to 15 and the high halves items 16 to 31.
+template <std::size_t N>
+__attribute__((target("avx2"))) std::size_t unshuffle_avx2(const std::byte* in, std::size_t count,
+                                                           std::byte* out) noexcept {
+    std::size_t i = 0;
+    for (; i + 32 <= count; i += 32) {
+        __m256i v[N], w[N];
+        for (std::size_t b = 0; b < N; ++b)
+            v[b] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + b * count + i));
+        for (std::size_t step = 1; step < N; step *= 2) {
+            for (std::size_t k = 0; k < N / 2; ++k) {
+                w[2 * k] = _mm256_unpacklo_epi8(v[k], v[k + N / 2]);
+                w[2 * k + 1] = _mm256_unpackhi_epi8(v[k], v[k + N / 2]);
+            }
+            for (std::size_t k = 0; k < N; ++k) v[k] = w[k];
+        }
+        auto* dst = reinterpret_cast<__m128i*>(out + i * N);
+        for (std::size_t k = 0; k < N; ++k) {
+            _mm_storeu_si128(dst + k, _mm256_castsi256_si128(v[k]));
+            _mm_storeu_si128(dst + N + k, _mm256_extracti128_si256(v[k], 1));
         }
     }
-    return {static_cast<const std::byte*>(info.ptr), static_cast<std::size_t>(info.size * info.itemsize)};
+    return i;
+}
+
+template <std::size_t N>
+std::size_t unshuffle_wide(const std::byte* in, std::size_t count, std::byte* out, Simd simd) noexcept {
+    if (simd == Simd::avx2) return unshuffle_avx2<N>(in, count, out);
+    if (simd == Simd::sse2) return unshuffle_sse2<N>(in, count, out);
+    return 0;
+}
+
+#endif
+
+template <typename Word, typename Swap>
+void swap_words(std::span<std::byte> data, Swap swap) noexcept {
+    for (std::size_t i = 0; i + sizeof(Word) <= data.size(); i += sizeof(Word)) {
+        Word word;
+        std::memcpy(&word, data.data() + i, sizeof(Word));
+        word = swap(word);
+        std::memcpy(data.data() + i, &word, sizeof(Word));
+    }
 }
 
 }  // namespace
 
-void unshuffle(std::span<const std::byte> in, std::size_t item_size, std::span<std::byte> out) noexcept {
+std::string_view simd_level() noexcept {
+#if defined(SPINLOCK_FAST_X86)
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")) return "avx512";
+    if (__builtin_cpu_supports("avx2")) return "avx2";
+    return "sse2";  // part of every x86-64 processor
+#else
+    return "portable";
+#endif
+}
+
+Simd best_simd() noexcept {
+#if defined(SPINLOCK_FAST_X86)
+    return __builtin_cpu_supports("avx2") ? Simd::avx2 : Simd::sse2;
+#else
+    return Simd::portable;
+#endif
+}
+
+void unshuffle(std::span<const std::byte> in, std::size_t item_size, std::span<std::byte> out,
+               [[maybe_unused]] Simd simd) noexcept {
     const std::size_t count = in.size() / item_size;
     if (item_size == 1 || count < 2) {
         if (!in.empty()) std::memcpy(out.data(), in.data(), in.size());
         return;
     }
     std::size_t done = 0;
-#if defined(__SSE2__)
-    if (item_size == 4) done = unshuffle4_sse2(in.data(), count, out.data());
+#if defined(SPINLOCK_FAST_X86)
+    if (item_size == 2) done = unshuffle_wide<2>(in.data(), count, out.data(), simd);
+    if (item_size == 4) done = unshuffle_wide<4>(in.data(), count, out.data(), simd);
+    if (item_size == 8) done = unshuffle_wide<8>(in.data(), count, out.data(), simd);
 #endif
     unshuffle_scalar(in.data(), item_size, count, done, out.data());
     const std::size_t whole = count * item_size;
     if (in.size() > whole) std::memcpy(out.data() + whole, in.data() + whole, in.size() - whole);
+}
+
+void swap_bytes(std::span<std::byte> data, std::size_t item_size) noexcept {
+    const auto swap16 = [](std::uint16_t w) { return static_cast<std::uint16_t>((w << 8) | (w >> 8)); };
+    if (item_size == 2) swap_words<std::uint16_t>(data, swap16);
+    if (item_size == 4) swap_words<std::uint32_t>(data, [](std::uint32_t w) { return __builtin_bswap32(w); });
+    if (item_size == 8) swap_words<std::uint64_t>(data, [](std::uint64_t w) { return __builtin_bswap64(w); });
 }
 
 std::uint32_t fletcher32(std::span<const std::byte> data) noexcept {
@@ -97,36 +158,6 @@ std::uint32_t fletcher32(std::span<const std::byte> data) noexcept {
         sum2 = fold(sum2);
     }
     return (fold(sum2) << 16) | fold(sum1);
-}
-
-void register_byte_filters(py::module_& module) {
-    module.def(
-        "unshuffle",
-        [](const py::buffer& data, std::size_t item_size) {
-            if (item_size == 0) throw std::invalid_argument("item_size must be at least 1");
-            const py::buffer_info info = data.request();
-            const auto in = as_bytes(info);
-            py::bytes result(nullptr, in.size());
-            auto* out = reinterpret_cast<std::byte*>(PyBytes_AS_STRING(result.ptr()));
-            {
-                // Pure byte work on memory that both objects keep alive: other threads may run.
-                const py::gil_scoped_release release;
-                unshuffle(in, item_size, {out, in.size()});
-            }
-            return result;
-        },
-        py::arg("data"), py::arg("item_size"));
-
-    module.def(
-        "fletcher32",
-        [](const py::buffer& data) {
-            const py::buffer_info info = data.request();
-            const auto in = as_bytes(info);
-            // As above: reads only what `info` keeps alive.
-            const py::gil_scoped_release release;
-            return fletcher32(in);
-        },
-        py::arg("data"));
 }
 
 }  // namespace spinlock_fast

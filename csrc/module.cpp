@@ -1,12 +1,10 @@
-#include <pybind11/pybind11.h>
-
-#include "build_info.hpp"
-#include "byte_filters.hpp"
+#include "register.hpp"
 #include "training/training.hpp"
 
 PYBIND11_MODULE(_native, module) {
     module.doc() = "Native parts of spinlock_fast.";
     spinlock_fast::register_build_info(module);
     spinlock_fast::register_byte_filters(module);
+    spinlock_fast::register_row_reader(module);
     spinlock_fast::register_training(module);
 }

@@ -6,7 +6,7 @@ import hashlib
 import pickle
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,9 @@ _KEYS = (
     "feature_names",
     "epoch",
 )
+
+# Entries of a tensor begin at multiples of this in a buffer that many share.
+_ALIGNMENT = 16
 
 
 def save_torch(path: Path, payload: Mapping[str, Any]) -> None:
@@ -122,21 +125,59 @@ def checkpoint_hash(directory: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def plain(value: Any, copy: bool = False) -> Any:
+def plain(value: Any, copy: bool = False, fetched: Mapping[int, torch.Tensor] | None = None) -> Any:
     """The same value from tensors, dicts, lists, numbers, texts and None alone, tensors on the CPU.
 
     Args:
         copy: so that the result stays as it is when the value changes.
+        fetched: what to take instead of some tensors, by their id.
     """
     if isinstance(value, torch.Tensor):
+        if fetched is not None and id(value) in fetched:
+            return fetched[id(value)]
         return value.detach().to("cpu", copy=copy)
     if isinstance(value, np.ndarray):
         return torch.from_numpy(value.copy() if copy else value)
     if isinstance(value, Mapping):
-        return {key: plain(inner, copy) for key, inner in value.items()}
+        return {key: plain(inner, copy, fetched) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(inner, copy) for inner in value]
+        return [plain(inner, copy, fetched) for inner in value]
     return value
+
+
+class Staging:
+    """`plain(value, copy=True)`, many times: tensors of a device go into one page-locked buffer, with one wait.
+
+    The buffer is used again: a result is valid until the next one is made. It is kept as long as this object, since
+    to give page-locked memory back from another thread could break the capture of a CUDA graph.
+    """
+
+    def __init__(self, device_type: str = "cuda") -> None:
+        self.device_type = device_type
+        self._buffer = torch.empty(0)
+
+    def __call__(self, value: Any) -> Any:
+        found = [t for t in _tensors(value) if t.device.type == self.device_type and t.dtype == torch.float32]
+        if not found:
+            return plain(value, copy=True)
+        sizes = [-(-t.numel() // _ALIGNMENT) * _ALIGNMENT for t in found]
+        if self._buffer.numel() < sum(sizes):
+            self._buffer = torch.empty(sum(sizes), pin_memory=self.device_type == "cuda")
+        places = self._buffer[: sum(sizes)].split(sizes)
+        fetched = {id(t): place[: t.numel()].view(t.shape) for t, place in zip(found, places, strict=True)}
+        for t in found:
+            fetched[id(t)].copy_(t.detach(), non_blocking=True)
+        if self.device_type == "cuda":
+            torch.cuda.current_stream(found[0].device).synchronize()
+        return plain(value, copy=True, fetched=fetched)
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(inner)
 
 
 def write_results(

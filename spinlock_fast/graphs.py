@@ -22,6 +22,8 @@ Replay = Callable[[], None]
 # Steps of a kind that run one by one before it is captured. They are steps of the training like all
 # others: they make the optimizer's state, compile kernels, fill the caches of the libraries.
 WARM_UP = 3
+_ONE_KIND = StepKind(last=False, reset=False)  # what all repetitions of other work are
+
 # Steps in one graph. More of them leave fewer gaps between launches, but an interruption waits for all.
 STEPS_PER_LAUNCH = 4
 
@@ -36,6 +38,7 @@ class StepLauncher:
         device: of those tensors. On any but a CUDA device steps run one by one.
         graphs: False never captures.
         capture: how some steps of a kind become something to replay.
+        name: of the steps, for what is said of them.
     """
 
     def __init__(
@@ -44,11 +47,13 @@ class StepLauncher:
         device: torch.device,
         graphs: bool = True,
         capture: Callable[[Step, StepKind, int], Replay] | None = None,
+        name: str = "training steps",
     ) -> None:
         self.step = step
         self.steps_per_launch = STEPS_PER_LAUNCH
         self.capturing = graphs and (device.type == "cuda" or capture is not None)
         self._device = device
+        self._name = name
         self._capture = capture or _CudaCapture(device)
         self._done: Counter[StepKind] = Counter()
         self._replays: dict[tuple[StepKind, int], Replay] = {}
@@ -71,6 +76,20 @@ class StepLauncher:
             return self.run(kind, most)
         replay()
         return count
+
+    def beside(self, work: Callable[[], None], name: str) -> Callable[[], None]:
+        """Other work that is repeated, always the same, to be called each time: replayed once it is warm.
+
+        Its graph shares the memory of the others, so it runs before or after them, never at the same time.
+        """
+        on_cuda = self._device.type == "cuda"
+        capture = self._capture if on_cuda else None
+        launcher = StepLauncher(lambda _: work(), self._device, self.capturing, capture, name)
+
+        def again() -> None:
+            launcher.run(_ONE_KIND, 1)
+
+        return again
 
     def _captured(self, kind: StepKind, count: int) -> Replay | None:
         try:
@@ -108,7 +127,7 @@ class StepLauncher:
     def _give_up(self, reason: str) -> None:
         self.capturing = False
         self._replays.clear()
-        log.warning("training steps run one by one, not as CUDA graphs: %s", reason)
+        log.warning("%s run one by one, not as CUDA graphs: %s", self._name, reason)
 
 
 class _CudaCapture:

@@ -18,7 +18,7 @@ from spinlock_fast.config import RunConfig
 from spinlock_fast.errors import ConfigError, Interrupted, TrainingError
 from spinlock_fast.graphs import StepLauncher, own_stream
 from spinlock_fast.losses import LossTerms
-from spinlock_fast.metrics import validate
+from spinlock_fast.metrics import Validation
 from spinlock_fast.model import CategoricalHierarchicalVQVAE
 from spinlock_fast.step import EpochSummary, StepKind, TrainingStep, learning_rate, learning_rates
 
@@ -88,6 +88,8 @@ class TrainingRun:
         self.x_train, self.x_val = x_train, x_val
         self.one_step = TrainingStep(model, x_train, self.training)
         self.launcher = StepLauncher(self.one_step, device, self.training.cuda_graphs)
+        self.validation = Validation(model, x_val, self.training)
+        self._run_validation = self.launcher.beside(self.validation.run, "validations")
         rows = x_train.shape[0]
         if rows < self.training.batch_size:
             log.info("batch size is %d, all training rows (training.batch_size is %d)", rows, self.training.batch_size)
@@ -205,7 +207,8 @@ class TrainingRun:
         )
 
     def _validate(self) -> dict[str, float]:
-        kept = validate(self.model, self.x_val, self.training)
+        self._run_validation()
+        kept = self.validation.result()
         if not math.isfinite(kept["val_loss"]):
             raise TrainingError(
                 f"the validation loss is not finite after epoch {self.epoch}: "

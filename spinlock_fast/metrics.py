@@ -69,9 +69,30 @@ def evaluate(model: CategoricalHierarchicalVQVAE, x: Tensor, training: TrainingC
     }
 
 
-def validate(model: CategoricalHierarchicalVQVAE, x: Tensor, training: TrainingConfig) -> dict[str, float]:
-    """What `evaluate` returns as single numbers with a fraction: what a training run records and selects by."""
-    return _named(measure(model, x, training).scalars.tolist())
+class Validation:
+    """What `evaluate` gives as numbers with a fraction: what a training run records and selects by.
+
+    The device works in `run`, whose result keeps its place: a CUDA graph can hold it.
+
+    Args:
+        model: measured as it is at each call.
+        x: [N, F] rows, which stay.
+        training: weights of the loss.
+    """
+
+    def __init__(self, model: CategoricalHierarchicalVQVAE, x: Tensor, training: TrainingConfig) -> None:
+        self.model = model
+        self.x = x
+        self.training = training
+        self._scalars = torch.zeros(len(_SCALARS), dtype=torch.float64, device=x.device)
+
+    def run(self) -> None:
+        """Measures, and waits for nothing."""
+        self._scalars.copy_(measure(self.model, self.x, self.training).scalars)
+
+    def result(self) -> dict[str, float]:
+        """What `run` found; waits for it."""
+        return _named(self._scalars.tolist())
 
 
 def _named(scalars: Sequence[float]) -> dict[str, float]:

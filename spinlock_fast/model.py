@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from spinlock_fast.config import LevelConfig, ModelConfig, PositiveInt
 from spinlock_fast.kernels.code_decoders import Decoders
-from spinlock_fast.kernels.grouped_mlp import Ragged, grouped_mlp, normalize_, ragged_layer_norm, scaled_output_linear
+from spinlock_fast.kernels.grouped_mlp import Ragged, grouped_mlp, project
 from spinlock_fast.layers import (
     GroupedLayerNorm,
     GroupedLinear,
@@ -188,10 +188,19 @@ class CategoricalHierarchicalVQVAE(nn.Module):
             _rate(layers.hidden_dropout),
         )  # [C, B, E]
         norm, head, head_norm = layers.norm, layers.head, layers.head_norm
-        normed = normalize_(embedding, norm.eps)
-        latents = scaled_output_linear(normed, norm.weight, norm.bias, head.weight, head.bias, head.outputs)
-        return ragged_layer_norm(
-            latents, head_norm.weight, head_norm.bias, head_norm.segments, head_norm.eps, _rate(layers.dropout)
+        return project(
+            embedding,
+            norm.weight,
+            norm.bias,
+            head.weight,
+            head.bias,
+            head_norm.weight,
+            head_norm.bias,
+            head.outputs,
+            head_norm.segments,
+            norm.eps,
+            head_norm.eps,
+            _rate(layers.dropout),
         )
 
     def quantize(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -27,6 +27,7 @@ from spinlock_fast.checkpoint import (
     FILES,
     FINAL,
     RESUME,
+    Staging,
     load_torch,
     plain,
     save_torch,
@@ -38,7 +39,7 @@ from spinlock_fast.data.source import Source
 from spinlock_fast.errors import ConfigError, DataError, Interrupted, OutputError
 from spinlock_fast.features.categories import MIN_ROWS, read_mapping
 from spinlock_fast.features.cleaning import FeatureCleaner, fit_cleaner
-from spinlock_fast.features.encode import FamilyEncoder, block_rows, encode, make_encoders
+from spinlock_fast.features.encode import FamilyEncoder, block_rows, encode, encode_seconds, make_encoders
 from spinlock_fast.features.normalize import Normalizer, fit_normalizer
 from spinlock_fast.features.statistics import mean_and_std
 from spinlock_fast.files import check_writable, write_text
@@ -67,6 +68,9 @@ _FREE_TO_CHANGE = {
     "training.cuda_graphs",
     "training.checkpoint_dir",
 }
+
+
+_ESTIMATE_ROWS = 10_000  # from here on the time to encode is worth an estimate
 
 
 class Display(Observer, Protocol):
@@ -194,8 +198,13 @@ def prepare(source: Source, config: RunConfig, device: torch.device, display: Di
         read_mapping(config.training.mapping_file)
     for info in source.datasets.values():
         block_rows(info, config.memory_budget)
-    display.stage(f"encoding {source.rows:,} samples of {len(config.families)} families")
     encoders = make_encoders(source, config.families, config.random_seed, config.memory_budget)
+    size = sum(info.rows * info.row_bytes for info in source.datasets.values()) / 1e9
+    text = f"encoding {source.rows:,} samples of {len(config.families)} families"
+    if source.rows >= _ESTIMATE_ROWS:
+        seconds = encode_seconds(source, encoders, config.memory_budget, device)
+        text += f": {size:.3g} GB, about {seconds:.0f} s"
+    display.stage(text)
     columns = encode(source, encoders, config.memory_budget, device, display.encoded)
     names = [name for family in encoders for name in family.names]
     clock.lap("load_encode")
@@ -318,6 +327,7 @@ class _Keeper:
         self.config = config
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._written: Future[None] | None = None
+        self._staging = Staging()
 
     def __enter__(self) -> _Keeper:
         return self
@@ -337,13 +347,13 @@ class _Keeper:
     def save(self, state: dict[str, Any]) -> None:
         """Starts to write a state; raises OutputError where the one before could not be written."""
         self._wait()
-        kept = self.resumable(state, copy=True)
+        kept = self.resumable(self._staging(state))
         self._written = self._writer.submit(save_torch, self.directory / RESUME, kept)
 
-    def resumable(self, state: dict[str, Any], copy: bool = False) -> dict[str, Any]:
+    def resumable(self, state: dict[str, Any]) -> dict[str, Any]:
         """What `read_resumable` takes."""
         return {
-            "run": plain(state, copy),
+            "run": plain(state),
             "features": self.features,
             "config": self.config.model_dump(mode="json"),
         }

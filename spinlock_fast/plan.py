@@ -8,7 +8,7 @@ import time
 import torch
 
 from spinlock_fast.config import RunConfig
-from spinlock_fast.features.encode import block_rows, make_encoders
+from spinlock_fast.features.encode import block_rows, encode_seconds, make_encoders
 from spinlock_fast.losses import LossWeights, loss_terms
 from spinlock_fast.model import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
 from spinlock_fast.pipeline import open_source, output_directory
@@ -31,25 +31,22 @@ def print_plan(config: RunConfig) -> None:
         rows = source.rows
         split = split_rows(rows, config.training, config.random_seed)
         encoders = make_encoders(source, config.families, config.random_seed, config.memory_budget)
-        encode_seconds, block_bytes = 0.0, 0
+        seconds = encode_seconds(source, encoders, config.memory_budget, device)
         for family in encoders:
             info = source.datasets[family.name]
-            block = min(block_rows(info, config.memory_budget), rows)
-            block_bytes = max(block_bytes, 2 * block * info.row_bytes)
-            started = time.perf_counter()
-            family(torch.from_numpy(source.read(family.name, 0, block)), source.placing(family.name, 0))
-            encode_seconds += (time.perf_counter() - started) * rows / block
             lines.append(
                 f"  {family.name}: {info.path} {[rows, *info.row_shape]} "
                 f"({rows * info.row_bytes / 1e9:.3g} GB) -> {family.encoder_name}, {family.encoder.output_dim} columns"
             )
+        blocks = (4 * block_rows(info, config.memory_budget) * info.row_bytes for info in source.datasets.values())
+        block_bytes = max(blocks)
         files = len(source.files)
     columns = sum(family.encoder.output_dim for family in encoders)
     training = config.training
     batch = min(training.batch_size, split.train.size)
     steps = -(-split.train.size // batch)
     step_seconds = _probe_step(config, columns, batch, device)
-    total = encode_seconds + training.num_epochs * steps * step_seconds
+    total = seconds + training.num_epochs * steps * step_seconds
     text = [
         f"data: {rows:,} samples in {files} file{'s' * (files > 1)}",
         *lines,
@@ -57,7 +54,7 @@ def print_plan(config: RunConfig) -> None:
         f"training: {training.num_epochs} epochs of {steps} steps, batch {batch}, on {device}",
         f"memory: {4 * rows * columns * 5 / 1e9:.2f} GB for {columns} columns while cleaning, "
         f"{block_bytes / 1e9:.2f} GB for raw features (memory_budget {config.memory_budget / 1e9:.3g} GB)",
-        f"time: about {encode_seconds:.0f} s to encode, {total - encode_seconds:.0f} s to train, "
+        f"time: about {seconds:.0f} s to encode, {total - seconds:.0f} s to train, "
         "extrapolated from one block and four steps",
         f"output: {directory}",
     ]

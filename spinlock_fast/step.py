@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from spinlock_fast.config import TrainingConfig
-from spinlock_fast.kernels.precision import allow_tf32, cuda_matmul
+from spinlock_fast.kernels.precision import cuda_matmul
 from spinlock_fast.losses import LossTerms, LossWeights, loss_terms
 from spinlock_fast.model import CategoricalHierarchicalVQVAE
 from spinlock_fast.optimizer import FusedAdam
@@ -56,12 +56,14 @@ class TrainingStep:
         self.full, self.rest = divmod(rows, self.batch)  # steps of a whole batch, rows of the last step
         self.count = self.full + (self.rest > 0)  # steps of an epoch
         on_cuda = device.type == "cuda"
-        # The fused kernels read the rate on the device: float32 there, a double on the CPU.
-        rate_type = torch.float32 if on_cuda else torch.float64
-        self._rate = torch.zeros(1, dtype=rate_type, device=device)
-        self._rates = torch.zeros(self.count, dtype=rate_type, device=device)
-        self._order = torch.zeros(rows, dtype=torch.int64, device=device)
+        # What each step of an epoch needs, in one table so that one operation finds it: row numbers, and the bits of
+        # the rate. The fused kernels read the rate on the device: float32 there, a double on the CPU.
+        self._plan = torch.zeros(self.count, self.batch + 1, dtype=torch.int64, device=device)
+        self._now = torch.zeros(1, self.batch + 1, dtype=torch.int64, device=device)
+        self._rate_type = torch.float32 if on_cuda else torch.float64
+        self._rate = _rates_in(self._now, self._rate_type)
         self._position = torch.zeros(1, dtype=torch.int64, device=device)
+        self._one = torch.ones((), dtype=x.dtype, device=device)  # the gradient of the loss
         self.values = torch.zeros(self.count, 1 + len(LossTerms._fields), device=device)  # loss and terms of each step
         self._sizes = torch.full((self.count, 1), self.batch, dtype=torch.float64, device=device)
         if self.rest:
@@ -83,28 +85,27 @@ class TrainingStep:
 
     def begin_epoch(self, order: Tensor, rates: Tensor, done: int) -> None:
         """Sets the order of rows [N] and the rate of each step; `done` steps of the epoch have been made."""
-        for target, source in ((self._order, order), (self._rates, rates)):
-            if target.is_cuda:
-                source = source.to(target.dtype).pin_memory()
-            target.copy_(source, non_blocking=True)
+        plan = torch.zeros(self._plan.shape, dtype=torch.int64, pin_memory=self._plan.is_cuda)
+        whole = self.full * self.batch
+        plan[: self.full, : self.batch] = order[:whole].view(self.full, self.batch)
+        if self.rest:
+            plan[self.full, : self.rest] = order[whole:]
+        _rates_in(plan, self._rate_type).copy_(rates)
+        self._plan.copy_(plan, non_blocking=True)
         self._position.fill_(done)
         if done == 0:
             self.values.zero_()
 
     def __call__(self, kind: StepKind) -> None:
         """The next step."""
-        x = self.x.index_select(0, self._rows(kind))
-        torch.index_select(self._rates, 0, self._position, out=self._rate)
-        # TF32 for the networks; what compares distances needs all of float32.
-        with self._matmul(tf32=True):
+        torch.index_select(self._plan, 0, self._position, out=self._now)
+        x = self.x.index_select(0, self._now[0, : self.rest if kind.last else self.batch])
+        with self._precision():
             out = self._model(x)
-        with self._matmul(tf32=False):
             terms = self._terms(x, out)
             loss = terms.total(self.weights)
             self.optimizer.zero_grad()
-            # Gradients flow from the last operation to the first: at the decoder the losses are behind them.
-            out["reconstruction"].register_hook(self._networks_follow)
-            loss.backward()
+            loss.backward(self._one)
         self.optimizer.step()
         with torch.no_grad():
             values = torch.stack([loss.detach(), *(term.detach() for term in terms)])
@@ -140,26 +141,17 @@ class TrainingStep:
         self.optimizer.load_state_dict(state["optimizer_state_dict"])
         self.values.copy_(state["values"])
 
-    def _rows(self, kind: StepKind) -> Tensor:
-        whole = self.full * self.batch
-        if kind.last:
-            return self._order[whole:]
-        return self._order[:whole].view(self.full, self.batch).index_select(0, self._position).view(self.batch)
-
     def _loss_terms(self, x: Tensor, out: dict[str, Tensor]) -> LossTerms:
         return loss_terms(self.model, x, out, self.training.topo_samples)
 
-    def _networks_follow(self, gradient: Tensor) -> None:
-        if gradient.is_cuda:
-            allow_tf32(True)
+    def _precision(self) -> AbstractContextManager[None]:
+        """TF32 for the networks, forward and backward; what compares distances asks for float32 by itself."""
+        return cuda_matmul(tf32=True) if self.x.is_cuda else nullcontext()
 
-    @contextmanager
-    def _matmul(self, tf32: bool) -> Iterator[None]:
-        if not self.x.is_cuda:
-            yield
-            return
-        with cuda_matmul(tf32):
-            yield
+
+def _rates_in(plan: Tensor, dtype: torch.dtype) -> Tensor:
+    """The last column of a plan [S, batch + 1] as rates [S]: of a float32 its first half alone."""
+    return plan[:, -1:].view(dtype)[:, 0] if dtype == torch.float64 else plan.view(dtype)[:, -2]
 
 
 def learning_rate(training: TrainingConfig, steps_per_epoch: int, step: int) -> float:

@@ -136,12 +136,10 @@ class Tokenizer:
                     )
             share = memory_budget // len(self.families)
             rows = min(block_rows(info, share) for info in source.datasets.values())
-            for start in range(0, source.rows, rows):
-                stop = min(start + rows, source.rows)
-                columns = []
-                for family in self.families:
-                    raw = torch.from_numpy(source.read(family.name, start, stop)).to(self.device)
-                    columns.append(family(raw, source.placing(family.name, start)))
+            copy = rows * max(info.row_bytes for info in source.datasets.values())  # without NaN, of one family
+            names = [family.name for family in self.families]
+            for start, raw in source.batches(names, rows, memory_budget - copy, self.device):
+                columns = [family(raw[family.name], source.placing(family.name, start)) for family in self.families]
                 place = source.placing(self.families[0].name, start)
                 yield start, self._prepare(torch.cat(columns, 1).cpu().numpy(), place)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -34,11 +35,15 @@ class HostNeededError(AssertionError):
 
 
 class DeviceOnly(TorchDispatchMode):
-    """Raises HostNeededError at what a CUDA graph cannot hold; `operations` counts the others."""
+    """Raises HostNeededError at what a CUDA graph cannot hold; `seen` counts the others by name."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.operations = 0
+        self.seen: Counter[str] = Counter()
+
+    @property
+    def operations(self) -> int:
+        return self.seen.total()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -61,7 +66,7 @@ class DeviceOnly(TorchDispatchMode):
             devices.add(result.device.type)
         if len(devices) > 1:
             raise HostNeededError(f"{func} copies between {' and '.join(sorted(devices))}")
-        self.operations += 1
+        self.seen[name] += 1
         return result
 
 

@@ -160,6 +160,29 @@ def test_an_epoch_of_replays_does_not_wait_for_the_device(x: np.ndarray[Any, Any
     assert run.one_step.summary().first_bad is None
 
 
+def test_a_validation_is_a_graph_that_measures_the_model_as_it_is(
+    x: np.ndarray[Any, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    run = made_run(x)
+    with own_stream(run.device):
+        for epoch in range(WARM_UP + 2):  # the last two are replays of one capture
+            run.epoch, run.step = epoch, 0
+            run._run_steps()
+            kept = run._validate()
+            found = evaluate(run.model, run.x_val, run.training)
+            for name, value in kept.items():
+                assert value == pytest.approx(found[name], rel=1e-5, abs=1e-6), name
+            assert run.model.training
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run._run_validation()
+            run.validation.run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert "one by one" not in caplog.text
+
+
 class StopAt(SilentObserver):
     """Stops a trainer after an epoch, and keeps what it saves."""
 

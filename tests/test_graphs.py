@@ -84,6 +84,17 @@ def test_a_failed_capture_is_said_once_and_training_goes_on(caplog: pytest.LogCa
     assert "not as CUDA graphs: operation not permitted when stream is capturing more lines" in record.message
 
 
+def test_other_work_beside_the_steps_is_done_each_time() -> None:
+    log = Log()
+    launcher = StepLauncher(log, CPU, capture=log.capture)
+    done: list[str] = []
+    again = launcher.beside(lambda: done.append("work"), "validations")
+    for _ in range(WARM_UP + 2):
+        again()
+    assert done == ["work"] * (WARM_UP + 2)
+    assert log.said == []
+
+
 class Kinds(StepLauncher):
     """Takes as many steps as it may, and notes them."""
 

@@ -110,7 +110,9 @@ def test_validation_gives_the_single_numbers_of_an_evaluation(
     model: CategoricalHierarchicalVQVAE, found: metrics.Metrics
 ) -> None:
     kept = {key: value for key, value in found.items() if isinstance(value, float)}
-    assert metrics.validate(model, x(), TrainingConfig()) == kept
+    validation = metrics.Validation(model, x(), TrainingConfig())
+    validation.run()
+    assert validation.result() == kept
     assert list(kept) == ["quality", *metrics._SCALARS]
 
 
@@ -122,9 +124,12 @@ def test_a_device_measures_without_the_host(
     monkeypatch.setenv("SPINLOCK_FAST_BACKEND", "reference")
     monkeypatch.setattr(metrics, "_ROWS_AT_ONCE", {"cpu": 50})
     copied, rows = copy.deepcopy(model).train(training), x()
-    metrics.measure(copied, rows, TrainingConfig())  # index tensors are made once
+    validation = metrics.Validation(copied, rows, TrainingConfig())
+    validation.run()  # index tensors are made once
+    place = validation._scalars.data_ptr()
     with DeviceOnly() as mode:
-        metrics.measure(copied, rows, TrainingConfig())
+        validation.run()
+    assert validation._scalars.data_ptr() == place
     assert mode.operations > 100
     assert copied.training == training
 

@@ -142,6 +142,30 @@ def test_a_device_moves_weights_exactly_as_torch_does(decoupled: bool, decay: fl
         assert torch.equal(a, b)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_graph_holds_the_launches_on_all_streams() -> None:
+    ours, theirs = ([nn.Parameter(torch.ones(shape, device="cuda")) for shape in shapes_of_the_model()] for _ in "ab")
+    spread, plain = (FusedAdam(parameters, torch.full((1,), 0.1, device="cuda")) for parameters in (ours, theirs))
+    for a, b in zip(ours, theirs, strict=True):
+        a.grad = torch.randn_like(a)
+        b.grad = a.grad.clone()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        spread.step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            spread.step()
+        graph.replay()
+        graph.replay()
+        torch.cuda.synchronize()
+    for _ in range(3):
+        plain.step()
+    assert int(spread.count) == 3
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_training_does_not_import_the_compiler() -> None:
     """It takes more than a second, of a run of ten."""
     code = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -566,3 +567,15 @@ def test_the_dispatcher_knows_its_verbs(capsys: pytest.CaptureFixture[str]) -> N
     assert run(main, "trane") == 2
     assert "invalid choice: 'trane'" in capsys.readouterr().err
     assert run(main, "train", "--help-config") == 0
+
+
+def test_the_time_to_encode_is_estimated_before_it_is_spent(
+    config: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("spinlock_fast.pipeline._ESTIMATE_ROWS", 160)
+    arguments = ["--set", f"dataset_path={data}", "--set", "training.num_epochs=1", "--output", tmp_path / "out"]
+    assert run(train_main, config, *arguments) == 0
+    text = " ".join(capsys.readouterr().err.split())
+    estimate = re.search(r"encoding 160 samples of 3 families: [\d.e-]+ GB, about \d+ s", text)
+    assert estimate is not None
+    assert estimate.start() < text.index("summary: 160 of 160 samples")

@@ -19,7 +19,7 @@ from spinlock_fast.config_file import apply_overrides
 from spinlock_fast.graphs import StepLauncher
 from spinlock_fast.losses import LossTerms, LossWeights, loss_terms
 from spinlock_fast.model import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
-from spinlock_fast.step import StepKind, TrainingStep, learning_rates
+from spinlock_fast.step import StepKind, TrainingStep, _rates_in, learning_rates
 from spinlock_fast.trainer import Trainer, TrainResult
 
 GROUPS = {"a": list(range(6)), "b": list(range(6, 15)), "c": list(range(15, 20))}
@@ -193,28 +193,49 @@ def test_every_row_is_seen_once_an_epoch(monkeypatch: pytest.MonkeyPatch) -> Non
     assert torch.equal(torch.cat(seen), step.x[order])
 
 
-def test_gradients_of_the_losses_are_complete_before_those_of_the_networks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that the precision of products can change between them."""
+def test_every_step_has_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = made({"training.scheduler": "cosine", "training.warmup_epochs": 1})
+    rates = learning_rates(step.training, step.count, 0)
+    assert len(set(rates.tolist())) == step.count
+    seen: list[float] = []
+    monkeypatch.setattr(step.optimizer, "step", lambda: seen.append(float(step.optimizer.rate)))
+    for position in range(step.count):
+        step(step.kind(position, reset=False))
+    assert seen == rates.tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rates_lie_in_a_plan_as_their_bits(dtype: torch.dtype) -> None:
+    plan = torch.arange(12).view(3, 4)
+    rates = torch.tensor([1e-3, 0.1, 3.0], dtype=torch.float64)
+    _rates_in(plan, dtype).copy_(rates)
+    assert torch.equal(plan[:, :3], torch.arange(12).view(3, 4)[:, :3])
+    chosen = torch.zeros(1, 4, dtype=torch.int64)
+    here = _rates_in(chosen, dtype)
+    torch.index_select(plan, 0, torch.tensor([1]), out=chosen)
+    assert here.shape == (1,)
+    assert torch.equal(here, rates[1:2].to(dtype))
+
+
+def test_a_step_launches_little_besides_the_model_and_its_losses() -> None:
+    """Every operation is a launch on a device, and they are of microseconds."""
     step = made({})
-    ran: list[str] = []
+    x = step.x[: step.batch]
 
-    def noting(name: str, tensor: Tensor) -> Tensor:
-        if tensor.requires_grad:
-            tensor.register_hook(lambda gradient: ran.append(name))
-        return tensor
+    def networks_and_losses() -> None:
+        terms = loss_terms(step.model, x, step.model(x), step.training.topo_samples)
+        terms.total(step.weights).backward(step._one)
 
-    def terms(x: Tensor, out: dict[str, Tensor]) -> LossTerms:
-        # A copy of each input belongs to the losses; its gradient is ready when they are through.
-        return original(
-            x, {key: noting(key, value * 1) if value.is_floating_point() else value for key, value in out.items()}
-        )
-
-    original = step._terms
-    monkeypatch.setattr(step, "_terms", terms)
-    monkeypatch.setattr(step, "_networks_follow", lambda gradient: ran.append("networks"))
-    step(StepKind(False, False))
-    assert sorted(ran[:-1]) == ["latents", "quantized", "reconstruction", "vq_loss"]
-    assert ran[-1] == "networks"
+    with DeviceOnly() as whole:
+        step(StepKind(last=False, reset=False))
+    step.optimizer.zero_grad()
+    with DeviceOnly() as inside:
+        networks_and_losses()
+    views = {"detach": 6, "select": 1, "slice": 1, "unsqueeze": 1}
+    # Rows and rate; features; steps done and position; values together and in their place; Adam.
+    launches = {"index_select": 2, "add_": 2, "stack": 1, "index_copy_": 1, "_fused_adam_": 1}
+    assert whole.seen - inside.seen == {**views, **launches}
+    assert not inside.seen - whole.seen
 
 
 def test_the_summary_weighs_every_row_alike_and_finds_the_first_bad_term() -> None:

@@ -12,7 +12,7 @@
 
 #include <pybind11/stl.h>
 
-#include "build_info.hpp"
+#include "byte_filters.hpp"
 #include "kernels.hpp"
 #include "parallel.hpp"
 

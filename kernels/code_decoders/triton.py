@@ -90,9 +90,11 @@ def code_decoders_fwd_kernel(
         x = tl.load(x_ptr + ((r * x_stride)[:, None] + f[None, :]), mask=in_x, other=0.0)  # [BLOCK_N, BLOCK_F]
         centre = tl.sum(x, axis=0) / tl.minimum(B, BLOCK_N)  # [BLOCK_F]
 
-        counts = tl.zeros([BLOCK_K], dtype=tl.float32)
+        # Sums along a tile wait until the loop is over, or are products, with ones.
+        ones = tl.full([BLOCK_N, 16], 1.0, dtype=tl.float32)
+        counts = tl.zeros([BLOCK_K, 16], dtype=tl.float32)
         sums = tl.zeros([BLOCK_K, BLOCK_F], dtype=tl.float32)
-        squares = tl.zeros([BLOCK_F], dtype=tl.float32)
+        squares = tl.zeros([BLOCK_N, BLOCK_F], dtype=tl.float32)
         bad = tl.zeros([BLOCK_N], dtype=tl.int32)
         for first in range(0, B, BLOCK_N):
             inside = r < B - first
@@ -103,9 +105,11 @@ def code_decoders_fwd_kernel(
             x = tl.where(in_x, x - centre[None, :], 0.0)
             hot = ((code[None, :] == k[:, None]) & (k < K)[:, None]).to(tl.float32)  # [BLOCK_K, BLOCK_N]
             bad = bad | (code < 0).to(tl.int32)
-            counts += tl.sum(hot, axis=1)
+            counts = tl.dot(hot, ones, counts, input_precision="tf32")  # exact
             sums = tl.dot(hot, x, sums, input_precision="tf32x3")
-            squares += tl.sum(x * x, axis=0)
+            squares += x * x
+
+        rows = tl.max(counts, axis=1)  # [BLOCK_K]
 
         decoded = tl.zeros([BLOCK_K, BLOCK_F], dtype=tl.float32)
         for first in range(0, H, BLOCK_H):
@@ -129,16 +133,16 @@ def code_decoders_fwd_kernel(
             decoded = tl.dot(hidden, w2, decoded, input_precision="tf32x3")
 
         b2 = tl.load(b2_ptr + g * F + f, mask=f < F, other=0.0)
-        means = sums / tl.maximum(counts, 1.0)[:, None]
+        means = sums / tl.maximum(rows, 1.0)[:, None]
         off = decoded + (b2 - centre)[None, :] - means  # [BLOCK_K, BLOCK_F]
         in_decoded = (k < K)[:, None] & (f < F)[None, :]
         out = (first_code + k)[:, None] * F + f[None, :]
         tl.store(decoded_ptr + out, decoded + b2[None, :], mask=in_decoded)
-        tl.store(off_ptr + out, counts[:, None] * off, mask=in_decoded)
-        inner = tl.where(in_decoded, counts[:, None] * (off * off - means * means), 0.0)
+        tl.store(off_ptr + out, rows[:, None] * off, mask=in_decoded)
+        inner = tl.where(in_decoded, rows[:, None] * (off * off - means * means), 0.0)
         part = tl.sum(tl.sum(inner, axis=1), axis=0)
         if tl.program_id(1) == 0:
-            part += tl.sum(squares, axis=0)
+            part += tl.sum(tl.sum(squares, axis=0), axis=0)
             part = tl.where(tl.max(bad, axis=0) > 0, float("nan"), part)
     tl.store(loss_ptr + place, part * factor)
 

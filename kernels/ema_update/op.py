@@ -35,7 +35,7 @@ def ema_update(
         usage: [sum K] counts of a window; grows by `counts`.
         backend: "auto", "triton" or "reference", see `resolve_backend`.
     """
-    _ema_update(
+    torch.ops.spinlock_fast.ema_update(
         codebook,
         cluster_size,
         code_sum,
@@ -56,7 +56,14 @@ def _backend(name: str, codebook: Tensor) -> str:
     return "reference" if name == "auto" and codebook.dtype != torch.float32 else resolve_backend(name, codebook)
 
 
-@torch.library.custom_op("spinlock_fast::ema_update", mutates_args=("codebook", "cluster_size", "code_sum", "usage"))
+torch.library.define(
+    "spinlock_fast::ema_update",
+    "(Tensor(a!) codebook, Tensor(b!) cluster_size, Tensor(c!) code_sum, Tensor(d!)? usage, Tensor counts, Tensor sums,"
+    " int[] num_codes, int[] dims, float decay, bool laplace, float epsilon, str backend) -> ()",
+)
+
+
+@torch.library.impl("spinlock_fast::ema_update", "default")
 def _ema_update(
     codebook: Tensor,
     cluster_size: Tensor,
@@ -85,6 +92,13 @@ def _ema_update(
         target.copy_(value)
     if usage is not None:
         usage += counts
+
+
+def _fake_ema_update(*arguments: object) -> None:
+    return None
+
+
+torch.library.register_fake("spinlock_fast::ema_update", _fake_ema_update)
 
 
 def code_usage(counts: Tensor, layout: CodebookLayout, *, backend: str = "auto") -> tuple[Tensor, Tensor]:

@@ -8,13 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spinlock_fast.kernels.backend import Backend, runs_triton
 from spinlock_fast.kernels.grouped_mlp import native
 from spinlock_fast.kernels.grouped_mlp.ragged import Ragged
 from spinlock_fast.kernels.native import serves
 
 
 def grouped_mlp(
-    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, inputs: Ragged, dropout: float = 0.0
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    inputs: Ragged,
+    dropout: float = 0.0,
+    backend: Backend = "auto",
 ) -> Tensor:
     """Two-layer networks of all groups: dropout(relu(x_g W1_g + b1_g)) W2_g + b2_g.
 
@@ -23,12 +31,19 @@ def grouped_mlp(
         w1: [sum n, H]; b1: [G, H]; w2: [G, H, E]; b2: [G, E].
         inputs: n of each group.
         dropout: probability that a hidden value is dropped.
+        backend: "auto", "triton" or "reference", see `resolve_backend`.
 
     Returns:
         [G, B, E].
     """
-    function = native.GroupedMLP if serves(x, w1, b1, w2, b2) else _GroupedMLP
-    out: Tensor = function.apply(x, w1, b1, w2, b2, inputs, dropout)  # type: ignore[no-untyped-call]
+    function: type[torch.autograd.Function] = _GroupedMLP
+    if backend == "auto" and serves(x, w1, b1, w2, b2):
+        function = native.GroupedMLP
+    elif runs_triton(backend, x, w1, b1, w2, b2):
+        from spinlock_fast.kernels.grouped_mlp import triton
+
+        function = triton.GroupedMLP
+    out: Tensor = function.apply(x, w1, b1, w2, b2, inputs, dropout)
     return out
 
 
@@ -111,6 +126,46 @@ class _ScaledOutputLinear(torch.autograd.Function):
             of_bias,
             None,
         )
+
+
+def project(
+    x: Tensor,
+    gain: Tensor,
+    shift: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    part_weight: Tensor,
+    part_bias: Tensor,
+    outputs: Ragged,
+    parts: Ragged,
+    eps: float = 1e-5,
+    part_eps: float = 1e-5,
+    dropout: float = 0.0,
+    backend: Backend = "auto",
+) -> Tensor:
+    """`normalize_`, `scaled_output_linear` and `ragged_layer_norm`, one after the other.
+
+    Args:
+        x: [G, B, in], may be overwritten; gain, shift: [G, in]; weight: [sum n, in]; bias: [sum n].
+        part_weight, part_bias: [sum n], of the normalisation of parts.
+        outputs: n of each group.
+        parts: sizes of the parts into which the sum n columns are divided for the second normalisation.
+        dropout: probability that a value is dropped before the second normalisation.
+        backend: "auto", "triton" or "reference", see `resolve_backend`.
+
+    Returns:
+        [B, sum n].
+    """
+    tensors = (x, gain, shift, weight, bias, part_weight, part_bias)
+    if not (backend == "auto" and serves(*tensors)) and runs_triton(backend, *tensors):
+        from spinlock_fast.kernels.grouped_mlp import triton
+
+        if triton.fits(x, outputs, parts):
+            function: type[torch.autograd.Function] = triton.Project
+            out: Tensor = function.apply(*tensors, outputs, parts, eps, part_eps, dropout)
+            return out
+    latents = scaled_output_linear(normalize_(x, eps), gain, shift, weight, bias, outputs)
+    return ragged_layer_norm(latents, part_weight, part_bias, parts, part_eps, dropout)
 
 
 def normalize_(x: Tensor, eps: float = 1e-5) -> Tensor:

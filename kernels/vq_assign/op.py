@@ -90,7 +90,7 @@ def vq_assign(
     codebook = codebook.detach().to(torch.promote_types(codebook.dtype, torch.float32))
     if gradient is None:
         z = z.detach()
-    found = _vq_assign(
+    found = torch.ops.spinlock_fast.vq_assign(
         z if z.dtype != torch.float64 else z.to(codebook.dtype),
         codebook,
         layout.num_codes,
@@ -105,7 +105,20 @@ def vq_assign(
     return Assignment(codes, quantized, error, counts.detach(), sums.detach())
 
 
-@torch.library.custom_op("spinlock_fast::vq_assign", mutates_args=())
+# Not `torch.library.custom_op`: its first call imports torch's compiler, which takes more than a second.
+torch.library.define(
+    "spinlock_fast::vq_assign",
+    "(Tensor z, Tensor codebook, int[] num_codes, int[] dims, Tensor? mask, bool centred, bool with_sums,"
+    " bool rotation, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "spinlock_fast::vq_assign_backward",
+    "(Tensor grad_quantized, Tensor grad_error, Tensor z, Tensor quantized, Tensor codes, int[] num_codes,"
+    " int[] dims, bool rotation, str backend) -> Tensor",
+)
+
+
+@torch.library.impl("spinlock_fast::vq_assign", "default")
 def _vq_assign(
     z: Tensor,
     codebook: Tensor,
@@ -132,8 +145,7 @@ def _vq_assign(
     return quantized, codes, error, counts, sums
 
 
-@_vq_assign.register_fake
-def _(
+def _fake_vq_assign(
     z: Tensor,
     codebook: Tensor,
     num_codes: list[int],
@@ -156,7 +168,10 @@ def _(
     )
 
 
-@torch.library.custom_op("spinlock_fast::vq_assign_backward", mutates_args=())
+torch.library.register_fake("spinlock_fast::vq_assign", _fake_vq_assign)
+
+
+@torch.library.impl("spinlock_fast::vq_assign_backward", "default")
 def _vq_assign_backward(
     grad_quantized: Tensor,
     grad_error: Tensor,
@@ -179,8 +194,7 @@ def _vq_assign_backward(
         return reference.backward(grad_quantized, grad_error, z, quantized, codes, layout, rotation)
 
 
-@_vq_assign_backward.register_fake
-def _(
+def _fake_vq_assign_backward(
     grad_quantized: Tensor,
     grad_error: Tensor,
     z: Tensor,
@@ -194,6 +208,9 @@ def _(
     return z.new_empty(z.shape)
 
 
+torch.library.register_fake("spinlock_fast::vq_assign_backward", _fake_vq_assign_backward)
+
+
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     z, _, num_codes, dims, _, _, _, rotation, backend = inputs
     quantized, codes, *_ = output
@@ -205,11 +222,13 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     z, quantized, codes = ctx.saved_tensors
-    grad_z = _vq_assign_backward(grads[0], grads[2], z, quantized, codes, *ctx.sizes, ctx.rotation, ctx.backend)
+    grad_z = torch.ops.spinlock_fast.vq_assign_backward(
+        grads[0], grads[2], z, quantized, codes, *ctx.sizes, ctx.rotation, ctx.backend
+    )
     return grad_z, None, None, None, None, None, None, None, None
 
 
-_vq_assign.register_autograd(_backward, setup_context=_keep)
+torch.library.register_autograd("spinlock_fast::vq_assign", _backward, setup_context=_keep)
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -1,25 +1,25 @@
-"""Rows of HDF5 datasets, over one file or many shards of it."""
+"""Families of raw features: named datasets of one file or many shards, as float32."""
 
 from __future__ import annotations
 
-import difflib
-import glob
-import re
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import h5py
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from spinlock_fast.data.files import find_files, get_dataset, naming_damage, open_file
+from spinlock_fast.data.loader import HDF5Loader
+from spinlock_fast.data.order import GivenRows
+from spinlock_fast.data.reading import LoaderPass, PassStats, batch_memory
+from spinlock_fast.data.table import Tables
+from spinlock_fast.data.windows import processors
 from spinlock_fast.errors import DataError
-
-_GLOB = re.compile(r"[*?\[]")
-_OPEN_FILES = 16
 
 
 @dataclass(frozen=True)
@@ -30,15 +30,18 @@ class DatasetInfo:
     rows: int
     row_shape: tuple[int, ...]  # (D,) or (T, D)
     chunk_rows: int  # rows that are stored, and so decoded, together; 1 where not chunked
+    item_size: int = 4  # bytes of a stored number
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a row as float32."""
-        return 4 * int(np.prod(self.row_shape))
+        """Bytes of a row as stored or as float32, whichever is more."""
+        return max(4, self.item_size) * int(np.prod(self.row_shape))
 
 
 class Source:
-    """Named datasets with a common number of rows; a context manager that keeps a few files open.
+    """Named datasets with a common number of rows. Files are open while they are read, and not longer.
+
+    A context manager, which ends the reading that is still under way.
 
     Args:
         paths: a file, a glob, or a list of those. The shards of a glob follow each other in natural
@@ -51,12 +54,24 @@ class Source:
 
     def __init__(self, paths: str | Sequence[str], datasets: Mapping[str, str]) -> None:
         self.files = find_files(paths)
-        self._handles: OrderedDict[int, h5py.File] = OrderedDict()  # the last used, at most _OPEN_FILES
-        try:
-            self._inspect(datasets)
-        except BaseException:
-            self.close()
-            raise
+        self._running: list[Generator[Any, None, None]] = []
+        with open_file(self.files[0]) as handle:
+            for family, path in datasets.items():
+                with naming_damage(self.files[0], path):
+                    shape = get_dataset(self.files[0], handle, path).shape
+                if shape is None or len(shape) not in (2, 3):
+                    raise DataError(
+                        f"{self.files[0]}: {path}: family {family!r} needs a 2-D or 3-D dataset, got shape {shape}"
+                    )
+        self._tables = Tables.open(self.files, list(dict.fromkeys(datasets.values())), called="families")
+        self._ends = np.cumsum(self._tables.shard_rows).tolist()
+        tables = {table.path: table for table in self._tables.tables}
+        self.datasets = {
+            family: DatasetInfo(
+                path, self.rows, tables[path].row_shape, tables[path].chunk_rows, tables[path].dtype.itemsize
+            )
+            for family, path in datasets.items()
+        }
 
     def __enter__(self) -> Source:
         return self
@@ -67,40 +82,79 @@ class Source:
         self.close()
 
     def close(self) -> None:
-        while self._handles:
-            self._handles.popitem()[1].close()
+        """Ends every `batches` that is under way: joins its threads and closes its files."""
+        while self._running:
+            self._running.pop().close()
 
     @property
     def rows(self) -> int:
-        return next(iter(self.datasets.values())).rows
+        return self._tables.rows
 
     def read(self, family: str, start: int, stop: int) -> NDArray[np.float32]:
         """Rows [start, stop) of a family as float32, across shards; DataError names a damaged place."""
+        if not 0 <= start <= stop <= self.rows:
+            raise IndexError(f"rows {start}..{stop} of {self.rows}")
+        return self.read_rows(family, np.arange(start, stop))
+
+    def read_rows(self, family: str, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Rows of a family in the given order as float32; every chunk is decoded once."""
         info = self.datasets[family]
-        if not 0 <= start <= stop <= info.rows:
-            raise IndexError(f"rows {start}..{stop} of {info.rows}")
-        out = np.empty((stop - start, *info.row_shape), dtype=np.float32)
-        shard = int(np.searchsorted(self._ends, start, side="right"))
-        while start < stop:
-            file, first = self.files[shard], self._ends[shard] - self._counts[shard]
-            low, high = start - first, min(stop, self._ends[shard]) - first
-            try:
-                # Values beyond float32 become Inf, which the caller reports with its place.
-                with np.errstate(over="ignore"):
-                    out[len(out) - (stop - start) :][: high - low] = self._handle(shard)[info.path][low:high]
-            except (OSError, RuntimeError) as error:
-                raise DataError(
-                    f"{file}: {info.path}: rows {low}..{high - 1} cannot be read, the file is damaged: "
-                    f"{_one_line(error)}"
-                ) from None
-            start += high - low
-            shard += 1
-        return out
+        if not len(rows):
+            return np.empty((0, *info.row_shape), np.float32)
+        tables, order = self._tables.select(info.path), GivenRows(rows)
+        batches = LoaderPass(
+            tables,
+            order,
+            epoch=0,
+            first_batch=0,
+            ahead=1,
+            threads=processors(),
+            verify_checksums=True,
+            memory=batch_memory(tables, order, 1, pin=False),
+            stats=PassStats(),
+        )
+        with closing(batches):
+            values = next(iter(batches))[info.path]
+        return _as_float32(values).numpy()
+
+    def batches(
+        self, families: Sequence[str], rows: int, memory_budget: int, device: torch.device
+    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """(first row, {family: float32 [B, *row_shape] on the device}) of all rows in order, read ahead.
+
+        Args:
+            rows: of a batch.
+            memory_budget: bytes for the rows that are held and read ahead.
+
+        Raises:
+            DataError: rows cannot be read, or the files are not those that were opened.
+        """
+        self._running.append(running := self._read_ahead(families, rows, memory_budget, device))
+        return running
+
+    def _read_ahead(
+        self, families: Sequence[str], rows: int, memory_budget: int, device: torch.device
+    ) -> Generator[tuple[int, dict[str, Tensor]], None, None]:
+        loader = HDF5Loader(
+            [str(file) for file in self.files],
+            list(dict.fromkeys(self.datasets[family].path for family in families)),
+            batch_size=rows,
+            shuffle=False,
+            memory_budget=memory_budget,
+            pin_memory=device.type == "cuda",
+        )
+        if loader.identities != self._tables.identities:
+            raise DataError(f"{self.files[0]}: the data set has changed since it was opened")
+        start = 0
+        for batch in loader:
+            raw = {family: batch[self.datasets[family].path] for family in families}
+            yield start, {family: _as_float32(x.to(device, non_blocking=True)) for family, x in raw.items()}
+            start += len(batch["index"])
 
     def place(self, family: str, row: int) -> str:
         """Where a row lies, for messages: file, dataset, row in the file."""
         shard = int(np.searchsorted(self._ends, row, side="right"))
-        first = self._ends[shard] - self._counts[shard]
+        first = self._ends[shard] - self._tables.shard_rows[shard]
         return f"{self.files[shard]}: {self.datasets[family].path}: row {row - first}"
 
     def placing(self, family: str, first: int) -> Callable[[int], str]:
@@ -110,121 +164,15 @@ class Source:
     def feature_names(self, family: str) -> list[str] | None:
         """Names of a family's columns, where the dataset or its group has an attribute `feature_names`."""
         path = self.datasets[family].path
-        dataset = self._handle(0)[path]
-        for node in (dataset, dataset.parent):
-            names = node.attrs.get("feature_names")
-            if isinstance(names, np.ndarray) and names.shape == dataset.shape[1:]:
-                return [name.decode() if isinstance(name, bytes) else str(name) for name in names]
+        with open_file(self.files[0]) as handle, naming_damage(self.files[0], path):
+            dataset = get_dataset(self.files[0], handle, path)
+            for node in (dataset, dataset.parent):
+                names = node.attrs.get("feature_names")
+                if isinstance(names, np.ndarray) and names.shape == dataset.shape[1:]:
+                    return [name.decode() if isinstance(name, bytes) else str(name) for name in names]
         return None
 
-    def _handle(self, shard: int) -> h5py.File:
-        if shard not in self._handles:
-            while len(self._handles) >= _OPEN_FILES:
-                self._handles.popitem(last=False)[1].close()
-            self._handles[shard] = _open(self.files[shard])
-        self._handles.move_to_end(shard)
-        return self._handles[shard]
 
-    def _inspect(self, datasets: Mapping[str, str]) -> None:
-        counts: list[int] = []
-        shapes: dict[str, tuple[int, ...]] = {}
-        chunk_rows = dict.fromkeys(datasets, 1)
-        for shard, file in enumerate(self.files):
-            rows: dict[str, int] = {}
-            for family, path in datasets.items():
-                node = _get(file, self._handle(shard), path)
-                _check(file, family, node)
-                if shapes.setdefault(family, node.shape[1:]) != node.shape[1:]:
-                    raise DataError(
-                        f"{file}: {path}: rows of shape {node.shape[1:]}, but {shapes[family]} in {self.files[0]}"
-                    )
-                rows[path] = node.shape[0]
-                chunk_rows[family] = max(chunk_rows[family], node.chunks[0] if node.chunks else 1)
-            if len(set(rows.values())) > 1:
-                listed = ", ".join(f"{path} has {count}" for path, count in rows.items())
-                raise DataError(f"{file}: families differ in their number of rows: {listed}")
-            counts.append(next(iter(rows.values())))
-        self._counts = counts
-        self._ends = np.cumsum(counts).tolist()
-        total = self._ends[-1]
-        if total == 0:
-            raise DataError(f"{self.files[0]}: {next(iter(datasets.values()))} has no rows")
-        self.datasets = {
-            family: DatasetInfo(path, total, shapes[family], chunk_rows[family]) for family, path in datasets.items()
-        }
-
-
-def _check(file: Path, family: str, node: h5py.Dataset) -> None:
-    path = node.name.lstrip("/")
-    if node.dtype.kind not in "fiu":
-        raise DataError(f"{file}: {path}: expected numbers, got {node.dtype}")
-    if node.ndim not in (2, 3):
-        raise DataError(f"{file}: {path}: family {family!r} needs a 2-D or 3-D dataset, got shape {node.shape}")
-    if 0 in node.shape[1:]:
-        raise DataError(f"{file}: {path}: no columns (shape {node.shape})")
-
-
-def find_files(paths: str | Sequence[str]) -> list[Path]:
-    """The files of a path, a glob, or a list of those; raises DataError where one is missing."""
-    found: list[Path] = []
-    for pattern in [paths] if isinstance(paths, str) else paths:
-        if _GLOB.search(pattern) and not Path(pattern).exists():
-            matches = sorted(glob.glob(pattern, recursive=True), key=_natural)
-            if not matches:
-                raise DataError(f"{pattern}: no file matches{_how_to_make(pattern)}")
-            found += [Path(match) for match in matches]
-        else:
-            found.append(Path(pattern))
-    if not found:
-        raise DataError("dataset_path is an empty list")
-    twice = next((file for file, count in Counter(found).items() if count > 1), None)
-    if twice is not None:
-        raise DataError(f"dataset_path names {twice} twice: its rows would count double")
-    for file in found:
-        if file.is_dir():
-            raise DataError(f"{file}: is a directory; name the file, or a glob such as {file}/*.h5")
-        if not file.exists():
-            raise DataError(f"{file}: no such file{_how_to_make(str(file))}")
-    return found
-
-
-def _how_to_make(path: str) -> str:
-    name = path if not _GLOB.search(path) else "FILE.h5"
-    return f"; simulate one with `python -m spinlock_fast.generate --operators 512 --output {name}`"
-
-
-def _natural(text: str) -> list[Any]:
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)]
-
-
-def _open(file: Path) -> h5py.File:
-    try:
-        with open(file, "rb"):
-            pass
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error.strerror}") from None
-    if not h5py.is_hdf5(file):
-        raise DataError(f"{file}: not an HDF5 file")
-    try:
-        return h5py.File(file, "r")
-    except (OSError, RuntimeError) as error:
-        what = "truncated" if "truncated" in str(error) else "damaged"
-        raise DataError(f"{file}: the file is {what}: {_one_line(error)}") from None
-
-
-def _get(file: Path, handle: h5py.File, path: str) -> h5py.Dataset:
-    try:
-        node = handle[path]
-    except (KeyError, OSError, RuntimeError):
-        names: list[str] = []
-        handle.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
-        close = difflib.get_close_matches(path, names, 1, cutoff=0.4)
-        hint = f"; nearest is {close[0]}" if close else f"; it holds {', '.join(names[:6]) or 'no dataset'}"
-        raise DataError(f"{file}: no dataset {path}{hint}") from None
-    if not isinstance(node, h5py.Dataset):
-        raise DataError(f"{file}: {path} is a group, not a dataset")
-    return node
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+def _as_float32(values: Tensor) -> Tensor:
+    """Values beyond float32 become Inf, which the encoders report with its place."""
+    return values.to(torch.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -155,8 +156,8 @@ def _raw_statistics(source: Source, family: str, memory_budget: int) -> tuple[Te
     rows = max(1, min(info.rows, 8192, memory_budget // (4 * info.row_bytes)))
     chunk = rows if rows == info.rows else max(1, min(info.chunk_rows, rows))
     starts = np.linspace(0, info.rows - chunk, max(1, rows // chunk)).astype(int)
-    blocks = [source.read(family, int(start), int(start) + chunk) for start in starts]
-    values = np.nan_to_num(np.concatenate(blocks), nan=0.0).reshape(-1, info.row_shape[-1])
+    chosen = (starts[:, None] + np.arange(chunk)).ravel()
+    values = np.nan_to_num(source.read_rows(family, chosen), nan=0.0).reshape(-1, info.row_shape[-1])
     center, scale = robust_scale(values)
     scale = np.where(scale > 0, scale, 1.0)
     return torch.from_numpy(center).float(), torch.from_numpy(scale).float()
@@ -199,22 +200,39 @@ def encode_blocks(
     """(first row, columns [B, output_dim]) of one family, block by block."""
     info = source.datasets[family.name]
     rows = block_rows(info, memory_budget)
-    for start in range(0, info.rows, rows):
-        stop = min(start + rows, info.rows)
-        raw = torch.from_numpy(source.read(family.name, start, stop)).to(device)
-        yield start, family(raw, source.placing(family.name, start)).cpu().numpy()
+    left = memory_budget - rows * info.row_bytes  # beside the copy without NaN
+    for start, raw in source.batches([family.name], rows, left, device):
+        block = family(raw[family.name], source.placing(family.name, start)).cpu().numpy()
+        yield start, block
         if progress is not None:
-            progress(family.name, stop, info.rows)
+            progress(family.name, start + len(block), info.rows)
+
+
+def encode_seconds(
+    source: Source, encoders: Sequence[FamilyEncoder], memory_budget: int, device: torch.device
+) -> float:
+    """Seconds that `encode` may take, from one block of every family."""
+    seconds = 0.0
+    for family in encoders:
+        info = source.datasets[family.name]
+        rows = min(block_rows(info, memory_budget), info.rows)
+        family.to(device)
+        started = time.perf_counter()
+        raw = torch.from_numpy(source.read(family.name, 0, rows)).to(device)
+        family(raw, source.placing(family.name, 0)).cpu()
+        seconds += (time.perf_counter() - started) * info.rows / rows
+    return seconds
 
 
 def block_rows(info: DatasetInfo, memory_budget: int) -> int:
-    """Rows that are read at once: whole chunks while they fit, at most 512 or one chunk."""
-    # Raw values exist twice, as read and without NaN.
-    fit = memory_budget // (2 * info.row_bytes)
+    """Rows that are encoded at once: whole chunks while they fit, at most 512 or one chunk."""
+    # One block is read while another is encoded and a third was just given away; and the copy without NaN. Every
+    # row has a number of 8 bytes besides.
+    needed = 4 * (info.row_bytes + 8)
+    fit = memory_budget // needed
     if fit < 1:
         raise ConfigError(
-            f"memory_budget {memory_budget} is below one row of {info.path}: "
-            f"at least {2 * info.row_bytes} bytes are needed"
+            f"memory_budget {memory_budget} is below one row of {info.path}: at least {needed} bytes are needed"
         )
     rows = min(fit, max(_BLOCK_ROWS, info.chunk_rows))
     return rows - rows % info.chunk_rows if rows >= info.chunk_rows else rows

@@ -92,12 +92,19 @@ def initialize_codes(
         initialized: bool scalar, set.
         sync: with `torch.distributed` initialised, every process takes the codes of rank 0.
     """
-    _initialize_codes(z, usable, codebook, cluster_size, code_sum, initialized, layout.num_codes, layout.dims, sync)
+    torch.ops.spinlock_fast.initialize_codes(
+        z, usable, codebook, cluster_size, code_sum, initialized, layout.num_codes, layout.dims, sync
+    )
 
 
-@torch.library.custom_op(
-    "spinlock_fast::initialize_codes", mutates_args=("codebook", "cluster_size", "code_sum", "initialized")
+torch.library.define(
+    "spinlock_fast::initialize_codes",
+    "(Tensor z, Tensor usable, Tensor(a!) codebook, Tensor(b!) cluster_size, Tensor(c!) code_sum,"
+    " Tensor(d!) initialized, int[] num_codes, int[] dims, bool sync) -> ()",
 )
+
+
+@torch.library.impl("spinlock_fast::initialize_codes", "default")
 def _initialize_codes(
     z: Tensor,
     usable: Tensor,
@@ -120,3 +127,10 @@ def _initialize_codes(
     if shared:
         for tensor in (codebook, cluster_size, code_sum, initialized):
             dist.broadcast(tensor, src=0)
+
+
+def _fake_initialize_codes(*arguments: object) -> None:
+    return None
+
+
+torch.library.register_fake("spinlock_fast::initialize_codes", _fake_initialize_codes)

@@ -1,9 +1,13 @@
+import os
+
 import h5py
 import helpers
 import numpy as np
 import pytest
+import torch
 
-from spinlock_fast.data.source import Source, find_files
+from spinlock_fast.data.files import find_files
+from spinlock_fast.data.source import Source
 from spinlock_fast.errors import DataError
 
 PATH = "features/x"
@@ -117,7 +121,10 @@ def test_a_file_whose_name_looks_like_a_glob(tmp_path):
 
 def test_files_are_closed(tmp_path):
     with open_family(write(tmp_path / "a.h5", table())) as source:
-        pass
+        batches = source.batches(["family"], 2, 10**6, torch.device("cpu"))
+        next(batches)
+    with pytest.raises(StopIteration):
+        next(batches)
     with h5py.File(tmp_path / "a.h5", "a") as file:
         assert PATH in file
     source.close()
@@ -286,7 +293,7 @@ def test_a_damaged_chunk_names_file_dataset_and_rows(tmp_path, filters):
         raw.write(b"\xa5" * 20)
     with open_family(file) as source:
         np.testing.assert_array_equal(source.read("family", 0, 4), values[:4])
-        with helpers.raises_one_line(DataError, "a.h5", PATH, "rows 3..6", "damaged"):
+        with helpers.raises_one_line(DataError, "a.h5", PATH, "chunk [4, 0] (rows 4..7) at byte", "damaged"):
             source.read("family", 3, 7)
 
 
@@ -294,3 +301,11 @@ def test_a_file_listed_twice_is_refused(tmp_path):
     write(tmp_path / "a.h5", table())
     with helpers.raises_one_line(DataError, "a.h5", "twice"):
         find_files([str(tmp_path / "a.h5"), str(tmp_path / "*.h5")])
+
+
+def test_a_file_that_changes_between_two_readings(tmp_path):
+    file = write(tmp_path / "a.h5", table())
+    with open_family(file) as source:
+        os.utime(file, ns=(1, 1))
+        with helpers.raises_one_line(DataError, "a.h5", "has changed"):
+            next(source.batches(["family"], 2, 10**6, torch.device("cpu")))

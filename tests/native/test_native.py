@@ -1,3 +1,5 @@
+import zlib
+
 import h5py
 import numpy as np
 import pytest
@@ -135,9 +137,25 @@ def test_text_is_no_buffer():
         _native.fletcher32("abcd")
 
 
+@pytest.mark.skipif(_native.inflate_library() == "none", reason="this build cannot inflate")
+@pytest.mark.parametrize("size", [1, 100, 70_000])
+def test_inflate_fills_the_buffer_exactly(size):
+    data = np.random.default_rng(0).integers(0, 30, size, dtype=np.uint8).tobytes()
+    out = bytearray(size)
+    _native.inflate(zlib.compress(data), out)
+    assert out == data
+    for wrong in (bytearray(size + 1), bytearray(size - 1)):
+        with pytest.raises(ValueError, match="compressed data"):
+            _native.inflate(zlib.compress(data), wrong)
+    with pytest.raises(ValueError, match="compressed data"):
+        _native.inflate(zlib.compress(data)[:-2], out)
+
+
 def test_build_info_names_version_and_processor():
     info = _native.build_info()
     assert info["version"] == _native.__version__
     assert info["simd_level"] == _native.simd_level()
     assert _native.simd_level() in ("avx512", "avx2", "sse2", "portable")
+    assert info["inflate"] == _native.inflate_library()
+    assert info["inflate"].split()[0] in ("libdeflate", "zlib", "none")
     assert info["cxx_standard"] >= 202002

@@ -1,0 +1,96 @@
+#include "inflate.hpp"
+
+#include "errors.hpp"
+
+#if defined(SPINLOCK_FAST_LIBDEFLATE)
+#include <libdeflate.h>
+#elif defined(SPINLOCK_FAST_ZLIB)
+#include <limits>
+#include <zlib.h>
+#endif
+
+namespace spinlock_fast {
+
+#if defined(SPINLOCK_FAST_LIBDEFLATE)
+
+struct Inflater::State {
+    struct Free {
+        void operator()(libdeflate_decompressor* d) const noexcept { libdeflate_free_decompressor(d); }
+    };
+    std::unique_ptr<libdeflate_decompressor, Free> decompressor{libdeflate_alloc_decompressor()};
+};
+
+std::string inflate_library() { return "libdeflate " LIBDEFLATE_VERSION_STRING; }
+
+Inflater::Inflater() : state_(std::make_unique<State>()) {
+    if (!state_->decompressor) throw std::bad_alloc();
+}
+
+void Inflater::inflate(std::span<const std::byte> in, std::span<std::byte> out) {
+    std::size_t used = 0;
+    // A null `actual_out` demands that the output has exactly the size asked for.
+    const libdeflate_result result = libdeflate_zlib_decompress_ex(
+        state_->decompressor.get(), in.data(), in.size(), out.data(), out.size(), &used, nullptr);
+    switch (result) {
+        case LIBDEFLATE_SUCCESS: return;
+        case LIBDEFLATE_BAD_DATA: throw DecodeError("the compressed data are invalid");
+        case LIBDEFLATE_SHORT_OUTPUT: throw DecodeError("the compressed data end early");
+        case LIBDEFLATE_INSUFFICIENT_SPACE: throw DecodeError("the compressed data are longer than the chunk");
+    }
+    throw DecodeError("the compressed data cannot be decoded");
+}
+
+#elif defined(SPINLOCK_FAST_ZLIB)
+
+struct Inflater::State {
+    State() {
+        if (inflateInit(&stream) != Z_OK) throw std::bad_alloc();
+    }
+    ~State() { inflateEnd(&stream); }
+    State(const State&) = delete;
+    State& operator=(const State&) = delete;
+
+    z_stream stream{};
+};
+
+std::string inflate_library() { return std::string("zlib ") + zlibVersion(); }
+
+Inflater::Inflater() : state_(std::make_unique<State>()) {}
+
+void Inflater::inflate(std::span<const std::byte> in, std::span<std::byte> out) {
+    constexpr std::size_t most = std::numeric_limits<uInt>::max();
+    // libhdf5 allows no chunk of 4 GiB or more.
+    if (in.size() > most || out.size() > most) throw DecodeError("the chunk is too large for zlib");
+    z_stream& stream = state_->stream;
+    if (inflateReset(&stream) != Z_OK) throw DecodeError("zlib cannot be reset");
+    stream.next_in = const_cast<Bytef*>(reinterpret_cast<const Bytef*>(in.data()));  // zlib only reads it
+    stream.avail_in = static_cast<uInt>(in.size());
+    stream.next_out = reinterpret_cast<Bytef*>(out.data());
+    stream.avail_out = static_cast<uInt>(out.size());
+    const int result = ::inflate(&stream, Z_FINISH);
+    if (result == Z_STREAM_END && stream.avail_out == 0) return;
+    if (result == Z_STREAM_END) throw DecodeError("the compressed data end early");
+    if (result == Z_BUF_ERROR && stream.avail_out == 0)
+        throw DecodeError("the compressed data are longer than the chunk");
+    throw DecodeError("the compressed data are invalid");
+}
+
+#else
+
+struct Inflater::State {};
+
+std::string inflate_library() { return "none"; }
+
+Inflater::Inflater() = default;
+
+void Inflater::inflate(std::span<const std::byte>, std::span<std::byte>) {
+    throw DecodeError("this build has no library for deflate");
+}
+
+#endif
+
+Inflater::~Inflater() = default;
+Inflater::Inflater(Inflater&&) noexcept = default;
+Inflater& Inflater::operator=(Inflater&&) noexcept = default;
+
+}  // namespace spinlock_fast

@@ -1,0 +1,31 @@
+// Undoing deflate, with the fastest library that the build found.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <span>
+#include <string>
+
+namespace spinlock_fast {
+
+// "libdeflate 1.26", "zlib 1.3.1", or "none": then no Inflater can be made.
+std::string inflate_library();
+
+// Decodes zlib streams, one after the other; the state is reused, so one belongs to one thread.
+class Inflater {
+public:
+    Inflater();
+    ~Inflater();
+    Inflater(Inflater&&) noexcept;
+    Inflater& operator=(Inflater&&) noexcept;
+
+    // Fills `out` exactly, checksum included; bytes after the end of the stream are ignored, as libhdf5
+    // does. Throws DecodeError.
+    void inflate(std::span<const std::byte> in, std::span<std::byte> out);
+
+private:
+    struct State;
+    std::unique_ptr<State> state_;
+};
+
+}  // namespace spinlock_fast

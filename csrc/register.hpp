@@ -1,0 +1,12 @@
+// What each binding file adds to the module.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace spinlock_fast {
+
+void register_build_info(pybind11::module_& module);
+void register_byte_filters(pybind11::module_& module);
+void register_row_reader(pybind11::module_& module);
+
+}  // namespace spinlock_fast

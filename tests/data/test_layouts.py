@@ -1,0 +1,305 @@
+"""Every way to store rows: the loader gives the bytes that h5py gives."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import h5py
+import hdf5plugin
+import helpers
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from spinlock_fast.data import HDF5Loader
+from spinlock_fast.errors import DataError
+
+DTYPES = ["<f2", "<f4", "<f8", ">f2", ">f4", ">f8", "i1", "u1", "<i2", ">i2", "<u2", ">i4", "<u4", "<i8", ">u8"]
+
+
+def random_values(shape: tuple[int, ...], dtype: str, seed: int = 0, constant: bool = False) -> NDArray[Any]:
+    """Any bits, so that floats hold NaN of every payload; runs of equal bytes where `constant`, which compress."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    random = np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)
+    if constant:
+        random //= 64
+    return random.view(dtype).reshape(shape)
+
+
+def native(values: NDArray[Any]) -> NDArray[Any]:
+    """The same numbers in this machine's byte order, moved as bytes: arithmetic may change the payload of a NaN."""
+    if values.dtype.isnative:
+        return values
+    return values.byteswap().view(values.dtype.newbyteorder("="))
+
+
+def through_h5py(files: list[str], path: str) -> NDArray[Any]:
+    parts = []
+    for name in files:
+        with h5py.File(name) as file:
+            parts.append(native(file[path][()]))
+    return np.concatenate(parts)
+
+
+def check(files: list[str], paths: list[str], way: str | None = None, **options: Any) -> dict[str, Any]:
+    """Loads all rows, compares them with h5py's bytes, and returns `stats()`. `way`: how every dataset must be read."""
+    loader = HDF5Loader(files, paths, **{"batch_size": 7, "window_rows": 16, **options})
+    expected = {path: through_h5py(files, path) for path in paths}
+    seen = []
+    for batch in loader:
+        index = batch.pop("index").numpy()
+        seen.append(index)
+        for path, rows in batch.items():
+            found = rows.numpy()
+            assert found.dtype == expected[path].dtype
+            assert found.tobytes() == expected[path][index].tobytes(), path
+    assert sorted(np.concatenate(seen).tolist()) == list(range(len(expected[paths[0]])))
+    if options.get("shuffle") is False:
+        assert np.concatenate(seen).tolist() == list(range(len(expected[paths[0]])))
+    stats = loader.stats()
+    if way is not None:
+        assert all(found.startswith(way) for found in stats["paths"].values()), stats["paths"]
+    return stats
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> dict[str, Any]:
+    """One dataset: shape of a row, number type, storage, what of it is written."""
+    row_shape = tuple(draw(st.lists(st.integers(1, 9), min_size=0, max_size=3)))
+    dtype = draw(st.sampled_from(DTYPES))
+    chunked = draw(st.booleans()) or draw(st.booleans())
+    options: dict[str, Any] = {}
+    if chunked:
+        sizes = [draw(st.integers(1, 12)), *(draw(st.integers(1, size)) for size in row_shape)]
+        if draw(st.booleans()):
+            sizes[1:] = row_shape  # whole rows, as real files have them
+        options["chunks"] = tuple(sizes)
+        options["maxshape"] = (None,) * len(sizes)
+        options["compression"] = draw(st.sampled_from([None, "gzip", "gzip", "lzf"]))
+        options["shuffle"] = draw(st.booleans())
+        options["fletcher32"] = draw(st.booleans())
+        if np.dtype(dtype).kind != "f" and draw(st.integers(0, 5)) == 0:
+            options["scaleoffset"] = 0
+            options["fletcher32"] = False
+    if draw(st.booleans()):
+        options["fillvalue"] = random_values((1,), dtype, seed=draw(st.integers(0, 99)))[0]
+    return {
+        "row_shape": row_shape,
+        "dtype": dtype,
+        "options": options,
+        "constant": draw(st.booleans()),
+        "written": draw(st.sampled_from(["all", "some", "none"])),
+    }
+
+
+def write(file: h5py.File, path: str, rows: int, layout: dict[str, Any], seed: int) -> None:
+    shape = (rows, *layout["row_shape"])
+    dataset = file.create_dataset(path, shape, layout["dtype"], **layout["options"])
+    values = random_values(shape, layout["dtype"], seed, layout["constant"])
+    if layout["written"] == "all":
+        dataset[...] = values
+    elif layout["written"] == "some" and rows:
+        for row in np.random.default_rng(seed).choice(rows, max(1, rows // 9), replace=False):
+            dataset[row] = values[row]
+
+
+@settings(max_examples=120, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    first=layouts(),
+    second=layouts(),
+    shard_rows=st.lists(st.integers(0, 40), min_size=1, max_size=3).filter(any),
+    batch_size=st.integers(1, 50),
+    window_rows=st.integers(1, 60),
+    shuffle=st.sampled_from([True, False, "exact"]),
+    num_threads=st.integers(1, 3),
+)
+def test_any_layout_gives_the_bytes_that_h5py_gives(
+    first: dict[str, Any], second: dict[str, Any], shard_rows: list[int], **options: Any
+) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        files = []
+        for shard, rows in enumerate(shard_rows):
+            files.append(f"{directory}/shard_{shard}.h5")
+            with h5py.File(files[-1], "w") as file:
+                write(file, "a", rows, first, seed=shard)
+                write(file, "b/c", rows, second, seed=10 + shard)
+        check(files, ["a", "b/c"], **options)
+
+
+SHAPE = (50, 6, 5)
+CHUNKED = {"chunks": (8, 6, 5)}
+
+
+@pytest.mark.parametrize("shuffle", [True, False, "exact"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        CHUNKED,
+        {**CHUNKED, "compression": "gzip"},
+        {**CHUNKED, "compression": "gzip", "shuffle": True},
+        {**CHUNKED, "compression": "gzip", "shuffle": True, "fletcher32": True},
+        {**CHUNKED, "fletcher32": True},
+        {"chunks": (8, 4, 3), "compression": "gzip"},
+        {"chunks": (60, 6, 5), "maxshape": (None, 6, 5), "compression": "gzip"},
+        {"chunks": (1, 6, 5), "compression": "gzip"},
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("dtype", ["<f4", ">f4"])
+def test_the_common_layouts_are_read_natively(tmp_path: Path, options: Any, dtype: str, shuffle: Any) -> None:
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("x", data=random_values(SHAPE, dtype, constant=True), **options)
+    check([str(tmp_path / "a.h5")], ["x"], "native", shuffle=shuffle)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"compression": "lzf"},
+        {"scaleoffset": 0},
+        dict(hdf5plugin.LZ4()),
+        dict(hdf5plugin.Zstd()),
+        dict(hdf5plugin.Blosc()),
+        dict(hdf5plugin.Bitshuffle()),
+    ],
+    ids=["lzf", "scaleoffset", "lz4", "zstd", "blosc", "bitshuffle"],
+)
+def test_other_filters_are_read_through_h5py(tmp_path: Path, options: Any) -> None:
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("x", data=random_values(SHAPE, "<i4", constant=True), chunks=(8, 6, 5), **options)
+        file.create_dataset("y", data=random_values(SHAPE, "<f4"), chunks=(4, 6, 5), compression="gzip")
+    stats = check([str(tmp_path / "a.h5")], ["x", "y"])
+    assert stats["paths"]["x"].startswith("h5py, because of the filter")
+    assert stats["paths"]["y"] == "native"
+
+
+def test_a_filter_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("x", data=random_values(SHAPE, "<f4"), chunks=(8, 6, 5), **hdf5plugin.Zstd())
+    monkeypatch.setattr(h5py.h5z, "filter_avail", lambda code: False)
+    with helpers.raises_one_line(DataError, "a.h5", "x", "zstd", "pip install hdf5plugin"):
+        HDF5Loader(str(tmp_path / "a.h5"), "x")
+
+
+@pytest.mark.parametrize("mask", range(8))
+def test_filters_that_were_skipped_for_a_chunk(tmp_path: Path, mask: int) -> None:
+    """Chunks of one dataset with different masks, each filtered by hand as its mask says."""
+    import zlib
+
+    from spinlock_fast import _native
+
+    values = random_values((32, 6), "<f4", constant=True)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        dataset = file.create_dataset(
+            "x", data=values, chunks=(8, 6), compression="gzip", shuffle=True, fletcher32=True
+        )
+        content = values[8:16].tobytes()
+        if not mask & 1:
+            content = np.frombuffer(content, np.uint8).reshape(-1, 4).T.tobytes()
+        if not mask & 2:
+            content = zlib.compress(content)
+        if not mask & 4:
+            content += _native.fletcher32(content).to_bytes(4, "little")
+        dataset.id.write_direct_chunk((8, 0), content, filter_mask=mask)
+    check([str(tmp_path / "a.h5")], ["x"], "native")
+
+
+def test_a_user_block(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "a.h5", "w", userblock_size=1024) as file:
+        file.create_dataset("x", data=random_values(SHAPE, "<f4"), chunks=(8, 6, 5), compression="gzip")
+        file.create_dataset("y", data=random_values(SHAPE, "<f4", seed=1))
+    check([str(tmp_path / "a.h5")], ["x", "y"])
+
+
+def test_a_virtual_dataset(tmp_path: Path) -> None:
+    layout = h5py.VirtualLayout((20, 3), "<f4")
+    for i in range(2):
+        with h5py.File(tmp_path / f"part_{i}.h5", "w") as file:
+            file["x"] = random_values((10, 3), "<f4", seed=i)
+        layout[10 * i : 10 * i + 10] = h5py.VirtualSource(str(tmp_path / f"part_{i}.h5"), "x", (10, 3))
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_virtual_dataset("x", layout)
+    check([str(tmp_path / "a.h5")], ["x"], "h5py, because of its virtual layout")
+
+
+def test_external_files(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        size = h5py.h5f.UNLIMITED
+        dataset = file.create_dataset("x", (20, 3), "<f4", external=[(str(tmp_path / "x.bin"), 0, size)])
+        dataset[...] = random_values((20, 3), "<f4")
+    check([str(tmp_path / "a.h5")], ["x"], "h5py, because of its external files")
+
+
+def test_a_compact_dataset(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        plist.set_layout(h5py.h5d.COMPACT)
+        space = h5py.h5s.create_simple((20, 3))
+        h5py.h5d.create(file.id, b"x", h5py.h5t.IEEE_F32LE, space, plist).write(
+            h5py.h5s.ALL, h5py.h5s.ALL, random_values((20, 3), "<f4")
+        )
+    check([str(tmp_path / "a.h5")], ["x"], "h5py, because of its compact layout")
+
+
+def test_values_that_were_never_written(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("contiguous", (20, 3), "<f4", fillvalue=7.0)
+        file.create_dataset("chunked", (20, 3), "<f4", fillvalue=-3.0, chunks=(4, 2), compression="gzip")
+    stats = check([str(tmp_path / "a.h5")], ["contiguous", "chunked"])
+    assert stats["paths"]["chunked"] == "native"
+
+
+def test_integers_of_unusual_size_are_converted_by_libhdf5(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        kind = h5py.h5t.STD_I32LE.copy()
+        kind.set_precision(24)
+        dataset = h5py.h5d.create(file.id, b"x", kind, h5py.h5s.create_simple((20, 3)))
+        dataset.write(h5py.h5s.ALL, h5py.h5s.ALL, np.arange(-30, 30, dtype=np.int32).reshape(20, 3))
+    check([str(tmp_path / "a.h5")], ["x"], "h5py, because of its number type")
+
+
+def test_edge_chunks_that_may_be_unfiltered_are_left_to_libhdf5(tmp_path: Path) -> None:
+    """With shuffle alone no size tells whether the last chunk, which overhangs, was filtered."""
+    for rows, way in [(16, "native"), (18, "h5py, because of edge chunks")]:
+        with h5py.File(tmp_path / "a.h5", "w") as file:
+            file.create_dataset("x", data=random_values((rows, 3), "<f4"), chunks=(8, 3), shuffle=True)
+        check([str(tmp_path / "a.h5")], ["x"], way)
+
+
+def test_chunks_without_values_are_left_to_libhdf5(tmp_path: Path) -> None:
+    """What a missing chunk holds where fill values are never written, only libhdf5 says."""
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        dataset = file.create_dataset("x", (40, 6), "<f4", chunks=(8, 6), compression="gzip", fill_time="never")
+        dataset[:8] = 1.0
+    loader = HDF5Loader(str(tmp_path / "a.h5"), "x")
+    assert loader.stats()["paths"]["x"] == "h5py, because of chunks without values"
+
+
+@pytest.mark.parametrize("old_format", [False, True])
+def test_every_kind_of_chunk_index(tmp_path: Path, old_format: bool) -> None:
+    """Both formats of HDF5 files, fixed and growing in one or two dimensions, one chunk and many."""
+    with h5py.File(tmp_path / "a.h5", "w", libver="earliest" if old_format else "latest") as file:
+        shapes = [(40, 6), (None, 6), (None, None)]
+        cases = itertools.product(shapes, [(8, 6), (40, 6), (3, 4)], [None, "gzip"])
+        for i, (maxshape, chunks, compression) in enumerate(cases):
+            data = random_values((40, 6), "<f4", seed=i, constant=True)
+            file.create_dataset(f"x{i}", data=data, chunks=chunks, maxshape=maxshape, compression=compression)
+        names = list(file)
+    check([str(tmp_path / "a.h5")], names, "native")
+
+
+def test_a_dataset_that_shrank_and_grew(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        dataset = file.create_dataset(
+            "x", data=random_values((40, 6), "<f4"), chunks=(8, 6), maxshape=(None, 6), compression="gzip", fillvalue=2
+        )
+        dataset.resize(21, axis=0)
+        dataset.resize(50, axis=0)
+        dataset[45:] = 1.0
+    check([str(tmp_path / "a.h5")], ["x"], "native")

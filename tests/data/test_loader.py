@@ -1,0 +1,364 @@
+"""What a user of HDF5Loader relies on, besides the values."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import pickle
+import threading
+from pathlib import Path
+from typing import Any
+
+import h5py
+import helpers
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from spinlock_fast import _native
+from spinlock_fast.data import HDF5Loader
+from spinlock_fast.data import loader as loader_module
+from spinlock_fast.errors import ConfigError, DataError
+
+PATHS = [helpers.SUMMARY, helpers.TEMPORAL]
+ROWS = 203
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(helpers.write_dataset(tmp_path_factory.mktemp("data") / "a.h5", ROWS, seed=0))
+
+
+def load(file: Any, paths: Any = PATHS, **settings: Any) -> HDF5Loader:
+    return HDF5Loader(file, paths, **{"batch_size": 16, "window_rows": 48, "num_threads": 2, **settings})
+
+
+def rows_of(batches: Any) -> list[int]:
+    return [row for batch in batches for row in batch["index"].tolist()]
+
+
+def resources() -> tuple[int, int]:
+    """Threads and open descriptors of this process."""
+    return len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))
+
+
+def test_a_batch_is_tensors_by_dataset_and_row_numbers(file: str) -> None:
+    batch = next(iter(load(file)))
+    assert list(batch) == [*PATHS, "index"]
+    assert batch[helpers.TEMPORAL].shape == (16, 32, 7)
+    assert batch[helpers.TEMPORAL].dtype == torch.float32
+    assert batch["index"].dtype == torch.int64
+
+
+def test_one_path_and_one_dataset_need_no_list(file: str) -> None:
+    batch = next(iter(HDF5Loader(Path(file), helpers.SUMMARY)))
+    assert batch[helpers.SUMMARY].shape == (ROWS, 36)
+
+
+@pytest.mark.parametrize("shuffle", [True, "exact"])
+def test_order_does_not_depend_on_threads_budget_or_batch(file: str, shuffle: Any) -> None:
+    expected = rows_of(load(file, shuffle=shuffle))
+    assert sorted(expected) == list(range(ROWS))
+    assert expected != sorted(expected)
+    for change in ({"num_threads": 1}, {"num_threads": 5}, {"memory_budget": 300_000}, {"batch_size": 3}):
+        assert rows_of(load(file, shuffle=shuffle, **change)) == expected
+
+
+def test_every_pass_is_an_epoch_of_its_own(file: str) -> None:
+    loader = load(file)
+    first, second = rows_of(loader), rows_of(loader)
+    assert first != second
+    again = load(file)
+    again.set_epoch(1)
+    assert rows_of(again) == second
+    again.set_epoch(0)
+    assert rows_of(again) == first
+
+
+def test_a_pass_that_is_left_early_is_begun_anew(file: str) -> None:
+    loader = load(file)
+    expected = rows_of(load(file))
+    taken = [batch for batch, _ in zip(loader, range(3), strict=False)]
+    assert rows_of(taken) == expected[:48]
+    assert rows_of(loader) == expected
+
+
+@pytest.mark.parametrize("shuffle", [True, False, "exact"])
+@pytest.mark.parametrize("stop", [0, 1, 4, 12, 13])
+def test_a_state_goes_on_after_the_last_batch(file: str, shuffle: Any, stop: int) -> None:
+    whole = load(file, shuffle=shuffle)
+    expected = rows_of(whole) + rows_of(whole)
+    loader = load(file, shuffle=shuffle)
+    taken = []
+    for _, batch in zip(range(stop), loader, strict=False):
+        taken.append(batch)
+    state = pickle.loads(pickle.dumps(loader.state_dict()))
+    other = load(file, shuffle=shuffle, num_threads=1)
+    other.load_state_dict(state)
+    rest = list(other)
+    if stop < 13:
+        rest += list(other)
+    assert rows_of(taken + rest) == expected
+    for batch in rest[:2]:
+        assert torch.isfinite(batch[helpers.TEMPORAL].nan_to_num()).all()
+
+
+def test_resuming_decodes_only_what_is_left(file: str) -> None:
+    loader = load(file)
+    whole = len(rows_of(loader)) and loader.stats()["chunks"]
+    loader.load_state_dict({**loader.state_dict(), "epoch": 0, "batch": 12})
+    assert len(rows_of(loader)) == ROWS - 12 * 16
+    assert loader.stats()["chunks"] < whole / 3
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"batch_size": 8}, {"window_rows": 16}, {"shuffle": False}, {"drop_last": True}]
+)
+def test_a_state_of_other_settings_is_refused(file: str, change: dict[str, Any]) -> None:
+    with helpers.raises_one_line(ConfigError, next(iter(change))):
+        load(file, **change).load_state_dict(load(file).state_dict())
+
+
+def test_ranks_share_the_rows(file: str) -> None:
+    parts = [list(load(file, rank=rank, world_size=3)) for rank in range(3)]
+    assert sorted(itertools.chain(*map(rows_of, parts))) == list(range(ROWS))
+    assert len({len(part) for part in parts}) == 1
+    assert len(parts[0]) == len(load(file, rank=0, world_size=3))
+
+
+def test_drop_last(file: str) -> None:
+    batches = list(load(file, drop_last=True))
+    assert [len(batch["index"]) for batch in batches] == [16] * 12
+    assert list(load(file, drop_last=True, batch_size=1000)) == []
+
+
+@pytest.mark.parametrize("keep", ["all", "views", "none"])
+def test_batches_belong_to_the_caller(file: str, keep: str) -> None:
+    """Memory is used again, but not while a tensor, a slice or an array of it is left."""
+    kept, copies = [], []
+    for batch in load(file, shuffle="exact", window_rows=16):
+        part = batch[helpers.TEMPORAL]
+        copies.append(part.clone())
+        if keep == "all":
+            kept.append(part)
+        elif keep == "views":
+            kept.append(part[2:].numpy() if len(kept) % 2 else part[2:])
+        del part, batch
+    for found, copy in zip(kept, copies, strict=False):
+        np.testing.assert_array_equal(np.asarray(found), copy if keep == "all" else copy[2:])
+
+
+def test_memory_is_used_again(file: str) -> None:
+    addresses = []
+    for batch in load(file, batch_size=8, window_rows=16, shuffle=False):
+        addresses.append(batch[helpers.TEMPORAL].data_ptr())
+        del batch
+    assert len(set(addresses)) < len(addresses) / 2
+
+
+def test_threads_end_and_files_close(file: str) -> None:
+    list(load(file))  # whatever torch starts on first use
+    before = resources()
+    loader = load(file, num_threads=3, memory_budget=300_000)
+    iterator = iter(loader)
+    next(iterator)
+    assert resources()[0] == before[0] + 3
+    assert resources()[1] > before[1]
+    del iterator
+    assert resources() == before
+    assert len(list(loader)) == 13
+    assert resources() == before
+
+
+def test_shards_by_the_hundred_need_few_descriptors(tmp_path: Path) -> None:
+    for i in range(100):
+        helpers.write_arrays(tmp_path / f"shard_{i}.h5", {"x": np.full((3, 2), i, np.float32)})
+    loader = load(f"{tmp_path}/*.h5", "x", batch_size=50)
+    before = resources()
+    most = 0
+    for batch in loader:
+        most = max(most, resources()[1])
+        torch.testing.assert_close(batch["x"][:, 0], (batch["index"] // 3).float())
+    assert most <= before[1] + 40
+
+
+def test_a_loader_can_be_pickled_at_any_time(file: str) -> None:
+    loader = load(file)
+    iterator = iter(loader)
+    next(iterator)
+    other = pickle.loads(pickle.dumps(loader))
+    assert other.state_dict() == loader.state_dict()
+    assert len(rows_of(other)) == ROWS
+    assert len(rows_of(iterator)) == ROWS - 16
+
+
+def test_a_fork_in_the_middle_of_a_pass(file: str) -> None:
+    """The child can begin a pass of its own, cannot go on with its parent's, and ends."""
+    loader = load(file)
+    iterator = iter(loader)
+    next(iterator)
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            try:
+                next(iterator)
+            except RuntimeError as error:
+                if "forked" in str(error) and len(rows_of(loader)) == ROWS:
+                    status = 0
+            del iterator
+        finally:
+            os._exit(status)
+    alarm = threading.Timer(60, lambda: os.kill(child, 9))
+    alarm.start()
+    assert os.waitpid(child, 0)[1] == 0
+    alarm.cancel()
+    assert len(rows_of(iterator)) == ROWS - 16
+
+
+@pytest.mark.parametrize(("workers", "method"), [(0, None), (2, "fork"), (2, "spawn")])
+def test_a_torch_data_loader_may_wrap_it(file: str, workers: int, method: str | None) -> None:
+    batches = list(DataLoader(load(file), batch_size=None, num_workers=workers, multiprocessing_context=method))
+    assert sorted(rows_of(batches)) == list(range(ROWS))
+
+
+def test_datasets_of_h5py_and_native_stay_aligned(tmp_path: Path) -> None:
+    path = str(tmp_path / "a.h5")
+    with h5py.File(path, "w") as file:
+        number = np.arange(100, dtype=np.int64)
+        file.create_dataset("slow", data=number, chunks=(7,), compression="lzf")
+        file.create_dataset("fast", data=np.stack([number] * 5, 1), chunks=(9, 2), compression="gzip")
+    for batch in load(path, ["slow", "fast"], window_rows=30):
+        assert torch.equal(batch["slow"], batch["index"])
+        assert torch.equal(batch["fast"], batch["index"][:, None].expand(-1, 5))
+
+
+def test_what_h5py_must_read_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = str(helpers.write_dataset(tmp_path / "b.h5", 20, seed=0, compression="lzf"))
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            assert load(file).stats()["paths"][helpers.SUMMARY] == "h5py, because of the filter lzf"
+    assert sum("lzf" in message and helpers.SUMMARY in message for message in caplog.messages) == 1
+
+
+def test_statistics_of_a_pass(file: str) -> None:
+    loader = load(file, shuffle=False)
+    list(loader)
+    stats = loader.stats()
+    assert stats["batches"] == 13
+    assert stats["rows"] == ROWS
+    assert stats["chunks"] == 2 * 26
+    assert stats["decoded_bytes"] == 2 * 26 * 8 * 4 * (36 + 32 * 7) // 2
+    assert 0 < stats["stored_bytes"] < 1.2 * stats["decoded_bytes"]
+    assert 0 < stats["seconds_waited"] <= stats["seconds"] < 60
+    assert stats["decoded_mb_per_second"] > 0
+    assert stats["cpu_seconds"] > 0
+    assert stats["inflate"] == _native.inflate_library()
+    assert stats["threads"] == 2
+
+
+def test_a_window_that_does_not_fit_names_the_budget_that_does(file: str) -> None:
+    row = 4 * (36 + 32 * 7) + 8
+    needed = 2 * 48 * row + 2 * 16 * row
+    with helpers.raises_one_line(ConfigError, "memory_budget", f"at least {needed} bytes", "window_rows"):
+        load(file, memory_budget=needed - 1)
+    assert sorted(rows_of(load(file, memory_budget=needed))) == list(range(ROWS))
+
+
+def test_a_sequential_batch_that_does_not_fit_names_the_budget_that_does(file: str) -> None:
+    needed = 3 * 16 * (4 * (36 + 32 * 7) + 8)
+    with helpers.raises_one_line(ConfigError, "memory_budget", f"at least {needed} bytes", "batch_size"):
+        load(file, shuffle=False, memory_budget=needed - 1)
+    assert rows_of(load(file, shuffle=False, memory_budget=needed)) == list(range(ROWS))
+
+
+def test_large_chunks_count_in_the_budget(tmp_path: Path) -> None:
+    file = str(helpers.write_arrays(tmp_path / "a.h5", {"x": np.zeros((20_000, 100), np.float32)}, chunk_rows=20_000))
+    with helpers.raises_one_line(ConfigError, "memory_budget", "at least"):
+        load(file, "x", memory_budget="8MB")
+    assert sorted(rows_of(load(file, "x", memory_budget="30MB"))) == list(range(20_000))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"batch_size": 0},
+        {"batch_size": 2.5},
+        {"shuffle": "yes"},
+        {"seed": -1},
+        {"num_threads": -1},
+        {"rank": 1},
+        {"world_size": 0},
+        {"window_rows": 0},
+        {"memory_budget": "much"},
+        {"world_size": ROWS + 1},
+        {"batch_size": 1, "world_size": 2},
+    ],
+    ids=repr,
+)
+def test_impossible_settings_are_named(file: str, settings: dict[str, Any]) -> None:
+    with helpers.raises_one_line(ConfigError, next(iter(settings))):
+        load(file, **settings)
+
+
+@pytest.mark.parametrize("datasets", [[], [helpers.SUMMARY] * 2, ["index"]])
+def test_impossible_datasets_are_named(file: str, datasets: list[str]) -> None:
+    with helpers.raises_one_line(ConfigError, "datasets"):
+        load(file, datasets)
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("metadata/ic_types", "expected numbers"),
+        ("features", "is a group"),
+        ("features/temporal/feature", "nearest is features/temporal/features"),
+    ],
+)
+def test_datasets_that_cannot_be_loaded(file: str, path: str, words: str) -> None:
+    with helpers.raises_one_line(DataError, file, path, words):
+        load(file, path)
+
+
+def test_no_rows(tmp_path: Path) -> None:
+    file = str(helpers.write_arrays(tmp_path / "a.h5", {"x": np.zeros((0, 4), np.float32)}))
+    with helpers.raises_one_line(DataError, "a.h5", "x has no rows"):
+        load(file, "x")
+
+
+def test_shards_of_different_types(tmp_path: Path) -> None:
+    for i, dtype in enumerate((np.float32, np.float64)):
+        helpers.write_arrays(tmp_path / f"shard_{i}.h5", {"x": np.zeros((3, 4), dtype)})
+    with helpers.raises_one_line(DataError, "shard_1.h5", "x", "float64", "float32", "shard_0.h5"):
+        load(f"{tmp_path}/*.h5", "x")
+
+
+def test_an_empty_shard_does_not_slow_the_others(tmp_path: Path) -> None:
+    for i, rows in enumerate((0, 5)):
+        helpers.write_arrays(tmp_path / f"shard_{i}.h5", {"x": np.zeros((rows, 4), np.float32)}, chunk_rows=None)
+    assert load(f"{tmp_path}/*.h5", "x").stats()["paths"] == {"x": "native"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs a CUDA device")
+@pytest.mark.gpu
+def test_pinned_batches(file: str) -> None:
+    for batch in load(file, pin_memory=True):
+        assert batch[helpers.SUMMARY].is_pinned()
+
+
+def test_pinning_without_a_device_is_no_error(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader_module.torch.cuda, "is_available", lambda: False)
+    assert len(rows_of(load(file, pin_memory=True))) == ROWS
+
+
+def test_more_rows_than_an_order_can_hold(tmp_path: Path) -> None:
+    """A size that a damaged file may claim must not be allocated."""
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("x", (10**15, 2), np.float32, chunks=(8, 2))
+        file.create_dataset("y", (10**15, 2), np.float32)
+    for path in ("x", "y"):
+        for shuffle in (True, False, "exact"):
+            with helpers.raises_one_line(ConfigError, "memory_budget", str(10**15), "at least"):
+                load(str(tmp_path / "a.h5"), path, shuffle=shuffle)

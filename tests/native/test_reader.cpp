@@ -1,0 +1,247 @@
+// The reader's threads on real files: what the thread sanitizer should see.
+#include "check.hpp"
+#include "row_reader.hpp"
+
+#include <algorithm>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <numeric>
+#include <thread>
+
+#include <sys/stat.h>
+#include <unistd.h>
+
+using namespace spinlock_fast;
+using namespace spinlock_fast::testing;
+using namespace std::chrono_literals;
+
+namespace {
+
+constexpr std::uint64_t kRows = 1000, kChunkRows = 8, kWidth = 50;
+
+// A file that is removed at the end of the test.
+class TemporaryFile {
+public:
+    explicit TemporaryFile(const Bytes& content) {
+        std::string name = (std::filesystem::temp_directory_path() / "spinlock_fast_XXXXXX").string();
+        const int descriptor = ::mkstemp(name.data());
+        CHECK(descriptor >= 0);
+        ::close(descriptor);
+        path_ = name;
+        write(content);
+    }
+    ~TemporaryFile() { std::filesystem::remove(path_); }
+    TemporaryFile(const TemporaryFile&) = delete;
+    TemporaryFile& operator=(const TemporaryFile&) = delete;
+
+    void write(const Bytes& content) const {
+        std::ofstream(path_, std::ios::binary)
+            .write(reinterpret_cast<const char*>(content.data()), static_cast<std::streamsize>(content.size()));
+    }
+
+    FileName name() const {
+        struct stat info {};
+        CHECK(::stat(path_.c_str(), &info) == 0);
+        return {.path = path_,
+                .label = "file",
+                .identity = {.device = static_cast<std::uint64_t>(info.st_dev),
+                             .inode = static_cast<std::uint64_t>(info.st_ino),
+                             .size = static_cast<std::uint64_t>(info.st_size),
+                             .mtime_ns = info.st_mtim.tv_sec * 1'000'000'000LL + info.st_mtim.tv_nsec}};
+    }
+
+private:
+    std::string path_;
+};
+
+// Row r holds r * width, r * width + 1, ...
+std::vector<std::uint32_t> values() {
+    std::vector<std::uint32_t> all(kRows * kWidth);
+    std::iota(all.begin(), all.end(), 0U);
+    return all;
+}
+
+Bytes bytes_of(const std::vector<std::uint32_t>& items) {
+    const auto view = std::as_bytes(std::span(items));
+    return {view.begin(), view.end()};
+}
+
+// One dataset twice: contiguous, and in chunks with every filter that this build can undo.
+struct Stored {
+    Bytes file;
+    std::vector<Dataset> datasets;
+};
+
+Stored store() {
+    Stored stored{.file = bytes_of(values()), .datasets = {}};
+    const Dataset plain{.name = "plain", .item_size = 4, .row_shape = {kWidth}, .shards = {}};
+    stored.datasets = {plain, plain};
+    stored.datasets[0].shards.push_back({.rows = kRows, .chunk_rows = 16, .contiguous = true});
+    stored.datasets[1].name = "chunked";
+    Shard chunked{.rows = kRows, .chunk_rows = kChunkRows, .chunk_shape = {kWidth}, .fill = Bytes(4)};
+    chunked.filters = {{FilterKind::shuffle, 4}};
+    const bool deflate = inflate_library() != "none";
+    if (deflate) chunked.filters.push_back({FilterKind::deflate});
+    for (std::uint64_t first = 0; first < kRows; first += kChunkRows) {
+        auto items = values();
+        items = {items.begin() + static_cast<std::ptrdiff_t>(first * kWidth),
+                 items.begin() + static_cast<std::ptrdiff_t>((first + kChunkRows) * kWidth)};
+        Bytes chunk = shuffled(bytes_of(items), 4);
+        if (deflate) chunk = zlib_stored(chunk);
+        chunked.offsets.push_back(stored.file.size());
+        chunked.sizes.push_back(chunk.size());
+        chunked.masks.push_back(0);
+        stored.file.insert(stored.file.end(), chunk.begin(), chunk.end());
+    }
+    stored.datasets[1].shards.push_back(std::move(chunked));
+    return stored;
+}
+
+// Batches of a shuffled order, as a caller takes them: submitted ahead, awaited one by one.
+struct Batches {
+    Batches(RowReader& reader, std::size_t datasets, std::uint64_t size) : size(size) {
+        rows.resize(kRows);
+        std::iota(rows.begin(), rows.end(), 0U);
+        std::ranges::shuffle(rows, std::mt19937(5));
+        for (std::uint64_t first = 0; first < kRows; first += size) {
+            const std::uint64_t count = std::min(size, kRows - first);
+            auto& parts = memory.emplace_back(datasets, std::vector<std::uint32_t>(count * kWidth, ~0U));
+            std::vector<std::span<std::byte>> spans;
+            for (auto& part : parts) spans.push_back(std::as_writable_bytes(std::span(part)));
+            reader.add_batch(first, count, spans);
+        }
+        for (std::uint64_t first = 0; first < kRows; first += 300)
+            reader.submit(first, std::span(rows).subspan(first, std::min<std::uint64_t>(300, kRows - first)));
+    }
+
+    bool right(std::size_t batch) const {
+        for (const auto& part : memory[batch])
+            for (std::size_t i = 0; i < part.size(); ++i)
+                if (part[i] != rows[batch * size + i / kWidth] * kWidth + i % kWidth) return false;
+        return true;
+    }
+
+    std::uint64_t size;
+    std::vector<std::uint64_t> rows;
+    std::vector<std::vector<std::vector<std::uint32_t>>> memory;
+};
+
+void wait(RowReader& reader, std::uint64_t first) {
+    while (!reader.wait(first, 10ms)) {
+    }
+}
+
+void every_row_reaches_its_place() {
+    const Stored stored = store();
+    const TemporaryFile file(stored.file);
+    for (const unsigned threads : {1U, 4U}) {
+        RowReader reader({file.name()}, stored.datasets, {.threads = threads});
+        const Batches batches(reader, 2, 64);
+        for (std::size_t b = 0; b < batches.memory.size(); ++b) {
+            wait(reader, b * 64);
+            CHECK(batches.right(b));
+        }
+        CHECK(reader.stats().chunks > 0);
+        CHECK_THROWS(std::logic_error, "no batch starts", reader.wait(0, 1ms));
+    }
+}
+
+void a_reader_may_be_dropped_at_any_time() {
+    const Stored stored = store();
+    const TemporaryFile file(stored.file);
+    for (int i = 0; i < 20; ++i) {
+        auto reader = std::make_unique<RowReader>(std::vector{file.name()}, stored.datasets, RowReader::Options{.threads = 3});
+        const Batches batches(*reader, 2, 128);
+        if (i % 2 == 0) wait(*reader, 0);
+        std::this_thread::sleep_for(std::chrono::microseconds(50 * i));
+        reader.reset();  // before the memory that its threads write to
+    }
+}
+
+void errors_belong_to_their_batches() {
+    Stored stored = store();
+    const Shard& chunked = stored.datasets[1].shards[0];
+    stored.file[chunked.offsets[9] + 3] ^= std::byte{0xff};
+    // Without deflate nothing can notice; then a size tells.
+    if (inflate_library() == "none") stored.datasets[1].shards[0].sizes[9] -= 1;
+    const TemporaryFile file(stored.file);
+    RowReader reader({file.name()}, stored.datasets, {.threads = 4});
+    const Batches batches(reader, 2, 10);
+    for (std::size_t b = 0; b < batches.memory.size(); ++b) {
+        const auto first = batches.rows.begin() + static_cast<std::ptrdiff_t>(b * 10);
+        const bool hit = std::any_of(first, first + 10, [](std::uint64_t row) { return row / kChunkRows == 9; });
+        if (hit) {
+            CHECK_THROWS(ReadError, "file: chunked: chunk [72, 0] (rows 72..79) at byte", wait(reader, b * 10));
+        } else {
+            wait(reader, b * 10);
+            CHECK(batches.right(b));
+        }
+    }
+}
+
+void files_that_changed_are_refused() {
+    const Stored stored = store();
+    const TemporaryFile file(stored.file);
+    const FileName before = file.name();
+    file.write(Bytes(stored.file.begin(), stored.file.end() - 1));
+    RowReader reader({before}, stored.datasets, {.threads = 2});
+    const Batches batches(reader, 2, 500);
+    CHECK_THROWS(ReadError, "has changed", wait(reader, 0));
+    FileName missing = before;
+    missing.path += ".not";
+    RowReader other({missing}, stored.datasets, {.threads = 2});
+    const Batches more(other, 2, 500);
+    CHECK_THROWS(ReadError, "No such file", wait(other, 0));
+}
+
+void hostile_places_are_errors() {
+    Stored stored = store();
+    Shard& chunked = stored.datasets[1].shards[0];
+    chunked.sizes[0] = std::uint64_t{1} << 39;
+    chunked.offsets[1] = stored.file.size() - 1;
+    chunked.offsets[2] = ~std::uint64_t{0} - 5;
+    chunked.sizes[3] = 0;
+    const TemporaryFile file(stored.file);
+    RowReader reader({file.name()}, {stored.datasets[1]}, {.threads = 2});
+    std::vector<std::byte> memory(8 * kWidth * 4);
+    for (std::uint64_t chunk = 0; chunk < 4; ++chunk) {
+        std::vector<std::uint64_t> rows(8);
+        std::iota(rows.begin(), rows.end(), chunk * 8);
+        reader.add_batch(chunk * 8, 8, {memory});
+        reader.submit(chunk * 8, rows);
+        const char* expected[] = {"too many for a chunk", "beyond the end", "beyond the end", "is damaged"};
+        CHECK_THROWS(ReadError, expected[chunk], wait(reader, chunk * 8));
+    }
+}
+
+void wrong_calls_are_refused() {
+    const Stored stored = store();
+    const TemporaryFile file(stored.file);
+    RowReader reader({file.name()}, {stored.datasets[0]}, {.threads = 1});
+    std::vector<std::byte> memory(10 * kWidth * 4);
+    const std::vector<std::uint64_t> rows(10, 5);
+    CHECK_THROWS(std::invalid_argument, "no batch covers", reader.submit(0, rows));
+    CHECK_THROWS(std::invalid_argument, "too small", reader.add_batch(0, 11, {memory}));
+    CHECK_THROWS(std::invalid_argument, "another number", reader.add_batch(0, 10, {}));
+    CHECK_THROWS(std::invalid_argument, "of 0 rows", reader.add_batch(0, 0, {memory}));
+    reader.add_batch(0, 10, {memory});
+    CHECK_THROWS(std::invalid_argument, "overlap", reader.add_batch(9, 10, {memory}));
+    CHECK_THROWS(std::logic_error, "never submitted", reader.wait(0, 1ms));
+    CHECK_THROWS(std::invalid_argument, "no row", reader.submit(0, std::vector<std::uint64_t>(10, kRows)));
+    CHECK_THROWS(std::invalid_argument, "no batch covers", reader.submit(1, rows));
+    reader.submit(0, rows);  // one row ten times
+    wait(reader, 0);
+    CHECK(std::memcmp(memory.data(), memory.data() + 9 * kWidth * 4, kWidth * 4) == 0);
+}
+
+}  // namespace
+
+int main() {
+    every_row_reaches_its_place();
+    a_reader_may_be_dropped_at_any_time();
+    errors_belong_to_their_batches();
+    files_that_changed_are_refused();
+    hostile_places_are_errors();
+    wrong_calls_are_refused();
+}
