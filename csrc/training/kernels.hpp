@@ -42,6 +42,19 @@ struct Product {
     float* column_sums = nullptr;     // [N], of b
 };
 
+// Gradients of the first layer of a two-layer network for some rows, without the gradient of its hidden values in memory:
+// dh = (grad w2^T) scale where the hidden value is positive, of_first = [x | 1]^T dh.
+struct FirstLayerTask {
+    Index rows, n, H, E;
+    Operand x;               // [rows, n]
+    const float* grad;       // [rows, E]
+    Operand w2_turned;       // [E, H]
+    const float* hidden;     // [rows, H]
+    float scale;
+    float* of_first;         // [width / columns, n + 1, columns]: rows 2 KiB apart would be in each other's way
+    Index width;             // H, rounded up to whole panels of `Kernels::columns`
+};
+
 // Columns of a codebook and of its codes.
 struct Book {
     Index first_column, dims, first_code, codes, first_entry;
@@ -103,6 +116,8 @@ struct Kernels {
     Index lanes, rows, columns, packed_floats, row_floats;
     Index (*partial_floats)(Index M, Index N, Index K);  // of `Workspace::partial`
     void (*product)(const Product&, const Workspace&);
+    void (*first_layer)(const FirstLayerTask&, const Workspace&);
+    Index (*first_layer_buffer_floats)(Index n);
     // out[c] = sum over rows of a[r, c]
     void (*column_sums)(const float* a, Index rows, Index columns, Index row, float* out);
     // Normalises rows of width n in place; deviations are 1 / sqrt(variance + eps).

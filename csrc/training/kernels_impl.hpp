@@ -14,6 +14,7 @@ using training::AssignTask;
 using training::Book;
 using training::DecoderTask;
 using training::Dropout;
+using training::FirstLayerTask;
 using training::Operand;
 using training::Points;
 using training::Product;
@@ -122,17 +123,67 @@ inline void product_then(const Product& p, const Workspace& w, Then then) {
 void product(const Product& p, const Workspace& w) {
     if (p.relu) {
         product_then(p, w, [&](Index i, Index j, float* values, Index n, float*) {
-            for (Index c = 0; c < n; ++c) values[c] = values[c] > 0.0f || values[c] != values[c] ? values[c] : 0.0f;
+            if (n % kLanes == 0)
+                for (Index c = 0; c < n; c += kLanes) keep(values + c, load(values + c) <= Vector{} ? Vector{} : load(values + c));
+            else
+                for (Index c = 0; c < n; ++c) values[c] = values[c] <= 0.0f ? 0.0f : values[c];
             if (p.dropout.threshold) drop(values, n, p.dropout, p.first_row + i, j, 1.0f);
         });
     } else if (p.positive) {
         product_then(p, w, [&](Index i, Index j, float* values, Index n, float*) {
             const float* mask = p.positive + i * p.out_row + j;
-            for (Index c = 0; c < n; ++c) values[c] = mask[c] <= 0.0f ? 0.0f : values[c];
+            if (n % kLanes == 0)
+                for (Index c = 0; c < n; c += kLanes)
+                    keep(values + c, load(mask + c) <= Vector{} ? Vector{} : load(values + c));
+            else
+                for (Index c = 0; c < n; ++c) values[c] = mask[c] <= 0.0f ? 0.0f : values[c];
         });
     } else {
         product_then(p, w, [](Index, Index, float*, Index, float*) {});
     }
+}
+
+Index first_layer_buffer_floats(Index n) { return (n + kRows) / kRows * kRows * kRows; }
+
+void first_layer(const FirstLayerTask& t, const Workspace& w) {
+    std::memset(t.of_first, 0, static_cast<std::size_t>((t.n + 1) * t.width) * sizeof(float));
+    alignas(64) float product_tile[kRows * kColumns];
+    float* turned = w.buffer;  // of a tile of rows: [x | 1]^T in blocks of kRows features, each [rows, kRows]
+    Index packed_tile = -1;
+    const Matrix grad{t.grad, t.E, 1};
+    multiply(t.rows, t.H, t.E, grad, matrix(t.w2_turned), scratch(w), [&](Index i, Index j, float* values, Index n) {
+        const float *mask = t.hidden + i * t.H + j, scale = t.scale;
+        if (n % kLanes == 0)
+            for (Index c = 0; c < n; c += kLanes)
+                keep(values + c, load(mask + c) <= Vector{} ? Vector{} : load(values + c) * scale);
+        else
+            for (Index c = 0; c < n; ++c) values[c] = mask[c] <= 0.0f ? 0.0f : values[c] * scale;
+        const Index r = i % kRows, rows = r + 1;
+        if (rows < kRows && i != t.rows - 1) return;
+        // The last row of a tile: the tile is whole, and still in the cache.
+        if (packed_tile != i - r) {
+            packed_tile = i - r;
+            for (Index f = 0; f <= t.n; f += kRows) {
+                const Index few = t.n - f < kRows ? t.n - f : kRows;
+                const Matrix x = matrix(t.x).block(i - r, f);
+                pack_rows({x.p, x.column, x.row}, few, rows, turned + f * kRows, few < kRows ? few : -1);
+            }
+        }
+        const bool narrow = n <= kLanes;
+        const Index wide = narrow ? kLanes : kColumns;
+        const float* tile = values - r * wide;
+        for (Index f = 0; f <= t.n; f += kRows) {
+            if (narrow)
+                multiply_tile<true, 1>(turned + f * kRows, 0, rows, tile, product_tile);
+            else
+                multiply_tile<true, kVectors>(turned + f * kRows, 0, rows, tile, product_tile);
+            float* out = t.of_first + j / kColumns * (t.n + 1) * kColumns + f * kColumns;
+            const Index few = t.n + 1 - f < kRows ? t.n + 1 - f : kRows;
+            for (Index k = 0; k < few; ++k)
+                for (Index c = 0; c < wide; c += kLanes)
+                    keep(out + k * kColumns + c, load(out + k * kColumns + c) + load(product_tile + k * wide + c));
+        }
+    });
 }
 
 void column_sums(const float* a, Index rows, Index columns, Index row, float* out) {
@@ -394,7 +445,8 @@ void decoder_backward(const DecoderTask& t, const Workspace& w) {
     auto* order = reinterpret_cast<std::int32_t*>(difference + kGathered * F);  // [B]
     auto* starts = order + t.B;                                           // [K + 1]
     const float* off = t.off + t.book.first_code * F;
-    for (Index i = 0; i < K * F; ++i) of_decoded[i] = off[i] * t.scale;
+    const float scale = t.scale;
+    for (Index i = 0; i < K * F; ++i) of_decoded[i] = off[i] * scale;
     simple_product(H, F, K, {hidden, 1, H}, {of_decoded, F, 1}, t.of_w2 + t.g * H * F, F, w, nullptr, t.of_b2 + t.g * F);
     Product p{K, H, F, {of_decoded, F, 1}, w2_turned, of_hidden, H};
     p.positive = hidden;
@@ -432,7 +484,7 @@ void decoder_backward(const DecoderTask& t, const Workspace& w) {
             const Index few = n - i0 < kGathered ? n - i0 : kGathered;
             for (Index i = 0; i < few; ++i) {
                 const float *x = t.x + rows[i] * F, *goal = decoded + k * F;
-                for (Index f = 0; f < F; ++f) difference[i * F + f] = (goal[f] - x[f]) * t.scale;
+                for (Index f = 0; f < F; ++f) difference[i * F + f] = (goal[f] - x[f]) * scale;
             }
             const Matrix left{difference, F, 1}, right{jacobian, D, 1};
             multiply(few, D, F, left, right, scratch(w), [&](Index i, Index j, float* v, Index c) {
@@ -673,7 +725,7 @@ void pull_codes(const float* table, const float* vectors, Index K, Index D, cons
 constexpr training::Kernels kKernels = {
     nearest, nearest_buffer_floats, tally,
     kLanes, kRows, kColumns, kPackedFloats, kRows * kDepth,
-    partial_floats, product, column_sums, normalize, normalize_backward, segments, segments_backward,
+    partial_floats, product, first_layer, first_layer_buffer_floats, column_sums, normalize, normalize_backward, segments, segments_backward,
     weighted_column_sums, decoder_forward, decoder_backward, decoder_buffer_floats, pack_points, distances, pull,
     pull_buffer_floats, code_distances, add_lookup, pull_codes, pull_codes_buffer_floats, row_sums, row_moments,
     pair_weights,

@@ -193,35 +193,79 @@ void mlp_backward(std::uintptr_t grad, const PyOperand& x, const PyOperand& w1, 
                   std::uintptr_t of_w2, std::uintptr_t of_b2, int threads) {
     const py::gil_scoped_release release;
     const float scale = static_cast<float>(rate < 1.0 ? 1.0 / (1.0 - rate) : 0.0);
-    std::vector<Product> to_hidden, rest;
-    Index column = 0, total = 0;
+    const Kernels& k = kernels();
+    const Index G = static_cast<Index>(sizes.size()), width = (H + k.columns - 1) / k.columns * k.columns;
+    constexpr Index kRows = 256;  // of a task, whatever the number of threads: the parts are added up in one order
+    const Index parts = std::max<Index>((B + kRows - 1) / kRows, 1);
+    std::vector<Product> to_hidden, of_second, rest;
+    std::vector<FirstLayerTask> of_first;
+    Index column = 0, total = 0, partial = 0, buffer = 0;
     for (const Index n : sizes) total += n;
-    const Index G = static_cast<Index>(sizes.size());
+    thread_local Floats memory;
+    float* sums = of_x ? nullptr : memory.reserve((total + G) * parts * width);
     for (Index g = 0; g < G; ++g) {
         const Index n = sizes[static_cast<std::size_t>(g)];
         const Operand dy{at<const float>(grad) + g * B * E, E, 1}, h{at<const float>(hidden) + g * B * H, H, 1};
-        const Operand dh{at<const float>(of_hidden) + g * B * H, H, 1};
-        const Operand weight{at<const float>(std::get<0>(w2)) + g * w2_group, std::get<2>(w2), std::get<1>(w2)};
-        Product p{B, H, E, dy, weight, at<float>(of_hidden) + g * B * H, H};
-        p.alpha = scale;
-        p.positive = h.p;
-        to_hidden.push_back(p);
+        const Operand inputs = block(operand(x), 0, column), back = block(operand(w1), column, 0);
+        const Operand turned{at<const float>(std::get<0>(w2)) + g * w2_group, std::get<2>(w2), std::get<1>(w2)};
         Product q{H, E, B, {h.p, 1, H}, dy, at<float>(of_w2) + g * H * E, E};
         q.alpha = scale;
         q.column_sums = at<float>(of_b2) + g * E;
-        rest.push_back(q);
-        const Operand inputs = block(operand(x), 0, column);
-        Product r{n, H, B, {inputs.p, inputs.column, inputs.row}, dh, at<float>(of_w1) + column * H, H};
-        r.column_sums = at<float>(of_b1) + g * H;
-        rest.push_back(r);
+        of_second.push_back(q);
         if (of_x) {
-            const Operand back = block(operand(w1), column, 0);
+            const Operand dh{at<const float>(of_hidden) + g * B * H, H, 1};
+            Product p{B, H, E, dy, turned, at<float>(of_hidden) + g * B * H, H};
+            p.alpha = scale;
+            p.positive = h.p;
+            to_hidden.push_back(p);
+            Product r{n, H, B, {inputs.p, inputs.column, inputs.row}, dh, at<float>(of_w1) + column * H, H};
+            r.column_sums = at<float>(of_b1) + g * H;
+            rest.push_back(r);
             rest.push_back({B, n, H, dh, {back.p, back.column, back.row}, at<float>(of_x) + column, total});
+        } else {
+            for (Index part = 0; part < parts; ++part) {
+                const Index first = part * kRows, rows = std::max<Index>(std::min(kRows, B - first), 0);
+                float* out = sums + ((column + g) * parts + part * (n + 1)) * width;
+                of_first.push_back({rows, n, H, E, block(inputs, first, 0), dy.p + first * E, turned, h.p + first * H,
+                                    scale, out, width});
+                partial = std::max(partial, k.partial_floats(rows, H, E));
+                buffer = std::max(buffer, k.first_layer_buffer_floats(n));
+            }
         }
         column += n;
     }
-    run(to_hidden, threads);
-    run(rest, threads);
+    if (of_x) {
+        run(to_hidden, threads);
+        rest.insert(rest.end(), of_second.begin(), of_second.end());
+        run(rest, threads);
+        return;
+    }
+    const std::vector<Product> pieces = split(of_second, threads);
+    for (const Product& p : pieces) partial = std::max(partial, k.partial_floats(p.M + 1, p.N, p.K));
+    const Workspaces spaces(partial, buffer);
+    const Index firsts = static_cast<Index>(of_first.size());
+    parallel_for(firsts + static_cast<Index>(pieces.size()), threads, [&](Index i) {
+        if (i < firsts)
+            k.first_layer(of_first[static_cast<std::size_t>(i)], spaces.here());
+        else
+            k.product(pieces[static_cast<std::size_t>(i - firsts)], spaces.here());
+    });
+    for (Index g = 0; g < G; ++g)
+        for (Index f = 0; f <= of_first[static_cast<std::size_t>(g * parts)].n; ++f) {
+            const FirstLayerTask& task = of_first[static_cast<std::size_t>(g * parts)];
+            const Index before = task.of_first - sums;
+            const Index row = before / width / parts - g + f;  // packed row of the first weights
+            float* out = f < task.n ? at<float>(of_w1) + row * H : at<float>(of_b1) + g * H;
+            for (Index c0 = 0; c0 < H; c0 += k.columns) {
+                const float* part = task.of_first + (c0 * (task.n + 1) + f * k.columns);
+                const Index few = std::min(k.columns, H - c0);
+                std::copy(part, part + few, out + c0);
+                for (Index p = 1; p < parts; ++p) {
+                    part += (task.n + 1) * width;
+                    for (Index c = 0; c < few; ++c) out[c0 + c] += part[c];
+                }
+            }
+        }
 }
 
 // (x gain + shift) W^T + bias for x [G, B, in], gain and shift [G, in], W [sum n, in], to columns of out [B, sum n]:

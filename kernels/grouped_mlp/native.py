@@ -36,7 +36,8 @@ class GroupedMLP(torch.autograd.Function):
         x, w1, hidden, w2 = ctx.saved_tensors
         (G, H, E), B = w2.shape, x.shape[0]
         grad = grads[0].contiguous()
-        of_hidden = torch.empty_like(hidden)
+        # Only the gradient of x needs that of the hidden values in memory.
+        of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         of_x = torch.empty_like(x, memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
         of_w1, of_b1 = x.new_empty(w1.shape), x.new_empty(G, H)
         of_w2, of_b2 = x.new_empty(w2.shape), x.new_empty(G, E)
