@@ -30,8 +30,11 @@ if compgen -G "$WHEELS/*.whl" >/dev/null; then
   $PYTHON -m pip install -q --no-index --no-deps --no-cache-dir --target "$site" "$WHEELS"/*.whl || exit 1
   export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
 fi
+# `make setup` leaves libdeflate's sources here; without them the system's inflate serves.
+options=()
+[ ! -d build/libdeflate ] || options=("-Ccmake.define.LIBDEFLATE_SOURCE_DIR=$PWD/build/libdeflate")
 $PYTHON -c 'import spinlock_fast._native' 2>/dev/null ||
-  $PYTHON -m pip install -q --no-build-isolation --no-deps -e . || exit 1
+  $PYTHON -m pip install -q --no-build-isolation --no-deps -e . ${options[@]+"${options[@]}"} || exit 1
 has_gpu=$($PYTHON -c 'import torch; print(int(torch.cuda.is_available()))')
 $PYTHON -c 'import torch, triton; print("torch", torch.__version__, "triton", triton.__version__,
   torch.cuda.get_device_name() if torch.cuda.is_available() else "without a GPU")'
