@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import h5py
-import hdf5plugin
 import helpers
 import numpy as np
 import pytest
@@ -18,6 +17,8 @@ from numpy.typing import NDArray
 
 from spinlock_fast.data import HDF5Loader
 from spinlock_fast.errors import DataError
+
+hdf5plugin = pytest.importorskip("hdf5plugin", reason="pip install hdf5plugin")
 
 DTYPES = ["<f2", "<f4", "<f8", ">f2", ">f4", ">f8", "i1", "u1", "<i2", ">i2", "<u2", ">i4", "<u4", "<i8", ">u8"]
 
