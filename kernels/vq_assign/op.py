@@ -72,7 +72,7 @@ def vq_assign(
         layout: sizes of the group.
         mask: [N] bool; rows that are False take no part (code -1).
         centred: subtract each codebook's mean code first: exact far from the origin, see
-            `reference.nearest_codes`. (Kernels of small codebooks are exact there in any case.)
+            `reference.nearest_codes`.
         gradient: how `quantized` passes its gradient to z (Bengio et al. 2013, or arXiv 2410.06424);
             squared_error then carries its own. None: nothing is differentiable.
         with_sums: False leaves counts and sums empty.
