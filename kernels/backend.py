@@ -27,7 +27,10 @@ def check_backend(name: str) -> None:
 
 
 def resolve_backend(name: str, *tensors: Tensor) -> str:
-    """ "triton" or "reference" for tensors of one device.
+    """Which backend serves tensors of one device: "triton" or "reference".
+
+    On a CPU the native kernels of `csrc/training` stand in for the reference where they can (see `native.serves`);
+    SPINLOCK_FAST_BACKEND=reference leaves everything to PyTorch.
 
     Args:
         name: an explicit choice, or "auto": the environment variable SPINLOCK_FAST_BACKEND where it is
