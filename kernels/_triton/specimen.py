@@ -12,6 +12,7 @@ _CODES = "15 7 6 28 14 7 24 13 6 24 12 6 32 17 8 32 16 8 28 15 7 20 11 6 24 12 6
 _DIMS = "4 4 8 8 16 24 8 16 24 8 16 20 16 32 48 16 28 44 12 20 32 8 12 16 8 12 20 8 16 24 8 12 16"
 SEED = CodebookLayout.of([int(k) for k in _CODES.split()], [int(d) for d in _DIMS.split()])
 ROWS = 512
+FEATURES = (4, 16, 15, 13, 32, 28, 20, 10, 11, 14, 9)  # of its categories, each with three codebooks
 
 # Types of kernel parameters by name; a name that is not here and ends in _ptr is a float32 pointer.
 _TYPES = {
@@ -20,6 +21,7 @@ _TYPES = {
     "codes_ptr": "*i64",
     "code_ptr": "*i32",
     "order_ptr": "*i64",
+    "seed_ptr": "*i64",
     "item_code_ptr": "*i64",
     "item_first_ptr": "*i64",
     "item_last_ptr": "*i64",
@@ -31,6 +33,10 @@ _TYPES = {
     "rest": "fp32",
     "epsilon": "fp32",
     "idle_share": "fp32",
+    "factor": "fp32",
+    "scale": "fp32",
+    "eps": "fp32",
+    "part_eps": "fp32",
 }
 
 
@@ -45,6 +51,7 @@ class Specimen:
         num_bytes: least traffic with device memory: inputs once, outputs once.
         float_ops: multiplications and additions outside of matrix products.
         dot_ops: those of matrix products, each product of two float32 numbers counted once.
+        passes: TF32 products for one of those: three where it is accurate to float32.
         types: parameters whose type is not the usual one.
     """
 
@@ -56,7 +63,24 @@ class Specimen:
     dot_ops: int
     num_warps: int = 4
     num_stages: int = 1
+    passes: int = 3
     types: dict[str, str] | None = None
+
+    @classmethod
+    def launched(
+        cls,
+        kernel: Any,
+        shape: str,
+        options: dict[str, Any],
+        num_bytes: int,
+        float_ops: int,
+        dot_ops: int,
+        passes: int = 3,
+    ) -> Specimen:
+        """Of the keyword arguments of a launch: constexpr parameters, num_warps and num_stages."""
+        constants = {name: value for name, value in options.items() if name.isupper()}
+        warps, stages = options["num_warps"], options["num_stages"]
+        return cls(kernel, shape, constants, num_bytes, float_ops, dot_ops, warps, stages, passes)
 
     @property
     def name(self) -> str:

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from spinlock_fast.kernels._triton.specimen import FEATURES, ROWS, SEED, Specimen
 from spinlock_fast.kernels._triton.tables import book_table, power_of_two
 from spinlock_fast.kernels.layout import CodebookLayout
 
@@ -45,6 +46,24 @@ class DecoderConfig:
             pull_n=64,
             pull_h=min(128, power_of_two(hidden, 16)),
         )
+
+    @property
+    def forward(self) -> dict[str, Any]:
+        return {"BLOCK_N": self.block_n, **self._tiles, "num_warps": self.fwd_warps, "num_stages": self.num_stages}
+
+    @property
+    def backward(self) -> dict[str, Any]:
+        return {
+            "PULL_N": self.pull_n,
+            "PULL_H": self.pull_h,
+            **self._tiles,
+            "num_warps": self.bwd_warps,
+            "num_stages": self.num_stages,
+        }
+
+    @property
+    def _tiles(self) -> dict[str, int]:
+        return {"BLOCK_K": self.block_k, "BLOCK_D": self.block_d, "BLOCK_F": self.block_f, "BLOCK_H": self.block_h}
 
 
 @triton.jit(do_not_specialize=["B", "G", "F", "x_stride", "factor"])
@@ -359,9 +378,7 @@ class PartialLoss(torch.autograd.Function):
         parts = torch.empty(G, k_tiles, f_tiles, **options)
         code_decoders_fwd_kernel[(f_tiles, k_tiles, G)](
             x, codes, codebook, w1, b1, w2, b2, book_table(layout, x.device), hidden, decoded, off, parts,
-            B, G, F, H, x.stride(0), factor,
-            BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_D=config.block_d, BLOCK_F=config.block_f,
-            BLOCK_H=config.block_h, num_warps=config.fwd_warps, num_stages=config.num_stages,
+            B, G, F, H, x.stride(0), factor, **config.forward,
         )  # fmt: skip
         ctx.layout, ctx.config, ctx.factor = layout, config, factor
         ctx.save_for_backward(x, codes, codebook, w1, w2, hidden, decoded, off)
@@ -377,13 +394,36 @@ class PartialLoss(torch.autograd.Function):
         of_w1, of_w2 = torch.empty(w1.shape, **options), torch.empty(w2.shape, **options)
         of_b1, of_b2 = torch.empty(G, H, **options), torch.empty(G, F, **options)
         tiles = triton.cdiv(B, config.pull_n) if of_quantized is not None else 0
-        block_h = config.block_h
         seconds = triton.cdiv(F, config.block_f) * triton.cdiv(H, config.pull_h)
-        code_decoders_bwd_kernel[(tiles + seconds + triton.cdiv(H, block_h), G)](
+        code_decoders_bwd_kernel[(tiles + seconds + triton.cdiv(H, config.block_h), G)](
             grads[0], x, codes, codebook, w1, w2, hidden, decoded, off, book_table(layout, x.device),
             of_quantized if of_quantized is not None else of_w1, of_w1, of_b1, of_w2, of_b2,
             tiles, B, G, F, H, x.stride(0), layout.total_dims, 2.0 * ctx.factor,
-            PULL_N=config.pull_n, PULL_H=config.pull_h, BLOCK_K=config.block_k, BLOCK_D=config.block_d,
-            BLOCK_F=config.block_f, BLOCK_H=block_h, num_warps=config.bwd_warps, num_stages=config.num_stages,
+            **config.backward,
         )  # fmt: skip
         return None, of_quantized, None, None, of_w1, of_b1, of_w2, of_b2, None
+
+
+def specimens(capability: int) -> list[Specimen]:
+    """Launches for the report: a training step of the 100K run."""
+    B, F, H, G, D = ROWS, sum(FEATURES), 128, SEED.groups, SEED.total_dims
+    codes, entries = SEED.total_codes, SEED.total_entries
+    config = DecoderConfig.of(SEED, H)
+    shape = f"{B} rows, {F} features, {G} codebooks"
+    parameters = D * H + G * H * F
+    inner = codes * (H + 2 * F)  # hidden, decoded, off
+    return [
+        Specimen.launched(
+            code_decoders_fwd_kernel, shape, config.forward,
+            num_bytes=4 * (B * F + entries + parameters + G * (H + F) + inner) + 8 * B * G,
+            float_ops=3 * B * F + codes * (2 * H + 9 * F),
+            dot_ops=2 * (B * codes * F + entries * H + codes * H * F),
+        ),
+        Specimen.launched(
+            code_decoders_bwd_kernel, shape, config.backward,
+            num_bytes=4 * (B * F + entries + 2 * parameters + inner + B * D + G * (H + F)) + 8 * B * G,
+            float_ops=G * B * (F + H) + codes * (2 * F + 2 * H),
+            dot_ops=2 * (B * G * F * H + B * D * H + 2 * codes * H * F + entries * H),
+            passes=1,
+        ),
+    ]  # fmt: skip

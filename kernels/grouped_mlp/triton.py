@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from spinlock_fast.kernels._triton.specimen import FEATURES, ROWS, SEED, Specimen
 from spinlock_fast.kernels._triton.tables import power_of_two
 from spinlock_fast.kernels.grouped_mlp.ragged import Ragged
 
@@ -58,6 +59,40 @@ class ProductConfig:
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
         }
+
+
+@dataclass(frozen=True)
+class ProjectConfig:
+    """Tile sizes of a projection, chosen by shape: E columns of x, parts and groups of so many outputs at most."""
+
+    block_e: int  # all columns
+    block_o: int  # a whole part
+    group_o: int  # outputs of a group at once
+    precision: str
+
+    @classmethod
+    def of(cls, columns: int, outputs: Ragged, parts: Ragged, precision: str) -> ProjectConfig:
+        part, group = power_of_two(parts.widest, 16), min(64, power_of_two(outputs.widest, 16))
+        return cls(power_of_two(columns, 16), part, group, precision)
+
+    @property
+    def forward(self) -> dict[str, Any]:
+        block_m = 32 if self.precision == "tf32" else 16  # larger tiles spill
+        return self._launch(4, BLOCK_M=block_m, BLOCK_O=self.block_o, BLOCK_E=min(64, self.block_e))
+
+    @property
+    def rows(self) -> dict[str, Any]:
+        num_warps, block_k = 8, self.block_o
+        if self.precision != "tf32":  # the weights are held more than once: more of them spill
+            num_warps, block_k = 8 if self.block_e <= 256 else 16, max(16, min(block_k, 32 * 256 // self.block_e))
+        return self._launch(num_warps, BLOCK_M=16, BLOCK_O=self.block_o, BLOCK_K=block_k, BLOCK_E=self.block_e)
+
+    @property
+    def weights(self) -> dict[str, Any]:
+        return self._launch(8, BLOCK_B=64, BLOCK_O=self.group_o, BLOCK_E=min(32, self.block_e))
+
+    def _launch(self, num_warps: int, **tiles: int) -> dict[str, Any]:
+        return {**tiles, "PRECISION": self.precision, "num_warps": num_warps, "num_stages": 1}
 
 
 def _precision() -> str:
@@ -461,6 +496,17 @@ def project_fwd_kernel(
     tl.store(deviation_ptr + tl.cast(s, tl.int64) * B + start + m, deviation, mask=m < rows)
 
 
+@triton.jit
+def _part(grad_ptr, part_weight_ptr, normed_ptr, start, m, rows, o, size, first_column, total):
+    """Columns o of a part: where they are inside, their places, gradients before its weights, and its values."""
+    column = first_column + o
+    entries = start * total + ((m * total)[:, None] + column[None, :])
+    here = (m < rows)[:, None] & (o < size)[None, :]
+    part_weight = tl.load(part_weight_ptr + column, mask=o < size, other=0.0)
+    grad = tl.load(grad_ptr + entries, mask=here, other=0.0) * part_weight[None, :]
+    return here, entries, grad, tl.load(normed_ptr + entries, mask=here, other=0.0)
+
+
 @triton.jit(do_not_specialize=["B", "G", "S", "total", "threshold", "scale"])
 def project_bwd_rows_kernel(
     grad_ptr,  # [B, sum n]
@@ -484,7 +530,8 @@ def project_bwd_rows_kernel(
     scale,
     DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_O: tl.constexpr,
+    BLOCK_O: tl.constexpr,  # a whole part
+    BLOCK_K: tl.constexpr,  # of it, what is multiplied at once
     BLOCK_E: tl.constexpr,  # all columns of x
     PRECISION: tl.constexpr,
 ):
@@ -492,28 +539,32 @@ def project_bwd_rows_kernel(
     start = tl.program_id(0).to(tl.int64) * BLOCK_M
     rows = tl.minimum(B - start, BLOCK_M).to(tl.int32)
     m = tl.arange(0, BLOCK_M)
-    o = tl.arange(0, BLOCK_O)
     e = tl.arange(0, BLOCK_E)
     of_y = tl.zeros([BLOCK_M, BLOCK_E], dtype=tl.float32)
     for s in range(tl.load(table_ptr + 2 * G + g), tl.load(table_ptr + 2 * G + g + 1)):
         size = tl.load(table_ptr + 3 * G + 1 + s)
         first_column = tl.load(table_ptr + 3 * G + 1 + S + s)
-        column = first_column + o
-        entries = start * total + ((m * total)[:, None] + column[None, :])
-        here = (m < rows)[:, None] & (o < size)[None, :]
-        part_weight = tl.load(part_weight_ptr + column, mask=o < size, other=0.0)
-        grad = tl.load(grad_ptr + entries, mask=here, other=0.0) * part_weight[None, :]
-        part = tl.load(normed_ptr + entries, mask=here, other=0.0)
         deviation = tl.load(deviation_ptr + tl.cast(s, tl.int64) * B + start + m, mask=m < rows, other=0.0)
-        along = tl.sum(grad * part, axis=1) / size
-        of_linear = (grad - (tl.sum(grad, axis=1) / size)[:, None] - part * along[:, None]) * deviation[:, None]
-        of_linear = tl.where(here, of_linear, 0.0)
-        if DROPOUT:
-            of_linear = tl.where(_keep(seed_ptr, start + m, column, threshold), of_linear * scale, 0.0)
-        tl.store(of_linear_ptr + entries, of_linear, mask=here)
-        in_w = (o < size)[:, None] & (e < E)[None, :]
-        w = tl.load(w_ptr + first_column.to(tl.int64) * E + ((o * E)[:, None] + e[None, :]), mask=in_w, other=0.0)
-        of_y = tl.dot(of_linear, w, of_y, input_precision=PRECISION)
+        all_o = tl.arange(0, BLOCK_O)
+        _, _, grads, parts = _part(
+            grad_ptr, part_weight_ptr, normed_ptr, start, m, rows, all_o, size, first_column, total
+        )
+        mean = tl.sum(grads, axis=1) / size
+        along = tl.sum(grads * parts, axis=1) / size
+        for first in range(0, BLOCK_O, BLOCK_K):
+            o = first + tl.arange(0, BLOCK_K)
+            here, entries, grad, part = _part(  # loaded once where BLOCK_K is BLOCK_O
+                grad_ptr, part_weight_ptr, normed_ptr, start, m, rows, o, size, first_column, total
+            )
+            of_linear = (grad - mean[:, None] - part * along[:, None]) * deviation[:, None]
+            of_linear = tl.where(here, of_linear, 0.0)
+            if DROPOUT:
+                kept = _keep(seed_ptr, start + m, first_column + o, threshold)
+                of_linear = tl.where(kept, of_linear * scale, 0.0)
+            tl.store(of_linear_ptr + entries, of_linear, mask=here)
+            in_w = (o < size)[:, None] & (e < E)[None, :]
+            w = tl.load(w_ptr + first_column.to(tl.int64) * E + ((o * E)[:, None] + e[None, :]), mask=in_w, other=0.0)
+            of_y = tl.dot(of_linear, w, of_y, input_precision=PRECISION)
 
     group_row = g.to(tl.int64) * B + start
     mean = tl.load(statistics_ptr + group_row + m, mask=m < rows, other=0.0)
@@ -637,16 +688,15 @@ class Project(torch.autograd.Function):
         statistics, deviation = torch.empty(2, G, B, **options), torch.empty(S, B, **options)
         normed, out = torch.empty(B, total, **options), torch.empty(B, total, **options)
         seed = draw_seed(x.device) if dropout > 0.0 else x
-        precision, block_m = _precision(), 32
+        config = ProjectConfig.of(E, outputs, parts, _precision())
         if B:
-            project_fwd_kernel[(triton.cdiv(B, block_m), S)](
+            project_fwd_kernel[(triton.cdiv(B, config.forward["BLOCK_M"]), S)](
                 x, gain, shift, weight, bias, part_weight, part_bias, seed,
                 _table(outputs.sizes, parts.sizes, x.device), statistics, normed, deviation, out,
                 B, G, S, E, total, _threshold(dropout), _scale(dropout), eps, part_eps,
-                DROPOUT=dropout > 0.0, BLOCK_M=block_m, BLOCK_O=power_of_two(parts.widest, 16),
-                BLOCK_E=min(64, power_of_two(E, 16)), PRECISION=precision, num_warps=4, num_stages=1,
+                DROPOUT=dropout > 0.0, **config.forward,
             )  # fmt: skip
-        ctx.outputs, ctx.parts, ctx.dropout, ctx.precision = outputs, parts, dropout, precision
+        ctx.outputs, ctx.parts, ctx.dropout, ctx.config = outputs, parts, dropout, config
         ctx.save_for_backward(x, gain, shift, weight, part_weight, seed, statistics, normed, deviation)
         return out
 
@@ -655,6 +705,7 @@ class Project(torch.autograd.Function):
         x, gain, shift, weight, part_weight, seed, statistics, normed, deviation = ctx.saved_tensors
         outputs: Ragged = ctx.outputs
         parts: Ragged = ctx.parts
+        config: ProjectConfig = ctx.config
         G, B, E = x.shape
         grad = grads[0].contiguous()
         table = _table(outputs.sizes, parts.sizes, x.device)
@@ -662,19 +713,14 @@ class Project(torch.autograd.Function):
         of_bias, of_part_weight, of_part_bias = (torch.empty_like(part_weight) for _ in range(3))
         of_linear = torch.empty_like(normed)
         if B:
-            project_bwd_rows_kernel[(triton.cdiv(B, 16), G)](
+            project_bwd_rows_kernel[(triton.cdiv(B, config.rows["BLOCK_M"]), G)](
                 grad, x, gain, weight, part_weight, seed, table, statistics, normed, deviation, of_linear, of_x,
                 B, G, parts.groups, E, parts.total, _threshold(ctx.dropout), _scale(ctx.dropout),
-                DROPOUT=ctx.dropout > 0.0, BLOCK_M=16, BLOCK_O=power_of_two(parts.widest, 16),
-                BLOCK_E=power_of_two(E, 16), PRECISION=ctx.precision, num_warps=8, num_stages=1,
+                DROPOUT=ctx.dropout > 0.0, **config.rows,
             )  # fmt: skip
-        block_e = min(32, power_of_two(E, 16))
-        block_o = min(64, power_of_two(outputs.widest, 16))
-        project_bwd_weights_kernel[(triton.cdiv(E, block_e) + 1, G)](
+        project_bwd_weights_kernel[(triton.cdiv(E, config.weights["BLOCK_E"]) + 1, G)](
             grad, x, gain, shift, weight, table, statistics, normed, of_linear, of_gain, of_shift, of_weight, of_bias,
-            of_part_weight, of_part_bias, B, G, E, parts.total, BLOCK_B=64,
-            BLOCK_O=block_o, BLOCK_E=block_e, PRECISION=ctx.precision,
-            num_warps=8, num_stages=1,
+            of_part_weight, of_part_bias, B, G, E, parts.total, **config.weights,
         )  # fmt: skip
         return of_x, of_gain, of_shift, of_weight, of_bias, of_part_weight, of_part_bias, *[None] * 5
 
@@ -685,3 +731,90 @@ def fits(x: Tensor, outputs: Ragged, parts: Ragged) -> bool:
     whole = parts.total == outputs.total and ends.issuperset(accumulate(outputs.sizes)) and min(outputs.sizes) > 0
     widest = power_of_two(parts.widest, 16)
     return whole and widest <= _PART_AT_MOST and widest * power_of_two(x.shape[-1], 16) <= _WEIGHTS_AT_MOST
+
+
+def specimens(capability: int) -> list[Specimen]:
+    """Launches for the report: a training step of the 100K run; of those with the same tiles, the longer."""
+    categories = (FEATURES, 512, 256)
+    decoder = ((SEED.total_dims,), 256, sum(FEATURES))
+    return [
+        *_networks_forward(*categories, "tf32"),
+        *_networks_backward(*categories, "tf32", of_x=False),
+        *_networks_backward(*decoder, "tf32", of_x=True),
+        *_networks_backward(*decoder, "tf32x3", of_x=True),
+        *_projection(256, "tf32"),
+        *_projection(256, "tf32x3"),
+    ]
+
+
+def _networks_forward(sizes: tuple[int, ...], H: int, E: int, precision: str) -> list[Specimen]:
+    G, B, total = len(sizes), ROWS, sum(sizes)
+    found = []
+    for ragged, shape, num_inputs, K, N in (
+        (True, f"{B} rows, {G} of {total} to {H}, {precision}", B * total, total, H),
+        (False, f"{B} rows, {G} of {H} to {E}, {precision}", G * B * H, G * H, E),
+    ):
+        flags = {"RAGGED": ragged, "RELU": ragged, "DROPOUT": ragged}
+        found.append(
+            Specimen.launched(
+                grouped_layer_fwd_kernel, shape, {**flags, **ProductConfig.of(G, B, N, precision).tiles},
+                num_bytes=4 * (num_inputs + K * N + G * N + G * B * N),
+                float_ops=(2 if ragged else 1) * G * B * N,
+                dot_ops=2 * B * K * N,
+                passes=_passes(precision),
+            )
+        )  # fmt: skip
+    return found
+
+
+def _networks_backward(sizes: tuple[int, ...], H: int, E: int, precision: str, of_x: bool) -> list[Specimen]:
+    G, B, total = len(sizes), ROWS, sum(sizes)
+    shape = f"{B} rows, {G} of {total} to {H} to {E}, {precision}"
+    tiles = ProductConfig.of(G, B, H, precision).tiles
+    return [
+        Specimen.launched(
+            grouped_mlp_bwd_second_kernel, shape, tiles,
+            num_bytes=4 * G * (B * E + 2 * B * H + 2 * H * E + E),
+            float_ops=G * B * (E + H),
+            dot_ops=4 * G * B * H * E,
+            passes=_passes(precision),
+        ),
+        Specimen.launched(
+            grouped_mlp_bwd_first_kernel, shape, {"OF_X": of_x, **tiles},
+            num_bytes=4 * ((B + H) * total * (1 + of_x) + G * H * (B + 1)),
+            float_ops=G * B * H,
+            dot_ops=2 * B * total * H * (1 + of_x),
+            passes=_passes(precision),
+        ),
+    ]  # fmt: skip
+
+
+def _projection(E: int, precision: str) -> list[Specimen]:
+    B, G, S, total = ROWS, len(FEATURES), SEED.groups, SEED.total_dims
+    levels = S // G
+    outputs = Ragged.of([sum(SEED.dims[g * levels : (g + 1) * levels]) for g in range(G)])
+    config = ProjectConfig.of(E, outputs, Ragged.of(SEED.dims), precision)
+    shape = f"{B} rows, {G} of {E} to {total}, {precision}"
+    x, out, weight, statistics = G * B * E, B * total, total * E, 2 * G * B
+    dots = {"dot_ops": 2 * out * E, "passes": _passes(precision)}
+    return [
+        Specimen.launched(
+            project_fwd_kernel, shape, {"DROPOUT": True, **config.forward},
+            num_bytes=4 * (x + 2 * G * E + weight + 3 * total + statistics + 2 * out + S * B),
+            float_ops=8 * x + 9 * out, **dots,
+        ),
+        Specimen.launched(
+            project_bwd_rows_kernel, shape, {"DROPOUT": True, **config.rows},
+            num_bytes=4 * (2 * x + G * E + weight + total + statistics + 3 * out + S * B),
+            float_ops=10 * x + 9 * out, **dots,
+        ),
+        Specimen.launched(
+            project_bwd_weights_kernel, shape, config.weights,
+            num_bytes=4 * (x + 4 * G * E + 2 * weight + 3 * total + statistics + 3 * out),
+            float_ops=2 * x + 4 * out + 7 * weight, **dots,
+        ),
+    ]  # fmt: skip
+
+
+def _passes(precision: str) -> int:
+    return 1 if precision == "tf32" else 3
