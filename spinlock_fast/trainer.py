@@ -27,6 +27,7 @@ from spinlock_fast.features.categories import (
     max_off_diagonal,
 )
 from spinlock_fast.features.statistics import Matrix
+from spinlock_fast.kernels.backend import resolve_backend
 from spinlock_fast.loop import EpochRecord, Observer, SilentObserver, TrainingRun
 from spinlock_fast.metrics import Metrics, complete, evaluate
 from spinlock_fast.model import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
@@ -251,6 +252,10 @@ def resolve_device(name: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise ConfigError(f"device: {name} is not available; {torch.cuda.device_count()} CUDA devices were found")
+    try:
+        resolve_backend("auto", torch.empty(0, device=device))
+    except (ValueError, RuntimeError) as error:  # of the environment variable
+        raise ConfigError(str(error)) from None
     return device
 
 

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import planted_matrix
+from helpers import planted_matrix, raises_one_line
 
 from spinlock_fast.config import RunConfig
 from spinlock_fast.config_file import apply_overrides
 from spinlock_fast.errors import ConfigError, DataError, Interrupted, TrainingError
 from spinlock_fast.loop import EpochRecord, SilentObserver
 from spinlock_fast.step import StepKind, TrainingStep
-from spinlock_fast.trainer import Trainer, TrainResult, split_rows
+from spinlock_fast.trainer import Trainer, TrainResult, resolve_device, split_rows
 
 SIZES = [6, 9, 5]
 GROUPS = {"cluster_2": list(range(6)), "cluster_10": list(range(6, 15)), "cluster_1": list(range(15, 20))}
@@ -382,3 +382,11 @@ def test_a_term_of_weight_zero_may_be_anything(x: np.ndarray[Any, Any], monkeypa
     trainer(training__num_epochs=1, training__topo_weight=0.0).fit(x, GROUPS)
     with pytest.raises(TrainingError, match="topographic"):
         trainer(training__num_epochs=1).fit(x, GROUPS)
+
+
+@pytest.mark.parametrize("name", ["tritn", "triton"])
+def test_a_backend_that_cannot_serve_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("SPINLOCK_FAST_BACKEND", name)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with raises_one_line(ConfigError, "triton"):
+        resolve_device("cpu")
