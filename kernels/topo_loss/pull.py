@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,8 +22,13 @@ from spinlock_fast.kernels.layout import CodebookLayout
 from spinlock_fast.kernels.streams import side_by_side
 from spinlock_fast.kernels.topo_loss.triton import BLOCK_PAIRS, COLUMNS, Points, PointSets, load_tile, products_of
 
-# CHUNK columns of the gradient are what a program makes; of a wider codebook several programs form the distances.
-_PULL: dict[str, Any] = {"BLOCK_I": 16, "BLOCK_J": 32, "CHUNK": 64, "num_warps": 4, "num_stages": 1}
+# By the width of a codebook: as narrow as it is, for most of a wide tile would be zeros.
+_PULL: list[dict[str, Any]] = [
+    {"ABOVE": 0, "CHUNK": 16, "WIDE": False, "BLOCK_I": 64, "BLOCK_J": 64, "num_warps": 4, "num_stages": 1},
+    {"ABOVE": 16, "CHUNK": 32, "WIDE": False, "BLOCK_I": 16, "BLOCK_J": 32, "num_warps": 2, "num_stages": 1},
+    {"ABOVE": 32, "CHUNK": 64, "WIDE": False, "BLOCK_I": 16, "BLOCK_J": 32, "num_warps": 4, "num_stages": 1},
+    {"ABOVE": 64, "CHUNK": 64, "WIDE": True, "BLOCK_I": 16, "BLOCK_J": 64, "num_warps": 8, "num_stages": 1},
+]
 _PULL_CODES: dict[str, Any] = {"BLOCK_S": 32, "BLOCK_J": 32, "BLOCK_D": COLUMNS, "num_warps": 4, "num_stages": 1}
 
 
@@ -70,37 +77,6 @@ def topo_weights_bwd_kernel(
             tl.store(of_e_ptr + out, tl.trans(of_e))
 
 
-@triton.jit
-def _pulled(
-    points_ptr, norms_ptr, weight_ptr, grad_ptr, ri, here, width, mine, first_column, D, S, columns, padded, total_dims,
-    rounding, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """CHUNK columns of the gradient of some rows; the set has no more, unless WIDE."""
-    c = mine + tl.arange(0, CHUNK)
-    a = load_tile(points_ptr, ri, here, c, width, columns)  # [BLOCK_I, CHUNK]
-    own = tl.load(norms_ptr + ri)
-    pulls = tl.zeros([BLOCK_I, BLOCK_J], dtype=tl.float32)
-    pulled = tl.zeros([BLOCK_I, CHUNK], dtype=tl.float32)
-    for start in range(0, padded, BLOCK_J):
-        rj = start + tl.arange(0, BLOCK_J)
-        b = load_tile(points_ptr, rj, here, c, width, columns)  # [BLOCK_J, CHUNK]
-        weight = tl.load(weight_ptr + (ri.to(tl.int64)[:, None] * padded + rj[None, :]))
-        both = own[:, None] + tl.load(norms_ptr + rj)[None, :]
-        products = tl.dot(a, tl.trans(b), input_precision="tf32x3")
-        if WIDE:
-            products = products_of(points_ptr, products, ri, rj, here, mine, columns, CHUNK)
-            after = mine + CHUNK
-            products = products_of(points_ptr, products, ri, rj, here + after, width - after, columns, CHUNK)
-        square = both - 2.0 * products
-        near = (square <= rounding * both) | (ri[:, None] == rj[None, :]) | (square != square)
-        pull = tl.where(near, 0.0, weight * tl.rsqrt(tl.where(near, 1.0, square)))
-        pulls += pull
-        pulled = tl.dot(pull, b, pulled, input_precision="tf32x3")
-    grad = a * tl.sum(pulls, axis=1)[:, None] - pulled
-    out = ri.to(tl.int64)[:, None] * total_dims + (first_column + c)[None, :]
-    tl.store(grad_ptr + out, grad, mask=(ri < S)[:, None] & (c < D)[None, :])
-
-
 @triton.jit(do_not_specialize=["S", "G", "total_dims"])
 def topo_pull_bwd_kernel(
     points_ptr,  # [rows padded, columns]
@@ -114,9 +90,11 @@ def topo_pull_bwd_kernel(
     padded,
     total_dims,
     rounding,
+    ABOVE: tl.constexpr,  # columns of the sets that this launch serves: more than this,
+    CHUNK: tl.constexpr,  # and at most as many as a program makes of the gradient,
+    WIDE: tl.constexpr,  # unless WIDE: then several programs share a set, and each forms the distances
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
-    CHUNK: tl.constexpr,
 ):
     """grad_i = sum over j of weight_ij (p_i - p_j) / d_ij for one codebook's latents."""
     s = 1 + tl.program_id(1)
@@ -126,29 +104,35 @@ def topo_pull_bwd_kernel(
     here = tl.load(table_ptr + 2 * sets + s)
     width = tl.load(table_ptr + 3 * sets + s)
     mine = tl.program_id(2) * CHUNK
-    if mine < width:
+    limit = CHUNK
+    if WIDE:
+        limit = width
+    if (width > ABOVE) & (width <= limit) & (mine < width):
         ri = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
-        norms = norms_ptr + s * padded
-        if width <= 16:  # as narrow as the codebook, for most of a wide tile would be zeros
-            _pulled(
-                points_ptr, norms, weight_ptr, grad_ptr, ri, here, width, mine, first_column, D, S, columns, padded,
-                total_dims, rounding, BLOCK_I, BLOCK_J, 16, False,
-            )  # fmt: skip
-        elif width <= 32:
-            _pulled(
-                points_ptr, norms, weight_ptr, grad_ptr, ri, here, width, mine, first_column, D, S, columns, padded,
-                total_dims, rounding, BLOCK_I, BLOCK_J, 32, False,
-            )  # fmt: skip
-        elif width <= CHUNK:
-            _pulled(
-                points_ptr, norms, weight_ptr, grad_ptr, ri, here, width, mine, first_column, D, S, columns, padded,
-                total_dims, rounding, BLOCK_I, BLOCK_J, CHUNK, False,
-            )  # fmt: skip
-        else:
-            _pulled(
-                points_ptr, norms, weight_ptr, grad_ptr, ri, here, width, mine, first_column, D, S, columns, padded,
-                total_dims, rounding, BLOCK_I, BLOCK_J, CHUNK, True,
-            )  # fmt: skip
+        norms_ptr += s * padded
+        c = mine + tl.arange(0, CHUNK)
+        a = load_tile(points_ptr, ri, here, c, width, columns)  # [BLOCK_I, CHUNK]
+        own = tl.load(norms_ptr + ri)
+        row = tl.zeros([BLOCK_I], dtype=tl.float32)
+        pulled = tl.zeros([BLOCK_I, CHUNK], dtype=tl.float32)
+        for start in range(0, padded, BLOCK_J):
+            rj = start + tl.arange(0, BLOCK_J)
+            b = load_tile(points_ptr, rj, here, c, width, columns)  # [BLOCK_J, CHUNK]
+            weight = tl.load(weight_ptr + (ri.to(tl.int64)[:, None] * padded + rj[None, :]))
+            both = own[:, None] + tl.load(norms_ptr + rj)[None, :]
+            products = tl.dot(a, tl.trans(b), input_precision="tf32x3")
+            if WIDE:
+                products = products_of(points_ptr, products, ri, rj, here, mine, columns, CHUNK)
+                after = mine + CHUNK
+                products = products_of(points_ptr, products, ri, rj, here + after, width - after, columns, CHUNK)
+            square = both - 2.0 * products
+            near = (square <= rounding * both) | (ri[:, None] == rj[None, :]) | (square != square)
+            pull = tl.where(near, 0.0, weight * tl.rsqrt(tl.where(near, 1.0, square)))
+            row += tl.sum(pull, axis=1)
+            pulled = tl.dot(pull, b, pulled, input_precision="tf32x3")
+        grad = a * row[:, None] - pulled
+        out = ri.to(tl.int64)[:, None] * total_dims + (first_column + c)[None, :]
+        tl.store(grad_ptr + out, grad, mask=(ri < S)[:, None] & (c < D)[None, :])
 
 
 @triton.jit(do_not_specialize=["S", "G", "total_dims"])
@@ -253,14 +237,15 @@ def gradient(
         BLOCK_S=BLOCK_PAIRS, num_warps=4,
     )  # fmt: skip
 
-    def of_latents() -> Tensor:
-        grad = torch.empty(S, layout.total_dims, **options)
-        chunks = triton.cdiv(layout.max_dims, _PULL["CHUNK"])
-        topo_pull_bwd_kernel[(padded // _PULL["BLOCK_I"], G, chunks)](
-            found.points, found.norms, sets.table, of_z, grad, S, G, sets.columns, padded, layout.total_dims, rounding,
-            **_PULL,
+    through_latents = torch.empty(S, layout.total_dims, **options)
+
+    def of_latents(config: dict[str, Any]) -> Tensor:
+        chunks = triton.cdiv(layout.max_dims, config["CHUNK"]) if config["WIDE"] else 1
+        topo_pull_bwd_kernel[(padded // config["BLOCK_I"], G, chunks)](
+            found.points, found.norms, sets.table, of_z, through_latents, S, G, sets.columns, padded,
+            layout.total_dims, rounding, **config,
         )  # fmt: skip
-        return grad
+        return through_latents
 
     def of_codes() -> Tensor:
         grad = torch.empty(S, layout.total_dims, **options)
@@ -270,11 +255,17 @@ def gradient(
         )  # fmt: skip
         return grad
 
-    through_latents, through_codes = side_by_side(
-        [of_latents, of_codes], [codes, codebook, of_z, of_e, found.points, found.norms, found.centre]
+    used = [config for config in _PULL if any(_serves(config, d) for d in layout.dims)]
+    works: list[Callable[[], Tensor]] = [*(partial(of_latents, config) for config in used), of_codes]
+    *_, through_codes = side_by_side(
+        works,
+        [codes, codebook, of_z, of_e, found.points, found.norms, found.centre, through_latents],
     )
-    total: Tensor = through_latents.add_(through_codes)
-    return total
+    return through_latents.add_(through_codes)
+
+
+def _serves(config: dict[str, Any], columns: int) -> bool:
+    return bool(columns > config["ABOVE"] and (config["WIDE"] or columns <= config["CHUNK"]))
 
 
 def _block_k(codes: int) -> int:
@@ -288,11 +279,16 @@ def specimens(capability: int) -> list[Specimen]:
     shape = f"{S} rows, {G} codebooks"
     found = [
         Specimen(topo_weights_bwd_kernel, shape, {"BLOCK_S": BLOCK_PAIRS}, 4 * 7 * pairs // 2, 14 * pairs // 2, 0),
-        Specimen.launched(
-            topo_pull_bwd_kernel, shape, _PULL,
-            num_bytes=4 * (2 * S * width + pairs), float_ops=6 * pairs * G, dot_ops=4 * pairs * width,
-        ),
     ]  # fmt: skip
+    for config in _PULL:
+        D = sum(d for d in SEED.dims if _serves(config, d)) or 152
+        books = sum(_serves(config, d) for d in SEED.dims) or 1
+        found.append(
+            Specimen.launched(
+                topo_pull_bwd_kernel, f"{S} rows, {books} codebooks of {D}", config,
+                num_bytes=4 * (2 * S * D + pairs), float_ops=6 * pairs * books, dot_ops=4 * pairs * D,
+            )
+        )  # fmt: skip
     for codes in (16, 32, 64):
         found.append(
             Specimen.launched(
