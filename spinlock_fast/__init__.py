@@ -9,6 +9,7 @@ from spinlock_fast._native import __version__
 
 if TYPE_CHECKING:
     from spinlock_fast.checkpoint import load_checkpoint
+    from spinlock_fast.compat.pretrained import from_pretrained_codebook
     from spinlock_fast.model import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
     from spinlock_fast.quantize import GroupedVectorQuantizer
     from spinlock_fast.tokenizer import Tokenizer
@@ -21,6 +22,7 @@ _HOME = {
     "Tokenizer": "tokenizer",
     "Trainer": "trainer",
     "TrainResult": "trainer",
+    "from_pretrained_codebook": "compat.pretrained",
     "load_checkpoint": "checkpoint",
 }
 
@@ -32,6 +34,7 @@ __all__ = [
     "TrainResult",
     "Trainer",
     "__version__",
+    "from_pretrained_codebook",
     "load_checkpoint",
 ]
 
