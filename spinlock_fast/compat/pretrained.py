@@ -59,7 +59,7 @@ def from_pretrained_codebook(
     """
     if format is not None and format not in get_args(Format):
         raise ValueError(f"format must be one of {', '.join(get_args(Format))}, got {format!r}")
-    payload = read_weights(Path(state_dict)) if isinstance(state_dict, (str, Path)) else state_dict
+    payload = read_weights(Path(state_dict), format) if isinstance(state_dict, (str, Path)) else state_dict
     weights = Weights(payload, format)
     reader = _READERS[weights.format]
     if num_quantizers is not None:

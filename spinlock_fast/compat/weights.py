@@ -23,8 +23,8 @@ _RENAMED = (
     (r"rvq_rest\.", "acoustic_residual_vector_quantizer."),
     (r"(layers\.\d+)\._codebook\.", r"\1.codebook."),
     (r"\bquantizer\.vq\.layers\.", "quantizer.layers."),
-    (r"\bembedding_sum$", "embed_sum"),
-    (r"\b_initialized$", "initialized"),
+    (r"\bcodebook\.embedding_sum$", "codebook.embed_sum"),
+    (r"\bcodebook\._initialized$", "codebook.initialized"),
     (r"\bparametrizations\.weight\.original0$", "weight_g"),
     (r"\bparametrizations\.weight\.original1$", "weight_v"),
 )
@@ -143,7 +143,7 @@ def _some(keys: Any) -> str:
     return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def read_weights(path: Path) -> Mapping[str, Any]:
+def read_weights(path: Path, format: Format | None) -> Mapping[str, Any]:
     """The contents of a file or a checkpoint directory; raises DataError."""
     from spinlock_fast.checkpoint import BEST, FINAL, load_restricted
 
@@ -156,7 +156,7 @@ def read_weights(path: Path) -> Mapping[str, Any]:
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         refused = found[1] if found else "an unknown type"
-    if refused.split(".")[0] in ("numpy", "pathlib", "spinlock"):
+    if format in (None, "spinlock") and refused.split(".")[0] in ("numpy", "pathlib", "spinlock"):
         from spinlock_fast.compat.original import read_original
 
         return read_original(path)
