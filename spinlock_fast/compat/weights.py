@@ -58,11 +58,11 @@ class Weights:
         if not isinstance(payload, Mapping):
             raise DataError(f"a state dict or a path is needed, got {type(payload).__name__}; give its state_dict()")
         self.payload: Mapping[str, Any] = payload
-        state: Any = payload
-        while isinstance(state, Mapping) and not any(isinstance(value, Tensor) for value in state.values()):
-            state = next((state[name] for name in _WRAPPERS if name in state), None)
-        if not isinstance(state, Mapping):
-            raise DataError(f"no tensors by name in it; its entries are {_some(payload)}")
+        state: Mapping[str, Any] = payload
+        while inner := [state[name] for name in _WRAPPERS if isinstance(state.get(name), Mapping)]:
+            state = inner[0]
+        if not any(isinstance(value, Tensor) for value in state.values()):
+            raise DataError(f"no tensors by name in it; its entries are {_some(state)}")
         self.names: dict[str, str] = {}  # name known here -> name in the source
         self.tensors: dict[str, Tensor] = {}
         for key, value in state.items():

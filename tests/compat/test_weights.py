@@ -43,7 +43,7 @@ def assert_same_quantizer(ours: Any, model: CategoricalHierarchicalVQVAE) -> Non
 
 @pytest.mark.parametrize("source", ["directory", "file", "payload"])
 def test_spinlock_checkpoints(model: CategoricalHierarchicalVQVAE, tmp_path: Path, source: str) -> None:
-    payload = model_payload(model, model.state_dict(), 0, {})
+    payload = model_payload(model, model.state_dict(), 0, {"feature_mask": torch.ones(9)})
     save_torch(tmp_path / BEST, payload)
     given = {"directory": tmp_path, "file": str(tmp_path / BEST), "payload": payload}[source]
     assert_same_quantizer(from_pretrained_codebook(given), model)
