@@ -31,10 +31,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    import vector_quantize_pytorch
-
     import spinlock_fast
+    import spinlock_fast.dropin
 
     for name in ("VectorQuantize", "ResidualVQ"):
         if not hasattr(spinlock_fast, name):
-            monkeypatch.setattr(spinlock_fast, name, getattr(vector_quantize_pytorch, name), raising=False)
+            monkeypatch.setattr(spinlock_fast, name, getattr(spinlock_fast.dropin, name), raising=False)

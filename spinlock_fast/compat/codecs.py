@@ -93,6 +93,8 @@ class FactorizedVQ(nn.Module):
         self.out_proj = nn.Linear(codebook_dim, dim)
         self.codebook = nn.Embedding(codebook_size, codebook_dim)
         self._layout = CodebookLayout.of([codebook_size], [codebook_dim])
+        # Cached properties take a lock when they are first read, which Python 3.11 cannot trace.
+        _ = self._layout.total_dims, self._layout.total_entries
 
     def nearest(self, latents: Tensor, mask: Tensor | None = None) -> Tensor:
         """[N] index of the code with the greatest cosine to each row of [N, D]; -1 where masked or not finite."""

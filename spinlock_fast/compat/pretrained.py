@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from spinlock_fast.compat.codecs import FactorizedResidualVQ, SplitResidualVQ
 from spinlock_fast.compat.weights import Format, Weights, read_weights
+from spinlock_fast.dropin import ResidualVQ, VectorQuantize
 from spinlock_fast.errors import DataError
 
 # What the weights decide, or what would give other codes than the source model's.
@@ -73,11 +73,6 @@ def from_pretrained_codebook(
     return reader(weights, num_quantizers, options).eval()
 
 
-def _quantizer(name: str) -> Any:
-    """The drop-in class; looked up late, since it is not needed to read the other families."""
-    return getattr(import_module("spinlock_fast"), name)
-
-
 def _load(quantizer: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
     """Sets some entries of a state dict; raises DataError where shapes differ."""
     try:
@@ -106,7 +101,7 @@ def _residual(books: list[dict[str, Tensor]], dim: int | None, options: Mapping[
     """A ResidualVQ of given codebooks."""
     sizes = [book["_codebook.embed"].shape[1] for book in books]
     width = books[0]["_codebook.embed"].shape[2]
-    quantizer = _quantizer("ResidualVQ")(
+    quantizer = ResidualVQ(
         dim=width if dim is None else dim,
         codebook_dim=width,
         num_quantizers=len(books),
@@ -212,7 +207,7 @@ def _image(weights: Weights, wanted: int | None, options: Mapping[str, Any]) -> 
         raise DataError(f"{root}used: codes that were renumbered (remap) are not supported")
     embed = weights.matrix(f"{root}embedding.weight")
     averages = [weights.optional(f"{root}embedding.{name}") for name in ("cluster_size", "embed_avg")]
-    quantizer = _quantizer("VectorQuantize")(
+    quantizer = VectorQuantize(
         dim=embed.shape[1],
         codebook_size=embed.shape[0],
         **{"accept_image_fmap": True, "rotation_trick": False, **options},
