@@ -27,13 +27,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-
-
-@pytest.fixture(autouse=True)
-def _stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    import spinlock_fast
-    import spinlock_fast.dropin
-
-    for name in ("VectorQuantize", "ResidualVQ"):
-        if not hasattr(spinlock_fast, name):
-            monkeypatch.setattr(spinlock_fast, name, getattr(spinlock_fast.dropin, name), raising=False)

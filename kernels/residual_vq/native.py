@@ -55,7 +55,7 @@ def backward(
     mask = mask.contiguous() if mask is not None else None
     of_x = x.new_empty(x.shape)
     library.residual_backward(
-        address(grad), address(grad_errors), address(x), x.stride(0), *x.shape, address(codebook), list(num_codes),
-        address(mask), address(codes), cosine, _GRADIENTS[gradient], address(of_x), torch.get_num_threads(),
+        address(grad), address(grad_errors), address(x), x.stride(0), x.shape[0], x.shape[1], address(codebook),
+        list(num_codes), address(mask), address(codes), cosine, _GRADIENTS[gradient], address(of_x), torch.get_num_threads(),
     )  # fmt: skip
     return of_x

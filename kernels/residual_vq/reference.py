@@ -28,7 +28,10 @@ def assign(
     gradient: str,
     with_sums: bool,
 ) -> Result:
-    """quantized [N, D], codes [N, Q], squared errors [Q], counts [sum K], sums [sum K, D] (empty without `with_sums`)."""
+    """quantized [N, D], codes [N, Q], squared errors [Q], counts [sum K], sums [sum K, D].
+
+    The last two are empty without `with_sums`.
+    """
     residual, valid = x, None if mask is None else mask[:, None]
     quantized = torch.zeros_like(x)
     codes, errors, counts, sums = [], [], [], []
@@ -104,7 +107,9 @@ def nearest(y: Tensor, book: Tensor, cosine: bool) -> Tensor:
         moved, book = y - centre, book - centre
         norms = book.square().sum(1)
     rows = max(1, _DISTANCES_AT_ONCE // book.shape[0])
-    found = [torch.addmm(norms, block, book.T, alpha=-2.0).nan_to_num(torch.inf).argmin(1) for block in moved.split(rows)]
+    found = [
+        torch.addmm(norms, block, book.T, alpha=-2.0).nan_to_num(torch.inf).argmin(1) for block in moved.split(rows)
+    ]
     return torch.cat(found).masked_fill(~torch.isfinite(moved).all(1), -1)
 
 
@@ -118,7 +123,8 @@ def tally(y: Tensor, codes: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 def lengths(x: Tensor) -> Tensor:
     """[N, 1]."""
-    return x.norm(dim=-1, keepdim=True).clamp(min=SHORT)
+    norms: Tensor = x.norm(dim=-1, keepdim=True)
+    return norms.clamp(min=SHORT)
 
 
 def unit(x: Tensor) -> Tensor:
@@ -130,4 +136,5 @@ def rotate_back(grad: Tensor, y: Tensor, e: Tensor) -> Tensor:
     y_unit, e_unit = unit(y), unit(e)
     between = unit(y_unit + e_unit)
     along, back = (grad * between).sum(-1, keepdim=True), (grad * e_unit).sum(-1, keepdim=True)
-    return lengths(e) / lengths(y) * (grad - 2.0 * along * between + 2.0 * back * y_unit)
+    turned: Tensor = lengths(e) / lengths(y) * (grad - 2.0 * along * between + 2.0 * back * y_unit)
+    return turned

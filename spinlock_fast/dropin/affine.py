@@ -31,20 +31,13 @@ class Affine:
 
     def apply(self, codebook: nn.Module, embed: Tensor) -> Tensor:
         """Codes [H, K, D] moved to where the latents are."""
-        scale = self._deviation(codebook, "batch_variance") / self._deviation(codebook, "codebook_variance")
-        mapped: Tensor = (embed - codebook.codebook_mean) * scale + codebook.batch_mean
-        return mapped
+        scale = _deviation(codebook, "batch_variance") / _deviation(codebook, "codebook_variance")
+        return (embed - _statistic(codebook, "codebook_mean")) * scale + _statistic(codebook, "batch_mean")
 
     def undo(self, codebook: nn.Module, rows: Tensor) -> Tensor:
         """Latents [H, N, D] moved to where the codes are."""
-        scale = self._deviation(codebook, "codebook_variance") / self._deviation(codebook, "batch_variance")
-        mapped: Tensor = (rows - codebook.batch_mean) * scale + codebook.codebook_mean
-        return mapped
-
-    @staticmethod
-    def _deviation(codebook: nn.Module, name: str) -> Tensor:
-        variance: Tensor = getattr(codebook, name)
-        return variance.clamp(min=_LEAST_VARIANCE).sqrt()
+        scale = _deviation(codebook, "codebook_variance") / _deviation(codebook, "batch_variance")
+        return (rows - _statistic(codebook, "batch_mean")) * scale + _statistic(codebook, "codebook_mean")
 
     @staticmethod
     def _move(codebook: nn.Module, name: str, value: Tensor, decay: float) -> None:
@@ -58,3 +51,12 @@ class Affine:
 
 def _variance(x: Tensor) -> Tensor:
     return x.var(1, keepdim=True, unbiased=False)
+
+
+def _statistic(codebook: nn.Module, name: str) -> Tensor:
+    value: Tensor = getattr(codebook, name)
+    return value
+
+
+def _deviation(codebook: nn.Module, name: str) -> Tensor:
+    return _statistic(codebook, name).clamp(min=_LEAST_VARIANCE).sqrt()

@@ -28,7 +28,12 @@ class Beam:
     def of(rows: Tensor) -> Beam:
         one, none = rows[:, :, None], rows[:, :, None, :0]
         return Beam(
-            torch.zeros_like(one[..., 0]), one, torch.zeros_like(one), none.to(torch.int64), none.float(), one[..., None, :][..., :0, :]
+            torch.zeros_like(one[..., 0]),
+            one,
+            torch.zeros_like(one),
+            none.to(torch.int64),
+            none.float(),
+            one[..., None, :][..., :0, :],
         )
 
     def grown(self, quantized: Tensor, codes: Tensor, losses: Tensor, weight: Tensor, fraction: float) -> Beam:

@@ -46,6 +46,7 @@ class Codebook(nn.Module):
         ema_update: bool = True,
         manual_ema_update: bool = False,
         use_cosine_sim: bool = False,
+        vq_bridge: nn.Module | None = None,
         corrections: frozenset[str] = frozenset(),
     ) -> None:
         super().__init__()
@@ -57,6 +58,7 @@ class Codebook(nn.Module):
         self.use_ddp, self.learnable_codebook = use_ddp, learnable_codebook
         self.ema_update, self.manual_ema_update = ema_update, manual_ema_update
         self.use_cosine_sim, self.corrections = use_cosine_sim, corrections
+        self.vq_bridge = vq_bridge
 
         start = torch.zeros(num_codebooks, codebook_size, dim)
         if not kmeans_init:
@@ -112,18 +114,26 @@ class Codebook(nn.Module):
         return self._needs_start
 
     @torch.no_grad()
-    def update_ema(self) -> None:
-        """Codes become moving sums over Laplace-smoothed moving counts."""
-        moved = self.embed_avg / laplace(self.cluster_size, self.eps)[..., None]
-        self.embed.data.copy_(self.transform_input(moved))
+    def update_ema(self, active: Tensor | None = None) -> None:
+        """Codes become moving sums over Laplace-smoothed moving counts, unless the bool scalar `active` is False."""
+        moved = self.transform_input(self.embed_avg / laplace(self.cluster_size, self.eps)[..., None])
+        self.embed.data.copy_(moved if active is None else torch.where(active, moved, self.embed.data))
 
     @torch.no_grad()
-    def absorb(self, counts: Tensor, sums: Tensor, weight: Weight = None, accumulate: bool = False) -> None:
+    def absorb(
+        self,
+        counts: Tensor,
+        sums: Tensor,
+        weight: Weight = None,
+        accumulate: bool = False,
+        active: Tensor | None = None,
+    ) -> None:
         """Moves the averages by counts [H, K] and sums [H, K, D] of a batch, and by those accumulated before.
 
         Args:
             weight: [K] or [H, K] factor of 1 - decay, or a function of sums and counts that gives it.
             accumulate: keep them for the next call that does not accumulate.
+            active: bool scalar; where False, nothing moves.
         """
         self.usage += counts.to(torch.int64)
         if callable(weight):
@@ -133,7 +143,7 @@ class Codebook(nn.Module):
         self._pending = (counts, sums) if accumulate else None
         if accumulate:
             return
-        share: Any = 1.0 - self.decay
+        share: Any = 1.0 - self.decay if active is None else (1.0 - self.decay) * active.to(self.embed_avg.dtype)
         if weight is not None:
             share = share * weight.expand_as(self.cluster_size)
         self.cluster_size.lerp_(counts.to(self.cluster_size), share)
@@ -197,6 +207,7 @@ class Piece:
     take: Callable[[int, Tensor], Tensor]  # head, numbers [n] -> rows [n, D], as they were quantized
     rows: int
     mask: Tensor | None
+    active: Tensor | None = None  # bool scalar; where False, this codebook learns nothing
 
 
 @torch.no_grad()
@@ -206,7 +217,7 @@ def update(
     """Moves averages and codes, then replaces dead codes: one collective for all codebooks, of a fixed size."""
     shared = [piece for piece in pieces if piece.codebook.shared]
     given = _reduced(shared, accumulate) if shared else {}
-    for i, piece in enumerate(pieces):
+    for piece in pieces:
         book = piece.codebook
         moves = book.ema_update if ema_update is None else ema_update
         counts, sums, candidates = given.get(id(piece), (piece.counts, piece.sums, None))
@@ -214,11 +225,11 @@ def update(
             if not moves and not book.has_dead_code_replacement:
                 book.usage += counts.to(torch.int64)
                 continue
-            book.absorb(counts, sums, weight, accumulate)
+            book.absorb(counts, sums, weight, accumulate, piece.active)
             if accumulate:
                 continue
             if moves and not book.manual_ema_update:
-                book.update_ema()
+                book.update_ema(piece.active)
         if book.has_dead_code_replacement and book.training:
             _replace_dead(piece, candidates)
 
@@ -269,6 +280,7 @@ def _my_candidates(piece: Piece) -> Tensor:
 def _replace_dead(piece: Piece, candidates: tuple[Tensor, Tensor] | None) -> None:
     book = piece.codebook
     dead = book.cluster_size < book.threshold_ema_dead_code  # [H, K]
+    dead = dead if piece.active is None else dead & piece.active
     if candidates is None and dead.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(dead.any()):
         return
     if candidates is None and piece.rows == 0:

@@ -77,14 +77,18 @@ class GroupedResidualVQ(nn.Module):
     ) -> Any:
         """As `ResidualVQ.forward`, with results stacked over groups; `indices` are those of each group."""
         if x.shape[self.split_dim] != self.dim:
-            raise ValueError(f"the input must have {self.dim} channels in dimension {self.split_dim}, got {list(x.shape)}")
+            raise ValueError(
+                f"the input must have {self.dim} channels in dimension {self.split_dim}, got {list(x.shape)}"
+            )
         given: Sequence[Tensor | None] = [None] * self.groups
         if indices is not None and len(indices) > 0:
             given = list(indices)
         if len(given) != self.groups:
             raise ValueError(f"indices must be given for {self.groups} groups, got {len(given)}")
         dropped = self.training and any(rvq.quantize_dropout for rvq in self.rvqs)
-        seed = shared_seed(x.device) if dropped else None
+        seed: int | Tensor | None = None
+        if dropped:
+            seed = self.rvqs[0].draw_stages(x.device) if torch.compiler.is_compiling() else shared_seed(x.device)  # type: ignore[operator]
         if self.training and not dropped:
             skip_seed(x.device)
         results = [

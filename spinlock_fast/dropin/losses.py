@@ -50,14 +50,16 @@ def rotate_to(source: Tensor, target: Tensor) -> Tensor:
         factor = lengths(target) / lengths(source)
     along = (source * between).sum(-1, keepdim=True)
     back = (source * s).sum(-1, keepdim=True)
-    return factor * (source - 2.0 * along * between + 2.0 * back * t)
+    turned: Tensor = factor * (source - 2.0 * along * between + 2.0 * back * t)
+    return turned
 
 
 def step_in_direction(source: Tensor, target: Tensor, variance: float = 5e-3) -> Tensor:
     """source plus the length of the error in its direction, up to noise: both sides learn (DiVeQ)."""
     error = target - source
     noised = error + sqrt(variance) * torch.randn_like(error)
-    return source + unit(noised).detach() * error.norm(dim=-1, keepdim=True)
+    stepped: Tensor = source + unit(noised).detach() * error.norm(dim=-1, keepdim=True)
+    return stepped
 
 
 def straight_through(source: Tensor, target: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from functools import partial
 from math import ceil
 from typing import Any
 
@@ -15,14 +14,11 @@ from torch import Tensor, nn
 
 from spinlock_fast.dropin import losses
 from spinlock_fast.dropin.arguments import warn_reference
-from spinlock_fast.dropin.beam import beam_search, update_stages
-from spinlock_fast.dropin.codebook import Piece, update
 from spinlock_fast.dropin.implicit import CodeNetwork
-from spinlock_fast.dropin.search import gradient_mode
 from spinlock_fast.dropin.shapes import InputShape
+from spinlock_fast.dropin.stages import by_beam, by_stages, fused, stages_fuse, with_cross_entropy
 from spinlock_fast.dropin.usage import perplexity, utilization
 from spinlock_fast.dropin.vector_quantize import VectorQuantize
-from spinlock_fast.kernels.residual_vq import ResidualAssignment, residual_vq
 
 
 class ResidualVQ(nn.Module):
@@ -32,8 +28,8 @@ class ResidualVQ(nn.Module):
     says how each is served. Further arguments, `corrections` among them, are those of `VectorQuantize`.
 
     Shapes:
-        x [b, n, dim] (or [b, dim]; images [b, dim, h, w]) -> quantized like x; codes [b, n, q] int64, -1 where masked or
-        dropped out; losses [q].
+        x [b, n, dim] (or [b, dim]; images [b, dim, h, w]) -> quantized like x; codes [b, n, q] int64, -1 where masked
+        or dropped out; losses [q].
 
     Raises:
         ValueError: arguments that contradict each other, or an input that does not fit.
@@ -81,7 +77,11 @@ class ResidualVQ(nn.Module):
         self.project_out: nn.Module = nn.Linear(self.codebook_dim, dim) if self.has_projections else nn.Identity()
         self.accept_image_fmap, self.channel_last = accept_image_fmap, vq_kwargs.get("channel_last", True)
         self.return_zeros_for_masked_padding = return_zeros_for_masked_padding
-        self.implicit_neural_codebook, self.diveq, self.shared_codebook = implicit_neural_codebook, diveq, shared_codebook
+        self.implicit_neural_codebook, self.diveq, self.shared_codebook = (
+            implicit_neural_codebook,
+            diveq,
+            shared_codebook,
+        )
         vq_kwargs = {**vq_kwargs, "return_zeros_for_masked_padding": return_zeros_for_masked_padding}
         if implicit_neural_codebook:
             vq_kwargs |= {"learnable_codebook": True, "ema_update": False}
@@ -105,7 +105,7 @@ class ResidualVQ(nn.Module):
         self.quantize_dropout = quantize_dropout and self.num_quantizers > 1
         self.quantize_dropout_cutoff_index = quantize_dropout_cutoff_index
         self.quantize_dropout_multiple_of = quantize_dropout_multiple_of
-        self.vq_is_ema_updating = self._layer(0).ema_update
+        self.vq_is_ema_updating = self.layer(0).ema_update
         if diveq and self.vq_is_ema_updating:
             raise ValueError("diveq does not go with ema_update")
         self.quant_grad_frac = 1.0 if diveq else quant_grad_frac
@@ -117,7 +117,7 @@ class ResidualVQ(nn.Module):
         self.register_buffer("beam_score_weights", torch.tensor(weights), persistent=False)
         self.mlps: nn.ModuleList | tuple[None, ...] = (None,) * (self.num_quantizers - 1)
         if implicit_neural_codebook:
-            unit_codes = self._layer(0).use_cosine_sim
+            unit_codes = self.layer(0).use_cosine_sim
             self.mlps = nn.ModuleList(
                 CodeNetwork(dim=self.codebook_dim, l2norm_output=unit_codes, **(mlp_kwargs or {}))
                 for _ in range(self.num_quantizers - 1)
@@ -127,9 +127,9 @@ class ResidualVQ(nn.Module):
             if not self.uniform_codebook_size:
                 raise ValueError("shared_codebook needs codebooks of one size")
             for layer in self.layers:
-                layer._codebook = self._layer(0)._codebook
+                layer._codebook = self.layer(0)._codebook
 
-    def _layer(self, q: int) -> VectorQuantize:
+    def layer(self, q: int) -> VectorQuantize:
         layer = self.layers[q]
         assert isinstance(layer, VectorQuantize)
         return layer
@@ -143,12 +143,12 @@ class ResidualVQ(nn.Module):
 
     @property
     def codebook_size(self) -> int:
-        return self._layer(0).codebook_size
+        return self.layer(0).codebook_size
 
     @property
     def codebooks(self) -> Tensor | tuple[Tensor, ...]:
         """[q, K, D], or [K_q, D] of each stage where they differ in size."""
-        books = tuple(self._layer(q)._codebook.embed[0] for q in range(self.num_quantizers))
+        books = tuple(self.layer(q)._codebook.embed[0] for q in range(self.num_quantizers))
         return torch.stack(books) if self.uniform_codebook_size else books
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
@@ -156,7 +156,9 @@ class ResidualVQ(nn.Module):
         given, device = indices.shape[-1], indices.device
         if given < self.num_quantizers:
             if not self.quantize_dropout:
-                raise ValueError(f"indices must be of {self.num_quantizers} stages without quantize_dropout, got {given}")
+                raise ValueError(
+                    f"indices must be of {self.num_quantizers} stages without quantize_dropout, got {given}"
+                )
             indices = F.pad(indices, (0, self.num_quantizers - given), value=-1)
         missing = (indices == -1).movedim(-1, 0)[..., None]  # [q, b, ..., 1]
         indices = indices.clamp(min=0)
@@ -190,16 +192,16 @@ class ResidualVQ(nn.Module):
 
     def utilization(self) -> Tensor:
         """[q] share of codes used in training since `reset_usage`; nothing waits for the device."""
-        return torch.stack([utilization(self._layer(q)._codebook.usage[0]) for q in range(self.num_quantizers)])
+        return torch.stack([utilization(self.layer(q)._codebook.usage[0]) for q in range(self.num_quantizers)])
 
     def perplexity(self) -> Tensor:
         """[q] exp of the entropy of code use in training since `reset_usage`."""
-        return torch.stack([perplexity(self._layer(q)._codebook.usage[0]) for q in range(self.num_quantizers)])
+        return torch.stack([perplexity(self.layer(q)._codebook.usage[0]) for q in range(self.num_quantizers)])
 
     def reset_usage(self) -> None:
         """Starts a new window for `utilization` and `perplexity`."""
         for q in range(self.num_quantizers):
-            self._layer(q).reset_usage()
+            self.layer(q).reset_usage()
 
     def forward(
         self,
@@ -210,7 +212,7 @@ class ResidualVQ(nn.Module):
         sample_codebook_temp: float | None = None,
         freeze_codebook: bool = False,
         beam_size: int | None = None,
-        rand_quantize_dropout_fixed_seed: int | None = None,
+        rand_quantize_dropout_fixed_seed: int | Tensor | None = None,
     ) -> Any:
         """Quantizes and, in training mode, updates the codes.
 
@@ -222,7 +224,7 @@ class ResidualVQ(nn.Module):
             sample_codebook_temp: of `stochastic_sample_codes`.
             freeze_codebook: no update.
             beam_size: candidates a row, in place of that of the constructor.
-            rand_quantize_dropout_fixed_seed: of the number of stages that dropout leaves.
+            rand_quantize_dropout_fixed_seed: of the number of stages that dropout leaves; a tensor is that number.
         """
         shape = InputShape.of(x, self.channel_last, self.accept_image_fmap, False)
         if mask is not None and shape.layout in ("token", "image"):
@@ -230,15 +232,23 @@ class ResidualVQ(nn.Module):
         origin = shape.rows(x)
         rows = self.project_in(origin)
         if indices is not None:
-            return self._with_cross_entropy(shape, rows, indices, mask, sample_codebook_temp, freeze_codebook)
-        stages = self._stages(x.device, rand_quantize_dropout_fixed_seed)
+            given = torch.stack(indices) if isinstance(indices, list) else indices
+            total, loss = with_cross_entropy(self, shape, rows, given, mask, sample_codebook_temp, freeze_codebook)
+            return shape.restore(self._masked(self.project_out(total), origin, mask)), loss
         beam = beam_size or (self.beam_size if self.training else self.eval_beam_size) or 1
+        plain = beam == 1 and stages_fuse(self, mask)
+        seed, limit, stages = rand_quantize_dropout_fixed_seed, None, self.num_quantizers
+        if self.training and self.quantize_dropout:
+            if isinstance(seed, Tensor) or (plain and seed is None and torch.compiler.is_compiling()):
+                limit = seed if isinstance(seed, Tensor) else self.draw_stages(x.device)
+            else:
+                stages = self._stages(x.device, seed)
         if beam > 1:
-            found = self._by_beam(rows, mask, stages, beam, sample_codebook_temp, freeze_codebook)
-        elif self._is_plain(mask):
-            found = self._fused(rows, mask, stages, freeze_codebook)
+            found = by_beam(self, rows, mask, stages, beam, sample_codebook_temp, freeze_codebook)
+        elif plain:
+            found = fused(self, rows, mask, stages, freeze_codebook, limit)
         else:
-            found = self._by_stages(shape, rows, mask, stages, sample_codebook_temp, freeze_codebook)
+            found = by_stages(self, shape, rows, mask, stages, sample_codebook_temp, freeze_codebook)
         quantized, codes, loss = found
         missing = self.num_quantizers - stages
         codes, loss = F.pad(codes, (0, missing), value=-1), F.pad(loss, (0, missing))
@@ -257,178 +267,20 @@ class ResidualVQ(nn.Module):
 
     def _stages(self, device: torch.device, seed: int | None) -> int:
         """Stages that take part: a random number of them under dropout, the same in all processes."""
-        if not (self.training and self.quantize_dropout):
-            return self.num_quantizers
         seed = shared_seed(device) if seed is None else seed
         last = random.Random(seed).randrange(self.quantize_dropout_cutoff_index, self.num_quantizers)
         multiple = self.quantize_dropout_multiple_of
         return min(ceil((last + 1) / multiple) * multiple, self.num_quantizers)
 
-    def _is_plain(self, mask: Tensor | None) -> bool:
-        """Whether one operator serves all stages."""
-        layers = [self._layer(q) for q in range(self.num_quantizers)]
-        first = layers[0]
-        raw_loss = mask is not None and first.use_cosine_sim and "masked_commitment" not in first.corrections
-        replaced_between = self.shared_codebook and self.training and first._codebook.has_dead_code_replacement
-        return (
-            all(layer.is_plain and not layer._codebook.needs_start for layer in layers)
-            and not (self.implicit_neural_codebook or self.diveq or replaced_between)
-            and not (self.training and raw_loss and first.has_commitment_loss)
-            and self.quant_grad_frac <= 0.0
-        )
-
-    def _fused(
-        self, rows: Tensor, mask: Tensor | None, stages: int, frozen: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        layers = [self._layer(q) for q in range(stages)]
-        first, flat = layers[0], rows.reshape(-1, rows.shape[-1]).float()
-        row_mask = None if mask is None else mask.flatten()
-        frozen = frozen or first.freeze_codebook
-        updating = self.training and not frozen
-        found = residual_vq(
-            flat,
-            [layer._codebook.embed[0] for layer in layers],
-            row_mask,
-            cosine=first.use_cosine_sim,
-            gradient=gradient_mode(first, rows.requires_grad),
-            with_sums=updating,
-        )
-        valid = flat.shape[0] if row_mask is None else row_mask.sum()
-        weight = first.commitment_weight if self.training and first.has_commitment_loss else 0.0
-        loss = found.errors * (weight / (valid * flat.shape[1])) if weight else torch.zeros_like(found.errors)
-        if updating:
-            self._learn(layers, flat.detach(), found, row_mask)
-        return found.quantized.view(rows.shape), found.codes.view(*rows.shape[:-1], stages), loss
-
-    def _learn(
-        self, layers: list[VectorQuantize], rows: Tensor, found: ResidualAssignment, row_mask: Tensor | None
-    ) -> None:
-        """Updates the stages' codebooks; rows for dead codes are formed again from the codes as they were."""
-        sizes = [layer.codebook_size for layer in layers]
-        counts, sums, books = found.counts.split(sizes), found.sums.split(sizes), found.codebook.split(sizes)
-
-        def take(q: int, _: int, index: Tensor) -> Tensor:
-            residual, codes = rows[index], found.codes[index].clamp(min=0)
-            for s in range(q):
-                residual = residual - books[s][codes[:, s]]
-            return layers[q]._codebook.transform_input(residual)
-
-        update(
-            [
-                Piece(layer._codebook, counts[q][None], sums[q][None], partial(take, q), len(rows), row_mask)
-                for q, layer in enumerate(layers)
-            ]
-        )
-        if self.shared_codebook and self.vq_is_ema_updating:
-            layers[0]._codebook.update_ema()
-
-    def _by_stages(
-        self,
-        shape: InputShape,
-        rows: Tensor,
-        mask: Tensor | None,
-        stages: int,
-        temperature: float | None,
-        frozen: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        residual, total = rows, torch.zeros_like(rows)
-        codes, loss, inputs = [], [], []
-        for q in range(stages):
-            network = self.mlps[q - 1] if q > 0 else None
-            inputs.append(residual.detach())
-            found, code, error = self._layer(q)(
-                shape.restore(residual),
-                mask=mask,
-                sample_codebook_temp=temperature,
-                freeze_codebook=frozen or None,
-                codebook_transform_fn=None if network is None else partial(network, condition=total),
-            )
-            found = shape.rows(found)
-            fraction = self.quant_grad_frac
-            passed = found.detach() if fraction <= 0 else fraction * found + (1.0 - fraction) * found.detach()
-            residual, total = residual - passed, total + found
-            codes.append(shape.flatten_positions(code))
-            loss.append(error)
-        self._finish_shared(torch.cat(inputs, 1), mask, stages, frozen)
-        return total, torch.stack(codes, -1), torch.stack(loss)
-
-    def _finish_shared(self, inputs: Tensor, mask: Tensor | None, stages: int, frozen: bool) -> None:
-        """One update of a codebook that all stages moved the averages of; inputs [b, stages * n, D]."""
-        first = self._layer(0)
-        if not (self.training and self.shared_codebook) or frozen or first.freeze_codebook:
-            return
-        if self.vq_is_ema_updating:
-            first._codebook.update_ema()
-            first.update_in_place_optimizer()
-        first.expire_codes_(inputs, None if mask is None else mask.repeat(1, stages))
-
-    def _by_beam(
-        self,
-        rows: Tensor,
-        mask: Tensor | None,
-        stages: int,
-        size: int,
-        temperature: float | None,
-        frozen: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        b, n, D = rows.shape
-
-        def stage(candidates: Tensor, q: int, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            j = candidates.shape[2]
-            network = self.mlps[q - 1] if q > 0 else None
-            found = self._layer(q).choose_several(
-                candidates.flatten(1, 2),
-                size,
-                mask=None if mask is None else mask.repeat_interleave(j, 1),
-                temperature=temperature,
-                transform=None if network is None else partial(network, condition=total.flatten(1, 2)),
-            )
-            return tuple(part.unflatten(1, (n, j)) for part in found)  # type: ignore[return-value]
-
-        quantized, codes, errors, inputs = beam_search(
-            rows, stage, stages, size, self.beam_score_weights, self.quant_grad_frac
-        )
-        if mask is not None:
-            codes = codes.masked_fill(~mask[..., None], -1)
-            loss = errors.masked_fill(~mask[..., None], 0.0).sum((0, 1)) / mask.sum().clamp(min=1e-4)
-        else:
-            loss = errors.mean((0, 1))
-        if self.training and not frozen:
-            learning = stages if "beam_update" in self._layer(0).corrections else 1
-            update_stages([self._layer(q) for q in range(learning)], inputs.detach(), codes, mask)
-        self._finish_shared(inputs.detach().transpose(1, 2).flatten(1, 2), mask, stages, frozen)
-        return quantized, codes, loss
-
-    def _with_cross_entropy(
-        self,
-        shape: InputShape,
-        rows: Tensor,
-        indices: Tensor | list[Tensor],
-        mask: Tensor | None,
-        temperature: float | None,
-        frozen: bool,
-    ) -> tuple[Tensor, Tensor]:
-        indices = torch.stack(indices) if isinstance(indices, list) else indices
-        if self.accept_image_fmap:
-            raise ValueError("indices do not go with accept_image_fmap")
-        if bool((indices == -1).any()):
-            raise ValueError("some indices were dropped out: take those of eval mode")
-        residual, total, errors = rows, torch.zeros_like(rows), []
-        for q in range(self.num_quantizers):
-            network = self.mlps[q - 1] if q > 0 else None
-            found, error = self._layer(q)(
-                shape.restore(residual),
-                mask=mask,
-                indices=indices[..., q],
-                sample_codebook_temp=temperature,
-                freeze_codebook=frozen or None,
-                codebook_transform_fn=None if network is None else partial(network, condition=total),
-            )
-            found = found.view(rows.shape)
-            residual, total = residual - found.detach(), total + found
-            errors.append(error)
-        output = self._masked(self.project_out(total), shape.restore(rows), mask)
-        return shape.restore(output), torch.stack(errors).sum()
+    def draw_stages(self, device: torch.device) -> Tensor:
+        """As `_stages`, as a tensor that a compiled graph can draw: on the CPU, where reading it waits for nothing."""
+        shared = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        place = device if shared else torch.device("cpu")
+        last = torch.randint(self.quantize_dropout_cutoff_index, self.num_quantizers, (), device=place)
+        if shared:
+            dist.all_reduce(last, op=dist.ReduceOp.MAX)
+        multiple = self.quantize_dropout_multiple_of
+        return ((last // multiple + 1) * multiple).clamp(max=self.num_quantizers)
 
 
 def shared_seed(device: torch.device) -> int:

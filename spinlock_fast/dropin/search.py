@@ -110,7 +110,7 @@ def _by_steps(vq: VectorQuantize, rows: Tensor, call: Call) -> Found:
     in_place_loss = None
     if vq.in_place_codebook_optimizer is not None and vq.training and not call.frozen:
         in_place_loss = losses.squared_error(choice.values, y.detach(), _per_head(call, y))
-        in_place_loss.backward()  # type: ignore[no-untyped-call]
+        in_place_loss.backward()
         if not vq.manual_in_place_optimizer_update:
             vq.update_in_place_optimizer()
         choice = _choose(vq, y, call)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from spinlock_fast.dropin.codebook import Codebook
 
 
 def utilization(counts: Tensor) -> Tensor:
@@ -25,7 +28,7 @@ def perplexity(counts: Tensor) -> Tensor:
 class CodeUsage:
     """Usage of one `_codebook` in training since `reset_usage`. Nothing waits for the device."""
 
-    _codebook: Any
+    _codebook: Codebook
 
     def utilization(self) -> Tensor:
         """Share of codes used: a scalar, or [heads] with a codebook per head."""
@@ -40,5 +43,5 @@ class CodeUsage:
         self._codebook.usage.zero_()
 
     def _counts(self) -> Tensor:
-        usage: Tensor = self._codebook.usage
+        usage = self._codebook.usage
         return usage[0] if len(usage) == 1 else usage

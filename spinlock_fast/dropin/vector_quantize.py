@@ -9,12 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from spinlock_fast.dropin import dense, losses
+from spinlock_fast.dropin import dense
 from spinlock_fast.dropin.affine import Affine
 from spinlock_fast.dropin.arguments import checked_corrections, refuse_contradictions, warn_reference
 from spinlock_fast.dropin.codebook import Codebook, Weight
+from spinlock_fast.dropin.heads import Heads
 from spinlock_fast.dropin.search import Call, Found, search
 from spinlock_fast.dropin.shapes import InputShape, lengths_to_mask
+from spinlock_fast.dropin.total import per_position, total_loss
 from spinlock_fast.dropin.usage import CodeUsage
 
 
@@ -38,6 +40,7 @@ class VectorQuantize(CodeUsage, nn.Module):
     """
 
     zero: Tensor
+    _codebook: Codebook
 
     def __init__(
         self,
@@ -118,6 +121,7 @@ class VectorQuantize(CodeUsage, nn.Module):
                 self.project_in = nn.Sequential(self.project_in, nn.LayerNorm(codebook_dim * heads))
             self.project_out = nn.Linear(codebook_dim * heads, dim)
 
+        self._heads = Heads(heads, separate_codebook_per_head)
         self.eps, self.channel_last = eps, channel_last
         self.accept_image_fmap, self.accept_3d_fmap = accept_image_fmap, accept_3d_fmap
         self.commitment_weight = commitment_weight
@@ -157,13 +161,15 @@ class VectorQuantize(CodeUsage, nn.Module):
             ema_update=ema_update,
             manual_ema_update=manual_ema_update,
             use_cosine_sim=use_cosine_sim,
+            vq_bridge=vq_bridge,
             corrections=self.corrections,
         )
-        self._codebook.vq_bridge = vq_bridge
         self._affine: Affine | None = None
         if affine_param:
             H = self._codebook.num_codebooks
-            self._affine = Affine(self._codebook, H, codebook_dim, affine_param_batch_decay, affine_param_codebook_decay)
+            self._affine = Affine(
+                self._codebook, H, codebook_dim, affine_param_batch_decay, affine_param_codebook_decay
+            )
         self.in_place_codebook_optimizer = (
             in_place_codebook_optimizer(self._codebook.parameters()) if in_place_codebook_optimizer else None
         )
@@ -188,7 +194,7 @@ class VectorQuantize(CodeUsage, nn.Module):
     def needs_distances(self) -> bool:
         """Whether training forms the distances of all rows to all codes."""
         return self.training and (
-            self.commitment_use_cross_entropy_loss and self.has_commitment_loss
+            (self.commitment_use_cross_entropy_loss and self.has_commitment_loss)
             or self.has_codebook_diversity_loss
             or self.straight_through
         )
@@ -289,7 +295,7 @@ class VectorQuantize(CodeUsage, nn.Module):
                 warn_reference(name)
         call = Call(
             mask=mask,
-            row_mask=None if mask is None else self._row_mask(mask),
+            row_mask=None if mask is None else self._heads.row_mask(mask),
             positions=tuple(origin.shape[:2]),
             frozen=frozen,
             temperature=self.sample_codebook_temp if sample_codebook_temp is None else sample_codebook_temp,
@@ -301,12 +307,12 @@ class VectorQuantize(CodeUsage, nn.Module):
             accumulate=accum_ema_update,
             ema_update=ema_update,
         )
-        found = search(self, self._split_heads(self.project_in(origin)).float(), call)
+        found = search(self, self._heads.split(self.project_in(origin)).float(), call)
         if indices is not None:
-            return self._with_cross_entropy(found, indices, x.dtype, origin.shape[:2])
-        codes = self._join_codes(found.codes, origin.shape[:2])
-        loss, breakdown = self._losses(found, origin, call, codes)
-        output = self.project_out(self._join_heads(found.quantized, origin.shape[:2]).to(x.dtype))
+            return self._with_cross_entropy(found, indices, call, x.dtype)
+        codes = self._heads.join_codes(found.codes, call.positions)
+        loss, breakdown = total_loss(self, found, origin, call, codes)
+        output = self.project_out(self._heads.join(found.quantized, call.positions).to(x.dtype))
         if mask is not None:
             hidden = torch.zeros_like(origin) if self.return_zeros_for_masked_padding else origin
             output = torch.where(_beside(mask, output), output, hidden if topk is None else hidden[:, :, None])
@@ -344,7 +350,7 @@ class VectorQuantize(CodeUsage, nn.Module):
         quantized = found.quantized.view(*codes.shape, -1).to(rows.dtype)
         weight = self.commitment_weight if self.has_commitment_loss else 0.0 if self.training else 1.0
         assert found.commitment is not None
-        errors = self._per_position(found.commitment, call) * weight
+        errors = per_position(found.commitment, call) * weight
         if mask is None:
             return quantized, codes, errors
         hidden = torch.zeros_like(rows) if self.return_zeros_for_masked_padding else rows
@@ -360,131 +366,29 @@ class VectorQuantize(CodeUsage, nn.Module):
         )
         return min(int(topk), self.codebook_size)
 
-    def _losses(
-        self, found: Found, origin: Tensor, call: Call, codes: Tensor
-    ) -> tuple[Tensor, losses.LossBreakdown]:
-        zero = self.zero.detach()
-        commitment = diversity = orthogonal = zero
-        if not self.training:
-            loss = zero
-            if call.topk is not None and found.commitment is not None:
-                commitment = self._per_position(found.commitment, call)
-                loss = commitment * self.commitment_weight if self.has_commitment_loss else commitment
-            return loss, losses.LossBreakdown(commitment, zero, zero, zero)
-        loss = zero
-        if self.has_codebook_diversity_loss and found.distances is not None:
-            diversity = losses.negative_diversity(
-                self._by_sequence(found.distances, origin.shape[:2]), self.codebook_diversity_temperature
-            )
-            loss = loss + diversity * self.codebook_diversity_loss_weight
-        if self.has_commitment_loss:
-            commitment = self._commitment(found, origin, call)
-            commitment = commitment.to(torch.promote_types(commitment.dtype, origin.dtype))
-            loss = loss + commitment * self.commitment_weight
-        if self.has_codebook_orthogonal_loss:
-            orthogonal = self._orthogonality(codes)
-            loss = loss + orthogonal * self.orthogonal_reg_weight
-        if not loss.requires_grad and not torch.compiler.is_compiling():
-            loss = loss.clone().requires_grad_()  # `loss.backward()` is then no error
-        inplace = zero if found.in_place_loss is None else found.in_place_loss
-        return loss, losses.LossBreakdown(commitment, diversity, orthogonal, inplace)
-
-    def _commitment(self, found: Found, origin: Tensor, call: Call) -> Tensor:
-        if self.commitment_use_cross_entropy_loss and found.distances is not None:
-            rows = found.codes if call.row_mask is None else found.codes.masked_fill(~call.row_mask, -1)
-            return dense.cross_entropy(found.distances, rows)
-        if found.commitment is None:
-            raise AssertionError("training without a commitment loss")
-        if call.topk is not None:
-            return self._per_position(found.commitment, call)
-        raw = call.mask is not None and self.use_cosine_sim and self.heads == 1 and not self.has_projections
-        if raw and "masked_commitment" not in self.corrections:
-            return losses.squared_error(found.quantized.detach().view(origin.shape), origin.float(), call.mask)
-        return found.commitment
-
-    def _per_position(self, error: Tensor, call: Call) -> Tensor:
-        """[b, n, k] of errors [1, N, k]; 0 where masked."""
-        error = error.view(*call.positions, -1)
-        return error if call.mask is None else error * call.mask[..., None]
-
-    def _orthogonality(self, codes: Tensor) -> Tensor:
-        book = self._codebook.embed
-        if self.orthogonal_reg_active_codes_only:
-            refuse_contradictions(active_codes_per_head=self._codebook.num_codebooks > 1)
-            book = book[:, codes.unique()]
-        most = self.orthogonal_reg_max_codes
-        if most is not None and book.shape[1] > most:
-            book = book[:, torch.randperm(book.shape[1], device=book.device)[:most]]
-        return losses.orthogonality(book, "orthogonal_loss" in self.corrections)
-
     def _with_cross_entropy(
-        self, found: Found, indices: Tensor, dtype: torch.dtype, positions: torch.Size
+        self, found: Found, indices: Tensor, call: Call, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         if found.distances is None:
             raise AssertionError("indices were given, but no distances formed")
-        targets = self._split_codes(indices.reshape(*positions, *([self.heads] if self.heads > 1 else [])))
-        loss = dense.cross_entropy(found.distances, targets)
-        quantized = found.quantized.to(dtype)
-        if self.heads == 1:
-            return quantized.view(*positions, -1), loss
-        if self.separate_codebook_per_head:
-            return quantized.view(self.heads, *positions, -1), loss
-        by_head = quantized.view(*positions, self.heads, -1).permute(0, 2, 1, 3)
-        return by_head.reshape(1, -1, positions[1], quantized.shape[-1]), loss
-
-    # Rows of a codebook: [b, n, heads * D] <-> [heads, b n, D] with a codebook per head, else [1, b n heads, D].
-
-    def _split_heads(self, x: Tensor) -> Tensor:
-        if self._codebook.num_codebooks == 1:
-            return x.reshape(1, -1, x.shape[-1] // self.heads)
-        return x.reshape(-1, self.heads, x.shape[-1] // self.heads).transpose(0, 1)
-
-    def _join_heads(self, rows: Tensor, positions: torch.Size) -> Tensor:
-        if rows.ndim == 4:  # with choices
-            return rows.view(*positions, *rows.shape[2:])
-        if self._codebook.num_codebooks > 1:
-            rows = rows.transpose(0, 1)
-        return rows.reshape(*positions, -1)
-
-    def _split_codes(self, codes: Tensor) -> Tensor:
-        """[b, n] or [b, n, heads] -> [H, N]."""
-        if self._codebook.num_codebooks == 1:
-            return codes.reshape(1, -1)
-        return codes.reshape(-1, self.heads).transpose(0, 1)
-
-    def _join_codes(self, codes: Tensor, positions: torch.Size) -> Tensor:
-        if codes.ndim == 3:
-            return codes.view(*positions, -1)
-        if self._codebook.num_codebooks > 1:
-            codes = codes.transpose(0, 1)
-        return codes.reshape(*positions, self.heads) if self.heads > 1 else codes.view(positions)
-
-    def _row_mask(self, mask: Tensor) -> Tensor:
-        flat = mask.flatten()
-        shared_by_heads = self.heads > 1 and self._codebook.num_codebooks == 1
-        return flat.repeat_interleave(self.heads) if shared_by_heads else flat
-
-    def _by_sequence(self, distances: Tensor, positions: torch.Size) -> Tensor:
-        """[H, N, K] -> [..., n, K]."""
-        b, n = positions
-        if self._codebook.num_codebooks > 1 or self.heads == 1:
-            return distances.reshape(-1, b, n, distances.shape[-1])
-        return distances.view(b, n, self.heads, -1).transpose(1, 2)
+        loss = dense.cross_entropy(found.distances, self._heads.split_codes(indices))
+        quantized = self._heads.by_sequence(found.quantized, call.positions).to(dtype)
+        return (quantized[0] if self.heads == 1 else quantized), loss
 
     @torch.no_grad()
     def update_indices(self, x: Tensor, indices: Tensor, mask: Tensor | None = None) -> None:
         """Moves the averages by the codes that rows were given, as `forward` does by the nearest."""
         shape = InputShape.of(x, self.channel_last, self.accept_image_fmap, self.accept_3d_fmap)
-        rows = self._codebook.transform_input(self._split_heads(self.project_in(shape.rows(x))).float())
-        codes = self._split_codes(shape.flatten_positions(indices))
-        self._codebook.update_indices(rows, codes, None if mask is None else self._row_mask(mask))
+        rows = self._codebook.transform_input(self._heads.split(self.project_in(shape.rows(x))).float())
+        codes = self._heads.split_codes(shape.flatten_positions(indices))
+        self._codebook.update_indices(rows, codes, None if mask is None else self._heads.row_mask(mask))
 
     update_ema_indices = update_indices
 
     @torch.no_grad()
     def expire_codes_(self, x: Tensor, mask: Tensor | None = None) -> None:
         """Replaces codes that are hardly used by rows of x [b, n, codebook_dim * heads]."""
-        self._codebook.expire_codes_(self._split_heads(x).float(), None if mask is None else self._row_mask(mask))
+        self._codebook.expire_codes_(self._heads.split(x).float(), None if mask is None else self._heads.row_mask(mask))
 
     def update_in_place_optimizer(self) -> None:
         """A step of `in_place_codebook_optimizer` with the gradients that there are."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import spinlock_fast
+from spinlock_fast import ResidualVQ
 from spinlock_fast.compat.codecs import FactorizedResidualVQ, SplitResidualVQ
 
 DIM, STAGES = 8, 3
@@ -20,10 +20,8 @@ def factorized() -> FactorizedResidualVQ:
 
 def split() -> SplitResidualVQ:
     options: dict[str, Any] = {"dim": DIM, "codebook_size": 6, "codebook_dim": 4}
-    make = spinlock_fast.ResidualVQ  # type: ignore[attr-defined]
-    return SplitResidualVQ(
-        make(num_quantizers=1, **options), make(num_quantizers=STAGES - 1, quantize_dropout=True, **options)
-    )
+    acoustic = ResidualVQ(num_quantizers=STAGES - 1, quantize_dropout=True, **options)
+    return SplitResidualVQ(ResidualVQ(num_quantizers=1, **options), acoustic)
 
 
 @pytest.fixture(params=[factorized, split])
@@ -63,6 +61,17 @@ def test_an_index_of_minus_one_adds_nothing(vq: Any) -> None:
     indices = torch.randint(0, 5, (2, 5, STAGES))
     indices[..., -1] = -1
     torch.testing.assert_close(vq.get_output_from_indices(indices), vq.get_output_from_indices(indices[..., :-1]))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's compiler
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("training", [True, False])
+def test_factorized_compiles_without_a_break(training: bool) -> None:
+    torch._dynamo.reset()
+    vq = factorized().train(training)
+    x = torch.randn(2, 5, DIM)
+    torch.testing.assert_close(torch.compile(vq, fullgraph=True, backend="aot_eager")(x), vq(x))
 
 
 def test_gradient_reaches_the_input(vq: Any) -> None:
