@@ -221,7 +221,7 @@ def _spinlock(weights: Weights, wanted: int | None, options: Mapping[str, Any]) 
     if weights.roots("vq_layers.0.embedding.weight"):
         return _spinlock_original(weights, options)
     root = weights.part("quantizer.", "embedding")
-    known = {"codebook_init": "uniform", "centred": False, **_spinlock_config(weights.payload), **options}
+    known = {"centred": False, **_spinlock_config(weights.payload), **options}
     if "num_codes" not in known or "dims" not in known:
         raise DataError("the codes are packed without their sizes: give a checkpoint directory, or num_codes and dims")
     quantizer = GroupedVectorQuantizer(**known)
@@ -259,7 +259,7 @@ def _spinlock_original(weights: Weights, options: Mapping[str, Any]) -> nn.Modul
     books = [f"{root}vq_layers.{g}." for g in range(count)]
     codes = [weights.matrix(f"{book}embedding.weight") for book in books]
     moving = f"{books[0]}ema_w" in weights.tensors
-    known = {"codebook_init": "uniform", "centred": False, "use_ema": moving, **options}
+    known = {"centred": False, "use_ema": moving, **options}
     quantizer = GroupedVectorQuantizer([len(code) for code in codes], [code.shape[1] for code in codes], **known)
     values = {"embedding": torch.cat([code.flatten() for code in codes]), "initialized": torch.tensor(True)}
     if moving:

@@ -8,6 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import raises_one_line
@@ -75,6 +76,15 @@ def test_quantizers_of_the_original_project(use_ema: bool) -> None:
         assert torch.equal(layer(part)[1].argmax(-1), codes[:, g])
     expected = [layer.embedding.weight[codes[:, g]] for g, layer in enumerate(layers)]
     assert torch.equal(quantized, torch.cat(expected, dim=1))
+
+
+def test_learned_codes_of_the_original_project_may_move_by_average() -> None:
+    layer = VectorQuantizer(5, 4, use_ema=False)
+    state = {f"vq_layers.0.{name}": value for name, value in layer.state_dict().items()}
+    vq: Any = from_pretrained_codebook(state, use_ema=True).train()
+    before = layer.embedding.weight.detach()
+    vq(before)
+    torch.testing.assert_close(vq.codebook(0), before)
 
 
 @pytest.mark.skipif(not FOLDER, reason="SPINLOCK_FAST_REAL_DATA does not name the folder of the real data")
@@ -197,9 +207,10 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"nothing of the sort" * 9)
         with raises_one_line(DataError, name):
             from_pretrained_codebook(tmp_path / name)
-    torch.save({"state_dict": encodec(), "callbacks": Fraction(1, 2)}, tmp_path / "objects.ckpt")
-    with raises_one_line(DataError, "fractions.Fraction", "state dict alone"):
-        from_pretrained_codebook(tmp_path / "objects.ckpt", "encodec")
+    for name, value in {"fractions.Fraction": Fraction(1, 2), "numpy.": np.float64(0.5)}.items():
+        torch.save({"state_dict": encodec(), "callbacks": value}, tmp_path / "objects.ckpt")
+        with raises_one_line(DataError, f"holds {name}", "state dict alone"):
+            from_pretrained_codebook(tmp_path / "objects.ckpt", "encodec")
 
 
 def test_taming_with_moving_averages() -> None:
@@ -208,6 +219,16 @@ def test_taming_with_moving_averages() -> None:
     vq: Any = from_pretrained_codebook({f"quantize.{key}": value for key, value in state.items()}, "taming")
     assert torch.equal(vq._codebook.cluster_size[0], size)
     assert torch.equal(vq._codebook.embed_avg[0], embed * size[:, None])
+
+
+@pytest.mark.parametrize("counts", [{}, {"cluster_size": torch.zeros(6), "embed_avg": torch.zeros(6, 3)}])
+def test_codes_without_moving_averages_weigh_one_row_each(counts: dict[str, Tensor]) -> None:
+    embed = 10.0 * torch.randn(6, 3)
+    state = {"quantize.embedding.weight": embed} | {f"quantize.embedding.{key}": value for key, value in counts.items()}
+    vq: Any = from_pretrained_codebook(state, "taming", accept_image_fmap=False, decay=0.5).train()
+    x = embed + 0.1
+    vq(x[None])
+    torch.testing.assert_close(vq.codebook, (embed + x) / 2, rtol=1e-3, atol=1e-3)
 
 
 def test_options_reach_the_quantizer() -> None:
