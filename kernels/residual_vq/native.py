@@ -56,6 +56,7 @@ def backward(
     of_x = x.new_empty(x.shape)
     library.residual_backward(
         address(grad), address(grad_errors), address(x), x.stride(0), x.shape[0], x.shape[1], address(codebook),
-        list(num_codes), address(mask), address(codes), cosine, _GRADIENTS[gradient], address(of_x), torch.get_num_threads(),
+        list(num_codes), address(mask), address(codes), cosine, _GRADIENTS[gradient], address(of_x),
+        torch.get_num_threads(),
     )  # fmt: skip
     return of_x
