@@ -46,7 +46,7 @@ def from_pretrained_codebook(
 
     Args:
         state_dict: of the model or of its quantizer alone, or a file: safetensors, or a torch file, from which
-            no code is run. For spinlock also a checkpoint directory.
+            no code is run; or the directory of a checkpoint (spinlock, or what `save_pretrained` writes).
         format: the family; None finds it by the keys.
         num_quantizers: how many stages of a residual quantizer to keep, for a lower bandwidth; in Mimi semantic and
             acoustic ones together.

@@ -145,17 +145,21 @@ def _some(keys: Any) -> str:
 
 def read_weights(path: Path, format: Format | None) -> Mapping[str, Any]:
     """The contents of a file or a checkpoint directory; raises DataError."""
-    from spinlock_fast.checkpoint import BEST, FINAL, load_restricted
+    from spinlock_fast.checkpoint import BEST, FINAL, SAFETENSORS, load_restricted
 
     if path.is_dir():
-        path = next((path / name for name in (BEST, FINAL) if (path / name).exists()), path / BEST)
+        names = (BEST, FINAL, SAFETENSORS, "diffusion_pytorch_model.safetensors")
+        found = [path / name for name in names if (path / name).exists()]
+        if not found:
+            raise DataError(f"{path}: none of {', '.join(names)} is in this directory")
+        path = found[0]
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     try:
         return load_restricted(path)
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        refused = found[1] if found else "an unknown type"
+        name = re.search(r"GLOBAL (\S+)", str(error))
+        refused = name[1] if name else "an unknown type"
     if format in (None, "spinlock") and refused.split(".")[0] in ("numpy", "pathlib", "spinlock"):
         from spinlock_fast.compat.original import read_original
 

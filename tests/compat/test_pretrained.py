@@ -321,6 +321,14 @@ def test_from_files(encodec: Any, tmp_path: Path, suffix: str) -> None:
     assert torch.equal(codes.transpose(0, 1), encodec.quantizer.encode(z))
 
 
+def test_from_the_directory_of_a_model(vq_model: Any, encodec: Any, tmp_path: Path) -> None:
+    for model, name in ((encodec, "encodec"), (vq_model, "vq_model")):
+        model.save_pretrained(tmp_path / name)
+    found: Any = [from_pretrained_codebook(tmp_path / name) for name in ("encodec", "vq_model")]
+    assert torch.equal(found[0].codebooks[1], encodec.quantizer.layers[1].codebook.embed)
+    assert torch.equal(found[1].codebook, vq_model.quantize.embedding.weight)
+
+
 def test_half_precision_weights_give_float32_codes(encodec: Any) -> None:
     state = {key: value.half() if value.is_floating_point() else value for key, value in encodec.state_dict().items()}
     vq: Any = from_pretrained_codebook(state, "encodec")
