@@ -58,9 +58,8 @@ def residual_vq(
         ValueError: x, codebooks or mask do not fit each other.
     """
     if x.ndim != 2 or any(book.ndim != 2 or book.shape[1] != x.shape[1] for book in codebooks):
-        raise ValueError(
-            f"x must be [N, D] and codebooks [K, D], got {list(x.shape)}, {[*map(list, (b.shape for b in codebooks))]}"
-        )
+        shapes = ", ".join(str(list(book.shape)) for book in codebooks)
+        raise ValueError(f"x must be [N, D] and codebooks [K, D], got {list(x.shape)} and {shapes}")
     if mask is not None and (mask.shape != x.shape[:1] or mask.dtype != torch.bool):
         raise ValueError(f"mask must be [{x.shape[0]}] bool, got {list(mask.shape)} {mask.dtype}")
     # A copy of its own: codes move in place after the forward pass, and the backward pass needs them as they were.

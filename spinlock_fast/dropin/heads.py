@@ -30,7 +30,7 @@ class Heads:
         """[H, N, D] -> [b, n, heads * D]; with k choices [1, N, k, D] -> [b, n, k, D]."""
         if rows.ndim == 4:
             return rows.view(*positions, *rows.shape[2:])
-        return (rows.transpose(0, 1) if self.separate else rows).reshape(*positions, -1)
+        return (rows.transpose(0, 1) if self.separate else rows).reshape(*positions, self.heads * rows.shape[-1])
 
     def split_codes(self, codes: Tensor) -> Tensor:
         """[b, n] or [b, n, heads] -> [H, N]."""
@@ -39,7 +39,7 @@ class Heads:
     def join_codes(self, codes: Tensor, positions: Sequence[int]) -> Tensor:
         """[H, N] -> [b, n] or [b, n, heads]; with k choices [1, N, k] -> [b, n, k]."""
         if codes.ndim == 3:
-            return codes.view(*positions, -1)
+            return codes.view(*positions, codes.shape[-1])
         codes = codes.transpose(0, 1) if self.separate else codes
         return codes.reshape(*positions, self.heads) if self.heads > 1 else codes.reshape(*positions)
 
@@ -51,5 +51,5 @@ class Heads:
         """[H, N, D] -> [H, b, n, D], or [1, b heads, n, D]: the order in which the original returns them."""
         b, n = positions
         if self.fold == 1:
-            return rows.reshape(-1, b, n, rows.shape[-1])
-        return rows.view(b, n, self.heads, -1).transpose(1, 2).reshape(1, b * self.heads, n, -1)
+            return rows.reshape(rows.shape[0], b, n, rows.shape[-1])
+        return rows.view(b, n, self.heads, rows.shape[-1]).transpose(1, 2).reshape(1, b * self.heads, n, rows.shape[-1])

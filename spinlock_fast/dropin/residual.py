@@ -18,7 +18,7 @@ from spinlock_fast.dropin.implicit import CodeNetwork
 from spinlock_fast.dropin.shapes import InputShape
 from spinlock_fast.dropin.stages import by_beam, by_stages, fused, stages_fuse, with_cross_entropy
 from spinlock_fast.dropin.usage import perplexity, utilization
-from spinlock_fast.dropin.vector_quantize import VectorQuantize
+from spinlock_fast.dropin.vector_quantize import VectorQuantize, projected
 
 
 class ResidualVQ(nn.Module):
@@ -156,9 +156,7 @@ class ResidualVQ(nn.Module):
         given, device = indices.shape[-1], indices.device
         if given < self.num_quantizers:
             if not self.quantize_dropout:
-                raise ValueError(
-                    f"indices must be of {self.num_quantizers} stages without quantize_dropout, got {given}"
-                )
+                raise ValueError(f"without quantize_dropout, indices are of {self.num_quantizers} stages, got {given}")
             indices = F.pad(indices, (0, self.num_quantizers - given), value=-1)
         missing = (indices == -1).movedim(-1, 0)[..., None]  # [q, b, ..., 1]
         indices = indices.clamp(min=0)
@@ -230,11 +228,11 @@ class ResidualVQ(nn.Module):
         if mask is not None and shape.layout in ("token", "image"):
             raise ValueError(f"mask does not go with an input of shape {list(x.shape)}")
         origin = shape.rows(x)
-        rows = self.project_in(origin)
+        rows = projected(self.project_in, origin)
         if indices is not None:
             given = torch.stack(indices) if isinstance(indices, list) else indices
             total, loss = with_cross_entropy(self, shape, rows, given, mask, sample_codebook_temp, freeze_codebook)
-            return shape.restore(self._masked(self.project_out(total), origin, mask)), loss
+            return shape.restore(self._masked(projected(self.project_out, total), origin, mask)), loss
         beam = beam_size or (self.beam_size if self.training else self.eval_beam_size) or 1
         plain = beam == 1 and stages_fuse(self, mask)
         seed, limit, stages = rand_quantize_dropout_fixed_seed, None, self.num_quantizers
@@ -254,7 +252,7 @@ class ResidualVQ(nn.Module):
         codes, loss = F.pad(codes, (0, missing), value=-1), F.pad(loss, (0, missing))
         if self.diveq:
             quantized = losses.step_in_direction(rows, quantized)
-        output = self._masked(self.project_out(quantized.to(rows.dtype)), origin, mask)
+        output = self._masked(projected(self.project_out, quantized).to(x.dtype), origin, mask)
         codes = shape.restore_positions(codes)
         result = shape.restore(output), codes, loss
         return (*result, self.get_codes_from_indices(codes)) if return_all_codes else result

@@ -53,7 +53,7 @@ def fused(
     )
     valid = flat.shape[0] if row_mask is None else row_mask.sum()
     weight = first.commitment_weight if rvq.training and first.has_commitment_loss else 0.0
-    loss = found.errors * (weight / (valid * flat.shape[1])) if weight else torch.zeros_like(found.errors)
+    loss = found.errors * weight / (valid * flat.shape[1]) if weight else torch.zeros_like(found.errors)
     if updating:
         _learn(rvq, layers, flat.detach(), found, row_mask, limit)
     loss = loss.to(torch.promote_types(loss.dtype, rows.dtype))

@@ -307,12 +307,13 @@ class VectorQuantize(CodeUsage, nn.Module):
             accumulate=accum_ema_update,
             ema_update=ema_update,
         )
-        found = search(self, self._heads.split(self.project_in(origin)).float(), call)
+        found = search(self, self._heads.split(projected(self.project_in, origin)).float(), call)
         if indices is not None:
             return self._with_cross_entropy(found, indices, call, x.dtype)
         codes = self._heads.join_codes(found.codes, call.positions)
         loss, breakdown = total_loss(self, found, origin, call, codes)
-        output = self.project_out(self._heads.join(found.quantized, call.positions).to(x.dtype))
+        joined = self._heads.join(found.quantized, call.positions)
+        output = projected(self.project_out, joined).to(x.dtype)
         if mask is not None:
             hidden = torch.zeros_like(origin) if self.return_zeros_for_masked_padding else origin
             output = torch.where(_beside(mask, output), output, hidden if topk is None else hidden[:, :, None])
@@ -379,7 +380,7 @@ class VectorQuantize(CodeUsage, nn.Module):
     def update_indices(self, x: Tensor, indices: Tensor, mask: Tensor | None = None) -> None:
         """Moves the averages by the codes that rows were given, as `forward` does by the nearest."""
         shape = InputShape.of(x, self.channel_last, self.accept_image_fmap, self.accept_3d_fmap)
-        rows = self._codebook.transform_input(self._heads.split(self.project_in(shape.rows(x))).float())
+        rows = self._codebook.transform_input(self._heads.split(projected(self.project_in, shape.rows(x))).float())
         codes = self._heads.split_codes(shape.flatten_positions(indices))
         self._codebook.update_indices(rows, codes, None if mask is None else self._heads.row_mask(mask))
 
@@ -401,6 +402,13 @@ class VectorQuantize(CodeUsage, nn.Module):
                     parameter.grad /= dist.get_world_size()
         self.in_place_codebook_optimizer.step()
         self.in_place_codebook_optimizer.zero_grad()
+
+
+def projected(projection: nn.Module, x: Tensor) -> Tensor:
+    """x through a projection, in the type of its weights."""
+    weight = next(projection.parameters(), None)
+    output: Tensor = projection(x if weight is None else x.to(weight.dtype))
+    return output
 
 
 def _beside(mask: Tensor, values: Tensor) -> Tensor:
