@@ -69,7 +69,7 @@ sanitize: $(READY)
 	done
 
 docs: $(READY)
-	$(BIN)/python -c 'import material' 2>/dev/null || $(BIN)/python -m pip install --quiet ".[docs]" --no-build-isolation
+	$(BIN)/python -c 'import material' 2>/dev/null || $(BIN)/python -m pip install --quiet "mkdocs-material>=9.5"
 	$(BIN)/python -m mkdocs build --strict
 
 lint: $(READY)

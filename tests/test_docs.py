@@ -6,6 +6,7 @@ that it takes seconds), or `<!-- not run: reason -->`. Blocks of Python may use 
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -137,3 +138,20 @@ def given() -> dict[str, Any]:
     s, t, a = (values.numpy() for name, values in next(iter(with_all)).items() if name != "index")
     x = np.random.default_rng(0).standard_normal((120, 24)).astype(np.float32)
     return {"s": s, "t": t, "a": a, "x": x, "z": torch.randn(8, 16)}
+
+
+@pytest.mark.slow
+def test_the_tour_runs(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cells, as a script, without showing pictures."""
+    matplotlib = pytest.importorskip("matplotlib", reason="the tour draws with matplotlib, an optional extra")
+    matplotlib.use("Agg")
+    shutil.copytree(template, tmp_path / "clone")
+    monkeypatch.chdir(tmp_path / "clone")
+    notebook = json.loads((ROOT / "examples" / "tour.ipynb").read_text(encoding="utf-8"))
+    names: dict[str, Any] = {}
+    for i, cell in enumerate(notebook["cells"]):
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), f"tour.ipynb, cell {i}", "exec"), names)
+    assert len(names["tokens"]) == 80
+    assert names["plt"].get_fignums()
+    names["plt"].close("all")
