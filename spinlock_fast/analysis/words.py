@@ -107,6 +107,8 @@ def _print_associations(analysis: Analysis, console: Console) -> None:
                 f"{known} of {int(mine.sum())}",
             )
         console.print(grid)
+        if (more := length(found) - _ASSOCIATIONS) > 0:
+            console.print(f"  and {more} more in associations.csv")
     if not_found["ami"].size:
         names = ", ".join(str(name) for name in not_found["condition"])
         console.print(f"  nothing found about: {escape(names)}")
