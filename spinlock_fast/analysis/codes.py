@@ -16,6 +16,7 @@ from spinlock_fast.data.windows import processors
 from spinlock_fast.features.statistics import robust_scale
 
 _COLUMNS_AT_ONCE = 32
+_MOST_ROWS = 1_000_000
 _PROFILE_ROWS = 500  # of a code; the standard error of a median of so many is 6 % of the spread
 
 
@@ -127,53 +128,61 @@ def code_columns(observed: Observations, codes: NDArray[np.int64]) -> Table:
     }
 
 
-def features_table(observed: Observations, members: csr_matrix) -> Table:
-    """A row per used code and feature: quartiles, robust z, AUC, p and q over all rows of the table."""
+def features_table(observed: Observations, members: csr_matrix, notes: list[str]) -> Table:
+    """A row per used code and feature: quartiles, robust z, AUC, p, and q over all of them.
+
+    Where that is more than a million rows, every code keeps the features with the clearest AUC, and a note says so.
+    """
+    used = np.flatnonzero(np.diff(members.indptr))
+    measured, measured_names = _without_gaps(observed.measured, observed.measured_names)
     parts = []
     for kind, x, names in (
         ("model", observed.features, observed.feature_names),
-        ("measured", *_without_gaps(observed.measured, observed.measured_names)),
+        ("measured", measured, measured_names),
     ):
-        if not names:
-            continue
-        median, scale = robust_scale(x)
-        quartiles = code_quartiles(members, x)
-        z = np.divide(quartiles[1] - median, scale, out=np.zeros_like(quartiles[1]), where=scale > 0)
-        z[np.isnan(quartiles[1])] = np.nan
-        auc, p = code_auc(members, x)
-        used = np.flatnonzero(np.diff(members.indptr))
-        parts.append(
-            {
-                **code_columns(observed, np.repeat(used, len(names))),
-                "kind": np.full(used.size * len(names), kind),
-                "feature": np.tile(np.array(names), used.size),
-                "q25": quartiles[0][used].ravel(),
-                "median": quartiles[1][used].ravel(),
-                "q75": quartiles[2][used].ravel(),
-                "median_all": np.tile(median, used.size),
-                "robust_z": z[used].ravel(),
-                "auc": auc[used].ravel(),
-                "p": p[used].ravel(),
-            }
-        )
-    table = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    table["q"] = false_discovery_rate(table["p"])
-    return table
+        if names:
+            parts.append(_profiles(members, x, used) | {"kind": np.full((used.size, len(names)), kind)})
+            parts[-1]["feature"] = np.broadcast_to(np.array(names), (used.size, len(names)))
+    columns = {name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0]}
+    columns["q"] = false_discovery_rate(columns["p"])
+    F = columns["q"].shape[1]
+    codes = np.repeat(used, F).reshape(-1, F)
+    if (kept := max(1, _MOST_ROWS // max(used.size, 1))) < F:
+        notes.append(f"features: of every code only the {kept} with the clearest AUC")
+        best = np.sort(np.argsort(-np.abs(columns["auc"] - 0.5), axis=1, kind="stable")[:, :kept], axis=1)
+        columns = {name: np.take_along_axis(values, best, 1) for name, values in columns.items()}
+        codes = codes[:, :kept]
+    order = ("kind", "feature", "q25", "median", "q75", "median_all", "robust_z", "auc", "p", "q")
+    return {**code_columns(observed, codes.ravel()), **{name: columns[name].ravel() for name in order}}
+
+
+def _profiles(members: csr_matrix, x: NDArray[np.floating], used: NDArray[np.int64]) -> Table:
+    """Columns of `features_table`, each [used codes, F]."""
+    median, scale = robust_scale(x)
+    q25, own, q75 = code_quartiles(members, x)[:, used]
+    auc, p = code_auc(members, x)
+    return {
+        "q25": q25,
+        "median": own,
+        "q75": q75,
+        "median_all": np.broadcast_to(median, own.shape),
+        "robust_z": np.divide(own - median, scale, out=np.zeros_like(own), where=scale > 0),
+        "auc": auc[used],
+        "p": p[used],
+    }
 
 
 def _without_gaps(x: NDArray[np.float32], names: list[str]) -> tuple[NDArray[np.float32], list[str]]:
     """Columns that vary, their NaN replaced by the median."""
-    keep = []
-    filled = x.copy()
+    medians = {}
     for i in range(x.shape[1]):
-        column = filled[:, i]
-        known = np.isfinite(column)
-        if not known.any():
-            continue
-        column[~known] = np.median(column[known])
-        if column.min() < column.max():
-            keep.append(i)
-    return np.ascontiguousarray(filled[:, keep]), [names[i] for i in keep]
+        known = x[np.isfinite(x[:, i]), i]
+        if known.size and known.min() < known.max():
+            medians[i] = np.median(known)
+    kept = np.ascontiguousarray(x[:, list(medians)])
+    for column, median in zip(kept.T, medians.values(), strict=True):
+        column[~np.isfinite(column)] = median
+    return kept, [names[i] for i in medians]
 
 
 def samples_table(observed: Observations, per_kind: int, generator: np.random.Generator) -> Table:

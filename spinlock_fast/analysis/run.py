@@ -33,7 +33,7 @@ class AnalysisConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     bins: int = Field(default=5, ge=2, le=100, description="quantile bins of a parameter")
-    alpha: float = Field(default=0.05, gt=0, lt=1, description="false discovery rate of what is called found")
+    alpha: float = Field(default=0.05, ge=0.001, le=0.5, description="false discovery rate of what is called found")
     rows: int = Field(default=200_000, ge=_FEWEST_ROWS, description="most operators; more are thinned evenly")
     samples: int = Field(default=3, ge=1, description="operators of each kind that show a code")
     neighbours: int = Field(default=5, ge=1, description="nearest operators that are listed")
@@ -126,7 +126,7 @@ def analyze_observations(observed: Observations, config: AnalysisConfig, stage: 
     members = one_hot(observed.tokens, observed.books.offsets)
     queries = np.unique(np.linspace(0, N - 1, min(N, config.queries)).astype(np.int64))
     run("codes", "Codes", lambda: codes_table(observed, counts))
-    run("features", "Features of codes", lambda: features_table(observed, members))
+    run("features", "Features of codes", lambda: features_table(observed, members, notes))
     run("samples", "Samples of codes", lambda: samples_table(observed, config.samples, generator))
     stage("Nearest operators")
     started = time.perf_counter()

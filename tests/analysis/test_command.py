@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import write_dataset
+from helpers import write_dataset, write_shards
 from planted import operators
 
 from spinlock_fast import Tokenizer
@@ -168,6 +168,19 @@ def test_more_rows_than_asked_for_are_thinned_evenly(checkpoints: list[Path], da
     np.testing.assert_array_equal(part.tokens, whole.tokens[part.rows])
     np.testing.assert_allclose(part.measured, whole.measured[part.rows])
     np.testing.assert_array_equal(part.labels["noise regime"], whole.labels["noise regime"][part.rows])
+
+
+def test_shards_are_one_data_set(checkpoints: list[Path], tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_checkpoint(checkpoints[0])
+    one = observe(tokenizer, write_dataset(tmp_path / "one.h5", 60, seed=8), 100, 10**8)
+    write_shards(tmp_path / "parts", [25, 35], seed=8)
+    many = observe(tokenizer, str(tmp_path / "parts" / "*.h5"), 100, 10**8)
+    np.testing.assert_array_equal(one.tokens, many.tokens)
+    assert many.rows.tolist() == list(range(60))
+    for name, values in one.labels.items():
+        np.testing.assert_array_equal(values, many.labels[name])
+    for name, numbers in one.parameters.items():
+        np.testing.assert_array_equal(numbers, many.parameters[name])
 
 
 def test_data_without_conditions_are_analysed_all_the_same(checkpoints: list[Path], tmp_path: Path) -> None:

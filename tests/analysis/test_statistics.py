@@ -12,7 +12,16 @@ from scipy.stats import hypergeom, mannwhitneyu, rankdata
 from sklearn.metrics import adjusted_mutual_info_score, roc_auc_score
 
 from spinlock_fast.analysis.associations import code_counts, cooccurrence_table, lifts_table
-from spinlock_fast.analysis.codes import code_auc, code_quartiles, codes_table, mid_ranks, one_hot, samples_table
+from spinlock_fast.analysis.codes import (
+    _without_gaps,
+    code_auc,
+    code_quartiles,
+    codes_table,
+    features_table,
+    mid_ranks,
+    one_hot,
+    samples_table,
+)
 from spinlock_fast.analysis.conditions import binned, conditions_of, labelled
 from spinlock_fast.analysis.neighbours import agreement_table, nearest_operators, neighbours_table
 from spinlock_fast.analysis.refinement import refinement_table
@@ -70,6 +79,42 @@ def test_quartiles_are_those_of_the_operators() -> None:
     found = code_quartiles(MEMBERS, OBSERVED.features)
     expected = np.quantile(OBSERVED.features[of_code(1, 2)], [0.25, 0.5, 0.75], axis=0)
     np.testing.assert_allclose(found[:, NUM_CODES[0] + 2], expected, rtol=1e-5)
+
+
+def test_profiles_are_quartiles_in_units_of_all_operators() -> None:
+    table = features_table(OBSERVED, MEMBERS, [])
+    assert len(table["q"]) == sum(NUM_CODES) * (7 + 2)
+    (i,) = rows_where(table, codebook="fast/L0", code=3, feature="family::feature_2")
+    x = OBSERVED.features[:, 2]
+    mine = x[of_code(3, 3)]
+    assert table["kind"][i] == "model"
+    assert table["median_all"][i] == pytest.approx(np.median(x))
+    assert table["q75"][i] == pytest.approx(np.quantile(mine, 0.75), rel=1e-5)
+    mad = np.median(np.abs(x - np.median(x)))
+    assert table["robust_z"][i] == pytest.approx((np.median(mine) - np.median(x)) / (1.4826 * mad), rel=1e-4)
+
+
+def test_of_very_many_rows_the_clearest_features_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    from spinlock_fast.analysis import codes
+
+    whole = features_table(OBSERVED, MEMBERS, [])
+    monkeypatch.setattr(codes, "_MOST_ROWS", 2 * sum(NUM_CODES))
+    notes: list[str] = []
+    part = features_table(OBSERVED, MEMBERS, notes)
+    assert len(notes) == 1
+    assert len(part["q"]) == 2 * sum(NUM_CODES)
+    strength = np.abs(whole["auc"] - 0.5).reshape(-1, 9)
+    expected = np.sort(strength, axis=1)[:, -2:].sum(1)
+    np.testing.assert_allclose(np.abs(part["auc"] - 0.5).reshape(-1, 2).sum(1), expected)
+    assert set(part["q"]) <= set(whole["q"])  # over all tests, those that are not kept as well
+
+
+def test_gaps_of_measured_columns_become_medians_and_flat_columns_go() -> None:
+    measured = np.array([[1, np.nan, 5, np.nan], [3, np.nan, 5, 2], [np.nan, np.nan, 5, 4]], np.float32)
+    filled, names = _without_gaps(measured, ["a", "b", "c", "d"])
+    assert names == ["a", "d"]
+    assert filled.tolist() == [[1, 3], [3, 2], [2, 4]]
+    assert np.isnan(measured[2, 0])
 
 
 def test_samples_are_the_nearest_random_and_least_certain_operators() -> None:
