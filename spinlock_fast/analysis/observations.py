@@ -219,15 +219,23 @@ def read_conditions(
     """Parameters and labels of some rows, by name; what a file lacks is noted."""
     values = _read(source, PARAMETERS, rows, notes)
     parameters: dict[str, NDArray[np.float64]] = {}
-    if values is not None and values.ndim == 2:
+    if values is not None:
+        if values.ndim != 2 or values.dtype.kind not in "fiub":
+            raise _unfit(source, PARAMETERS, "numbers [N, P]", values)
         names = _parameter_names(source, values.shape[1])
         parameters = {name: values[:, i].astype(np.float64) for i, name in enumerate(names)}
     labels = {}
     for name, path in LABELS.items():
         found = _read(source, path, rows, notes)
         if found is not None:
-            labels[name] = np.array([_text(v) for v in found]) if found.dtype == object else found
+            if found.ndim != 1 or found.dtype.kind not in "OSfiub":
+                raise _unfit(source, path, "texts or numbers [N]", found)
+            labels[name] = np.array([_text(v) for v in found]) if found.dtype.kind in "OS" else found
     return parameters, labels
+
+
+def _unfit(source: Source, path: str, expected: str, found: NDArray[Any]) -> DataError:
+    return DataError(f"{source.files[0]}: {path}: expected {expected}, got {found.dtype} of shape {found.shape}")
 
 
 def _parameter_names(source: Source, width: int) -> list[str]:

@@ -187,12 +187,13 @@ def _print_levels(table: Table, console: Console) -> None:
     levels: list[int] = np.unique(table["level"]).tolist()
     for level in levels:
         grid.add_column(f"L{level}" if level == 0 else f"+ L{level}", justify="right")
-    grid.add_column("new in " + ", ".join(f"L{level}" for level in levels[1:]), justify="right")
+    if len(levels) > 1:
+        grid.add_column("new in " + ", ".join(f"L{level}" for level in levels[1:]), justify="right")
     for category in dict.fromkeys(table["category"].tolist()):
         mine = table["category"] == category
         told = [f"{value:.2f}" for value in table["epsilon_squared"][mine]]
         new = ", ".join(f"{value:.0%}" for value in table["new_share"][mine][1:])
-        grid.add_row(escape(category), *told, *[""] * (len(levels) - len(told)), new)
+        grid.add_row(escape(category), *told, *[""] * (len(levels) - len(told)), *([new] if len(levels) > 1 else []))
     console.print(grid)
 
 

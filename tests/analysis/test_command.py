@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -14,11 +15,12 @@ import torch
 import yaml
 from helpers import write_dataset, write_shards
 from planted import operators
+from rich.console import Console
 
 from spinlock_fast import Tokenizer
 from spinlock_fast.analysis import AnalysisConfig, analyze_observations, write_tables
 from spinlock_fast.analysis.observations import distances, observe
-from spinlock_fast.analysis.words import association_grid, code_lines, mute_codebooks, unused_codes
+from spinlock_fast.analysis.words import association_grid, code_lines, mute_codebooks, print_analysis, unused_codes
 from spinlock_fast.analyze import main as analyze_main
 from spinlock_fast.cli import main as dispatch
 from spinlock_fast.errors import ConfigError
@@ -211,13 +213,80 @@ def test_mistakes_are_one_line(
         assert error.count("\n") == 1
 
 
-def test_a_count_of_rows_that_differs_is_named(checkpoints: list[Path], data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("path", "values", "text"),
+    [
+        ("metadata/ic_types", np.zeros(3), "has 3 rows, but the features have 160"),
+        ("metadata/ic_types", np.zeros((160, 2)), "expected texts or numbers [N]"),
+        ("parameters/params", np.zeros(160), "expected numbers [N, P]"),
+        ("parameters/params", np.full((160, 2), b"x"), "expected numbers [N, P]"),
+    ],
+)
+def test_conditions_of_another_shape_are_named(
+    checkpoints: list[Path],
+    data: Path,
+    tmp_path: Path,
+    path: str,
+    values: np.ndarray,
+    text: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     wrong = tmp_path / "wrong.h5"
     wrong.write_bytes(data.read_bytes())
     with h5py.File(wrong, "r+") as file:
-        del file["metadata/ic_types"]
-        file["metadata/ic_types"] = np.zeros(3)
+        del file[path]
+        file[path] = values
     assert run(analyze_main, checkpoints[0], wrong, "--output", tmp_path / "out", "--quiet") == 3
+    error = capsys.readouterr().err
+    assert text in error
+    assert path in error
+    assert error.count("\n") == 1
+
+
+def test_texts_of_fixed_length_are_texts(checkpoints: list[Path], data: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.h5"
+    other.write_bytes(data.read_bytes())
+    with h5py.File(other, "r+") as file:
+        texts = file["metadata/ic_types"][:].astype("S8")
+        del file["metadata/ic_types"]
+        file["metadata/ic_types"] = texts
+    tokenizer = Tokenizer.from_checkpoint(checkpoints[0])
+    labels = [observe(tokenizer, path, 200, 10**8).labels["initial condition"] for path in (data, other)]
+    np.testing.assert_array_equal(*labels)
+
+
+def test_one_category_of_one_level_is_analysed_and_put_in_words(tmp_path: Path) -> None:
+    observed = operators(60, seed=0)
+    books = observed.books
+    one = replace(
+        observed,
+        books=replace(
+            books,
+            names=books.names[:1],
+            categories=books.categories[:1],
+            levels=[0],
+            num_codes=books.num_codes[:1],
+            vectors=books.vectors[:1],
+        ),
+        tokens=observed.tokens[:, :1],
+        distance=observed.distance[:, :1],
+        margin=observed.margin[:, :1],
+        groups={"slow": observed.groups["slow"]},
+    )
+    found = analyze_observations(one, AnalysisConfig())
+    assert "cooccurrence" not in found.tables
+    console = Console(record=True, width=100)
+    print_analysis(found, console)
+    assert "new in" not in console.export_text()
+    write_tables(found.tables, tmp_path, ("csv",))
+
+
+def test_tables_without_a_row_are_written(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow", reason="Parquet needs pyarrow, an optional extra")
+    tables = analyze_observations(operators(60, seed=0, dependent=False), AnalysisConfig()).tables
+    assert len(tables["cooccurrence"]["q"]) == 0
+    write_tables({"cooccurrence": tables["cooccurrence"]}, tmp_path, ("csv", "parquet"))
+    assert (tmp_path / "cooccurrence.csv").read_text().count("\n") == 1
 
 
 def test_the_dispatcher_knows_analyze(capsys: pytest.CaptureFixture[str]) -> None:
