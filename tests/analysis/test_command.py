@@ -112,11 +112,13 @@ def test_the_command_writes_every_table(
 def test_parquet_holds_what_csv_holds(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet", reason="Parquet needs pyarrow, an optional extra")
     tables = analyze_observations(operators(60, seed=0), AnalysisConfig()).tables
+    tables["codes"]["margin_median"][0] = np.nan
     written = write_tables(tables, tmp_path, ("csv", "parquet"))
     assert len(written) == 2 * len(tables)
     for name, table in tables.items():
         read = parquet.read_table(tmp_path / f"{name}.parquet").to_pydict()
         texts = rows(tmp_path / f"{name}.csv")
+        assert "nan" not in (tmp_path / f"{name}.csv").read_text()
         for column, values in table.items():
             if values.dtype.kind == "f":
                 np.testing.assert_array_equal(np.array(read[column], np.float64), values)
@@ -163,7 +165,7 @@ def test_distances_and_margins_are_those_of_every_code(checkpoints: list[Path], 
 
 def test_more_rows_than_asked_for_are_thinned_evenly(checkpoints: list[Path], data: Path) -> None:
     tokenizer = Tokenizer.from_checkpoint(checkpoints[0])
-    whole, part = (observe(tokenizer, data, most, 10**8) for most in (10**6, 40))
+    whole, part = (observe(tokenizer, data, most, budget) for most, budget in ((10**6, 10**8), (40, 350_000)))
     assert part.rows[[0, -1]].tolist() == [0, 159]
     assert len(part.rows) == 40
     assert part.notes == ["40 of 160 operators, spread evenly, were analysed"]

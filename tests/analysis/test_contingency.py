@@ -37,6 +37,14 @@ def test_information_is_that_of_scikit_learn(rows: int, codes: int, levels: int,
     assert adjusted_mutual_information(table) == pytest.approx(adjusted_mutual_info_score(a, b), abs=1e-9)
 
 
+def test_rare_labels_have_the_expected_information_of_scikit_learn() -> None:
+    """Where a cell expects less than one count, the larger counts weigh more than a normal limit has it."""
+    table = np.array([[30, 20_000], [5, 40], [1, 60]])
+    a, b = (np.repeat(index.ravel(), table.ravel()) for index in np.indices(table.shape))
+    expected = sklearn_expected(contingency_matrix(a, b, sparse=True, dtype=np.int64), table.sum())
+    assert expected_mutual_information(table) == pytest.approx(expected, rel=1e-10)
+
+
 def test_labels_that_do_not_vary_tell_nothing() -> None:
     table = np.array([[40, 60]])
     assert adjusted_mutual_information(table) == 0.0

@@ -235,6 +235,9 @@ def test_agreement_counts_neighbours_and_all_pairs() -> None:
 def test_parameters_are_binned_by_quantiles_and_choices_kept() -> None:
     quantity = binned("scale", np.arange(100.0), 4)
     assert quantity.counts.tolist() == [25, 25, 25, 25]
+    edges = binned("scale", np.arange(101.0), 5)
+    assert [int(edges.codes[i]) for i in (0, 19, 20, 99, 100)] == [0, 0, 1, 4, 4]  # a bin holds its lower edge
+    assert edges.levels[1] == "20 to 40"
     choice = binned("layers", np.array([2.0, 4.0, 2.0, 3.0, np.nan]), 4)
     assert choice.levels == ["2", "3", "4", "not finite"]
     assert choice.codes.tolist() == [0, 2, 0, 1, 3]
