@@ -29,6 +29,8 @@ _TYPES = {
     "first_entries_ptr": "*i64",
     "moments_ptr": "*fp64",
     "rounding": "fp32",
+    "x_rounding": "fp32",
+    "splits_ptr": "*i32",
     "decay": "fp32",
     "rest": "fp32",
     "epsilon": "fp32",
