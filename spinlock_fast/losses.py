@@ -67,29 +67,28 @@ def loss_terms(model: CategoricalHierarchicalVQVAE, x: Tensor, out: dict[str, Te
 
     Args:
         x: [B, F] the features.
-        out: what `model(x)` returned.
+        out: what `model(x)` returned, or `model.to_codes(x)`: then decoding is done beside the other terms.
         topo_samples: the topographic term takes the first so many rows.
     """
     layout, codes, codebook = model.quantizer.layout, out["tokens"], out["codebook"]
-    latents, quantized, reconstruction = out["latents"], out["quantized"], out["reconstruction"]
+    latents, quantized = out["latents"], out["quantized"]
     rows = slice(0, topo_samples)
 
     def topographic() -> Tensor:
         return topographic_loss(*topographic_correlations(x[rows], latents[rows], codes[rows], codebook, layout))
 
+    def error() -> Tensor:
+        reconstruction = out["reconstruction"] if "reconstruction" in out else model.decode(quantized)
+        return torch.nn.functional.mse_loss(reconstruction, x)
+
     def informativeness() -> Tensor:
         return partial_loss(x, quantized, codes, codebook, model.code_decoders, layout)
 
-    topo, partial, orthogonality, error = side_by_side(
-        [
-            topographic,
-            informativeness,
-            lambda: code_orthogonality(model.quantizer),
-            lambda: torch.nn.functional.mse_loss(reconstruction, x),
-        ],
-        [x, latents, quantized, codes, codebook, reconstruction, model.quantizer.embedding],
+    topo, reconstruction, partial, orthogonality = side_by_side(
+        [topographic, error, informativeness, lambda: code_orthogonality(model.quantizer)],
+        [x, *out.values(), model.quantizer.embedding],
     )
-    return LossTerms(error, out["vq_loss"], orthogonality, partial, topo)
+    return LossTerms(reconstruction, out["vq_loss"], orthogonality, partial, topo)
 
 
 def code_orthogonality(quantizer: GroupedVectorQuantizer) -> Tensor:
