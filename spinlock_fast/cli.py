@@ -18,6 +18,7 @@ VERBS = {
     "evaluate": "measure a checkpoint on an HDF5 file",
     "tokenize": "turn an HDF5 file into tokens",
     "convert": "convert a checkpoint of the original project",
+    "report": "draw the dashboards of a checkpoint",
 }
 
 
