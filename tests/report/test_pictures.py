@@ -52,9 +52,11 @@ def panel(figure: Figure, title: str) -> Axes:
     return found[0]
 
 
-@pytest.mark.parametrize("with_data", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("count", [2, 5, 11, 40])
+CASES = [(count, kind, True) for count in (2, 5, 11, 40) for kind in KINDS]
+CASES += [(count, kind, False) for count in (5, 40) for kind in ("topological", "semantic")]
+
+
+@pytest.mark.parametrize(("count", "kind", "with_data"), CASES)
 def test_dashboards_are_readable(directories: dict[int, Path], count: int, kind: str, with_data: bool) -> None:
     contents, sample, _ = read(directories[count], with_data)
     assert_readable(draw(kind, contents, sample))
