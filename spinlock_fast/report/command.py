@@ -18,6 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--data", metavar="FILE.h5", help="HDF5 file or glob; default: the data of the run, if there")
     options.add_argument("--output", required=True, metavar="DIR", help="directory for the pictures")
     options.add_argument("--type", default="all", choices=["all", *KINDS], help="which dashboard (default: all)")
+    options.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; encodes the data")
     options.add_argument("--quiet", action="store_true", help="print nothing but errors")
     chosen = options.parse_args(arguments)
     exit_with(lambda: _report(chosen))
@@ -27,7 +28,7 @@ def _report(chosen: argparse.Namespace) -> None:
     from spinlock_fast.report.write import write_report
 
     kinds = KINDS if chosen.type == "all" else (chosen.type,)
-    files, notes = write_report(chosen.checkpoint, chosen.output, chosen.data, kinds)
+    files, notes = write_report(chosen.checkpoint, chosen.output, chosen.data, kinds, chosen.device)
     if chosen.quiet:
         return
     for note in notes:

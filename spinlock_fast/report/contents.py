@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from spinlock_fast.checkpoint import CONFIG, HISTORY, METRICS, load_run_config
 from spinlock_fast.config import RunConfig
 from spinlock_fast.errors import ConfigError, DataError
@@ -100,14 +102,14 @@ class Contents:
         return "  ·  ".join([*parts, codes])
 
 
-def read_contents(directory: str | Path) -> Contents:
+def read_contents(directory: str | Path, device: str | torch.device = "cpu") -> Contents:
     """What lies in a checkpoint directory; what is optional and missing is noted.
 
     Raises:
         DataError: no checkpoint, a damaged file, or one that belongs to another model.
     """
     directory = Path(directory)
-    tokenizer = Tokenizer.from_checkpoint(directory)
+    tokenizer = Tokenizer.from_checkpoint(directory, device)
     notes: list[str] = []
     config = None
     if (directory / CONFIG).exists():
@@ -119,7 +121,7 @@ def read_contents(directory: str | Path) -> Contents:
     history = _read_json(directory / HISTORY)
     if metrics:
         _check_belongs(metrics, tokenizer.model, directory / METRICS)
-    epochs = history.get("epochs", [])
+    epochs = [record for record in history.get("epochs", []) if {"epoch", "train_loss"} <= record.keys()]
     if not epochs:
         notes.append(f"no {HISTORY}: the curves are left out")
     return Contents(
@@ -151,15 +153,14 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _check_belongs(metrics: Metrics, model: CategoricalHierarchicalVQVAE, path: Path) -> None:
     """Numbers of one model must not be drawn beside the sizes of another."""
-    described = {
-        category.get("name"): (category.get("features"), category.get("codes"))
-        for category in metrics.get("categories", [])
-    }
-    actual = {
-        name: (len(members), [book.num_tokens for book in model.levels[name]])
-        for name, members in model.config.group_indices.items()
-    }
-    if described and described != actual:
+    described = metrics.get("categories", [])
+    sizes = {name: len(members) for name, members in model.config.group_indices.items()}
+    same = not described or [category.get("name") for category in described] == list(sizes)
+    for category in described if same else ():
+        name = category["name"]
+        codes = [book.num_tokens for book in model.levels[name]]
+        same &= category.get("features", sizes[name]) == sizes[name] and category.get("codes", codes) == codes
+    if not same:
         raise DataError(f"{path}: describes other categories than the model beside it")
 
 

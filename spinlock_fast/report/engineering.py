@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from spinlock_fast.report.contents import Contents
 from spinlock_fast.report.layout import Row, page, settle
@@ -64,11 +64,8 @@ def _draw_losses(ax: Axes, contents: Contents) -> None:
     ax.plot(at, val, color=FOCUS, linewidth=1.4, marker=".", markersize=4, label="validation")
     if min(train + val) > 0 and max(train + val) > 5 * min(train + val):
         ax.set_yscale("log")
-        ax.yaxis.set_major_formatter("{x:.3g}")
-        ax.yaxis.set_minor_formatter("{x:.2g}")
-        ax.tick_params(axis="y", which="minor", labelsize=SMALL)
-        _thin_minor_labels(ax)
-    _mark(ax, contents, at, val, "{:.4g} at epoch {}, the best")
+        _label_logarithmic(ax)
+    _mark(ax, contents, at, val, "{:.4f} at epoch {}, the best")
     heading(ax, "Loss, all terms", "", 4.0, legend_rows=2)
     legend_above(ax, 2)
 
@@ -87,7 +84,7 @@ def _draw_quality(ax: Axes, contents: Contents) -> None:
             ax.plot(at, values, style, color=colour, linewidth=1.4, marker=".", markersize=4, label=label)
             best = best if best[0] else (at, values)
     ax.set_ylim(0, 1)
-    _mark(ax, contents, *best, "{:.4g} at the best epoch", explained=False)
+    _mark(ax, contents, *best, "{:.4f} at the best epoch", explained=False)
     heading(
         ax,
         f"Quality on {contents.measured_on}" if contents.metrics else "Quality on validation rows",
@@ -117,7 +114,7 @@ def _mark(ax: Axes, contents: Contents, at: list[int], values: list[float], text
     resets = [(record["epoch"], record["resets"]) for record in contents.epochs if record.get("resets")]
     if resets:
         replaced = sum(number for _, number in resets)
-        label = f"{replaced:,} dead codes replaced" if explained else "_resets"
+        label = f"dead codes replaced: {replaced:,}" if explained else "_resets"
         ax.plot(
             [epoch for epoch, _ in resets],
             [0.0] * len(resets),
@@ -131,13 +128,12 @@ def _mark(ax: Axes, contents: Contents, at: list[int], values: list[float], text
         )
 
 
-def _thin_minor_labels(ax: Axes) -> None:
-    """Over more than one decade the powers of ten suffice; within one, a few digits more."""
+def _label_logarithmic(ax: Axes) -> None:
+    """Labels at 1, 2, 5 of every decade, or at the decades alone where there are many."""
     low, high = ax.get_ylim()
-    if high / low > 12:
-        ax.yaxis.set_minor_formatter("")
-    else:
-        ax.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
+    ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 300 * low else (1.0,)))
+    ax.yaxis.set_major_formatter("{x:.3g}")
+    ax.yaxis.set_minor_locator(NullLocator())
 
 
 def _draw_figures(ax: Axes, contents: Contents) -> None:
@@ -155,8 +151,8 @@ def _draw_figures(ax: Axes, contents: Contents) -> None:
     add("utilization", "utilization", ".3f")
     add("perplexity / K", "perplexity_over_k", ".3f")
     add("codes in use", "active_codes", ",", f" of {contents.total_codes:,}")
-    add("distances kept: latents", "topo_pre", ".3f")
-    add("distances kept: codes", "topo_post", ".3f")
+    add("distances kept: features to latents", "topo_pre", ".3f")
+    add("distances kept: latents to codes", "topo_post", ".3f")
     add("category correlation, most", "category_correlation_max", ".3f")
     add("trainable parameters", "trainable_parameters", ",")
     add("code entries", "code_entries", ",")
@@ -165,7 +161,7 @@ def _draw_figures(ax: Axes, contents: Contents) -> None:
     if "total" in metrics.get("seconds", {}):
         shown.append(("seconds, all", f"{metrics['seconds']['total']:,.0f}"))
     write_table(ax, shown, (0.0, 1.0))
-    heading(ax, "Summary", f"on {contents.measured_on}", 3.0)
+    heading(ax, "Summary", f"on {contents.measured_on}", 3.0, room=room_for(0, 2) if contents.epochs else 0.0)
 
 
 def _draw_categories(figure: Figure, cells: list[Any], contents: Contents, quality: list[str]) -> None:

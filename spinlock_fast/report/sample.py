@@ -31,8 +31,10 @@ class Sample:
     counts: NDArray[np.int64]  # [codes], rows of each code, codebook after codebook
     centroids: NDArray[np.float64]  # [codes, F], mean normalised features of those rows; NaN where there are none
     correlation_on: str  # the rows that the next two rest on, in words
-    category_correlation: NDArray[np.float64]  # [C, C]
-    affinity: NDArray[np.float64]  # [C, F], mean |Pearson correlation| of a feature with a category's (other) features
+    # Mean |Pearson correlation| of features of two categories [C, C], and of a feature with those of a category [C, F],
+    # never of a feature with itself; NaN within a category of one feature.
+    category_correlation: NDArray[np.float64]
+    affinity: NDArray[np.float64]
 
     @property
     def used(self) -> NDArray[np.bool_]:
@@ -52,8 +54,14 @@ def measure_sample(contents: Contents, data: str | list[str]) -> Sample:
     x = np.concatenate([block for _, block in tokenizer.features_file(data)])
     if not len(x):
         raise DataError(f"{_name(data)}: no rows")
-    tokens = np.concatenate([tokenizer.model.get_tokens(part).numpy() for part in torch.from_numpy(x).split(4096)])
+    tokens = np.concatenate(
+        [
+            tokenizer.model.get_tokens(part.to(tokenizer.device)).cpu().numpy()
+            for part in torch.from_numpy(x).split(4096)
+        ]
+    )
     rows, words = _correlated_rows(contents, x)
+    between = category_correlation(rows, tokenizer.model.config.group_indices)
     counts, centroids = _code_means(contents, x, tokens)
     result = Sample(
         name=_name(data),
@@ -62,17 +70,17 @@ def measure_sample(contents: Contents, data: str | list[str]) -> Sample:
         counts=counts,
         centroids=centroids,
         correlation_on=words,
-        category_correlation=category_correlation(rows, tokenizer.model.config.group_indices),
+        category_correlation=np.where(_alone(contents), np.nan, between),
         affinity=_affinity(rows, contents.groups),
     )
     if not contents.metrics:
         training = contents.config.training if contents.config else TrainingConfig()
-        contents.metrics = evaluate(tokenizer.model, torch.from_numpy(x), training)
+        contents.metrics = evaluate(tokenizer.model, torch.from_numpy(x).to(tokenizer.device), training)
         complete(
             contents.metrics,
             tokenizer.model,
             tokenizer.feature_names,
-            max_off_diagonal(result.category_correlation),
+            max_off_diagonal(between),
         )
         contents.measured_on = f"{result.rows:,} rows of {result.name}"
     return result
@@ -114,5 +122,11 @@ def _affinity(x: NDArray[np.float32], groups: list[list[int]]) -> NDArray[np.flo
     for c, members in enumerate(groups):
         others = np.full(x.shape[1], len(members))
         others[members] -= 1
-        result[c] = strength[members].sum(0) / np.maximum(others, 1)
+        result[c] = strength[members].sum(0) / np.where(others > 0, others, np.nan)
     return result
+
+
+def _alone(contents: Contents) -> NDArray[np.bool_]:
+    """[C, C] true on the diagonal where a category has one feature."""
+    single: NDArray[np.bool_] = np.diag([len(members) == 1 for members in contents.groups])
+    return single

@@ -165,7 +165,8 @@ def _write_central(ax: Axes, contents: Contents, sample: Sample) -> None:
     for row, members in enumerate(contents.groups):
         own = sample.affinity[row, members]
         for place, i in enumerate(np.argsort(-own, kind="stable")[:most]):
-            text = f"{own[i]:.2f} {shorten(names[members[i]], length)}"
+            closeness = f"{own[i]:.2f}" if len(members) > 1 else "alone"
+            text = f"{closeness} {shorten(names[members[i]], length)}"
             ax.text(place / most, row, text, fontsize=SMALL, va="center")
     bare(ax)
     ax.set_xlim(0, 1)
@@ -179,7 +180,7 @@ def _draw_correlation(figure: Figure, ax: Axes, contents: Contents, sample: Samp
     written = count <= _WRITTEN_CELLS
     image = heat_map(ax, values, MAGNITUDE, 0.0, 1.0)
     if written:
-        write_cells(ax, image, [[f"{value:.2f}" for value in row] for row in values])
+        write_cells(ax, image, [["" if np.isnan(v) else f"{v:.2f}" for v in row] for row in values])
     shown = every(count, count * 0.14 if not written else 9.9)
     across = every(count, 4.4)
     labels = distinct(contents.categories, 16)

@@ -128,7 +128,7 @@ def latent_similarity(contents: Contents) -> NDArray[np.float64]:
 
 
 def feature_similarity(contents: Contents, sample: Sample) -> NDArray[np.float64]:
-    """[G, G] in 0..1, cosine between the covariances (F x F) of the features' means given a token.
+    """[G, G] in 0..1, cosine between the covariances (F x F) of the features' means given a token; NaN for one code.
 
     The RV coefficient of Escoufier (1973), without F x F matrices: tr(S_g S_h) = sum_kl p_k p_l (m_k . m_l)^2.
     """
@@ -139,7 +139,8 @@ def feature_similarity(contents: Contents, sample: Sample) -> NDArray[np.float64
     deviation = np.sqrt(share)[:, None] * (means - mean)
     member = np.eye(len(contents.codebooks))[book_of]
     products: NDArray[np.float64] = member.T @ np.square(deviation @ deviation.T) @ member
-    size = np.sqrt(np.diag(products))
+    several = member.T @ sample.used > 1  # one code alone tells nothing apart
+    size = np.where(several, np.sqrt(np.diag(products)), 0.0)
     scale = np.outer(size, size)
     np.divide(products, scale, out=products, where=scale > 0)
     return np.where(scale > 0, np.clip(products, 0.0, 1.0), np.nan)
@@ -168,7 +169,7 @@ def _draw_centroids(ax: Axes, contents: Contents, sample: Sample, columns: int) 
     points, shares = project(sample.centroids[sample.used])
     points, moved = pin_outliers(points)
     _draw_map(ax, contents, points, sample.used, columns)
-    pinned = f"; {moved:,} farther out are drawn at the edge" if moved else ""
+    pinned = f"; farther out, at the edge: {moved:,}" if moved else ""
     heading(
         ax,
         f"{len(points):,} codes in feature space",

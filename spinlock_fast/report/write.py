@@ -22,6 +22,7 @@ def write_report(
     output: str | Path,
     data: str | list[str] | None = None,
     kinds: Sequence[str] = KINDS,
+    device: str = "auto",
 ) -> tuple[list[Path], list[str]]:
     """Writes <kind>.png and <kind>.svg of a checkpoint directory.
 
@@ -31,11 +32,13 @@ def write_report(
         output: directory, made if need be.
         data: HDF5 file, glob or list; when not given, the data of the run where they are still there.
         kinds: which dashboards.
+        device: auto, cpu, cuda or cuda:N; encodes the data.
 
     Returns:
         The files, and a line for each thing that is left out.
 
     Raises:
+        ConfigError: the device is not there.
         DataError: the checkpoint or `data` cannot serve.
         OutputError: a file cannot be written.
         SpinlockFastError: matplotlib or scikit-learn is not installed.
@@ -49,8 +52,9 @@ def write_report(
     from spinlock_fast.report.contents import read_contents
     from spinlock_fast.report.save import save_figure
     from spinlock_fast.report.style import RC
+    from spinlock_fast.trainer import resolve_device
 
-    contents = read_contents(checkpoint)
+    contents = read_contents(checkpoint, resolve_device(device))
     check_writable(Path(output))
     sample = _read_sample(contents, data, kinds)
     if not contents.metrics:

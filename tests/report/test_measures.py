@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from dashboards import assert_readable, synthetic_checkpoint
 from numpy.typing import NDArray
 
 from spinlock_fast.report.contents import Contents, read_contents
@@ -19,6 +21,7 @@ from spinlock_fast.report.topological import (
     pin_outliers,
     project,
 )
+from spinlock_fast.report.write import draw
 
 Matrix = NDArray[np.float32]
 
@@ -72,6 +75,29 @@ def test_feature_similarity_is_the_cosine_of_covariances(measured: tuple[Content
     assert np.allclose(found, np.array(unit) @ np.array(unit).T, atol=1e-4)
     own, other = found[0, 1], found[0, 3]  # planted: categories share nothing
     assert own > 0.7 > 0.3 > other
+
+
+def test_a_codebook_of_which_one_code_occurs_has_no_similarity(measured: tuple[Contents, Sample, Matrix]) -> None:
+    contents, sample, _ = measured
+    first = contents.codebooks[0].codes
+    counts = sample.counts.copy()
+    counts[:first] = 0
+    counts[2] = sample.rows
+    centroids = np.where(counts[:, None] > 0, np.nan_to_num(sample.centroids), np.nan)
+    found = feature_similarity(contents, replace(sample, counts=counts, centroids=centroids))
+    assert np.isnan(found[0]).all()
+    assert np.isnan(found[:, 0]).all()
+    assert not np.isnan(found[1:, 1:]).any()
+
+
+def test_a_feature_is_never_compared_with_itself(tmp_path: Path) -> None:
+    directory = synthetic_checkpoint(tmp_path, [5, 1, 4], rows=100, epochs=1)
+    contents = read_contents(directory)
+    sample = measure_sample(contents, str(tmp_path / "data.h5"))
+    assert np.isnan(sample.category_correlation[1, 1])
+    assert np.isnan(sample.affinity[1, 5])
+    assert np.isnan(sample.category_correlation).sum() == np.isnan(sample.affinity).sum() == 1
+    assert_readable(draw("semantic", contents, sample))
 
 
 def test_code_vectors_have_length_one_and_zeros_behind(measured: tuple[Contents, Sample, Matrix]) -> None:

@@ -120,7 +120,7 @@ def test_curves_mark_the_best_epoch_and_the_resets(checkpoint: Path) -> None:
         assert list(lines["D"].get_xdata()) == [metrics["best_epoch"]]
         assert lines["D"].get_ydata()[0] == pytest.approx(metrics[key])
         assert list(lines["^"].get_xdata()) == resets
-    assert f"{sum(r['resets'] or 0 for r in history['epochs']):,} dead codes replaced" in [
+    assert f"dead codes replaced: {sum(r['resets'] or 0 for r in history['epochs']):,}" in [
         text.get_text() for text, _ in drawn_texts(figure)
     ]
 
