@@ -192,6 +192,8 @@ def _draw_correlation(figure: Figure, ax: Axes, contents: Contents, sample: Samp
         caption += f" Largest off the diagonal: {max_off_diagonal(values):.3f}"
         target = contents.config.training.orthogonality_target if contents.config else None
         caption += f" (orthogonality_target {target:g})." if target is not None else "."
+    if np.isnan(values).any():
+        caption += " White: one feature."
     heading(ax, "Correlation of the categories", caption, 4.0, room=room_for(2))
 
 

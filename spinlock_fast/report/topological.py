@@ -213,7 +213,7 @@ def _draw_facets(
     for c, label in enumerate(distinct(contents.categories, 70 // columns)):
         line, column = divmod(c, columns)
         place = unit * (0.9, 0.74) + (column + 0.05, -line)
-        ax.scatter(place[:, 0], place[:, 1], s=1.5, color=REST, linewidths=0)
+        ax.scatter(place[:, 0], place[:, 1], s=2.5, color=REST, linewidths=0)
         _scatter(ax, place, category == c, level, FOCUS, 9.0)
         ax.text(column + 0.03, -line + 0.78, label, fontsize=SMALL, va="bottom")
     ax.set_xlim(0, columns)
