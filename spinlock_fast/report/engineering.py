@@ -30,6 +30,7 @@ from spinlock_fast.report.style import (
 )
 
 _BEST = "#d55e00"
+_FEW = 20  # validations whose points are marked
 
 
 def draw_engineering(contents: Contents) -> Figure:
@@ -37,8 +38,11 @@ def draw_engineering(contents: Contents) -> Figure:
     columns = stages(contents)
     rows = [Row(schematic_height(columns), 0.0, (1.0,))]
     curves, figures = bool(contents.epochs), bool(contents.metrics)
-    if curves or figures:
-        rows.append(Row(2.3, 1.0, (1.0, 1.0, 0.72)[: 2 * curves + figures] if curves else (1.0,)))
+    summary = _summary(contents)
+    if curves:
+        rows.append(Row(2.3, 1.0, (1.0, 1.0, 0.72) if figures else (1.0, 1.0)))
+    elif figures:
+        rows.append(Row(0.17 * -(-len(summary) // 2), 0.6, (1.0, 1.0)))
     quality = [key for key in ("utilization", "perplexity", "partial_mse") if contents.per_category(key)]
     if quality:
         count = len(contents.categories)
@@ -49,8 +53,12 @@ def draw_engineering(contents: Contents) -> Figure:
     if curves:
         _draw_losses(figure.add_subplot(grid[1][0]), contents)
         _draw_quality(figure.add_subplot(grid[1][1]), contents)
-    if figures:
-        _draw_figures(figure.add_subplot(grid[1][-1]), contents)
+    if figures and curves:
+        _write_summary(figure.add_subplot(grid[1][2]), contents, summary, room_for(0, 2))
+    elif figures:
+        half = -(-len(summary) // 2)
+        _write_summary(figure.add_subplot(grid[1][0]), contents, summary[:half], 0.0)
+        write_table(figure.add_subplot(grid[1][1]), [*summary[half:], ("", "")][:half], (0.0, 1.0))
     if quality:
         _draw_categories(figure, grid[-1], contents, quality)
     return settle(figure)
@@ -81,7 +89,8 @@ def _draw_quality(ax: Axes, contents: Contents) -> None:
         at, values = _validated(contents, key)
         if at:
             colour = FOCUS if key == "quality" else NEUTRAL
-            ax.plot(at, values, style, color=colour, linewidth=1.4, marker=".", markersize=4, label=label)
+            marker = "." if len(at) <= _FEW else ""  # many would hide how the line is dashed
+            ax.plot(at, values, style, color=colour, linewidth=1.4, marker=marker, markersize=4, label=label)
             best = best if best[0] else (at, values)
     ax.set_ylim(0, 1)
     _mark(ax, contents, *best, "{:.4f} at the best epoch", explained=False)
@@ -136,7 +145,8 @@ def _label_logarithmic(ax: Axes) -> None:
     ax.yaxis.set_minor_locator(NullLocator())
 
 
-def _draw_figures(ax: Axes, contents: Contents) -> None:
+def _summary(contents: Contents) -> list[tuple[str, str]]:
+    """What was measured on the model as a whole."""
     metrics = contents.metrics
     shown: list[tuple[str, str]] = []
 
@@ -147,7 +157,7 @@ def _draw_figures(ax: Axes, contents: Contents) -> None:
 
     add("quality", "quality", ".4f")
     add("reconstruction error", "reconstruction_error", ".4f")
-    add("validation loss", "val_loss", ".4f")
+    add("loss, all terms", "val_loss", ".4f")
     add("utilization", "utilization", ".3f")
     add("perplexity / K", "perplexity_over_k", ".3f")
     add("codes in use", "active_codes", ",", f" of {contents.total_codes:,}")
@@ -160,8 +170,12 @@ def _draw_figures(ax: Axes, contents: Contents) -> None:
     add("samples", "samples", ",")
     if "total" in metrics.get("seconds", {}):
         shown.append(("seconds, all", f"{metrics['seconds']['total']:,.0f}"))
-    write_table(ax, shown, (0.0, 1.0))
-    heading(ax, "Summary", f"on {contents.measured_on}", 3.0, room=room_for(0, 2) if contents.epochs else 0.0)
+    return shown
+
+
+def _write_summary(ax: Axes, contents: Contents, rows: list[tuple[str, str]], room: float) -> None:
+    write_table(ax, rows, (0.0, 1.0))
+    heading(ax, "Summary", f"on {contents.measured_on}", 3.0, room=room)
 
 
 def _draw_categories(figure: Figure, cells: list[Any], contents: Contents, quality: list[str]) -> None:
@@ -172,7 +186,7 @@ def _draw_categories(figure: Figure, cells: list[Any], contents: Contents, quali
         if key == "partial_mse":
             _draw_errors(ax, contents)
         else:
-            _draw_heat_map(figure, ax, contents, key)
+            _draw_heat_map(ax, contents, key)
         if first is None:
             first = ax
             ax.set_yticks(range(len(labels)), labels)
@@ -181,7 +195,7 @@ def _draw_categories(figure: Figure, cells: list[Any], contents: Contents, quali
             ax.tick_params(axis="y", labelleft=False)
 
 
-def _draw_heat_map(figure: Figure, ax: Axes, contents: Contents, key: str) -> None:
+def _draw_heat_map(ax: Axes, contents: Contents, key: str) -> None:
     values = np.full((len(contents.categories), contents.levels), np.nan)
     texts = [[""] * contents.levels for _ in contents.categories]
     found = contents.per_category(key) or []
@@ -198,7 +212,7 @@ def _draw_heat_map(figure: Figure, ax: Axes, contents: Contents, key: str) -> No
         heading(ax, "Utilization", "Share of a codebook's codes that occur.", 3.6, room=room_for(2))
     else:
         heading(ax, "Perplexity", "Codes that would do if all occurred equally often, of K.", 3.6, room=room_for(2))
-        scale_bar(figure, image, ax, "share of K", 0.03)
+        scale_bar(image, ax, "share of K", 0.03)
 
 
 def _draw_errors(ax: Axes, contents: Contents) -> None:

@@ -59,20 +59,20 @@ def draw_semantic(contents: Contents, sample: Sample | None) -> Figure:
     figure, grid = page("Semantics", contents, rows)
     order = [i for members in contents.groups for i in members]
     upper = figure.add_subplot(grid[0][0])
-    _draw_features(figure, upper, contents, sample, order)
+    _draw_features(upper, contents, sample, order)
     share = _STRIP / height
     _draw_strip(upper.inset_axes((0.0, -1.35 * share, 1.0, share), sharex=upper), contents, order, named)
     _draw_sizes(figure.add_subplot(grid[0][1]), contents)
-    _draw_tokens(figure, figure.add_subplot(grid[1][0]), contents)
+    _draw_tokens(figure.add_subplot(grid[1][0]), contents)
     if sample is not None:
         _write_central(figure.add_subplot(grid[1][1]), contents, sample)
-        _draw_correlation(figure, figure.add_subplot(grid[1][2]), contents, sample)
+        _draw_correlation(figure.add_subplot(grid[1][2]), contents, sample)
     _draw_families(figure.add_subplot(grid[-1][-2]), contents)
     _write_capacity(figure.add_subplot(grid[-1][-1]), contents, sample)
     return settle(figure)
 
 
-def _draw_features(figure: Figure, ax: Axes, contents: Contents, sample: Sample | None, order: list[int]) -> None:
+def _draw_features(ax: Axes, contents: Contents, sample: Sample | None, order: list[int]) -> None:
     """Which feature belongs where, and with data: how close it is to every category."""
     sizes = [len(members) for members in contents.groups]
     starts = np.cumsum([0, *sizes[:-1]])
@@ -80,7 +80,7 @@ def _draw_features(figure: Figure, ax: Axes, contents: Contents, sample: Sample 
         image = heat_map(ax, sample.affinity[:, order], MAGNITUDE, 0.0, 1.0)
         for row, (start, size) in enumerate(zip(starts, sizes, strict=True)):
             ax.add_patch(Rectangle((start - 0.5, row - 0.5), size, 1, fill=False, edgecolor="white", linewidth=1.0))
-        scale_bar(figure, image, ax, "mean |r|", 0.015)
+        scale_bar(image, ax, "mean |r|", 0.015)
         caption = (
             "Mean |correlation| of each feature with the (other) features of each category, "
             f"on {sample.correlation_on} of {shorten(sample.name, 40)}. Framed: its own category."
@@ -146,7 +146,7 @@ def _draw_sizes(ax: Axes, contents: Contents) -> None:
     legend_above(ax, columns)
 
 
-def _draw_tokens(figure: Figure, ax: Axes, contents: Contents) -> None:
+def _draw_tokens(ax: Axes, contents: Contents) -> None:
     """A cell for each token of a sample."""
     values = np.full((len(contents.categories), contents.levels), np.nan)
     for book in contents.codebooks:
@@ -174,7 +174,7 @@ def _write_central(ax: Axes, contents: Contents, sample: Sample) -> None:
     heading(ax, "Central features", "Highest mean |r| with the others of their category.", 3.8, room=room_for(2))
 
 
-def _draw_correlation(figure: Figure, ax: Axes, contents: Contents, sample: Sample) -> None:
+def _draw_correlation(ax: Axes, contents: Contents, sample: Sample) -> None:
     values = sample.category_correlation
     count = len(values)
     written = count <= _WRITTEN_CELLS
@@ -186,7 +186,7 @@ def _draw_correlation(figure: Figure, ax: Axes, contents: Contents, sample: Samp
     labels = distinct(contents.categories, 16)
     ax.set_yticks(list(shown), [labels[c] for c in shown])
     ax.set_xticks(list(across), [str(c + 1) for c in across], rotation=0 if written else 90)
-    scale_bar(figure, image, ax, "mean |r|", 0.025)
+    scale_bar(image, ax, "mean |r|", 0.025)
     caption = f"Mean |correlation| of pairs of features, on {sample.correlation_on}."
     if count > 1:
         caption += f" Largest off the diagonal: {max_off_diagonal(values):.3f}"

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from numpy.typing import NDArray
 
@@ -217,11 +216,11 @@ def _ink_on(background: Any) -> str:
     return "black" if (luminance + 0.05) / 0.05 > 1.05 / (luminance + 0.05) else "white"
 
 
-def scale_bar(figure: Figure, image: AxesImage, ax: Axes, label: str, width: float) -> None:
+def scale_bar(image: AxesImage, ax: Axes, label: str, width: float) -> None:
     """The colour scale of a heat map at its right, `width` times as wide: the ends and the middle of the range."""
     low, high = image.get_clim()
     place = ax.inset_axes((1.0 + width / 2, 0.0, width, 1.0))
-    bar = figure.colorbar(image, cax=place, ticks=[low, (low + high) / 2, high])
+    bar = ax.figure.colorbar(image, cax=place, ticks=[low, (low + high) / 2, high])
     bar.outline.set_visible(False)
     place.tick_params(length=0, pad=2)
     bar.set_label(label, fontsize=SMALL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -37,36 +38,37 @@ from spinlock_fast.report.style import (
 
 _SEED = 0
 _PERPLEXITY = 30.0
-_FEWEST = 5  # points that are worth an embedding
+_FEWEST = 5  # points that are worth a map
+
+Panel = Callable[[Axes], None]
 
 
 def draw_topological(contents: Contents, sample: Sample | None) -> Figure:
     """Maps of the codes, similarities of the codebooks, statistics."""
     count = len(contents.categories)
-    drawn = (True, sample is not None and int(sample.used.sum()) >= _FEWEST)
     columns, lines = _facets(count)
-    side = min(max(2.6, 0.16 * len(contents.codebooks)), 4.05)
     map_height = 4.3 if category_colours(count) else lines * 0.92
-    statistics = Row(0.19 * (contents.levels + 2), 0.55, (1.9, 1.0))
+    side = min(max(2.6, 0.16 * len(contents.codebooks)), 4.05)
+    maps: list[Panel] = []
+    matrices: list[Panel] = [lambda ax: _draw_latent_similarity(ax, contents, side)]
+    if contents.total_codes >= _FEWEST:
+        maps.append(lambda ax: _draw_codes(ax, contents, columns))
     if sample is not None:
-        rows = [Row(map_height, 1.15, (1.0,) * sum(drawn)), Row(side, 1.0, (1.0, 1.0)), statistics]
-    else:
-        rows = [Row(max(map_height, side), 1.15, (1.0, 1.0)), statistics]
-    figure, grid = page("Topology", contents, rows)
-    _draw_codes(figure.add_subplot(grid[0][0]), contents, columns)
-    if sample is not None and drawn[1]:
-        _draw_centroids(figure.add_subplot(grid[0][1]), contents, sample, columns)
-    _draw_latent_similarity(figure, figure.add_subplot(grid[-2][0 if sample is not None else 1]), contents, side)
-    if sample is not None:
-        _draw_feature_similarity(figure, figure.add_subplot(grid[-2][1]), contents, sample, side)
-    levels, totals = (figure.add_subplot(cell) for cell in grid[-1])
-    by_level = _by_level(contents, sample)
-    widths = np.array([len(text) + 4 for text in by_level[0]])
-    write_table(levels, by_level, (0.0, *(np.cumsum(widths) / widths.sum())[1:].tolist()), bold_first=True)
-    measured = f"utilization and perplexity on {contents.measured_on}" if contents.metrics else ""
-    heading(levels, "By level", measured, 6.0)
-    write_table(totals, _totals(contents), (0.0, 1.0))
-    heading(totals, "Model", f"on {contents.measured_on}" if contents.metrics else "", 3.0)
+        matrices.append(lambda ax: _draw_feature_similarity(ax, contents, sample, side))
+        if sample.used.sum() >= _FEWEST:
+            maps.append(lambda ax: _draw_centroids(ax, contents, sample, columns))
+    tables: list[Panel] = [lambda ax: _write_levels(ax, contents, sample)]
+    if contents.metrics:
+        tables.append(lambda ax: _write_totals(ax, contents))
+    panels = [maps, matrices, tables] if sample is not None else [maps + matrices, tables]
+    heights = [map_height, side] if sample is not None else [max(map_height, side)]
+    rows = [Row(height, 1.1, (1.0,) * max(len(row), 1)) for height, row in zip(heights, panels, strict=False)]
+    rows.append(Row(0.19 * (contents.levels + 2), 0.55, (1.9, 1.0)[: len(tables)]))
+    shown = [i for i, row in enumerate(panels) if row]
+    figure, grid = page("Topology", contents, [rows[i] for i in shown])
+    for row, cells in zip([panels[i] for i in shown], grid, strict=True):
+        for draw, cell in zip(row, cells, strict=True):
+            draw(figure.add_subplot(cell))
     return settle(figure)
 
 
@@ -267,10 +269,10 @@ def _explain_marks(ax: Axes, contents: Contents) -> None:
         below(0.09, [mark("s", colour, 6.0, name) for colour, name in zip(colours, names, strict=True)], columns)
 
 
-def _draw_latent_similarity(figure: Figure, ax: Axes, contents: Contents, side: float) -> None:
+def _draw_latent_similarity(ax: Axes, contents: Contents, side: float) -> None:
     image = heat_map(ax, latent_similarity(contents), SIGNED, -1.0, 1.0, aspect="equal")
     _label_codebooks(ax, contents, side)
-    scale_bar(figure, image, ax, "cosine", 0.04)
+    scale_bar(image, ax, "cosine", 0.04)
     heading(
         ax,
         "Codebook centroids, latent",
@@ -280,10 +282,10 @@ def _draw_latent_similarity(figure: Figure, ax: Axes, contents: Contents, side: 
     )
 
 
-def _draw_feature_similarity(figure: Figure, ax: Axes, contents: Contents, sample: Sample, side: float) -> None:
+def _draw_feature_similarity(ax: Axes, contents: Contents, sample: Sample, side: float) -> None:
     image = heat_map(ax, feature_similarity(contents, sample), MAGNITUDE, 0.0, 1.0, aspect="equal")
     _label_codebooks(ax, contents, side)
-    scale_bar(figure, image, ax, "cosine", 0.04)
+    scale_bar(image, ax, "cosine", 0.04)
     heading(
         ax,
         "Codebooks in feature space",
@@ -305,6 +307,19 @@ def _label_codebooks(ax: Axes, contents: Contents, side: float) -> None:
     for edge in np.flatnonzero(np.diff(category)) + 0.5:
         ax.axhline(edge, color="white", linewidth=width)
         ax.axvline(edge, color="white", linewidth=width)
+
+
+def _write_levels(ax: Axes, contents: Contents, sample: Sample | None) -> None:
+    rows = _by_level(contents, sample)
+    widths = np.array([len(text) + 4 for text in rows[0]])
+    write_table(ax, rows, (0.0, *(np.cumsum(widths) / widths.sum())[1:].tolist()), bold_first=True)
+    measured = "utilization" in rows[0]
+    heading(ax, "By level", f"utilization and perplexity on {contents.measured_on}" if measured else "", 6.0)
+
+
+def _write_totals(ax: Axes, contents: Contents) -> None:
+    write_table(ax, _totals(contents), (0.0, 1.0))
+    heading(ax, "Model", f"on {contents.measured_on}", 3.0)
 
 
 def _by_level(contents: Contents, sample: Sample | None) -> list[list[str]]:

@@ -62,6 +62,13 @@ def test_dashboards_are_readable(directories: dict[int, Path], count: int, kind:
     assert_readable(draw(kind, contents, sample))
 
 
+@pytest.mark.parametrize(("kind", "measured"), [*((kind, False) for kind in KINDS), ("engineering", True)])
+def test_what_is_missing_leaves_no_gap(checkpoint: Path, kind: str, measured: bool) -> None:
+    contents = read_contents(checkpoint)
+    contents.epochs, contents.metrics = [], contents.metrics if measured else {}
+    assert_readable(draw(kind, contents, None))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_totals_are_those_of_metrics_json(checkpoint: Path, kind: str) -> None:
     contents, sample, metrics = read(checkpoint)
