@@ -37,7 +37,7 @@ from spinlock_fast.report.style import (
     write_table,
 )
 
-_NAMED_FEATURES = 60  # with more, a name for each does not fit along an axis
+_NAMED_FEATURES = 32  # with more, a name for each does not fit along an axis
 _WRITTEN_CELLS = 12  # categories; with more, a number does not fit into a cell of their correlation
 _STRIP = 0.16  # inches, of the row of families
 
@@ -50,12 +50,12 @@ def draw_semantic(contents: Contents, sample: Sample | None) -> Figure:
     square = max(1.3, count * (0.32 if count <= _WRITTEN_CELLS else 0.14))
     families = Row(0.24 * max(len(contents.families), 4), 0.75, (0.85, 1.3))
     _, legend_rows = legend_shape(_family_labels(contents), 2.7)
-    matrix = Row(height, (2.1 if named else 1.3) + 0.15 * (legend_rows - 1), (2.1, 1.0))
+    around = (2.1 if named else 1.3) + 0.15 * (legend_rows - 1)
     if sample is not None:
         widths = (0.62, 1.12, 1.3) if count <= _WRITTEN_CELLS else (0.5, 0.95, 1.6)
-        rows = [matrix, Row(square, 0.95, widths), families]
+        rows = [Row(height, around, (2.1, 1.0)), Row(square, 0.95, widths), families]
     else:
-        rows = [matrix, Row(max(height, families.height), 0.95, (0.8, 1.0, 1.2))]
+        rows = [Row(height, around, (1.5, 0.95, 0.6)), families]
     figure, grid = page("Semantics", contents, rows)
     order = [i for members in contents.groups for i in members]
     upper = figure.add_subplot(grid[0][0])
@@ -63,12 +63,13 @@ def draw_semantic(contents: Contents, sample: Sample | None) -> Figure:
     share = _STRIP / height
     _draw_strip(upper.inset_axes((0.0, -1.35 * share, 1.0, share), sharex=upper), contents, order, named)
     _draw_sizes(figure.add_subplot(grid[0][1]), contents)
-    _draw_tokens(figure.add_subplot(grid[1][0]), contents)
+    room = room_for(2) if sample is not None else _upper_room(contents)
+    _draw_tokens(figure.add_subplot(grid[1][0] if sample is not None else grid[0][2]), contents, room)
     if sample is not None:
         _write_central(figure.add_subplot(grid[1][1]), contents, sample)
         _draw_correlation(figure.add_subplot(grid[1][2]), contents, sample)
-    _draw_families(figure.add_subplot(grid[-1][-2]), contents)
-    _write_capacity(figure.add_subplot(grid[-1][-1]), contents, sample)
+    _draw_families(figure.add_subplot(grid[-1][0]), contents)
+    _write_capacity(figure.add_subplot(grid[-1][1]), contents, sample)
     return settle(figure)
 
 
@@ -146,7 +147,7 @@ def _draw_sizes(ax: Axes, contents: Contents) -> None:
     legend_above(ax, columns)
 
 
-def _draw_tokens(ax: Axes, contents: Contents) -> None:
+def _draw_tokens(ax: Axes, contents: Contents, room: float) -> None:
     """A cell for each token of a sample."""
     values = np.full((len(contents.categories), contents.levels), np.nan)
     for book in contents.codebooks:
@@ -155,7 +156,7 @@ def _draw_tokens(ax: Axes, contents: Contents) -> None:
     write_cells(ax, image, [["" if np.isnan(k) else f"{k:.0f}" for k in row] for row in values])
     ax.set_xticks(range(contents.levels), [f"L{level}" for level in range(contents.levels)])
     ax.set_yticks(range(len(values)), distinct(contents.categories, 16))
-    heading(ax, "Tokens", "Codes to choose from.", 1.7, room=room_for(2))
+    heading(ax, "Tokens", "Codes to choose from.", 1.7, room=room)
 
 
 def _write_central(ax: Axes, contents: Contents, sample: Sample) -> None:
