@@ -19,6 +19,7 @@ VERBS = {
     "tokenize": "turn an HDF5 file into tokens",
     "analyze": "tell what the tokens of a checkpoint mean",
     "convert": "convert a checkpoint of the original project",
+    "report": "draw the dashboards of a checkpoint",
 }
 
 
