@@ -157,8 +157,9 @@ void residual_tally(const ResidualTask& t, Index N, Index first, Index last, dou
         for (Index q = 0; q < t.stages; offset += t.num_codes[q], ++q) {
             const Index code = t.codes[i * t.stages + q];
             if (code < 0) {
-                errors[q] = static_cast<double>(__builtin_nanf(""));
-                break;  // nor have the stages after it a code
+                // Nor have the stages after it a code.
+                for (Index s = q; s < t.stages; ++s) errors[s] = static_cast<double>(__builtin_nanf(""));
+                break;
             }
             const float scale = t.cosine ? t.lengths[i * t.stages + q] : 1.0f;
             const float* e = t.codebook + (offset + code) * D + first;
