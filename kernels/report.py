@@ -25,6 +25,7 @@ CAPABILITIES = (80, 90, 100)
 MODULES = (
     "vq_assign.triton",
     "vq_assign.streamed",
+    "residual_vq.triton",
     "ema_update.triton",
     "topo_loss.triton",
     "topo_loss.pull",

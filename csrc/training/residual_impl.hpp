@@ -157,18 +157,29 @@ void residual_tally(const ResidualTask& t, Index N, Index first, Index last, dou
         for (Index q = 0; q < t.stages; offset += t.num_codes[q], ++q) {
             const Index code = t.codes[i * t.stages + q];
             if (code < 0) {
-                errors[q] = static_cast<double>(__builtin_nanf(""));
-                break;  // nor have the stages after it a code
+                // Nor have the stages after it a code.
+                for (Index s = q; s < t.stages; ++s) errors[s] = static_cast<double>(__builtin_nanf(""));
+                break;
             }
             const float scale = t.cosine ? t.lengths[i * t.stages + q] : 1.0f;
             const float* e = t.codebook + (offset + code) * D + first;
+            if (counts) counts[offset + code] += 1.0f;
+            if (n == kLanes) {
+                const Vector here = load(r), y = here * scale, off = y - load(e);
+                errors[q] += static_cast<double>(total(off * off));
+                if (sums) {
+                    float* sum = sums + (offset + code) * D + first;
+                    keep(sum, load(sum) + y);
+                }
+                if (t.zero[i] > q) keep(r, here - load(e));
+                continue;
+            }
             float part = 0.0f;
             for (Index d = 0; d < n; ++d) {
                 const float off = r[d] * scale - e[d];
                 part += off * off;
             }
             errors[q] += static_cast<double>(part);
-            if (counts) counts[offset + code] += 1.0f;
             if (sums) {
                 float* sum = sums + (offset + code) * D + first;
                 for (Index d = 0; d < n; ++d) sum[d] += r[d] * scale;

@@ -21,6 +21,7 @@ _TYPES = {
     "codes_ptr": "*i64",
     "code_ptr": "*i32",
     "order_ptr": "*i64",
+    "zero_ptr": "*i32",
     "seed_ptr": "*i64",
     "item_code_ptr": "*i64",
     "item_first_ptr": "*i64",

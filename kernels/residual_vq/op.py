@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from spinlock_fast.kernels.backend import resolve_backend
 from spinlock_fast.kernels.native import serves
 from spinlock_fast.kernels.precision import cuda_matmul
 from spinlock_fast.kernels.residual_vq import native, reference
+from spinlock_fast.kernels.residual_vq.reference import Result
 
 Gradient = Literal["none", "straight_through", "rotation"]
 
@@ -93,6 +94,22 @@ torch.library.define(
 )
 
 
+def _assign_of(backend: str, *tensors: Tensor) -> Callable[..., Result]:
+    if backend == "triton":
+        from spinlock_fast.kernels.residual_vq import staged, triton
+
+        return triton.assign if tensors[0].shape[1] <= triton.MAX_DIMS else staged.assign
+    return native.assign if serves(*tensors) else reference.assign
+
+
+def _backward_of(backend: str, *tensors: Tensor) -> Callable[..., Tensor]:
+    if backend == "triton":
+        from spinlock_fast.kernels.residual_vq import triton
+
+        return triton.backward if tensors[0].shape[1] <= triton.MAX_DIMS else reference.backward
+    return native.backward if serves(*tensors) else reference.backward
+
+
 @torch.library.impl("spinlock_fast::residual_vq", "default")
 def _residual_vq(
     x: Tensor,
@@ -107,7 +124,7 @@ def _residual_vq(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     # Half precision and TF32 would pick other codes.
     with torch.autocast(x.device.type, enabled=False), cuda_matmul(tf32=False):
-        assign = native.assign if serves(x, codebook) and backend != "triton" else reference.assign
+        assign = _assign_of(backend, x, codebook)
         if limit is None:
             return assign(x, codebook, num_codes, mask, cosine, gradient, with_sums)
         taken = num_codes[: int(limit)]
@@ -159,8 +176,7 @@ def _residual_vq_backward(
     backend: str,
 ) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
-        native_serves = serves(x, codebook, grad, grad_errors) and backend != "triton"
-        backward = native.backward if native_serves else reference.backward
+        backward = _backward_of(backend, grad, grad_errors, x, codebook)
         taken = num_codes if limit is None else num_codes[: int(limit)]
         grad_errors, codes = grad_errors[: len(taken)], codes[:, : len(taken)]
         return backward(grad, grad_errors, x, codebook[: sum(taken)], codes, taken, mask, cosine, gradient)

@@ -1,11 +1,15 @@
 """Ten training steps give the numbers of vector-quantize-pytorch, argument by argument."""
 
+import inspect
+
 import pytest
 import torch
 from peers import assert_alike, assert_same_training, pair, step
 
+import spinlock_fast
+
 pytestmark = [pytest.mark.filterwarnings("ignore:.* is not fused"), pytest.mark.filterwarnings("ignore::FutureWarning")]
-pytest.importorskip("vector_quantize_pytorch", reason="pip install vector-quantize-pytorch")
+vector_quantize_pytorch = pytest.importorskip("vector_quantize_pytorch", reason="pip install vector-quantize-pytorch")
 
 
 def masks(i):
@@ -183,3 +187,13 @@ def test_types(name, dtype):
     tolerance = {torch.float16: 1e-2, torch.bfloat16: 5e-2}.get(dtype, 1e-4)
     assert_alike(expected, returned, "returned", tolerance)
     assert_alike(expected_grads, grads, "gradients", 4 * tolerance)
+
+
+@pytest.mark.parametrize("name", ["VectorQuantize", "ResidualVQ", "GroupedResidualVQ"])
+@pytest.mark.parametrize("method", ["__init__", "forward"])
+def test_signatures(name, method):
+    theirs = inspect.signature(getattr(getattr(vector_quantize_pytorch, name), method)).parameters
+    ours = inspect.signature(getattr(getattr(spinlock_fast, name), method)).parameters
+    assert list(theirs) == [parameter for parameter in ours if parameter != "corrections"]
+    for parameter, value in theirs.items():
+        assert value.default == ours[parameter].default or value.default == {}, parameter
