@@ -170,8 +170,10 @@ class ModelConfig(Section):
         default="0.5:1:1.5", description="latent dimensions per feature of each level, coarse to fine"
     )
     uniform_codebook_init: bool = Field(default=False, description="every level gets as many codes as level 0")
-    codebook_init: Literal["kmeans", "uniform"] = Field(
-        default="kmeans", description="codes from k-means++ on the first rows, or uniform random"
+    codebook_init: Literal["kmeans", "uniform", "product"] = Field(
+        default="kmeans",
+        description="codes from k-means++ on the first rows, or uniform random; product: k-means, after the levels of "
+        "a category shared out its principal components (Ge et al. 2013)",
     )
     commitment_cost: NonNegativeFloat = Field(
         default=0.25, description="pull of latents towards their codes (van den Oord et al. 2017)"
@@ -194,6 +196,9 @@ class TrainingConfig(Section):
     batch_size: PositiveInt = Field(default=512, description="rows a step, at most the training rows")
     learning_rate: PositiveFloat = Field(default=1e-3, description="step size of the optimizer")
     num_epochs: PositiveInt = Field(default=200, description="passes over the training rows")
+    input_noise: NonNegativeFloat = Field(
+        default=0.0, description="standard deviation of noise on the inputs of training, whose targets stay clean"
+    )
     optimizer: Literal["adam", "adamw"] = Field(default="adam", description="optimizer")
     weight_decay: NonNegativeFloat = Field(default=0.0, description="weight decay of adamw, L2 of adam")
     scheduler: Literal["none", "cosine"] | None = Field(

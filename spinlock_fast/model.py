@@ -141,7 +141,7 @@ class CategoricalHierarchicalVQVAE(nn.Module):
             dims,
             decay=config.decay,
             commitment_weight=config.commitment_cost,
-            codebook_init=config.codebook_init,
+            codebook_init="uniform" if config.codebook_init == "uniform" else "kmeans",
             use_ema=config.use_ema,
             rotation_trick=config.rotation_trick,
             centred=False,  # LayerNorm bounds the latents

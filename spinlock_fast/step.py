@@ -101,7 +101,7 @@ class TrainingStep:
         torch.index_select(self._plan, 0, self._position, out=self._now)
         x = self.x.index_select(0, self._now[0, : self.rest if kind.last else self.batch])
         with self._precision():
-            out = self._model(x)
+            out = self._model(self._noisy(x))
             terms = self._terms(x, out)
             loss = terms.total(self.weights)
             self.optimizer.zero_grad()
@@ -140,6 +140,11 @@ class TrainingStep:
         """Goes back to a state; every tensor keeps its place."""
         self.optimizer.load_state_dict(state["optimizer_state_dict"])
         self.values.copy_(state["values"])
+
+    def _noisy(self, x: Tensor) -> Tensor:
+        """The rows as the model sees them: one that codes noisy rows well does not learn the rows by heart."""
+        noise = self.training.input_noise
+        return x + noise * torch.randn_like(x) if noise else x
 
     def _loss_terms(self, x: Tensor, out: dict[str, Tensor]) -> LossTerms:
         return loss_terms(self.model, x, out, self.training.topo_samples)

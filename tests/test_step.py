@@ -32,6 +32,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"training.optimizer": "adamw", "training.weight_decay": 0.01},
     {"training.dead_code_strategy": "sample"},
     {"training.topo_weight": 0.0, "training.orthogonality_weight": 0.0},
+    {"training.input_noise": 0.3},
 ]
 
 
@@ -64,6 +65,19 @@ def made(options: dict[str, Any]) -> TrainingStep:
 def begin(step: TrainingStep, epoch: int = 0) -> None:
     order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(epoch))
     step.begin_epoch(order, learning_rates(step.training, step.count, epoch), 0)
+
+
+def test_noise_reaches_the_inputs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model reads rows moved by the noise; its errors count against the rows as they are."""
+    step = made({"training.input_noise": 0.3})
+    read: list[Tensor] = []
+    aims: list[Tensor] = []
+    model, terms = step._model, step._terms
+    monkeypatch.setattr(step, "_model", lambda x: read.append(x) or model(x))
+    monkeypatch.setattr(step, "_terms", lambda x, out: aims.append(x) or terms(x, out))
+    step(StepKind(last=False, reset=False))
+    assert torch.equal(aims[0], step.x[step._now[0, :64]])
+    assert 0.27 < float((read[0] - aims[0]).std()) < 0.33
 
 
 @pytest.mark.parametrize("options", OPTIONS)

@@ -1,0 +1,86 @@
+"""The settings that the study compares, the most telling first. Each adds to `COMMON`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Settings = dict[str, Any]
+
+# What every run shares: the budget of the frames' own runs, and nothing decided by the scored rows.
+COMMON: Settings = {
+    "training.batch_size": 128,
+    "training.topo_samples": 128,
+    "training.num_epochs": 200,
+    "training.early_stopping_patience": 1_000_000,
+    "training.val_every_n_epochs": 50,
+}
+
+_RECIPE: Settings = {
+    "model.codebook_init": "product",
+    "model.commitment_cost": 0.01,
+    "model.dropout": 0.0,
+    "training.informativeness_weight": 0.001,
+    "training.input_noise": 0.3,
+    "training.learning_rate": 1e-3,
+    "training.scheduler": "cosine",
+    "training.warmup_epochs": 10,
+}
+
+
+def _changed(**changes: Any) -> Settings:
+    """The recipe with some settings changed; `model__dropout` stands for model.dropout."""
+    return _RECIPE | {name.replace("__", ".", 1): value for name, value in changes.items()}
+
+
+VARIANTS: dict[str, Settings] = {
+    "baseline": {},
+    "recipe": _RECIPE,
+    # One setting at a time, from the recipe: more of what helped.
+    "noise_0.4": _changed(training__input_noise=0.4),
+    "noise_0.5": _changed(training__input_noise=0.5),
+    "noise_0.2": _changed(training__input_noise=0.2),
+    "commitment_0.05": _changed(model__commitment_cost=0.05),
+    "commitment_0.1": _changed(model__commitment_cost=0.1),
+    "commitment_0.002": _changed(model__commitment_cost=0.002),
+    "commitment_0": _changed(model__commitment_cost=0.0),
+    "lr_2e-3": _changed(training__learning_rate=2e-3),
+    "lr_3e-3": _changed(training__learning_rate=3e-3),
+    "lr_5e-4": _changed(training__learning_rate=5e-4),
+    "decay_0.95": _changed(model__decay=0.95),
+    "decay_0.9": _changed(model__decay=0.9),
+    "decay_0.98": _changed(model__decay=0.98),
+    "topo_0.1": _changed(training__topo_weight=0.1),
+    "topo_0.03": _changed(training__topo_weight=0.03),
+    "topo_0": _changed(training__topo_weight=0.0),
+    "resets_off": _changed(training__dead_code_reset_interval=0),
+    "resets_10_steps_sample": _changed(
+        training__dead_code_reset_interval=0, training__dead_code_reset_steps=10, training__dead_code_strategy="sample"
+    ),
+    "resets_5_epochs_perturb": _changed(training__dead_code_reset_interval=5),
+    "resets_share_0.2": _changed(training__dead_code_threshold=0.2, training__dead_code_reset_interval=5),
+    "adamw_0.1": _changed(training__optimizer="adamw", training__weight_decay=0.1),
+    "adamw_1": _changed(training__optimizer="adamw", training__weight_decay=1.0),
+    "dropout_0.05": _changed(model__dropout=0.05),
+    "dropout_0.1": _changed(model__dropout=0.1),
+    "rotation_trick": _changed(model__rotation_trick=True),
+    "warmup_0": _changed(training__warmup_epochs=0),
+    "warmup_30": _changed(training__warmup_epochs=30),
+    "info_0": _changed(training__informativeness_weight=0.0),
+    "info_0.01": _changed(training__informativeness_weight=0.01),
+    # And back, one at a time, to what the baseline has.
+    "without_product_start": _changed(model__codebook_init="kmeans"),
+    "without_noise": _changed(training__input_noise=0.0),
+    "without_cosine": _changed(training__scheduler="none"),
+    "with_info_0.1": _changed(training__informativeness_weight=0.1),
+    "with_commitment_0.25": _changed(model__commitment_cost=0.25),
+    # And from the baseline, one at a time.
+    "baseline_commitment_0.01": {"model.commitment_cost": 0.01},
+    "baseline_product_start": {"model.codebook_init": "product"},
+    "baseline_info_0.001": {"training.informativeness_weight": 0.001},
+    "baseline_noise_0.3": {"training.input_noise": 0.3},
+    "baseline_dropout_0": {"model.dropout": 0.0},
+    "baseline_cosine": {"training.scheduler": "cosine", "training.warmup_epochs": 10},
+    "baseline_uniform_start": {"model.codebook_init": "uniform"},
+    "batch_64": _changed(training__batch_size=64, training__topo_samples=64),
+    "batch_256": _changed(training__batch_size=256, training__topo_samples=256),
+}
