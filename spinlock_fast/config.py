@@ -199,6 +199,9 @@ class TrainingConfig(Section):
     input_noise: NonNegativeFloat = Field(
         default=0.0, description="standard deviation of noise on the inputs of training, whose targets stay clean"
     )
+    input_noise_decays: bool = Field(
+        default=False, description="the noise falls, and warms up, in proportion to the learning rate"
+    )
     optimizer: Literal["adam", "adamw"] = Field(default="adam", description="optimizer")
     weight_decay: NonNegativeFloat = Field(default=0.0, description="weight decay of adamw, L2 of adam")
     scheduler: Literal["none", "cosine"] | None = Field(

@@ -12,6 +12,7 @@ from spinlock_fast.model import CategoricalHierarchicalVQVAE
 _NOISE = 0.3
 _COPIES = 8
 _HEAD_PENALTY = 1e-4
+_SHARE_PENALTY = 1e-3
 _DECODER_PENALTY = 1e-1
 _LEAST_BITS = 0.02  # a component that is worth less is left out
 _LEAST_VARIANCE = 1e-10  # features have a variance near 1; a constant one is noise of the arithmetic
@@ -48,14 +49,30 @@ def _fit_heads(model: CategoricalHierarchicalVQVAE, x: Tensor) -> None:
     weight, bias = model.heads[0].weight, model.heads[0].bias
     assert isinstance(weight, Tensor)
     assert isinstance(bias, Tensor)
-    first = 0
+    shares = _shares_of_others(x, model.feature_order)  # [sum n, features in no category]
+    first = encoded = 0
     for embedding, (name, members) in zip(embeddings, model.config.group_indices.items(), strict=True):
-        targets = _targets(x[:, members].double(), rows[:, members].double(), model.levels[name])
+        share = shares[encoded : encoded + len(members)]
+        encoded += len(members)
+        known, noisy = (values[:, members].double() for values in (x, rows))
+        targets = _targets(
+            torch.cat([known, known @ share], 1), torch.cat([noisy, noisy @ share], 1), model.levels[name]
+        )
         solved, constant = _least_squares(embedding.double(), targets, _HEAD_PENALTY)
         last = first + targets.shape[1]
         weight[first:last] = solved.T.to(weight.dtype)
         bias[first:last] = constant.to(bias.dtype)
         first = last
+
+
+def _shares_of_others(x: Tensor, encoded: Tensor) -> Tensor:
+    """[len(encoded), others] weights that predict the features in no category from those that are encoded.
+
+    The part that a category adds to the prediction is worth coding as much as a feature of its own.
+    """
+    others = torch.ones(x.shape[1], dtype=torch.bool, device=x.device)
+    others[encoded] = False
+    return _least_squares(x[:, encoded].double(), x[:, others].double(), _SHARE_PENALTY)[0]
 
 
 def _fit_decoder(model: CategoricalHierarchicalVQVAE, x: Tensor) -> None:
@@ -68,7 +85,7 @@ def _fit_decoder(model: CategoricalHierarchicalVQVAE, x: Tensor) -> None:
 
 
 def _targets(x: Tensor, rows: Tensor, levels: list[LevelConfig]) -> Tensor:
-    """What the heads of a category should give for rows [M, n]: [M, sum D]; x [N, n] tells the components."""
+    """What the heads of a category should give for rows [M, n]: [M, sum D]; x [N, n] decides on the components."""
     centre = x.mean(0)
     centred = x - centre
     variance, directions = torch.linalg.eigh(centred.T @ centred / x.shape[0])

@@ -143,8 +143,13 @@ class TrainingStep:
 
     def _noisy(self, x: Tensor) -> Tensor:
         """The rows as the model sees them: one that codes noisy rows well does not learn the rows by heart."""
-        noise = self.training.input_noise
-        return x + noise * torch.randn_like(x) if noise else x
+        training = self.training
+        if not training.input_noise:
+            return x
+        noise = training.input_noise * torch.randn_like(x)
+        if training.input_noise_decays:
+            noise = noise * (self._rate / training.learning_rate).to(x.dtype)
+        return x + noise
 
     def _loss_terms(self, x: Tensor, out: dict[str, Tensor]) -> LossTerms:
         return loss_terms(self.model, x, out, self.training.topo_samples)
