@@ -101,6 +101,8 @@ def train(run: Run, data: Path, device: str, epochs: int | None) -> dict[str, An
         out = model(features)
     squared = (out["reconstruction"] - features).square().cpu().numpy()
     trained = np.setdiff1d(np.arange(len(x)), scored)
+    encoded = [i for members in meta["group_indices"].values() for i in members]
+    parts = {**meta["group_indices"], "(in no category)": np.setdiff1d(np.arange(x.shape[1]), encoded)}
     return {
         **run._asdict(),
         "error": found["reconstruction_error"],
@@ -108,7 +110,7 @@ def train(run: Run, data: Path, device: str, epochs: int | None) -> dict[str, An
         "train_error": float(squared[trained].mean()),
         "best_error": result.metrics["reconstruction_error"],
         **{name: found[name] for name in ("utilization", "perplexity_over_k", "topo_pre", "topo_post", "val_loss")},
-        "category_error": {k: float(squared[scored][:, i].mean()) for k, i in meta["group_indices"].items()},
+        "category_error": {k: float(squared[scored][:, i].mean()) for k, i in parts.items() if len(i)},
         **usefulness(out["tokens"].cpu().numpy(), trained, scored, targets_of(data, tuple(rows.tolist()))),
         "epochs": len(result.history),
         "rows": [len(trained), len(scored)],

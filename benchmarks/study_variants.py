@@ -20,7 +20,8 @@ _RECIPE: Settings = {
     "model.commitment_cost": 0.01,
     "model.dropout": 0.0,
     "training.informativeness_weight": 0.001,
-    "training.input_noise": 0.2,
+    "training.input_noise": 0.1,
+    "training.mixing": 0.4,
     "training.learning_rate": 1e-3,
     "training.scheduler": "cosine",
     "training.warmup_epochs": 10,
@@ -32,36 +33,54 @@ def _changed(**changes: Any) -> Settings:
     return _RECIPE | {name.replace("__", ".", 1): value for name, value in changes.items()}
 
 
+def _regularised(noise: float, mixing: float, dropout: float, commitment: float = 0.01, **more: Any) -> Settings:
+    return _changed(
+        training__input_noise=noise,
+        training__mixing=mixing,
+        model__dropout=dropout,
+        model__commitment_cost=commitment,
+        **more,
+    )
+
+
 VARIANTS: dict[str, Settings] = {
     "baseline": {},
     "recipe": _RECIPE,
-    # How much noise, and whether it fades out.
-    "noise_0.1": _changed(training__input_noise=0.1),
-    "noise_0": _changed(training__input_noise=0.0),
-    "noise_0.3_fades": _changed(training__input_noise=0.3, training__input_noise_decays=True),
-    "noise_0.2_fades": _changed(training__input_noise=0.2, training__input_noise_decays=True),
-    "noise_0.3": _changed(training__input_noise=0.3),
-    # Without each of the others.
+    # What keeps the networks from learning rows by heart: noise / mixing / dropout / commitment.
+    "n0.3_m0_d0": _regularised(0.3, 0.0, 0.0),
+    "n0_m0.4_d0": _regularised(0.0, 0.4, 0.0),
+    "n0_m0.4_d0.1": _regularised(0.0, 0.4, 0.1),
+    "n0_m0.4_d0.1_c0.05": _regularised(0.0, 0.4, 0.1, 0.05),
+    "n0.1_m0.4_d0.05": _regularised(0.1, 0.4, 0.05),
+    "n0_m0.8_d0": _regularised(0.0, 0.8, 0.0),
+    "n0.1_m0.8_d0": _regularised(0.1, 0.8, 0.0),
+    "n0.1_m0.4_d0_c0.05": _regularised(0.1, 0.4, 0.0, 0.05),
+    "n0.1_m0.4_d0_c0.1": _regularised(0.1, 0.4, 0.0, 0.1),
+    "n0.3f_m0.4_d0": _regularised(0.3, 0.4, 0.0, training__input_noise_decays=True),
+    "n0.2_m0.4_d0": _regularised(0.2, 0.4, 0.0),
+    "n0.1_m0.6_d0.05_c0.05": _regularised(0.1, 0.6, 0.05, 0.05),
+    "n0_m0_d0": _regularised(0.0, 0.0, 0.0),
+    "n0_m0_d0.1": _regularised(0.0, 0.0, 0.1),
+    "n0.1_m0_d0": _regularised(0.1, 0.0, 0.0),
+    # The recipe without each of the others.
     "kmeans_start": _changed(model__codebook_init="kmeans"),
     "rate_constant": _changed(training__scheduler="none"),
     "info_0.1": _changed(training__informativeness_weight=0.1),
     "commitment_0.25": _changed(model__commitment_cost=0.25),
-    "dropout_0.1": _changed(model__dropout=0.1),
     # The strength of each.
-    "commitment_0.05": _changed(model__commitment_cost=0.05),
-    "commitment_0.1": _changed(model__commitment_cost=0.1),
-    "commitment_0.002": _changed(model__commitment_cost=0.002),
     "lr_2e-3": _changed(training__learning_rate=2e-3),
     "lr_4e-3": _changed(training__learning_rate=4e-3),
     "lr_5e-4": _changed(training__learning_rate=5e-4),
+    "adamw_0.1": _changed(training__optimizer="adamw", training__weight_decay=0.1),
+    "adamw_1": _changed(training__optimizer="adamw", training__weight_decay=1.0),
+    "adamw_5": _changed(training__optimizer="adamw", training__weight_decay=5.0),
     "decay_0.97": _changed(model__decay=0.97),
     "decay_0.9": _changed(model__decay=0.9),
     "topo_0.1": _changed(training__topo_weight=0.1),
     "topo_0.03": _changed(training__topo_weight=0.03),
-    "info_0": _changed(training__informativeness_weight=0.0),
     "info_0.01": _changed(training__informativeness_weight=0.01),
-    "adamw_0.1": _changed(training__optimizer="adamw", training__weight_decay=0.1),
-    "adamw_1": _changed(training__optimizer="adamw", training__weight_decay=1.0),
+    "info_0": _changed(training__informativeness_weight=0.0),
+    "commitment_0": _changed(model__commitment_cost=0.0),
     "batch_64": _changed(training__batch_size=64, training__topo_samples=64),
     "rotation_trick": _changed(model__rotation_trick=True),
     "resets_off": _changed(training__dead_code_reset_interval=0),
@@ -69,16 +88,15 @@ VARIANTS: dict[str, Settings] = {
         training__dead_code_reset_interval=0, training__dead_code_reset_steps=10, training__dead_code_strategy="sample"
     ),
     "resets_often": _changed(training__dead_code_threshold=0.2, training__dead_code_reset_interval=5),
-    "commitment_0": _changed(model__commitment_cost=0.0),
     "warmup_0": _changed(training__warmup_epochs=0),
     "warmup_30": _changed(training__warmup_epochs=30),
     "topo_0": _changed(training__topo_weight=0.0),
-    "dropout_0.03": _changed(model__dropout=0.03),
     # From the baseline, one at a time.
     "baseline_commitment_0.01": {"model.commitment_cost": 0.01},
     "baseline_product_start": {"model.codebook_init": "product"},
     "baseline_info_0.001": {"training.informativeness_weight": 0.001},
     "baseline_noise_0.2": {"training.input_noise": 0.2},
+    "baseline_mixing_0.4": {"training.mixing": 0.4},
     "baseline_dropout_0": {"model.dropout": 0.0},
     "baseline_cosine": {"training.scheduler": "cosine", "training.warmup_epochs": 10},
     "baseline_uniform_start": {"model.codebook_init": "uniform"},

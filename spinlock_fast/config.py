@@ -196,6 +196,10 @@ class TrainingConfig(Section):
     batch_size: PositiveInt = Field(default=512, description="rows a step, at most the training rows")
     learning_rate: PositiveFloat = Field(default=1e-3, description="step size of the optimizer")
     num_epochs: PositiveInt = Field(default=200, description="passes over the training rows")
+    mixing: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        default=0.0,
+        description="training rows move towards or away from another row by up to this share of the way, targets too",
+    )
     input_noise: NonNegativeFloat = Field(
         default=0.0, description="standard deviation of noise on the inputs of training, whose targets stay clean"
     )

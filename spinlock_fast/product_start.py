@@ -11,6 +11,7 @@ from spinlock_fast.model import CategoricalHierarchicalVQVAE
 # The heads are fitted on rows with noise around them: their targets are linear, so any row can serve.
 _NOISE = 0.3
 _COPIES = 8
+_FITTED_ROWS = 8192  # about as many; more would take memory and change nothing
 _HEAD_PENALTY = 1e-4
 _SHARE_PENALTY = 1e-3
 _DECODER_PENALTY = 1e-1
@@ -44,7 +45,8 @@ def product_start(model: CategoricalHierarchicalVQVAE, x: Tensor) -> None:
 
 
 def _fit_heads(model: CategoricalHierarchicalVQVAE, x: Tensor) -> None:
-    rows = torch.cat([x, *(x + _NOISE * torch.randn_like(x) for _ in range(_COPIES - 1))])
+    copies = max(2, min(_COPIES, _FITTED_ROWS // x.shape[0]))
+    rows = torch.cat([x, *(x + _NOISE * torch.randn_like(x) for _ in range(copies - 1))])
     embeddings = model.category_mlp(rows[:, model.feature_order])  # [C, N, E]
     weight, bias = model.heads[0].weight, model.heads[0].bias
     assert isinstance(weight, Tensor)

@@ -99,7 +99,7 @@ class TrainingStep:
     def __call__(self, kind: StepKind) -> None:
         """The next step."""
         torch.index_select(self._plan, 0, self._position, out=self._now)
-        x = self.x.index_select(0, self._now[0, : self.rest if kind.last else self.batch])
+        x = self._mixed(self.x.index_select(0, self._now[0, : self.rest if kind.last else self.batch]))
         with self._precision():
             out = self._model(self._noisy(x))
             terms = self._terms(x, out)
@@ -140,6 +140,18 @@ class TrainingStep:
         """Goes back to a state; every tensor keeps its place."""
         self.optimizer.load_state_dict(state["optimizer_state_dict"])
         self.values.copy_(state["values"])
+
+    def _mixed(self, x: Tensor) -> Tensor:
+        """Rows between two rows, or a little beyond one: x_i + u (x_j - x_i), u uniform in -mixing..mixing.
+
+        Interpolation and extrapolation of DeVries and Taylor 2017. The rows of a batch are in random order, so that
+        the next one serves as the other.
+        """
+        share = self.training.mixing
+        if not share:
+            return x
+        u = share * (2.0 * torch.rand(x.shape[0], 1, dtype=x.dtype, device=x.device) - 1.0)
+        return torch.lerp(x, x.roll(-1, 0), u)
 
     def _noisy(self, x: Tensor) -> Tensor:
         """The rows as the model sees them: one that codes noisy rows well does not learn the rows by heart."""

@@ -32,7 +32,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"training.optimizer": "adamw", "training.weight_decay": 0.01},
     {"training.dead_code_strategy": "sample"},
     {"training.topo_weight": 0.0, "training.orthogonality_weight": 0.0},
-    {"training.input_noise": 0.3, "training.input_noise_decays": True},
+    {"training.mixing": 0.5, "training.input_noise": 0.3, "training.input_noise_decays": True},
 ]
 
 
@@ -80,6 +80,26 @@ def test_noise_reaches_the_inputs_alone(monkeypatch: pytest.MonkeyPatch, decays:
     step(StepKind(last=False, reset=False))
     assert torch.equal(aims[0], step.x[:64])
     assert 0.27 * share < float((read[0] - aims[0]).std()) < 0.33 * share
+
+
+def test_mixed_rows_lie_on_the_line_to_the_next_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are both what the model reads and what it is to give."""
+    step = made({"training.mixing": 0.25})
+    read: list[Tensor] = []
+    aims: list[Tensor] = []
+    model, terms = step._model, step._terms
+    monkeypatch.setattr(step, "_model", lambda x: read.append(x) or model(x))
+    monkeypatch.setattr(step, "_terms", lambda x, out: aims.append(x) or terms(x, out))
+    step.begin_epoch(torch.arange(ROWS), learning_rates(step.training, step.count, 0), 0)
+    step(StepKind(last=False, reset=False))
+    assert torch.equal(read[0], aims[0])
+    rows = step.x[:64]
+    way = rows.roll(-1, 0) - rows
+    share = ((aims[0] - rows) * way).sum(1) / way.square().sum(1)
+    torch.testing.assert_close(aims[0], rows + share[:, None] * way)
+    assert float(share.min()) < -0.2
+    assert float(share.max()) > 0.2
+    assert float(share.abs().max()) <= 0.25
 
 
 @pytest.mark.parametrize("options", OPTIONS)
