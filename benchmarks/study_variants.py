@@ -59,6 +59,8 @@ VARIANTS: dict[str, Settings] = {
     "n0.3f_m0.4_d0": _regularised(0.3, 0.4, 0.0, training__input_noise_decays=True),
     "n0.2_m0.4_d0": _regularised(0.2, 0.4, 0.0),
     "n0.1_m0.6_d0.05_c0.05": _regularised(0.1, 0.6, 0.05, 0.05),
+    "n0.1_m0.4_dec0.1": _regularised(0.1, 0.4, 0.0, model__decoder_dropout=0.1),
+    "n0.1_m0.4_dec0.3": _regularised(0.1, 0.4, 0.0, model__decoder_dropout=0.3),
     "n0_m0_d0": _regularised(0.0, 0.0, 0.0),
     "n0_m0_d0.1": _regularised(0.0, 0.0, 0.1),
     "n0.1_m0_d0": _regularised(0.1, 0.0, 0.0),
@@ -66,6 +68,8 @@ VARIANTS: dict[str, Settings] = {
     "kmeans_start": _changed(model__codebook_init="kmeans"),
     "rate_constant": _changed(training__scheduler="none"),
     "info_0.1": _changed(training__informativeness_weight=0.1),
+    "info_0.03": _changed(training__informativeness_weight=0.03),
+    "info_0.1_c0.1": _changed(training__informativeness_weight=0.1, model__commitment_cost=0.1),
     "commitment_0.25": _changed(model__commitment_cost=0.25),
     # The strength of each.
     "lr_2e-3": _changed(training__learning_rate=2e-3),

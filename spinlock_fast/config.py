@@ -181,6 +181,7 @@ class ModelConfig(Section):
     use_ema: bool = Field(default=True, description="codes follow latents by moving average; false: by gradient")
     decay: Probability = Field(default=0.99, description="decay of the moving average")
     dropout: Probability = Field(default=0.1, description="dropout of encoder and decoder layers")
+    decoder_dropout: Probability | None = Field(default=None, description="dropout of the decoder; null: as dropout")
     rotation_trick: bool = Field(
         default=False, description="gradient through quantization by rotation (arXiv 2410.06424)"
     )

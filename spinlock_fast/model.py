@@ -149,7 +149,7 @@ class CategoricalHierarchicalVQVAE(nn.Module):
         self.shared_decoder = nn.Sequential(
             nn.Linear(total, _SHARED_HIDDEN),
             nn.ReLU(),
-            nn.Dropout(config.dropout),
+            nn.Dropout(config.dropout if config.decoder_dropout is None else config.decoder_dropout),
             nn.Linear(_SHARED_HIDDEN, F),
         )
         self.partial_decoders = nn.Sequential(
