@@ -8,6 +8,9 @@ epoch, so that nothing is picked by its score. In the mode `select` the validati
 a tenth of the rest, drawn by the frame, is scored: settings are chosen there. The mode `report` trains on all the rest
 and scores the frame's own validation rows.
 
+`--choose` does the whole: it tries `study_variants.COMBINATIONS` and the baseline in `select` (three seeds, until the
+time limit), picks one by the rule of `choose`, and runs that one and the baseline in `report` with all seeds.
+
 Each finished run is one line of the output; runs that have their line are skipped, so a study that was stopped goes
 on. `--table` prints means over what is there.
 """
@@ -18,6 +21,7 @@ import argparse
 import itertools
 import json
 import logging
+import math
 import multiprocessing
 import os
 import sys
@@ -25,20 +29,26 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import cache
+from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from study_variants import COMMON, VARIANTS
+from study_variants import COMBINATIONS, COMMON, VARIANTS
 
 from spinlock_fast import Trainer
 from spinlock_fast.config import RunConfig
 from spinlock_fast.errors import SpinlockFastError
 from spinlock_fast.metrics import evaluate
+from spinlock_fast.refit import refit_decoder
 
 Array = np.ndarray[Any, np.dtype[Any]]
 SELECT_SHARE = 0.1
+SELECT_SEEDS = 3
+# What the scored rows should show in every frame, and what it costs in the log of the error to lack 1 of it.
+WANTED = {"utilization": 0.86, "perplexity_over_k": 0.58, "topo_post": 0.975}
+PRICE = 3.0
 SHOWN = ["error", "error_over_original", "train_error", "utilization", "perplexity_over_k", "topo_pre", "topo_post"]
 
 
@@ -96,11 +106,16 @@ def train(run: Run, data: Path, device: str, epochs: int | None) -> dict[str, An
     model.load_state_dict(result.final_state["model_state_dict"])
     model.eval()
     features = torch.from_numpy(x).to(model.feature_order.device)
-    found = evaluate(model, features[scored], trainer.config.training)
+    trained = np.setdiff1d(np.arange(len(x)), scored)
+    training = trainer.config.training
+    found = evaluate(model, features[scored], training)
+    before = found["reconstruction_error"]
+    if training.decoder_refit:
+        refit_decoder(model, features[trained], training.decoder_refit)
+        found = evaluate(model, features[scored], training)
     with torch.no_grad():
         out = model(features)
     squared = (out["reconstruction"] - features).square().cpu().numpy()
-    trained = np.setdiff1d(np.arange(len(x)), scored)
     encoded = [i for members in meta["group_indices"].values() for i in members]
     parts = {**meta["group_indices"], "(in no category)": np.setdiff1d(np.arange(x.shape[1]), encoded)}
     return {
@@ -109,6 +124,7 @@ def train(run: Run, data: Path, device: str, epochs: int | None) -> dict[str, An
         "error_over_original": found["reconstruction_error"] / meta["original"]["error_final"],
         "train_error": float(squared[trained].mean()),
         "best_error": result.metrics["reconstruction_error"],
+        "error_before_refit": before,
         **{name: found[name] for name in ("utilization", "perplexity_over_k", "topo_pre", "topo_post", "val_loss")},
         "category_error": {k: float(squared[scored][:, i].mean()) for k, i in parts.items() if len(i)},
         **usefulness(out["tokens"].cpu().numpy(), trained, scored, targets_of(data, tuple(rows.tolist()))),
@@ -208,6 +224,35 @@ def append(output: Path, row: dict[str, Any]) -> None:
         os.close(handle)
 
 
+def choose(rows: Iterable[dict[str, Any]]) -> tuple[str, dict[str, float]]:
+    """The combination of the lowest score, and all scores; only runs of the mode `select` count.
+
+    Score: the mean over frames of log(mean error / the baseline's mean error) + PRICE x the sum of what the means of
+    `WANTED` lack. Combinations without two seeds in each frame of the baseline do not take part.
+    """
+    runs = defaultdict(list)
+    for row in rows:
+        if row["mode"] == "select":
+            runs[row["variant"], row["frame"]].append(row)
+    frames = sorted(frame for variant, frame in runs if variant == "baseline")
+    scores = {}
+    for variant in COMBINATIONS:
+        if not frames or any(len(runs[variant, frame]) < 2 for frame in frames):
+            continue
+        scores[variant] = float(np.mean([_score(runs[variant, f], runs["baseline", f]) for f in frames]))
+    if not scores:
+        raise SystemExit("nothing to choose from: no combination has two seeds in each frame that the baseline has")
+    return min(scores, key=scores.__getitem__), scores
+
+
+def _score(runs: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]]) -> float:
+    def mean(rows: Sequence[dict[str, Any]], column: str) -> float:
+        return float(np.mean([row[column] for row in rows]))
+
+    lacks = sum(max(0.0, least - mean(runs, column)) for column, least in WANTED.items())
+    return math.log(mean(runs, "error") / mean(baseline, "error")) + PRICE * lacks
+
+
 def say(line: str) -> None:
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
@@ -243,28 +288,47 @@ def _job(arguments: tuple[Run, Path, str, int | None, float]) -> dict[str, Any] 
         return {**run._asdict(), "failed": f"{type(error).__name__}: {error}"}
 
 
-def work(runs: Sequence[Run], arguments: argparse.Namespace) -> int:
+def runs_of(mode: str, variants: Iterable[str], frames: Sequence[int], seeds: Sequence[int], output: Path) -> list[Run]:
+    """The runs that have no line yet; all variants get a first seed before any gets a second one."""
+    present = finished(output)
+    order = itertools.product(seeds, variants, frames)
+    runs = [Run(mode, variant, frame, seed) for seed, variant, frame in order]
+    return [run for run in runs if run.key not in present]
+
+
+def work(runs: Sequence[Run], arguments: argparse.Namespace, pool: Pool, deadline: float = float("inf")) -> int:
     """Makes the runs; the number of those that failed."""
     started = time.time()
-    deadline = started + arguments.time_limit
     jobs = [(run, arguments.data, arguments.device, arguments.epochs, deadline) for run in runs]
     failed = done = 0
-    pool = multiprocessing.get_context("spawn").Pool(arguments.jobs, _start_worker)
-    with pool:
-        for row in pool.imap_unordered(_job, jobs):
-            if row is None:
-                continue
-            done += 1
-            name = Run(row["mode"], row["variant"], row["frame"], row["seed"]).key
-            said = f"[{done}/{len(jobs)}, {time.time() - started:.0f} s] {name}: "
-            if "failed" in row:
-                failed += 1
-                say(said + row["failed"])
-                continue
-            append(arguments.output, row)
-            say(said + " ".join(f"{c}={row[c]:.3f}" for c in SHOWN) + f" {row['seconds']:.1f}s")
+    for row in pool.imap_unordered(_job, jobs):
+        if row is None:
+            continue
+        done += 1
+        name = Run(row["mode"], row["variant"], row["frame"], row["seed"]).key
+        said = f"[{done}/{len(jobs)}, {time.time() - started:.0f} s] {name}: "
+        if "failed" in row:
+            failed += 1
+            say(said + row["failed"])
+            continue
+        append(arguments.output, row)
+        say(said + " ".join(f"{c}={row[c]:.3f}" for c in SHOWN) + f" {row['seconds']:.1f}s")
     if done < len(jobs):
         say(f"time limit: {len(jobs) - done} runs are left")
+    return failed
+
+
+def choose_and_report(arguments: argparse.Namespace, pool: Pool, deadline: float) -> int:
+    """Tries the combinations, picks one, and runs it and the baseline on the rows that were held apart."""
+    output, frames, seeds = arguments.output, arguments.frames, arguments.seeds
+    tried = ["baseline", *COMBINATIONS]
+    failed = work(runs_of("select", tried, frames, seeds[:SELECT_SEEDS], output), arguments, pool, deadline)
+    chosen, scores = choose(finished(output).values())
+    for variant, score in sorted(scores.items(), key=lambda item: item[1]):
+        say(f"score {score:.3f} {variant}")
+    say(f"chosen: {chosen}")
+    failed += work(runs_of("report", [chosen, "baseline"], frames, seeds, output), arguments, pool)
+    print_table(row for row in finished(output).values() if row["mode"] == "report")
     return failed
 
 
@@ -280,22 +344,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--epochs", type=int, help="instead of those of the settings, for a trial")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--time-limit", type=float, default=float("inf"), help="seconds after which no run starts")
+    parser.add_argument("--choose", action="store_true", help="select among the combinations, then report one")
     parser.add_argument("--table", action="store_true", help="only print the means over what is there")
     parser.add_argument("--list", action="store_true", help="only print what would run")
     arguments = parser.parse_args(argv)
-    present = finished(arguments.output)
-    # All variants get a first seed before any gets a second one.
-    order = itertools.product(arguments.seeds, arguments.variants, arguments.frames)
-    runs = [Run(arguments.mode, variant, frame, seed) for seed, variant, frame in order]
-    runs = [run for run in runs if run.key not in present]
+    runs = runs_of(arguments.mode, arguments.variants, arguments.frames, arguments.seeds, arguments.output)
     if arguments.list:
         say("\n".join(run.key for run in runs))
     elif arguments.table:
-        print_table(present.values())
+        print_table(finished(arguments.output).values())
         found = references(arguments.data, arguments.frames, "report")
         say("probes from the original's tokens: " + json.dumps(found))
     else:
-        return min(work(runs, arguments), 1)
+        deadline = time.time() + arguments.time_limit
+        with multiprocessing.get_context("spawn").Pool(arguments.jobs, _start_worker) as pool:
+            if arguments.choose:
+                failed = choose_and_report(arguments, pool, deadline)
+            else:
+                failed = work(runs, arguments, pool, deadline)
+        return min(failed, 1)
     return 0
 
 

@@ -43,8 +43,43 @@ def _regularised(noise: float, mixing: float, dropout: float, commitment: float 
     )
 
 
+# What helped singly, together: the recipe with more commitment, a larger rate, and codes that are reset often.
+_COMBINED: Settings = _changed(
+    model__commitment_cost=0.1,
+    model__decay=0.97,
+    training__learning_rate=2e-3,
+    training__dead_code_threshold=0.2,
+    training__dead_code_reset_interval=5,
+    training__mixing_decays=True,
+    training__decoder_refit=0.03,
+)
+
+
+def _combined(**changes: Any) -> Settings:
+    return _COMBINED | {name.replace("__", ".", 1): value for name, value in changes.items()}
+
+
+# What `--choose` picks from, the most promising first.
+COMBINATIONS: dict[str, Settings] = {
+    "combined": _COMBINED,
+    "combined_mixing_stays": _combined(training__mixing_decays=False),
+    "combined_n0.2": _combined(training__input_noise=0.2),
+    "combined_n0.3_m0.2": _combined(training__input_noise=0.3, training__mixing=0.2),
+    "combined_c0.05": _combined(model__commitment_cost=0.05),
+    "combined_info_0.03": _combined(training__informativeness_weight=0.03),
+    "combined_topo_0.1": _combined(training__topo_weight=0.1),
+    "combined_lr_1e-3": _combined(training__learning_rate=1e-3),
+    "combined_lr_3e-3": _combined(training__learning_rate=3e-3),
+    "combined_batch_64": _combined(training__batch_size=64, training__topo_samples=64),
+    "combined_adamw_1": _combined(training__optimizer="adamw", training__weight_decay=1.0),
+    "combined_resets_10_steps": _combined(training__dead_code_reset_steps=10),
+    "combined_decay_0.99": _combined(model__decay=0.99),
+    "combined_resets_25": _combined(training__dead_code_reset_interval=25),
+}
+
 VARIANTS: dict[str, Settings] = {
     "baseline": {},
+    **COMBINATIONS,
     "recipe": _RECIPE,
     # What keeps the networks from learning rows by heart: noise / mixing / dropout / commitment.
     "n0.3_m0_d0": _regularised(0.3, 0.0, 0.0),
@@ -56,7 +91,6 @@ VARIANTS: dict[str, Settings] = {
     "n0.1_m0.8_d0": _regularised(0.1, 0.8, 0.0),
     "n0.1_m0.4_d0_c0.05": _regularised(0.1, 0.4, 0.0, 0.05),
     "n0.1_m0.4_d0_c0.1": _regularised(0.1, 0.4, 0.0, 0.1),
-    "n0.3f_m0.4_d0": _regularised(0.3, 0.4, 0.0, training__input_noise_decays=True),
     "n0.2_m0.4_d0": _regularised(0.2, 0.4, 0.0),
     "n0.1_m0.6_d0.05_c0.05": _regularised(0.1, 0.6, 0.05, 0.05),
     "n0.1_m0.4_dec0.1": _regularised(0.1, 0.4, 0.0, model__decoder_dropout=0.1),

@@ -204,8 +204,13 @@ class TrainingConfig(Section):
     input_noise: NonNegativeFloat = Field(
         default=0.0, description="standard deviation of noise on the inputs of training, whose targets stay clean"
     )
-    input_noise_decays: bool = Field(
-        default=False, description="the noise falls, and warms up, in proportion to the learning rate"
+    mixing_decays: bool = Field(
+        default=False, description="the share of mixing falls, and warms up, in proportion to the learning rate"
+    )
+    decoder_refit: NonNegativeFloat = Field(
+        default=0.0,
+        description="after the last epoch, the last layer of the decoder is fitted to the training rows as they are, "
+        "by ridge regression towards its trained weights; the penalty as a share of the inputs' variance, 0: no fit",
     )
     optimizer: Literal["adam", "adamw"] = Field(default="adam", description="optimizer")
     weight_decay: NonNegativeFloat = Field(default=0.0, description="weight decay of adamw, L2 of adam")

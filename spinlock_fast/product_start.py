@@ -7,13 +7,14 @@ from torch import Tensor
 
 from spinlock_fast.config import LevelConfig
 from spinlock_fast.model import CategoricalHierarchicalVQVAE
+from spinlock_fast.refit import decoder_inputs, decoder_output, least_squares
 
 # The heads are fitted on rows with noise around them: their targets are linear, so any row can serve.
 _NOISE = 0.3
 _COPIES = 8
 _FITTED_ROWS = 8192  # about as many; more would take memory and change nothing
 _HEAD_PENALTY = 1e-4
-_SHARE_PENALTY = 1e-3
+_SHARE_PENALTY = 1e-2
 _DECODER_PENALTY = 1e-1
 _LEAST_BITS = 0.02  # a component that is worth less is left out
 _LEAST_VARIANCE = 1e-10  # features have a variance near 1; a constant one is noise of the arithmetic
@@ -60,7 +61,7 @@ def _fit_heads(model: CategoricalHierarchicalVQVAE, x: Tensor) -> None:
         targets = _targets(
             torch.cat([known, known @ share], 1), torch.cat([noisy, noisy @ share], 1), model.levels[name]
         )
-        solved, constant = _least_squares(embedding.double(), targets, _HEAD_PENALTY)
+        solved, constant = least_squares(embedding.double(), targets, _HEAD_PENALTY)
         last = first + targets.shape[1]
         weight[first:last] = solved.T.to(weight.dtype)
         bias[first:last] = constant.to(bias.dtype)
@@ -74,14 +75,12 @@ def _shares_of_others(x: Tensor, encoded: Tensor) -> Tensor:
     """
     others = torch.ones(x.shape[1], dtype=torch.bool, device=x.device)
     others[encoded] = False
-    return _least_squares(x[:, encoded].double(), x[:, others].double(), _SHARE_PENALTY)[0]
+    return least_squares(x[:, encoded].double(), x[:, others].double(), _SHARE_PENALTY)[0]
 
 
 def _fit_decoder(model: CategoricalHierarchicalVQVAE, x: Tensor) -> None:
-    first, activation, _, last = model.shared_decoder
-    hidden = activation(first(model.quantize(model.encode(x))[0]))
-    assert isinstance(last, torch.nn.Linear)
-    solved, constant = _least_squares(hidden.double(), x.double(), _DECODER_PENALTY)
+    last = decoder_output(model)
+    solved, constant = least_squares(decoder_inputs(model, x).double(), x.double(), _DECODER_PENALTY)
     last.weight.copy_(solved.T)
     last.bias.copy_(constant)
 
@@ -138,13 +137,3 @@ def deal(bits: list[float], levels: list[LevelConfig]) -> list[list[int]]:
         dealt[taker].append(component)
         left[taker] -= bits[component]
     return dealt
-
-
-def _least_squares(inputs: Tensor, targets: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
-    """Ridge regression: weights [in, out] and constant [out]; the penalty is a share of the inputs' mean variance."""
-    centre, goal = inputs.mean(0), targets.mean(0)
-    a = inputs - centre
-    gram = a.T @ a
-    gram.diagonal().add_(penalty * gram.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny))
-    weights = torch.linalg.solve(gram, a.T @ (targets - goal))
-    return weights, goal - centre @ weights

@@ -151,17 +151,14 @@ class TrainingStep:
         if not share:
             return x
         u = share * (2.0 * torch.rand(x.shape[0], 1, dtype=x.dtype, device=x.device) - 1.0)
+        if self.training.mixing_decays:
+            u = u * (self._rate / self.training.learning_rate).to(x.dtype)
         return torch.lerp(x, x.roll(-1, 0), u)
 
     def _noisy(self, x: Tensor) -> Tensor:
         """The rows as the model sees them: one that codes noisy rows well does not learn the rows by heart."""
-        training = self.training
-        if not training.input_noise:
-            return x
-        noise = training.input_noise * torch.randn_like(x)
-        if training.input_noise_decays:
-            noise = noise * (self._rate / training.learning_rate).to(x.dtype)
-        return x + noise
+        noise = self.training.input_noise
+        return x + noise * torch.randn_like(x) if noise else x
 
     def _loss_terms(self, x: Tensor, out: dict[str, Tensor]) -> LossTerms:
         return loss_terms(self.model, x, out, self.training.topo_samples)

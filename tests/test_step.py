@@ -32,7 +32,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"training.optimizer": "adamw", "training.weight_decay": 0.01},
     {"training.dead_code_strategy": "sample"},
     {"training.topo_weight": 0.0, "training.orthogonality_weight": 0.0},
-    {"training.mixing": 0.5, "training.input_noise": 0.3, "training.input_noise_decays": True},
+    {"training.mixing": 0.5, "training.input_noise": 0.3, "training.mixing_decays": True},
 ]
 
 
@@ -67,11 +67,10 @@ def begin(step: TrainingStep, epoch: int = 0) -> None:
     step.begin_epoch(order, learning_rates(step.training, step.count, epoch), 0)
 
 
-@pytest.mark.parametrize(("decays", "share"), [(False, 1.0), (True, 0.5)])
-def test_noise_reaches_the_inputs_alone(monkeypatch: pytest.MonkeyPatch, decays: bool, share: float) -> None:
+def test_noise_reaches_the_inputs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """The model reads rows moved by the noise; its errors count against the rows as they are."""
-    step = made({"training.input_noise": 0.3, "training.input_noise_decays": decays})
-    step.begin_epoch(torch.arange(ROWS), torch.full([step.count], 0.5e-3), 0)  # half the rate of the settings
+    step = made({"training.input_noise": 0.3})
+    step.begin_epoch(torch.arange(ROWS), learning_rates(step.training, step.count, 0), 0)
     read: list[Tensor] = []
     aims: list[Tensor] = []
     model, terms = step._model, step._terms
@@ -79,27 +78,28 @@ def test_noise_reaches_the_inputs_alone(monkeypatch: pytest.MonkeyPatch, decays:
     monkeypatch.setattr(step, "_terms", lambda x, out: aims.append(x) or terms(x, out))
     step(StepKind(last=False, reset=False))
     assert torch.equal(aims[0], step.x[:64])
-    assert 0.27 * share < float((read[0] - aims[0]).std()) < 0.33 * share
+    assert 0.27 < float((read[0] - aims[0]).std()) < 0.33
 
 
-def test_mixed_rows_lie_on_the_line_to_the_next_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are both what the model reads and what it is to give."""
-    step = made({"training.mixing": 0.25})
+@pytest.mark.parametrize(("decays", "most"), [(False, 0.25), (True, 0.125)])
+def test_mixed_rows_lie_on_the_line_to_the_next_row(monkeypatch: pytest.MonkeyPatch, decays: bool, most: float) -> None:
+    """They are both what the model reads and what it is to give; the way may shrink with the learning rate."""
+    step = made({"training.mixing": 0.25, "training.mixing_decays": decays})
     read: list[Tensor] = []
     aims: list[Tensor] = []
     model, terms = step._model, step._terms
     monkeypatch.setattr(step, "_model", lambda x: read.append(x) or model(x))
     monkeypatch.setattr(step, "_terms", lambda x, out: aims.append(x) or terms(x, out))
-    step.begin_epoch(torch.arange(ROWS), learning_rates(step.training, step.count, 0), 0)
+    step.begin_epoch(torch.arange(ROWS), torch.full([step.count], 0.5e-3), 0)  # half the rate of the settings
     step(StepKind(last=False, reset=False))
     assert torch.equal(read[0], aims[0])
     rows = step.x[:64]
     way = rows.roll(-1, 0) - rows
     share = ((aims[0] - rows) * way).sum(1) / way.square().sum(1)
     torch.testing.assert_close(aims[0], rows + share[:, None] * way)
-    assert float(share.min()) < -0.2
-    assert float(share.max()) > 0.2
-    assert float(share.abs().max()) <= 0.25
+    assert float(share.min()) < -0.8 * most
+    assert float(share.max()) > 0.8 * most
+    assert float(share.abs().max()) <= most * (1.0 + 1e-5)
 
 
 @pytest.mark.parametrize("options", OPTIONS)

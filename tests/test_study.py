@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import numpy as np
 import pytest
 import study_quality
 from helpers import planted_matrix, write_dataset
-from study_quality import Run, append, finished, load_frame, main, rows_of, usefulness
-from study_variants import COMMON, VARIANTS
+from study_quality import Run, append, choose, finished, load_frame, main, rows_of, usefulness
+from study_variants import COMBINATIONS, COMMON, VARIANTS
 
 from spinlock_fast.config import RunConfig
 from spinlock_fast.config_file import apply_overrides
@@ -80,6 +81,50 @@ def test_a_study_goes_on_where_it_was_stopped(
     assert main([*command, "--seeds", "0", "1", "--list"]) == 0
     assert main([*command, "--table"]) == 0
     assert "select baseline 42 2" in capsys.readouterr().out
+
+
+def row(variant: str, frame: int, seed: int, error: float, **more: Any) -> dict[str, Any]:
+    good = {"utilization": 0.9, "perplexity_over_k": 0.6, "topo_post": 0.99}
+    return {"mode": "select", "variant": variant, "frame": frame, "seed": seed, "error": error, **good, **more}
+
+
+def test_the_choice_weighs_error_in_every_frame_and_use_of_codes() -> None:
+    first, second, third, fourth, *_ = COMBINATIONS
+    rows = []
+    for seed in range(2):
+        for frame, base in ((42, 0.1), (43, 0.3)):
+            rows += [row("baseline", frame, seed, base), row(first, frame, seed, 0.5 * base)]
+            rows += [row(second, frame, seed, 0.45 * base, utilization=0.8)]
+            rows += [row(third, frame, seed, base * (0.2 if frame == 42 else 1.0))]
+    rows += [row(fourth, 42, 0, 0.0001), row(fourth, 43, 0, 0.0001)]  # one seed is not enough
+    chosen, scores = choose([*rows, row(first, 42, 9, 9.0, mode="report")])
+    assert set(scores) == {first, second, third}
+    assert scores[first] == pytest.approx(math.log(0.5))
+    assert scores[second] == pytest.approx(math.log(0.45) + 3.0 * 0.06)
+    assert chosen == third
+    with pytest.raises(SystemExit, match="two seeds"):
+        choose(rows[:3])
+
+
+def test_the_choice_is_made_and_then_reported(
+    data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two = dict(list(COMBINATIONS.items())[:2])
+    monkeypatch.setattr(study_quality, "COMBINATIONS", two)
+    monkeypatch.setattr(study_quality, "SELECT_SEEDS", 2)
+    output = data / "study.jsonl"
+    assert (
+        main([str(data), "--output", str(output), "--frames", "42", "--epochs", "1", "--seeds", "0", "1", "--choose"])
+        == 0
+    )
+    said = capsys.readouterr().out
+    chosen = said.split("chosen: ")[1].split()[0]
+    assert chosen in two
+    runs = [(r["mode"], r["variant"], r["seed"]) for r in finished(output).values()]
+    assert sorted(r for r in runs if r[0] == "report") == [
+        ("report", name, seed) for name in sorted(["baseline", chosen]) for seed in (0, 1)
+    ]
+    assert len([r for r in runs if r[0] == "select"]) == 6
 
 
 def test_no_run_starts_after_the_time_limit(data: Path) -> None:
