@@ -90,8 +90,10 @@ def rows_of(frame: Frame, mode: str) -> tuple[Array, Array]:
     return rest, np.sort(chosen)
 
 
-def train(run: Run, data: Path, device: str, epochs: int | None) -> dict[str, Any]:
-    """Trains and scores one run."""
+def train(
+    run: Run, data: Path, device: str, epochs: int | None, levels: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Trains and scores one run; `levels` instead of the frame's own."""
     frame = load_frame(data, run.frame)
     rows, scored = rows_of(frame, run.mode)
     settings = {**COMMON, **VARIANTS[run.variant], "random_seed": run.seed, "device": device}
@@ -100,7 +102,7 @@ def train(run: Run, data: Path, device: str, epochs: int | None) -> dict[str, An
     trainer = Trainer.from_config(RunConfig(), settings)
     x, meta = frame.x[rows], frame.meta
     started = time.perf_counter()
-    result = trainer.fit(x, meta["group_indices"], meta["levels"], meta["feature_names"], scored)
+    result = trainer.fit(x, meta["group_indices"], levels or meta["levels"], meta["feature_names"], scored)
     seconds = time.perf_counter() - started
     model = result.model
     model.load_state_dict(result.final_state["model_state_dict"])
