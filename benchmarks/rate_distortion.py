@@ -72,9 +72,11 @@ def product(x: Array, scored: Array, bits: int) -> Array:
 
     parts = max(1, bits // CODE_BITS)
     width = x.shape[1] // parts * parts
-    rotation = faiss.OPQMatrix(x.shape[1], parts, width)
-    rotation.train(x)
     quantizer = faiss.ProductQuantizer(width, parts, CODE_BITS)
+    quantizer.cp.min_points_per_centroid = 1  # no warning a codebook
+    rotation = faiss.OPQMatrix(x.shape[1], parts, width)
+    rotation.pq = quantizer  # it would turn for 256 codes otherwise
+    rotation.train(x)
     quantizer.train(rotation.apply(x))
     found: Array = rotation.reverse_transform(quantizer.decode(quantizer.compute_codes(rotation.apply(scored))))
     return found

@@ -74,6 +74,8 @@ COMBINATIONS: dict[str, Settings] = {
     "combined_adamw_1": _combined(training__optimizer="adamw", training__weight_decay=1.0),
     "combined_resets_10_steps": _combined(training__dead_code_reset_steps=10),
     "combined_decay_0.99": _combined(model__decay=0.99),
+    "combined_no_mixing": _combined(training__mixing=0.0),
+    "combined_no_noise_no_mixing": _combined(training__input_noise=0.0, training__mixing=0.0),
     "combined_resets_25": _combined(training__dead_code_reset_interval=25),
 }
 
