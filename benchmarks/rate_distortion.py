@@ -12,7 +12,8 @@ takes log2 K bits a codebook. The reference lines are fitted to the same trainin
     scalar    principal components rounded to even steps, bits by water-filling: what finite scalar quantization
               (Mentzer et al. 2023) is behind a linear encoder
 
-Finished runs have their line in the output and are skipped. `--plot` needs matplotlib; the reference lines need faiss.
+Finished runs have their line in the output and are skipped. The reference lines and `--plot` need the extra
+`study` (faiss, matplotlib).
 """
 
 from __future__ import annotations
