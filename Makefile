@@ -8,7 +8,7 @@ DEFLATE := deflate==0.9.0 --hash=sha256:962e0a6f1ea3a94b900a8ea0ce138fa92bfcbafd
 LIBDEFLATE := $(CURDIR)/build/libdeflate
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help setup train test test-all sanitize bench lint format clean
+.PHONY: help setup train test test-all sanitize bench docs lint format clean
 
 help:
 	@echo "make setup     create .venv and build the package in it"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-all  all tests that need no GPU"
 	@echo "make sanitize  C++ tests under the address, undefined and thread sanitizers"
 	@echo "make bench     benchmarks"
+	@echo "make docs      build the pages of docs/ into site/"
 	@echo "make lint      ruff and mypy --strict"
 
 setup: $(READY)
@@ -66,6 +67,10 @@ sanitize: $(READY)
 		$(BIN)/cmake --build build/sanitize-$$kind && \
 		$(BIN)/ctest --test-dir build/sanitize-$$kind --output-on-failure || exit 1; \
 	done
+
+docs: $(READY)
+	$(BIN)/python -c 'import material' 2>/dev/null || $(BIN)/python -m pip install --quiet "mkdocs-material>=9.5"
+	$(BIN)/python -m mkdocs build --strict
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -7,10 +7,13 @@ update of one codebook, on CUDA), faiss (assignment on the CPU). Answers are com
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
+import bench_dropin
 import torch
 from kernel_times import seed_layout
 from timing import peak_memory, time_calls, write
@@ -98,6 +101,22 @@ def main() -> None:
                 line = f"{shape:6} {name:28} out of memory"
             print(line, flush=True)  # noqa: T201
             write(options.output, rows)
+    if importlib.util.find_spec("vector_quantize_pytorch") is not None:
+        rows += dropin_rows(device)
+        write(options.output, rows)
+
+
+def dropin_rows(device: torch.device) -> list[dict[str, Any]]:
+    """The drop-in quantizers and those whose place they take; answers are compared before."""
+    rows, repeats = [], 50 if device.type == "cuda" else 7
+    for layer in bench_dropin.LAYERS:
+        theirs, ours_too, z = bench_dropin.compared(layer)
+        for name, module in (("spinlock-fast", ours_too), ("vector-quantize-pytorch", theirs)):
+            run = partial(bench_dropin.step, module, z)
+            rows.append({"shape": f"drop-in {layer}", "layer": name, **time_calls(run, device, repeats)})
+            rows[-1] |= {"peak_bytes": peak_memory(run)} if z.is_cuda else {}
+            print(f"drop-in {layer:8} {name:28} {rows[-1]['p50_us']:12.1f} us", flush=True)  # noqa: T201
+    return rows
 
 
 if __name__ == "__main__":

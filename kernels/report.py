@@ -25,10 +25,13 @@ CAPABILITIES = (80, 90, 100)
 MODULES = (
     "vq_assign.triton",
     "vq_assign.streamed",
+    "residual_vq.triton",
     "ema_update.triton",
     "topo_loss.triton",
+    "topo_loss.pull",
     "code_decoders.triton",
     "grouped_mlp.triton",
+    "grouped_mlp.projection",
 )
 # Figures of the H100 SXM data sheet: bytes and operations a second.
 _MEMORY, _FLOAT32, _TF32 = 3.35e12, 67e12, 495e12

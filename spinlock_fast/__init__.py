@@ -9,6 +9,8 @@ from spinlock_fast._native import __version__
 
 if TYPE_CHECKING:
     from spinlock_fast.checkpoint import load_checkpoint
+    from spinlock_fast.compat.pretrained import from_pretrained_codebook
+    from spinlock_fast.dropin import GroupedResidualVQ, ResidualVQ, VectorQuantize
     from spinlock_fast.model import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
     from spinlock_fast.quantize import GroupedVectorQuantizer
     from spinlock_fast.tokenizer import Tokenizer
@@ -17,21 +19,49 @@ if TYPE_CHECKING:
 _HOME = {
     "CategoricalHierarchicalVQVAE": "model",
     "CategoricalVQVAEConfig": "model",
+    "GroupedResidualVQ": "dropin",
     "GroupedVectorQuantizer": "quantize",
+    "ResidualVQ": "dropin",
     "Tokenizer": "tokenizer",
     "Trainer": "trainer",
     "TrainResult": "trainer",
+    "VectorQuantize": "dropin",
+    "from_pretrained_codebook": "compat.pretrained",
     "load_checkpoint": "checkpoint",
 }
+# Served by vector-quantize-pytorch itself, where it is installed, so that one import line is enough.
+_ELSEWHERE = frozenset(
+    [
+        "BinaryMapper",
+        "EvoLFQ",
+        "FSP",
+        "FSQ",
+        "GroupedResidualFSQ",
+        "GroupedResidualLFQ",
+        "HierarchicalVQ",
+        "LFQ",
+        "LatentQuantize",
+        "RandomProjectionQuantizer",
+        "ResidualFSQ",
+        "ResidualLFQ",
+        "ResidualSimVQ",
+        "Sequential",
+        "SimVQ",
+    ]
+)
 
 __all__ = [
     "CategoricalHierarchicalVQVAE",
     "CategoricalVQVAEConfig",
+    "GroupedResidualVQ",
     "GroupedVectorQuantizer",
+    "ResidualVQ",
     "Tokenizer",
     "TrainResult",
     "Trainer",
+    "VectorQuantize",
     "__version__",
+    "from_pretrained_codebook",
     "load_checkpoint",
 ]
 
@@ -40,6 +70,13 @@ def __getattr__(name: str) -> Any:
     # torch is imported on first use, so that `--help` and configuration errors come at once.
     if name in _HOME:
         return getattr(import_module(f"spinlock_fast.{_HOME[name]}"), name)
+    if name in _ELSEWHERE:
+        try:
+            return getattr(import_module("vector_quantize_pytorch"), name)
+        except ModuleNotFoundError as error:
+            if error.name != "vector_quantize_pytorch":
+                raise
+            raise ImportError(f"{name} comes from another package: pip install vector-quantize-pytorch") from None
     raise AttributeError(f"module 'spinlock_fast' has no attribute {name!r}")
 
 

@@ -82,6 +82,14 @@ def assign(
 def assign_backward(
     grad: int, of_error: int, z: int, quantized: int, codes: int, rows: int, dims: list[int], of_z: int, threads: int
 ) -> None: ...
+def residual_assign(
+    x: int, x_row: int, rows: int, dims: int, codebook: int, num_codes: list[int], mask: int, cosine: bool,
+    gradient: int, codes: int, quantized: int, errors: int, counts: int, sums: int, threads: int,
+) -> None: ...  # fmt: skip
+def residual_backward(
+    grad: int, of_errors: int, x: int, x_row: int, rows: int, dims: int, codebook: int, num_codes: list[int],
+    mask: int, codes: int, cosine: bool, gradient: int, of_x: int, threads: int,
+) -> None: ...  # fmt: skip
 def decoders_forward(
     x: int, mean: int, codes: int, codebook: int, w1: int, b1: int, w2: int, b2: int, num_codes: list[int],
     dims: list[int], rows: int, features: int, hidden_width: int, hidden: int, decoded: int, off: int, threads: int,

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from spinlock_fast.card import model_card
 from spinlock_fast.config import RunConfig
 from spinlock_fast.config_file import dump_config, load_config
 from spinlock_fast.errors import DataError
@@ -210,7 +211,7 @@ def write_results(
     end = resumable["run"]
     last = model_payload(model, end["model_state_dict"], end["epoch"], parts)
     save_torch(directory / FINAL, {**last, "run_state": resumable})
-    write_text(directory / CARD, model_card(metrics))
+    write_text(directory / CARD, model_card(metrics, config))
     save_torch(directory / BEST, payload)
     write_json(directory / METRICS, metrics)
 
@@ -238,40 +239,3 @@ def write_normalization(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]]) 
             np.savez(file, **arrays)  # type: ignore[arg-type]
 
     write_atomically(path, write)
-
-
-def model_card(metrics: Metrics) -> str:
-    """README.md of a checkpoint directory."""
-    rows = "\n".join(
-        f"| {c['name']} | {c['features']} | {c['partial_mse']:.4f} | "
-        f"{' / '.join(f'{u:.2f}' for u in c['utilization'])} | {' / '.join(str(k) for k in c['codes'])} |"
-        for c in metrics["categories"]
-    )
-    return f"""# Behavioural tokenizer
-
-{len(metrics["categories"])} categories, {sum(len(c["codes"]) for c in metrics["categories"])} tokens a sample, \
-{metrics["total_codes"]} codes, made by spinlock-fast {metrics["versions"]["spinlock_fast"]}.
-
-| metric (on {metrics["val_rows"]} validation rows) | value |
-|---|---|
-| quality | {metrics["quality"]:.4f} |
-| reconstruction error | {metrics["reconstruction_error"]:.4f} |
-| utilization | {metrics["utilization"]:.3f} |
-| perplexity / K | {metrics["perplexity_over_k"]:.3f} |
-| samples | {metrics["samples"]} |
-| epochs (best) | {metrics["epochs"]} ({metrics["best_epoch"]}) |
-| parameters | {metrics["parameters"]} |
-
-| category | features | partial decoder MSE | utilization by level | codes by level |
-|---|---|---|---|---|
-{rows}
-
-From raw data to tokens:
-
-```python
-from spinlock_fast import Tokenizer
-
-tokenizer = Tokenizer.from_checkpoint("this directory")
-tokens = tokenizer.encode("data.h5")  # [N, {sum(len(c["codes"]) for c in metrics["categories"])}]
-```
-"""

@@ -17,7 +17,9 @@ VERBS = {
     "train": "train a tokenizer on an HDF5 file",
     "evaluate": "measure a checkpoint on an HDF5 file",
     "tokenize": "turn an HDF5 file into tokens",
+    "analyze": "tell what the tokens of a checkpoint mean",
     "convert": "convert a checkpoint of the original project",
+    "report": "draw the dashboards of a checkpoint",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -9,12 +10,18 @@ from torch import Tensor
 
 from spinlock_fast.config import TrainingConfig
 from spinlock_fast.kernels.code_decoders import partial_loss
+from spinlock_fast.kernels.streams import side_by_side
 from spinlock_fast.kernels.topo_loss import topographic_correlations
 from spinlock_fast.model import CategoricalHierarchicalVQVAE
 from spinlock_fast.quantize import GroupedVectorQuantizer
 
-_TOPO_PRE_SHARE = 0.3
-_TOPO_POST_SHARE = 0.7
+_TOPO_PRE_SHARE = 0.3  # the rest is that of the second correlation
+
+
+@cache
+def _factors(weights: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(weights, dtype=dtype, device=device)
 
 
 class LossTerms(NamedTuple):
@@ -28,8 +35,11 @@ class LossTerms(NamedTuple):
 
     def total(self, weights: LossWeights) -> Tensor:
         """The weighted sum; a term of weight 0 has no part in it, finite or not."""
-        parts = [weight * term for weight, term in zip(weights, self, strict=True) if weight != 0.0]
-        return torch.stack(parts).sum() if parts else torch.zeros_like(self.reconstruction)
+        used = [(weight, term) for weight, term in zip(weights, self, strict=True) if weight != 0.0]
+        if not used:
+            return torch.zeros_like(self.reconstruction)
+        factors = _factors(tuple(weight for weight, _ in used), self.reconstruction.dtype, self.reconstruction.device)
+        return torch.stack([term for _, term in used]) @ factors
 
 
 class LossWeights(NamedTuple):
@@ -57,19 +67,28 @@ def loss_terms(model: CategoricalHierarchicalVQVAE, x: Tensor, out: dict[str, Te
 
     Args:
         x: [B, F] the features.
-        out: what `model(x)` returned.
+        out: what `model(x)` returned, or `model.to_codes(x)`: then decoding is done beside the other terms.
         topo_samples: the topographic term takes the first so many rows.
     """
     layout, codes, codebook = model.quantizer.layout, out["tokens"], out["codebook"]
+    latents, quantized = out["latents"], out["quantized"]
     rows = slice(0, topo_samples)
-    pre, post = topographic_correlations(x[rows], out["latents"][rows], codes[rows], codebook, layout)
-    return LossTerms(
-        reconstruction=(out["reconstruction"] - x).square().mean(),
-        vq=out["vq_loss"],
-        orthogonality=code_orthogonality(model.quantizer),
-        informativeness=partial_loss(x, out["quantized"], codes, codebook, model.code_decoders, layout),
-        topographic=topographic_loss(pre, post),
+
+    def topographic() -> Tensor:
+        return topographic_loss(*topographic_correlations(x[rows], latents[rows], codes[rows], codebook, layout))
+
+    def error() -> Tensor:
+        reconstruction = out["reconstruction"] if "reconstruction" in out else model.decode(quantized)
+        return torch.nn.functional.mse_loss(reconstruction, x)
+
+    def informativeness() -> Tensor:
+        return partial_loss(x, quantized, codes, codebook, model.code_decoders, layout)
+
+    topo, reconstruction, partial, orthogonality = side_by_side(
+        [topographic, error, informativeness, lambda: code_orthogonality(model.quantizer)],
+        [x, *out.values(), model.quantizer.embedding],
     )
+    return LossTerms(reconstruction, out["vq_loss"], orthogonality, partial, topo)
 
 
 def code_orthogonality(quantizer: GroupedVectorQuantizer) -> Tensor:
@@ -91,4 +110,4 @@ def code_orthogonality(quantizer: GroupedVectorQuantizer) -> Tensor:
 
 def topographic_loss(pre: Tensor, post: Tensor) -> Tensor:
     """0.3 (1 - pre) + 0.7 (1 - post)."""
-    return _TOPO_PRE_SHARE * (1.0 - pre) + _TOPO_POST_SHARE * (1.0 - post)
+    return 1.0 - torch.lerp(post, pre, _TOPO_PRE_SHARE)

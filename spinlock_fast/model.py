@@ -246,11 +246,15 @@ class CategoricalHierarchicalVQVAE(nn.Module):
             reconstruction [B, F], tokens [B, G], vq_loss, latents and quantized [B, sum D], and codebook
             [sum K D]: the codes that the tokens stand for, which training moves on within this call.
         """
+        out = self.to_codes(x)
+        return {"reconstruction": self.decode(out["quantized"]), **out}
+
+    def to_codes(self, x: Tensor) -> dict[str, Tensor]:
+        """What `forward` returns, without the reconstruction."""
         latents = self.encode(x)
         codebook = self._codes_in_use(latents)
         quantized, tokens, vq_loss = self.quantize(latents)
         return {
-            "reconstruction": self.decode(quantized),
             "tokens": tokens,
             "vq_loss": vq_loss,
             "latents": latents,

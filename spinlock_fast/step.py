@@ -73,7 +73,7 @@ class TrainingStep:
             model.parameters(), self._rate, training.weight_decay, decoupled=training.optimizer == "adamw"
         )
         self._terms = self._loss_terms
-        self._model: Any = model
+        self._model: Any = model.to_codes  # decoding is done beside the other terms of the loss
         if training.use_torch_compile and on_cuda:
             # A shape of its own for the last batch: one graph for any shape would be slower for both.
             self._model = torch.compile(model, dynamic=False)

@@ -124,24 +124,34 @@ class Tokenizer:
         self, path: str | Path | list[str], memory_budget: int = _DEFAULT_BUDGET
     ) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """(first row, cleaned and normalised features [B, F]) of an HDF5 file, block by block."""
-        datasets = {family.name: family.dataset for family in self.families}
         paths = path if isinstance(path, list) else str(path)
-        with Source(paths, datasets) as source:
-            for family in self.families:
-                found = source.datasets[family.name]
-                if not family.fits(found.row_shape):
-                    raise DataError(
-                        f"{source.files[0]}: {found.path}: rows of shape {found.row_shape}, "
-                        f"but the checkpoint was trained on {family.row_shape}"
-                    )
-            share = memory_budget // len(self.families)
-            rows = min(block_rows(info, share) for info in source.datasets.values())
-            copy = rows * max(info.row_bytes for info in source.datasets.values())  # without NaN, of one family
-            names = [family.name for family in self.families]
-            for start, raw in source.batches(names, rows, memory_budget - copy, self.device):
-                columns = [family(raw[family.name], source.placing(family.name, start)) for family in self.families]
-                place = source.placing(self.families[0].name, start)
-                yield start, self._prepare(torch.cat(columns, 1).cpu().numpy(), place)
+        with Source(paths, {family.name: family.dataset for family in self.families}) as source:
+            for start, _, x in self.raw_and_features(source, memory_budget):
+                yield start, x
+
+    def raw_and_features(
+        self, source: Source, memory_budget: int = _DEFAULT_BUDGET
+    ) -> Iterator[tuple[int, dict[str, Tensor], NDArray[np.float32]]]:
+        """(first row, raw families [B, ...] on the device, features [B, F]) of an open source, block by block.
+
+        Raises:
+            DataError: rows of another shape than in training, or what `features` refuses.
+        """
+        for family in self.families:
+            found = source.datasets[family.name]
+            if not family.fits(found.row_shape):
+                raise DataError(
+                    f"{source.files[0]}: {found.path}: rows of shape {found.row_shape}, "
+                    f"but the checkpoint was trained on {family.row_shape}"
+                )
+        share = memory_budget // len(self.families)
+        rows = min(block_rows(info, share) for info in source.datasets.values())
+        copy = rows * max(info.row_bytes for info in source.datasets.values())  # without NaN, of one family
+        names = [family.name for family in self.families]
+        for start, raw in source.batches(names, rows, memory_budget - copy, self.device):
+            columns = [family(raw[family.name], source.placing(family.name, start)) for family in self.families]
+            place = source.placing(self.families[0].name, start)
+            yield start, raw, self._prepare(torch.cat(columns, 1).cpu().numpy(), place)
 
     def decode(self, tokens: Any) -> Any:
         """Tokens [N, G] -> features [N, F] in the units of the cleaned features, see `feature_names`.

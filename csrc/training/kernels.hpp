@@ -86,6 +86,28 @@ struct AssignTask {
     float* quantized;     // [N, total_dims]
 };
 
+// What the output of a residual quantizer passes on to its input; see kernels/residual_vq.
+enum class Gradient : int { none, straight_through, rotation };
+
+// Rows that are quantized stage after stage, each stage what the ones before left over.
+struct ResidualTask {
+    const float* x;  // [N, x_row]
+    Index x_row, D, stages;
+    const Index* num_codes;     // [stages]
+    const float* codebook;      // [sum K, D]
+    const std::uint8_t* mask;   // [N], or null
+    bool cosine;
+    Gradient gradient;
+    // Of `residual_prepare`, in runs of whole panels of `Kernels::columns` codes:
+    float* turned;   // per stage [D, K rounded up]: codes about their mean
+    float* norms;    // per stage [K rounded up]
+    float* centres;  // [stages, D]
+    std::int64_t* codes;  // [N, stages]
+    float* lengths;       // [N, stages]: of what each stage quantized, where cosine
+    std::int32_t* zero;   // [N]: stage from which on the residual is 0 and stays 0
+    float* quantized;     // [N, D]
+};
+
 // A set of points in groups of columns, and the panels that a product with their transpose reads.
 struct Points {
     const float* p;       // [S, row]
@@ -152,6 +174,13 @@ struct Kernels {
     void (*row_sums)(const float* const d[3], Index first, Index last, double* sums);
     void (*row_moments)(const float* const d[3], Index first, Index last, const double* means, double* sums);
     void (*pair_weights)(const PairWeights&, Index first_row);
+    void (*residual_prepare)(const ResidualTask&, Index stage);
+    void (*residual_rows)(const ResidualTask&, Index first, Index last, const Workspace&);
+    Index (*residual_buffer_floats)(Index rows, Index D);
+    // Squared errors [stages] of columns [first, last); counts [sum K] unless null; sums [sum K, D] unless null.
+    void (*residual_tally)(const ResidualTask&, Index N, Index first, Index last, double* errors, float* counts, float* sums);
+    void (*residual_backward)(const ResidualTask&, Index first, Index last, const float* grad, const float* of_errors,
+                              float* of_x, const Workspace&);
 };
 
 const Kernels& portable_kernels();

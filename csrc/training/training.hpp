@@ -6,5 +6,6 @@
 namespace spinlock_fast {
 
 void register_training(pybind11::module_& module);
+void register_residual(pybind11::module_& module);
 
 }  // namespace spinlock_fast

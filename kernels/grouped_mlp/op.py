@@ -158,10 +158,10 @@ def project(
     """
     tensors = (x, gain, shift, weight, bias, part_weight, part_bias)
     if not (backend == "auto" and serves(*tensors)) and runs_triton(backend, *tensors):
-        from spinlock_fast.kernels.grouped_mlp import triton
+        from spinlock_fast.kernels.grouped_mlp import projection
 
-        if triton.fits(x, outputs, parts):
-            function: type[torch.autograd.Function] = triton.Project
+        if projection.fits(x, outputs, parts):
+            function: type[torch.autograd.Function] = projection.Project
             out: Tensor = function.apply(*tensors, outputs, parts, eps, part_eps, dropout)
             return out
     latents = scaled_output_linear(normalize_(x, eps), gain, shift, weight, bias, outputs)

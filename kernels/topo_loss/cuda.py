@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spinlock_fast.kernels.layout import CodebookLayout
-from spinlock_fast.kernels.topo_loss import triton
+from spinlock_fast.kernels.topo_loss import pull, triton
 
 _EPS = torch.finfo(torch.float32).eps
 
@@ -26,27 +26,24 @@ class Correlations(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, latents: Tensor, codes: Tensor, codebook: Tensor, layout: CodebookLayout
     ) -> tuple[Tensor, Tensor]:
-        x, latents, codes = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, latents, codes))
+        x, latents = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, latents))
         codes, codebook = codes.contiguous(), codebook.contiguous()
-        S = x.shape[0]
-        features = CodebookLayout.cached((1,), (x.shape[1],))
-        centre = latents.mean(0)
-        rounding = _rounding(layout.max_dims)
-        d_x = triton.distances(x, None, x.mean(0), features, S, _rounding(x.shape[1]))
-        d_z = triton.distances(latents, None, centre, layout, S, rounding)
-        d_e = triton.distances(codebook, codes, centre, layout, S, rounding)
-        found, stats = triton.correlations(d_x, d_z, d_e, layout.groups)
-        ctx.layout = layout
-        ctx.save_for_backward(found, stats, d_x, d_z, d_e, latents, codes, codebook, centre)
+        S, F = x.shape
+        sets = triton.point_sets(F, layout, x.device)
+        points = triton.gather(x, latents, codes, codebook, layout)
+        distances = triton.distances(points, sets, S, _rounding(layout.max_dims), _rounding(F))
+        found, stats = triton.correlations(distances, sets, layout.groups)
+        ctx.layout, ctx.sets = layout, sets
+        ctx.save_for_backward(found, stats, distances, *points, codes, codebook)
         pre, post = found.unbind()
         return pre.clone(), post.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None, None, None]:
         layout: CodebookLayout = ctx.layout
-        rounding = _rounding(layout.max_dims)
-        found, stats, d_x, d_z, d_e, latents, codes, codebook, centre = ctx.saved_tensors
-        grad = triton.pull(
-            grads[0], grads[1], found, stats, d_x, d_z, d_e, latents, codes, codebook, centre, layout, rounding
-        )
+        found, stats, distances, *points, codes, codebook = ctx.saved_tensors
+        grad = pull.gradient(
+            grads[0], grads[1], found, stats, distances, triton.Points(*points), ctx.sets, codes, codebook, layout,
+            _rounding(layout.max_dims),
+        )  # fmt: skip
         return None, grad, None, None, None

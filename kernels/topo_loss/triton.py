@@ -1,13 +1,15 @@
-"""Triton kernels of the topographic correlations: distances of all codebooks are added up in registers.
+"""Triton kernels of the topographic correlations, forward: distances of all codebooks are added up in registers.
 
-Forward: `topo_distances_fwd_kernel` gives sums of distances over codebooks, for latents, codes and features;
-`topo_moments_fwd_kernel` their moments by tile, in float64; `topo_stats_fwd_kernel` the two correlations.
-Backward: `topo_weights_bwd_kernel` turns the gradients of the correlations into a weight for each pair of rows,
-`topo_pull_bwd_kernel` forms the distances anew and pulls every row towards or away from the others.
-Nothing is larger than a few matrices of rows by rows, and nothing depends on timing.
+`topo_points_fwd_kernel` gathers features, latents and codes once, about a centre, in columns padded to whole tiles,
+with the squared norm of every row; `topo_distances_fwd_kernel` adds up distances over codebooks;
+`topo_moments_fwd_kernel` gives their moments by tile, in float64; `topo_stats_fwd_kernel` the two correlations.
+Nothing is larger than a few matrices of rows by rows, and nothing depends on timing. The gradient is in `pull`.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -15,118 +17,223 @@ import triton.language as tl
 from torch import Tensor
 
 from spinlock_fast.kernels._triton.specimen import ROWS, SEED, Specimen
-from spinlock_fast.kernels._triton.tables import book_table, power_of_two
 from spinlock_fast.kernels.layout import CodebookLayout
 
-_PROGRAMS = 1024  # that fill a large GPU; a constant, so that sums do not depend on the device
+COLUMNS = 16  # of a tile; points are padded to whole tiles, so that loads need no mask and are aligned
+BLOCK_S = 64  # rows of a tile; points are padded to whole tiles as well
+BLOCK_PAIRS = 32  # of rows by rows, where moments and weights are formed
+_DISTANCES: dict[str, Any] = {"BLOCK_S": BLOCK_S, "BLOCK_D": COLUMNS, "num_warps": 4, "num_stages": 1}
+_POINTS: dict[str, Any] = {"BLOCK_S": BLOCK_S, "BLOCK_D": COLUMNS, "num_warps": 4}
+_SPLITS = 8  # runs of codebooks whose distances are added up side by side; a constant, so that sums are the same
 
 
-# Rows by rows of a tile of distances, columns at a time; larger tiles spill.
-_BLOCK_S, _BLOCK_D = 64, 16
-_BLOCK_CODES_S = 32
+class Points(NamedTuple):
+    """Sets of points: the features, then the latents of every codebook, then their codes."""
+
+    points: Tensor  # [rows padded, all columns padded] about the centre, 0 where padded or not finite
+    norms: Tensor  # [1 + 2 G, rows padded] squared; NaN where a point is not finite
+    centre: Tensor  # [all columns padded]
 
 
-@triton.jit
-def load_points(
-    points_ptr, codes_ptr, centre_ptr, r, d, S, D, stride, g, G, first_column, first_entry, OF_CODES: tl.constexpr
-):
-    """Rows r, columns d of a codebook's points about the centre [BLOCK_S, BLOCK_D], zero outside."""
-    inside = (r < S)[:, None] & (d < D)[None, :]
-    if OF_CODES:
-        code = tl.load(codes_ptr + r * G + g, mask=r < S, other=0).to(tl.int32)
-        p = tl.load(
-            points_ptr + ((first_entry + tl.maximum(code, 0) * D)[:, None] + d[None, :]), mask=inside, other=0.0
-        )
-        p = tl.where((code < 0)[:, None], float("nan"), p)
-    else:
-        p = tl.load(points_ptr + ((r * stride + first_column)[:, None] + d[None, :]), mask=inside, other=0.0)
-    centre = tl.load(centre_ptr + first_column + d, mask=d < D, other=0.0)
-    return tl.where(inside, p.to(tl.float32) - centre[None, :], 0.0)
+@dataclass(frozen=True)
+class PointSets:
+    """Where each set of points lies among the padded columns."""
+
+    table: Tensor  # [5, 1 + 2 G] int32: D, first column or entry of the source, first column here, columns here, K
+    splits: Tensor  # [parts + 1] int32 first set of each part
+    parts: tuple[int, int, int]  # of features, latents, codes
+    columns: int
+
+    @property
+    def count(self) -> int:
+        return self.table.shape[1]
 
 
-@triton.jit
-def root_above(square, both, rounding):
-    """Distances; 0 where rounding is all there is."""
-    return tl.sqrt(tl.where(square <= rounding * both, 0.0, square))
+_sets: dict[tuple[int, tuple[int, ...], tuple[int, ...], torch.device], PointSets] = {}
 
 
-@triton.jit(do_not_specialize=["S", "G", "stride", "books"])
-def topo_distances_fwd_kernel(
-    points_ptr,  # [S, sum D] with row stride `stride`, or the packed code vectors [sum K D]
-    codes_ptr,  # [S, G] int64, or not read
-    centre_ptr,  # [sum D]
-    table_ptr,  # [5, G] int32
-    distances_ptr,  # [splits, S, S] sums over the codebooks of a split
+def point_sets(features: int, layout: CodebookLayout, device: torch.device) -> PointSets:
+    """The sets of points of a layout, made once."""
+    key = (features, layout.num_codes, layout.dims, device)
+    found = _sets.get(key)
+    if found is None:
+        G = layout.groups
+        dims = [features, *layout.dims, *layout.dims]
+        padded = [-(-d // COLUMNS) * COLUMNS for d in dims]
+        entries = [k * d for k, d in zip(layout.num_codes, layout.dims, strict=True)]
+        source = [0, *_starts(list(layout.dims)), *_starts(entries)]
+        rows = [dims, source, _starts(padded), padded, [0, *layout.num_codes, *layout.num_codes]]
+        cuts = _cuts(padded[1 : 1 + G], _SPLITS)
+        splits = [0, *(1 + cut for cut in cuts), *(1 + G + cut for cut in cuts), 1 + 2 * G]
+        with torch.inference_mode(False):
+            found = _sets[key] = PointSets(
+                torch.tensor(rows, dtype=torch.int32).to(device),
+                torch.tensor(splits, dtype=torch.int32).to(device),
+                (1, len(cuts), len(cuts)),
+                sum(padded),
+            )
+    return found
+
+
+def _starts(sizes: list[int]) -> list[int]:
+    return [sum(sizes[:i]) for i in range(len(sizes))]
+
+
+def _cuts(sizes: list[int], parts: int) -> list[int]:
+    """First index of each of at most `parts` runs of about the same size."""
+    cost = [COLUMNS + size for size in sizes]  # a root for every pair besides the product
+    share, cuts, run = sum(cost) / parts, [0], 0.0
+    for i, size in enumerate(cost):
+        if run and run + size / 2 > share:
+            cuts.append(i)
+            run = 0.0
+        run += size
+    return cuts
+
+
+@triton.jit(do_not_specialize=["S", "G", "x_stride", "z_stride"])
+def topo_points_fwd_kernel(
+    x_ptr,  # [S, F], row stride x_stride
+    z_ptr,  # [S, sum D], row stride z_stride
+    codebook_ptr,  # [sum K D]
+    codes_ptr,  # [S, G] int64
+    table_ptr,  # [5, 1 + 2 G] int32, see PointSets
+    points_ptr,  # [rows padded, columns]
+    norms_ptr,  # [1 + 2 G, rows padded]
+    centre_ptr,  # [columns]
     S,
     G,
-    stride,
-    books,  # codebooks of a split
-    rounding,
-    OF_CODES: tl.constexpr,
+    x_stride,
+    z_stride,
+    columns,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    i, j, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    s = tl.program_id(1)
+    sets = 2 * G + 1
+    D = tl.load(table_ptr + s)
+    source = tl.load(table_ptr + sets + s)
+    here = tl.load(table_ptr + 2 * sets + s)
+    width = tl.load(table_ptr + 3 * sets + s)
+    first = tl.arange(0, BLOCK_S)  # the rows whose mean is the centre: any point among them all will do
+    mine = tl.program_id(0) * BLOCK_S + first
+    row, own = first * z_stride + source, mine * z_stride + source
+    good, own_good = first >= 0, mine >= 0
+    base = z_ptr
+    if s == 0:
+        base = x_ptr
+        row, own = first * x_stride, mine * x_stride
+    if s > G:
+        base = codebook_ptr
+        code = tl.load(codes_ptr + first * G + (s - G - 1), mask=first < S, other=0).to(tl.int32)
+        own_code = tl.load(codes_ptr + mine * G + (s - G - 1), mask=mine < S, other=0).to(tl.int32)
+        row, own = source + tl.maximum(code, 0) * D, source + tl.maximum(own_code, 0) * D
+        good, own_good = code >= 0, own_code >= 0
+
+    norm = tl.zeros([BLOCK_S, BLOCK_D], dtype=tl.float32)
+    for start in range(0, width, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        inside = (first < S)[:, None] & (d < D)[None, :]
+        p = tl.load(base + (row[:, None] + d[None, :]), mask=inside, other=0.0)  # [BLOCK_S, BLOCK_D]
+        p = tl.where(good[:, None] & (tl.abs(p) < float("inf")), p, 0.0)
+        centre = tl.sum(p, axis=0) / tl.minimum(S, BLOCK_S)
+        inside = (mine < S)[:, None] & (d < D)[None, :]
+        p = tl.load(base + (own[:, None] + d[None, :]), mask=inside, other=0.0)
+        p = tl.where(inside, p - centre[None, :], 0.0)
+        finite = tl.abs(p) < float("inf")
+        norm += tl.where(finite, p * p, float("nan"))
+        out = mine.to(tl.int64)[:, None] * columns + (here + d)[None, :]
+        tl.store(points_ptr + out, tl.where(finite, p, 0.0))
+        if tl.program_id(0) == 0:
+            tl.store(centre_ptr + here + d, centre)
+    norms = tl.where(own_good, tl.sum(norm, axis=1), float("nan"))
+    tl.store(norms_ptr + s * tl.num_programs(0) * BLOCK_S + mine, norms)
+
+
+@triton.jit
+def load_tile(points_ptr, row, here, c, width, columns):
+    """Columns c of a set of points, for some rows [rows, columns]; zero beyond the set."""
+    at = row.to(tl.int64)[:, None] * columns + (tl.multiple_of(here, 16) + c)[None, :]
+    return tl.load(points_ptr + at, mask=(c < width)[None, :], other=0.0)
+
+
+@triton.jit
+def products_of(points_ptr, products, ri, rj, here, width, columns, BLOCK_D: tl.constexpr):
+    """Adds the products of rows i and j of a set of points."""
+    for start in range(0, width, BLOCK_D):
+        c = start + tl.arange(0, BLOCK_D)
+        a = load_tile(points_ptr, ri, here, c, width, columns)
+        b = load_tile(points_ptr, rj, here, c, width, columns)
+        products = tl.dot(a, tl.trans(b), products, input_precision="tf32x3")
+    return products
+
+
+@triton.jit(do_not_specialize=["S", "sets"])
+def topo_distances_fwd_kernel(
+    points_ptr,  # [rows padded, columns]
+    norms_ptr,  # [sets, rows padded]
+    table_ptr,  # [5, sets] int32
+    splits_ptr,  # [parts + 1] int32
+    distances_ptr,  # [parts, S, S] sums over the sets of a part; only tiles on and above the diagonal
+    S,
+    sets,
+    columns,
+    rounding,
+    x_rounding,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    i, j, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if i <= j:
         ri = i * BLOCK_S + tl.arange(0, BLOCK_S)
         rj = j * BLOCK_S + tl.arange(0, BLOCK_S)
         total = tl.zeros([BLOCK_S, BLOCK_S], dtype=tl.float32)
-        for g in range(split * books, tl.minimum(G, (split + 1) * books)):
-            D = tl.load(table_ptr + G + g)
-            first_column = tl.load(table_ptr + 3 * G + g)
-            first_entry = tl.load(table_ptr + 4 * G + g)
+        allowed = rounding
+        if part == 0:
+            allowed = x_rounding
+        for s in range(tl.load(splits_ptr + part), tl.load(splits_ptr + part + 1)):
+            here = tl.load(table_ptr + 2 * sets + s)
+            width = tl.load(table_ptr + 3 * sets + s)
+            norms = norms_ptr + s * tl.num_programs(0) * BLOCK_S
+            both = tl.load(norms + ri)[:, None] + tl.load(norms + rj)[None, :]
             products = tl.zeros([BLOCK_S, BLOCK_S], dtype=tl.float32)
-            own = tl.zeros([BLOCK_S], dtype=tl.float32)
-            other = tl.zeros([BLOCK_S], dtype=tl.float32)
-            for first in range(0, D, BLOCK_D):
-                d = first + tl.arange(0, BLOCK_D)
-                a = load_points(
-                    points_ptr, codes_ptr, centre_ptr, ri, d, S, D, stride, g, G, first_column, first_entry, OF_CODES
-                )
-                b = load_points(
-                    points_ptr, codes_ptr, centre_ptr, rj, d, S, D, stride, g, G, first_column, first_entry, OF_CODES
-                )
-                own += tl.sum(a * a, axis=1)
-                other += tl.sum(b * b, axis=1)
-                products = tl.dot(a, tl.trans(b), products, input_precision="tf32x3")
-            both = own[:, None] + other[None, :]
-            total += root_above(both - 2.0 * products, both, rounding)
+            products = products_of(points_ptr, products, ri, rj, here, width, columns, BLOCK_D)
+            square = both - 2.0 * products
+            total += tl.sqrt(tl.where(square <= allowed * both, 0.0, square))
         total = tl.where(ri[:, None] == rj[None, :], 0.0, total)
-        out = distances_ptr + split.to(tl.int64) * S * S
-        here = (ri < S)[:, None] & (rj < S)[None, :]
-        tl.store(out + ri[:, None] * S + rj[None, :], total, mask=here)
-        if i < j:
-            tl.store(out + rj[None, :] * S + ri[:, None], total, mask=here)
+        out = distances_ptr + part.to(tl.int64) * S * S
+        inside = (ri < S)[:, None] & (rj < S)[None, :]
+        tl.store(out + ri[:, None] * S + rj[None, :], total, mask=inside)
 
 
-@triton.jit(do_not_specialize=["S", "G", "splits"])
+@triton.jit(do_not_specialize=["S", "G", "parts"])
 def topo_moments_fwd_kernel(
-    x_ptr,  # [1, S, S]
-    z_ptr,  # [splits, S, S], changed: part 0 becomes the mean over codebooks
-    e_ptr,  # [splits, S, S], changed alike
+    distances_ptr,  # [1 + 2 parts, S, S]; of latents and of codes the first becomes the mean over codebooks
     moments_ptr,  # [tiles, 8] float64
     S,
     G,
-    splits,
+    parts,  # of latents, and of codes
     BLOCK_S: tl.constexpr,
 ):
     i, j = tl.program_id(0), tl.program_id(1)
     ri = i * BLOCK_S + tl.arange(0, BLOCK_S)
     rj = j * BLOCK_S + tl.arange(0, BLOCK_S)
-    here = (ri < S)[:, None] & (rj < S)[None, :]
+    here = (ri < S)[:, None] & (rj < tl.where(i <= j, S, 0))[None, :]
     at = ri[:, None] * S + rj[None, :]
+    matrix = S.to(tl.int64) * S
+    z_ptr = distances_ptr + matrix
+    e_ptr = z_ptr + parts * matrix
     z = tl.zeros([BLOCK_S, BLOCK_S], dtype=tl.float32)
     e = tl.zeros([BLOCK_S, BLOCK_S], dtype=tl.float32)
-    for split in range(splits):
-        part = tl.cast(split, tl.int64) * S * S
-        z += tl.load(z_ptr + part + at, mask=here, other=0.0)
-        e += tl.load(e_ptr + part + at, mask=here, other=0.0)
+    for part in range(parts):
+        z += tl.load(z_ptr + part * matrix + at, mask=here, other=0.0)
+        e += tl.load(e_ptr + part * matrix + at, mask=here, other=0.0)
     z = z / G
     e = e / G
     tl.store(z_ptr + at, z, mask=here)
     tl.store(e_ptr + at, e, mask=here)
     pair = here & (ri[:, None] < rj[None, :])
-    x = tl.where(pair, tl.load(x_ptr + at, mask=here, other=0.0), 0.0).to(tl.float64)
+    x = tl.where(pair, tl.load(distances_ptr + at, mask=here, other=0.0), 0.0).to(tl.float64)
     z = tl.where(pair, z, 0.0).to(tl.float64)
     e = tl.where(pair, e, 0.0).to(tl.float64)
     out = moments_ptr + (i * tl.num_programs(1) + j) * 8
@@ -191,291 +298,62 @@ def pick(values, index, at: tl.constexpr):
     return tl.sum(tl.where(index == at, values, 0.0), axis=0)
 
 
-@triton.jit(do_not_specialize=["S", "G"])
-def topo_weights_bwd_kernel(
-    grad_pre_ptr,  # scalar
-    grad_post_ptr,  # scalar
-    correlations_ptr,  # [2]
-    stats_ptr,  # [16]
-    x_ptr,  # [S, S]
-    z_ptr,  # [S, S]
-    e_ptr,  # [S, S]
-    of_z_ptr,  # [S, S]
-    of_e_ptr,  # [S, S]
-    S,
-    G,
-    BLOCK: tl.constexpr,
-):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    here = at < S.to(tl.int64) * S
-    pre, post = tl.load(correlations_ptr), tl.load(correlations_ptr + 1)
-    x_mean, z_mean, e_mean = tl.load(stats_ptr), tl.load(stats_ptr + 1), tl.load(stats_ptr + 2)
-    x_dev, z_dev, e_dev = tl.load(stats_ptr + 3), tl.load(stats_ptr + 4), tl.load(stats_ptr + 5)
-    # dr/db = (a - r b) / sigma_b for standardized a, b, over S (S - 1) / 2 pairs and G codebooks.
-    share = 2.0 / (tl.maximum(S.to(tl.float32) * (S - 1), 1.0) * G)
-    to_pre = tl.where(tl.load(stats_ptr + 6) > 0.0, share * tl.load(grad_pre_ptr), 0.0)
-    to_post = tl.where(tl.load(stats_ptr + 7) > 0.0, share * tl.load(grad_post_ptr), 0.0)
-    x = (tl.load(x_ptr + at, mask=here, other=0.0) - x_mean) / x_dev
-    z = (tl.load(z_ptr + at, mask=here, other=0.0) - z_mean) / z_dev
-    e = (tl.load(e_ptr + at, mask=here, other=0.0) - e_mean) / e_dev
-    # A codebook without a code for some row makes e NaN; then nothing flows through it.
-    of_post = tl.where(to_post == 0.0, 0.0, to_post * (e - post * z))
-    tl.store(of_z_ptr + at, (to_pre * (x - pre * z) + of_post) / z_dev, mask=here)
-    tl.store(of_e_ptr + at, tl.where(to_post == 0.0, 0.0, to_post * (z - post * e) / e_dev), mask=here)
+def gather(x: Tensor, latents: Tensor, codes: Tensor, codebook: Tensor, layout: CodebookLayout) -> Points:
+    """The points of all sets."""
+    S = x.shape[0]
+    sets = point_sets(x.shape[1], layout, x.device)
+    tiles = triton.cdiv(S, BLOCK_S)
+    options: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
+    points = torch.empty(tiles * BLOCK_S, sets.columns, **options)
+    norms = torch.empty(sets.count, tiles * BLOCK_S, **options)
+    centre = torch.empty(sets.columns, **options)
+    topo_points_fwd_kernel[(tiles, sets.count)](
+        x, latents, codebook, codes, sets.table, points, norms, centre,
+        S, layout.groups, x.stride(0), latents.stride(0), sets.columns, **_POINTS,
+    )  # fmt: skip
+    return Points(points, norms, centre)
 
 
-@triton.jit(do_not_specialize=["S", "G", "stride", "total_dims"])
-def topo_pull_bwd_kernel(
-    points_ptr,  # [S, sum D] with row stride `stride`
-    centre_ptr,  # [sum D]
-    table_ptr,  # [5, G] int32
-    weight_ptr,  # [S, S], symmetric
-    grad_ptr,  # [S, sum D]
-    S,
-    G,
-    stride,
-    total_dims,
-    rounding,
-    BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """grad_i = sum over j of weight_ij (p_i - p_j) / d_ij; a program makes BLOCK_D columns of it."""
-    g = tl.program_id(1)
-    D = tl.load(table_ptr + G + g)
-    first_column = tl.load(table_ptr + 3 * G + g)
-    mine = tl.program_id(2) * BLOCK_D
-    if mine < D:
-        ri = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
-        row = tl.zeros([BLOCK_S], dtype=tl.float32)
-        pulled = tl.zeros([BLOCK_S, BLOCK_D], dtype=tl.float32)
-        for start in range(0, S, BLOCK_S):
-            rj = start + tl.arange(0, BLOCK_S)
-            products = tl.zeros([BLOCK_S, BLOCK_S], dtype=tl.float32)
-            own = tl.zeros([BLOCK_S], dtype=tl.float32)
-            other = tl.zeros([BLOCK_S], dtype=tl.float32)
-            for first in range(0, D, BLOCK_D):
-                d = first + tl.arange(0, BLOCK_D)
-                a = load_points(points_ptr, points_ptr, centre_ptr, ri, d, S, D, stride, g, G, first_column, 0, False)
-                b = load_points(points_ptr, points_ptr, centre_ptr, rj, d, S, D, stride, g, G, first_column, 0, False)
-                own += tl.sum(a * a, axis=1)
-                other += tl.sum(b * b, axis=1)
-                products = tl.dot(a, tl.trans(b), products, input_precision="tf32x3")
-            both = own[:, None] + other[None, :]
-            square = both - 2.0 * products
-            here = (ri < S)[:, None] & (rj < S)[None, :]
-            weight = tl.load(weight_ptr + (ri[:, None] * S + rj[None, :]), mask=here, other=0.0)
-            near = (square <= rounding * both) | (ri[:, None] == rj[None, :]) | (square != square)
-            pull = tl.where(near, 0.0, weight * tl.rsqrt(tl.where(near, 1.0, square)))
-            row += tl.sum(pull, axis=1)
-            d = mine + tl.arange(0, BLOCK_D)
-            b = load_points(points_ptr, points_ptr, centre_ptr, rj, d, S, D, stride, g, G, first_column, 0, False)
-            pulled = tl.dot(pull, tl.where(b == b, b, 0.0), pulled, input_precision="tf32x3")
-        d = mine + tl.arange(0, BLOCK_D)
-        a = load_points(points_ptr, points_ptr, centre_ptr, ri, d, S, D, stride, g, G, first_column, 0, False)
-        grad = tl.where(a == a, a, 0.0) * row[:, None] - pulled
-        out = grad_ptr + ((ri * total_dims + first_column)[:, None] + d[None, :])
-        tl.store(out, grad, mask=(ri < S)[:, None] & (d < D)[None, :])
-
-
-@triton.jit(do_not_specialize=["S", "G", "total_dims"])
-def topo_pull_codes_bwd_kernel(
-    codebook_ptr,  # [sum K D]
-    codes_ptr,  # [S, G] int64
-    centre_ptr,  # [sum D]
-    table_ptr,  # [5, G] int32
-    weight_ptr,  # [S, S], symmetric
-    grad_ptr,  # [S, sum D], added to
-    S,
-    G,
-    total_dims,
-    rounding,
-    BLOCK_S: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """The pull of the codes of all rows: rows of one code pull as one, so that K codes do what S rows would."""
-    g = tl.program_id(1)
-    K = tl.load(table_ptr + g)
-    D = tl.load(table_ptr + G + g)
-    first_column = tl.load(table_ptr + 3 * G + g)
-    first_entry = tl.load(table_ptr + 4 * G + g)
-    ri = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
-    own_code = tl.load(codes_ptr + ri * G + g, mask=ri < S, other=-1).to(tl.int32)
-    for first_code in range(0, K, BLOCK_K):
-        k = first_code + tl.arange(0, BLOCK_K)
-        weights = tl.zeros([BLOCK_S, BLOCK_K], dtype=tl.float32)  # of row i to all rows of code k
-        for start in range(0, S, BLOCK_S):
-            rj = start + tl.arange(0, BLOCK_S)
-            code = tl.load(codes_ptr + rj * G + g, mask=rj < S, other=-1).to(tl.int32)
-            here = (ri < S)[:, None] & (rj < S)[None, :]
-            weight = tl.load(weight_ptr + (ri[:, None] * S + rj[None, :]), mask=here, other=0.0)
-            hot = (code[:, None] == k[None, :]).to(tl.float32)
-            weights = tl.dot(weight, hot, weights, input_precision="tf32x3")
-        products = tl.zeros([BLOCK_S, BLOCK_K], dtype=tl.float32)
-        own = tl.zeros([BLOCK_S], dtype=tl.float32)
-        other = tl.zeros([BLOCK_K], dtype=tl.float32)
-        for first in range(0, D, BLOCK_D):
-            d = first + tl.arange(0, BLOCK_D)
-            a = load_codes(codebook_ptr, centre_ptr, own_code, own_code >= 0, d, D, first_column, first_entry)
-            e = load_codes(codebook_ptr, centre_ptr, k, k < K, d, D, first_column, first_entry)
-            own += tl.sum(a * a, axis=1)
-            other += tl.sum(e * e, axis=1)
-            products = tl.dot(a, tl.trans(e), products, input_precision="tf32x3")
-        both = own[:, None] + other[None, :]
-        square = both - 2.0 * products
-        near = (square <= rounding * both) | (own_code[:, None] == k[None, :]) | (square != square)
-        near = near | (k >= K)[None, :] | (own_code < 0)[:, None]
-        pull = tl.where(near, 0.0, weights * tl.rsqrt(tl.where(near, 1.0, square)))
-        row = tl.sum(pull, axis=1)
-        for first in range(0, D, BLOCK_D):
-            d = first + tl.arange(0, BLOCK_D)
-            a = load_codes(codebook_ptr, centre_ptr, own_code, own_code >= 0, d, D, first_column, first_entry)
-            e = load_codes(codebook_ptr, centre_ptr, k, k < K, d, D, first_column, first_entry)
-            pulled = tl.dot(pull, e, input_precision="tf32x3")
-            out = grad_ptr + ((ri * total_dims + first_column)[:, None] + d[None, :])
-            inside = (ri < S)[:, None] & (d < D)[None, :]
-            tl.store(out, tl.load(out, mask=inside, other=0.0) + a * row[:, None] - pulled, mask=inside)
-
-
-@triton.jit
-def load_codes(codebook_ptr, centre_ptr, code, inside, d, D, first_column, first_entry):
-    """Code vectors about the centre [codes, BLOCK_D]; zero outside, and for what is not finite."""
-    here = inside[:, None] & (d < D)[None, :]
-    e = tl.load(codebook_ptr + ((first_entry + code * D)[:, None] + d[None, :]), mask=here, other=0.0)
-    centre = tl.load(centre_ptr + first_column + d, mask=d < D, other=0.0)
-    e = e - centre[None, :]
-    return tl.where(here & (tl.abs(e) < float("inf")), e, 0.0)
-
-
-def distances(
-    points: Tensor, codes: Tensor | None, centre: Tensor, layout: CodebookLayout, rows: int, rounding: float
-) -> Tensor:
-    """Sums of distances over the codebooks of a split [splits, S, S]."""
-    tiles = triton.cdiv(rows, _BLOCK_S)
-    splits = max(1, min(layout.groups, _PROGRAMS // max(tiles * (tiles + 1) // 2, 1)))
-    books = triton.cdiv(layout.groups, splits)
-    splits = triton.cdiv(layout.groups, books)
-    out = torch.empty(splits, rows, rows, dtype=torch.float32, device=points.device)
-    topo_distances_fwd_kernel[(tiles, tiles, splits)](
-        points,
-        codes if codes is not None else points,
-        centre,
-        book_table(layout, points.device),
-        out,
-        rows,
-        layout.groups,
-        points.stride(0),
-        books,
-        rounding,
-        OF_CODES=codes is not None,
-        BLOCK_S=_BLOCK_S,
-        BLOCK_D=_BLOCK_D,
-        num_warps=4,
-        num_stages=1,
-    )
+def distances(found: Points, sets: PointSets, rows: int, rounding: float, x_rounding: float) -> Tensor:
+    """[parts, S, S] sums of distances over the sets of each part, on and above the diagonal."""
+    tiles = triton.cdiv(rows, BLOCK_S)
+    out = torch.empty(sum(sets.parts), rows, rows, dtype=torch.float32, device=found.points.device)
+    topo_distances_fwd_kernel[(tiles, tiles, sum(sets.parts))](
+        found.points, found.norms, sets.table, sets.splits, out, rows, sets.count, sets.columns, rounding, x_rounding,
+        **_DISTANCES,
+    )  # fmt: skip
     return out
 
 
-def correlations(d_x: Tensor, d_z: Tensor, d_e: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """The two correlations [2] and the figures [16] that the backward pass needs; d_z[0], d_e[0] become means."""
-    S = d_x.shape[1]
-    block = 32
-    tiles = triton.cdiv(S, block)
-    moments = torch.empty(tiles * tiles, 8, dtype=torch.float64, device=d_x.device)
-    found = torch.empty(2, dtype=torch.float32, device=d_x.device)
-    stats = torch.empty(16, dtype=torch.float32, device=d_x.device)
-    topo_moments_fwd_kernel[(tiles, tiles)](d_x, d_z, d_e, moments, S, groups, d_z.shape[0], BLOCK_S=block, num_warps=4)
-    topo_stats_fwd_kernel[(1,)](moments, found, stats, S, tiles * tiles, BLOCK_T=128, num_warps=4)
-    return found, stats
-
-
-def pull(
-    grad_pre: Tensor,
-    grad_post: Tensor,
-    found: Tensor,
-    stats: Tensor,
-    d_x: Tensor,
-    d_z: Tensor,
-    d_e: Tensor,
-    latents: Tensor,
-    codes: Tensor,
-    codebook: Tensor,
-    centre: Tensor,
-    layout: CodebookLayout,
-    rounding: float,
-) -> Tensor:
-    """Gradient of the latents [S, sum D]."""
-    S, G = latents.shape[0], layout.groups
-    of_z = torch.empty(S, S, dtype=torch.float32, device=latents.device)
-    of_e = torch.empty_like(of_z)
-    block = 1024
-    topo_weights_bwd_kernel[(triton.cdiv(S * S, block),)](
-        grad_pre, grad_post, found, stats, d_x, d_z, d_e, of_z, of_e, S, G, BLOCK=block, num_warps=4
-    )
-    grad = torch.empty(S, layout.total_dims, dtype=torch.float32, device=latents.device)
-    table = book_table(layout, latents.device)
-    tiles = triton.cdiv(S, _BLOCK_S)
-    topo_pull_bwd_kernel[(tiles, G, triton.cdiv(layout.max_dims, _BLOCK_D))](
-        latents,
-        centre,
-        table,
-        of_z,
-        grad,
-        S,
-        G,
-        latents.stride(0),
-        layout.total_dims,
-        rounding,
-        BLOCK_S=_BLOCK_S,
-        BLOCK_D=_BLOCK_D,
-        num_warps=4,
-        num_stages=1,
-    )
-    topo_pull_codes_bwd_kernel[(triton.cdiv(S, _BLOCK_CODES_S), G)](
-        codebook,
-        codes,
-        centre,
-        table,
-        of_e,
-        grad,
-        S,
-        G,
-        layout.total_dims,
-        rounding,
-        BLOCK_S=_BLOCK_CODES_S,
-        BLOCK_K=min(64, power_of_two(layout.max_codes, 16)),
-        BLOCK_D=_BLOCK_D,
-        num_warps=4,
-        num_stages=1,
-    )
-    return grad
+def correlations(found: Tensor, sets: PointSets, groups: int) -> tuple[Tensor, Tensor]:
+    """The two correlations [2] and the figures [16] that the gradient needs; distances become means over codebooks."""
+    S = found.shape[1]
+    tiles = triton.cdiv(S, BLOCK_PAIRS)
+    moments = torch.empty(tiles * tiles, 8, dtype=torch.float64, device=found.device)
+    both = torch.empty(2, dtype=torch.float32, device=found.device)
+    stats = torch.empty(16, dtype=torch.float32, device=found.device)
+    topo_moments_fwd_kernel[(tiles, tiles)](found, moments, S, groups, sets.parts[1], BLOCK_S=BLOCK_PAIRS, num_warps=4)
+    topo_stats_fwd_kernel[(1,)](moments, both, stats, S, tiles * tiles, BLOCK_T=128, num_warps=4)
+    return both, stats
 
 
 def specimens(capability: int) -> list[Specimen]:
     """Launches for the report: the batch of the 100K run."""
-    S, G, width, entries = ROWS, SEED.groups, SEED.total_dims, SEED.total_entries
+    S, G, width, entries, F = ROWS, SEED.groups, SEED.total_dims, SEED.total_entries, 172
     pairs = S * S
-    shape = "512 rows, 33 codebooks"
-    tile = {"BLOCK_S": _BLOCK_S, "BLOCK_D": _BLOCK_D}
-    found = [
-        Specimen(topo_distances_fwd_kernel, shape, {"OF_CODES": False, **tile},
-                 4 * (S * width + pairs), 3 * pairs * G, pairs * width),
-        Specimen(topo_distances_fwd_kernel, shape + ", of codes", {"OF_CODES": True, **tile},
-                 4 * (entries + pairs) + 8 * S * G, 3 * pairs * G, pairs * width),
-        Specimen(topo_moments_fwd_kernel, shape, {"BLOCK_S": 32}, 4 * 5 * pairs, 12 * pairs, 0),
+    shape = f"{S} rows, {G} codebooks, {F} features"
+    parts = 1 + 2 * _SPLITS
+    points = S * (F + 2 * width)
+    return [
+        Specimen.launched(
+            topo_points_fwd_kernel, shape, {**_POINTS, "num_stages": 1},
+            num_bytes=4 * (S * (F + width) + entries + points) + 8 * S * G, float_ops=4 * points, dot_ops=0,
+        ),
+        Specimen.launched(
+            topo_distances_fwd_kernel, shape, _DISTANCES,
+            num_bytes=4 * (points + parts * pairs // 2), float_ops=2 * pairs * G, dot_ops=pairs * (F + 2 * width),
+        ),
+        Specimen(topo_moments_fwd_kernel, shape, {"BLOCK_S": BLOCK_PAIRS},
+                 4 * (parts + 2) * pairs // 2, (parts + 12) * pairs // 2, 0),
         Specimen(topo_stats_fwd_kernel, shape, {"BLOCK_T": 128}, 8 * 8 * 256, 8 * 256, 0),
-        Specimen(topo_weights_bwd_kernel, shape, {"BLOCK": 1024}, 4 * 5 * pairs, 14 * pairs, 0),
-        Specimen(topo_pull_bwd_kernel, shape, tile, 4 * (2 * S * width + pairs), 6 * pairs * G, 4 * pairs * width),
     ]  # fmt: skip
-    for block_k in (16, 32, 64):
-        found.append(
-            Specimen(
-                topo_pull_codes_bwd_kernel,
-                f"{shape}, K <= {block_k}",
-                {"BLOCK_S": _BLOCK_CODES_S, "BLOCK_K": block_k, "BLOCK_D": _BLOCK_D},
-                4 * (2 * S * width + entries + pairs) + 8 * S * G,
-                6 * S * SEED.total_codes,
-                2 * pairs * SEED.total_codes + 4 * S * entries,
-            )
-        )
-    return found

@@ -8,6 +8,7 @@ result does not depend on timing.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -315,17 +316,17 @@ def assign(
     return codes, quantized, error.sum(0, keepdim=True), counts[None], sums[None]
 
 
-def search(z: Tensor, codebook: Tensor, layout: CodebookLayout, centred: bool) -> tuple[Tensor, Tensor]:
-    """Distances (but for |z|^2) and indices [splits, G, N] of the nearest code in each share of the codes."""
-    N, G = z.shape[0], layout.groups
-    table = book_table(layout, z.device)
-    config = SearchConfig.of(capability(z.device))
-    tiles = triton.cdiv(N, config.block_n)
-    most = triton.cdiv(layout.max_codes, config.block_k)
-    K_pad, D_pad = most * config.block_k, triton.cdiv(layout.max_dims, _PAD_D) * _PAD_D
-    centres = torch.empty(layout.total_dims, dtype=torch.float32, device=z.device)
-    codes = torch.empty(G, K_pad, D_pad, dtype=torch.float32, device=z.device)
-    norms = torch.empty(G, K_pad, dtype=torch.float32, device=z.device)
+def centred_codes(
+    codebook: Tensor, layout: CodebookLayout, centred: bool, block_k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes [G, K_pad, D_pad] about the mean code of each codebook, their squared norms, and the means [sum D]."""
+    G, device = layout.groups, codebook.device
+    table = book_table(layout, device)
+    K_pad = triton.cdiv(layout.max_codes, block_k) * block_k
+    D_pad = triton.cdiv(layout.max_dims, _PAD_D) * _PAD_D
+    centres = torch.empty(layout.total_dims, dtype=torch.float32, device=device)
+    codes = torch.empty(G, K_pad, D_pad, dtype=torch.float32, device=device)
+    norms = torch.empty(G, K_pad, dtype=torch.float32, device=device)
     if centred:
         code_centres_kernel[(triton.cdiv(layout.max_dims, 32), G)](
             codebook, table, centres, G, BLOCK_K=32, BLOCK_D=32, num_warps=4
@@ -333,6 +334,18 @@ def search(z: Tensor, codebook: Tensor, layout: CodebookLayout, centred: bool) -
     centre_codes_kernel[(K_pad // 32, G)](
         codebook, table, centres, codes, norms, G, K_pad, D_pad, CENTRED=centred, BLOCK_K=32, BLOCK_D=32, num_warps=4
     )
+    return codes, norms, centres
+
+
+def search(z: Tensor, codebook: Tensor, layout: CodebookLayout, centred: bool) -> tuple[Tensor, Tensor]:
+    """Distances (but for |z|^2) and indices [splits, G, N] of the nearest code in each share of the codes."""
+    N, G = z.shape[0], layout.groups
+    table = book_table(layout, z.device)
+    config = SearchConfig.of(capability(z.device))
+    tiles = triton.cdiv(N, config.block_n)
+    most = triton.cdiv(layout.max_codes, config.block_k)
+    codes, norms, centres = centred_codes(codebook, layout, centred, config.block_k)
+    K_pad, D_pad = codes.shape[1:]
     splits = max(1, min(most, 16, _PROGRAMS // (tiles * G)))
     share = triton.cdiv(most, splits) * config.block_k
     splits = triton.cdiv(layout.max_codes, share)
@@ -364,39 +377,56 @@ def search(z: Tensor, codebook: Tensor, layout: CodebookLayout, centred: bool) -
 
 
 def accumulate(z: Tensor, codes: Tensor, layout: CodebookLayout) -> tuple[Tensor, Tensor]:
-    """`reference.accumulate` in a fixed order: rows sorted by code, long segments added in parts."""
+    """`reference.accumulate` in a fixed order."""
+    index, table = layout.indices(z.device), book_table(layout, z.device)
+
+    def add_rows(segments: tuple[Tensor, ...], parts: Tensor, blocks: int, block_r: int, block_d: int) -> None:
+        order, code, first, last = segments
+        segment_sum_kernel[(len(parts), blocks)](
+            z, order, code, first, last, index.code_book, table, first, parts, layout.groups, z.stride(0),
+            parts.shape[1], len(parts), layout.total_codes, LEVEL=0, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=4,
+        )  # fmt: skip
+
+    return add_segments(codes, layout, add_rows)
+
+
+def add_segments(codes: Tensor, layout: CodebookLayout, add_rows: Callable[..., None]) -> tuple[Tensor, Tensor]:
+    """Rows of each code [sum K] and their sums [sum K D]: rows sorted by code, long segments added in parts.
+
+    Args:
+        codes: [N, G] int64, -1 for rows that count nowhere.
+        add_rows: called with (order, code, first, last) of each part, the parts [items, D_max] to fill, and the number
+            and sizes of blocks. A part is the sum of the rows at positions order[first:last] of the flattened codes.
+    """
     N, G = codes.shape
-    index = layout.indices(z.device)
+    device = codes.device
+    index = layout.indices(device)
     total = layout.total_codes
-    table = book_table(layout, z.device)
     ids = torch.where(codes < 0, total, codes + index.code_offsets).flatten()
     ids, order = ids.to(torch.int32).sort(stable=True)
-    bounds = torch.searchsorted(ids, torch.arange(total + 1, dtype=torch.int32, device=z.device))  # [sum K + 1]
+    bounds = torch.searchsorted(ids, torch.arange(total + 1, dtype=torch.int32, device=device))  # [sum K + 1]
     lengths = bounds.diff()
     # A code of many rows takes several items of at most `length` rows, each summed by itself.
     length = power_of_two(4 * N * G // total, 128)
     needed = (lengths + length - 1) // length
     ends = needed.cumsum(0)
     items = total + N * G // length
-    item = torch.arange(items, device=z.device)
+    item = torch.arange(items, device=device)
     code = torch.searchsorted(ends, item, right=True)  # sum K where there is no such item
     safe = code.clamp(max=total - 1)
     first = bounds[safe] + (item - (ends[safe] - needed[safe])) * length
     last = torch.minimum(first + length, bounds[safe + 1])
     width = layout.max_dims
     block_d = min(64, power_of_two(width, 16))
-    parts = torch.empty(items, width, dtype=torch.float32, device=z.device)
-    sums = torch.zeros(layout.total_entries, dtype=torch.float32, device=z.device)
-    options = {"BLOCK_R": _SEGMENT_ROWS, "BLOCK_D": block_d, "num_warps": 4}
     blocks = triton.cdiv(width, block_d)
-    segment_sum_kernel[(items, blocks)](
-        z, order, code, first, last, index.code_book, table, first, parts, G, z.stride(0), width, items, total,
-        LEVEL=0, **options,
-    )  # fmt: skip
-    codes_once = torch.arange(total, device=z.device)
+    parts = torch.empty(items, width, dtype=torch.float32, device=device)
+    sums = torch.zeros(layout.total_entries, dtype=torch.float32, device=device)
+    add_rows((order, code, first, last), parts, blocks, _SEGMENT_ROWS, block_d)
+    codes_once = torch.arange(total, device=device)
     segment_sum_kernel[(total, blocks)](
-        parts, order, codes_once, ends - needed, ends, index.code_book, table, index.first_entries, sums, G, width, 0,
-        total, total, LEVEL=1, **options,
+        parts, order, codes_once, ends - needed, ends, index.code_book, book_table(layout, device),
+        index.first_entries, sums, G, width, 0, total, total, LEVEL=1, BLOCK_R=_SEGMENT_ROWS, BLOCK_D=block_d,
+        num_warps=4,
     )  # fmt: skip
     return lengths.to(torch.float32), sums
 

@@ -1,5 +1,6 @@
-"""Ways in for users of the original project: its quantizer's interface and its checkpoints."""
+"""Ways in from other projects: the original's quantizer and checkpoints, and the quantizers of trained models."""
 
+from spinlock_fast.compat.codecs import FactorizedResidualVQ, SplitResidualVQ
 from spinlock_fast.compat.vector_quantizer import VectorQuantizer
 
-__all__ = ["VectorQuantizer"]
+__all__ = ["FactorizedResidualVQ", "SplitResidualVQ", "VectorQuantizer"]

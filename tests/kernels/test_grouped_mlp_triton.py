@@ -57,6 +57,9 @@ def of_project(x, gain, shift, weight, bias, part_weight, part_bias, outputs, pa
     return reference.ragged_layer_norm(linear, part_weight, part_bias, parts, 1e-5)
 
 
+_ONE_COLUMN = torch.finfo(torch.float32).eps * 1e-5**-0.5
+
+
 def with_gradients(function, inputs, upstream, device, dtype):
     leaves = [t.to(device, dtype).requires_grad_() for t in inputs]
     with cuda_matmul(tf32=False):
@@ -72,9 +75,9 @@ def assert_agrees(function, expected, inputs):
     exact = with_gradients(expected, inputs, upstream, "cpu", torch.float64)
     eager = with_gradients(expected, inputs, upstream, "cpu", torch.float32)
     for place, (a, b, t) in enumerate(zip(ours, eager, exact, strict=True)):
-        # A row of few columns may have next to no deviation: then rounding is as large as the gradient.
-        # Where the exact gradient is 0, so may be eager's; a device rounds otherwise.
-        assert (a - t).norm() <= CLOSE * t.norm() + 4.0 * (b - t).norm() + 1e-6, place
+        # A row of few columns may have next to no deviation: then rounding is as large as the gradient. A part of one
+        # column has none: its gradient is 0, but for rounding times 1 / sqrt(eps) of the normalisation.
+        assert (a - t).norm() <= CLOSE * t.norm() + 4.0 * (b - t).norm() + _ONE_COLUMN, place
 
 
 @settings(max_examples=8)
@@ -94,7 +97,7 @@ def test_networks_of_large_tiles(monkeypatch, precision):
     if ON_GPU:
         pytest.skip("the tolerance is that of float32")
     monkeypatch.setattr(triton, "_PROGRAMS", 1)
-    monkeypatch.setattr(triton, "_precision", lambda: precision)
+    monkeypatch.setattr(triton, "tf32_or_exact", lambda: precision)
     test_networks_of_any_shape.hypothesis.inner_test([70, 3], 65, 66, 67, 0)
 
 
@@ -142,12 +145,12 @@ def test_projections_of_any_shape(parts, rows, width, seed):
     )
 
 
-@pytest.mark.parametrize(("parts", "width"), [([[60, 20], [3]], 130), ([[5, 4], [3]], 256)])
+@pytest.mark.parametrize(("parts", "width"), [([[60, 20], [3]], 130), ([[5, 4], [3]], 256), ([[140, 70], [100]], 40)])
 def test_projections_of_more_than_a_tile(parts, width):
     test_projections_of_any_shape.hypothesis.inner_test(parts, 40, width, 0)
 
 
-@pytest.mark.parametrize(("outputs", "parts", "width"), [([4, 4], [3, 2, 3], 6), ([4], [4], 1100), ([70], [70], 6)])
+@pytest.mark.parametrize(("outputs", "parts", "width"), [([4, 4], [3, 2, 3], 6), ([4], [4], 1100), ([270], [270], 6)])
 def test_what_no_kernel_serves_goes_by_parts(outputs, parts, width):
     assert_agrees(
         lambda x, *a: project(x.clone(), *a, Ragged.of(outputs), Ragged.of(parts), backend="triton"),

@@ -16,7 +16,7 @@ from spinlock_fast.quantize import resolve_levels
 pytest.importorskip("triton", reason="the package triton is not installed here")
 KERNELS = Path(report.__file__).parent
 # Operations whose codes or distances must be those of float32; networks may use TF32, as the baseline does.
-EXACT = ("vq_", "topo_", "ema_")
+EXACT = ("vq_", "topo_", "ema_", "residual_")
 
 
 @pytest.fixture(scope="module")

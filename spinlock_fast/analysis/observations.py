@@ -1,0 +1,273 @@
+"""What is analysed: tokens, features and conditions of the operators of a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from spinlock_fast.data.files import get_dataset, naming_damage, open_file
+from spinlock_fast.data.source import Source
+from spinlock_fast.errors import DataError
+from spinlock_fast.kernels.layout import CodebookLayout
+from spinlock_fast.tokenizer import Tokenizer
+
+PARAMETERS = "parameters/params"
+LABELS = {
+    "initial condition": "metadata/ic_types",
+    "evolution policy": "metadata/evolution_policies",
+    "noise regime": "metadata/noise_regimes",
+    "grid size": "metadata/grid_sizes",
+}
+
+Progress = Callable[[int, int], None]
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Codebooks:
+    """Which codebook each token column belongs to, and its codes."""
+
+    names: list[str]  # [G] "cluster_1/L0"
+    categories: list[str]  # [G]
+    levels: list[int]  # [G]
+    num_codes: list[int]  # [G]
+    vectors: list[Floats]  # [G] of [K_g, D_g]
+
+    @property
+    def offsets(self) -> NDArray[np.int64]:
+        """[G + 1] number of the first code of each codebook among all codes."""
+        return np.concatenate([[0], np.cumsum(self.num_codes)])
+
+    def of_category(self) -> dict[str, list[int]]:
+        """Codebooks of each category, coarse to fine."""
+        found: dict[str, list[int]] = {}
+        for g, category in enumerate(self.categories):
+            found.setdefault(category, []).append(g)
+        return found
+
+
+@dataclass(frozen=True)
+class Observations:
+    """N operators as the statistics take them.
+
+    Args:
+        rows: [N] number of each operator in the data set.
+        tokens: [N, G].
+        distance: [N, G] from the latent to its code.
+        margin: [N, G] how much further the second-best code is.
+        features: [N, F] what the model sees, cleaned, in the units of the encoders' columns.
+        feature_names: [F].
+        groups: features of each category.
+        measured: [N, M] columns of the file that an encoder mixed up: those of 2-D datasets, and means over time of
+            3-D ones.
+        measured_names: [M].
+        parameters: [N, P] theta, by name.
+        labels: [N] texts or whole numbers, by name.
+        notes: what was left out, and why.
+    """
+
+    books: Codebooks
+    rows: NDArray[np.int64]
+    tokens: NDArray[np.int64]
+    distance: Floats
+    margin: Floats
+    features: Floats
+    feature_names: list[str]
+    groups: Mapping[str, Sequence[int]]
+    measured: Floats
+    measured_names: list[str]
+    parameters: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    labels: dict[str, NDArray[Any]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def observe(
+    tokenizer: Tokenizer,
+    data: str | Path | list[str],
+    most_rows: int,
+    memory_budget: int,
+    progress: Progress | None = None,
+) -> Observations:
+    """Encodes a file and reads what is known about its operators.
+
+    Args:
+        most_rows: where the file has more, rows spread evenly over it are taken.
+
+    Raises:
+        DataError: the file cannot be read, or does not fit the checkpoint.
+    """
+    books = codebooks_of(tokenizer)
+    notes: list[str] = []
+    parts: list[_Block] = []
+    paths = data if isinstance(data, list) else str(data)
+    with Source(paths, {family.name: family.dataset for family in tokenizer.families}) as source:
+        total = source.rows
+        rows = np.unique(np.linspace(0, total - 1, min(total, most_rows)).astype(np.int64))
+        if len(rows) < total:
+            notes.append(f"{len(rows):,} of {total:,} operators, spread evenly, were analysed")
+        mixed = [family.name for family in tokenizer.families if family.encoder_name != "IdentityEncoder"]
+        names = [name for family in mixed for name in measured_names(source, family)]
+        for start, raw, x in tokenizer.raw_and_features(source, memory_budget):
+            here = rows[np.searchsorted(rows, start) : np.searchsorted(rows, start + len(x))] - start
+            if here.size:
+                parts.append(_block(tokenizer, books, {name: raw[name] for name in mixed}, x, here))
+            if progress is not None:
+                progress(start + len(x), total)
+        parameters, labels = read_conditions(source, rows, notes)
+    tokens, distance, margin, features, measured = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return Observations(
+        books,
+        rows,
+        tokens,
+        distance,
+        margin,
+        features,
+        tokenizer.feature_names,
+        tokenizer.model.config.group_indices,
+        measured,
+        names,
+        parameters,
+        labels,
+        notes,
+    )
+
+
+def codebooks_of(tokenizer: Tokenizer) -> Codebooks:
+    """The codebooks of a checkpoint."""
+    model = tokenizer.model
+    levels = [(name, level) for name in model.categories for level in range(len(model.levels[name]))]
+    vectors = [model.quantizer.codebook(g).detach().cpu().numpy() for g in range(model.num_codebooks)]
+    return Codebooks(
+        [f"{name}/L{level}" for name, level in levels],
+        [name for name, _ in levels],
+        [level for _, level in levels],
+        list(model.quantizer.num_codes),
+        vectors,
+    )
+
+
+_Block = tuple[NDArray[np.int64], Floats, Floats, Floats, Floats]
+
+
+def _block(
+    tokenizer: Tokenizer, books: Codebooks, raw: Mapping[str, Tensor], x: Floats, here: NDArray[np.int64]
+) -> _Block:
+    model = tokenizer.model
+    index = torch.from_numpy(here)
+    with torch.no_grad():
+        rows = torch.from_numpy(x[here]).to(tokenizer.device)
+        tokens = model.get_tokens(rows)
+        if bool((tokens < 0).any()):
+            raise DataError("an operator overflows in the encoder: its features are far outside those of training")
+        distance, margin = distances(model.encode(rows), model.quantizer.embedding, tokens, model.quantizer.layout)
+    columns = []
+    for values in raw.values():
+        chosen = values[index.to(values.device)]
+        columns.append(chosen if chosen.ndim == 2 else chosen.nanmean(1))
+    measured = torch.cat(columns, 1) if columns else torch.empty(len(here), 0)
+    return (
+        tokens.cpu().numpy(),
+        distance.cpu().numpy(),
+        margin.cpu().numpy(),
+        tokenizer.normalizer.inverse(x[here]),
+        measured.cpu().numpy(),
+    )
+
+
+def distances(latents: Tensor, codebook: Tensor, tokens: Tensor, layout: CodebookLayout) -> tuple[Tensor, Tensor]:
+    """[N, G] distance to the chosen code, and how much further the next one is (Inf in a codebook of one code).
+
+    From differences, not from |z|^2 + |e|^2 - 2 z.e, which loses small margins.
+    """
+    chosen, further = [], []
+    for g in range(layout.groups):
+        codes = codebook[layout.entry_slice(g)].view(layout.num_codes[g], layout.dims[g])
+        part = latents[:, layout.column_slice(g)]
+        every = torch.cdist(part, codes, compute_mode="donot_use_mm_for_euclid_dist")
+        own = every.gather(1, tokens[:, g : g + 1])
+        others = every.scatter(1, tokens[:, g : g + 1], float("inf"))
+        chosen.append(own[:, 0])
+        further.append((others.min(1).values - own[:, 0]).clamp(min=0.0))
+    return torch.stack(chosen, 1), torch.stack(further, 1)
+
+
+def measured_names(source: Source, family: str) -> list[str]:
+    """Names of the last axis of a family's dataset: attribute `feature_names` of it or a group above, else numbers."""
+    info = source.datasets[family]
+    width = info.row_shape[-1]
+    prefix = f"{family} mean over time" if len(info.row_shape) > 1 else family
+    with open_file(source.files[0]) as handle, naming_damage(source.files[0], info.path):
+        node = get_dataset(source.files[0], handle, info.path)
+        for _ in range(3):
+            names = node.attrs.get("feature_names")
+            if isinstance(names, np.ndarray) and names.shape == (width,):
+                return [f"{prefix}: {_text(name)}" for name in names]
+            node = node.parent
+    return [f"{prefix}: column {i}" for i in range(width)]
+
+
+def read_conditions(
+    source: Source, rows: NDArray[np.int64], notes: list[str]
+) -> tuple[dict[str, NDArray[np.float64]], dict[str, NDArray[Any]]]:
+    """Parameters and labels of some rows, by name; what a file lacks is noted."""
+    values = _read(source, PARAMETERS, rows, notes)
+    parameters: dict[str, NDArray[np.float64]] = {}
+    if values is not None:
+        if values.ndim != 2 or values.dtype.kind not in "fiub":
+            raise _unfit(source, PARAMETERS, "numbers [N, P]", values)
+        names = _parameter_names(source, values.shape[1])
+        parameters = {name: values[:, i].astype(np.float64) for i, name in enumerate(names)}
+    labels = {}
+    for name, path in LABELS.items():
+        found = _read(source, path, rows, notes)
+        if found is not None:
+            if found.ndim != 1 or found.dtype.kind not in "OSfiub":
+                raise _unfit(source, path, "texts or numbers [N]", found)
+            labels[name] = np.array([_text(v) for v in found]) if found.dtype.kind in "OS" else found
+    return parameters, labels
+
+
+def _unfit(source: Source, path: str, expected: str, found: NDArray[Any]) -> DataError:
+    return DataError(f"{source.files[0]}: {path}: expected {expected}, got {found.dtype} of shape {found.shape}")
+
+
+def _parameter_names(source: Source, width: int) -> list[str]:
+    with open_file(source.files[0]) as handle, naming_damage(source.files[0], PARAMETERS):
+        node = get_dataset(source.files[0], handle, PARAMETERS)
+        for _ in range(2):
+            names = node.attrs.get("feature_names")
+            if isinstance(names, np.ndarray) and names.shape == (width,):
+                return [_text(name) for name in names]
+            node = node.parent
+    return [f"theta[{i}]" for i in range(width)]
+
+
+def _read(source: Source, path: str, rows: NDArray[np.int64], notes: list[str]) -> NDArray[Any] | None:
+    parts = []
+    for values in _shards(source, path):
+        if values is None:
+            notes.append(f"the data have no {path}")
+            return None
+        parts.append(values)
+    whole = np.concatenate(parts)
+    if len(whole) != source.rows:
+        raise DataError(f"{source.files[0]}: {path}: has {len(whole)} rows, but the features have {source.rows}")
+    found: NDArray[Any] = whole[rows]
+    return found
+
+
+def _shards(source: Source, path: str) -> Iterator[NDArray[Any] | None]:
+    for file in source.files:
+        with open_file(file) as handle, naming_damage(file, path):
+            yield get_dataset(file, handle, path)[()] if path in handle else None
+
+
+def _text(value: Any) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)

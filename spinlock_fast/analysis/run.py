@@ -1,0 +1,166 @@
+"""The whole analysis of one checkpoint on one data set."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from spinlock_fast.analysis.associations import associations_table, code_counts, cooccurrence_table, lifts_table
+from spinlock_fast.analysis.codes import codes_table, features_table, one_hot, samples_table
+from spinlock_fast.analysis.conditions import conditions_of
+from spinlock_fast.analysis.neighbours import agreement_table, nearest_operators, neighbours_table
+from spinlock_fast.analysis.observations import Observations, Progress, observe
+from spinlock_fast.analysis.refinement import refinement_table
+from spinlock_fast.analysis.stability import stability_table
+from spinlock_fast.analysis.tables import Table
+from spinlock_fast.errors import DataError
+from spinlock_fast.tokenizer import Tokenizer
+
+_FEWEST_ROWS = 20
+
+Stage = Callable[[str], None]
+
+
+class AnalysisConfig(BaseModel):
+    """Settings of an analysis."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bins: int = Field(default=5, ge=2, le=100, description="quantile bins of a parameter")
+    alpha: float = Field(default=0.05, ge=0.001, le=0.5, description="false discovery rate of what is called found")
+    rows: int = Field(default=200_000, ge=_FEWEST_ROWS, description="most operators; more are thinned evenly")
+    samples: int = Field(default=3, ge=1, description="operators of each kind that show a code")
+    neighbours: int = Field(default=5, ge=1, description="nearest operators that are listed")
+    queries: int = Field(
+        default=1_000, ge=1, description="most operators whose neighbours are sought; more are thinned evenly"
+    )
+    seed: int = Field(default=0, ge=0, description="of the permutations and random samples")
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Tables by name (docs/tokens.md describes their columns) and a summary of plain values."""
+
+    tables: dict[str, Table]
+    summary: dict[str, Any]
+
+
+def analyze(
+    checkpoint: str | Path,
+    data: str | Path | list[str],
+    config: AnalysisConfig | None = None,
+    compare: Sequence[str | Path] = (),
+    device: str = "cpu",
+    memory_budget: int = 1_250_000_000,
+    stage: Stage = lambda text: None,
+    progress: Progress | None = None,
+) -> Analysis:
+    """Analyses the tokens that a checkpoint gives to the operators of a file.
+
+    Args:
+        checkpoint: its directory.
+        data: HDF5 file, glob or list; see docs/data-format.md for parameters and metadata.
+        compare: further checkpoint directories, whose tokens of the same data are compared.
+        stage: is told what happens next.
+        progress: is told (operators done, all).
+
+    Raises:
+        DataError: checkpoint or data cannot serve.
+    """
+    config = config or AnalysisConfig()
+    began = time.perf_counter()
+    tokenizer = Tokenizer.from_checkpoint(checkpoint, device)
+    others = [Tokenizer.from_checkpoint(directory, device) for directory in compare]
+    stage("Encoding")
+    observed = observe(tokenizer, data, config.rows, memory_budget, progress)
+    encoded = time.perf_counter()
+    found = analyze_observations(observed, config, stage)
+    parts = []
+    for directory, other in zip(compare, others, strict=True):
+        stage(f"Comparing with {directory}")
+        second = observe(other, data, config.rows, memory_budget, progress)
+        parts.append(stability_table(str(checkpoint), observed, str(directory), second))
+    if parts:
+        found.tables["stability"] = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    found.summary.update(
+        checkpoint=str(checkpoint),
+        checkpoint_sha256=tokenizer.checkpoint_hash,
+        data=[str(path) for path in data] if isinstance(data, list) else str(data),
+        compared=[str(directory) for directory in compare],
+        settings=config.model_dump(),
+    )
+    found.summary["seconds"] |= {
+        "encode": round(encoded - began, 2),
+        "total": round(time.perf_counter() - began, 2),
+    }
+    return found
+
+
+def analyze_observations(observed: Observations, config: AnalysisConfig, stage: Stage = lambda text: None) -> Analysis:
+    """The statistics alone; raises DataError with fewer than 20 operators."""
+    N = len(observed.tokens)
+    if N < _FEWEST_ROWS:
+        raise DataError(f"{N} operators are too few to analyse: at least {_FEWEST_ROWS} are needed")
+    generator = np.random.default_rng(config.seed)
+    notes = list(observed.notes)
+    conditions, constant = conditions_of(observed, config.bins)
+    notes += constant
+    seconds: dict[str, float] = {}
+    tables: dict[str, Table] = {}
+
+    def run(name: str, text: str, make: Callable[[], Table]) -> None:
+        stage(text)
+        started = time.perf_counter()
+        table = make()
+        if table:
+            tables[name] = table
+        seconds[name] = round(time.perf_counter() - started, 2)
+
+    counts = code_counts(observed)
+    members = one_hot(observed.tokens, observed.books.offsets)
+    queries = np.unique(np.linspace(0, N - 1, min(N, config.queries)).astype(np.int64))
+    run("codes", "Codes", lambda: codes_table(observed, counts))
+    run("features", "Features of codes", lambda: features_table(observed, members, notes))
+    run("samples", "Samples of codes", lambda: samples_table(observed, config.samples, generator))
+    stage("Nearest operators")
+    started = time.perf_counter()
+    nearest, distance = nearest_operators(observed.books, observed.tokens, queries, min(config.neighbours, N - 1))
+    tables["neighbours"] = neighbours_table(observed, queries, nearest, distance)
+    seconds["neighbours"] = round(time.perf_counter() - started, 2)
+    if conditions:
+        run(
+            "associations",
+            "Tokens against parameters and conditions",
+            lambda: associations_table(observed, conditions, config.alpha, generator),
+        )
+        run("lifts", "Codes against values of conditions", lambda: lifts_table(observed, conditions, counts))
+        run("agreement", "Conditions of neighbours", lambda: agreement_table(conditions, queries, nearest))
+    run("refinement", "Levels", lambda: refinement_table(observed))
+    if len(observed.books.of_category()) > 1:
+        run(
+            "cooccurrence",
+            "Codes that meet",
+            lambda: cooccurrence_table(observed, members, counts, config.alpha, notes),
+        )
+    summary = {
+        "operators": N,
+        "codebooks": len(observed.books.names),
+        "codes": int(counts.size),
+        "codes_in_use": int((counts > 0).sum()),
+        "conditions": [condition.name for condition in conditions],
+        "found": {
+            name: {"tests": int(np.isfinite(table["q"]).sum()), "found": int((table["q"] <= config.alpha).sum())}
+            for name, table in tables.items()
+            if "q" in table and name != "cooccurrence"
+        },
+        "pairs_of_codes_found": len(tables["cooccurrence"]["q"]) if "cooccurrence" in tables else 0,
+        "notes": notes,
+        "seconds": seconds,
+    }
+    return Analysis(tables, summary)

@@ -1,0 +1,66 @@
+"""How inputs of different shapes become rows, and results of rows take the shape of the input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Layout = str  # "sequence" [b, n, d], "token" [b, d], "channels_first" [b, d, n], "image" [b, d, h, w], "video"
+
+
+@dataclass(frozen=True)
+class InputShape:
+    """The shape of one input."""
+
+    layout: Layout
+    space: tuple[int, ...]  # of images and videos
+
+    @staticmethod
+    def of(x: Tensor, channel_last: bool, image: bool, video: bool) -> InputShape:
+        """How to read x.
+
+        Raises:
+            ValueError: x has not as many dimensions as it should.
+        """
+        layout = "video" if video else "image" if image else "sequence" if channel_last else "channels_first"
+        wanted = {"video": 5, "image": 4}.get(layout, 3)
+        if x.ndim == 2 and wanted == 3:
+            return InputShape("token", ())
+        if x.ndim != wanted:
+            raise ValueError(f"the input must have {wanted} dimensions, got {list(x.shape)}")
+        return InputShape(layout, tuple(x.shape[2:]) if wanted > 3 else ())
+
+    def rows(self, x: Tensor) -> Tensor:
+        """[b, n, d]."""
+        if self.layout == "token":
+            return x[:, None]
+        if self.layout == "sequence":
+            return x
+        return x.flatten(2).transpose(1, 2)
+
+    def restore(self, rows: Tensor) -> Tensor:
+        """[b, n, d] or [b, n, k, d] to the shape of the input, with k behind the positions."""
+        if self.layout == "token":
+            return rows[:, 0]
+        if self.layout == "sequence":
+            return rows
+        return self.restore_positions(rows.movedim(-1, 1), 2)
+
+    def restore_positions(self, values: Tensor, dim: int = 1) -> Tensor:
+        """Values with positions n in dimension `dim`: codes [b, n, ...], losses."""
+        if self.layout == "token":
+            return values.squeeze(dim)
+        return values.unflatten(dim, self.space) if self.space else values
+
+    def flatten_positions(self, values: Tensor) -> Tensor:
+        """The opposite of `restore_positions`: [b, n, ...]."""
+        if self.layout == "token":
+            return values[:, None]
+        return values.flatten(1, len(self.space)) if self.space else values
+
+
+def lengths_to_mask(lens: Tensor, n: int) -> Tensor:
+    """[b, n] bool, True for the first lens[b] positions."""
+    return torch.arange(n, device=lens.device) < lens[:, None]

@@ -1,0 +1,5 @@
+"""`python -m spinlock_fast.report`."""
+
+from spinlock_fast.report.command import main
+
+main()

@@ -1,0 +1,158 @@
+"""Synthetic checkpoints of any number of categories, and what makes a picture readable."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import combinations, pairwise
+from pathlib import Path
+
+import h5py
+import numpy as np
+import yaml
+from helpers import planted_matrix, write_arrays
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
+
+from spinlock_fast.config_file import load_config
+from spinlock_fast.console import RunDisplay
+from spinlock_fast.pipeline import run
+
+LONG = "radially_averaged_power_spectrum_of_the_final_state_in_band"
+SHORT = ("summary", "temporal", "architecture")
+LONG_FAMILIES = ("summary_statistics_of_trajectories", "temporal_structure_and_memory", "architecture_of_the_operator")
+
+
+def synthetic_checkpoint(
+    directory: Path,
+    sizes: list[int],
+    *,
+    rows: int = 200,
+    epochs: int = 3,
+    long_names: bool = False,
+    levels: Sequence[dict[str, int]] = (),
+    seed: int = 1,
+) -> Path:
+    """Trains a tokenizer on planted categories of the given sizes; data.h5 lies beside the checkpoint."""
+    directory.mkdir(parents=True, exist_ok=True)
+    matrix = planted_matrix(rows, sizes, seed=seed)
+    families = LONG_FAMILIES if long_names else SHORT
+    F = matrix.shape[1]
+    edges = [0, max(F // 2, 1), max(F * 5 // 6, 2), F]
+    stem = LONG if long_names else "feature"
+    data = directory / "data.h5"
+    parts = [slice(a, b) for a, b in pairwise(edges)]
+    write_arrays(data, {f"features/{name}": matrix[:, part] for name, part in zip(families, parts, strict=True)})
+    with h5py.File(data, "a") as file:
+        for name, part in zip(families, parts, strict=True):
+            file[f"features/{name}"].attrs["feature_names"] = [f"{stem}_{i}" for i in range(part.start, part.stop)]
+    ends = np.cumsum(sizes)
+    category = "behaviour_that_long_words_describe" if long_names else "cluster"
+    groups = {
+        f"{category}_{c}": list(range(int(end - size), int(end)))
+        for c, (end, size) in enumerate(zip(ends, sizes, strict=True), start=1)
+    }
+    (directory / "categories.json").write_text(json.dumps(groups))
+    settings = {
+        "dataset_path": str(data),
+        "output_dir": str(directory / "checkpoint"),
+        "device": "cpu",
+        "families": {name: {"encoder": "IdentityEncoder", "dataset": f"features/{name}"} for name in families},
+        "model": {"levels": list(levels)},
+        "training": {
+            "batch_size": 64,
+            "topo_samples": 64,
+            "num_epochs": epochs,
+            "val_every_n_epochs": 1,
+            "dead_code_reset_interval": 2,
+            "dead_code_threshold": 0.5,
+            "orthogonality_target": 10.0,
+            "category_mapping_file": str(directory / "categories.json"),
+        },
+        "logging": {"tensorboard": False},
+    }
+    (directory / "run.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    config = load_config(directory / "run.yaml")
+    with RunDisplay(True, config.logging) as display:
+        return run(config, display).directory
+
+
+def assert_readable(figure: Figure) -> None:
+    """Text has at least 7 points, lies inside the figure and on nothing else that is written; no panel is empty."""
+    canvas = figure.canvas
+    assert isinstance(canvas, FigureCanvasAgg)
+    canvas.draw()
+    problems = _panel_problems(figure) + _text_problems(figure, drawn_texts(figure))
+    assert not problems, f"{len(problems)} problems: " + "; ".join(problems[:6])
+
+
+def drawn_texts(figure: Figure) -> list[tuple[Text, Bbox]]:
+    """Every text that a reader sees, and where."""
+    canvas = figure.canvas
+    assert isinstance(canvas, FigureCanvasAgg)
+    renderer = canvas.get_renderer()
+    unseen: set[int] = set()
+    for ax in figure.findobj(Axes):
+        for axis, limits in ((ax.xaxis, ax.get_xlim()), (ax.yaxis, ax.get_ylim())):
+            low, high = sorted(axis.get_transform().transform(np.array(limits)))
+            slack = 1e-6 * (high - low)
+            for tick in [*axis.get_major_ticks(), *axis.get_minor_ticks()]:
+                place = axis.get_transform().transform(np.array([tick.get_loc()]))[0]
+                if not ax.axison or not axis.get_visible() or not low - slack <= place <= high + slack:
+                    unseen |= {id(tick.label1), id(tick.label2)}
+    texts = [t for t in figure.findobj(Text) if t.get_visible() and t.get_text().strip() and id(t) not in unseen]
+    return [(text, text.get_window_extent(renderer)) for text in texts]
+
+
+def _text_problems(figure: Figure, texts: list[tuple[Text, Bbox]]) -> list[str]:
+    found = [f"below 7 points: {text.get_text()!r}" for text, _ in texts if text.get_fontsize() < 7.0]
+    page = figure.bbox.padded(0.5)
+    for text, box in texts:
+        if not (page.x0 <= box.x0 and page.y0 <= box.y0 and box.x1 <= page.x1 and box.y1 <= page.y1):
+            found.append(f"clipped: {text.get_text()!r} at {box.extents.round()} of {page.extents}")
+    for (a, first), (b, second) in combinations(texts, 2):
+        if _overlap(first, second):
+            found.append(f"overlap: {a.get_text()!r} and {b.get_text()!r}")
+    for text, box, patch in ((t, b, p) for t, b in texts for p in _boxes_of(t)):
+        if not (patch.x0 <= box.x0 and patch.y0 <= box.y0 and box.x1 <= patch.x1 and box.y1 <= patch.y1):
+            found.append(f"outside of its box: {text.get_text()!r}")
+    return found
+
+
+def _boxes_of(text: Text) -> list[Bbox]:
+    """The drawn box (of a schematic) that a text has its middle in."""
+    if text.axes is None:
+        return []
+    box = text.get_window_extent()
+    patches = [p.get_window_extent() for p in text.axes.patches if isinstance(p, FancyBboxPatch)]
+    middle = ((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2)
+    return [patch for patch in patches if patch.contains(*middle)]
+
+
+def _panel_problems(figure: Figure) -> list[str]:
+    """Empty panels, and texts of one that lie on another."""
+    found = []
+    canvas = figure.canvas
+    assert isinstance(canvas, FigureCanvasAgg)
+    renderer = canvas.get_renderer()
+    texts = drawn_texts(figure)
+    panels = [ax for ax in figure.axes if ax.axison]
+    for ax in figure.axes:
+        if not (ax.images or ax.lines or ax.patches or ax.collections or ax.texts):
+            found.append(f"empty panel {ax.get_title(loc='left')!r}")
+    for ax in panels:
+        own = {id(text) for text in ax.findobj(Text)}
+        area = ax.get_window_extent(renderer)
+        for text, box in texts:
+            if id(text) not in own and _overlap(box, area):
+                found.append(f"{text.get_text()!r} lies on the panel {ax.get_title(loc='left')!r}")
+    return found
+
+
+def _overlap(a: Bbox, b: Bbox) -> bool:
+    """More than the half pixel that rounding makes."""
+    return min(a.x1, b.x1) - max(a.x0, b.x0) > 0.5 and min(a.y1, b.y1) - max(a.y0, b.y0) > 0.5

@@ -1,0 +1,278 @@
+"""What users of vector-quantize-pytorch ask for beside equal numbers; see docs/drop-in.md."""
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+import spinlock_fast
+from spinlock_fast import GroupedResidualVQ, ResidualVQ, VectorQuantize
+from spinlock_fast.dropin import arguments
+
+KINDS = {
+    "plain": (VectorQuantize, {}),
+    "cosine per head": (VectorQuantize, {"use_cosine_sim": True, "heads": 2, "separate_codebook_per_head": True}),
+    "k-means and resets": (VectorQuantize, {"kmeans_init": True, "threshold_ema_dead_code": 2}),
+    "learned": (VectorQuantize, {"learnable_codebook": True, "ema_update": False}),
+    "orthogonal": (VectorQuantize, {"orthogonal_reg_weight": 1.0}),
+    "random codes": (VectorQuantize, {"stochastic_sample_codes": True}),
+    "stages": (ResidualVQ, {"num_quantizers": 3}),
+    "shared": (ResidualVQ, {"num_quantizers": 3, "shared_codebook": True}),
+    "dropout": (ResidualVQ, {"num_quantizers": 3, "quantize_dropout": True}),
+    "groups": (GroupedResidualVQ, {"num_quantizers": 2, "groups": 2, "quantize_dropout": True}),
+}
+
+
+def make(kind, **more):
+    torch.manual_seed(0)
+    cls, options = KINDS[kind]
+    return cls(dim=8, codebook_size=16, **options, **more)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore")
+def test_compiles_without_a_break(kind, training):
+    torch._dynamo.reset()
+    quantizer, plain = make(kind).train(training), make(kind).train(training)
+    compiled = torch.compile(quantizer, fullgraph=True, backend="aot_eager")
+    x, mask = torch.randn(2, 40, 8), torch.rand(2, 40) > 0.3
+    for _ in range(2):
+        leaf, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+        found, expected = compiled(leaf, mask=mask), plain(other, mask=mask)
+        if kind in ("plain", "learned", "orthogonal", "stages", "shared", "cosine per head"):
+            torch.testing.assert_close(found, expected)
+            if training:
+                (found[0].sin().sum() + found[2].sum()).backward()
+                (expected[0].sin().sum() + expected[2].sum()).backward()
+                torch.testing.assert_close(leaf.grad, other.grad)
+            torch.testing.assert_close(quantizer.state_dict(), plain.state_dict())
+    assert torch._dynamo.explain(quantizer)(x, mask=mask).graph_break_count == 0
+
+
+def test_import_leaves_the_compiler_alone():
+    lines = "import sys, spinlock_fast; spinlock_fast.ResidualVQ; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", lines], check=False).returncode == 0
+
+
+def test_other_classes_of_the_package():
+    vector_quantize_pytorch = pytest.importorskip("vector_quantize_pytorch")
+    assert spinlock_fast.FSQ is vector_quantize_pytorch.FSQ
+    theirs = {
+        name for name in vars(vector_quantize_pytorch) if isinstance(getattr(vector_quantize_pytorch, name), type)
+    }
+    for name in theirs:
+        assert getattr(spinlock_fast, name) is not None
+
+
+def test_other_classes_when_it_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vector_quantize_pytorch", None)
+    with pytest.raises(ImportError, match="LFQ comes from another package: pip install vector-quantize-pytorch"):
+        _ = spinlock_fast.LFQ
+    with pytest.raises(AttributeError, match="Nonsense"):
+        _ = spinlock_fast.Nonsense
+
+
+@pytest.mark.parametrize("kind", ["plain", "stages"])
+def test_usage(kind):
+    quantizer = make(kind)
+    x = torch.randn(4, 100, 8)
+    counts = 0
+    for _ in range(2):
+        codes = quantizer(x)[1].flatten(0, 1).view(400, -1)
+        counts = counts + torch.stack([torch.bincount(column, minlength=16) for column in codes.T])
+    share = counts.double() / counts.sum(1, keepdim=True)
+    perplexity = (-torch.xlogy(share, share).sum(1)).exp().float()
+    used = (counts > 0).float().mean(1)
+    torch.testing.assert_close(quantizer.perplexity().reshape(-1), perplexity)
+    torch.testing.assert_close(quantizer.utilization().reshape(-1), used)
+    quantizer.eval()(x)
+    torch.testing.assert_close(quantizer.utilization().reshape(-1), used)
+    quantizer.reset_usage()
+    assert quantizer.perplexity().abs().sum() == 0
+
+
+def test_usage_of_groups_and_heads():
+    groups, heads = make("groups"), make("cosine per head")
+    for quantizer in (groups, heads):
+        quantizer(torch.randn(2, 40, 8))
+    assert groups.utilization().shape == groups.perplexity().shape == (2, 2)
+    assert heads.utilization().shape == (2,)
+    groups.reset_usage()
+    assert groups.utilization().sum() == 0
+
+
+def test_accumulated_batches_are_one_update():
+    whole, parts = make("plain"), make("plain")
+    x = torch.randn(4, 30, 8)
+    whole(x)
+    for i in range(4):
+        parts(x[i : i + 1], accum_ema_update=i < 3)
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(value, parts.state_dict()[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["plain", "cosine per head", "stages"])
+def test_half_precision_is_float32_inside(kind, dtype):
+    half, full = make(kind), make(kind)
+    x = torch.randn(2, 50, 8).to(dtype)
+    one, other = x.clone().requires_grad_(), x.float().requires_grad_()
+    (narrow, codes, loss), (wide, wide_codes, wide_loss) = half(one), full(other)
+    assert torch.equal(codes, wide_codes)
+    torch.testing.assert_close(narrow, wide.to(dtype))
+    assert torch.equal(loss, wide_loss)
+    for name, value in half.state_dict().items():
+        assert torch.equal(value, full.state_dict()[name]), name
+    (narrow.sum() + loss.sum()).backward()
+    assert one.grad.dtype == dtype
+
+
+def test_a_model_in_half_precision():
+    quantizer = make("stages").half()
+    quantized, *_ = quantizer(torch.randn(2, 50, 8).half())
+    assert quantized.dtype == torch.float16
+    assert torch.isfinite(quantized).all()
+    assert quantizer.utilization().max() <= 1
+
+
+def test_resets_at_the_right_scale():
+    torch.manual_seed(1)
+    x = torch.randn(1, 4000, 8)
+    replaced = {}
+    for corrections in ((), ("reset_scale",)):
+        quantizer = VectorQuantize(8, 64, threshold_ema_dead_code=1.5, decay=0.9, corrections=corrections)
+        quantizer._codebook.embed[:, 32:] = 100.0  # never chosen
+        quantizer._codebook.cluster_size[:, 32:] = 0.0
+        quantizer(x)
+        replaced[bool(corrections)] = quantizer._codebook.cluster_size[0, 32:]
+        assert (quantizer._codebook.embed.abs() < 50).all()
+        assert (quantizer.codebook[32:, None] == x).all(-1).any(1).all()  # rows of the batch
+    assert (replaced[False] == 1.5).all()
+    assert (replaced[True] > 1.5).all()
+
+
+def test_empty_clusters_of_k_means():
+    x = torch.randn(1, 4, 8)
+    for corrections, origin in (((), True), ("kmeans_scale", False)):
+        torch.manual_seed(0)
+        quantizer = VectorQuantize(8, 12, kmeans_init=True, ema_update=False, corrections=corrections)
+        quantizer(x)
+        assert bool((quantizer.codebook.norm(dim=1) < 1e-3).any()) == origin
+
+
+def test_k_means_fits_clusters():
+    torch.manual_seed(0)
+    centres = 10 * torch.randn(4, 8)
+    x = centres[torch.randint(0, 4, (500,))] + 0.1 * torch.randn(500, 8)
+    losses = []
+    for seed in range(8):
+        torch.manual_seed(seed)
+        quantizer = VectorQuantize(8, 16, kmeans_init=True)
+        losses.append(float(quantizer(x)[2].detach()))
+    assert sorted(losses)[4] < 0.05
+    assert bool(quantizer._codebook.initted)
+
+
+def test_random_codes_follow_the_softmax_of_distances():
+    quantizer = VectorQuantize(2, 3, stochastic_sample_codes=True, sample_codebook_temp=0.7)
+    quantizer.codebook = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0]])
+    x = torch.tensor([[0.3, 0.4]]).repeat(20000, 1)
+    codes = quantizer(x, freeze_codebook=True)[1]
+    share = torch.bincount(codes, minlength=3) / 20000
+    expected = (-torch.cdist(x[:1], quantizer.codebook) / 0.7).softmax(1)[0]
+    torch.testing.assert_close(share, expected, rtol=0, atol=0.02)
+    assert (quantizer.eval()(x)[1] == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["plain", "stages"])
+def test_memory_does_not_grow_with_rows_times_codes(kind):
+    rows, codes = 4096, 4096
+    quantizer = (
+        VectorQuantize(4, codes) if kind == "plain" else ResidualVQ(dim=4, codebook_size=codes, num_quantizers=2)
+    )
+    x = torch.randn(rows, 4, requires_grad=True)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        quantized, _, loss = quantizer(x)
+        (quantized.sum() + loss.sum()).backward()
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert largest < rows * codes  # bytes: a quarter of one matrix of distances
+
+
+@pytest.mark.parametrize("kind", ["plain", "cosine per head", "stages", "shared"])
+def test_codes_give_the_output_back(kind):
+    quantizer = make(kind, codebook_dim=4).eval()
+    quantized, codes, loss = quantizer(torch.randn(2, 5, 8))
+    torch.testing.assert_close(quantizer.get_output_from_indices(codes), quantized)
+    assert loss.sum() == 0
+    assert codes.dtype == torch.int64
+
+
+@pytest.mark.parametrize("options", [{"codebook_dim": 4}, {"heads": 2, "codebook_dim": 3}])
+def test_images_give_the_output_back(options):
+    quantizer = VectorQuantize(8, 16, accept_image_fmap=True, **options).eval()
+    quantized, codes, _ = quantizer(torch.randn(2, 8, 3, 5))
+    assert codes.shape[:3] == (2, 3, 5)
+    torch.testing.assert_close(quantizer.get_output_from_indices(codes), quantized)
+
+
+def test_images_in_stages():
+    quantizer = ResidualVQ(dim=8, codebook_size=16, num_quantizers=3, accept_image_fmap=True)
+    quantized, codes, losses, every = quantizer(torch.randn(2, 8, 3, 5), return_all_codes=True)
+    assert quantized.shape == (2, 8, 3, 5)
+    assert codes.shape == (2, 3, 5, 3)
+    assert every.shape == (3, 2, 3, 5, 8)
+    assert losses.shape == (3,)
+
+
+def test_fewer_stages_decode():
+    quantizer = make("dropout").eval()
+    quantized, codes, _ = quantizer(torch.randn(2, 5, 8))
+    assert quantizer.get_output_from_indices(codes[..., :2]).shape == quantized.shape
+    with pytest.raises(ValueError, match="without quantize_dropout, indices are of 3 stages, got 2"):
+        make("stages").get_output_from_indices(codes[..., :2])
+
+
+def test_one_warning_for_what_is_not_fused():
+    arguments.warn_reference.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            VectorQuantize(8, 16, commitment_use_cross_entropy_loss=True)
+    (warning,) = caught
+    assert str(warning.message).startswith(
+        "commitment_use_cross_entropy_loss is not fused: the reference path serves it"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_cosine_sim": True, "learnable_codebook": True, "ema_update": False}, "use_cosine_sim does not go with"),
+        ({"learnable_codebook": True, "ema_update": True}, "ema_update does not go with learnable_codebook"),
+        ({"straight_through": True}, "straight_through and rotation_trick exclude each other"),
+        ({"sync_update_v": 0.5}, "sync_update_v needs learnable_codebook"),
+        ({"directional_reparam": True}, "directional_reparam needs threshold_ema_dead_code above 0"),
+        ({"corrections": ["colour"]}, "corrections must be among beam_update.*got colour"),
+        ({"sync_affine_param": True}, "sync_affine_param"),
+    ],
+)
+def test_contradictions_are_refused(options, message):
+    with pytest.raises((ValueError, NotImplementedError), match=message):
+        VectorQuantize(8, 16, **options)
+
+
+def test_calls_that_do_not_fit_are_refused():
+    quantizer = make("plain")
+    with pytest.raises(ValueError, match="mask or lens"):
+        quantizer(torch.randn(2, 5, 8), mask=torch.ones(2, 5).bool(), lens=torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match="topk must be at least 1"):
+        quantizer(torch.randn(2, 5, 8), topk=0)
+    with pytest.raises(ValueError, match="mask does not go with"):
+        quantizer(torch.randn(5, 8), mask=torch.ones(5).bool())
+    with pytest.raises(ValueError, match="3 dimensions"):
+        quantizer(torch.randn(2, 2, 5, 8))
+    with pytest.raises(TypeError, match="colour"):
+        VectorQuantize(8, 16, colour="blue")

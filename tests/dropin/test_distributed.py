@@ -1,0 +1,65 @@
+"""Drop-in quantizers that several processes train together."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from spinlock_fast import ResidualVQ, VectorQuantize
+
+OPTIONS = {
+    "plain": {},
+    "k-means": {"kmeans_init": True},
+    "resets": {"threshold_ema_dead_code": 2},
+    "cosine": {"use_cosine_sim": True, "threshold_ema_dead_code": 2},
+}
+
+
+def latents(step):
+    return torch.randn(60, 4, generator=torch.Generator().manual_seed(step))
+
+
+def make(residual, options, **more):
+    torch.manual_seed(0)
+    if residual:
+        return ResidualVQ(dim=4, codebook_size=6, num_quantizers=3, **OPTIONS[options], **more)
+    return VectorQuantize(dim=4, codebook_size=6, **OPTIONS[options], **more)
+
+
+def worker(rank, world, file, residual, options):
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
+    quantizer = make(residual, options)
+    calls = []
+    plain = dist.all_reduce
+    dist.all_reduce = lambda *arguments, **named: calls.append(1) or plain(*arguments, **named)
+    torch.manual_seed(rank)
+    for step in range(4):
+        if step == 1:
+            calls.clear()  # k-means has collectives of its own
+        # Uneven shares, one of them empty: neither size nor content may matter to the communication.
+        share = latents(step)[: 60 if step == 3 else 40] if rank == 0 else latents(step)[60 if step == 3 else 40 :]
+        quantizer(share)
+    assert len(calls) == 3, "one collective a step"
+    usage = quantizer.perplexity()
+    torch.save({**quantizer.state_dict(), "perplexity": usage}, f"{file}.{rank}")
+    dist.destroy_process_group()
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("residual", "options"), [(False, "resets"), (False, "k-means"), (True, "plain"), (True, "cosine")]
+)
+def test_processes_share_one_update(tmp_path, residual, options):
+    file = tmp_path / "rendezvous"
+    mp.spawn(worker, (2, str(file), residual, options), nprocs=2)
+    first, second = (torch.load(f"{file}.{rank}", weights_only=True) for rank in range(2))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+    assert all(torch.isfinite(value).all() for value in first.values())
+    if options == "plain":  # as one process sees all rows
+        alone = make(residual, options)
+        for step in range(4):
+            alone(latents(step))
+        for name, value in alone.state_dict().items():
+            torch.testing.assert_close(first[name], value, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(first["perplexity"], alone.perplexity())

@@ -1,0 +1,44 @@
+"""Runs the tests of `vector_quantize_pytorch` with our classes in the place of theirs.
+
+    python tests/dropin/upstream.py PATH_OF_THEIR_TESTS [--theirs | --corrected] [pytest arguments]
+
+The files are run as they are: an import of `VectorQuantize`, `ResidualVQ` or `GroupedResidualVQ` finds ours. `--theirs`
+leaves theirs in place, to see which tests the installed version fails itself: some are newer than it, and test what
+our `corrections` repair. `--corrected` turns those on.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import vector_quantize_pytorch
+
+import spinlock_fast
+
+REPLACED = ("VectorQuantize", "ResidualVQ", "GroupedResidualVQ")
+
+
+def corrected(original: type) -> type:
+    class Corrected(original):  # type: ignore[misc]
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            super().__init__(*arguments, **{"corrections": "all", **named})
+
+    return Corrected
+
+
+def main(arguments: list[str]) -> int:
+    options = {name for name in ("--theirs", "--corrected") if name in arguments}
+    loaded = [module for name, module in sys.modules.items() if name.startswith("vector_quantize_pytorch.")]
+    for name in REPLACED if "--theirs" not in options else ():
+        ours = getattr(spinlock_fast, name)
+        for module in (vector_quantize_pytorch, *loaded):
+            if hasattr(module, name):
+                setattr(module, name, corrected(ours) if "--corrected" in options else ours)
+    rest = [argument for argument in arguments if argument not in options]
+    return int(pytest.main(["-q", "--import-mode=importlib", "-p", "no:cacheprovider", "-W", "default", *rest]))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

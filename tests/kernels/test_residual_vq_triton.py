@@ -1,0 +1,68 @@
+"""The Triton kernels of residual quantization against its reference: interpreted here, compiled on a GPU."""
+
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from spinlock_fast.kernels.residual_vq import residual_vq
+
+pytest.importorskip("triton", reason="the package triton is not installed here")
+INTERPRETED = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET", "0") != "1", reason="kernels are compiled here: the GPU tests run them"
+)
+DEVICES = [pytest.param("cpu", marks=INTERPRETED), pytest.param("cuda", marks=pytest.mark.gpu)]
+# Within a tile of rows, several tiles of rows and codes, wide rows, rows too wide for one launch.
+SIZES = {"small": (37, 5, [7, 3]), "tiles": (70, 64, [33, 70]), "wide": (20, 100, [40]), "staged": (20, 150, [12, 5])}
+
+
+def inputs(size, cosine, device):
+    N, D, sizes = SIZES[size]
+    generator = torch.Generator().manual_seed(N + D)
+    x = torch.randn(N, D, generator=generator)
+    books = [torch.randn(K, D, generator=generator) for K in sizes]
+    if cosine:
+        books = [nn.functional.normalize(book, dim=1) for book in books]
+    x[5, 0] = torch.nan
+    return x.to(device), [book.to(device) for book in books], (torch.rand(N, generator=generator) > 0.3).to(device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("gradient", ["none", "straight_through", "rotation"])
+@pytest.mark.parametrize("cosine", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+def test_agrees_with_float64(size, cosine, gradient, device):
+    x, books, mask = inputs(size, cosine, device)
+    if gradient == "rotation" and not cosine:
+        x[3] = 0.0  # rotating it gives 0
+    mask = mask if gradient != "none" else None
+    leaf, wide = x.clone().requires_grad_(), x.double().requires_grad_()
+    options = {"cosine": cosine, "gradient": gradient}
+    found = residual_vq(leaf, books, mask, backend="triton", **options)
+    exact = residual_vq(wide, [book.double() for book in books], mask, backend="reference", **options)
+    assert torch.equal(found.codes, exact.codes)
+    for name in ("quantized", "errors", "counts", "sums"):
+        value, expected = getattr(found, name).double(), getattr(exact, name)
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-4, equal_nan=True, msg=name)
+    weight = torch.linspace(-1, 1, x.shape[1], device=device)
+    for result in (found, exact):
+        ((result.quantized * weight).nan_to_num().sum() + result.errors.sum()).backward()
+    rest = [i for i in range(len(x)) if i not in (3, 5)]
+    torch.testing.assert_close(leaf.grad[rest].double(), wide.grad[rest], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_without_rows_and_without_sums(device):
+    x, books, _ = inputs("small", False, device)
+    empty = residual_vq(x[:0], books, backend="triton")
+    assert empty.codes.shape == (0, 2)
+    assert empty.sums.shape == (10, 5)
+    assert residual_vq(x, books, backend="triton", with_sums=False).sums.numel() == 0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_equal_codes_are_settled_by_the_first(device):
+    x, books, _ = inputs("small", False, device)
+    rest = [i for i in range(len(x)) if i != 5]
+    assert (residual_vq(x, [books[0][:1].repeat(70, 1)], backend="triton").codes[rest] == 0).all()

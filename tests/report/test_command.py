@@ -1,0 +1,182 @@
+"""`python -m spinlock_fast.report`: files, notes, errors."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from dashboards import synthetic_checkpoint
+from helpers import write_dataset
+
+from spinlock_fast.cli import main as spinlock_fast_main
+from spinlock_fast.report import KINDS, main, write_report
+from spinlock_fast.report.contents import read_contents
+from spinlock_fast.report.sample import measure_sample
+
+FILES = {f"{kind}.{suffix}" for kind in KINDS for suffix in ("png", "svg")}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return synthetic_checkpoint(tmp_path_factory.mktemp("small"), [4, 5], rows=120, epochs=1)
+
+
+@pytest.fixture
+def copy(small: Path, tmp_path: Path) -> Path:
+    """A checkpoint that a test may spoil."""
+    return Path(shutil.copytree(small, tmp_path / "copy"))
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as end:
+        main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    return int(end.value.code or 0), out, err
+
+
+def test_all_dashboards_are_written_from_the_data_of_the_run_alike_each_time(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, err = run(capsys, small, "--output", tmp_path / "new" / "pictures")
+    assert (status, err) == (0, "")
+    assert {path.name for path in (tmp_path / "new" / "pictures").iterdir()} == FILES
+    assert {Path(line).name for line in out.splitlines()} == FILES
+    files, notes = write_report(small, tmp_path / "again", str(small.parent / "data.h5"))
+    assert not notes
+    for file in files:
+        assert file.read_bytes() == (tmp_path / "new" / "pictures" / file.name).read_bytes(), file.name
+    assert b"<dc:date>" not in (tmp_path / "again" / "semantic.svg").read_bytes()
+
+
+def test_the_verb_and_one_type(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        spinlock_fast_main(["report", str(small), "--output", str(tmp_path), "--type", "engineering"])
+    assert end.value.code == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"engineering.png", "engineering.svg"}
+    assert "engineering.png" in capsys.readouterr().out
+
+
+def test_without_data_one_line_says_what_is_left_out(
+    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (copy / "config.yaml").write_text((copy / "config.yaml").read_text().replace("data.h5", "gone.h5"))
+    status, out, err = run(capsys, copy, "--output", tmp_path / "out", "--type", "semantic")
+    assert status == 0
+    assert len(err.splitlines()) == 1
+    assert "gone.h5" in err
+    assert "panels that need data are left out" in err
+    assert len(out.splitlines()) == 2
+
+
+def test_an_old_checkpoint_reports_what_it_has(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("metrics.json", "training_history.json", "config.yaml"):
+        (copy / name).unlink()
+    status, _, err = run(capsys, copy, "--output", tmp_path / "out")
+    assert status == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
+    assert len(err.splitlines()) == 3
+
+
+def test_metrics_that_lack_are_measured_on_the_data(copy: Path, small: Path) -> None:
+    (copy / "metrics.json").unlink()
+    contents = read_contents(copy)
+    sample = measure_sample(contents, str(small.parent / "data.h5"))
+    assert contents.measured_on == f"{sample.rows} rows of data.h5"
+    assert contents.metrics["val_rows"] == 120
+    assert contents.metrics["active_codes"] == int(sample.used.sum())
+
+
+def test_metrics_without_an_entry_leave_its_panel_out(copy: Path, tmp_path: Path) -> None:
+    metrics = json.loads((copy / "metrics.json").read_text())
+    del metrics["active_codes"], metrics["topo_pre"]
+    for category in metrics["categories"]:
+        del category["perplexity"]
+    (copy / "metrics.json").write_text(json.dumps(metrics))
+    files, _ = write_report(copy, tmp_path / "out")
+    assert {path.name for path in files} == FILES
+
+
+@pytest.mark.parametrize(
+    ("spoil", "text"),
+    [
+        (lambda copy: shutil.rmtree(copy), "no best_model.pt there"),
+        (lambda copy: (copy / "metrics.json").write_text("{"), "metrics.json: not JSON"),
+        (lambda copy: (copy / "best_model.pt").write_bytes(b"x"), "not a checkpoint"),
+    ],
+)
+def test_a_checkpoint_that_cannot_serve_is_one_line(
+    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], spoil: object, text: str
+) -> None:
+    assert callable(spoil)
+    spoil(copy)
+    status, out, err = run(capsys, copy, "--output", tmp_path / "out")
+    assert (status, out) == (3, "")
+    assert len(err.splitlines()) == 1
+    assert text in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_metrics_of_another_model_are_refused(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = json.loads((copy / "metrics.json").read_text())
+    metrics["categories"].pop()
+    (copy / "metrics.json").write_text(json.dumps(metrics))
+    status, _, err = run(capsys, copy, "--output", tmp_path / "out")
+    assert status == 3
+    assert "describes other categories" in err
+
+
+def test_data_that_do_not_match_are_refused(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = write_dataset(tmp_path / "other.h5", 20, seed=1)
+    status, out, err = run(capsys, small, "--data", other, "--output", tmp_path / "out")
+    assert (status, out) == (3, "")
+    assert len(err.splitlines()) == 1
+    assert "other.h5" in err
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_an_output_that_cannot_be_written_is_refused(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    status, _, err = run(capsys, small, "--output", tmp_path / "file")
+    assert status == 4
+    assert len(err.splitlines()) == 1
+
+
+def test_an_unknown_type_is_refused(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = run(capsys, small, "--output", tmp_path, "--type", "poetic")
+    assert status == 2
+    assert "poetic" in err
+
+
+def test_without_matplotlib_one_line_says_what_to_install(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    status, _, err = run(capsys, small, "--output", tmp_path)
+    assert status == 1
+    assert "pip install 'spinlock-fast[report]'" in err
+
+
+def test_the_command_imports_no_matplotlib_before_it_draws() -> None:
+    code = "import sys, spinlock_fast.report; sys.exit(bool({'matplotlib', 'torch', 'sklearn'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_module_runs(small: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "spinlock_fast.report", str(small), "--output", str(tmp_path)]
+    done = subprocess.run([*command, "--type", "engineering", "--quiet"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (tmp_path / "engineering.svg").read_text().startswith("<?xml")
+
+
+def test_no_pickle_is_loaded(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"model_state_dict": Path("x")}, copy / "best_model.pt")
+    status, _, err = run(capsys, copy, "--output", tmp_path / "out")
+    assert status == 3
+    assert "objects other than tensors" in err

@@ -1,0 +1,61 @@
+"""The model card says what was measured, and nothing else."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from spinlock_fast.card import model_card
+from spinlock_fast.config import RunConfig
+
+METRICS: dict[str, Any] = {
+    "quality": 0.8,
+    "reconstruction_error": 0.2,
+    "utilization": 0.5,
+    "perplexity_over_k": 0.4,
+    "topo_pre": 0.95,
+    "topo_post": 0.91,
+    "active_codes": 9,
+    "total_codes": 12,
+    "category_correlation_max": 0.21,
+    "parameters": 12345,
+    "epochs": 7,
+    "best_epoch": 5,
+    "samples": 1600,
+    "val_rows": 160,
+    "device": "cpu",
+    "seconds": {"total": 61.4},
+    "versions": {"spinlock_fast": "0.1.0", "torch": "2.11.0"},
+    "categories": [
+        {
+            "name": "cluster_1",
+            "features": 30,
+            "families": {"summary": 30},
+            "partial_mse": 0.4,
+            "utilization": [0.5, 0.75],
+            "codes": [8, 4],
+        }
+    ],
+}
+
+
+def test_the_card_holds_the_figures_of_the_run() -> None:
+    card = model_card(METRICS, RunConfig(dataset_path=["/home/someone/a.h5", "b.h5"], random_seed=7))
+    for text in ("1,600 operators of `a.h5`, `b.h5`", "Seed 7", "12,345 parameters", "| 0.8000 |", "epoch 5 of 7"):
+        assert text in card
+    assert "| cluster_1 | 30 | summary 30 | 0.4000 | 0.50 / 0.75 | 8 / 4 |" in card
+    assert "# [N, 2], from raw HDF5" in card
+    assert "3 of the codes were\n  used by no held-out operator" in card
+    assert "/home" not in card
+
+
+def test_tables_of_the_card_are_whole() -> None:
+    card = model_card(METRICS, RunConfig(dataset_path="a.h5"))
+    blocks = re.findall(r"(?:^\|.*\n)+", card, re.MULTILINE)
+    assert len(blocks) == 3
+    for block in blocks:
+        assert len({line.count("|") for line in block.splitlines()}) == 1
+
+
+def test_a_matrix_given_in_python_has_no_files() -> None:
+    assert "of a matrix given in Python" in model_card(METRICS, RunConfig())

@@ -1,0 +1,176 @@
+"""Commands of the README and of the quickstart run, in order, on small data; every block says whether it does.
+
+A comment before a block of commands tells: `<!-- run -->`, `<!-- run, shortened -->` (with the replacements below, so
+that it takes seconds), or `<!-- not run: reason -->`. Blocks of Python may use the names in `_GIVEN`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from helpers import write_dataset
+
+from spinlock_fast.cli import VERBS
+from spinlock_fast.data.loader import HDF5Loader
+from spinlock_fast.train import main as train_main
+
+ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "docs/quickstart.md", "docs/tokens.md")
+REPLACED = {
+    "--operators 1000": "--operators 4",
+    "{'training.num_epochs': 50}": "{'training.num_epochs': 1, 'training.batch_size': 64, 'training.topo_samples': 64}",
+    '{"training.num_epochs": 50}': "{'training.num_epochs': 1, 'training.batch_size': 64, 'training.topo_samples': 64}",
+    "training.num_epochs=50": "training.num_epochs=2",
+    "dataset_path=data/1k.h5": "dataset_path=data/quickstart.h5 --set training.num_epochs=1 --output checkpoints/100k",
+}
+_BLOCK = re.compile(r"(?:<!-- (?P<marker>[^>]*?) -->\n)?```(?P<language>bash|python)\n(?P<text>.*?)```", re.DOTALL)
+
+
+class Block(NamedTuple):
+    """A fenced block of commands."""
+
+    page: str
+    line: int
+    marker: str
+    language: str
+    text: str
+
+
+def blocks(page: str) -> list[Block]:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return [
+        Block(page, text.count("\n", 0, m.start()) + 1, m["marker"] or "", m["language"], m["text"])
+        for m in _BLOCK.finditer(text)
+    ]
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clone after `make train`, small: 80 operators, two epochs."""
+    where = tmp_path_factory.mktemp("clone")
+    shutil.copytree(ROOT / "configs", where / "configs")
+    write_dataset(where / "data" / "quickstart.h5", 80, seed=0, summary_width=360, temporal_shape=(256, 63))
+    arguments = ["--set", f"dataset_path={where}/data/quickstart.h5", "--set", "training.num_epochs=2"]
+    with pytest.raises(SystemExit) as end:
+        train_main(
+            [
+                str(where / "configs/quickstart.yaml"),
+                *arguments,
+                "--quiet",
+                "--output",
+                str(where / "checkpoints/quickstart"),
+            ]
+        )
+    assert end.value.code == 0
+    return where
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_says_whether_it_runs(page: str) -> None:
+    for block in blocks(page):
+        known = block.marker in ("run", "run, shortened") or block.marker.startswith("not run: ")
+        assert known, f"{page}:{block.line}: {block.marker!r} before a block of {block.language}"
+
+
+@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+def test_links_within_the_project_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+        if "://" not in target:
+            assert (ROOT / page).parent.joinpath(target).exists(), f"{page}: {target}"
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("material", reason="the site is built with mkdocs-material, an optional extra")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "tokens" / "index.html").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES)
+def test_blocks_run(
+    page: str, template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(template, tmp_path / "clone")
+    monkeypatch.chdir(tmp_path / "clone")
+    names = given()
+    ran = 0
+    for block in blocks(page):
+        if block.marker.startswith("not run"):
+            continue
+        text = block.text
+        if block.marker == "run, shortened":
+            assert any(long in text for long in REPLACED), f"{page}:{block.line}: nothing to shorten"
+        for long, short in REPLACED.items():
+            text = text.replace(long, short)
+        if block.language == "python":
+            exec(compile(text, f"{page}:{block.line}", "exec"), names)
+            ran += 1
+            continue
+        for line in text.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words:
+                assert command(words) == 0, f"{page}:{block.line}: {line}\n{capsys.readouterr().err}"
+                ran += 1
+    assert ran >= 2
+
+
+def command(words: list[str]) -> int:
+    """Runs `python -m spinlock_fast.VERB ...` in this process; its exit status."""
+    assert words[:2] == ["python", "-m"], words
+    package, _, verb = words[2].partition(".")
+    assert package == "spinlock_fast"
+    assert verb in VERBS, words
+    try:
+        import_module(f"spinlock_fast.{verb}").main(words[3:])
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def given() -> dict[str, Any]:
+    """Names that blocks of Python may use without saying where they come from."""
+    with_all = HDF5Loader(
+        "data/quickstart.h5",
+        [
+            "features/summary/aggregated/features",
+            "features/temporal/features",
+            "features/architecture/aggregated/features",
+        ],
+        batch_size=80,
+        shuffle=False,
+    )
+    s, t, a = (values.numpy() for name, values in next(iter(with_all)).items() if name != "index")
+    x = np.random.default_rng(0).standard_normal((120, 24)).astype(np.float32)
+    return {"s": s, "t": t, "a": a, "x": x, "z": torch.randn(8, 16)}
+
+
+@pytest.mark.slow
+def test_the_tour_runs(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cells, as a script, without showing pictures."""
+    matplotlib = pytest.importorskip("matplotlib", reason="the tour draws with matplotlib, an optional extra")
+    matplotlib.use("Agg")
+    shutil.copytree(template, tmp_path / "clone")
+    monkeypatch.chdir(tmp_path / "clone")
+    notebook = json.loads((ROOT / "examples" / "tour.ipynb").read_text(encoding="utf-8"))
+    names: dict[str, Any] = {}
+    for i, cell in enumerate(notebook["cells"]):
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), f"tour.ipynb, cell {i}", "exec"), names)
+    assert len(names["tokens"]) == 80
+    assert names["plt"].get_fignums()
+    names["plt"].close("all")
