@@ -3,6 +3,7 @@
 # kernels, the layers and the whole command, and leaves JSON files in ${OUT:-benchmarks/results}.
 #
 #   bash benchmarks/gpu_check.sh [tests] [kernels] [layers] [train]      (all four without arguments)
+#   STUDY="DATA --time-limit 400" bash benchmarks/gpu_check.sh study     (study_quality.py, with these arguments)
 #
 # torch, triton, h5py, scikit-build-core, pybind11, cmake, ninja, rich, scikit-learn and pytest must be there. What else
 # is missing is taken from the folder ${WHEELS:-.whl}; fetch it beforehand where there is a network, for Python 3.12:
@@ -74,6 +75,8 @@ stage tests run_tests
 stage kernels $PYTHON benchmarks/kernel_times.py --output "$OUT/kernels.json"
 stage layers $PYTHON benchmarks/layer_times.py --output "$OUT/layers.json"
 stage train $PYTHON benchmarks/full_run.py --output "$OUT/train.json" --commit "$COMMIT" ${small[@]+"${small[@]}"}
+read -ra study <<<"${STUDY:-}"
+stage study $PYTHON benchmarks/study_quality.py --output "$OUT/study.jsonl" ${study[@]+"${study[@]}"}
 
 if [ ${#failed[@]} -gt 0 ]; then
   echo "failed: ${failed[*]}"

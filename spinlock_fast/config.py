@@ -170,8 +170,10 @@ class ModelConfig(Section):
         default="0.5:1:1.5", description="latent dimensions per feature of each level, coarse to fine"
     )
     uniform_codebook_init: bool = Field(default=False, description="every level gets as many codes as level 0")
-    codebook_init: Literal["kmeans", "uniform"] = Field(
-        default="kmeans", description="codes from k-means++ on the first rows, or uniform random"
+    codebook_init: Literal["kmeans", "uniform", "product"] = Field(
+        default="kmeans",
+        description="codes from k-means++ on the first rows, or uniform random; product: k-means, after the levels of "
+        "a category shared out its principal components (Ge et al. 2013)",
     )
     commitment_cost: NonNegativeFloat = Field(
         default=0.25, description="pull of latents towards their codes (van den Oord et al. 2017)"
@@ -179,6 +181,7 @@ class ModelConfig(Section):
     use_ema: bool = Field(default=True, description="codes follow latents by moving average; false: by gradient")
     decay: Probability = Field(default=0.99, description="decay of the moving average")
     dropout: Probability = Field(default=0.1, description="dropout of encoder and decoder layers")
+    decoder_dropout: Probability | None = Field(default=None, description="dropout of the decoder; null: as dropout")
     rotation_trick: bool = Field(
         default=False, description="gradient through quantization by rotation (arXiv 2410.06424)"
     )
@@ -194,6 +197,21 @@ class TrainingConfig(Section):
     batch_size: PositiveInt = Field(default=512, description="rows a step, at most the training rows")
     learning_rate: PositiveFloat = Field(default=1e-3, description="step size of the optimizer")
     num_epochs: PositiveInt = Field(default=200, description="passes over the training rows")
+    mixing: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        default=0.0,
+        description="training rows move towards or away from another row by up to this share of the way, targets too",
+    )
+    input_noise: NonNegativeFloat = Field(
+        default=0.0, description="standard deviation of noise on the inputs of training, whose targets stay clean"
+    )
+    mixing_decays: bool = Field(
+        default=False, description="the share of mixing falls, and warms up, in proportion to the learning rate"
+    )
+    decoder_refit: NonNegativeFloat = Field(
+        default=0.0,
+        description="after the last epoch, the last layer of the decoder is fitted to the training rows as they are, "
+        "by ridge regression towards its trained weights; the penalty as a share of the inputs' variance, 0: no fit",
+    )
     optimizer: Literal["adam", "adamw"] = Field(default="adam", description="optimizer")
     weight_decay: NonNegativeFloat = Field(default=0.0, description="weight decay of adamw, L2 of adam")
     scheduler: Literal["none", "cosine"] | None = Field(

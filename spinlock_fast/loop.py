@@ -20,6 +20,7 @@ from spinlock_fast.graphs import StepLauncher, own_stream
 from spinlock_fast.losses import LossTerms
 from spinlock_fast.metrics import Validation
 from spinlock_fast.model import CategoricalHierarchicalVQVAE
+from spinlock_fast.product_start import product_start
 from spinlock_fast.step import EpochSummary, StepKind, TrainingStep, learning_rate, learning_rates
 
 log = logging.getLogger(__name__)
@@ -106,9 +107,13 @@ class TrainingRun:
         self.stale = 0
 
     def initialize_codes(self) -> None:
-        if self.config.model.codebook_init != "kmeans":
+        start = self.config.model.codebook_init
+        if start == "uniform":
             return
         order = torch.randperm(self.x_train.shape[0])[:_INIT_ROWS].to(self.device)
+        if start == "product":
+            product_start(self.model, self.x_train[order])
+            return
         self.model.eval()
         with torch.no_grad():
             latents = self.model.encode(self.x_train[order])

@@ -141,7 +141,7 @@ class CategoricalHierarchicalVQVAE(nn.Module):
             dims,
             decay=config.decay,
             commitment_weight=config.commitment_cost,
-            codebook_init=config.codebook_init,
+            codebook_init="uniform" if config.codebook_init == "uniform" else "kmeans",
             use_ema=config.use_ema,
             rotation_trick=config.rotation_trick,
             centred=False,  # LayerNorm bounds the latents
@@ -149,7 +149,7 @@ class CategoricalHierarchicalVQVAE(nn.Module):
         self.shared_decoder = nn.Sequential(
             nn.Linear(total, _SHARED_HIDDEN),
             nn.ReLU(),
-            nn.Dropout(config.dropout),
+            nn.Dropout(config.dropout if config.decoder_dropout is None else config.decoder_dropout),
             nn.Linear(_SHARED_HIDDEN, F),
         )
         self.partial_decoders = nn.Sequential(

@@ -99,9 +99,9 @@ class TrainingStep:
     def __call__(self, kind: StepKind) -> None:
         """The next step."""
         torch.index_select(self._plan, 0, self._position, out=self._now)
-        x = self.x.index_select(0, self._now[0, : self.rest if kind.last else self.batch])
+        x = self._mixed(self.x.index_select(0, self._now[0, : self.rest if kind.last else self.batch]))
         with self._precision():
-            out = self._model(x)
+            out = self._model(self._noisy(x))
             terms = self._terms(x, out)
             loss = terms.total(self.weights)
             self.optimizer.zero_grad()
@@ -140,6 +140,25 @@ class TrainingStep:
         """Goes back to a state; every tensor keeps its place."""
         self.optimizer.load_state_dict(state["optimizer_state_dict"])
         self.values.copy_(state["values"])
+
+    def _mixed(self, x: Tensor) -> Tensor:
+        """Rows between two rows, or a little beyond one: x_i + u (x_j - x_i), u uniform in -mixing..mixing.
+
+        Interpolation and extrapolation of DeVries and Taylor 2017. The rows of a batch are in random order, so that
+        the next one serves as the other.
+        """
+        share = self.training.mixing
+        if not share:
+            return x
+        u = share * (2.0 * torch.rand(x.shape[0], 1, dtype=x.dtype, device=x.device) - 1.0)
+        if self.training.mixing_decays:
+            u = u * (self._rate / self.training.learning_rate).to(x.dtype)
+        return torch.lerp(x, x.roll(-1, 0), u)
+
+    def _noisy(self, x: Tensor) -> Tensor:
+        """The rows as the model sees them: one that codes noisy rows well does not learn the rows by heart."""
+        noise = self.training.input_noise
+        return x + noise * torch.randn_like(x) if noise else x
 
     def _loss_terms(self, x: Tensor, out: dict[str, Tensor]) -> LossTerms:
         return loss_terms(self.model, x, out, self.training.topo_samples)

@@ -31,6 +31,7 @@ from spinlock_fast.kernels.backend import resolve_backend
 from spinlock_fast.loop import EpochRecord, Observer, SilentObserver, TrainingRun
 from spinlock_fast.metrics import Metrics, complete, evaluate
 from spinlock_fast.model import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
+from spinlock_fast.refit import refit_decoder
 
 log = logging.getLogger(__name__)
 
@@ -193,6 +194,8 @@ class Trainer:
             finally:
                 self._stop_signal = None
         best_model = run.best_model()
+        if training.decoder_refit:
+            refit_decoder(best_model, x_train, training.decoder_refit)
         metrics = evaluate(best_model, run.x_val, training)
         if split.test.size:
             metrics["test"] = evaluate(best_model, _upload(data[split.test], device), training)

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import helpers
 import pytest
 import yaml
@@ -13,6 +15,8 @@ from spinlock_fast.config import (
 )
 from spinlock_fast.config_file import apply_overrides, check_config, dump_config, help_text, load_config, parse_yaml
 from spinlock_fast.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
 
 BASELINE = """
 families:
@@ -100,6 +104,20 @@ def test_the_baseline_takes_the_top_level_keys(load):
     config = load(BASELINE + "dataset_path: a.h5\nrandom_seed: 7\nfeature_cleaning:\n  mad_threshold: 5\n")
     assert (config.dataset_path, config.random_seed) == ("a.h5", 7)
     assert config.feature_cleaning.mad_threshold == 5.0
+
+
+def test_the_baseline_is_kept_as_a_configuration(load):
+    """But for the places of the data and the scale of the MAD, which the original leaves out."""
+    kept = load_config(ROOT / "configs" / "baseline-100k.yaml")
+    written = load(BASELINE + "feature_cleaning: {mad_scale: 1.0}\n")
+    places = {"dataset_path": None, "output_dir": None}
+    assert kept.model_copy(update=places) == written.model_copy(update=places)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_configurations_load(path):
+    config = load_config(path)
+    assert config.output_dir == f"checkpoints/{path.stem}"
 
 
 def test_an_empty_file_is_the_default(load):

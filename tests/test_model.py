@@ -322,3 +322,14 @@ def test_an_empty_batch_has_empty_results():
     model = make().eval()
     assert model.get_tokens(torch.zeros(0, 13)).shape == (0, 9)
     assert model.decode_from_tokens(torch.zeros(0, 9, dtype=torch.int64)).shape == (0, 13)
+
+
+@pytest.mark.parametrize(("decoder", "encoder_varies", "decoder_varies"), [(None, True, True), (0.0, True, False)])
+def test_the_decoder_may_have_a_dropout_of_its_own(
+    decoder: float | None, encoder_varies: bool, decoder_varies: bool
+) -> None:
+    model = make(dropout=0.5, decoder_dropout=decoder, codebook_init="uniform").train()
+    x = torch.randn(16, model.config.input_dim)
+    quantized = torch.randn(16, model.quantizer.layout.total_dims)
+    assert (not torch.equal(model.encode(x), model.encode(x))) == encoder_varies
+    assert (not torch.equal(model.decode(quantized), model.decode(quantized))) == decoder_varies

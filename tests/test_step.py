@@ -32,6 +32,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"training.optimizer": "adamw", "training.weight_decay": 0.01},
     {"training.dead_code_strategy": "sample"},
     {"training.topo_weight": 0.0, "training.orthogonality_weight": 0.0},
+    {"training.mixing": 0.5, "training.input_noise": 0.3, "training.mixing_decays": True},
 ]
 
 
@@ -64,6 +65,41 @@ def made(options: dict[str, Any]) -> TrainingStep:
 def begin(step: TrainingStep, epoch: int = 0) -> None:
     order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(epoch))
     step.begin_epoch(order, learning_rates(step.training, step.count, epoch), 0)
+
+
+def test_noise_reaches_the_inputs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model reads rows moved by the noise; its errors count against the rows as they are."""
+    step = made({"training.input_noise": 0.3})
+    step.begin_epoch(torch.arange(ROWS), learning_rates(step.training, step.count, 0), 0)
+    read: list[Tensor] = []
+    aims: list[Tensor] = []
+    model, terms = step._model, step._terms
+    monkeypatch.setattr(step, "_model", lambda x: read.append(x) or model(x))
+    monkeypatch.setattr(step, "_terms", lambda x, out: aims.append(x) or terms(x, out))
+    step(StepKind(last=False, reset=False))
+    assert torch.equal(aims[0], step.x[:64])
+    assert 0.27 < float((read[0] - aims[0]).std()) < 0.33
+
+
+@pytest.mark.parametrize(("decays", "most"), [(False, 0.25), (True, 0.125)])
+def test_mixed_rows_lie_on_the_line_to_the_next_row(monkeypatch: pytest.MonkeyPatch, decays: bool, most: float) -> None:
+    """They are both what the model reads and what it is to give; the way may shrink with the learning rate."""
+    step = made({"training.mixing": 0.25, "training.mixing_decays": decays})
+    read: list[Tensor] = []
+    aims: list[Tensor] = []
+    model, terms = step._model, step._terms
+    monkeypatch.setattr(step, "_model", lambda x: read.append(x) or model(x))
+    monkeypatch.setattr(step, "_terms", lambda x, out: aims.append(x) or terms(x, out))
+    step.begin_epoch(torch.arange(ROWS), torch.full([step.count], 0.5e-3), 0)  # half the rate of the settings
+    step(StepKind(last=False, reset=False))
+    assert torch.equal(read[0], aims[0])
+    rows = step.x[:64]
+    way = rows.roll(-1, 0) - rows
+    share = ((aims[0] - rows) * way).sum(1) / way.square().sum(1)
+    torch.testing.assert_close(aims[0], rows + share[:, None] * way)
+    assert float(share.min()) < -0.8 * most
+    assert float(share.max()) > 0.8 * most
+    assert float(share.abs().max()) <= most * (1.0 + 1e-5)
 
 
 @pytest.mark.parametrize("options", OPTIONS)

@@ -291,6 +291,8 @@ def test_learning_rate_warms_up_and_follows_the_cosine(x: np.ndarray[Any, Any]) 
         {"model__use_ema": False},
         {"model__rotation_trick": True},
         {"model__codebook_init": "uniform"},
+        {"model__codebook_init": "product"},
+        {"training__input_noise": 0.3, "training__mixing": 0.2},
         {"training__optimizer": "adamw", "training__weight_decay": 0.01},
         {"training__topo_weight": 0.0, "training__informativeness_weight": 0.0},
         {"training__dead_code_reset_steps": 2, "training__dead_code_strategy": "sample"},

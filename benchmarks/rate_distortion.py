@@ -1,0 +1,221 @@
+"""Error against bits: the model with more or fewer codes and levels, and quantizers without a network.
+
+    python benchmarks/rate_distortion.py DATA --output rate.jsonl [--plot rate.png] [--variant combined] [--jobs 4]
+
+Trains on a frame of `study_quality.py` in its mode `select`: 2 to 5 levels, and 1, 2 and 4 times the codes. A sample
+takes log2 K bits a codebook. The reference lines are fitted to the same training rows and scored on the same others:
+
+    product   k-means in equal parts of the rotated features (Ge et al. 2013), by faiss
+    residual  codebooks of the whole row that each code what those before left, with beam search, by faiss
+    category  the same within each category, without search, with the model's own numbers of codes; decoded by a ridge
+              regression from all categories
+    scalar    principal components rounded to even steps, bits by water-filling: what finite scalar quantization
+              (Mentzer et al. 2023) is behind a linear encoder
+
+Finished runs have their line in the output and are skipped. The reference lines and `--plot` need the extra
+`study` (faiss, matplotlib).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from study_quality import Array, Run, _start_worker, append, load_frame, rows_of, say, train
+from study_variants import VARIANTS
+
+from spinlock_fast.config import LevelConfig
+from spinlock_fast.product_start import component_bits
+from spinlock_fast.quantize import resolve_levels
+from spinlock_fast.refit import least_squares
+
+LEVELS = (2, 3, 4, 5)
+FACTORS = (1, 2, 4)
+RATIOS = ("0.5", "1", "1.5", "2", "2.5")
+CODE_BITS = 4  # of a codebook of the references: 16 codes, about as many as the model's have
+BITS = (40, 60, 80, 120, 160, 240, 320)
+
+
+Books = dict[str, list[LevelConfig]]
+
+
+def sized(groups: dict[str, list[int]], levels: int, factor: int) -> Books:
+    """Codebooks by the rule of the configuration, with `factor` times the codes."""
+    plain = resolve_levels({name: len(members) for name, members in groups.items()}, [], ":".join(RATIOS[:levels]))
+    return {
+        name: [LevelConfig(num_tokens=factor * book.num_tokens, latent_dim=book.latent_dim) for book in books]
+        for name, books in plain.items()
+    }
+
+
+def bits_of(books: Books) -> float:
+    """Bits of a sample."""
+    return sum(math.log2(book.num_tokens) for found in books.values() for book in found)
+
+
+def _trained(job: tuple[Run, Path, str, int | None, int, int]) -> dict[str, Any]:
+    run, data, device, epochs, levels, factor = job
+    books = sized(load_frame(data, run.frame).meta["group_indices"], levels, factor)
+    row = train(run, data, device, epochs, {name: [b.model_dump() for b in found] for name, found in books.items()})
+    return {"kind": "model", "levels": levels, "factor": factor, "bits": bits_of(books), **row}
+
+
+def product(x: Array, scored: Array, bits: int) -> Array:
+    import faiss
+
+    parts = max(1, bits // CODE_BITS)
+    width = x.shape[1] // parts * parts
+    quantizer = faiss.ProductQuantizer(width, parts, CODE_BITS)
+    quantizer.cp.min_points_per_centroid = 1  # no warning a codebook
+    rotation = faiss.OPQMatrix(x.shape[1], parts, width)
+    rotation.pq = quantizer  # it would turn for 256 codes otherwise
+    rotation.train(x)
+    quantizer.train(rotation.apply(x))
+    found: Array = rotation.reverse_transform(quantizer.decode(quantizer.compute_codes(rotation.apply(scored))))
+    return found
+
+
+def residual(x: Array, scored: Array, bits: int) -> Array:
+    import faiss
+
+    quantizer = faiss.ResidualQuantizer(x.shape[1], max(1, bits // CODE_BITS), CODE_BITS)
+    quantizer.train(x)
+    found: Array = quantizer.decode(quantizer.compute_codes(scored))
+    return found
+
+
+def scalar(x: Array, scored: Array, bits: int) -> Array:
+    variance, directions = np.linalg.eigh(np.cov(x.T, bias=True))
+    each = component_bits(torch.from_numpy(variance.clip(min=0.0)), float(bits)).round().numpy()
+    coded = each > 0
+    basis, steps = directions[:, coded], 2.0 ** each[coded]
+    low, high = np.quantile(x @ basis, [0.005, 0.995], axis=0)
+    width = (high - low) / steps
+    cells = np.floor((scored @ basis - low) / width).clip(0, steps - 1)
+    found: Array = (low + (cells + 0.5) * width) @ basis.T
+    return found
+
+
+REFERENCES = {"product": product, "residual": residual, "scalar": scalar}
+
+
+def by_category(x: Array, trained: Array, groups: dict[str, list[int]], books: Books) -> Array:
+    """Rows [N, F] after residual k-means within each category, fitted to the rows `trained`."""
+    from sklearn.cluster import KMeans
+
+    coded = []
+    for name, members in groups.items():
+        left = x[:, members].copy()
+        for book in books[name]:
+            codes = KMeans(book.num_tokens, n_init=4, random_state=0).fit(left[trained])
+            left = left - codes.cluster_centers_[codes.predict(left)]
+        coded.append(x[:, members] - left)
+    inputs = torch.from_numpy(np.concatenate(coded, 1)).double()
+    weights, constant = least_squares(inputs[trained], torch.from_numpy(x[trained]).double(), 0.01)
+    found: Array = (inputs @ weights + constant).numpy()
+    return found
+
+
+def references(data: Path, seed: int) -> Iterator[dict[str, Any]]:
+    """Errors of the reference lines."""
+    frame = load_frame(data, seed)
+    rows, scored = rows_of(frame, "select")
+    x = np.ascontiguousarray(frame.x[rows], dtype=np.float32)
+    trained = np.setdiff1d(np.arange(len(x)), scored)
+    mean = x[trained].mean(0)
+    for bits in BITS:
+        for kind, quantize in REFERENCES.items():
+            found = quantize(x[trained] - mean, x[scored] - mean, bits)
+            error = float(np.square(found - (x[scored] - mean)).mean())
+            yield {"kind": kind, "frame": seed, "bits": bits, "error": error}
+    groups = frame.meta["group_indices"]
+    for factor in FACTORS:
+        books = sized(groups, 3, factor)
+        found = by_category(x, trained, groups, books)[scored]
+        error = float(np.square(found - x[scored]).mean())
+        yield {"kind": "category", "frame": seed, "bits": bits_of(books), "error": error}
+
+
+def lines_of(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()] if output.exists() else []
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Bits and error on logarithmic axes; one line a number of levels, one a reference."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
+
+    figure, axes = plt.subplots(figsize=(7.5, 4.8), dpi=120, layout="constrained")
+    for levels in LEVELS:
+        points = [row for row in rows if row["kind"] == "model" and row["levels"] == levels]
+        bits = sorted({row["bits"] for row in points})
+        means = [np.mean([row["error"] for row in points if row["bits"] == b]) for b in bits]
+        axes.plot(bits, means, marker="o", color=plt.get_cmap("viridis")(0.25 * (levels - 2)), label=f"{levels} levels")
+    styles = {"product": (":", "product"), "scalar": ("-.", "scalar"), "residual": ("--", "residual, whole rows")}
+    for kind, (style, label) in {**styles, "category": ("-", "residual, by category")}.items():
+        points = sorted((row["bits"], row["error"]) for row in rows if row["kind"] == kind)
+        axes.plot(*zip(*points, strict=True), style, color="0.35", label=label)
+    axes.set(xscale="log", yscale="log", xlabel="bits a sample", ylabel="held-out mean squared error")
+    for axis, ticks in ((axes.xaxis, (40, 60, 80, 120, 160, 240, 320)), (axes.yaxis, (0.03, 0.05, 0.1, 0.2, 0.3, 0.5))):
+        axis.set_major_locator(FixedLocator(ticks))
+        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.set_minor_locator(NullLocator())
+    axes.grid(color="0.9")
+    axes.set_axisbelow(True)
+    axes.legend(frameon=False, fontsize="small")
+    figure.savefig(path)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="directory of the data, as for study_quality.py")
+    parser.add_argument("--output", type=Path, required=True, help="JSON lines, continued where they are")
+    parser.add_argument("--plot", type=Path, help="picture to write")
+    parser.add_argument("--variant", default="combined", choices=list(VARIANTS), metavar="NAME")
+    parser.add_argument("--frame", type=int, default=42)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--epochs", type=int, help="instead of those of the settings, for a trial")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    arguments = parser.parse_args(argv)
+    present = lines_of(arguments.output)
+    if not any(row["kind"] == "category" for row in present):
+        for row in references(arguments.data, arguments.frame):
+            append(arguments.output, row)
+    done = {(row["levels"], row["factor"], row["seed"]) for row in present if row["kind"] == "model"}
+    jobs = [
+        (
+            Run("select", arguments.variant, arguments.frame, seed),
+            arguments.data,
+            arguments.device,
+            arguments.epochs,
+            levels,
+            factor,
+        )
+        for seed in arguments.seeds
+        for factor in FACTORS
+        for levels in LEVELS
+        if (levels, factor, seed) not in done
+    ]
+    with multiprocessing.get_context("spawn").Pool(arguments.jobs, _start_worker) as pool:
+        for row in pool.imap_unordered(_trained, jobs):
+            append(arguments.output, row)
+            say("{levels} levels, {factor} x codes, {bits:.0f} bits: error {error:.4f}".format(**row))
+    if arguments.plot:
+        plot(lines_of(arguments.output), arguments.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""The start from product quantization."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from spinlock_fast.config import LevelConfig
+from spinlock_fast.model import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
+from spinlock_fast.product_start import component_bits, deal, product_start
+
+
+def levels(*sizes: tuple[int, int]) -> list[LevelConfig]:
+    return [LevelConfig(num_tokens=codes, latent_dim=dims) for codes, dims in sizes]
+
+
+def independent(rows: int, features: int) -> Tensor:
+    """Uniform features of variance 1 that know nothing of each other."""
+    return (torch.rand(rows, features) - 0.5) * math.sqrt(12.0)
+
+
+def made() -> CategoricalHierarchicalVQVAE:
+    config = CategoricalVQVAEConfig(
+        input_dim=9,
+        group_indices={"a": [0, 2, 4, 6, 8, 7], "b": [1, 3, 5]},
+        levels={"a": levels((16, 8), (8, 8), (4, 6)), "b": levels((8, 4), (4, 4), (3, 2))},
+        group_hidden_dim=64,
+        group_embedding_dim=32,
+        dropout=0.5,
+    )
+    return CategoricalHierarchicalVQVAE(config)
+
+
+def error(model: CategoricalHierarchicalVQVAE, x: Tensor) -> float:
+    model.eval()
+    with torch.no_grad():
+        return float((model(x)["reconstruction"] - x).square().mean())
+
+
+def test_bits_are_those_of_reverse_water_filling() -> None:
+    variance = torch.tensor([1.0, 16.0, 4.0, 1e-9], dtype=torch.float64)
+    # A level of 1/4: 1, 3 and 2 bits.
+    torch.testing.assert_close(component_bits(variance, 6.0), torch.tensor([1.0, 3.0, 2.0, 0.0], dtype=torch.float64))
+    # A level of 4: only the second is above.
+    torch.testing.assert_close(component_bits(variance, 1.0), torch.tensor([0.0, 1.0, 0.0, 0.0], dtype=torch.float64))
+    assert component_bits(torch.zeros(3, dtype=torch.float64), 3.0).tolist() == [0.0, 0.0, 0.0]
+
+
+def test_components_go_where_bits_are_left() -> None:
+    assert deal([1.0, 3.0, 2.0, 0.0], levels((16, 8), (8, 8), (4, 8))) == [[1], [2], [0]]
+
+
+def test_a_level_takes_no_more_components_than_it_has_room_for() -> None:
+    assert deal([2.0, 2.0, 2.0, 2.0], levels((256, 4), (2, 3))) == [[0, 1], [2]]
+
+
+def test_it_codes_better_than_k_means_and_uses_every_code() -> None:
+    x, fresh = independent(1500, 9), independent(500, 9)
+    plain = made()
+    torch.manual_seed(1)
+    plain.eval()
+    plain.quantizer.initialize(plain.encode(x))
+    start = made()
+    product_start(start, x)
+    assert error(start, fresh) < 0.45  # 1.5 bits a feature; the mean of the rows alone has 1
+    start.eval()
+    plain.eval()
+    known = {}
+    for name, model in (("plain", plain), ("start", start)):
+        tokens = model.get_tokens(torch.cat([x, fresh]))
+        inputs = torch.cat([torch.nn.functional.one_hot(column).float() for column in tokens.T], 1)
+        weights = torch.linalg.lstsq(inputs[:1500].double(), x.double(), driver="gelsd").solution
+        known[name] = float((inputs[1500:].double() @ weights - fresh).square().mean())
+    assert known["start"] < 0.75 * known["plain"]  # the same linear decoder for both
+    counts = start.quantizer.cluster_size
+    assert bool((counts > 0).all())
+
+
+def test_levels_share_out_what_they_code() -> None:
+    """A level tells its own components, and nothing of those of another level."""
+    x = independent(3000, 9) * torch.tensor([3.0, 1, 1, 1, 2.0, 1, 1, 1, 1])
+    model = made()
+    product_start(model, x)
+    tokens = model.get_tokens(x)
+    explained = torch.stack([_explained(tokens[:, g], x[:, [0, 4]]) for g in range(3)])  # [3, 2]
+    assert (explained.max(0).values > 0.6).all()
+    assert (explained.sort(0).values[:2] < 0.2).all()
+
+
+def _explained(tokens: Tensor, x: Tensor) -> Tensor:
+    """[columns] share of the variance that the means of the codes explain."""
+    hot = torch.nn.functional.one_hot(tokens).to(x.dtype)
+    means = hot.T @ x / hot.sum(0).clamp(min=1.0)[:, None]
+    return 1.0 - (hot @ means - x).square().mean(0) / x.var(0)
+
+
+def test_the_mode_of_the_model_stays_and_the_seed_decides() -> None:
+    x = independent(200, 9)
+    models = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        model = made().train()
+        product_start(model, x)
+        assert model.training
+        assert model.shared_decoder.training
+        models.append(model)
+    for a, b in zip(models[0].state_dict().values(), models[1].state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("rows", [20, 2])
+def test_few_rows_and_constant_features_give_a_finite_start(rows: int) -> None:
+    x = independent(rows, 9)
+    x[:, [1, 3, 5]] = 0.5
+    model = made()
+    product_start(model, x)
+    assert all(bool(torch.isfinite(value).all()) for value in model.state_dict().values())
