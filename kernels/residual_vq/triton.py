@@ -280,7 +280,7 @@ def residual_sum_kernel(
 
 def row_block(block_d: int) -> int:
     """Rows that a program holds where it does no more than add them up."""
-    return max(4, 512 // block_d)
+    return 16 if block_d <= 32 else 8
 
 
 def assign(

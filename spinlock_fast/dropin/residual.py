@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from spinlock_fast.dropin import losses
 from spinlock_fast.dropin.arguments import warn_reference
 from spinlock_fast.dropin.implicit import CodeNetwork
-from spinlock_fast.dropin.shapes import InputShape
+from spinlock_fast.dropin.shapes import InputShape, projected
 from spinlock_fast.dropin.stages import by_beam, by_stages, fused, stages_fuse, with_cross_entropy
 from spinlock_fast.dropin.usage import perplexity, utilization
-from spinlock_fast.dropin.vector_quantize import VectorQuantize, projected
+from spinlock_fast.dropin.vector_quantize import VectorQuantize
 
 
 class ResidualVQ(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Layout = str  # "sequence" [b, n, d], "token" [b, d], "channels_first" [b, d, n], "image" [b, d, h, w], "video"
 
@@ -64,3 +64,15 @@ class InputShape:
 def lengths_to_mask(lens: Tensor, n: int) -> Tensor:
     """[b, n] bool, True for the first lens[b] positions."""
     return torch.arange(n, device=lens.device) < lens[:, None]
+
+
+def projected(projection: nn.Module, x: Tensor) -> Tensor:
+    """x through a projection, in the type of its weights."""
+    weight = next(projection.parameters(), None)
+    output: Tensor = projection(x if weight is None else x.to(weight.dtype))
+    return output
+
+
+def beside(mask: Tensor, values: Tensor) -> Tensor:
+    """mask [b, n] with as many dimensions as values [b, n, ...]."""
+    return mask.view(*mask.shape, *([1] * (values.ndim - 2)))

@@ -81,3 +81,14 @@ def _orthogonality(vq: VectorQuantize, codes: Tensor) -> Tensor:
     if most is not None and book.shape[1] > most:
         book = book[:, torch.randperm(book.shape[1], device=book.device)[:most]]
     return losses.orthogonality(book, "orthogonal_loss" in vq.corrections)
+
+
+def cross_entropy_of(
+    vq: VectorQuantize, found: Found, indices: Tensor, call: Call, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """What was quantized, in codebook space, and the cross entropy of given codes [b, n, ...]."""
+    if found.distances is None:
+        raise AssertionError("indices were given, but no distances formed")
+    loss = dense.cross_entropy(found.distances, vq._heads.split_codes(indices))
+    quantized = vq._heads.by_sequence(found.quantized, call.positions).to(dtype)
+    return (quantized[0] if vq.heads == 1 else quantized), loss

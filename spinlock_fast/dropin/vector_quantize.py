@@ -9,14 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from spinlock_fast.dropin import dense
 from spinlock_fast.dropin.affine import Affine
 from spinlock_fast.dropin.arguments import checked_corrections, refuse_contradictions, warn_reference
 from spinlock_fast.dropin.codebook import Codebook, Weight
 from spinlock_fast.dropin.heads import Heads
-from spinlock_fast.dropin.search import Call, Found, search
-from spinlock_fast.dropin.shapes import InputShape, lengths_to_mask
-from spinlock_fast.dropin.total import per_position, total_loss
+from spinlock_fast.dropin.search import Call, search
+from spinlock_fast.dropin.shapes import InputShape, beside, lengths_to_mask, projected
+from spinlock_fast.dropin.total import cross_entropy_of, per_position, total_loss
 from spinlock_fast.dropin.usage import CodeUsage
 
 
@@ -309,15 +308,15 @@ class VectorQuantize(CodeUsage, nn.Module):
         )
         found = search(self, self._heads.split(projected(self.project_in, origin)).float(), call)
         if indices is not None:
-            return self._with_cross_entropy(found, indices, call, x.dtype)
+            return cross_entropy_of(self, found, indices, call, x.dtype)
         codes = self._heads.join_codes(found.codes, call.positions)
         loss, breakdown = total_loss(self, found, origin, call, codes)
         joined = self._heads.join(found.quantized, call.positions)
         output = projected(self.project_out, joined).to(x.dtype)
         if mask is not None:
             hidden = torch.zeros_like(origin) if self.return_zeros_for_masked_padding else origin
-            output = torch.where(_beside(mask, output), output, hidden if topk is None else hidden[:, :, None])
-            codes = torch.where(_beside(mask, codes), codes, -1)
+            output = torch.where(beside(mask, output), output, hidden if topk is None else hidden[:, :, None])
+            codes = torch.where(beside(mask, codes), codes, -1)
         if loss.ndim > 1:
             loss = shape.restore_positions(loss)
         result = shape.restore(output), shape.restore_positions(codes), loss
@@ -367,15 +366,6 @@ class VectorQuantize(CodeUsage, nn.Module):
         )
         return min(int(topk), self.codebook_size)
 
-    def _with_cross_entropy(
-        self, found: Found, indices: Tensor, call: Call, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        if found.distances is None:
-            raise AssertionError("indices were given, but no distances formed")
-        loss = dense.cross_entropy(found.distances, self._heads.split_codes(indices))
-        quantized = self._heads.by_sequence(found.quantized, call.positions).to(dtype)
-        return (quantized[0] if self.heads == 1 else quantized), loss
-
     @torch.no_grad()
     def update_indices(self, x: Tensor, indices: Tensor, mask: Tensor | None = None) -> None:
         """Moves the averages by the codes that rows were given, as `forward` does by the nearest."""
@@ -402,15 +392,3 @@ class VectorQuantize(CodeUsage, nn.Module):
                     parameter.grad /= dist.get_world_size()
         self.in_place_codebook_optimizer.step()
         self.in_place_codebook_optimizer.zero_grad()
-
-
-def projected(projection: nn.Module, x: Tensor) -> Tensor:
-    """x through a projection, in the type of its weights."""
-    weight = next(projection.parameters(), None)
-    output: Tensor = projection(x if weight is None else x.to(weight.dtype))
-    return output
-
-
-def _beside(mask: Tensor, values: Tensor) -> Tensor:
-    """mask [b, n] with as many dimensions as values [b, n, ...]."""
-    return mask.view(*mask.shape, *([1] * (values.ndim - 2)))
