@@ -161,13 +161,18 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         points = [row for row in rows if row["kind"] == "model" and row["levels"] == levels]
         bits = sorted({row["bits"] for row in points})
         means = [np.mean([row["error"] for row in points if row["bits"] == b]) for b in bits]
-        axes.plot(bits, means, marker="o", color=plt.get_cmap("viridis")(0.25 * (levels - 2)), label=f"{levels} levels")
-    styles = {"product": (":", "product"), "scalar": ("-.", "scalar"), "residual": ("--", "residual, whole rows")}
-    for kind, (style, label) in {**styles, "category": ("-", "residual, by category")}.items():
+        axes.plot(
+            bits, means, marker="o", color=plt.get_cmap("viridis")(0.25 * (levels - 2)), label=f"model, {levels} levels"
+        )
+    whole = {kind: (style, f"{kind}, whole rows") for kind, style in zip(REFERENCES, (":", "--", "-."), strict=True)}
+    for kind, (style, label) in {**whole, "category": ("-", "residual, by category")}.items():
         points = sorted((row["bits"], row["error"]) for row in rows if row["kind"] == kind)
         axes.plot(*zip(*points, strict=True), style, color="0.35", label=label)
     axes.set(xscale="log", yscale="log", xlabel="bits a sample", ylabel="held-out mean squared error")
-    for axis, ticks in ((axes.xaxis, (40, 60, 80, 120, 160, 240, 320)), (axes.yaxis, (0.03, 0.05, 0.1, 0.2, 0.3, 0.5))):
+    for axis, ticks in (
+        (axes.xaxis, (40, 60, 80, 120, 160, 240, 320)),
+        (axes.yaxis, (0.01, 0.02, 0.03, 0.05, 0.1, 0.2)),
+    ):
         axis.set_major_locator(FixedLocator(ticks))
         axis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axis.set_minor_locator(NullLocator())
