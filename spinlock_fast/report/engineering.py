@@ -175,7 +175,9 @@ def _summary(contents: Contents) -> list[tuple[str, str]]:
 
 def _write_summary(ax: Axes, contents: Contents, rows: list[tuple[str, str]], room: float) -> None:
     write_table(ax, rows, (0.0, 1.0))
-    heading(ax, "Summary", f"on {contents.measured_on}", 3.0, room=room)
+    refitted = contents.config is not None and contents.config.training.decoder_refit > 0.0
+    after = "; the decoder refitted after the last epoch" if refitted else ""
+    heading(ax, "Summary", f"on {contents.measured_on}{after}", 3.0, room=room)
 
 
 def _draw_categories(figure: Figure, cells: list[Any], contents: Contents, quality: list[str]) -> None:
