@@ -13,13 +13,14 @@ shape. What a stage gives is compared with what it must give before its time is 
 from __future__ import annotations
 
 import argparse
+import itertools
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +110,8 @@ def raw_columns(rows: int, seed: int = 0) -> np.ndarray[Any, np.dtype[np.float32
 
 def planted_groups() -> list[list[int]]:
     """The columns that follow each factor."""
-    edges = np.cumsum([0, *SEED_FEATURES])
-    return [list(range(a, b)) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    edges = np.cumsum([0, *SEED_FEATURES]).tolist()
+    return [list(range(a, b)) for a, b in itertools.pairwise(edges)]
 
 
 def set_up(
@@ -206,9 +207,9 @@ def from_file(data: str, config: RunConfig, watch: Stopwatch, emit: Emit) -> Non
             }
         )
     ).to(device)
-    tokenizer = Tokenizer(
-        model, prepared.encoders, prepared.cleaner, prepared.normalizer, prepared.feature_names
-    ).to(device)
+    tokenizer = Tokenizer(model, prepared.encoders, prepared.cleaner, prepared.normalizer, prepared.feature_names).to(
+        device
+    )
     tokens, took = watch(lambda: tokenizer.encode(data))
     expected = model.get_tokens(torch.from_numpy(prepared.x[:_ROWS_AT_ONCE]).to(device)).cpu().numpy()
     assert len(tokens) == len(prepared.x)
@@ -282,8 +283,8 @@ def targets(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     if medians.keys() >= set(SET_UP):
         decide(f"{' + '.join(SET_UP)}, {SET_UP_ROWS:,} x {COLUMNS}, s", sum(medians[s] for s in SET_UP), SET_UP_SECONDS)
     for row in rows:
-        if row["stage"].startswith("import spinlock_fast"):
-            decide(f"{row['stage']}, against import torch", row["ratio_to_torch"], IMPORT_RATIO)
+        if row["stage"] == "import spinlock_fast":
+            decide("import spinlock_fast, against import torch", row["ratio_to_torch"], IMPORT_RATIO)
         if row["stage"] == "--dry-run":
             decide("--dry-run, s", row["p50_us"] / 1e6, DRY_RUN_SECONDS)
     return found
@@ -319,7 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         return {"rows": rows, **facts}
 
     def emit(stage: str, count: int, took: dict[str, float], **facts: Any) -> None:
-        rows.append({"stage": stage, "rows": count, **took, **facts})
+        rows.append({"stage": stage, "rows": count, **took, **facts, "load": os.getloadavg()[0]})
         line = f"{stage:14} {count:9,} rows {took['p50_us'] / 1e6:10.4f} s, {took['cpu_us'] / 1e6:10.4f} s of threads"
         print(line, flush=True)  # noqa: T201
         keep()
@@ -336,7 +337,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             from_file(data, settings(data), watch, emit)
         rows += commands(data, chosen.repeats)
     result = keep()
-    print(report(result))  # noqa: T201
+    print(report(result), flush=True)  # noqa: T201
     return result
 
 
@@ -350,21 +351,20 @@ def report(result: dict[str, Any]) -> str:
 
 
 @pytest.fixture(scope="module", params=[1000, 10_000])
-def prepared(request: Any) -> Iterator[Any]:
+def features(request: Any) -> Any:
     """Features of a small synthetic matrix; the stages have checked themselves."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with nullcontext():
-        yield set_up(request.param, settings(), Stopwatch(device, 1, 0.0), lambda *_, **__: None)
+    return set_up(request.param, settings(), Stopwatch(device, 1, 0.0), lambda *_, **__: None)
 
 
-def bench_set_up(benchmark: Any, prepared: Any) -> None:
-    rows = len(prepared[0])
+def bench_set_up(benchmark: Any, features: Any) -> None:
+    rows = len(features[0])
     watch = Stopwatch(torch.device("cpu"), 1, 0.0)
     benchmark.pedantic(lambda: set_up(rows, settings(), watch, lambda *_, **__: None), rounds=3, warmup_rounds=1)
 
 
-def bench_epoch(benchmark: Any, prepared: Any) -> None:
-    x, split = prepared
+def bench_epoch(benchmark: Any, features: Any) -> None:
+    x, split = features
     device = "cuda" if torch.cuda.is_available() else "cpu"
     run = training_run(512, device=device, x=torch.from_numpy(x[split.train]))
     with own_stream(run.device):
