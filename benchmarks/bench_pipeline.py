@@ -262,13 +262,19 @@ def commands(data: str, repeats: int) -> list[dict[str, Any]]:
 
 
 def growth(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Per stage the fitted exponent of N, over all sizes and between the two largest."""
+    """Per stage the fitted exponents of N: over all sizes, between the two largest, and there of the threads' time."""
     found: dict[str, dict[str, float]] = {}
     for stage in dict.fromkeys(row["stage"] for row in rows if "rows" in row):
-        points = sorted((row["rows"], row["p50_us"]) for row in rows if row["stage"] == stage and "rows" in row)
+        points = sorted(
+            (row["rows"], row["p50_us"], row.get("cpu_us", 0.0))
+            for row in rows
+            if row["stage"] == stage and "rows" in row
+        )
         if len(points) > 1:
-            sizes, times = zip(*points, strict=True)
+            sizes, times, used = zip(*points, strict=True)
             found[stage] = {"all": exponent(sizes, times), "largest": exponent(sizes[-2:], times[-2:])}
+            if all(used):
+                found[stage]["largest, threads"] = exponent(sizes[-2:], used[-2:])
     return found
 
 
@@ -302,6 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--file-rows", type=int, nargs="*", default=[1000, 10_000], help="of the files: 64.5 KB a row")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="of torch; its default when not given")
+    parser.add_argument("--set-up-only", action="store_true", help="of the matrices: leave training and tokens out")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--budget", type=float, default=20.0, help="seconds for the repeats of a stage")
     parser.add_argument("--source", help="HDF5 file of operators to expand; simulated when not given")
@@ -327,7 +334,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
     for count in chosen.rows:
         x, split = set_up(count, settings(), watch, emit)
-        train_and_use(x, split, watch, emit)
+        if not chosen.set_up_only:
+            train_and_use(x, split, watch, emit)
     if chosen.file_rows:
         chosen.work.mkdir(parents=True, exist_ok=True)
         source = chosen.source or generated(chosen.work, 256)

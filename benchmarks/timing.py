@@ -97,7 +97,7 @@ def time_graph(run: Callable[[], object], calls: int = 20, repeats: int = 200) -
 
 
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """b of the fit value = a * size ** b, by least squares of logarithms: 1 where it is linear in size, 0 where flat."""
+    """b of the fit value = a * size ** b, by least squares of logarithms: 1 where it is linear, 0 where it is flat."""
     x = [math.log(size) for size in sizes]
     y = [math.log(value) for value in values]
     return statistics.linear_regression(x, y).slope
