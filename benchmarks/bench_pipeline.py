@@ -194,7 +194,7 @@ def from_file(data: str, config: RunConfig, watch: Stopwatch, emit: Emit) -> Non
     with open_source(config) as source:
         encoders = make_encoders(source, config.families, config.random_seed, config.memory_budget)
         columns, took = watch(lambda: encode(source, encoders, config.memory_budget, device))
-        check_columns(source.files[0], encoders, columns)
+        check_columns(source.files[0], encoders, columns, 1e-2 if device.type == "cuda" else 1e-4)
         emit("load_encode", source.rows, took, bytes=sum(d.rows * d.row_bytes for d in source.datasets.values()))
         prepared = prepare(source, config, device, Silent())
     model = CategoricalHierarchicalVQVAE(
@@ -213,13 +213,14 @@ def from_file(data: str, config: RunConfig, watch: Stopwatch, emit: Emit) -> Non
     tokens, took = watch(lambda: tokenizer.encode(data))
     expected = model.get_tokens(torch.from_numpy(prepared.x[:_ROWS_AT_ONCE]).to(device)).cpu().numpy()
     assert len(tokens) == len(prepared.x)
-    # Blocks of another size round differently: a row between two codes may change.
-    assert (tokens[: len(expected)] != expected).mean() < 1e-3, "the file gives other tokens than its features"
+    # Blocks of another size round differently, in TF32 the more: a row between two codes may change.
+    most = 2e-2 if device.type == "cuda" else 1e-3
+    assert (tokens[: len(expected)] != expected).mean() < most, "the file gives other tokens than its features"
     emit("tokenize_file", len(tokens), took)
 
 
-def check_columns(path: str | Path, encoders: Sequence[Any], columns: Any) -> None:
-    """The first rows, read by h5py and encoded on the CPU, give the same columns."""
+def check_columns(path: str | Path, encoders: Sequence[Any], columns: Any, tolerance: float) -> None:
+    """The first rows, read by h5py and encoded on the CPU, give the same columns. (A GPU convolves in TF32.)"""
     column = 0
     for family in encoders:
         with h5py.File(path) as file:
@@ -227,7 +228,7 @@ def check_columns(path: str | Path, encoders: Sequence[Any], columns: Any) -> No
         expected = family(raw).numpy()
         found = columns[: len(expected), column : column + expected.shape[1]]
         scale = np.abs(expected).max() + 1e-6
-        assert np.abs(found - expected).max() <= 1e-3 * scale, f"family {family.name}: other columns"
+        assert np.abs(found - expected).max() <= tolerance * scale, f"family {family.name}: other columns"
         column += expected.shape[1]
 
 
