@@ -75,6 +75,10 @@ stage tests run_tests
 stage kernels $PYTHON benchmarks/kernel_times.py --output "$OUT/kernels.json"
 stage layers $PYTHON benchmarks/layer_times.py --output "$OUT/layers.json"
 stage train $PYTHON benchmarks/full_run.py --output "$OUT/train.json" --commit "$COMMIT" ${small[@]+"${small[@]}"}
+sizes=(--device cuda --file-rows 1000 10000 100000)
+[ "$has_gpu" = 1 ] || sizes=(--device cpu --rows 1000 --file-rows 1000)
+stage pipeline $PYTHON benchmarks/bench_pipeline.py --output "$OUT/pipeline.json" "${sizes[@]}"
+stage scaling $PYTHON benchmarks/bench_scaling.py --output "$OUT/scaling.json" "${sizes[@]:0:2}"
 read -ra study <<<"${STUDY:-}"
 stage study $PYTHON benchmarks/study_quality.py --output "$OUT/study.jsonl" ${study[@]+"${study[@]}"}
 

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 import platform
 import statistics
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 
-def environment() -> dict[str, Any]:
-    """What a result rests on: device, versions, date, commit."""
-    cuda = torch.cuda.is_available()
+def environment(device: str = "cuda") -> dict[str, Any]:
+    """What a result rests on: device (the CPU where CUDA is not there), versions, date, commit, load of the machine."""
+    cuda = torch.device(device).type == "cuda" and torch.cuda.is_available()
     try:
         import triton
 
@@ -31,8 +33,19 @@ def environment() -> dict[str, Any]:
         "triton": triton_version,
         "python": platform.python_version(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "commit": os.environ.get("COMMIT", "unknown"),
+        "commit": os.environ.get("COMMIT") or _commit(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load": os.getloadavg()[0],
     }
+
+
+def _commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
+    return found.stdout.strip() or "unknown"
 
 
 def percentiles(seconds: list[float]) -> dict[str, float]:
@@ -83,8 +96,17 @@ def time_graph(run: Callable[[], object], calls: int = 20, repeats: int = 200) -
     return {key: value / calls if key.endswith("_us") else value for key, value in timed.items()}
 
 
-def peak_memory(run: Callable[[], object]) -> int:
-    """Bytes that a call allocates at most on the CUDA device, beyond what there was."""
+def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """b of the fit value = a * size ** b, by least squares of logarithms: 1 where it is linear, 0 where it is flat."""
+    x = [math.log(size) for size in sizes]
+    y = [math.log(value) for value in values]
+    return statistics.linear_regression(x, y).slope
+
+
+def peak_memory(run: Callable[[], object], device: str = "cuda") -> int:
+    """Bytes that a call holds at most on the device, beyond what there was; on a CPU those of torch's allocator."""
+    if torch.device(device).type != "cuda":
+        return _peak_on_cpu(run)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -93,10 +115,22 @@ def peak_memory(run: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def write(path: str | Path, rows: list[dict[str, Any]]) -> None:
+def _peak_on_cpu(run: Callable[[], object]) -> int:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    held = most = 0
+    assert profile.profiler is not None
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
+
+
+def write(path: str | Path, rows: list[dict[str, Any]], device: str = "cuda", **facts: Any) -> None:
     """Results with their environment; written at once, so that a cut-off run keeps the last whole state."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_suffix(".partial")
-    partial.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
+    partial.write_text(json.dumps({"environment": environment(device), **facts, "rows": rows}, indent=1) + "\n")
     partial.replace(target)

@@ -1,4 +1,4 @@
-"""What the full-size benchmark is made of, small."""
+"""The benchmarks, small."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+import torch
 from helpers import ARCHITECTURE, FAMILIES, SUMMARY, TEMPORAL, write_dataset
+
+from spinlock_fast.benchmark import training_run
+from spinlock_fast.config import RunConfig
+from spinlock_fast.config_file import apply_overrides
+from spinlock_fast.pipeline import open_source, prepare
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -108,3 +114,138 @@ def test_a_run_that_did_something_else_is_not_timed(wrong: dict[str, Any]) -> No
         check_sane({**metrics, **wrong}, history, 100, 3)
     with pytest.raises(AssertionError, match="rose"):
         check_sane(metrics, history[::-1], 100, 3)
+
+
+def nothing(*_: Any, **__: Any) -> None:
+    pass
+
+
+def stopwatch() -> Any:
+    from bench_pipeline import Stopwatch
+
+    return Stopwatch(torch.device("cpu"), 1, 0.0)
+
+
+def test_the_timed_stages_are_the_pipelines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import bench_pipeline
+
+    raw = np.nan_to_num(bench_pipeline.raw_columns(600))
+    monkeypatch.setattr(bench_pipeline, "raw_columns", lambda rows: raw.copy())
+    path = tmp_path / "raw.h5"
+    with h5py.File(path, "w") as file:
+        file[ARCHITECTURE] = raw
+    family = {"architecture": {"encoder": "IdentityEncoder", "encoder_params": {}}}
+    config = RunConfig.model_validate({"dataset_path": str(path), "families": family})
+    with open_source(config) as source:
+        expected = prepare(source, config, torch.device("cpu"), bench_pipeline.Silent())
+    x, split = bench_pipeline.set_up(600, config, stopwatch(), nothing)
+    np.testing.assert_array_equal(x, expected.x)
+    assert split.train.size == 540
+
+
+def test_stages_that_give_something_else_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import bench_pipeline
+
+    config = bench_pipeline.settings()
+    stages: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(bench_pipeline, "find_categories", lambda x, *_: {"cluster_1": list(range(x.shape[1]))})
+        with pytest.raises(AssertionError, match="categories"):
+            bench_pipeline.set_up(600, config, stopwatch(), lambda stage, *_: stages.append(stage))
+    assert stages == ["clean"]
+    uncleaned = apply_overrides(config, {"feature_cleaning.deduplicate_threshold": 1.0})
+    with pytest.raises(AssertionError, match="columns"):
+        bench_pipeline.set_up(600, uncleaned, stopwatch(), nothing)
+
+
+def test_tokens_are_checked_against_distances() -> None:
+    from bench_pipeline import check_tokens
+
+    run = training_run(64, [3, 5], 8)
+    tokens = run.model.get_tokens(run.x_train[:64])
+    check_tokens(run.model, run.x_train[:64], tokens)
+    with pytest.raises(AssertionError, match="codebook 0"):
+        check_tokens(run.model, run.x_train[:64], tokens.roll(1, 0))
+
+
+def test_exponents_and_targets_of_the_pipeline() -> None:
+    from bench_pipeline import growth, targets
+
+    rows: list[dict[str, Any]] = [
+        {"stage": stage, "rows": N, "p50_us": 8.0 * N}
+        for stage in ("clean", "discover", "normalise")
+        for N in (1000, 100_000)
+    ]
+    assert growth(rows)["discover"] == pytest.approx({"all": 1.0, "largest": 1.0})
+    rows.append({"stage": "import spinlock_fast", "p50_us": 1e6, "ratio_to_torch": 1.3})
+    rows.append({"stage": "--dry-run", "p50_us": 4.1e6})
+    found = targets(rows)
+    assert [row["met"] for row in found] == [True, False, False]
+    assert found[0]["measured"] == pytest.approx(2.4)
+    assert targets(rows[:5]) == []  # not all three stages at full size
+
+
+def test_the_pipeline_benchmark_writes_what_it_measured(tmp_path: Path) -> None:
+    from bench_pipeline import main
+
+    output = tmp_path / "pipeline.json"
+    main(["--rows", "600", "900", "--file-rows", "--repeats", "3", "--budget", "1", "--output", str(output)])
+    result = json.loads(output.read_text())
+    stages = ["clean", "discover", "normalise", "train_epoch", "validate", "tokenize"]
+    assert [(row["stage"], row["rows"]) for row in result["rows"]] == [(s, N) for N in (600, 900) for s in stages]
+    assert all(0 < row["p20_us"] <= row["p50_us"] <= row["p80_us"] for row in result["rows"])
+    assert list(result["exponents"]) == stages
+    assert {"device", "torch", "date", "commit", "load", "threads"} <= result["environment"].keys()
+
+
+@pytest.mark.slow
+def test_the_pipeline_benchmark_reads_files(source: Path, tmp_path: Path) -> None:
+    from bench_pipeline import main
+
+    work = ["--source", str(source), "--work", str(tmp_path), "--output", str(tmp_path / "pipeline.json")]
+    result = main(["--rows", "--file-rows", "200", "--repeats", "1", *work])
+    assert [row["stage"] for row in result["rows"]][:3] == ["load_encode", "tokenize_file", "import torch"]
+    assert {target["target"][:9] for target in result["targets"]} == {"import sp", "--dry-run"}
+
+
+@pytest.mark.filterwarnings("ignore")  # the profiler's
+def test_the_scaling_benchmark_writes_what_it_measured(tmp_path: Path) -> None:
+    from bench_scaling import main
+
+    output = tmp_path / "scaling.json"
+    axes = ["--axes", "batch", "quantizer codebooks", "quantizer rows"]
+    main([*axes, "--most", "64", "--device", "cpu", "--steps", "3", "--output", str(output)])
+    result = json.loads(output.read_text())
+    sizes = [(row["axis"], row["size"]) for row in result["rows"]]
+    assert sizes == [("batch", 64), *(("quantizer codebooks", G) for G in (3, 9, 33)), ("quantizer rows", 64)]
+    assert all(0 < row["p20_us"] <= row["p50_us"] <= row["p80_us"] for row in result["rows"])
+    assert {"time", "memory"} <= result["exponents"]["quantizer codebooks"].keys()
+    latents = next(row for row in result["rows"] if row["axis"] == "quantizer rows")
+    assert latents["peak_bytes"] >= latents["input_bytes"] == 4 * 64 * 564
+
+
+@pytest.mark.filterwarnings("ignore")  # the profiler's
+def test_a_quantizer_that_holds_n_by_k_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    import bench_scaling
+
+    monkeypatch.setattr(bench_scaling, "peak_memory", lambda run, device: 4 * 16_384 * 4096)
+    with pytest.raises(AssertionError, match=r"matrix \[N, K\]"):
+        bench_scaling.quantizer_codes(4096, torch.device("cpu"), 1)
+
+
+@pytest.mark.filterwarnings("ignore")  # the profiler's
+def test_peak_memory_counts_what_is_held_at_once() -> None:
+    from timing import peak_memory
+
+    def run() -> None:
+        for _ in range(3):
+            torch.empty(1 << 18).add(1.0)
+
+    assert peak_memory(run, "cpu") == pytest.approx(2 * 4 << 18, abs=256)  # the profiler holds a few bytes, too
+
+
+def test_exponents_are_slopes_of_logarithms() -> None:
+    from timing import exponent
+
+    assert exponent([1, 10, 100], [3.0, 3.0, 3.0]) == pytest.approx(0.0)
+    assert exponent([1, 10, 100], [2.0, 200.0, 20_000.0]) == pytest.approx(2.0)

@@ -12,7 +12,14 @@ from numpy.typing import NDArray
 
 from spinlock_fast.config import FeatureCleaningConfig
 from spinlock_fast.errors import DataError
-from spinlock_fast.features.statistics import Matrix, column_blocks, correlation, mean_and_std, median_and_mad
+from spinlock_fast.features.statistics import (
+    Matrix,
+    correlation,
+    for_column_blocks,
+    mean_and_std,
+    median_and_mad,
+    on_threads,
+)
 
 _ENTROPY_BINS = 50
 _SCORED_AT_ONCE = 16  # columns
@@ -77,11 +84,14 @@ def _without_nan(x: Matrix) -> tuple[Matrix, NDArray[np.float64]]:
     """x itself, or a copy with each NaN replaced by its column's median, and the medians (0 for a column of NaN)."""
     fill = np.zeros(x.shape[1])
     missing = np.zeros(x.shape[1], dtype=bool)
-    for columns, block in column_blocks(x):
+
+    def find(columns: slice, block: Matrix) -> None:
         nan = np.isnan(block)
         missing[columns] = nan.any(axis=1)
         some = ~nan.all(axis=1)
         fill[columns][some] = np.nanmedian(block[some], axis=1)
+
+    for_column_blocks(x, find)
     if missing.any():
         x = np.where(np.isnan(x), fill.astype(x.dtype), x)
     return x, fill
@@ -111,8 +121,11 @@ def _duplicates(x: Matrix, candidates: NDArray[np.int64], threshold: float) -> N
     np.fill_diagonal(alike, False)
     involved = np.flatnonzero(alike.any(axis=0))
     score = np.full(candidates.size, np.inf)
-    for part in np.array_split(involved, -(-involved.size // _SCORED_AT_ONCE)) if involved.size else []:
+
+    def rate(part: NDArray[np.int64]) -> None:
         score[part] = informativeness(x[:, candidates[part]].astype(np.float64))
+
+    on_threads(rate, np.array_split(involved, -(-involved.size // _SCORED_AT_ONCE)) if involved.size else [])
     dropped = np.zeros(candidates.size, dtype=bool)
     for column in involved[np.argsort(-score[involved], kind="stable")]:
         if not dropped[column]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 Matrix = NDArray[np.float32] | NDArray[np.float64]
 Vector = NDArray[np.float64]
+Item = TypeVar("Item")
 
 MAD_TO_SIGMA = 1.4826  # standard deviations per MAD of a normal distribution
 
@@ -19,18 +23,36 @@ _COLUMNS_AT_ONCE = 16
 def median_and_mad(x: Matrix) -> tuple[Vector, Vector]:
     """Per column of x [N, F]: the median, and the median distance from it."""
     median, mad = np.empty(x.shape[1]), np.empty(x.shape[1])
-    for columns, block in column_blocks(x):
+
+    def fill(columns: slice, block: Matrix) -> None:
         median[columns] = np.median(block, axis=1)
         deviation = np.abs(block - median[columns, None].astype(block.dtype))
         mad[columns] = np.median(deviation, axis=1, overwrite_input=True)
+
+    for_column_blocks(x, fill)
     return median, mad
 
 
-def column_blocks(x: Matrix) -> Iterator[tuple[slice, Matrix]]:
-    """(columns, x[:, columns] transposed and contiguous), a few columns at a time: fast, and no copy of x."""
-    for start in range(0, x.shape[1], _COLUMNS_AT_ONCE):
-        columns = slice(start, start + _COLUMNS_AT_ONCE)
-        yield columns, x[:, columns].T.copy()
+def for_column_blocks(x: Matrix, work: Callable[[slice, Matrix], None]) -> None:
+    """Calls work(columns, x[:, columns] transposed and contiguous), a few columns at a time: fast, and no copy of x."""
+    blocks = [slice(start, start + _COLUMNS_AT_ONCE) for start in range(0, x.shape[1], _COLUMNS_AT_ONCE)]
+    on_threads(lambda columns: work(columns, x[:, columns].T.copy()), blocks)
+
+
+def on_threads(work: Callable[[Item], None], items: Iterable[Item]) -> None:
+    """Calls work(item) for all items, in no order, on as many threads as torch uses.
+
+    NumPy sorts, copies and computes without the interpreter's lock.
+    """
+    waiting = list(items)
+    threads = min(torch.get_num_threads(), len(waiting))
+    if threads < 2:
+        for item in waiting:
+            work(item)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(work, waiting):
+            pass
 
 
 def mean_and_std(x: Matrix) -> tuple[Vector, Vector]:

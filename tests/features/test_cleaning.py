@@ -204,3 +204,16 @@ def test_a_rare_value_survives_percentile_clipping():
     cleaner = fit_cleaner(x, FeatureCleaningConfig(outlier_method="percentile"))
     assert cleaner(x)[:, 0].max() == 1.0
     assert cleaner(x)[:, 1].max() < 999.0
+
+
+def test_cleaning_does_not_depend_on_threads(monkeypatch):
+    x = np.random.default_rng(0).standard_normal((200, 80)).astype(np.float32)
+    x[:, 40:] = 2.0 * x[:, :40]
+    x[::7, 3] = np.nan
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    expected = vars(fit_cleaner(x, FeatureCleaningConfig()))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    found = vars(fit_cleaner(x, FeatureCleaningConfig()))
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value)
+    assert expected["keep"].sum() in range(40, 42)

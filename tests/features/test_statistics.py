@@ -1,3 +1,5 @@
+import threading
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -71,3 +73,30 @@ def test_correlation_in_blocks(monkeypatch):
 def test_correlation_of_data_far_from_zero():
     x = 1e6 + np.random.default_rng(0).standard_normal((500, 3))
     np.testing.assert_allclose(correlation(x), np.corrcoef(x, rowvar=False), atol=1e-9)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_column_blocks_cover_every_column_once_on_torchs_threads(monkeypatch, threads):
+    monkeypatch.setattr(statistics.torch, "get_num_threads", lambda: threads)
+    x = np.arange(3 * 50, dtype=np.float32).reshape(3, 50)
+    found = np.zeros_like(x)
+    names = set()
+
+    def work(columns, block):
+        assert block.flags.c_contiguous
+        found[:, columns] += block.T
+        names.add(threading.current_thread().name.split("-")[0].split("_")[0])
+
+    statistics.for_column_blocks(x, work)
+    np.testing.assert_array_equal(found, x)
+    assert names == ({"MainThread"} if threads == 1 else {"ThreadPoolExecutor"})
+
+
+def test_what_fails_on_a_thread_is_raised(monkeypatch):
+    monkeypatch.setattr(statistics.torch, "get_num_threads", lambda: 2)
+
+    def work(item):
+        raise ValueError(f"item {item}")
+
+    with pytest.raises(ValueError, match="item 0"):
+        statistics.on_threads(work, range(4))
