@@ -267,7 +267,7 @@ class CategoricalHierarchicalVQVAE(nn.Module):
         quantizer = self.quantizer
         if not self.training:
             return quantizer.embedding.detach()
-        if quantizer._needs_init:  # its first call would fit them to these latents and at once move them on
+        if quantizer.needs_initialization:  # its first call would fit them to these latents and at once move them on
             usable = torch.isfinite(latents).all(1)
             if bool(usable.any()):
                 quantizer.initialize(latents.detach()[usable])

@@ -109,6 +109,11 @@ class GroupedVectorQuantizer(nn.Module):
         return resolve_backend(self.requested_backend, self.embedding)
 
     @property
+    def needs_initialization(self) -> bool:
+        """Whether the next call in training mode fits the codes to its latents first."""
+        return self._needs_init
+
+    @property
     def nonfinite_rows(self) -> Tensor:
         """Rows of training since `reset_usage` that some codebook could not code: the most of any codebook."""
         coded = self.usage.new_zeros(self.layout.groups)
