@@ -30,7 +30,7 @@ def side_by_side(works: Sequence[Callable[[], Result]], inputs: Sequence[Tensor]
         return [work() for work in works]
     caller = torch.cuda.current_stream(device)
     depth = _depth.get(device, 0)
-    sides = _sides(device, depth, len(works) - 1)
+    sides = _sides(device, caller, depth, len(works) - 1)
     for side in sides:
         side.wait_stream(caller)
     found: list[Result] = []
@@ -54,9 +54,9 @@ def side_by_side(works: Sequence[Callable[[], Result]], inputs: Sequence[Tensor]
     return found
 
 
-def _sides(device: torch.device, depth: int, count: int) -> list[torch.cuda.Stream]:
-    """Streams that no caller further up uses."""
+def _sides(device: torch.device, caller: torch.cuda.Stream, depth: int, count: int) -> list[torch.cuda.Stream]:
+    """Streams that neither the caller nor one further up uses."""
     streams = _streams.setdefault(device, [])
-    while len(streams) < depth + count:
+    while len(streams) < depth + count + 1:
         streams.append(torch.cuda.Stream(device))
-    return streams[depth : depth + count]
+    return [stream for stream in streams[depth:] if stream != caller][:count]

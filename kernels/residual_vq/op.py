@@ -63,6 +63,7 @@ def residual_vq(
         raise ValueError(f"x must be [N, D] and codebooks [K, D], got {list(x.shape)} and {shapes}")
     if mask is not None and (mask.shape != x.shape[:1] or mask.dtype != torch.bool):
         raise ValueError(f"mask must be [{x.shape[0]}] bool, got {list(mask.shape)} {mask.dtype}")
+    mask = None if mask is None else mask.contiguous()  # kernels step through it one by one
     # A copy of its own: codes move in place after the forward pass, and the backward pass needs them as they were.
     packed = torch.cat([book.detach().to(x.dtype) for book in codebooks])
     packed = packed.clone() if len(codebooks) == 1 else packed

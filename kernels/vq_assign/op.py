@@ -87,6 +87,7 @@ def vq_assign(
         raise ValueError(f"codebook must be [{layout.total_entries}], got {list(codebook.shape)}")
     if mask is not None and (mask.shape != z.shape[:1] or mask.dtype != torch.bool):
         raise ValueError(f"mask must be [{z.shape[0]}] bool, got {list(mask.shape)} {mask.dtype}")
+    mask = None if mask is None else mask.contiguous()  # kernels step through it one by one
     codebook = codebook.detach().to(torch.promote_types(codebook.dtype, torch.float32))
     if gradient is None:
         z = z.detach()

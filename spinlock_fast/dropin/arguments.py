@@ -7,6 +7,9 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
+import torch
+from torch import Tensor
+
 # What the original does that looks unintended. Each is repeated unless its correction is asked for.
 CORRECTIONS = {
     "beam_update": "with beam search every stage learns; else the first alone",
@@ -30,6 +33,12 @@ def checked_corrections(names: Iterable[str] | str) -> frozenset[str]:
     return chosen
 
 
+def check_mask(mask: Tensor | None, rows: Tensor) -> None:
+    """Raises ValueError where a mask is not [b, n] bool for rows [b, n, d]."""
+    if mask is not None and (mask.shape != rows.shape[:2] or mask.dtype != torch.bool):
+        raise ValueError(f"mask must be {list(rows.shape[:2])} bool, got {list(mask.shape)} {mask.dtype}")
+
+
 def refuse_contradictions(**given: Any) -> None:
     """Raises for arguments that exclude each other, where the original asserts that they do not.
 
@@ -45,7 +54,8 @@ def refuse_contradictions(**given: Any) -> None:
         raise NotImplementedError("sync_affine_param: statistics of several processes are not supported")
     gradients = [name for name in ("straight_through", "rotation_trick", "directional_reparam") if on(name)]
     if len(gradients) > 1:
-        raise ValueError(f"{' and '.join(gradients)} exclude each other")
+        hint = " (rotation_trick=False turns off what is on by default)" if "rotation_trick" in gradients else ""
+        raise ValueError(f"{' and '.join(gradients)} exclude each other{hint}")
     for first, second in _EXCLUSIVE:
         if on(first) and on(second):
             raise ValueError(f"{first.replace('has_bridge', 'vq_bridge')} does not go with {second}")

@@ -176,6 +176,7 @@ class Codebook(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._needs_start = not bool(self.initted)
+        self._pending = None  # sums that belong to other codes
 
 
 @dataclass(frozen=True)

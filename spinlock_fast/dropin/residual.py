@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spinlock_fast.dropin import losses
-from spinlock_fast.dropin.arguments import warn_reference
+from spinlock_fast.dropin.arguments import check_mask, warn_reference
 from spinlock_fast.dropin.implicit import CodeNetwork
 from spinlock_fast.dropin.shapes import InputShape, projected
 from spinlock_fast.dropin.stages import by_beam, by_stages, fused, stages_fuse, with_cross_entropy
@@ -228,6 +228,7 @@ class ResidualVQ(nn.Module):
         if mask is not None and shape.layout in ("token", "image"):
             raise ValueError(f"mask does not go with an input of shape {list(x.shape)}")
         origin = shape.rows(x)
+        check_mask(mask, origin)
         rows = projected(self.project_in, origin)
         if indices is not None:
             given = torch.stack(indices) if isinstance(indices, list) else indices

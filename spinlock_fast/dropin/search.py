@@ -80,6 +80,8 @@ def _fused(vq: VectorQuantize, rows: Tensor, call: Call) -> Found:
     ]
     codes = torch.stack([part.codes[:, 0] for part in parts])
     quantized = parts[0].quantized[None] if H == 1 else torch.stack([part.quantized for part in parts])
+    if gradient_mode(vq, call.input_grad) == "none":
+        quantized = quantized.detach()  # of the operator's one node: the errors may still need the input's gradient
     valid = rows.shape[1] if call.row_mask is None else call.row_mask.sum()
     commitment = torch.stack([part.errors[0] for part in parts]).sum() / (valid * H * rows.shape[2])
     if updating:

@@ -57,7 +57,10 @@ def fused(
     if updating:
         _learn(rvq, layers, flat.detach(), found, row_mask, limit)
     loss = loss.to(torch.promote_types(loss.dtype, rows.dtype))
-    return found.quantized.view(rows.shape), found.codes.view(*rows.shape[:-1], stages), loss
+    quantized = found.quantized
+    if gradient_mode(first, rows.requires_grad) == "none":
+        quantized = quantized.detach()  # of the operator's one node: the errors may still need the input's gradient
+    return quantized.view(rows.shape), found.codes.view(*rows.shape[:-1], stages), loss
 
 
 def _learn(
@@ -125,7 +128,8 @@ def by_stages(
         residual, total = residual - passed, total + found
         codes.append(shape.flatten_positions(code))
         loss.append(error)
-    _finish_shared(rvq, torch.cat(inputs, 1), mask, stages, frozen)
+    if rvq.training and rvq.shared_codebook:
+        _finish_shared(rvq, torch.cat(inputs, 1), mask, stages, frozen)
     return total, torch.stack(codes, -1), torch.stack(loss)
 
 

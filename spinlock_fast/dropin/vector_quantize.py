@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from spinlock_fast.dropin.affine import Affine
-from spinlock_fast.dropin.arguments import checked_corrections, refuse_contradictions, warn_reference
+from spinlock_fast.dropin.arguments import check_mask, checked_corrections, refuse_contradictions, warn_reference
 from spinlock_fast.dropin.codebook import Codebook, Weight
 from spinlock_fast.dropin.heads import Heads
 from spinlock_fast.dropin.search import Call, search
@@ -286,6 +286,7 @@ class VectorQuantize(CodeUsage, nn.Module):
             mask = lengths_to_mask(lens, origin.shape[1])
         if mask is not None and shape.layout in ("token", "image", "video"):
             raise ValueError(f"mask does not go with an input of shape {list(x.shape)}")
+        check_mask(mask, origin)
         frozen = self.freeze_codebook if freeze_codebook is None else freeze_codebook
         if topk is not None:
             topk = self._checked_topk(topk)

@@ -264,6 +264,34 @@ def test_contradictions_are_refused(options, message):
         VectorQuantize(8, 16, **options)
 
 
+@pytest.mark.parametrize("cls", [VectorQuantize, ResidualVQ])
+def test_masks_of_another_shape_are_refused_before_codes_move(cls):
+    quantizer = cls(dim=8, codebook_size=16, **({"num_quantizers": 2} if cls is ResidualVQ else {}))
+    before = {name: value.clone() for name, value in quantizer.state_dict().items()}
+    for shape in ((4, 2), (8,), (1, 8)):
+        with pytest.raises(ValueError, match=r"mask must be \[2, 4\] bool"):
+            quantizer(torch.randn(2, 4, 8), mask=torch.ones(shape, dtype=torch.bool))
+    torch.testing.assert_close(quantizer.state_dict(), before)
+
+
+@pytest.mark.parametrize("kind", ["plain", "stages"])
+def test_no_gradient_in_evaluation(kind):
+    x = torch.randn(2, 20, 8, requires_grad=True)
+    quantized = make(kind).eval()(x)[0]
+    assert not quantized.requires_grad
+    assert make(kind).train()(x)[0].requires_grad
+
+
+def test_sums_that_wait_are_those_of_the_codes_before_a_load():
+    x, quantizer, other = torch.randn(1, 50, 8), make("plain"), make("plain")
+    state = {name: value.clone() for name, value in quantizer.state_dict().items()}
+    quantizer(torch.randn(1, 50, 8) + 3.0, accum_ema_update=True)
+    quantizer.load_state_dict(state)
+    for vq in (quantizer, other):
+        vq(x)
+    torch.testing.assert_close(quantizer.state_dict(), other.state_dict())
+
+
 def test_calls_that_do_not_fit_are_refused():
     quantizer = make("plain")
     with pytest.raises(ValueError, match="mask or lens"):

@@ -158,6 +158,17 @@ def test_latents_may_be_strided(layout):
         assert_agrees(by_kernel(view, codebook, layout), z, codebook, layout)
 
 
+@BOTH
+def test_masks_may_be_strided(layout):
+    z, codebook = helpers.random_group(layout, 40, seed=0)
+    mask = torch.rand(40, generator=torch.Generator().manual_seed(0)) < 0.7
+    strided = torch.stack([mask, ~mask], 1)[:, 0]
+    assert not strided.is_contiguous()
+    found, expected = (by_kernel(z, codebook, layout, mask=m) for m in (strided, mask))
+    assert torch.equal(found.codes, expected.codes)
+    assert torch.equal(found.codes[:, 0] < 0, ~mask)
+
+
 @settings(max_examples=15)
 @given(st.integers(2, 90), st.integers(1, 20), st.data())
 def test_equal_codes_give_the_lowest_index(K, D, data):
