@@ -30,6 +30,7 @@ from spinlock_fast.report.style import (
 )
 
 _BEST = "#d55e00"
+_MANY_RESETS = 15  # triangles of more would run into each other
 _FEW = 20  # validations whose points are marked
 
 
@@ -127,7 +128,7 @@ def _mark(ax: Axes, contents: Contents, at: list[int], values: list[float], text
         ax.plot(
             [epoch for epoch, _ in resets],
             [0.0] * len(resets),
-            "^",
+            "^" if len(resets) <= _MANY_RESETS else "|",
             color="black",
             markersize=4.5,
             transform=ax.get_xaxis_transform(),
