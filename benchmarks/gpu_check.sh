@@ -3,6 +3,7 @@
 # kernels, the layers and the whole command, and leaves JSON files in ${OUT:-benchmarks/results}.
 #
 #   bash benchmarks/gpu_check.sh [tests] [kernels] [layers] [train]      (all four without arguments)
+#   bash benchmarks/gpu_check.sh pipeline scaling     (stages and steps against their sizes)
 #   STUDY="DATA --time-limit 400" bash benchmarks/gpu_check.sh study     (study_quality.py, with these arguments)
 #
 # torch, triton, h5py, scikit-build-core, pybind11, cmake, ninja, rich, scikit-learn and pytest must be there. What else
