@@ -50,6 +50,8 @@ class Codebook(nn.Module):
         corrections: frozenset[str] = frozenset(),
     ) -> None:
         super().__init__()
+        if codebook_size < 1 or dim < 1:
+            raise ValueError(f"codebook_size and dim must be at least 1, got {codebook_size} and {dim}")
         self.codebook_size, self.num_codebooks = codebook_size, num_codebooks
         self.kmeans_iters, self.sync_kmeans = kmeans_iters, sync_kmeans
         self.decay, self.eps = decay, eps

@@ -22,8 +22,10 @@ class InputShape:
         """How to read x.
 
         Raises:
-            ValueError: x has not as many dimensions as it should.
+            ValueError: x has not as many dimensions as it should, or is not of a floating-point type.
         """
+        if not x.is_floating_point():
+            raise ValueError(f"the input must be of a floating-point type, got {x.dtype}")
         layout = "video" if video else "image" if image else "sequence" if channel_last else "channels_first"
         wanted = {"video": 5, "image": 4}.get(layout, 3)
         if x.ndim == 2 and wanted == 3:

@@ -292,6 +292,14 @@ def test_sums_that_wait_are_those_of_the_codes_before_a_load():
     torch.testing.assert_close(quantizer.state_dict(), other.state_dict())
 
 
+def test_what_cannot_be_quantized_is_refused():
+    with pytest.raises(ValueError, match=r"floating-point type, got torch\.int64"):
+        make("plain")(torch.zeros(1, 3, 8, dtype=torch.int64))
+    for cls, more in ((VectorQuantize, {}), (ResidualVQ, {"num_quantizers": 2})):
+        with pytest.raises(ValueError, match="codebook_size and dim must be at least 1, got 0 and 8"):
+            cls(dim=8, codebook_size=0, **more)
+
+
 def test_calls_that_do_not_fit_are_refused():
     quantizer = make("plain")
     with pytest.raises(ValueError, match="mask or lens"):

@@ -53,6 +53,21 @@ def test_agrees_with_float64(size, cosine, gradient, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("size", ["small", "staged"])
+def test_masks_may_be_strided(size, device):
+    x, books, mask = inputs(size, False, device)
+    strided = torch.stack([mask, ~mask], 1)[:, 0]
+    assert not strided.is_contiguous()
+    leaves, found = [x.clone().requires_grad_() for _ in "ab"], []
+    for leaf, chosen in zip(leaves, (strided, mask), strict=True):
+        found.append(residual_vq(leaf, books, chosen, gradient="straight_through", backend="triton"))
+        (found[-1].quantized.nan_to_num().sum() + found[-1].errors.sum()).backward()
+    assert torch.equal(found[0].codes, found[1].codes)
+    torch.testing.assert_close(found[0].errors, found[1].errors, equal_nan=True)
+    torch.testing.assert_close(leaves[0].grad, leaves[1].grad, equal_nan=True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_without_rows_and_without_sums(device):
     x, books, _ = inputs("small", False, device)
     empty = residual_vq(x[:0], books, backend="triton")
