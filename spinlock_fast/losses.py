@@ -79,7 +79,9 @@ def loss_terms(model: CategoricalHierarchicalVQVAE, x: Tensor, out: dict[str, Te
 
     def error() -> Tensor:
         reconstruction = out["reconstruction"] if "reconstruction" in out else model.decode(quantized)
-        return torch.nn.functional.mse_loss(reconstruction, x)
+        if not model.config.extra_inputs:
+            return torch.nn.functional.mse_loss(reconstruction, x)
+        return ((reconstruction - x).square() * model.error_weight).mean()
 
     def informativeness() -> Tensor:
         return partial_loss(x, quantized, codes, codebook, model.code_decoders, layout)

@@ -25,6 +25,7 @@ from spinlock_fast.features.categories import (
     category_correlation,
     discover_categories,
     max_off_diagonal,
+    nearest_categories,
 )
 from spinlock_fast.features.statistics import Matrix
 from spinlock_fast.kernels.backend import resolve_backend
@@ -158,10 +159,10 @@ class Trainer:
         if groups is None:
             groups = find_categories(train_x, names, self.config)
             discover_seconds = time.perf_counter() - started
-        model_config = self._model_config(F, groups, levels)
-        outside = F - sum(model_config.group_sizes.values())
-        if outside:
-            log.warning("%d of %d features are in no category: they are reconstructed, but not encoded", outside, F)
+        model_config = self._model_config(train_x, groups, levels)
+        read = sum(len(members) for members in model_config.inputs.values())
+        if read < F:
+            log.warning("%d of %d features are in no category: they are reconstructed, but not encoded", F - read, F)
         correlation_max = max_off_diagonal(category_correlation(train_x, groups))
         if correlation_max > training.orthogonality_target:
             log.warning(
@@ -180,6 +181,7 @@ class Trainer:
                 )
             x_train, x_val = _upload(torch.from_numpy(train_x), device), _upload(data[split.val], device)
             run = TrainingRun(self.config, self.observer, lambda: self._stop_signal, model, x_train, x_val)
+            model.fit_extra_inputs(x_train)
             if resume is not None:
                 run.load(resume)
             else:
@@ -213,22 +215,25 @@ class Trainer:
         return TrainResult(best_model, metrics, run.history, run.best_epoch, split, run.state())
 
     def _model_config(
-        self, F: int, groups: Groups, levels: Levels | Mapping[str, Any] | None
+        self, train_x: Matrix, groups: Groups, levels: Levels | Mapping[str, Any] | None
     ) -> CategoricalVQVAEConfig:
         settings = self.config.model.model_dump()
         if levels is not None:
             settings["levels"] = levels
         try:
-            return CategoricalVQVAEConfig(
+            config = CategoricalVQVAEConfig(
                 **{
                     **settings,
-                    "input_dim": F,
+                    "input_dim": train_x.shape[1],
                     "group_indices": {k: list(map(int, v)) for k, v in groups.items()},
                 }
             )
         except ValueError as error:
             problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
             raise ConfigError(f"model: {problem.removeprefix('Value error, ')}") from None
+        if config.unassigned_features == "nearest":
+            return config.model_copy(update={"extra_inputs": nearest_categories(train_x, config.group_indices)})
+        return config
 
 
 def find_categories(x: Matrix, feature_names: Sequence[str], config: RunConfig) -> Groups:
