@@ -82,7 +82,7 @@ def joined(device: torch.device) -> Iterator[None]:
             caller.wait_stream(stream)
 
 
-def later(work: Callable[[], Result], inputs: Sequence[Tensor]) -> Result:
+def later(work: Callable[[], Result], inputs: Sequence[Tensor], after_others: bool = False) -> Result:
     """What `work` returns, which nobody may read before the end of `joined`; where that is not in use, at once.
 
     For what an optimizer alone asks for: gradients of weights, which need not delay those of the layer before.
@@ -90,6 +90,7 @@ def later(work: Callable[[], Result], inputs: Sequence[Tensor]) -> Result:
     Args:
         work: function of no argument; it runs on a stream of its own, after what the current one was given so far.
         inputs: tensors that it reads; the first says the device. They are kept until the end of `joined`.
+        after_others: it reads what was put off before.
     """
     device = inputs[0].device
     waiting = _waiting.get(device)
@@ -100,6 +101,8 @@ def later(work: Callable[[], Result], inputs: Sequence[Tensor]) -> Result:
         streams.append(torch.cuda.Stream(device))
     stream = streams[len(waiting)]
     waiting.append((work, list(inputs)))
-    stream.wait_stream(torch.cuda.current_stream(device))
+    before = streams[: len(waiting) - 1] if after_others else []
+    for other in (torch.cuda.current_stream(device), *before):
+        stream.wait_stream(other)
     with torch.cuda.stream(stream):
         return work()

@@ -13,7 +13,7 @@ from torch import Tensor
 from spinlock_fast.config import TrainingConfig
 from spinlock_fast.kernels.augment import augmented_rows
 from spinlock_fast.kernels.precision import cuda_matmul
-from spinlock_fast.kernels.streams import joined, side_by_side
+from spinlock_fast.kernels.streams import joined, later
 from spinlock_fast.losses import LossTerms, LossWeights, loss_terms
 from spinlock_fast.model import CategoricalHierarchicalVQVAE
 from spinlock_fast.optimizer import FusedAdam
@@ -105,9 +105,10 @@ class TrainingStep:
         with self._precision(), joined(self.x.device):
             out, move_codes = self._model(seen)
             terms = self._terms(x, out, move_codes)
+            later(lambda: self._note(terms), [self.values, *terms], after_others=True)
             self.optimizer.zero_grad()
             terms.backward(self.weights)
-        side_by_side([self.optimizer.step, lambda: self._note(terms)], [self.values, *terms])
+        self.optimizer.step()
         if kind.reset:
             self.reset_dead_codes(out["latents"].detach())
 

@@ -49,16 +49,16 @@ class ProjectConfig:
 
     @property
     def forward(self) -> dict[str, Any]:
-        block_m = 32 if self.precision == "tf32" else 16  # larger tiles spill
-        block_e = max(16, min(64, self.block_e, 64 * 64 // self.block_o))
         num_warps = 4 if self.block_o <= 64 else 8
+        if self.precision == "tf32":
+            tiles = {"BLOCK_M": 32, "BLOCK_E": min(32, self.block_e), "BLOCK_S": min(128, self.block_e)}
+            return {**self._launch(num_warps, BLOCK_O=self.block_o, **tiles), "num_stages": 2}
         tiles = {
-            "BLOCK_M": block_m,
-            "BLOCK_O": self.block_o,
-            "BLOCK_E": block_e,
+            "BLOCK_M": 16,  # larger tiles spill
+            "BLOCK_E": max(16, min(64, self.block_e, 64 * 64 // self.block_o)),
             "BLOCK_S": min(32 * num_warps, self.block_e),
         }
-        return self._launch(num_warps, **tiles)
+        return self._launch(num_warps, BLOCK_O=self.block_o, **tiles)
 
     @property
     def rows(self) -> dict[str, Any]:

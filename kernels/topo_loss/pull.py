@@ -25,24 +25,17 @@ from spinlock_fast.kernels.topo_loss.triton import BLOCK_PAIRS, COLUMNS, Points,
 # By the width of a codebook: as narrow as it is, for most of a wide tile would be zeros. A width between two powers of
 # two is a head and a tail.
 _PULL: list[dict[str, Any]] = [
-    {"ABOVE": 0, "HEAD": 16, "TAIL": 0, "WIDE": False, "BLOCK_I": 64, "BLOCK_J": 64, "num_warps": 4, "num_stages": 1},
-    {"ABOVE": 16, "HEAD": 32, "TAIL": 0, "WIDE": False, "BLOCK_I": 16, "BLOCK_J": 32, "num_warps": 2, "num_stages": 1},
-    {"ABOVE": 32, "HEAD": 64, "TAIL": 0, "WIDE": False, "BLOCK_I": 16, "BLOCK_J": 32, "num_warps": 4, "num_stages": 1},
-    {"ABOVE": 64, "HEAD": 64, "TAIL": 32, "WIDE": False, "BLOCK_I": 16, "BLOCK_J": 32, "num_warps": 4, "num_stages": 1},
-    {"ABOVE": 96, "HEAD": 128, "TAIL": 0, "WIDE": False, "BLOCK_I": 16, "BLOCK_J": 32, "num_warps": 4, "num_stages": 1},
-    {
-        "ABOVE": 128,
-        "HEAD": 128,
-        "TAIL": 32,
-        "WIDE": False,
-        "BLOCK_I": 16,
-        "BLOCK_J": 32,
-        "num_warps": 8,
-        "num_stages": 1,
-    },
-    {"ABOVE": 160, "HEAD": 128, "TAIL": 0, "WIDE": True, "BLOCK_I": 16, "BLOCK_J": 32, "num_warps": 8, "num_stages": 1},
+    {"ABOVE": above, "HEAD": head, "TAIL": tail, "WIDE": wide, **tiles, "num_stages": 1}
+    for above, head, tail, wide, tiles in (
+        (0, 16, 0, False, {"BLOCK_I": 64, "BLOCK_J": 64, "num_warps": 4}),
+        (16, 32, 0, False, {"BLOCK_I": 16, "BLOCK_J": 64, "num_warps": 4}),
+        (32, 64, 0, False, {"BLOCK_I": 16, "BLOCK_J": 64, "num_warps": 4}),
+        (64, 64, 32, False, {"BLOCK_I": 16, "BLOCK_J": 64, "num_warps": 8}),
+        (96, 128, 0, False, {"BLOCK_I": 16, "BLOCK_J": 64, "num_warps": 8}),
+        (128, 128, 32, False, {"BLOCK_I": 16, "BLOCK_J": 64, "num_warps": 8}),
+        (160, 128, 0, True, {"BLOCK_I": 16, "BLOCK_J": 32, "num_warps": 8}),
+    )
 ]
-_PULL_CODES: dict[str, Any] = {"BLOCK_S": 32, "BLOCK_J": 32, "BLOCK_D": COLUMNS, "num_warps": 4, "num_stages": 1}
 
 
 @triton.jit(do_not_specialize=["S", "G"])
@@ -277,9 +270,10 @@ def gradient(
 
     def of_codes() -> Tensor:
         grad = torch.empty(S, layout.total_dims, **options)
-        topo_pull_codes_bwd_kernel[(padded // _PULL_CODES["BLOCK_S"], G)](
+        config = _pull_codes(layout.max_codes)
+        topo_pull_codes_bwd_kernel[(padded // config["BLOCK_S"], G)](
             codebook, codes, found.points, found.norms, found.centre, sets.table, of_e, grad,
-            S, G, sets.columns, padded, layout.total_dims, rounding, BLOCK_K=_block_k(layout.max_codes), **_PULL_CODES,
+            S, G, sets.columns, padded, layout.total_dims, rounding, **config,
         )  # fmt: skip
         return grad
 
@@ -301,8 +295,12 @@ def _columns(config: dict[str, Any]) -> int:
     return int(config["HEAD"] + config["TAIL"])
 
 
-def _block_k(codes: int) -> int:
-    return min(64, power_of_two(codes, 16))
+def _pull_codes(codes: int) -> dict[str, Any]:
+    """Tiles for codebooks of so many codes at most."""
+    block_k = min(64, power_of_two(codes, 16))
+    block_j = 64 if block_k < 64 else 32  # both of 64 spill
+    tiles = {"BLOCK_S": 32, "BLOCK_J": block_j, "BLOCK_K": block_k, "BLOCK_D": COLUMNS}
+    return {**tiles, "num_warps": 4, "num_stages": 1}
 
 
 def specimens(capability: int) -> list[Specimen]:
@@ -325,7 +323,7 @@ def specimens(capability: int) -> list[Specimen]:
     for codes in (16, 32, 64):
         found.append(
             Specimen.launched(
-                topo_pull_codes_bwd_kernel, f"{shape}, K <= {codes}", {"BLOCK_K": _block_k(codes), **_PULL_CODES},
+                topo_pull_codes_bwd_kernel, f"{shape}, K <= {codes}", _pull_codes(codes),
                 num_bytes=4 * (2 * S * width + entries + pairs) + 8 * S * G,
                 float_ops=6 * S * SEED.total_codes,
                 dot_ops=2 * pairs * SEED.total_codes + 4 * S * entries,
