@@ -11,6 +11,10 @@ from torch import Tensor
 
 Result = TypeVar("Result")
 
+# Priorities of streams, the first one first. What a step waits for longest goes before what runs beside it, and that
+# before what only the optimizer waits for. A captured graph keeps them.
+MAIN, BESIDE, LATER = -2, -1, 0
+
 _streams: dict[torch.device, list[torch.cuda.Stream]] = {}
 _depth: dict[torch.device, int] = {}
 _later_streams: dict[torch.device, list[torch.cuda.Stream]] = {}
@@ -61,7 +65,7 @@ def _sides(device: torch.device, caller: torch.cuda.Stream, depth: int, count: i
     """Streams that neither the caller nor one further up uses."""
     streams = _streams.setdefault(device, [])
     while len(streams) < depth + count + 1:
-        streams.append(torch.cuda.Stream(device))
+        streams.append(torch.cuda.Stream(device, priority=BESIDE))
     return [stream for stream in streams[depth:] if stream != caller][:count]
 
 
@@ -98,7 +102,7 @@ def later(work: Callable[[], Result], inputs: Sequence[Tensor], after_others: bo
         return work()
     streams = _later_streams.setdefault(device, [])
     if len(streams) == len(waiting):
-        streams.append(torch.cuda.Stream(device))
+        streams.append(torch.cuda.Stream(device, priority=LATER))
     stream = streams[len(waiting)]
     waiting.append((work, list(inputs)))
     before = streams[: len(waiting) - 1] if after_others else []

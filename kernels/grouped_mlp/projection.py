@@ -225,9 +225,9 @@ def project_bwd_rows_kernel(
         )
         mean = tl.sum(grads, axis=1) / size
         along = tl.sum(grads * parts, axis=1) / size
-        for first in range(0, BLOCK_O, BLOCK_K):
+        for first in range(0, size, BLOCK_K):
             o = first + tl.arange(0, BLOCK_K)
-            here, entries, grad, part = _part(  # loaded once where BLOCK_K is BLOCK_O
+            here, entries, grad, part = _part(
                 grad_ptr, part_weight_ptr, normed_ptr, start, m, rows, o, size, first_column, total
             )
             of_linear = (grad - mean[:, None] - part * along[:, None]) * deviation[:, None]
