@@ -43,7 +43,7 @@ class HostRows:
 
     def __init__(self, rows: Selection, device: torch.device) -> None:
         self.rows = rows
-        self.device = device
+        self.device = torch.empty(0, device=device).device  # with its number, as tensors have it
         self.shape = torch.Size(rows.shape)
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
 

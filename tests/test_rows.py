@@ -277,8 +277,9 @@ def peak_of_own_memory() -> Iterator[list[int]]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells the memory of a process")
-def test_a_memory_map_is_not_read_into_memory(tmp_path: Path) -> None:
+def test_a_memory_map_is_not_read_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """192 MB of rows, of which training, checks, categories and validation see all."""
+    monkeypatch.setattr(rows, "_HALF_BYTES", 1 << 22)
     shape, sizes = (400_000, 120), [40, 40, 40]
     matrix: np.memmap[Any, Any] = np.memmap(tmp_path / "x", np.float32, "w+", shape=shape)
     for start in range(0, shape[0], 40_000):
@@ -286,7 +287,7 @@ def test_a_memory_map_is_not_read_into_memory(tmp_path: Path) -> None:
     level = [{"num_tokens": 4, "latent_dim": 4}]
     settings = {
         "training__num_epochs": 1,
-        "training__batch_size": 16384,
+        "training__batch_size": 4096,
         "training__topo_weight": 0.0,
         "model__levels": level,
         "model__group_hidden_dim": 16,
@@ -295,8 +296,7 @@ def test_a_memory_map_is_not_read_into_memory(tmp_path: Path) -> None:
     made("never", **settings).fit(matrix[:40_000])  # libraries have their memory
     with peak_of_own_memory() as peak:
         made("never", **settings).fit(matrix)
-    # Both halves of the table, the order of rows, and the steps themselves.
-    assert peak[0] < 0.75 * matrix.nbytes
+    assert peak[0] < 0.5 * matrix.nbytes  # the order of rows, what is checked at once, the steps
 
 
 class Queue:
