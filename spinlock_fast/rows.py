@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 # Rows stay on the device where they take at most this share of its free memory; steps and validations need some of it,
 # and rows that follow cost next to no time.
 _SHARE = 0.5
-_HALF_BYTES = 1 << 26  # of the rows that lie on the device while others arrive
+_HALF_BYTES = 1 << 24  # of the rows that lie on the device while others arrive; nothing hides the first of an epoch
 _BLOCK_BYTES = 1 << 23  # of rows on their way to stay there: page-locked memory takes long to get
 _READERS = 4  # threads that gather rows: more than one waits for the disk under a memory map
 
@@ -60,11 +60,10 @@ class HostRows:
             yield self._sent(slice(start, min(start + most, len(self))))
 
     def resident(self) -> Tensor:
-        """All rows on the device; raises torch.OutOfMemoryError where they do not fit."""
-        x = torch.empty(self.shape, device=self.device)
+        """All rows on the device; raises MemoryError or torch.OutOfMemoryError where they do not fit."""
         if self._copied is None:
-            self.rows.read(slice(None), x.numpy())
-            return x
+            return torch.from_numpy(self.rows[:])
+        x = torch.empty(self.shape, device=self.device)
         most = max(1, _BLOCK_BYTES // max(x[:1].nbytes, 1))
         for part, block in zip(x.split(most), self.split(most), strict=True):
             part.copy_(block)
@@ -97,7 +96,7 @@ def place_rows(rows: Selection, device: torch.device, where: Literal["auto", "al
         return host
     try:
         return host.resident()
-    except torch.OutOfMemoryError:
+    except (MemoryError, torch.OutOfMemoryError):
         if where == "auto":
             return host
         raise DataError(

@@ -196,11 +196,12 @@ def test_rows_are_left_in_main_memory_where_they_would_fill_the_device(
     assert isinstance(place_rows(chosen, CPU, "always"), Tensor)
 
 
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, MemoryError])
 def test_rows_that_must_lie_on_the_device_and_do_not_fit_are_refused_in_one_line(
-    x: np.ndarray[Any, Any], monkeypatch: pytest.MonkeyPatch
+    x: np.ndarray[Any, Any], kind: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(self: HostRows) -> Tensor:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        raise kind("CUDA out of memory. Tried to allocate")
 
     monkeypatch.setattr(HostRows, "resident", full)
     monkeypatch.setattr(rows, "free_memory", lambda device: 2e9)
