@@ -3,10 +3,10 @@
     python benchmarks/bench_streaming.py --output streaming.json                 # 1,000,000 rows on a CUDA device
     python benchmarks/bench_streaming.py --device cpu --rows 20000 --batches 512
 
-The same 172 features and 33 codebooks, the same batches; epochs alternate between the two ways, and the middle ratio of
-neighbours counts. `ready` is the share of an epoch in which the host sent rows, waited for them, or for the device where it
-was two halves of the table ahead. Before anything is timed, each way must give every step its own rows, launched ahead of
-the device as in training.
+The same 172 features and 33 codebooks, the same batches; epochs alternate between the two ways, and the middle ratio
+of neighbours counts. `ready` is the share of an epoch in which the host sent rows, waited for them, or for the device
+where it was two halves of the table ahead. Before anything is timed, each way must give every step its own rows,
+launched ahead of the device as in training.
 """
 
 from __future__ import annotations

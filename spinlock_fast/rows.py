@@ -23,8 +23,7 @@ from spinlock_fast.features.selection import Selection
 
 log = logging.getLogger(__name__)
 
-# Rows stay on the device where they take at most this share of its free memory; steps and validations need some of it,
-# and rows that follow cost next to no time.
+# Rows stay on the device where they take at most this share of its free memory: steps and validations need some of it.
 _SHARE = 0.5
 _HALF_BYTES = 1 << 24  # of the rows that lie on the device while others arrive; nothing hides the first of an epoch
 _BLOCK_BYTES = 1 << 23  # of rows on their way to stay there: page-locked memory takes long to get
