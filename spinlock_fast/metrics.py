@@ -14,7 +14,7 @@ from spinlock_fast.features.names import count_families
 from spinlock_fast.kernels.code_decoders import code_statistics, decode_codes
 from spinlock_fast.kernels.ema_update import perplexity, utilization
 from spinlock_fast.kernels.topo_loss import topographic_correlations
-from spinlock_fast.losses import LossTerms, LossWeights, code_orthogonality, topographic_loss
+from spinlock_fast.losses import TOPO_PRE_SHARE, LossTerms, LossWeights, code_orthogonality
 from spinlock_fast.model import CategoricalHierarchicalVQVAE
 from spinlock_fast.rows import Rows
 
@@ -157,7 +157,7 @@ def _measure(model: CategoricalHierarchicalVQVAE, x: Rows, weights: LossWeights)
         vq=vq / N,
         orthogonality=code_orthogonality(model.quantizer).double(),
         informativeness=partial.mean(),
-        topographic=topographic_loss(pre, post).double(),
+        topographic=(1.0 - torch.lerp(post, pre, TOPO_PRE_SHARE)).double(),
     )
     used = code_counts.flatten()[index.packed_codes]
     share, entropy = utilization(used, layout), perplexity(used, layout)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, cast
 
@@ -246,21 +246,23 @@ class CategoricalHierarchicalVQVAE(nn.Module):
             reconstruction [B, F], tokens [B, G], vq_loss, latents and quantized [B, sum D], and codebook
             [sum K D]: the codes that the tokens stand for, which training moves on within this call.
         """
-        out = self.to_codes(x)
+        out, move_codes = self.to_codes(x)
+        move_codes()
         return {"reconstruction": self.decode(out["quantized"]), **out}
 
-    def to_codes(self, x: Tensor) -> dict[str, Tensor]:
-        """What `forward` returns, without the reconstruction."""
+    def to_codes(self, x: Tensor) -> tuple[dict[str, Tensor], Callable[[], None]]:
+        """What `forward` returns without the reconstruction, and what is left to do: in training, to move the codes."""
         latents = self.encode(x)
         codebook = self._codes_in_use(latents)
-        quantized, tokens, vq_loss = self.quantize(latents)
-        return {
+        quantized, tokens, vq_loss, move_codes = self.quantizer.quantize(latents)
+        out = {
             "tokens": tokens,
             "vq_loss": vq_loss,
             "latents": latents,
             "quantized": quantized,
             "codebook": codebook,
         }
+        return out, move_codes
 
     def _codes_in_use(self, latents: Tensor) -> Tensor:
         """The codes that the next call of the quantizer assigns."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from spinlock_fast.kernels._triton.specimen import FEATURES, ROWS, SEED, Specimen
 from spinlock_fast.kernels.grouped_mlp.ragged import Ragged
 from spinlock_fast.kernels.precision import cuda_matmul
-from spinlock_fast.kernels.streams import side_by_side
+from spinlock_fast.kernels.streams import later
 
 _PROGRAMS = 128  # what fills a device: below it, tiles are small
 
@@ -281,7 +281,8 @@ class GroupedMLP(torch.autograd.Function):
             return _of_first(x, w1, of_hidden, ctx.inputs, ctx.precision, ctx.needs_input_grad[0])
 
         with cuda_matmul(tf32=ctx.precision == "tf32"):
-            (of_x, of_w1, of_b1), (of_w2, of_b2) = side_by_side([of_first, of_second], [grad, x, w1, hidden, w2])
+            of_w2, of_b2 = later(of_second, [grad, hidden])
+            of_x, of_w1, of_b1 = of_first()
         return of_x, of_w1, of_b1, of_w2, of_b2, None, None
 
 
