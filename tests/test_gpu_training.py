@@ -377,11 +377,16 @@ def test_replayed_steps_read_the_rows_of_their_order(x: np.ndarray[Any, Any], ca
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_streamed_training_is_resident_training(x: np.ndarray[Any, Any], deterministic: bool) -> None:
     """Bit for bit where two resident runs are; else no further apart than those, but for a factor."""
+    options = {
+        "model__dropout": 0.1,
+        "training__test_fraction": 0.1,
+        "training__mixing": 0.2,
+        "training__input_noise": 0.1,
+    }
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     try:
         resident, again, streamed = (
-            trainer(training__data_on_device=where, model__dropout=0.1, training__test_fraction=0.1).fit(x, GROUPS)
-            for where in ("always", "always", "never")
+            trainer(training__data_on_device=where, **options).fit(x, GROUPS) for where in ("always", "always", "never")
         )
     finally:
         torch.use_deterministic_algorithms(False)
