@@ -17,6 +17,7 @@ from spinlock_fast.kernels.streams import joined, later
 from spinlock_fast.losses import LossTerms, LossWeights, loss_terms
 from spinlock_fast.model import CategoricalHierarchicalVQVAE
 from spinlock_fast.optimizer import FusedAdam
+from spinlock_fast.rows import Rows, feed_rows
 
 
 class StepKind(NamedTuple):
@@ -44,22 +45,23 @@ class TrainingStep:
 
     Args:
         model: in training mode while steps run.
-        x: [N, F] training rows, on the model's device.
+        rows: [N, F] training rows, for the model's device.
         training: settings.
     """
 
-    def __init__(self, model: CategoricalHierarchicalVQVAE, x: Tensor, training: TrainingConfig) -> None:
+    def __init__(self, model: CategoricalHierarchicalVQVAE, rows: Rows, training: TrainingConfig) -> None:
         self.model = model
-        self.x = x
         self.training = training
         self.weights = LossWeights.of(training)
-        rows, device = x.shape[0], x.device
-        self.batch = min(training.batch_size, rows)
-        self.full, self.rest = divmod(rows, self.batch)  # steps of a whole batch, rows of the last step
+        self.rows, device = rows.shape[0], rows.device
+        self.batch = min(training.batch_size, self.rows)
+        self.feed = feed_rows(rows, self.batch)
+        self.x = self.feed.table
+        self.full, self.rest = divmod(self.rows, self.batch)  # steps of a whole batch, rows of the last step
         self.count = self.full + (self.rest > 0)  # steps of an epoch
         on_cuda = device.type == "cuda"
-        # What each step of an epoch needs, in one table so that one operation finds it: row numbers, and the bits of
-        # the rate. The fused kernels read the rate on the device: float32 there, a double on the CPU.
+        # What each step of an epoch needs, in one table so that one operation finds it: places of rows in x, and the
+        # bits of the rate. The fused kernels read the rate on the device: float32 there, a double on the CPU.
         self._plan = torch.zeros(self.count, self.batch + 1, dtype=torch.int64, device=device)
         self._now = torch.zeros(1, self.batch + 1, dtype=torch.int64, device=device)
         self._rate_type = torch.float32 if on_cuda else torch.float64
@@ -87,6 +89,7 @@ class TrainingStep:
 
     def begin_epoch(self, order: Tensor, rates: Tensor, done: int) -> None:
         """Sets the order of rows [N] and the rate of each step; `done` steps of the epoch have been made."""
+        order = self.feed.begin(order, done)
         plan = torch.zeros(self._plan.shape, dtype=torch.int64, pin_memory=self._plan.is_cuda)
         whole = self.full * self.batch
         plan[: self.full, : self.batch] = order[:whole].view(self.full, self.batch)
@@ -129,7 +132,7 @@ class TrainingStep:
     def summary(self) -> EpochSummary:
         """Means over the epoch; waits for the device, once."""
         values = self.values.to(torch.float64)
-        means = (values * self._sizes).sum(0) / self.x.shape[0]
+        means = (values * self._sizes).sum(0) / self.rows
         bad = (~torch.isfinite(values[:, 1:]) & self._weighted).flatten()
         place = torch.where(bad.any(), bad.to(torch.uint8).argmax(), -1)
         used = self.model.quantizer.utilization().mean()

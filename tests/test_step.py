@@ -13,7 +13,7 @@ from helpers import planted_matrix
 from recording import DeviceOnly, HostNeededError, lasting_tensors, record
 from torch import Tensor
 
-from spinlock_fast import graphs, loop
+from spinlock_fast import graphs, loop, rows
 from spinlock_fast.config import RunConfig, TrainingConfig
 from spinlock_fast.config_file import apply_overrides
 from spinlock_fast.graphs import StepLauncher
@@ -199,10 +199,12 @@ def trained(options: dict[str, Any]) -> TrainResult:
         {"training.scheduler": "cosine", "training.warmup_epochs": 2},
         {"training.dead_code_reset_steps": 7, "training.dead_code_threshold": 0.9},
         {"model.use_ema": False, "training.optimizer": "adamw", "training.weight_decay": 0.01},
+        {"training.data_on_device": "never"},
     ],
 )
 def test_recorded_steps_train_like_steps_one_by_one(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Rates, rows, dropout, moving averages, resets: nothing that changes may be fixed by recording it once."""
+    monkeypatch.setattr(rows, "_HALF_BYTES", 3 * 64 * 20 * 4)  # of three steps, where rows do not lie on the device
     plain = trained(options)
     monkeypatch.setattr(RecordingLauncher, "made", [], raising=False)
     monkeypatch.setattr(loop, "StepLauncher", RecordingLauncher)
