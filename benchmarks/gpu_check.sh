@@ -3,7 +3,7 @@
 # kernels, the layers and the whole command, and leaves JSON files in ${OUT:-benchmarks/results}.
 #
 #   bash benchmarks/gpu_check.sh [tests] [kernels] [layers] [train]      (all four without arguments)
-#   bash benchmarks/gpu_check.sh pipeline scaling     (stages and steps against their sizes)
+#   bash benchmarks/gpu_check.sh pipeline scaling streaming     (stages and steps against their sizes; rows that follow)
 #   STUDY="DATA --time-limit 400" bash benchmarks/gpu_check.sh study     (study_quality.py, with these arguments)
 #
 # torch, triton, h5py, scikit-build-core, pybind11, cmake, ninja, rich, scikit-learn and pytest must be there. What else
@@ -80,6 +80,9 @@ sizes=(--device cuda --file-rows 1000 10000 100000)
 [ "$has_gpu" = 1 ] || sizes=(--device cpu --rows 1000 --file-rows 1000)
 stage pipeline $PYTHON benchmarks/bench_pipeline.py --output "$OUT/pipeline.json" "${sizes[@]}"
 stage scaling $PYTHON benchmarks/bench_scaling.py --output "$OUT/scaling.json" "${sizes[@]:0:2}"
+rows=(--device cuda)
+[ "$has_gpu" = 1 ] || rows=(--device cpu --rows 2000 --batches 512)
+stage streaming $PYTHON benchmarks/bench_streaming.py --output "$OUT/streaming.json" "${rows[@]}"
 read -ra study <<<"${STUDY:-}"
 stage study $PYTHON benchmarks/study_quality.py --output "$OUT/study.jsonl" ${study[@]+"${study[@]}"}
 

@@ -83,9 +83,7 @@ COMBINATIONS: dict[str, Settings] = {
     "read_all_no_noise": _read_all(training__input_noise=0.0),
     "read_all_n0.2": _read_all(training__input_noise=0.2),
     "read_all_adam": _read_all(training__optimizer="adam", training__weight_decay=0.0),
-    "read_all_adam_n0.2": _read_all(
-        training__optimizer="adam", training__weight_decay=0.0, training__input_noise=0.2
-    ),
+    "read_all_adam_n0.2": _read_all(training__optimizer="adam", training__weight_decay=0.0, training__input_noise=0.2),
     "read_all_adam_lr_1e-3": _read_all(
         training__optimizer="adam", training__weight_decay=0.0, training__learning_rate=1e-3
     ),

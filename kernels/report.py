@@ -27,6 +27,8 @@ MODULES = (
     "vq_assign.streamed",
     "residual_vq.triton",
     "ema_update.triton",
+    "augment.triton",
+    "adam.triton",
     "topo_loss.triton",
     "topo_loss.pull",
     "code_decoders.triton",

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from spinlock_fast.config import RunConfig
 from spinlock_fast.config_file import apply_overrides
+from spinlock_fast.features.selection import Selection
 from spinlock_fast.graphs import own_stream
 from spinlock_fast.loop import SilentObserver, TrainingRun
 from spinlock_fast.model import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
+from spinlock_fast.rows import place_rows
 from spinlock_fast.step import learning_rates
 from spinlock_fast.trainer import resolve_device
 
@@ -77,8 +79,9 @@ def training_run(
     with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
         torch.manual_seed(config.random_seed)
         model = CategoricalHierarchicalVQVAE(model_config).to(place)
-        x = x.to(place)
-        run = TrainingRun(config, SilentObserver(), lambda: None, model, x, x[:1])
+        matrix, where = x.numpy(), config.training.data_on_device
+        x_train, x_val = (place_rows(Selection(rows), place, where) for rows in (matrix, matrix[:1]))
+        run = TrainingRun(config, SilentObserver(), lambda: None, model, x_train, x_val)
         run.initialize_codes()
     model.train()
     return run
@@ -94,7 +97,7 @@ def step_seconds(run: TrainingRun, steps: int) -> list[float]:
             if done % step.full == 0:
                 order = torch.randperm(run.x_train.shape[0])
                 step.begin_epoch(order, learning_rates(run.training, step.count, 0), 0)
-            most = step.full - done % step.full
+            most = min(step.full - done % step.full, step.feed.ready(done % step.full))
             started = _clock(run.device)
             count = run.launcher.run(step.kind(done % step.full, reset=False), most)
             each = (_clock(run.device) - started) / count

@@ -279,6 +279,11 @@ class TrainingConfig(Section):
     )
     val_every_n_epochs: PositiveInt = Field(default=5, description="epochs between validations")
     save_every: PositiveInt = Field(default=25, description="epochs between resumable checkpoints")
+    data_on_device: Literal["auto", "always", "never"] = Field(
+        default="auto",
+        description="rows lie on the device (always), or in main memory and follow as steps need them (never); "
+        "auto: on the device where they take at most half of its free memory",
+    )
     cuda_graphs: bool = Field(
         default=True, description="replay training steps as CUDA graphs; no effect on other devices"
     )

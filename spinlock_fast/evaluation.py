@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from spinlock_fast.checkpoint import CONFIG, load_run_config
 from spinlock_fast.config import TrainingConfig
 from spinlock_fast.features.categories import category_correlation, max_off_diagonal
+from spinlock_fast.features.selection import Selection
 from spinlock_fast.metrics import complete, evaluate
+from spinlock_fast.rows import place_rows
 from spinlock_fast.tokenizer import Tokenizer
 from spinlock_fast.trainer import resolve_device
 
@@ -26,7 +27,7 @@ def evaluate_file(checkpoint: str | Path, data: str | list[str], device: str = "
     has_config = (Path(checkpoint) / CONFIG).exists()
     training = load_run_config(checkpoint).training if has_config else TrainingConfig()
     x = np.concatenate([block for _, block in tokenizer.features_file(data)])
-    metrics = evaluate(tokenizer.model, torch.from_numpy(x).to(tokenizer.device), training)
+    metrics = evaluate(tokenizer.model, place_rows(Selection(x), tokenizer.device), training)
     groups = tokenizer.model.config.group_indices
     complete(metrics, tokenizer.model, tokenizer.feature_names, max_off_diagonal(category_correlation(x, groups)))
     metrics["samples"] = len(x)

@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +59,19 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def check_writable(directory: Path) -> None:
-    """Raises OutputError where no file can be made in the directory, which is created if need be."""
+    """Raises OutputError where no file can be made in the directory; leaves nothing behind, not even an empty one."""
+    missing: list[Path] = []
     try:
+        missing = [path for path in (directory, *directory.parents) if not path.exists()]
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
             pass
     except OSError as error:
         raise OutputError(f"{directory}: cannot be written: {_reason(error)}") from None
+    finally:
+        for path in missing:
+            with suppress(OSError):
+                path.rmdir()
 
 
 def _reason(error: OSError) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from spinlock_fast.kernels.streams import MAIN
 from spinlock_fast.step import StepKind
 
 log = logging.getLogger(__name__)
@@ -162,7 +163,7 @@ def own_stream(device: torch.device) -> Iterator[None]:
         return
     with torch.cuda.device(device):
         caller = torch.cuda.current_stream(device)
-        stream = torch.cuda.Stream(device)
+        stream = torch.cuda.Stream(device, priority=MAIN)
         stream.wait_stream(caller)
         try:
             with torch.cuda.stream(stream):

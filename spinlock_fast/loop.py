@@ -21,6 +21,7 @@ from spinlock_fast.losses import LossTerms
 from spinlock_fast.metrics import Validation
 from spinlock_fast.model import CategoricalHierarchicalVQVAE
 from spinlock_fast.product_start import product_start
+from spinlock_fast.rows import Rows
 from spinlock_fast.step import EpochSummary, StepKind, TrainingStep, learning_rate, learning_rates
 
 log = logging.getLogger(__name__)
@@ -76,8 +77,8 @@ class TrainingRun:
         observer: Observer,
         stop_signal: Callable[[], int | None],
         model: CategoricalHierarchicalVQVAE,
-        x_train: Tensor,
-        x_val: Tensor,
+        x_train: Rows,
+        x_val: Rows,
     ) -> None:
         self.config = config
         self.training = config.training
@@ -90,7 +91,9 @@ class TrainingRun:
         self.one_step = TrainingStep(model, x_train, self.training)
         self.launcher = StepLauncher(self.one_step, device, self.training.cuda_graphs)
         self.validation = Validation(model, x_val, self.training)
-        self._run_validation = self.launcher.beside(self.validation.run, "validations")
+        self._run_validation = self.validation.run
+        if isinstance(x_val, Tensor):  # rows that follow are the host's work, which no graph holds
+            self._run_validation = self.launcher.beside(self.validation.run, "validations")
         rows = x_train.shape[0]
         if rows < self.training.batch_size:
             log.info("batch size is %d, all training rows (training.batch_size is %d)", rows, self.training.batch_size)
@@ -185,6 +188,7 @@ class TrainingRun:
         """The kind of the next step, and how many of that kind follow each other."""
         step, interval = self.one_step, self.training.dead_code_reset_steps
         alike = step.full - self.step if self.step < step.full else 1
+        alike = min(alike, step.feed.ready(self.step))
         if not interval:
             return step.kind(self.step, reset=False), alike
         before = interval - 1 - (self.epoch * step.count + self.step) % interval  # steps before one that resets

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,8 +14,9 @@ from spinlock_fast.features.names import count_families
 from spinlock_fast.kernels.code_decoders import code_statistics, decode_codes
 from spinlock_fast.kernels.ema_update import perplexity, utilization
 from spinlock_fast.kernels.topo_loss import topographic_correlations
-from spinlock_fast.losses import LossTerms, LossWeights, code_orthogonality, topographic_loss
+from spinlock_fast.losses import TOPO_PRE_SHARE, LossTerms, LossWeights, code_orthogonality
 from spinlock_fast.model import CategoricalHierarchicalVQVAE
+from spinlock_fast.rows import Rows
 
 Metrics = dict[str, Any]
 
@@ -46,7 +47,7 @@ class _Measured(NamedTuple):
     active: Tensor  # codes in use
 
 
-def evaluate(model: CategoricalHierarchicalVQVAE, x: Tensor, training: TrainingConfig) -> Metrics:
+def evaluate(model: CategoricalHierarchicalVQVAE, x: Rows, training: TrainingConfig) -> Metrics:
     """Metrics of a model on rows x [N, F], all of them, in eval mode.
 
     Returns:
@@ -72,7 +73,7 @@ def evaluate(model: CategoricalHierarchicalVQVAE, x: Tensor, training: TrainingC
 class Validation:
     """What `evaluate` gives as numbers with a fraction: what a training run records and selects by.
 
-    The device works in `run`, whose result keeps its place: a CUDA graph can hold it.
+    The device works in `run`, whose result keeps its place: a CUDA graph can hold it where the rows are on the device.
 
     Args:
         model: measured as it is at each call.
@@ -80,7 +81,7 @@ class Validation:
         training: weights of the loss.
     """
 
-    def __init__(self, model: CategoricalHierarchicalVQVAE, x: Tensor, training: TrainingConfig) -> None:
+    def __init__(self, model: CategoricalHierarchicalVQVAE, x: Rows, training: TrainingConfig) -> None:
         self.model = model
         self.x = x
         self.training = training
@@ -101,8 +102,8 @@ def _named(scalars: Sequence[float]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def measure(model: CategoricalHierarchicalVQVAE, x: Tensor, training: TrainingConfig) -> _Measured:
-    """The part of `evaluate` that the device does; nothing in it waits, and no shape depends on values."""
+def measure(model: CategoricalHierarchicalVQVAE, x: Rows, training: TrainingConfig) -> _Measured:
+    """The part of `evaluate` that the device does; no shape depends on values, and nothing waits but for rows."""
     was_training = model.training
     model.eval()
     try:
@@ -111,7 +112,7 @@ def measure(model: CategoricalHierarchicalVQVAE, x: Tensor, training: TrainingCo
         model.train(was_training)
 
 
-def _measure(model: CategoricalHierarchicalVQVAE, x: Tensor, weights: LossWeights) -> _Measured:
+def _measure(model: CategoricalHierarchicalVQVAE, x: Rows, weights: LossWeights) -> _Measured:
     layout = model.quantizer.layout
     N, F = x.shape
     index = layout.indices(x.device)
@@ -122,11 +123,14 @@ def _measure(model: CategoricalHierarchicalVQVAE, x: Tensor, weights: LossWeight
     code_counts = torch.zeros(layout.groups, layout.max_codes, 1, dtype=torch.float64, device=x.device)
     code_sums = torch.zeros(layout.groups, layout.max_codes, F, dtype=torch.float64, device=x.device)
     uncoded = torch.zeros(layout.groups, dtype=torch.bool, device=x.device)
-    centre = x.mean(0, dtype=torch.float64)  # sums of squares cancel less about it
+    centre = torch.zeros_like(scatter)
+    seen: list[Tensor] = []
     latents: list[Tensor] = []
     codes: list[Tensor] = []
     done = 0
     for rows in _blocks(x):
+        if not done:
+            centre = rows.mean(0, dtype=torch.float64)  # near that of all rows: sums of squares cancel less about it
         out = model(rows)
         error += (out["reconstruction"] - rows).square().sum(dtype=torch.float64)
         vq += out["vq_loss"].double() * rows.shape[0]
@@ -137,11 +141,12 @@ def _measure(model: CategoricalHierarchicalVQVAE, x: Tensor, weights: LossWeight
         scatter += centred.square_().sum(0)
         uncoded |= (out["tokens"] < 0).any(0)
         if done < first:
+            seen.append(rows[: first - done])
             latents.append(out["latents"][: first - done])
             codes.append(out["tokens"][: first - done])
         done += rows.shape[0]
     codebook = model.quantizer.embedding.detach()
-    pre, post = topographic_correlations(x[:first], torch.cat(latents), torch.cat(codes), codebook, layout)
+    pre, post = topographic_correlations(torch.cat(seen), torch.cat(latents), torch.cat(codes), codebook, layout)
     # Rows of one code have one partial reconstruction: what is left of them is their scatter about its mean.
     code_means = code_sums / code_counts.clamp(min=1.0)
     off = decode_codes(codebook, model.code_decoders, layout).double() - centre - code_means
@@ -152,7 +157,7 @@ def _measure(model: CategoricalHierarchicalVQVAE, x: Tensor, weights: LossWeight
         vq=vq / N,
         orthogonality=code_orthogonality(model.quantizer).double(),
         informativeness=partial.mean(),
-        topographic=topographic_loss(pre, post).double(),
+        topographic=(1.0 - torch.lerp(post, pre, TOPO_PRE_SHARE)).double(),
     )
     used = code_counts.flatten()[index.packed_codes]
     share, entropy = utilization(used, layout), perplexity(used, layout)
@@ -169,11 +174,11 @@ def _measure(model: CategoricalHierarchicalVQVAE, x: Tensor, weights: LossWeight
     return _Measured(packed, partial, share, entropy, (used > 0).sum())
 
 
-def _blocks(x: Tensor) -> tuple[Tensor, ...]:
+def _blocks(x: Rows) -> Iterable[Tensor]:
     """The rows in blocks of nearly one size."""
     most = _ROWS_AT_ONCE.get(x.device.type, _ROWS_AT_ONCE_ELSEWHERE)
     count = max(1, -(-x.shape[0] // most))
-    blocks: tuple[Tensor, ...] = x.split(max(1, -(-x.shape[0] // count)))
+    blocks: Iterable[Tensor] = x.split(max(1, -(-x.shape[0] // count)))
     return blocks
 
 

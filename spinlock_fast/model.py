@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, cast
 
@@ -51,6 +51,7 @@ def _rate(dropout: nn.Dropout) -> float:
     return dropout.p if dropout.training else 0.0
 
 
+_ROUNDING = 1e-6  # of a float32 mean
 _PARTIAL_HIDDEN = 128
 _SHARED_HIDDEN = 256
 
@@ -121,7 +122,7 @@ class CategoricalHierarchicalVQVAE(nn.Module):
     """
 
     feature_order: Tensor
-    input_shift: Tensor
+    input_mean: Tensor
     input_scale: Tensor
     error_weight: Tensor
 
@@ -142,7 +143,7 @@ class CategoricalHierarchicalVQVAE(nn.Module):
         order = [i for members in inputs.values() for i in members]
         self.register_buffer("feature_order", torch.tensor(order), persistent=False)
         if config.extra_inputs:
-            self.register_buffer("input_shift", torch.zeros(len(order)))
+            self.register_buffer("input_mean", torch.zeros(len(order)))
             self.register_buffer("input_scale", torch.ones(len(order)))
             self.register_buffer("error_weight", torch.ones(F), persistent=False)
         self.category_mlp = nn.Sequential(
@@ -225,25 +226,24 @@ class CategoricalHierarchicalVQVAE(nn.Module):
     def encoder_inputs(self, x: Tensor) -> Tensor:
         """Features [B, F] -> what the encoders read [B, sum n], category by category; extra inputs standardised."""
         ordered = x[:, self.feature_order]
-        return torch.addcmul(self.input_shift, ordered, self.input_scale) if self.config.extra_inputs else ordered
+        return (ordered - self.input_mean) * self.input_scale if self.config.extra_inputs else ordered
 
     @torch.no_grad()
-    def fit_extra_inputs(self, x: Tensor) -> None:
-        """Standardises the extra inputs by rows x [N, F]; those of a category stay as they are.
+    def fit_extra_inputs(self, mean: Tensor, std: Tensor) -> None:
+        """Standardises the extra inputs by mean [F] and std [F] of the training rows; other features stay as they are.
 
         Sets `error_weight` [F] as well: the squared error of an extra input of standard deviation s > 1 counts 1 / s in
         training, so that a few unscaled features do not decide alone what the networks learn.
         """
-        if not self.config.extra_inputs:
+        extra = [i for members in self.config.extra_inputs.values() for i in members]
+        if not extra:
             return
-        extra = torch.tensor([i for members in self.config.extra_inputs.values() for i in members], device=x.device)
-        mean, spread = torch.zeros_like(x[0], dtype=torch.float64), torch.ones_like(x[0], dtype=torch.float64)
-        values = x[:, extra].double()
-        mean[extra] = values.mean(0)
-        spread[extra] = values.std(0, correction=0)
-        scale = torch.where(spread > 0.0, spread, 1.0).reciprocal()
-        self.input_scale.copy_(scale[self.feature_order])
-        self.input_shift.copy_(-(mean * scale)[self.feature_order])
+        centre, spread = torch.zeros_like(mean), torch.ones_like(std)
+        centre[extra] = mean[extra]
+        spread[extra] = torch.where(std > _ROUNDING * mean.abs(), std, 1.0)[extra]  # a constant has none
+        order = self.feature_order.cpu()
+        self.input_mean.copy_(centre[order])
+        self.input_scale.copy_(spread[order].reciprocal())
         self.error_weight.copy_(spread.clamp(min=1.0).reciprocal())
 
     def quantize(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -290,21 +290,23 @@ class CategoricalHierarchicalVQVAE(nn.Module):
             reconstruction [B, F], tokens [B, G], vq_loss, latents and quantized [B, sum D], and codebook
             [sum K D]: the codes that the tokens stand for, which training moves on within this call.
         """
-        out = self.to_codes(x)
+        out, move_codes = self.to_codes(x)
+        move_codes()
         return {"reconstruction": self.decode(out["quantized"]), **out}
 
-    def to_codes(self, x: Tensor) -> dict[str, Tensor]:
-        """What `forward` returns, without the reconstruction."""
+    def to_codes(self, x: Tensor) -> tuple[dict[str, Tensor], Callable[[], None]]:
+        """What `forward` returns without the reconstruction, and what is left to do: in training, to move the codes."""
         latents = self.encode(x)
         codebook = self._codes_in_use(latents)
-        quantized, tokens, vq_loss = self.quantize(latents)
-        return {
+        quantized, tokens, vq_loss, move_codes = self.quantizer.quantize(latents)
+        out = {
             "tokens": tokens,
             "vq_loss": vq_loss,
             "latents": latents,
             "quantized": quantized,
             "codebook": codebook,
         }
+        return out, move_codes
 
     def _codes_in_use(self, latents: Tensor) -> Tensor:
         """The codes that the next call of the quantizer assigns."""

@@ -8,13 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spinlock_fast.kernels.backend import runs_triton
+
 _BETAS = (0.9, 0.999)
 _EPS = 1e-8
-
-# torch's CUDA kernel gives 65,536 entries of a tensor to one block of threads, so a model of millions of parameters
-# keeps a few dozen blocks busy, on a device with room for hundreds. Handed over in pieces it is spread.
-_PIECES = 190  # of the whole; every tensor ends in a smaller one besides
-_PIECE_MULTIPLE = 2048  # what a block moves at a time: a smaller piece would leave threads idle
 
 
 class FusedAdam:
@@ -40,7 +37,7 @@ class FusedAdam:
         self.mean = [torch.zeros_like(p, memory_format=torch.preserve_format) for p in self.parameters]
         self.square = [torch.zeros_like(p, memory_format=torch.preserve_format) for p in self.parameters]
         self.count = torch.zeros((), device=self.parameters[0].device)  # steps done, of all parameters
-        self._streams: list[torch.cuda.Stream] = []
+        self._launches: dict[tuple[int, ...], Any] = {}  # by the parameters that have a gradient
 
     def zero_grad(self) -> None:
         """Forgets the gradients."""
@@ -50,25 +47,37 @@ class FusedAdam:
     @torch.no_grad()
     def step(self) -> None:
         """Moves the parameters against their gradients."""
-        self.count += 1
-        gradients = {i: p.grad for i, p in enumerate(self.parameters) if p.grad is not None}
-        lists: list[list[Tensor]] = [
-            [self.parameters[i] for i in gradients],
-            list(gradients.values()),
-            [self.mean[i] for i in gradients],
-            [self.square[i] for i in gradients],
-        ]
-        most = _tensors_per_launch(self.count.device)
-        if most is None:
-            self._move(lists)
+        used = tuple(i for i, p in enumerate(self.parameters) if p.grad is not None)
+        if used and runs_triton("auto", *self.parameters) and all(_dense(self.parameters[i]) for i in used):
+            self._move_by_triton(used)
             return
-        pieces = _in_pieces(lists)
-        starts = range(0, len(pieces[0]), most)
-        self._side_by_side([[part[first : first + most] for part in pieces] for first in starts])
+        self.count += 1
+        parameters: list[Tensor] = [self.parameters[i] for i in used]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        self._move(parameters, gradients, *([ts[i] for i in used] for ts in self._moments))
 
-    def _move(self, lists: list[list[Tensor]]) -> None:
-        """The update of parameters, by gradients, means and squares."""
-        parameters, gradients, means, squares = lists
+    def _move_by_triton(self, used: tuple[int, ...]) -> None:
+        """The update by our kernel, in as many launches as it takes to name all tensors."""
+        from spinlock_fast.kernels.adam.triton import TENSORS, Adam
+
+        for first in range(0, len(used), TENSORS):
+            some = used[first : first + TENSORS]
+            parameters = [self.parameters[i] for i in some]
+            if some not in self._launches:
+                means, squares = ([moment[i] for i in some] for moment in self._moments)
+                self._launches[some] = Adam(parameters, means, squares, _BETAS, _EPS, self.weight_decay, self.decoupled)
+            gradients = [
+                p.grad if p.grad.stride() == p.stride() else torch.empty_like(p).copy_(p.grad)
+                for p in parameters
+                if p.grad is not None
+            ]
+            self._launches[some](gradients, self.count, self.rate)
+        self.count += 1
+
+    def _move(
+        self, parameters: list[Tensor], gradients: list[Tensor], means: list[Tensor], squares: list[Tensor]
+    ) -> None:
+        """The update by torch's fused operation."""
         fused = torch._fused_adamw_ if self.decoupled else torch._fused_adam_
         fused(
             parameters,
@@ -86,21 +95,9 @@ class FusedAdam:
             maximize=False,
         )
 
-    def _side_by_side(self, groups: list[list[list[Tensor]]]) -> None:
-        """Each group on a stream of its own, for none fills a device. A capture follows them."""
-        device = self.count.device
-        while len(self._streams) < len(groups) - 1:
-            self._streams.append(torch.cuda.Stream(device))
-        mine = torch.cuda.current_stream(device)
-        others = list(zip(self._streams, groups[1:], strict=False))
-        for stream, group in others:
-            stream.wait_stream(mine)
-            with torch.cuda.stream(stream):
-                self._move(group)
-        for group in groups[:1]:
-            self._move(group)
-        for stream, _ in others:
-            mine.wait_stream(stream)
+    @property
+    def _moments(self) -> tuple[list[Tensor], list[Tensor]]:
+        return self.mean, self.square
 
     def state_dict(self) -> dict[str, Any]:
         """As `torch.optim.Adam` gives it; the tensors go on changing."""
@@ -120,25 +117,6 @@ class FusedAdam:
             self.count.copy_(saved["step"])
 
 
-def _tensors_per_launch(device: torch.device) -> int | None:
-    """How many tensors fit into the arguments of torch's fused CUDA kernel; None where there is no such kernel."""
-    cuda = torch.version.cuda
-    if device.type != "cuda" or cuda is None:
-        return None
-    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    return 252 if version >= (2, 13) and int(cuda.split(".")[0]) >= 13 else 36
-
-
-def _in_pieces(lists: list[list[Tensor]]) -> list[list[Tensor]]:
-    """Views of all tensors, the same parts of the first, second, ... tensor of every list."""
-    total = sum(tensor.numel() for tensor in lists[0])
-    size = -(-total // (_PIECES * _PIECE_MULTIPLE)) * _PIECE_MULTIPLE
-    whole = [not all(tensor.is_contiguous() for tensor in tensors) for tensors in zip(*lists, strict=True)]
-    return [
-        [
-            piece
-            for tensor, keep in zip(tensors, whole, strict=True)
-            for piece in ((tensor,) if keep or tensor.numel() <= size else tensor.view(-1).split(size))
-        ]
-        for tensors in lists
-    ]
+def _dense(tensor: Tensor) -> bool:
+    """Whether fresh memory can have its strides: then its entries lie one after the other."""
+    return torch.empty_like(tensor).stride() == tensor.stride()

@@ -66,6 +66,7 @@ _FREE_TO_CHANGE = {
     "training.early_stopping_patience",
     "training.use_torch_compile",
     "training.cuda_graphs",
+    "training.data_on_device",
     "training.checkpoint_dir",
 }
 

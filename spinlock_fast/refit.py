@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from spinlock_fast.model import CategoricalHierarchicalVQVAE
+from spinlock_fast.rows import Rows
 
 _ROWS_AT_ONCE = 8192
 
 
 @torch.no_grad()
-def refit_decoder(model: CategoricalHierarchicalVQVAE, x: Tensor, penalty: float) -> None:
+def refit_decoder(model: CategoricalHierarchicalVQVAE, x: Rows, penalty: float) -> None:
     """Fits the last layer of the shared decoder to rows x [N, F], in place; the tokens stay as they are.
 
     Mixed and noisy rows, and the last steps' own noise, leave the trained layer beside the least squares of the rows as
@@ -19,7 +20,7 @@ def refit_decoder(model: CategoricalHierarchicalVQVAE, x: Tensor, penalty: float
 
     Args:
         model: trained; changed.
-        x: training rows, finite, on the model's device.
+        x: training rows, finite, for the model's device.
         penalty: above 0, as a share of the inputs' mean variance.
     """
     was_training = model.training

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from spinlock_fast.config import TrainingConfig
+from spinlock_fast.kernels.augment import augmented_rows
 from spinlock_fast.kernels.precision import cuda_matmul
+from spinlock_fast.kernels.streams import joined, later
 from spinlock_fast.losses import LossTerms, LossWeights, loss_terms
 from spinlock_fast.model import CategoricalHierarchicalVQVAE
 from spinlock_fast.optimizer import FusedAdam
+from spinlock_fast.rows import Rows, feed_rows
 
 
 class StepKind(NamedTuple):
@@ -42,28 +45,28 @@ class TrainingStep:
 
     Args:
         model: in training mode while steps run.
-        x: [N, F] training rows, on the model's device.
+        rows: [N, F] training rows, for the model's device.
         training: settings.
     """
 
-    def __init__(self, model: CategoricalHierarchicalVQVAE, x: Tensor, training: TrainingConfig) -> None:
+    def __init__(self, model: CategoricalHierarchicalVQVAE, rows: Rows, training: TrainingConfig) -> None:
         self.model = model
-        self.x = x
         self.training = training
         self.weights = LossWeights.of(training)
-        rows, device = x.shape[0], x.device
-        self.batch = min(training.batch_size, rows)
-        self.full, self.rest = divmod(rows, self.batch)  # steps of a whole batch, rows of the last step
+        self.rows, device = rows.shape[0], rows.device
+        self.batch = min(training.batch_size, self.rows)
+        self.feed = feed_rows(rows, self.batch)
+        self.x = self.feed.table
+        self.full, self.rest = divmod(self.rows, self.batch)  # steps of a whole batch, rows of the last step
         self.count = self.full + (self.rest > 0)  # steps of an epoch
         on_cuda = device.type == "cuda"
-        # What each step of an epoch needs, in one table so that one operation finds it: row numbers, and the bits of
-        # the rate. The fused kernels read the rate on the device: float32 there, a double on the CPU.
+        # What each step of an epoch needs, in one table so that one operation finds it: places of rows in x, and the
+        # bits of the rate. The fused kernels read the rate on the device: float32 there, a double on the CPU.
         self._plan = torch.zeros(self.count, self.batch + 1, dtype=torch.int64, device=device)
         self._now = torch.zeros(1, self.batch + 1, dtype=torch.int64, device=device)
         self._rate_type = torch.float32 if on_cuda else torch.float64
         self._rate = _rates_in(self._now, self._rate_type)
         self._position = torch.zeros(1, dtype=torch.int64, device=device)
-        self._one = torch.ones((), dtype=x.dtype, device=device)  # the gradient of the loss
         self.values = torch.zeros(self.count, 1 + len(LossTerms._fields), device=device)  # loss and terms of each step
         self._sizes = torch.full((self.count, 1), self.batch, dtype=torch.float64, device=device)
         if self.rest:
@@ -76,7 +79,8 @@ class TrainingStep:
         self._model: Any = model.to_codes  # decoding is done beside the other terms of the loss
         if training.use_torch_compile and on_cuda:
             # A shape of its own for the last batch: one graph for any shape would be slower for both.
-            self._model = torch.compile(model, dynamic=False)
+            compiled = torch.compile(model, dynamic=False)
+            self._model = lambda x: (compiled(x), None)
             self._terms = torch.compile(self._loss_terms, dynamic=False)
 
     def kind(self, position: int, reset: bool) -> StepKind:
@@ -85,6 +89,7 @@ class TrainingStep:
 
     def begin_epoch(self, order: Tensor, rates: Tensor, done: int) -> None:
         """Sets the order of rows [N] and the rate of each step; `done` steps of the epoch have been made."""
+        order = self.feed.begin(order, done)
         plan = torch.zeros(self._plan.shape, dtype=torch.int64, pin_memory=self._plan.is_cuda)
         whole = self.full * self.batch
         plan[: self.full, : self.batch] = order[:whole].view(self.full, self.batch)
@@ -99,19 +104,22 @@ class TrainingStep:
     def __call__(self, kind: StepKind) -> None:
         """The next step."""
         torch.index_select(self._plan, 0, self._position, out=self._now)
-        x = self._mixed(self.x.index_select(0, self._now[0, : self.rest if kind.last else self.batch]))
-        with self._precision():
-            out = self._model(self._noisy(x))
-            terms = self._terms(x, out)
-            loss = terms.total(self.weights)
+        x, seen = self._rows(self.rest if kind.last else self.batch)
+        with self._precision(), joined(self.x.device):
+            out, move_codes = self._model(seen)
+            terms = self._terms(x, out, move_codes)
+            later(lambda: self._note(terms), [self.values, *terms], after_others=True)
             self.optimizer.zero_grad()
-            loss.backward(self._one)
+            terms.backward(self.weights)
         self.optimizer.step()
-        with torch.no_grad():
-            values = torch.stack([loss.detach(), *(term.detach() for term in terms)])
-            self.values.index_copy_(0, self._position, values[None])
         if kind.reset:
             self.reset_dead_codes(out["latents"].detach())
+
+    @torch.no_grad()
+    def _note(self, terms: LossTerms) -> None:
+        """Keeps the values of a step, and goes on to the next."""
+        values = torch.stack([terms.total(self.weights), *terms])
+        self.values.index_copy_(0, self._position, values[None])
         self._position.add_(1)
 
     def reset_dead_codes(self, latents: Tensor | None) -> Tensor:
@@ -124,7 +132,7 @@ class TrainingStep:
     def summary(self) -> EpochSummary:
         """Means over the epoch; waits for the device, once."""
         values = self.values.to(torch.float64)
-        means = (values * self._sizes).sum(0) / self.x.shape[0]
+        means = (values * self._sizes).sum(0) / self.rows
         bad = (~torch.isfinite(values[:, 1:]) & self._weighted).flatten()
         place = torch.where(bad.any(), bad.to(torch.uint8).argmax(), -1)
         used = self.model.quantizer.utilization().mean()
@@ -141,27 +149,19 @@ class TrainingStep:
         self.optimizer.load_state_dict(state["optimizer_state_dict"])
         self.values.copy_(state["values"])
 
-    def _mixed(self, x: Tensor) -> Tensor:
-        """Rows between two rows, or a little beyond one: x_i + u (x_j - x_i), u uniform in -mixing..mixing.
+    def _rows(self, count: int) -> tuple[Tensor, Tensor]:
+        """The rows that a step has to give, and as it sees them: noisy rows are not learnt by heart.
 
-        Interpolation and extrapolation of DeVries and Taylor 2017. The rows of a batch are in random order, so that
-        the next one serves as the other.
+        The way to the next row may shrink with the learning rate.
         """
-        share = self.training.mixing
-        if not share:
-            return x
-        u = share * (2.0 * torch.rand(x.shape[0], 1, dtype=x.dtype, device=x.device) - 1.0)
-        if self.training.mixing_decays:
-            u = u * (self._rate / self.training.learning_rate).to(x.dtype)
-        return torch.lerp(x, x.roll(-1, 0), u)
+        training = self.training
+        rows, mixing, fade = self._now[0, :count], training.mixing, None
+        if training.mixing_decays:
+            mixing, fade = mixing / training.learning_rate, self._rate
+        return augmented_rows(self.x, rows, mixing, training.input_noise, fade)
 
-    def _noisy(self, x: Tensor) -> Tensor:
-        """The rows as the model sees them: one that codes noisy rows well does not learn the rows by heart."""
-        noise = self.training.input_noise
-        return x + noise * torch.randn_like(x) if noise else x
-
-    def _loss_terms(self, x: Tensor, out: dict[str, Tensor]) -> LossTerms:
-        return loss_terms(self.model, x, out, self.training.topo_samples)
+    def _loss_terms(self, x: Tensor, out: dict[str, Tensor], move_codes: Callable[[], None] | None) -> LossTerms:
+        return loss_terms(self.model, x, out, self.training.topo_samples, move_codes)
 
     def _precision(self) -> AbstractContextManager[None]:
         """TF32 for the networks, forward and backward; what compares distances asks for float32 by itself."""

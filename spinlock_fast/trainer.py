@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -27,14 +27,18 @@ from spinlock_fast.features.categories import (
     max_off_diagonal,
     nearest_categories,
 )
-from spinlock_fast.features.statistics import Matrix
+from spinlock_fast.features.selection import Selection
+from spinlock_fast.features.statistics import Blocks, mean_and_std
 from spinlock_fast.kernels.backend import resolve_backend
 from spinlock_fast.loop import EpochRecord, Observer, SilentObserver, TrainingRun
 from spinlock_fast.metrics import Metrics, complete, evaluate
 from spinlock_fast.model import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
 from spinlock_fast.refit import refit_decoder
+from spinlock_fast.rows import HostRows, Rows, place_rows
 
 log = logging.getLogger(__name__)
+
+_ROWS_AT_ONCE = 16384  # that are looked at when data are checked
 
 
 @dataclass
@@ -129,7 +133,8 @@ class Trainer:
         """Trains on cleaned, normalised features.
 
         Args:
-            x: [N, F] numbers without NaN or Inf.
+            x: [N, F] numbers without NaN or Inf. A contiguous float32 matrix is not copied as a whole; it may be a
+                memory map larger than the memory, see `training.data_on_device`.
             group_indices: features of each category; discovered on the training rows when not given.
             levels: codebook sizes, see `CategoricalVQVAEConfig`; the configuration's when not given.
             feature_names: F names; "family::name" lets categories report their families.
@@ -155,15 +160,15 @@ class Trainer:
         device = resolve_device(self.config.device)
         groups = group_indices
         discover_seconds = 0.0
-        train_x = data[split.train].numpy()
+        train_rows = Selection(data, split.train)
         if groups is None:
-            groups = find_categories(train_x, names, self.config)
+            groups = find_categories(train_rows, names, self.config)
             discover_seconds = time.perf_counter() - started
-        model_config = self._model_config(train_x, groups, levels)
+        model_config = self._model_config(train_rows, groups, levels)
         read = sum(len(members) for members in model_config.inputs.values())
         if read < F:
             log.warning("%d of %d features are in no category: they are reconstructed, but not encoded", F - read, F)
-        correlation_max = max_off_diagonal(category_correlation(train_x, groups))
+        correlation_max = max_off_diagonal(category_correlation(train_rows, groups))
         if correlation_max > training.orthogonality_target:
             log.warning(
                 "category correlation reaches %.3f, above orthogonality_target %.3f: some categories overlap "
@@ -179,9 +184,11 @@ class Trainer:
                 raise DataError(
                     f"{split.train.size} training rows are fewer than the {largest} codes of the largest codebook"
                 )
-            x_train, x_val = _upload(torch.from_numpy(train_x), device), _upload(data[split.val], device)
+            x_train = self._placed(train_rows, device)
+            x_val = self._placed(Selection(data, split.val), device)
             run = TrainingRun(self.config, self.observer, lambda: self._stop_signal, model, x_train, x_val)
-            model.fit_extra_inputs(x_train)
+            if model_config.extra_inputs:
+                model.fit_extra_inputs(*(torch.from_numpy(values) for values in mean_and_std(train_rows)))
             if resume is not None:
                 run.load(resume)
             else:
@@ -200,7 +207,7 @@ class Trainer:
             refit_decoder(best_model, x_train, training.decoder_refit)
         metrics = evaluate(best_model, run.x_val, training)
         if split.test.size:
-            metrics["test"] = evaluate(best_model, _upload(data[split.test], device), training)
+            metrics["test"] = evaluate(best_model, self._placed(Selection(data, split.test), device), training)
         complete(metrics, best_model, names, correlation_max)
         idle = [c["name"] for c in metrics["categories"] if max(c["perplexity"]) < 1.0 + 1e-6]
         if idle:
@@ -214,8 +221,14 @@ class Trainer:
         metrics["seconds"] = {"discover": discover_seconds, "train": total - discover_seconds, "total": total}
         return TrainResult(best_model, metrics, run.history, run.best_epoch, split, run.state())
 
+    def _placed(self, rows: Selection, device: torch.device) -> Rows:
+        placed = place_rows(rows, device, self.config.training.data_on_device)
+        if isinstance(placed, HostRows):
+            log.info("%s rows stay in main memory and follow to %s as they are needed", f"{len(placed):,}", device)
+        return placed
+
     def _model_config(
-        self, train_x: Matrix, groups: Groups, levels: Levels | Mapping[str, Any] | None
+        self, x: Blocks, groups: Groups, levels: Levels | Mapping[str, Any] | None
     ) -> CategoricalVQVAEConfig:
         settings = self.config.model.model_dump()
         if levels is not None:
@@ -224,7 +237,7 @@ class Trainer:
             config = CategoricalVQVAEConfig(
                 **{
                     **settings,
-                    "input_dim": train_x.shape[1],
+                    "input_dim": x.shape[1],
                     "group_indices": {k: list(map(int, v)) for k, v in groups.items()},
                 }
             )
@@ -232,11 +245,11 @@ class Trainer:
             problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
             raise ConfigError(f"model: {problem.removeprefix('Value error, ')}") from None
         if config.unassigned_features == "nearest":
-            return config.model_copy(update={"extra_inputs": nearest_categories(train_x, config.group_indices)})
+            return config.model_copy(update={"extra_inputs": nearest_categories(x, config.group_indices)})
         return config
 
 
-def find_categories(x: Matrix, feature_names: Sequence[str], config: RunConfig) -> Groups:
+def find_categories(x: Blocks, feature_names: Sequence[str], config: RunConfig) -> Groups:
     """Categories of features as `training.category_assignment` says; see `discover_categories`."""
     training = config.training
     if training.mapping_file is not None:
@@ -278,25 +291,15 @@ def _random_state_of_its_own(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _upload(rows: Tensor, device: torch.device) -> Tensor:
-    """Rows on the device, where they stay; raises DataError where they do not fit."""
-    try:
-        return rows.to(device)
-    except torch.OutOfMemoryError:
-        free = torch.cuda.mem_get_info(device)[0]
-        raise DataError(
-            f"{len(rows):,} rows of {rows.shape[1]} features take {rows.nbytes / 1e9:.2f} GB, but {device} has "
-            f"{free / 1e9:.2f} GB free; --device cpu trains in main memory"
-        ) from None
-
-
-def _as_matrix(x: ArrayLike | Tensor) -> Tensor:
-    data = x.detach().cpu() if isinstance(x, Tensor) else torch.from_numpy(np.ascontiguousarray(x))
-    if data.ndim != 2 or data.shape[1] == 0:
-        raise DataError(f"x must be a matrix [N, F] with at least one column, got {list(data.shape)}")
-    data = data.to(torch.float32)
-    finite = torch.isfinite(data)
-    if not bool(finite.all()):
-        row, column = (int(i) for i in (~finite).nonzero()[0])
-        raise DataError(f"x[{row}, {column}] is {float(data[row, column])}; features must be finite")
+def _as_matrix(x: ArrayLike | Tensor) -> NDArray[np.float32]:
+    """x as contiguous float32, which a matrix that is so already stays, be it in memory or mapped into it."""
+    array = x.detach().cpu().to(torch.float32).numpy() if isinstance(x, Tensor) else np.asarray(x)
+    if array.ndim != 2 or array.shape[1] == 0:
+        raise DataError(f"x must be a matrix [N, F] with at least one column, got {list(array.shape)}")
+    data = np.ascontiguousarray(array, dtype=np.float32)
+    for start in range(0, len(data), _ROWS_AT_ONCE):
+        finite = np.isfinite(data[start : start + _ROWS_AT_ONCE])
+        if not finite.all():
+            row, column = np.argwhere(~finite)[0] + (start, 0)
+            raise DataError(f"x[{row}, {column}] is {float(data[row, column])}; features must be finite")
     return data

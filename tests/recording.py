@@ -87,6 +87,7 @@ def record(step: TrainingStep, kind: StepKind, count: int) -> Callable[[], objec
     everything is put back afterwards.
     """
     tensors = lasting_tensors(step)
+    del tensors["x"]  # no step changes rows, but others may arrive meanwhile
     before = {name: value.detach().clone() for name, value in tensors.items()}
     random = torch.get_rng_state()
 

@@ -224,6 +224,30 @@ def test_the_scaling_benchmark_writes_what_it_measured(tmp_path: Path) -> None:
     assert latents["peak_bytes"] >= latents["input_bytes"] == 4 * 64 * 564
 
 
+def test_the_streaming_benchmark_compares_both_ways(tmp_path: Path) -> None:
+    from bench_streaming import main
+
+    output = tmp_path / "streaming.json"
+    main(["--device", "cpu", "--rows", "150", "--batches", "64", "--epochs", "1", "--output", str(output)])
+    (row,) = json.loads(output.read_text())["rows"]
+    assert row["steps"] == 3
+    assert row["streamed_over_resident"] == pytest.approx(
+        row["streamed_steps_per_second"] / row["resident_steps_per_second"]
+    )
+
+
+def test_rows_that_a_step_should_not_read_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench_streaming import check_rows
+
+    x = torch.randn(100, 8)
+    run = training_run(32, [3, 5], 8, x=x, training__data_on_device="never")
+    check_rows(run, x)
+    begin = run.one_step.feed.begin
+    monkeypatch.setattr(run.one_step.feed, "begin", lambda order, done: begin(order, done).roll(40))
+    with pytest.raises(AssertionError, match="other rows"):
+        check_rows(run, x)
+
+
 @pytest.mark.filterwarnings("ignore")  # the profiler's
 def test_a_quantizer_that_holds_n_by_k_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     import bench_scaling

@@ -159,8 +159,11 @@ def test_numbers_that_json_does_not_have_are_refused(tmp_path, value):
 
 
 def test_checking_a_directory_leaves_nothing_in_it(tmp_path):
-    check_writable(tmp_path / "new")
-    assert names(tmp_path / "new") == []
+    check_writable(tmp_path / "new" / "deep")
+    assert names(tmp_path) == []
+    (tmp_path / "old").mkdir()
+    check_writable(tmp_path / "old")
+    assert names(tmp_path) == ["old"]
 
 
 def test_checking_a_directory_below_a_file(tmp_path):

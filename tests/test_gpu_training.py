@@ -19,15 +19,18 @@ import pytest
 import torch
 from helpers import assert_nearest, planted_matrix
 
+from spinlock_fast import rows
 from spinlock_fast.config import RunConfig
 from spinlock_fast.config_file import apply_overrides
 from spinlock_fast.errors import DataError, Interrupted
+from spinlock_fast.features.selection import Selection
 from spinlock_fast.graphs import STEPS_PER_LAUNCH, WARM_UP, own_stream
 from spinlock_fast.loop import SilentObserver, TrainingRun
 from spinlock_fast.metrics import evaluate
 from spinlock_fast.model import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
+from spinlock_fast.rows import HostRows, StreamedFeed, place_rows
 from spinlock_fast.step import StepKind, TrainingStep, learning_rates
-from spinlock_fast.trainer import Trainer, TrainResult
+from spinlock_fast.trainer import Trainer, TrainResult, resolve_device
 
 pytestmark = [
     pytest.mark.gpu,
@@ -68,8 +71,9 @@ def made_run(x: np.ndarray[Any, Any], stop: Callable[[], int | None] = lambda: N
     model = CategoricalHierarchicalVQVAE(
         CategoricalVQVAEConfig(**config.model.model_dump(), input_dim=20, group_indices=GROUPS)
     ).cuda()
-    data = torch.from_numpy(x).cuda()
-    run = TrainingRun(config, SilentObserver(), stop, model, data[:990], data[990:])
+    where = config.training.data_on_device
+    parts = (place_rows(Selection(part), resolve_device("cuda"), where) for part in (x[:990], x[990:]))
+    run = TrainingRun(config, SilentObserver(), stop, model, *parts)
     run.initialize_codes()
     return run
 
@@ -199,16 +203,21 @@ class StopAt(SilentObserver):
         self.state = copy.deepcopy(state)
 
 
+@pytest.mark.usefixtures("short_halves")
+@pytest.mark.parametrize("where", ["always", "never"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(x: np.ndarray[Any, Any], dropout: float) -> None:
-    whole = trainer(model__dropout=dropout).fit(x, GROUPS)
+def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
+    x: np.ndarray[Any, Any], dropout: float, where: str
+) -> None:
+    options = {"model__dropout": dropout, "training__data_on_device": where}
+    whole = trainer(**options).fit(x, GROUPS)
     observer = StopAt(epoch=4)
-    broken = observer.trainer = trainer(observer, model__dropout=dropout)
+    broken = observer.trainer = trainer(observer, **options)
     with pytest.raises(Interrupted):
         broken.fit(x, GROUPS)
     assert observer.state["epoch"] == 4
     assert 1 <= observer.state["step"] <= STEPS_PER_LAUNCH
-    resumed = trainer(model__dropout=dropout).fit(x, GROUPS, resume=observer.state)
+    resumed = trainer(**options).fit(x, GROUPS, resume=observer.state)
     assert losses(resumed)[:4] == pytest.approx(losses(whole)[:4], rel=0.02)
     assert losses(resumed) == pytest.approx(losses(whole), rel=0.05)
     assert len(losses(resumed)) == len(losses(whole))
@@ -302,17 +311,97 @@ def test_settings_and_random_state_of_the_caller_come_back(x: np.ndarray[Any, An
 
 
 def test_rows_that_do_not_fit_are_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*args: object, **kwargs: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+    original = torch.empty
 
-    original = torch.Tensor.to
+    def empty(*args: Any, **kwargs: Any) -> Any:
+        if args[:1] == ((990, 20),):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return original(*args, **kwargs)
 
-    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return full() if self.shape == (990, 20) else original(self, *args, **kwargs)
-
-    monkeypatch.setattr(torch.Tensor, "to", to)
+    monkeypatch.setattr(torch, "empty", empty)
     with pytest.raises(DataError, match=r"990 rows of 20 features take 0\.00 GB, but cuda has [\d.]+ GB free"):
-        trainer().fit(planted_matrix(ROWS, SIZES, seed=0), GROUPS)
+        trainer(training__data_on_device="always").fit(planted_matrix(ROWS, SIZES, seed=0), GROUPS)
+
+
+@pytest.fixture
+def short_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of six steps in a half of the table: two halves and a part of one make an epoch."""
+    monkeypatch.setattr(rows, "_HALF_BYTES", 6 * 64 * 20 * 4)
+
+
+@pytest.mark.usefixtures("short_halves")
+def test_rows_arrive_in_time_and_are_kept_as_long_as_steps_need_them() -> None:
+    """Steps are slow and launched far ahead; rows are sent as soon as events allow."""
+    x = torch.randn(990, 20)
+    feed = StreamedFeed(HostRows(Selection(x.numpy()), torch.device("cuda:0")), 64)
+    there = x.cuda()
+    with own_stream(there.device):
+        wrong = torch.zeros(16, dtype=torch.int64, device="cuda")
+        orders = torch.stack([torch.randperm(990) for _ in range(6)])
+        places, on_device = (torch.arange(990) % len(feed.table)).cuda(), orders.cuda()
+        for order, numbers in zip(orders, on_device, strict=True):
+            assert torch.equal(feed.begin(order, 0), torch.arange(990) % len(feed.table))
+            for step in range(16):
+                assert feed.ready(step) >= 1
+                torch.cuda._sleep(500_000)
+                mine = slice(64 * step, 64 * (step + 1))
+                wrong[step] += (feed.table[places[mine]] != there[numbers[mine]]).sum()
+    assert wrong.tolist() == [0] * 16
+
+
+@pytest.mark.usefixtures("short_halves")
+def test_replayed_steps_read_the_rows_of_their_order(x: np.ndarray[Any, Any], caplog: pytest.LogCaptureFixture) -> None:
+    run = made_run(x, training__data_on_device="never")
+    assert isinstance(run.x_train, HostRows)
+    step = run.one_step
+    seen = torch.zeros(step.count, step.batch, 20, device="cuda")
+    model = step._model
+
+    def watched(batch: torch.Tensor) -> Any:
+        seen[:, : len(batch)].index_copy_(0, step._position, batch.detach()[None])
+        return model(batch)
+
+    step._model = watched
+    with own_stream(run.device):
+        for epoch in range(WARM_UP + 3):
+            seen.zero_()
+            run.epoch, run.step = epoch, 0
+            run._run_steps()
+            assert torch.equal(seen.flatten(0, 1)[:990].cpu(), torch.from_numpy(x)[run._rows_of(epoch)])
+    assert (StepKind(False, False), STEPS_PER_LAUNCH) in run.launcher._replays
+    assert (StepKind(True, False), 1) in run.launcher._replays
+    assert "one by one" not in caplog.text
+
+
+@pytest.mark.usefixtures("short_halves")
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_streamed_training_is_resident_training(x: np.ndarray[Any, Any], deterministic: bool) -> None:
+    """Bit for bit where two resident runs are; else no further apart than those, but for a factor."""
+    options = {
+        "model__dropout": 0.1,
+        "training__test_fraction": 0.1,
+        "training__mixing": 0.2,
+        "training__input_noise": 0.1,
+    }
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    try:
+        resident, again, streamed = (
+            trainer(training__data_on_device=where, **options).fit(x, GROUPS) for where in ("always", "always", "never")
+        )
+    finally:
+        torch.use_deterministic_algorithms(False)
+    noise, found = distance(resident, again), distance(resident, streamed)
+    assert found <= 20.0 * noise, f"{found} instead of {noise}"
+    if noise == 0.0:
+        assert {**resident.metrics, "seconds": 0} == {**streamed.metrics, "seconds": 0}
+        assert losses(resident) == losses(streamed)
+    assert losses(streamed) == pytest.approx(losses(resident), rel=0.03)
+
+
+def distance(a: TrainResult, b: TrainResult) -> float:
+    """Between the weights at the end of two runs."""
+    states = a.final_state["model_state_dict"], b.final_state["model_state_dict"]
+    return max(float((states[0][name].double() - states[1][name].double()).abs().max()) for name in states[0])
 
 
 @pytest.mark.slow

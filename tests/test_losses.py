@@ -6,13 +6,13 @@ import torch
 from spinlock_fast import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig, GroupedVectorQuantizer
 from spinlock_fast.config import TrainingConfig
 from spinlock_fast.kernels.layout import CodebookLayout
-from spinlock_fast.kernels.topo_loss import topographic_correlations
+from spinlock_fast.kernels.topo_loss import topographic_correlations, topographic_loss
 from spinlock_fast.losses import (
+    TOPO_PRE_SHARE,
     LossTerms,
     LossWeights,
     code_orthogonality,
     loss_terms,
-    topographic_loss,
 )
 
 
@@ -68,7 +68,7 @@ def test_the_error_of_an_unscaled_extra_input_counts_less():
     ).eval()
     x = torch.randn(30, 11, dtype=torch.float64)
     x[:, 10] *= 20.0
-    model.fit_extra_inputs(x)
+    model.fit_extra_inputs(*helpers.mean_and_std_of(x))
     squared = (model(x)["reconstruction"] - x).square()
     squared[:, 10] /= x[:, 10].std(correction=0)
     terms = loss_terms(model, x, model(x), topo_samples=20)
@@ -133,8 +133,13 @@ def test_orthogonality_survives_a_zero_code():
 
 
 def test_topographic_loss_is_weighted():
-    assert topographic_loss(torch.tensor(0.5), torch.tensor(0.25)).item() == pytest.approx(0.3 * 0.5 + 0.7 * 0.75)
-    assert topographic_loss(torch.tensor(1.0), torch.tensor(1.0)).item() == 0.0
+    model = make_model().eval()
+    x = torch.randn(12, 11, dtype=torch.float64)
+    out = model(x)
+    sets = x, out["latents"], out["tokens"], out["codebook"], model.quantizer.layout
+    pre, post = topographic_correlations(*sets)
+    expected = 0.3 * (1.0 - pre) + 0.7 * (1.0 - post)
+    torch.testing.assert_close(loss_terms(model, x, out, 12).topographic, expected)
 
 
 @pytest.mark.parametrize("topo_samples", [2, 10, 100])
@@ -143,9 +148,8 @@ def test_the_topographic_term_takes_the_first_rows(topo_samples):
     x = torch.randn(12, 11, dtype=torch.float64)
     out = model(x)
     n = min(topo_samples, 12)
-    expected = topographic_loss(
-        *topographic_correlations(x[:n], out["latents"][:n], out["tokens"][:n], out["codebook"], model.quantizer.layout)
-    )
+    first = x[:n], out["latents"][:n], out["tokens"][:n]
+    expected = topographic_loss(*first, out["codebook"], model.quantizer.layout, TOPO_PRE_SHARE)
     torch.testing.assert_close(loss_terms(model, x, out, topo_samples).topographic, expected)
 
 

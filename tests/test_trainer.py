@@ -396,7 +396,7 @@ def test_a_category_with_one_code_in_use_is_mentioned(
 def test_a_term_of_weight_zero_may_be_anything(x: np.ndarray[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     from spinlock_fast import losses
 
-    monkeypatch.setattr(losses, "topographic_loss", lambda pre, post: pre * torch.nan)
+    monkeypatch.setattr(losses, "topographic_loss", lambda x, latents, *rest: latents.sum() * torch.nan)
     trainer(training__num_epochs=1, training__topo_weight=0.0).fit(x, GROUPS)
     with pytest.raises(TrainingError, match="topographic"):
         trainer(training__num_epochs=1).fit(x, GROUPS)

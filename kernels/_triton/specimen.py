@@ -37,6 +37,11 @@ _TYPES = {
     "epsilon": "fp32",
     "idle_share": "fp32",
     "factor": "fp32",
+    "mixing": "fp32",
+    "noise": "fp32",
+    "pre_factor": "fp32",
+    "post_factor": "fp32",
+    "pre_share": "fp32",
     "scale": "fp32",
     "eps": "fp32",
     "part_eps": "fp32",
@@ -67,7 +72,7 @@ class Specimen:
     num_warps: int = 4
     num_stages: int = 1
     passes: int = 3
-    types: dict[str, str] | None = None
+    types: dict[str, Any] | None = None
 
     @classmethod
     def launched(
@@ -79,17 +84,18 @@ class Specimen:
         float_ops: int,
         dot_ops: int,
         passes: int = 3,
+        types: dict[str, Any] | None = None,
     ) -> Specimen:
         """Of the keyword arguments of a launch: constexpr parameters, num_warps and num_stages."""
         constants = {name: value for name, value in options.items() if name.isupper()}
         warps, stages = options["num_warps"], options["num_stages"]
-        return cls(kernel, shape, constants, num_bytes, float_ops, dot_ops, warps, stages, passes)
+        return cls(kernel, shape, constants, num_bytes, float_ops, dot_ops, warps, stages, passes, types)
 
     @property
     def name(self) -> str:
         return str(self.kernel.fn.__name__)
 
-    def signature(self) -> dict[str, str]:
+    def signature(self) -> dict[str, Any]:
         """The type of every parameter, as Triton's compiler takes it."""
         chosen = {**_TYPES, **(self.types or {})}
         found = {}

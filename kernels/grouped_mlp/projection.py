@@ -26,6 +26,7 @@ from spinlock_fast.kernels.grouped_mlp.triton import (
     passes,
     tf32_or_exact,
 )
+from spinlock_fast.kernels.streams import later
 
 # Columns of a part and of an embedding that a program can hold without spills: both, or few of one.
 _COLUMNS_AT_MOST = 256
@@ -48,9 +49,16 @@ class ProjectConfig:
 
     @property
     def forward(self) -> dict[str, Any]:
-        block_m = 32 if self.precision == "tf32" else 16  # larger tiles spill
-        block_e = max(16, min(64, self.block_e, 64 * 64 // self.block_o))
-        return self._launch(4 if self.block_o <= 64 else 8, BLOCK_M=block_m, BLOCK_O=self.block_o, BLOCK_E=block_e)
+        num_warps = 4 if self.block_o <= 64 else 8
+        if self.precision == "tf32":
+            tiles = {"BLOCK_M": 32, "BLOCK_E": min(32, self.block_e), "BLOCK_S": min(128, self.block_e)}
+            return {**self._launch(num_warps, BLOCK_O=self.block_o, **tiles), "num_stages": 2}
+        tiles = {
+            "BLOCK_M": 16,  # larger tiles spill
+            "BLOCK_E": max(16, min(64, self.block_e, 64 * 64 // self.block_o)),
+            "BLOCK_S": min(32 * num_warps, self.block_e),
+        }
+        return self._launch(num_warps, BLOCK_O=self.block_o, **tiles)
 
     @property
     def rows(self) -> dict[str, Any]:
@@ -69,7 +77,7 @@ class ProjectConfig:
 
 @triton.jit
 def _row_statistics(x_ptr, x_row, m, rows, E, eps, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Mean, and reciprocal of the deviation, of rows of E columns."""
+    """Mean, and reciprocal of the deviation, of rows of E columns, BLOCK_E at once."""
     c = tl.arange(0, BLOCK_E)
     total = tl.zeros([BLOCK_M, BLOCK_E], dtype=tl.float32)
     for first in range(0, E, BLOCK_E):
@@ -113,8 +121,9 @@ def project_fwd_kernel(
     part_eps,
     DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    BLOCK_O: tl.constexpr,  # a whole part
+    BLOCK_S: tl.constexpr,  # of the columns of x, what the statistics take at once,
+    BLOCK_E: tl.constexpr,  # and what is multiplied at once
     PRECISION: tl.constexpr,
 ):
     s = tl.program_id(1)
@@ -127,7 +136,7 @@ def project_fwd_kernel(
     o = tl.arange(0, BLOCK_O)
     group_row = g.to(tl.int64) * B + start
     x_ptr += group_row * E
-    mean, rstd = _row_statistics(x_ptr, E, m, rows, E, eps, BLOCK_M, BLOCK_E)
+    mean, rstd = _row_statistics(x_ptr, E, m, rows, E, eps, BLOCK_M, BLOCK_S)
     if tl.load(table_ptr + 2 * G + g) == s:
         tl.store(statistics_ptr + group_row + m, mean, mask=m < rows)
         tl.store(statistics_ptr + tl.cast(G, tl.int64) * B + group_row + m, rstd, mask=m < rows)
@@ -216,9 +225,9 @@ def project_bwd_rows_kernel(
         )
         mean = tl.sum(grads, axis=1) / size
         along = tl.sum(grads * parts, axis=1) / size
-        for first in range(0, BLOCK_O, BLOCK_K):
+        for first in range(0, size, BLOCK_K):
             o = first + tl.arange(0, BLOCK_K)
-            here, entries, grad, part = _part(  # loaded once where BLOCK_K is BLOCK_O
+            here, entries, grad, part = _part(
                 grad_ptr, part_weight_ptr, normed_ptr, start, m, rows, o, size, first_column, total
             )
             of_linear = (grad - mean[:, None] - part * along[:, None]) * deviation[:, None]
@@ -367,10 +376,8 @@ class Project(torch.autograd.Function):
         G, B, E = x.shape
         grad = grads[0].contiguous()
         table = offset_table(outputs.sizes, parts.sizes, x.device)
-        of_x, of_weight = torch.empty_like(x), torch.empty_like(weight)
+        of_x = torch.empty_like(x)
         tiles = triton.cdiv(outputs.widest, config.weights["BLOCK_O"])
-        of_scale = x.new_empty(tiles, 2, G, E)
-        of_bias, of_part_weight, of_part_bias = (torch.empty_like(part_weight) for _ in range(3))
         of_linear = torch.empty_like(normed)
         if B:
             project_bwd_rows_kernel[(triton.cdiv(B, config.rows["BLOCK_M"]), G)](
@@ -378,12 +385,19 @@ class Project(torch.autograd.Function):
                 B, G, parts.groups, E, parts.total, drop_below(ctx.dropout), keep_scale(ctx.dropout),
                 DROPOUT=ctx.dropout > 0.0, **config.rows,
             )  # fmt: skip
-        project_bwd_weights_kernel[(triton.cdiv(E, config.weights["BLOCK_E"]) + 1, G, tiles)](
-            grad, x, gain, shift, weight, table, statistics, normed, of_linear, of_scale, of_weight, of_bias,
-            of_part_weight, of_part_bias, B, G, E, parts.total, **config.weights,
-        )  # fmt: skip
-        of_gain, of_shift = of_scale.sum(0) if tiles > 1 else of_scale[0]
-        return of_x, of_gain, of_shift, of_weight, of_bias, of_part_weight, of_part_bias, *[None] * 5
+
+        def of_parameters() -> tuple[Tensor, ...]:
+            of_weight = torch.empty_like(weight)
+            of_scale = x.new_empty(tiles, 2, G, E)
+            of_bias, of_part_weight, of_part_bias = (torch.empty_like(part_weight) for _ in range(3))
+            project_bwd_weights_kernel[(triton.cdiv(E, config.weights["BLOCK_E"]) + 1, G, tiles)](
+                grad, x, gain, shift, weight, table, statistics, normed, of_linear, of_scale, of_weight, of_bias,
+                of_part_weight, of_part_bias, B, G, E, parts.total, **config.weights,
+            )  # fmt: skip
+            of_gain, of_shift = of_scale.sum(0) if tiles > 1 else of_scale[0]
+            return of_gain, of_shift, of_weight, of_bias, of_part_weight, of_part_bias
+
+        return of_x, *later(of_parameters, [grad, x, statistics, normed, of_linear]), *[None] * 5
 
 
 def fits(x: Tensor, outputs: Ragged, parts: Ragged) -> bool:
@@ -415,7 +429,7 @@ def _projection(E: int, parts: Ragged, precision: str) -> list[Specimen]:
     config = ProjectConfig.of(E, outputs, parts, precision)
     shape = f"{B} rows, {G} of {E} to {total}, {precision}"
     x, out, weight, statistics = G * B * E, B * total, total * E, 2 * G * B
-    dots = {"dot_ops": 2 * out * E, "passes": passes(precision)}
+    dots: dict[str, Any] = {"dot_ops": 2 * out * E, "passes": passes(precision)}
     return [
         Specimen.launched(
             project_fwd_kernel, shape, {"DROPOUT": True, **config.forward},

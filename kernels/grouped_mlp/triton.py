@@ -18,7 +18,7 @@ from torch import Tensor
 from spinlock_fast.kernels._triton.specimen import FEATURES, ROWS, SEED, Specimen
 from spinlock_fast.kernels.grouped_mlp.ragged import Ragged
 from spinlock_fast.kernels.precision import cuda_matmul
-from spinlock_fast.kernels.streams import side_by_side
+from spinlock_fast.kernels.streams import later
 
 _PROGRAMS = 128  # what fills a device: below it, tiles are small
 
@@ -42,6 +42,11 @@ class ProductConfig:
             return cls(32, 32, 32, precision)
         many = groups * triton.cdiv(rows, 64) * triton.cdiv(columns, 64) >= _PROGRAMS
         return cls(64, 64, 32, precision) if many else cls(32, 32, 64, precision)
+
+    @classmethod
+    def of_weights(cls, precision: str) -> ProductConfig:
+        """Where sums run over rows: measured, not derived."""
+        return cls(32, 32, 64 if precision == "tf32" else 32, precision)
 
     @property
     def tiles(self) -> dict[str, Any]:
@@ -181,6 +186,64 @@ def grouped_mlp_fwd_first_kernel(
     tl.store(out_ptr + (m * H)[:, None] + n[None, :], out, mask=(m < rows)[:, None] & (n < H)[None, :])
 
 
+@triton.jit(do_not_specialize=["scale"])
+def grouped_product_kernel(
+    a_ptr,  # [G, B, K]
+    w_ptr,  # [G, K, N], strided
+    bias_ptr,  # [G, N], or not read
+    hidden_ptr,  # [G, B, N], or not read
+    out_ptr,  # [G, B, N]
+    B,
+    K,
+    N,
+    w_group,
+    w_row,
+    w_column,
+    scale,
+    BIAS: tl.constexpr,  # added; else the product times scale where hidden values are not 0, and 0 where they are
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One product for every group."""
+    g = tl.program_id(2).to(tl.int64)
+    start = tl.program_id(0).to(tl.int64) * BLOCK_M
+    m = tl.arange(0, BLOCK_M)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = tl.minimum(B - start, BLOCK_M).to(tl.int32)
+    a_ptr += (g * B + start) * K
+    w_ptr += g * w_group
+    out = _product(a_ptr, K, 1, w_ptr, w_row, w_column, m, n, rows, N, K, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
+    places = (g * B + start) * N + ((m * N)[:, None] + n[None, :])
+    here = (m < rows)[:, None] & (n < N)[None, :]
+    if BIAS:
+        out += tl.load(bias_ptr + g * N + n, mask=n < N, other=0.0)[None, :]
+    else:  # a hidden value of 0 was cut off or dropped; either way nothing goes back through it
+        out = tl.where(tl.load(hidden_ptr + places, mask=here, other=0.0) == 0.0, 0.0, out * scale)
+    tl.store(out_ptr + places, out, mask=here)
+
+
+def _grouped_product(
+    a: Tensor,
+    weight: Tensor,
+    precision: str,
+    bias: Tensor | None = None,
+    hidden: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """a [G, B, K] times weight [G, K, N], plus bias or behind hidden values; see the kernel."""
+    (G, B, K), N = a.shape, weight.shape[2]
+    out = torch.empty(G, B, N, dtype=a.dtype, device=a.device)
+    config = ProductConfig.of(G, B, N, precision)
+    if B:
+        grouped_product_kernel[(triton.cdiv(B, config.block_m), triton.cdiv(N, config.block_n), G)](
+            a, weight, bias if bias is not None else a, hidden if hidden is not None else a, out, B, K, N,
+            *weight.stride(), scale, BIAS=bias is not None, **config.tiles,
+        )  # fmt: skip
+    return out
+
+
 @triton.jit(do_not_specialize=["B", "G"])
 def grouped_mlp_bwd_first_kernel(
     x_ptr,  # [B, sum n]
@@ -241,7 +304,7 @@ def grouped_mlp_bwd_first_kernel(
 
 
 class GroupedMLP(torch.autograd.Function):
-    """`op.grouped_mlp`; all tensors float32. The second layer, of one shape for all groups, is torch's product."""
+    """`op.grouped_mlp`; all tensors float32. The gradient of the second weights is torch's product."""
 
     @staticmethod
     def forward(
@@ -261,12 +324,12 @@ class GroupedMLP(torch.autograd.Function):
             )  # fmt: skip
         ctx.inputs, ctx.scale, ctx.precision = inputs, keep_scale(dropout), precision
         ctx.save_for_backward(x, w1, hidden, w2)
-        return torch.baddbmm(b2[:, None], hidden, w2)
+        return _grouped_product(hidden, w2, precision, bias=b2.contiguous())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, w1, hidden, w2 = ctx.saved_tensors
-        (grad,) = grads
+        grad = grads[0].contiguous()
 
         def of_second() -> tuple[Tensor, ...]:
             # With the strides of the weights a gradient is taken over by its parameter as it is, transposed or not.
@@ -274,14 +337,10 @@ class GroupedMLP(torch.autograd.Function):
                 return hidden.transpose(1, 2) @ grad, grad.sum(1)
             return (grad.transpose(1, 2) @ hidden).transpose(1, 2), grad.sum(1)
 
-        def of_first() -> tuple[Tensor | None, ...]:
-            of_hidden = torch.baddbmm(grad.new_empty(()), grad, w2.transpose(1, 2), beta=0.0, alpha=ctx.scale)
-            # A hidden value of 0 was cut off or dropped; either way nothing goes back through it.
-            of_hidden = torch.ops.aten.threshold_backward(of_hidden, hidden, 0.0)
-            return _of_first(x, w1, of_hidden, ctx.inputs, ctx.precision, ctx.needs_input_grad[0])
-
         with cuda_matmul(tf32=ctx.precision == "tf32"):
-            (of_x, of_w1, of_b1), (of_w2, of_b2) = side_by_side([of_first, of_second], [grad, x, w1, hidden, w2])
+            of_w2, of_b2 = later(of_second, [grad, hidden])
+        of_hidden = _grouped_product(grad, w2.transpose(1, 2), ctx.precision, hidden=hidden, scale=ctx.scale)
+        of_x, of_w1, of_b1 = _of_first(x, w1, of_hidden, ctx.inputs, ctx.precision, ctx.needs_input_grad[0])
         return of_x, of_w1, of_b1, of_w2, of_b2, None, None
 
 
@@ -293,7 +352,7 @@ def _of_first(
     options: dict[str, Any] = {"dtype": x.dtype, "device": x.device}
     of_w1, of_b1 = torch.empty_like(w1), torch.empty(G, H, **options)
     of_x = torch.empty(B, inputs.total, **options) if with_x else None
-    config = ProductConfig.of(G, B, H, precision)
+    config = ProductConfig.of_weights(precision)
     m, n = config.block_m, config.block_n
     jobs = (triton.cdiv(inputs.widest, m) + 1) * triton.cdiv(H, n)
     if of_x is not None:
@@ -315,7 +374,22 @@ def specimens(capability: int) -> list[Specimen]:
         *_networks_backward(*categories, "tf32", of_x=False),
         *_networks_backward(*decoder, "tf32", of_x=True),
         *_networks_backward(*decoder, "tf32x3", of_x=True),
+        *(
+            _second_layer(len(FEATURES), *sizes, precision, bias)
+            for precision in ("tf32", "tf32x3")
+            for sizes, bias in (((512, 256), True), ((256, 512), False))
+        ),
     ]
+
+
+def _second_layer(G: int, K: int, N: int, precision: str, bias: bool) -> Specimen:
+    B = ROWS
+    return Specimen.launched(
+        grouped_product_kernel, f"{B} rows, {G} of {K} to {N}, {precision}",
+        {"BIAS": bias, **ProductConfig.of(G, B, N, precision).tiles},
+        num_bytes=4 * G * (B * K + K * N + (1 + (not bias)) * B * N), float_ops=G * B * N,
+        dot_ops=2 * G * B * K * N, passes=passes(precision),
+    )  # fmt: skip
 
 
 def _networks_forward(sizes: tuple[int, ...], H: int, precision: str) -> list[Specimen]:
@@ -335,7 +409,7 @@ def _networks_backward(sizes: tuple[int, ...], H: int, precision: str, of_x: boo
     return [
         Specimen.launched(
             grouped_mlp_bwd_first_kernel, f"{B} rows, {G} of {total} to {H}, {precision}",
-            {"OF_X": of_x, **ProductConfig.of(G, B, H, precision).tiles},
+            {"OF_X": of_x, **ProductConfig.of_weights(precision).tiles},
             num_bytes=4 * ((B + H) * total * (1 + of_x) + G * H * (B + 1)), float_ops=G * B * H,
             dot_ops=2 * B * total * H * (1 + of_x), passes=passes(precision),
         )

@@ -1,5 +1,5 @@
 """Correlations between distances of features, of latents and of codes, with their gradient."""
 
-from spinlock_fast.kernels.topo_loss.op import topographic_correlations
+from spinlock_fast.kernels.topo_loss.op import topographic_correlations, topographic_loss
 
-__all__ = ["topographic_correlations"]
+__all__ = ["topographic_correlations", "topographic_loss"]

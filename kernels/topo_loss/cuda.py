@@ -1,4 +1,4 @@
-"""The topographic correlations by Triton kernels, as an autograd function."""
+"""The topographic correlations, and the loss made of them, by Triton kernels, as autograd functions."""
 
 from __future__ import annotations
 
@@ -26,24 +26,50 @@ class Correlations(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, latents: Tensor, codes: Tensor, codebook: Tensor, layout: CodebookLayout
     ) -> tuple[Tensor, Tensor]:
-        x, latents = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, latents))
-        codes, codebook = codes.contiguous(), codebook.contiguous()
-        S, F = x.shape
-        sets = triton.point_sets(F, layout, x.device)
-        points = triton.gather(x, latents, codes, codebook, layout)
-        distances = triton.distances(points, sets, S, _rounding(layout.max_dims), _rounding(F))
-        found, stats = triton.correlations(distances, sets, layout.groups)
-        ctx.layout, ctx.sets = layout, sets
-        ctx.save_for_backward(found, stats, distances, *points, codes, codebook)
+        found, _ = _found(ctx, x, latents, codes, codebook, layout, 0.0)
         pre, post = found.unbind()
         return pre.clone(), post.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None, None, None]:
-        layout: CodebookLayout = ctx.layout
-        found, stats, distances, *points, codes, codebook = ctx.saved_tensors
-        grad = pull.gradient(
-            grads[0], grads[1], found, stats, distances, triton.Points(*points), ctx.sets, codes, codebook, layout,
-            _rounding(layout.max_dims),
-        )  # fmt: skip
-        return None, grad, None, None, None
+        return None, _gradient(ctx, grads[0], grads[1], (1.0, 1.0)), None, None, None
+
+
+class Loss(torch.autograd.Function):
+    """`op.topographic_loss` of float32 tensors on a CUDA device."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, latents: Tensor, codes: Tensor, codebook: Tensor, layout: CodebookLayout, pre_share: float
+    ) -> Tensor:
+        ctx.factors = (-pre_share, pre_share - 1.0)
+        return _found(ctx, x, latents, codes, codebook, layout, pre_share)[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None, None, None, None]:
+        return None, _gradient(ctx, grads[0], grads[0], ctx.factors), None, None, None, None
+
+
+def _found(
+    ctx: Any, x: Tensor, latents: Tensor, codes: Tensor, codebook: Tensor, layout: CodebookLayout, pre_share: float
+) -> tuple[Tensor, Tensor]:
+    """Both correlations [2] and the loss; keeps what their gradient needs."""
+    x, latents = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, latents))
+    codes, codebook = codes.contiguous(), codebook.contiguous()
+    S, F = x.shape
+    sets = triton.point_sets(F, layout, x.device)
+    points = triton.gather(x, latents, codes, codebook, layout)
+    distances = triton.distances(points, sets, S, _rounding(layout.max_dims), _rounding(F))
+    found, loss, stats = triton.correlations(distances, sets, layout.groups, pre_share)
+    ctx.layout, ctx.sets = layout, sets
+    ctx.save_for_backward(found, stats, distances, *points, codes, codebook)
+    return found, loss
+
+
+def _gradient(ctx: Any, grad_pre: Tensor, grad_post: Tensor, factors: tuple[float, float]) -> Tensor:
+    layout: CodebookLayout = ctx.layout
+    found, stats, distances, *points, codes, codebook = ctx.saved_tensors
+    return pull.gradient(
+        grad_pre, grad_post, found, stats, distances, triton.Points(*points), ctx.sets, codes, codebook, layout,
+        _rounding(layout.max_dims), factors,
+    )  # fmt: skip

@@ -44,11 +44,7 @@ def topographic_correlations(
     function: type[torch.autograd.Function] = _Correlations
     if serves(x, latents, codebook):
         function = native.Correlations
-    elif (
-        x.dtype == latents.dtype == codebook.dtype == torch.float32
-        and resolve_backend("auto", x) == "triton"
-        and len(x) > 0
-    ):
+    elif _runs_triton(x, latents, codebook):
         from spinlock_fast.kernels.topo_loss import cuda
 
         function = cuda.Correlations
@@ -56,6 +52,24 @@ def topographic_correlations(
     with cuda_matmul(tf32=False):
         pre, post = function.apply(x.detach(), latents, codes, codebook.detach(), layout)
     return pre, post
+
+
+def topographic_loss(
+    x: Tensor, latents: Tensor, codes: Tensor, codebook: Tensor, layout: CodebookLayout, pre_share: float
+) -> Tensor:
+    """1 - pre_share * pre - (1 - pre_share) * post of `topographic_correlations`, which says what the rest is."""
+    if not serves(x, latents, codebook) and _runs_triton(x, latents, codebook):
+        from spinlock_fast.kernels.topo_loss import cuda
+
+        loss: Tensor = cuda.Loss.apply(x.detach(), latents, codes, codebook.detach(), layout, pre_share)  # type: ignore[no-untyped-call]
+        return loss
+    pre, post = topographic_correlations(x, latents, codes, codebook, layout)
+    return 1.0 - torch.lerp(post, pre, pre_share)
+
+
+def _runs_triton(x: Tensor, latents: Tensor, codebook: Tensor) -> bool:
+    same = x.dtype == latents.dtype == codebook.dtype == torch.float32
+    return same and resolve_backend("auto", x) == "triton" and len(x) > 0
 
 
 class _Correlations(torch.autograd.Function):

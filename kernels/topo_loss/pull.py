@@ -22,14 +22,20 @@ from spinlock_fast.kernels.layout import CodebookLayout
 from spinlock_fast.kernels.streams import side_by_side
 from spinlock_fast.kernels.topo_loss.triton import BLOCK_PAIRS, COLUMNS, Points, PointSets, load_tile, products_of
 
-# By the width of a codebook: as narrow as it is, for most of a wide tile would be zeros.
+# By the width of a codebook: as narrow as it is, for most of a wide tile would be zeros. A width between two powers of
+# two is a head and a tail.
 _PULL: list[dict[str, Any]] = [
-    {"ABOVE": 0, "CHUNK": 16, "WIDE": False, "BLOCK_I": 64, "BLOCK_J": 64, "num_warps": 4, "num_stages": 1},
-    {"ABOVE": 16, "CHUNK": 32, "WIDE": False, "BLOCK_I": 16, "BLOCK_J": 32, "num_warps": 2, "num_stages": 1},
-    {"ABOVE": 32, "CHUNK": 64, "WIDE": False, "BLOCK_I": 16, "BLOCK_J": 32, "num_warps": 4, "num_stages": 1},
-    {"ABOVE": 64, "CHUNK": 64, "WIDE": True, "BLOCK_I": 16, "BLOCK_J": 64, "num_warps": 8, "num_stages": 1},
+    {"ABOVE": above, "HEAD": head, "TAIL": tail, "WIDE": wide, **tiles, "num_stages": 1}
+    for above, head, tail, wide, tiles in (
+        (0, 16, 0, False, {"BLOCK_I": 64, "BLOCK_J": 64, "num_warps": 4}),
+        (16, 32, 0, False, {"BLOCK_I": 16, "BLOCK_J": 64, "num_warps": 4}),
+        (32, 64, 0, False, {"BLOCK_I": 16, "BLOCK_J": 64, "num_warps": 4}),
+        (64, 64, 32, False, {"BLOCK_I": 16, "BLOCK_J": 64, "num_warps": 8}),
+        (96, 128, 0, False, {"BLOCK_I": 16, "BLOCK_J": 64, "num_warps": 8}),
+        (128, 128, 32, False, {"BLOCK_I": 16, "BLOCK_J": 64, "num_warps": 8}),
+        (160, 128, 0, True, {"BLOCK_I": 16, "BLOCK_J": 32, "num_warps": 8}),
+    )
 ]
-_PULL_CODES: dict[str, Any] = {"BLOCK_S": 32, "BLOCK_J": 32, "BLOCK_D": COLUMNS, "num_warps": 4, "num_stages": 1}
 
 
 @triton.jit(do_not_specialize=["S", "G"])
@@ -45,6 +51,8 @@ def topo_weights_bwd_kernel(
     G,
     parts,
     padded,
+    pre_factor,  # of the gradients
+    post_factor,
     BLOCK_S: tl.constexpr,
 ):
     i, j = tl.program_id(0), tl.program_id(1)
@@ -59,8 +67,8 @@ def topo_weights_bwd_kernel(
         x_dev, z_dev, e_dev = tl.load(stats_ptr + 3), tl.load(stats_ptr + 4), tl.load(stats_ptr + 5)
         # dr/db = (a - r b) / sigma_b for standardized a, b, over S (S - 1) / 2 pairs and G codebooks.
         share = 2.0 / (tl.maximum(S.to(tl.float32) * (S - 1), 1.0) * G)
-        to_pre = tl.where(tl.load(stats_ptr + 6) > 0.0, share * tl.load(grad_pre_ptr), 0.0)
-        to_post = tl.where(tl.load(stats_ptr + 7) > 0.0, share * tl.load(grad_post_ptr), 0.0)
+        to_pre = tl.where(tl.load(stats_ptr + 6) > 0.0, share * pre_factor * tl.load(grad_pre_ptr), 0.0)
+        to_post = tl.where(tl.load(stats_ptr + 7) > 0.0, share * post_factor * tl.load(grad_post_ptr), 0.0)
         x = (tl.load(distances_ptr + at, mask=here, other=0.0) - x_mean) / x_dev
         z = (tl.load(distances_ptr + matrix + at, mask=here, other=0.0) - z_mean) / z_dev
         e = (tl.load(distances_ptr + (1 + parts) * matrix + at, mask=here, other=0.0) - e_mean) / e_dev
@@ -91,7 +99,8 @@ def topo_pull_bwd_kernel(
     total_dims,
     rounding,
     ABOVE: tl.constexpr,  # columns of the sets that this launch serves: more than this,
-    CHUNK: tl.constexpr,  # and at most as many as a program makes of the gradient,
+    HEAD: tl.constexpr,  # and at most HEAD + TAIL, as many as a program makes of the gradient,
+    TAIL: tl.constexpr,  # 0 for none
     WIDE: tl.constexpr,  # unless WIDE: then several programs share a set, and each forms the distances
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
@@ -103,36 +112,47 @@ def topo_pull_bwd_kernel(
     first_column = tl.load(table_ptr + sets + s)
     here = tl.load(table_ptr + 2 * sets + s)
     width = tl.load(table_ptr + 3 * sets + s)
-    mine = tl.program_id(2) * CHUNK
-    limit = CHUNK
+    mine = tl.program_id(2) * (HEAD + TAIL)
+    limit = HEAD + TAIL
     if WIDE:
         limit = width
     if (width > ABOVE) & (width <= limit) & (mine < width):
         ri = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
         norms_ptr += s * padded
-        c = mine + tl.arange(0, CHUNK)
-        a = load_tile(points_ptr, ri, here, c, width, columns)  # [BLOCK_I, CHUNK]
+        c = mine + tl.arange(0, HEAD)
+        a = load_tile(points_ptr, ri, here, c, width, columns)  # [BLOCK_I, HEAD]
+        pulled = tl.zeros([BLOCK_I, HEAD], dtype=tl.float32)
+        if TAIL > 0:
+            c_tail = mine + HEAD + tl.arange(0, TAIL)
+            a_tail = load_tile(points_ptr, ri, here, c_tail, width, columns)
+            pulled_tail = tl.zeros([BLOCK_I, TAIL], dtype=tl.float32)
         own = tl.load(norms_ptr + ri)
         row = tl.zeros([BLOCK_I], dtype=tl.float32)
-        pulled = tl.zeros([BLOCK_I, CHUNK], dtype=tl.float32)
         for start in range(0, padded, BLOCK_J):
             rj = start + tl.arange(0, BLOCK_J)
-            b = load_tile(points_ptr, rj, here, c, width, columns)  # [BLOCK_J, CHUNK]
+            b = load_tile(points_ptr, rj, here, c, width, columns)  # [BLOCK_J, HEAD]
             weight = tl.load(weight_ptr + (ri.to(tl.int64)[:, None] * padded + rj[None, :]))
             both = own[:, None] + tl.load(norms_ptr + rj)[None, :]
             products = tl.dot(a, tl.trans(b), input_precision="tf32x3")
+            if TAIL > 0:
+                b_tail = load_tile(points_ptr, rj, here, c_tail, width, columns)
+                products = tl.dot(a_tail, tl.trans(b_tail), products, input_precision="tf32x3")
             if WIDE:
-                products = products_of(points_ptr, products, ri, rj, here, mine, columns, CHUNK)
-                after = mine + CHUNK
-                products = products_of(points_ptr, products, ri, rj, here + after, width - after, columns, CHUNK)
+                products = products_of(points_ptr, products, ri, rj, here, mine, columns, 32)
+                after = mine + HEAD + TAIL
+                products = products_of(points_ptr, products, ri, rj, here + after, width - after, columns, 32)
             square = both - 2.0 * products
             near = (square <= rounding * both) | (ri[:, None] == rj[None, :]) | (square != square)
             pull = tl.where(near, 0.0, weight * tl.rsqrt(tl.where(near, 1.0, square)))
             row += tl.sum(pull, axis=1)
             pulled = tl.dot(pull, b, pulled, input_precision="tf32x3")
-        grad = a * row[:, None] - pulled
-        out = ri.to(tl.int64)[:, None] * total_dims + (first_column + c)[None, :]
-        tl.store(grad_ptr + out, grad, mask=(ri < S)[:, None] & (c < D)[None, :])
+            if TAIL > 0:
+                pulled_tail = tl.dot(pull, b_tail, pulled_tail, input_precision="tf32x3")
+        out = grad_ptr + (ri.to(tl.int64)[:, None] * total_dims + first_column)
+        rows = (ri < S)[:, None]
+        tl.store(out + c[None, :], a * row[:, None] - pulled, mask=rows & (c < D)[None, :])
+        if TAIL > 0:
+            tl.store(out + c_tail[None, :], a_tail * row[:, None] - pulled_tail, mask=rows & (c_tail < D)[None, :])
 
 
 @triton.jit(do_not_specialize=["S", "G", "total_dims"])
@@ -225,22 +245,23 @@ def gradient(
     codebook: Tensor,
     layout: CodebookLayout,
     rounding: float,
+    factors: tuple[float, float] = (1.0, 1.0),
 ) -> Tensor:
-    """Gradient of the latents [S, sum D]."""
+    """Gradient of the latents [S, sum D], from those of the correlations times `factors`."""
     S, G = codes.shape
     padded = found.points.shape[0]
     options: dict[str, Any] = {"dtype": torch.float32, "device": codes.device}
     of_z, of_e = torch.empty(padded, padded, **options), torch.empty(padded, padded, **options)
     tiles = padded // BLOCK_PAIRS
     topo_weights_bwd_kernel[(tiles, tiles)](
-        grad_pre, grad_post, correlations, stats, distances, of_z, of_e, S, G, sets.parts[1], padded,
+        grad_pre, grad_post, correlations, stats, distances, of_z, of_e, S, G, sets.parts[1], padded, *factors,
         BLOCK_S=BLOCK_PAIRS, num_warps=4,
     )  # fmt: skip
 
     through_latents = torch.empty(S, layout.total_dims, **options)
 
     def of_latents(config: dict[str, Any]) -> Tensor:
-        chunks = triton.cdiv(layout.max_dims, config["CHUNK"]) if config["WIDE"] else 1
+        chunks = triton.cdiv(layout.max_dims, _columns(config)) if config["WIDE"] else 1
         topo_pull_bwd_kernel[(padded // config["BLOCK_I"], G, chunks)](
             found.points, found.norms, sets.table, of_z, through_latents, S, G, sets.columns, padded,
             layout.total_dims, rounding, **config,
@@ -249,9 +270,10 @@ def gradient(
 
     def of_codes() -> Tensor:
         grad = torch.empty(S, layout.total_dims, **options)
-        topo_pull_codes_bwd_kernel[(padded // _PULL_CODES["BLOCK_S"], G)](
+        config = _pull_codes(layout.max_codes)
+        topo_pull_codes_bwd_kernel[(padded // config["BLOCK_S"], G)](
             codebook, codes, found.points, found.norms, found.centre, sets.table, of_e, grad,
-            S, G, sets.columns, padded, layout.total_dims, rounding, BLOCK_K=_block_k(layout.max_codes), **_PULL_CODES,
+            S, G, sets.columns, padded, layout.total_dims, rounding, **config,
         )  # fmt: skip
         return grad
 
@@ -265,11 +287,20 @@ def gradient(
 
 
 def _serves(config: dict[str, Any], columns: int) -> bool:
-    return bool(columns > config["ABOVE"] and (config["WIDE"] or columns <= config["CHUNK"]))
+    return bool(columns > config["ABOVE"] and (config["WIDE"] or columns <= _columns(config)))
 
 
-def _block_k(codes: int) -> int:
-    return min(64, power_of_two(codes, 16))
+def _columns(config: dict[str, Any]) -> int:
+    """What a program makes of a gradient."""
+    return int(config["HEAD"] + config["TAIL"])
+
+
+def _pull_codes(codes: int) -> dict[str, Any]:
+    """Tiles for codebooks of so many codes at most."""
+    block_k = min(64, power_of_two(codes, 16))
+    block_j = 64 if block_k < 64 else 32  # both of 64 spill
+    tiles = {"BLOCK_S": 32, "BLOCK_J": block_j, "BLOCK_K": block_k, "BLOCK_D": COLUMNS}
+    return {**tiles, "num_warps": 4, "num_stages": 1}
 
 
 def specimens(capability: int) -> list[Specimen]:
@@ -281,7 +312,7 @@ def specimens(capability: int) -> list[Specimen]:
         Specimen(topo_weights_bwd_kernel, shape, {"BLOCK_S": BLOCK_PAIRS}, 4 * 7 * pairs // 2, 14 * pairs // 2, 0),
     ]  # fmt: skip
     for config in _PULL:
-        D = sum(d for d in SEED.dims if _serves(config, d)) or 152
+        D = sum(d for d in SEED.dims if _serves(config, d)) or _columns(config)
         books = sum(_serves(config, d) for d in SEED.dims) or 1
         found.append(
             Specimen.launched(
@@ -292,7 +323,7 @@ def specimens(capability: int) -> list[Specimen]:
     for codes in (16, 32, 64):
         found.append(
             Specimen.launched(
-                topo_pull_codes_bwd_kernel, f"{shape}, K <= {codes}", {"BLOCK_K": _block_k(codes), **_PULL_CODES},
+                topo_pull_codes_bwd_kernel, f"{shape}, K <= {codes}", _pull_codes(codes),
                 num_bytes=4 * (2 * S * width + entries + pairs) + 8 * S * G,
                 float_ops=6 * S * SEED.total_codes,
                 dot_ops=2 * pairs * SEED.total_codes + 4 * S * entries,

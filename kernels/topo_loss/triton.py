@@ -261,9 +261,11 @@ def spread(total, squares, pairs):
 def topo_stats_fwd_kernel(
     moments_ptr,  # [tiles, 8] float64
     correlations_ptr,  # [2] float32
+    loss_ptr,  # [] float32
     stats_ptr,  # [16] float32: means, deviations, whether they count
     S,
     tiles,
+    pre_share,
     BLOCK_T: tl.constexpr,
 ):
     k = tl.arange(0, 8)
@@ -282,6 +284,7 @@ def topo_stats_fwd_kernel(
     post = tl.where(post_counts, (pick(moments, k, 7) / pairs - z * e) / (z_dev * e_dev), 0.0)
     tl.store(correlations_ptr, pre.to(tl.float32))
     tl.store(correlations_ptr + 1, post.to(tl.float32))
+    tl.store(loss_ptr, (1.0 - pre_share * pre - (1.0 - pre_share) * post).to(tl.float32))
     tl.store(stats_ptr, x.to(tl.float32))
     tl.store(stats_ptr + 1, z.to(tl.float32))
     tl.store(stats_ptr + 2, e.to(tl.float32))
@@ -325,16 +328,20 @@ def distances(found: Points, sets: PointSets, rows: int, rounding: float, x_roun
     return out
 
 
-def correlations(found: Tensor, sets: PointSets, groups: int) -> tuple[Tensor, Tensor]:
-    """The two correlations [2] and the figures [16] that the gradient needs; distances become means over codebooks."""
+def correlations(found: Tensor, sets: PointSets, groups: int, pre_share: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The two correlations [2], the loss [] and the figures [16] that the gradient needs.
+
+    Distances become means over codebooks.
+    """
     S = found.shape[1]
     tiles = triton.cdiv(S, BLOCK_PAIRS)
     moments = torch.empty(tiles * tiles, 8, dtype=torch.float64, device=found.device)
     both = torch.empty(2, dtype=torch.float32, device=found.device)
+    loss = torch.empty((), dtype=torch.float32, device=found.device)
     stats = torch.empty(16, dtype=torch.float32, device=found.device)
     topo_moments_fwd_kernel[(tiles, tiles)](found, moments, S, groups, sets.parts[1], BLOCK_S=BLOCK_PAIRS, num_warps=4)
-    topo_stats_fwd_kernel[(1,)](moments, both, stats, S, tiles * tiles, BLOCK_T=128, num_warps=4)
-    return both, stats
+    topo_stats_fwd_kernel[(1,)](moments, both, loss, stats, S, tiles * tiles, pre_share, BLOCK_T=128, num_warps=4)
+    return both, loss, stats
 
 
 def specimens(capability: int) -> list[Specimen]:

@@ -218,13 +218,18 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.save_for_backward(z, quantized, codes)
     ctx.sizes = num_codes, dims
     ctx.rotation, ctx.backend = rotation, backend
-    ctx.set_materialize_grads(True)
+    ctx.set_materialize_grads(False)  # zeros for codes, counts and sums would be made in vain
+    ctx.parts = output[2].shape[0]
 
 
-def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     z, quantized, codes = ctx.saved_tensors
+    if grads[0] is None and grads[2] is None:
+        return (None,) * 9
+    of_quantized = torch.zeros_like(quantized) if grads[0] is None else grads[0]
+    of_error = quantized.new_zeros(ctx.parts, codes.shape[1]) if grads[2] is None else grads[2]
     grad_z = torch.ops.spinlock_fast.vq_assign_backward(
-        grads[0], grads[2], z, quantized, codes, *ctx.sizes, ctx.rotation, ctx.backend
+        of_quantized, of_error, z, quantized, codes, *ctx.sizes, ctx.rotation, ctx.backend
     )
     return grad_z, None, None, None, None, None, None, None, None
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from spinlock_fast.config import TrainingConfig
 from spinlock_fast.errors import ConfigError, DataError
 from spinlock_fast.features.names import family_of
-from spinlock_fast.features.statistics import Matrix, correlation
+from spinlock_fast.features.statistics import Blocks, correlation
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ _ROUNDING = 1e-9  # of a correlation
 MIN_ROWS = 10
 
 
-def discover_categories(x: Matrix, feature_names: Sequence[str], config: TrainingConfig, seed: int) -> Groups:
+def discover_categories(x: Blocks, feature_names: Sequence[str], config: TrainingConfig, seed: int) -> Groups:
     """Groups features whose values go together.
 
     Ward linkage of the distance 1 - |Pearson correlation|, cut into the number of clusters with the
@@ -181,7 +181,7 @@ def _position(member: object, position: dict[str, int], path: str | Path) -> int
     )
 
 
-def category_correlation(x: Matrix, groups: Groups) -> NDArray[np.float64]:
+def category_correlation(x: Blocks, groups: Groups) -> NDArray[np.float64]:
     """[C, C] mean |Pearson correlation| between the features of two categories (within one: of its pairs)."""
     strength = np.abs(correlation(x))
     member = np.zeros((x.shape[1], len(groups)))
@@ -197,7 +197,7 @@ def category_correlation(x: Matrix, groups: Groups) -> NDArray[np.float64]:
     return result
 
 
-def nearest_categories(x: Matrix, groups: Groups) -> Groups:
+def nearest_categories(x: Blocks, groups: Groups) -> Groups:
     """For each feature in no category, the category of the largest mean |Pearson correlation| with it.
 
     Returns:

@@ -10,8 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from spinlock_fast.features.selection import Selection
+
 Matrix = NDArray[np.float32] | NDArray[np.float64]
 Vector = NDArray[np.float64]
+Blocks = Matrix | Selection  # what can be read a few rows at a time
 Item = TypeVar("Item")
 
 MAD_TO_SIGMA = 1.4826  # standard deviations per MAD of a normal distribution
@@ -55,11 +58,14 @@ def on_threads(work: Callable[[Item], None], items: Iterable[Item]) -> None:
             pass
 
 
-def mean_and_std(x: Matrix) -> tuple[Vector, Vector]:
+def mean_and_std(x: Blocks) -> tuple[Vector, Vector]:
     """Per column, summed in float64, block by block of rows."""
-    mean = x.mean(axis=0, dtype=np.float64)
-    square = np.zeros(x.shape[1])
-    for start in range(0, x.shape[0], _ROWS_AT_ONCE):
+    starts = range(0, x.shape[0], _ROWS_AT_ONCE)
+    mean, square = np.zeros(x.shape[1]), np.zeros(x.shape[1])
+    for start in starts:
+        mean += x[start : start + _ROWS_AT_ONCE].sum(axis=0, dtype=np.float64)
+    mean /= max(x.shape[0], 1)
+    for start in starts:
         square += np.square(x[start : start + _ROWS_AT_ONCE] - mean).sum(axis=0)
     return mean, np.sqrt(square / max(x.shape[0], 1))
 
@@ -70,7 +76,7 @@ def robust_scale(x: Matrix, mad_scale: float = MAD_TO_SIGMA) -> tuple[Vector, Ve
     return median, np.where(mad > 0, mad_scale * mad, mean_and_std(x)[1])
 
 
-def correlation(x: Matrix, columns: NDArray[np.int64] | None = None) -> NDArray[np.float64]:
+def correlation(x: Blocks, columns: NDArray[np.int64] | None = None) -> NDArray[np.float64]:
     """Pearson correlation [F, F] between columns (all, or some); 0 with a constant one, 1 on the diagonal."""
     chosen = np.arange(x.shape[1]) if columns is None else columns
     mean, scale = (values[chosen] for values in mean_and_std(x))

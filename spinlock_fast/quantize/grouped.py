@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import Literal
 
 import torch
@@ -14,6 +15,17 @@ from spinlock_fast.kernels.ema_update import code_usage, ema_update, reset_dead_
 from spinlock_fast.kernels.layout import CodebookLayout
 from spinlock_fast.kernels.vq_assign import Assignment, lookup, vq_assign
 from spinlock_fast.quantize.kmeans import initialize_codes, kmeans
+
+
+@lru_cache(maxsize=256)
+def _over_dims(layout: CodebookLayout, factor: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """factor / D_g of every codebook [G]."""
+    with torch.inference_mode(False):
+        return factor / layout.indices(device).dims.to(dtype)
+
+
+def _nothing() -> None:
+    pass
 
 
 class GroupedVectorQuantizer(nn.Module):
@@ -143,6 +155,13 @@ class GroupedVectorQuantizer(nn.Module):
             quantized [..., sum D], codes [..., G], and the loss: the sum over codebooks of
             commitment_weight * mean((z - sg(e))^2) (with learned codes also mean((sg(z) - e)^2)).
         """
+        *found, move_codes = self.quantize(z, mask)
+        move_codes()
+        quantized, codes, loss = found
+        return quantized, codes, loss
+
+    def quantize(self, z: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Callable[[], None]]:
+        """What `forward` returns, and the update of the codes that is left to do, if any."""
         flat = z.reshape(-1, z.shape[-1])
         rows = mask.reshape(-1) if mask is not None else None
         updating = self.training and not self.frozen
@@ -159,23 +178,23 @@ class GroupedVectorQuantizer(nn.Module):
             backend=self.requested_backend,
         )
         loss = self._loss(found, flat.shape[0] if rows is None else rows.sum().clamp(min=1))
-        if updating:
-            self._update(found, flat.shape[0] if rows is None else rows.sum())
+        move_codes = partial(self._update, found, flat.shape[0] if rows is None else rows.sum())
         quantized = found.quantized.to(z.dtype).view(z.shape)
-        return quantized, found.codes.view(*z.shape[:-1], self.layout.groups), loss
+        codes = found.codes.view(*z.shape[:-1], self.layout.groups)
+        return quantized, codes, loss, move_codes if updating else _nothing
 
     def assign(self, z: Tensor, mask: Tensor | None = None) -> Assignment:
         """Nearest codes of z [N, sum D] without gradient or update."""
         return vq_assign(z, self.embedding, self.layout, mask, self.centred, backend=self.requested_backend)
 
     def _loss(self, found: Assignment, rows: Tensor | int) -> Tensor:
-        index = self.layout.indices(found.codes.device)
-        weight = 1.0 / index.dims
-        count = rows if isinstance(rows, Tensor) else max(rows, 1)
-        loss = self.commitment_weight * (found.squared_error * weight).sum() / count
+        errors = found.error_parts
+        count = 1 if isinstance(rows, Tensor) else max(rows, 1)
+        shares = partial(_over_dims, self.layout, dtype=errors.dtype, device=errors.device)
+        loss = (errors * shares(self.commitment_weight / count)).sum()
         if not self.use_ema:
-            loss = loss + (self._learned_error(found) * weight).sum() / count
-        return loss
+            loss = loss + (self._learned_error(found) * shares(1.0 / count)).sum()
+        return loss / rows if isinstance(rows, Tensor) else loss
 
     def _learned_error(self, found: Assignment) -> Tensor:
         """[G] sum over rows of ||sg(z) - e||^2, with its gradient to the codes: 2 (n_k e_k - s_k)."""

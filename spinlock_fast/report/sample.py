@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 from spinlock_fast.config import TrainingConfig
 from spinlock_fast.errors import DataError
 from spinlock_fast.features.categories import category_correlation, max_off_diagonal
+from spinlock_fast.features.selection import Selection
 from spinlock_fast.features.statistics import correlation
 from spinlock_fast.metrics import complete, evaluate
 from spinlock_fast.report.contents import Contents
+from spinlock_fast.rows import place_rows
 from spinlock_fast.trainer import split_rows
 
 # Of a correlation: features are kept in float32, normalised.
@@ -75,7 +77,7 @@ def measure_sample(contents: Contents, data: str | list[str]) -> Sample:
     )
     if not contents.metrics:
         training = contents.config.training if contents.config else TrainingConfig()
-        contents.metrics = evaluate(tokenizer.model, torch.from_numpy(x).to(tokenizer.device), training)
+        contents.metrics = evaluate(tokenizer.model, place_rows(Selection(x), tokenizer.device), training)
         complete(
             contents.metrics,
             tokenizer.model,

@@ -97,6 +97,7 @@ class Writer:
                 raise DataError(f"{output}: holds {self.finished} of {self.rows} operators; --overwrite starts again")
             return
         with self._writing():
+            output.parent.mkdir(parents=True, exist_ok=True)
             self._open(resume and not overwrite)
 
     @property

@@ -239,6 +239,7 @@ def test_conditions_of_another_shape_are_named(
         del file[path]
         file[path] = values
     assert run(analyze_main, checkpoints[0], wrong, "--output", tmp_path / "out", "--quiet") == 3
+    assert not (tmp_path / "out").exists()
     error = capsys.readouterr().err
     assert text in error
     assert path in error

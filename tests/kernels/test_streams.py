@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from spinlock_fast.kernels.streams import side_by_side
+from spinlock_fast.kernels.streams import joined, later, side_by_side
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
@@ -60,3 +60,54 @@ def test_branches_are_captured():
             graph.replay()
     torch.cuda.synchronize()
     torch.testing.assert_close(found, expected)
+
+
+class Weighted(torch.autograd.Function):
+    """x * w, whose gradient of w nobody waits for."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x * w
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, w = ctx.saved_tensors
+        of_w = later(lambda: busy(grad * x, 40).sum(0), [grad, x])
+        return grad * w, of_w
+
+
+def test_later_work_is_there_at_the_end():
+    start, weights = torch.randn(900, 700, device=DEVICE), torch.randn(3, 700, device=DEVICE)
+    expected = None
+    for joins in (False, True, True):
+        x, w = start.clone().requires_grad_(), [v.clone().requires_grad_() for v in weights]
+        y = x
+        for v in w:
+            y = Weighted.apply(y, v)
+        if joins:
+            with joined(x.device):
+                y.sum().backward()
+                filler = [torch.full_like(start, torch.nan) for _ in range(8)]  # what freed memory turns into
+        else:
+            y.sum().backward()
+        found = torch.stack([x.grad.sum(0), *(v.grad for v in w)])
+        if expected is None:
+            expected = found
+        assert torch.equal(found, expected)
+    del filler
+
+
+def test_an_error_ends_the_time_of_later_work():
+    x = torch.randn(3, device=DEVICE)
+
+    def fails():
+        with joined(x.device):
+            later(x.sum, [x])
+            raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        fails()
+    with joined(x.device):
+        total = later(x.sum, [x])
+    assert total == x.sum()

@@ -1,0 +1,132 @@
+"""What it costs that rows follow from main memory instead of lying on the device: steps a second, each way.
+
+    python benchmarks/bench_streaming.py --output streaming.json                 # 1,000,000 rows on a CUDA device
+    python benchmarks/bench_streaming.py --device cpu --rows 20000 --batches 512
+
+The same 172 features and 33 codebooks, the same batches; epochs alternate between the two ways, and the middle ratio
+of neighbours counts. `ready` is the share of an epoch in which the host sent rows, waited for them, or for the device
+where it was two halves of the table ahead. Before anything is timed, each way must give every step its own rows,
+launched ahead of the device as in training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+from epoch_profile import one_epoch
+from timing import write
+from torch import Tensor
+
+from spinlock_fast.benchmark import SEED_FEATURES, training_run
+from spinlock_fast.graphs import WARM_UP, own_stream
+from spinlock_fast.loop import TrainingRun
+from spinlock_fast.trainer import resolve_device
+
+WAYS = {"resident": "always", "streamed": "never"}
+
+
+def check_rows(run: TrainingRun, x: Tensor) -> None:
+    """Raises AssertionError where a step of an epoch would find other rows than the order gives it."""
+    step = run.one_step
+    order, there = torch.randperm(len(x)), x.to(run.device)
+    places, numbers = step.feed.begin(order, 0).to(run.device), order.to(run.device)
+    differences = torch.zeros(step.count, dtype=torch.int64, device=run.device)
+    for i in range(step.count):
+        assert step.feed.ready(i) >= 1
+        mine = slice(i * step.batch, (i + 1) * step.batch)
+        differences[i] = (step.x[places[mine]] != there[numbers[mine]]).any(1).sum()
+    assert not differences.any(), f"steps {differences.nonzero()[:, 0].tolist()[:5]} read other rows than their own"
+
+
+def epoch_seconds(run: TrainingRun) -> tuple[float, float]:
+    """Seconds of an epoch, and of what the host did for its rows in it."""
+    feed, spent = run.one_step.feed, 0.0
+    original = feed.ready
+
+    def timed(step: int) -> int:
+        nonlocal spent
+        started = time.perf_counter()
+        steps = original(step)
+        spent += time.perf_counter() - started
+        return steps
+
+    feed.ready = timed  # type: ignore[method-assign]
+    try:
+        started = time.perf_counter()
+        one_epoch(run)  # its summary waits for the device
+        return time.perf_counter() - started, spent
+    finally:
+        del feed.ready
+
+
+def measured(rows: int, batch: int, device: str, epochs: int) -> dict[str, Any]:
+    """One row of the results."""
+    x = torch.randn(rows, sum(SEED_FEATURES), generator=torch.Generator().manual_seed(0))
+    runs = {way: training_run(batch, device=device, x=x, training__data_on_device=where) for way, where in WAYS.items()}
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    waits: list[float] = []
+    for run in runs.values():
+        with own_stream(run.device):
+            check_rows(run, x)
+            for _ in range(WARM_UP + 1 if run.launcher.capturing else 1):
+                one_epoch(run)
+    for _ in range(epochs):
+        for way, run in runs.items():
+            with own_stream(run.device):
+                whole, spent = epoch_seconds(run)
+            seconds[way].append(whole)
+            if way == "streamed":
+                waits.append(spent / whole)
+    steps = runs["resident"].one_step.count
+    assert all(math.isfinite(run.one_step.summary().loss) for run in runs.values())
+    ratios = [a / b for a, b in zip(seconds["resident"], seconds["streamed"], strict=True)]
+    streamed = statistics.median(seconds["streamed"])
+    return {
+        "rows": rows,
+        "batch": batch,
+        "steps": steps,
+        **{f"{way}_steps_per_second": steps / statistics.median(found) for way, found in seconds.items()},
+        "streamed_over_resident": statistics.median(ratios),
+        "ratios": ratios,
+        "streamed_gb_per_second": x.nbytes / streamed / 1e9,
+        "ready": statistics.median(waits),
+        "graphs": runs["streamed"].launcher.capturing,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """The command; returns the rows that it writes."""
+    options = argparse.ArgumentParser(description="Steps a second with rows that follow, against rows on the device.")
+    options.add_argument("--device", default="auto")
+    options.add_argument("--rows", type=int, default=1_000_000)
+    options.add_argument("--batches", type=int, nargs="+", default=[512, 4096, 65_536])
+    options.add_argument("--epochs", type=int, default=5)
+    options.add_argument("--output", type=Path, help="JSON file of results")
+    chosen = options.parse_args(arguments)
+    device = str(resolve_device(chosen.device))
+    rows = []
+    for batch in chosen.batches:
+        row = measured(chosen.rows, batch, device, chosen.epochs)
+        rows.append(row)
+        sys.stdout.write(
+            f"batch {batch}: {row['resident_steps_per_second']:.1f} steps/s resident, "
+            f"{row['streamed_steps_per_second']:.1f} streamed ({row['streamed_over_resident']:.3f}; "
+            f"{row['streamed_gb_per_second']:.2f} GB/s of rows, ready {row['ready']:.1%})\n"
+        )
+        if chosen.output is not None:
+            write(chosen.output, rows, device)  # what is measured is kept, whatever comes next
+    return rows
+
+
+if __name__ == "__main__":
+    main()

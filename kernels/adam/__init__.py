@@ -1,0 +1,1 @@
+"""The update of all parameters by Adam, in one launch."""

@@ -1,0 +1,107 @@
+"""Adam in one launch: under Triton's interpreter, or on a CUDA device where there is one."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from spinlock_fast.optimizer import FusedAdam
+
+pytest.importorskip("triton", reason="the package triton is not installed here")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
+
+
+@pytest.fixture(autouse=True)
+def _by_triton(monkeypatch):
+    monkeypatch.setenv("SPINLOCK_FAST_BACKEND", "triton")
+
+
+def parameters(shapes):
+    return [nn.Parameter(torch.randn(shape, device=DEVICE)) for shape in shapes]
+
+
+def moved(ours, rates, decay, decoupled, dtype=torch.float64):
+    """Steps of ours, and of torch's in float64, with the same random gradients."""
+    theirs = [nn.Parameter(p.detach().to(dtype)) for p in ours]
+    kind = torch.optim.AdamW if decoupled else torch.optim.Adam
+    reference = kind(theirs, lr=0.0, weight_decay=decay)
+    rate = torch.zeros(1, device=DEVICE)
+    adam = FusedAdam(ours, rate, decay, decoupled)
+    for value in rates:
+        rate.fill_(value)
+        reference.param_groups[0]["lr"] = value
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.to(dtype)
+        adam.step()
+        reference.step()
+    return adam, theirs
+
+
+@pytest.mark.parametrize(("decoupled", "decay"), [(False, 0.0), (False, 0.1), (True, 0.1)])
+def test_it_moves_weights_as_torch_does(decoupled, decay):
+    ours = parameters([(3, 5), (1,), (1025,), (40, 30), (2, 3, 7)])
+    ours[3] = nn.Parameter(ours[3].detach().t())  # dense, by columns
+    adam, theirs = moved(ours, [0.1, 0.05, 0.02, 0.01], decay, decoupled)
+    assert int(adam.count) == 4
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-6, atol=1e-6)
+
+
+def test_more_tensors_than_one_launch_names():
+    ours = parameters([(n,) for n in range(1, 71)])
+    adam, theirs = moved(ours, [0.1, 0.1], 0.0, False)
+    assert int(adam.count) == 2
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-6, atol=1e-6)
+
+
+def test_gradients_need_not_be_aligned_nor_laid_out_as_their_parameter():
+    (ours,) = parameters([(20, 30)])
+    start = ours.detach().clone()
+    grad = torch.randn(20, 30, device=DEVICE)
+    found = []
+    for other in (grad, grad.t().contiguous().t(), torch.cat([grad.new_zeros(1), grad.flatten()])[1:].view(20, 30)):
+        with torch.no_grad():
+            ours.copy_(start)
+        ours.grad = other
+        adam = FusedAdam([ours], torch.full((1,), 0.1, device=DEVICE))
+        adam.step()
+        found.append(ours.detach().clone())
+    assert not torch.equal(found[0], start)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_a_parameter_without_gradient_stays_and_may_get_one_later():
+    idle, used = parameters([(3,), (4,)])
+    before = idle.detach().clone()
+    adam = FusedAdam([idle, used], torch.full((1,), 0.1, device=DEVICE))
+    used.grad = torch.ones_like(used)
+    adam.step()
+    assert torch.equal(idle, before)
+    assert not adam.mean[0].any()
+    idle.grad = torch.ones_like(idle)
+    adam.step()
+    assert (idle < before).all()
+
+
+def test_small_gradients_keep_their_square():
+    """1 - beta2 has all of float64: in float32 it is off by 3e-5 of itself."""
+    (ours,) = parameters([(100,)])
+    adam = FusedAdam([ours], torch.full((1,), 0.1, device=DEVICE))
+    ours.grad = torch.full_like(ours, 1e-4)
+    adam.step()
+    torch.testing.assert_close(adam.square[0].double(), torch.full_like(ours, 1e-11).double(), rtol=1e-6, atol=0)
+
+
+def test_states_are_those_of_torch():
+    ours = parameters([(6, 4)])
+    adam, theirs = moved(ours, [0.1], 0.0, False, torch.float32)
+    reference = torch.optim.Adam(theirs)
+    state = copy.deepcopy(adam.state_dict())
+    state["param_groups"][0] |= {key: reference.param_groups[0][key] for key in reference.defaults}
+    reference.load_state_dict(state)
+    assert torch.equal(reference.state[theirs[0]]["exp_avg"], adam.mean[0])
