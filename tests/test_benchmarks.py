@@ -107,13 +107,13 @@ def test_the_full_run_measures_itself(source: Path, tmp_path: Path) -> None:
 def test_a_run_that_did_something_else_is_not_timed(wrong: dict[str, Any]) -> None:
     from full_run import check_sane
 
-    metrics = {"samples": 100, "epochs": 3, "val_rows": 10, "reconstruction_error": 0.3, "utilization": 0.5}
-    history = [{"train_loss": loss} for loss in (3.0, 2.0, 1.0)]
-    check_sane(metrics, history, 100, 3)
+    metrics = {"samples": 100, "epochs": 30, "val_rows": 10, "reconstruction_error": 0.3, "utilization": 0.5}
+    history = [{"train_loss": 1.0 / epoch} for epoch in range(1, 31)]
+    check_sane(metrics, history, 100, 30)
     with pytest.raises(AssertionError):
-        check_sane({**metrics, **wrong}, history, 100, 3)
+        check_sane({**metrics, **wrong}, history, 100, 30)
     with pytest.raises(AssertionError, match="rose"):
-        check_sane(metrics, history[::-1], 100, 3)
+        check_sane(metrics, history[::-1], 100, 30)
 
 
 def nothing(*_: Any, **__: Any) -> None:
