@@ -110,6 +110,7 @@ class TrainingRun:
         self.epoch = 0  # finished epochs
         self.step = 0  # finished steps of the epoch under way
         self._order: tuple[int, Tensor] | None = None  # of an epoch, drawn ahead
+        self._reads_late = device.type == "cuda"  # an epoch's figures, when the steps of the next one are launched
         self._unread: _Unread | None = None
         self._read_at = 0.0
         self.history: list[EpochRecord] = []
@@ -163,7 +164,7 @@ class TrainingRun:
         interval = training.dead_code_reset_interval
         resets = not last and interval > 0 and self.epoch % interval == 0
         saves = not last and self.epoch % training.save_every == 0
-        if self.device.type == "cuda" and not (validates or resets or saves):
+        if self._reads_late and not (validates or resets or saves):
             return
         record = self._read()
         assert record is not None
