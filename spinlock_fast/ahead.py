@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from importlib import import_module
 
 import torch
@@ -40,7 +41,5 @@ def import_ahead(device: torch.device, tensorboard: bool) -> threading.Thread:
 
 def _import(names: list[str]) -> None:
     for name in names:
-        try:
+        with suppress(Exception):  # it will be raised again where it is imported for use
             import_module(name)
-        except Exception:  # it will be raised again, with a message, where it is imported for use
-            continue
