@@ -3,6 +3,7 @@
 
 #include "gemm.hpp"
 #include "kernels.hpp"
+#include "sparse.hpp"
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -88,10 +89,73 @@ inline void drop(float* row, Index n, Dropout dropout, Index row_index, Index co
 
 // ---- products
 
+// In blocks of rows, so that errors of rounding add up less.
+void column_sums(const float* a, Index rows, Index columns, Index row, float* out) {
+    constexpr Index kBlock = 64;
+    std::memset(out, 0, static_cast<std::size_t>(columns) * sizeof(float));
+    for (Index r0 = 0; r0 < rows; r0 += kBlock) {
+        const Index r1 = rows - r0 < kBlock ? rows : r0 + kBlock;
+        Index c = 0;
+        for (; c + 4 * kLanes <= columns; c += 4 * kLanes) {
+            Vector sum[4] = {};
+            for (Index r = r0; r < r1; ++r)
+                for (int v = 0; v < 4; ++v) sum[v] += load(a + r * row + c + v * kLanes);
+            for (int v = 0; v < 4; ++v) keep(out + c + v * kLanes, load(out + c + v * kLanes) + sum[v]);
+        }
+        for (; c < columns; ++c) {
+            float sum = 0.0f;
+            for (Index r = r0; r < r1; ++r) sum += a[r * row + c];
+            out[c] += sum;
+        }
+    }
+}
+
 Index partial_floats(Index M, Index N, Index K) {
     if (K <= kDepth) return 0;
     const Index wide = width_of_block(K);
     return M * (N < wide ? N : wide);
+}
+
+// Of `Workspace::buffer`, for a product of which `sparse` is set.
+Index sparse_buffer_floats(Index M, Index K) {
+    const Index most = kTurnedFloats > kLanes * K ? kTurnedFloats : kLanes * K;
+    return M * kSkipColumns + 2 * words_of(M, K) + most + kLanes;
+}
+
+// Rows [m, m + rows) of a product whose left operand has many zeros; false if there are too few of them.
+template <class Store>
+inline bool skipped(const Product& p, Index m, Index rows, const Workspace& w, Store store) {
+    float* partial = w.buffer;
+    Bits* bits = reinterpret_cast<Bits*>(partial + p.M * kSkipColumns);
+    float* turned = partial + p.M * kSkipColumns + 2 * words_of(p.M, p.K);
+    const float* a = p.a.p + m * p.a.row;
+    Index a_row = p.a.row;
+    if (p.a.column != 1) {
+        transpose(a, p.a.column, rows, p.K, turned, p.K);
+        a = turned, a_row = p.K;
+    }
+    const Index count = find_nonzeros(a, a_row, rows, p.K, bits);
+    if (static_cast<double>(count) > kSkipShare * static_cast<double>(rows) * static_cast<double>(p.K)) return false;
+    multiply_skipping(rows, p.N, p.K, a, a_row, bits, matrix(p.b), w.packed, partial, store);
+    return true;
+}
+
+template <class Store>
+inline void any_product(const Product& p, const Workspace& w, Store store) {
+    const bool sums = p.column_sums != nullptr, turned = p.a.column != 1;
+    if (!p.sparse || p.K == 0 || (turned && p.a.row != 1) || (sums && p.b.column != 1)) {
+        multiply(p.M, p.N, p.K, matrix(p.a), matrix(p.b), scratch(w), store, sums);
+        return;
+    }
+    const Index fit = kTurnedFloats / p.K / kLanes * kLanes;
+    const Index block = !turned ? p.M : fit > kLanes ? fit : kLanes;
+    for (Index m = 0; m < p.M; m += block) {
+        const Index rows = p.M - m < block ? p.M - m : block;
+        const auto moved = [&](Index i, Index j, float* values, Index n) { store(m + i, j, values, n); };
+        if (!skipped(p, m, rows, w, moved))
+            multiply(rows, p.N, p.K, matrix(p.a).block(m, 0), matrix(p.b), scratch(w), moved);
+    }
+    if (sums) column_sums(p.b.p, p.K, p.N, p.b.row, p.column_sums);
 }
 
 template <class Then>
@@ -117,7 +181,7 @@ inline void product_then(const Product& p, const Workspace& w, Then then) {
         else
             for (Index c = 0; c < n; ++c) out[c] = values[c];
     };
-    multiply(p.M, p.N, p.K, matrix(p.a), matrix(p.b), scratch(w), store, p.column_sums != nullptr);
+    any_product(p, w, store);
 }
 
 void product(const Product& p, const Workspace& w) {
@@ -143,64 +207,32 @@ void product(const Product& p, const Workspace& w) {
     }
 }
 
-Index first_layer_buffer_floats(Index n) { return (n + kRows) / kRows * kRows * kRows; }
+Index first_layer_buffer_floats(Index rows, Index H) { return rows * H + 2 * words_of(rows, H); }
 
 void first_layer(const FirstLayerTask& t, const Workspace& w) {
-    std::memset(t.of_first, 0, static_cast<std::size_t>((t.n + 1) * t.width) * sizeof(float));
-    alignas(64) float product_tile[kRows * kColumns];
-    float* turned = w.buffer;  // of a tile of rows: [x | 1]^T in blocks of kRows features, each [rows, kRows]
-    Index packed_tile = -1;
-    const Matrix grad{t.grad, t.E, 1};
-    multiply(t.rows, t.H, t.E, grad, matrix(t.w2_turned), scratch(w), [&](Index i, Index j, float* values, Index n) {
-        const float *mask = t.hidden + i * t.H + j, scale = t.scale;
-        if (n % kLanes == 0)
-            for (Index c = 0; c < n; c += kLanes)
-                keep(values + c, load(mask + c) <= Vector{} ? Vector{} : load(values + c) * scale);
-        else
-            for (Index c = 0; c < n; ++c) values[c] = mask[c] <= 0.0f ? 0.0f : values[c] * scale;
-        const Index r = i % kRows, rows = r + 1;
-        if (rows < kRows && i != t.rows - 1) return;
-        // The last row of a tile: the tile is whole, and still in the cache.
-        if (packed_tile != i - r) {
-            packed_tile = i - r;
-            for (Index f = 0; f <= t.n; f += kRows) {
-                const Index few = t.n - f < kRows ? t.n - f : kRows;
-                const Matrix x = matrix(t.x).block(i - r, f);
-                pack_rows({x.p, x.column, x.row}, few, rows, turned + f * kRows, few < kRows ? few : -1);
-            }
-        }
-        const bool narrow = n <= kLanes;
-        const Index wide = narrow ? kLanes : kColumns;
-        const float* tile = values - r * wide;
-        for (Index f = 0; f <= t.n; f += kRows) {
-            if (narrow)
-                multiply_tile<true, 1>(turned + f * kRows, 0, rows, tile, product_tile);
-            else
-                multiply_tile<true, kVectors>(turned + f * kRows, 0, rows, tile, product_tile);
-            float* out = t.of_first + j / kColumns * (t.n + 1) * kColumns + f * kColumns;
-            const Index few = t.n + 1 - f < kRows ? t.n + 1 - f : kRows;
-            for (Index k = 0; k < few; ++k)
-                for (Index c = 0; c < wide; c += kLanes)
-                    keep(out + k * kColumns + c, load(out + k * kColumns + c) + load(product_tile + k * wide + c));
-        }
-    });
-}
-
-void column_sums(const float* a, Index rows, Index columns, Index row, float* out) {
-    for (Index c0 = 0; c0 < columns; c0 += 4 * kLanes) {
-        const Index n = columns - c0 < 4 * kLanes ? columns - c0 : 4 * kLanes;
-        float sum[4 * kLanes] = {};
-        if (n == 4 * kLanes) {
-            Vector s[4] = {};
-            for (Index r = 0; r < rows; ++r)
-                for (int v = 0; v < 4; ++v) s[v] += load(a + r * row + c0 + v * kLanes);
-            for (int v = 0; v < 4; ++v) keep(sum + v * kLanes, s[v]);
-        } else {
-            for (Index r = 0; r < rows; ++r)
-                for (Index c = 0; c < n; ++c) sum[c] += a[r * row + c0 + c];
-        }
-        for (Index c = 0; c < n; ++c) out[c0 + c] = sum[c];
+    float* of_hidden = w.buffer;  // [rows, H]
+    Bits* bits = reinterpret_cast<Bits*>(of_hidden + t.rows * t.H);
+    bool done = false;
+#if defined(__AVX512F__)
+    if (t.w2_turned.row == 1 && t.E % kDotBlock == 0) {
+        const Index count = find_nonzeros(t.hidden, t.H, t.rows, t.H, bits);
+        done = static_cast<double>(count) <= kSkipShare * static_cast<double>(t.rows) * static_cast<double>(t.H);
+        if (done)
+            masked_products(t.rows, t.H, t.E, t.grad, t.E, t.w2_turned.p, t.w2_turned.column, bits, t.scale, of_hidden);
     }
+#else
+    (void)bits;
+#endif
+    if (!done) {
+        Product p{t.rows, t.H, t.E, {t.grad, t.E, 1}, t.w2_turned, of_hidden, t.H};
+        p.alpha = t.scale;
+        p.positive = t.hidden;
+        product(p, w);
+    }
+    const Matrix x_turned{t.x.p, t.x.column, t.x.row};
+    multiply(t.n, t.H, t.rows, x_turned, {of_hidden, t.H, 1}, scratch(w), [&](Index i, Index j, const float* values, Index n) {
+        std::memcpy(t.of_first + i * t.H + j, values, static_cast<std::size_t>(n) * sizeof(float));
+    }, true);
 }
 
 // ---- normalisation
@@ -731,7 +763,7 @@ namespace spinlock_fast::SPINLOCK_SIMD {
 constexpr training::Kernels kKernels = {
     nearest, nearest_buffer_floats, tally,
     kLanes, kRows, kColumns, kPackedFloats, kRows * kDepth,
-    partial_floats, product, first_layer, first_layer_buffer_floats, column_sums, normalize, normalize_backward, segments, segments_backward,
+    partial_floats, product, sparse_buffer_floats, first_layer, first_layer_buffer_floats, column_sums, normalize, normalize_backward, segments, segments_backward,
     weighted_column_sums, decoder_forward, decoder_backward, decoder_buffer_floats, pack_points, distances, pull,
     pull_buffer_floats, code_distances, add_lookup, pull_codes, pull_codes_buffer_floats, row_sums, row_moments,
     pair_weights, residual_prepare, residual_rows, residual_buffer_floats, residual_tally, residual_backward,

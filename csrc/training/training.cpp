@@ -97,12 +97,19 @@ std::vector<Product> split(const std::vector<Product>& products, int threads) {
     return out;
 }
 
+Workspaces spaces_of(const std::vector<Product>& products, Index partial = 0, Index buffer = 0) {
+    const Kernels& k = kernels();
+    for (const Product& p : products) {
+        partial = std::max(partial, k.partial_floats(p.M + 1, p.N, p.K));
+        if (p.sparse) buffer = std::max(buffer, k.sparse_buffer_floats(p.M, p.K));
+    }
+    return {partial, buffer};
+}
+
 void run(const std::vector<Product>& products, int threads) {
     const Kernels& k = kernels();
     const std::vector<Product> pieces = split(products, threads);
-    Index partial = 0;
-    for (const Product& p : pieces) partial = std::max(partial, k.partial_floats(p.M + 1, p.N, p.K));
-    const Workspaces spaces(partial, 0);
+    const Workspaces spaces = spaces_of(pieces);
     parallel_for(static_cast<Index>(pieces.size()), threads,
                  [&](Index i) { k.product(pieces[static_cast<std::size_t>(i)], spaces.here()); });
 }
@@ -134,6 +141,7 @@ void mlp_forward(const PyOperand& x, const PyOperand& w1, std::uintptr_t b1, con
         weight.p += g * w2_group;
         Product q{B, E, H, {at<const float>(hidden) + g * B * H, H, 1}, weight, at<float>(out) + g * B * E, E};
         q.alpha = static_cast<float>(rate < 1.0 ? 1.0 / (1.0 - rate) : 0.0);
+        q.sparse = true;
         q.bias = at<const float>(b2) + g * E;
         second.push_back(q);
         column += n;
@@ -149,7 +157,7 @@ void mlp_backward(std::uintptr_t grad, const PyOperand& x, const PyOperand& w1, 
     const py::gil_scoped_release release;
     const float scale = static_cast<float>(rate < 1.0 ? 1.0 / (1.0 - rate) : 0.0);
     const Kernels& k = kernels();
-    const Index G = static_cast<Index>(sizes.size()), width = (H + k.columns - 1) / k.columns * k.columns;
+    const Index G = static_cast<Index>(sizes.size());
     constexpr Index kRows = 256;  // of a task, whatever the number of threads: the parts are added up in one order
     const Index parts = std::max<Index>((B + kRows - 1) / kRows, 1);
     std::vector<Product> to_hidden, of_second, rest;
@@ -157,7 +165,7 @@ void mlp_backward(std::uintptr_t grad, const PyOperand& x, const PyOperand& w1, 
     Index column = 0, total = 0, partial = 0, buffer = 0;
     for (const Index n : sizes) total += n;
     thread_local Floats memory;
-    float* sums = of_x ? nullptr : memory.reserve((total + G) * parts * width);
+    float* sums = of_x ? nullptr : memory.reserve((total + G) * parts * H);
     for (Index g = 0; g < G; ++g) {
         const Index n = sizes[static_cast<std::size_t>(g)];
         const Operand dy{at<const float>(grad) + g * B * E, E, 1}, h{at<const float>(hidden) + g * B * H, H, 1};
@@ -165,6 +173,7 @@ void mlp_backward(std::uintptr_t grad, const PyOperand& x, const PyOperand& w1, 
         const Operand turned{at<const float>(std::get<0>(w2)) + g * w2_group, std::get<2>(w2), std::get<1>(w2)};
         Product q{H, E, B, {h.p, 1, H}, dy, at<float>(of_w2) + g * H * E, E};
         q.alpha = scale;
+        q.sparse = true;
         q.column_sums = at<float>(of_b2) + g * E;
         of_second.push_back(q);
         if (of_x) {
@@ -180,11 +189,11 @@ void mlp_backward(std::uintptr_t grad, const PyOperand& x, const PyOperand& w1, 
         } else {
             for (Index part = 0; part < parts; ++part) {
                 const Index first = part * kRows, rows = std::max<Index>(std::min(kRows, B - first), 0);
-                float* out = sums + ((column + g) * parts + part * (n + 1)) * width;
+                float* out = sums + ((column + g) * parts + part * (n + 1)) * H;
                 of_first.push_back({rows, n, H, E, block(inputs, first, 0), dy.p + first * E, turned, h.p + first * H,
-                                    scale, out, width});
-                partial = std::max(partial, k.partial_floats(rows, H, E));
-                buffer = std::max(buffer, k.first_layer_buffer_floats(n));
+                                    scale, out});
+                partial = std::max({partial, k.partial_floats(rows, H, E), k.partial_floats(n + 1, H, rows)});
+                buffer = std::max(buffer, k.first_layer_buffer_floats(rows, H));
             }
         }
         column += n;
@@ -196,8 +205,7 @@ void mlp_backward(std::uintptr_t grad, const PyOperand& x, const PyOperand& w1, 
         return;
     }
     const std::vector<Product> pieces = split(of_second, threads);
-    for (const Product& p : pieces) partial = std::max(partial, k.partial_floats(p.M + 1, p.N, p.K));
-    const Workspaces spaces(partial, buffer);
+    const Workspaces spaces = spaces_of(pieces, partial, buffer);
     const Index firsts = static_cast<Index>(of_first.size());
     parallel_for(firsts + static_cast<Index>(pieces.size()), threads, [&](Index i) {
         if (i < firsts)
@@ -205,22 +213,18 @@ void mlp_backward(std::uintptr_t grad, const PyOperand& x, const PyOperand& w1, 
         else
             k.product(pieces[static_cast<std::size_t>(i - firsts)], spaces.here());
     });
-    for (Index g = 0; g < G; ++g)
-        for (Index f = 0; f <= of_first[static_cast<std::size_t>(g * parts)].n; ++f) {
-            const FirstLayerTask& task = of_first[static_cast<std::size_t>(g * parts)];
-            const Index before = task.of_first - sums;
-            const Index row = before / width / parts - g + f;  // packed row of the first weights
-            float* out = f < task.n ? at<float>(of_w1) + row * H : at<float>(of_b1) + g * H;
-            for (Index c0 = 0; c0 < H; c0 += k.columns) {
-                const float* part = task.of_first + (c0 * (task.n + 1) + f * k.columns);
-                const Index few = std::min(k.columns, H - c0);
-                std::copy(part, part + few, out + c0);
-                for (Index p = 1; p < parts; ++p) {
-                    part += (task.n + 1) * width;
-                    for (Index c = 0; c < few; ++c) out[c0 + c] += part[c];
-                }
-            }
+    column = 0;
+    for (Index g = 0; g < G; ++g) {
+        const Index n = sizes[static_cast<std::size_t>(g)];
+        const float* first = sums + (column + g) * parts * H;
+        for (Index f = 0; f <= n; ++f) {
+            float* out = f < n ? at<float>(of_w1) + (column + f) * H : at<float>(of_b1) + g * H;
+            std::copy(first + f * H, first + (f + 1) * H, out);
+            for (Index part = 1; part < parts; ++part)
+                for (Index c = 0; c < H; ++c) out[c] += first[(part * (n + 1) + f) * H + c];
         }
+        column += n;
+    }
 }
 
 // (x gain + shift) W^T + bias for x [G, B, in], gain and shift [G, in], W [sum n, in], to columns of out [B, sum n]:
