@@ -22,30 +22,33 @@ constexpr Index kTurnedFloats = 1 << 16;     // of a transposed block of the lef
 
 inline Index words_of(Index M, Index K) { return (M + 1) * ((K + kSkipDepth - 1) / kSkipDepth); }
 
+// Which of n <= kSkipDepth values are not 0.
+inline Bits nonzeros(const float* p, Index n) {
+    Bits found = 0;
+    Index k = 0;
+#if defined(__AVX512F__)
+    for (; k + 16 <= n; k += 16)
+        found |= Bits{_mm512_cmp_ps_mask(_mm512_loadu_ps(p + k), _mm512_setzero_ps(), _CMP_NEQ_UQ)} << k;
+#elif defined(__AVX2__)
+    for (; k + 8 <= n; k += 8) {
+        const __m256 differs = _mm256_cmp_ps(_mm256_loadu_ps(p + k), _mm256_setzero_ps(), _CMP_NEQ_UQ);
+        found |= static_cast<Bits>(_mm256_movemask_ps(differs)) << k;
+    }
+#endif
+    for (; k < n; ++k) found |= Bits{p[k] != 0.0f} << k;
+    return found;
+}
+
 // Bit k % 64 of bits[k / 64 * (M + 1) + r]: whether a[r, k] is not 0. Returns how many are not.
 inline Index find_nonzeros(const float* a, Index row, Index M, Index K, Bits* bits) {
     Index count = 0;
-    for (Index k0 = 0; k0 < K; k0 += kSkipDepth, bits += M + 1) {
-        const Index depth = K - k0 < kSkipDepth ? K - k0 : kSkipDepth;
-        for (Index r = 0; r < M; ++r) {
-            const float* p = a + r * row + k0;
-            Bits found = 0;
-            Index k = 0;
-#if defined(__AVX512F__)
-            for (; k + 16 <= depth; k += 16)
-                found |= Bits{_mm512_cmp_ps_mask(_mm512_loadu_ps(p + k), _mm512_setzero_ps(), _CMP_NEQ_UQ)} << k;
-#elif defined(__AVX2__)
-            for (; k + 8 <= depth; k += 8) {
-                const __m256 differs = _mm256_cmp_ps(_mm256_loadu_ps(p + k), _mm256_setzero_ps(), _CMP_NEQ_UQ);
-                found |= static_cast<Bits>(_mm256_movemask_ps(differs)) << k;
-            }
-#endif
-            for (; k < depth; ++k) found |= Bits{p[k] != 0.0f} << k;
-            bits[r] = found;
+    for (Index r = 0; r < M; ++r)
+        for (Index k = 0; k < K; k += kSkipDepth) {
+            const Bits found = nonzeros(a + r * row + k, K - k < kSkipDepth ? K - k : kSkipDepth);
+            bits[k / kSkipDepth * (M + 1) + r] = found;
             count += __builtin_popcountll(found);
         }
-        bits[M] = 0;  // read ahead
-    }
+    for (Index k = 0; k < K; k += kSkipDepth) bits[k / kSkipDepth * (M + 1) + M] = 0;  // is read ahead
     return count;
 }
 
@@ -104,38 +107,40 @@ void multiply_skipping(Index M, Index N, Index K, const float* a, Index a_row, c
     }
 }
 
-// out[r, c] = a[c, r] for r < rows, c < columns.
-inline void transpose(const float* a, Index a_row, Index rows, Index columns, float* out, Index out_row) {
-    Index r0 = 0;
 #if defined(__AVX512F__)
+// out[r, c] = a[c, r] for r, c < 16: four perfect shuffles of the 256 values.
+inline void transpose_tile(const float* a, Index a_row, float* out, Index out_row) {
     const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-    for (; r0 + 16 <= rows; r0 += 16) {
-        Index c0 = 0;
-        for (; c0 + 16 <= columns; c0 += 16) {
-            __m512 x[16], y[16];
+    __m512 x[16], y[16];
 #pragma GCC unroll 16
-            for (int i = 0; i < 16; ++i) x[i] = _mm512_loadu_ps(a + (c0 + i) * a_row + r0);
-            // Four perfect shuffles of the 256 values.
+    for (int i = 0; i < 16; ++i) x[i] = _mm512_loadu_ps(a + i * a_row);
 #pragma GCC unroll 4
-            for (int stage = 0; stage < 4; ++stage) {
+    for (int stage = 0; stage < 4; ++stage) {
 #pragma GCC unroll 8
-                for (int i = 0; i < 8; ++i) {
-                    y[2 * i] = _mm512_permutex2var_ps(x[i], low, x[i + 8]);
-                    y[2 * i + 1] = _mm512_permutex2var_ps(x[i], high, x[i + 8]);
-                }
-#pragma GCC unroll 16
-                for (int i = 0; i < 16; ++i) x[i] = y[i];
-            }
-#pragma GCC unroll 16
-            for (int i = 0; i < 16; ++i) _mm512_storeu_ps(out + (r0 + i) * out_row + c0, x[i]);
+        for (int i = 0; i < 8; ++i) {
+            y[2 * i] = _mm512_permutex2var_ps(x[i], low, x[i + 8]);
+            y[2 * i + 1] = _mm512_permutex2var_ps(x[i], high, x[i + 8]);
         }
-        for (; c0 < columns; ++c0)
-            for (Index r = r0; r < r0 + 16; ++r) out[r * out_row + c0] = a[c0 * a_row + r];
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) x[i] = y[i];
     }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) _mm512_storeu_ps(out + i * out_row, x[i]);
+}
 #endif
-    for (; r0 < rows; ++r0)
-        for (Index c = 0; c < columns; ++c) out[r0 * out_row + c] = a[c * a_row + r0];
+
+// out[r, c] = a[c, r] for r < rows, c < columns.
+inline void transpose(const float* a, Index a_row, Index rows, Index columns, float* out, Index out_row) {
+    Index whole_rows = 0, whole_columns = 0;
+#if defined(__AVX512F__)
+    whole_rows = rows / 16 * 16, whole_columns = columns / 16 * 16;
+    for (Index c = 0; c < whole_columns; c += 16)
+        for (Index r = 0; r < whole_rows; r += 16)
+            transpose_tile(a + c * a_row + r, a_row, out + r * out_row + c, out_row);
+#endif
+    for (Index c = 0; c < columns; ++c)
+        for (Index r = c < whole_columns ? whole_rows : 0; r < rows; ++r) out[r * out_row + c] = a[c * a_row + r];
 }
 
 #if defined(__AVX512F__)
