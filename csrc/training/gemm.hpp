@@ -40,7 +40,8 @@ struct Scratch {
     float* partial;  // M * min(N, width_of_block(K)) where K > kDepth, else unused
 };
 
-// tile[r][c] = sum over k of a[r, k] b[k, c]: kRows x kColumns in registers.
+// tile[r][c] = sum over k of a[r, k] b[k, c]: kRows x kColumns in registers. Entries of a lie at a[r * row + k], or, with
+// kPackedRows, at a[k * row + r].
 template <bool kPackedRows, int kWide>
 inline void multiply_tile(const float* a, Index row, Index depth, const float* b, float* tile) {
     Vector sum[kRows][kWide] = {};
@@ -53,7 +54,7 @@ inline void multiply_tile(const float* a, Index row, Index depth, const float* b
         for (int r = 0; r < kRows; ++r) {
             float left;
             if constexpr (kPackedRows) {
-                left = a[k * kRows + r];
+                left = a[k * row + r];
             } else {
                 const float* base = r < 3 ? a0 : r < 6 ? a1 : r < 9 ? a2 : a3;
                 left = base[(r % 3) * row + k];
@@ -145,8 +146,8 @@ void multiply(Index M, Index N, Index K, Matrix a, Matrix b, Scratch scratch, St
                         narrow ? multiply_tile<false, 1>(left.p, left.row, depth, panel, tile)
                                : multiply_tile<false, kVectors>(left.p, left.row, depth, panel, tile);
                     else
-                        narrow ? multiply_tile<true, 1>(scratch.rows, 0, depth, panel, tile)
-                               : multiply_tile<true, kVectors>(scratch.rows, 0, depth, panel, tile);
+                        narrow ? multiply_tile<true, 1>(scratch.rows, kRows, depth, panel, tile)
+                               : multiply_tile<true, kVectors>(scratch.rows, kRows, depth, panel, tile);
                     const Index wide = narrow ? kLanes : kColumns;
                     if (!(first && last)) {
                         for (Index r = 0; r < rows; ++r) {

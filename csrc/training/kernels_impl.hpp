@@ -554,7 +554,7 @@ inline void point_products(const Points& z, Index g, Index m, const float* panel
         multiply_tile<false, kVectors>(p, z.row, z.dims[g], panel, tile);
     } else {
         pack_rows({p, z.row, 1}, z.S - m, z.dims[g], w.rows);
-        multiply_tile<true, kVectors>(w.rows, 0, z.dims[g], panel, tile);
+        multiply_tile<true, kVectors>(w.rows, kRows, z.dims[g], panel, tile);
     }
 }
 
@@ -637,61 +637,92 @@ void pair_weights(const training::PairWeights& p, Index m) {
 
 constexpr Index kPullRows = 4 * kRows;
 
+// Columns of a group's points, rounded up to whole vectors.
+inline Index whole_vectors(Index n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
 Index pull_buffer_floats(Index S, Index padded_columns, Index dims) {
-    return kPullRows * padded_columns + padded_columns + S * dims;
+    return (kPullRows + 1) * padded_columns + (2 * S + 2 * kRows) * whole_vectors(dims);
+}
+
+// Rows [m, m + here) of weight_ij / d_ij for columns from n0 on, and their sums, added to those of rows and of columns.
+inline void pull_weights(const Points& z, Index g, Index m, Index n0, const float* panels, const float* weight,
+                         Index weight_row, float* pulls, float* sums, const Workspace& w) {
+    alignas(64) float tile[kRows * kColumns];
+    const Index D = z.dims[g], here = z.S - m < kRows ? z.S - m : kRows;
+    const float* norms = z.norms + g * z.padded_columns;
+    const float least = rounding(D);
+    Vector row_sums[kRows] = {};
+    for (Index n = n0; n < z.padded_columns; n += kColumns) {
+        point_products(z, g, m, panels + n * D, w, tile);
+        for (int v = 0; v < kVectors; ++v) {
+            const Index c = n + v * kLanes;
+            Vector column = load(sums + c);
+            for (Index r = 0; r < here; ++r) {
+                const Vector square =
+                    squares(load(tile + r * kColumns + v * kLanes), load(norms + c), norms[m + r], least);
+                const Vector one = square > Vector{} ? load(weight + (m + r) * weight_row + c) * inverse_root(square)
+                                                     : Vector{};
+                keep(pulls + r * z.padded_columns + c, one);
+                row_sums[r] += one;
+                column += one;
+            }
+            keep(sums + c, column);
+        }
+    }
+    for (Index r = 0; r < here; ++r) sums[m + r] += total(row_sums[r]);
+}
+
+// out[r] += sum over k of a[r, k] b[k] for kRows rows of `width` columns, in whole vectors; b lies in panels of depth S.
+template <bool kTurned>
+inline void add_pulls(const float* a, Index row, Index first, Index depth, const float* b, Index S, Index width,
+                      float* out) {
+    alignas(64) float tile[kRows * kColumns];
+    for (Index c = 0; c < width; c += kColumns) {
+        const Index wide = width - c < kColumns ? kLanes : kColumns;
+        const float* panel = b + c * S + first * wide;
+        if (wide == kLanes)
+            multiply_tile<kTurned, 1>(a, row, depth, panel, tile);
+        else
+            multiply_tile<kTurned, kVectors>(a, row, depth, panel, tile);
+        for (Index r = 0; r < kRows; ++r)
+            for (Index v = 0; v < wide; v += kLanes) {
+                float* here = out + r * width + c + v;
+                keep(here, load(here) + load(tile + r * wide + v));
+            }
+    }
 }
 
 void pull(const Points& z, Index g, const float* weight, Index weight_row, float* out, Index out_row, const Workspace& w) {
-    alignas(64) float tile[kRows * kColumns];
-    const Index S = z.S, D = z.dims[g], wide = z.padded_columns;
+    const Index S = z.S, D = z.dims[g], wide = z.padded_columns, width = whole_vectors(D);
     Index before = 0;
     for (Index i = 0; i < g; ++i) before += z.dims[i];
-    const float* panels = z.panels + before * wide;
-    const float* norms = z.norms + g * wide;
-    const float* points = z.p + z.first[g];
-    const float least = rounding(D);
-    float* pulls = w.buffer;                    // [kPullRows, wide]
-    float* sums = pulls + kPullRows * wide;     // [wide] of a row and of a column
-    float* others = sums + wide;                // [S, D] sum over j of pull_ij z_j
+    const float *panels = z.panels + before * wide, *points = z.p + z.first[g];
+    float* pulls = w.buffer;                     // [kPullRows, wide]
+    float* sums = pulls + kPullRows * wide;      // [wide] of a row and of a column
+    float* rows_of_points = sums + wide;         // panels of [S, kColumns]
+    float* others = rows_of_points + S * width;  // [S and two tiles, width] sum over j of pull_ij z_j
     std::memset(sums, 0, static_cast<std::size_t>(wide) * sizeof(float));
-    std::memset(others, 0, static_cast<std::size_t>(S * D) * sizeof(float));
+    std::memset(others, 0, static_cast<std::size_t>((S + 2 * kRows) * width) * sizeof(float));
+    for (Index c = 0; c < width; c += kColumns) {
+        const Index padded = width - c < kColumns ? kLanes : kColumns, few = D - c < padded ? D - c : padded;
+        pack_panel({points + c, z.row, 1}, S, few, padded, rows_of_points + c * S);
+    }
     for (Index m0 = 0; m0 < S; m0 += kPullRows) {
-        const Index rows = S - m0 < kPullRows ? S - m0 : kPullRows;
-        const Index n0 = m0 / kColumns * kColumns;
-        for (Index m = m0; m < m0 + rows; m += kRows) {
-            const Index here = S - m < kRows ? S - m : kRows;
-            Vector row_sums[kRows] = {};
-            for (Index n = n0; n < wide; n += kColumns) {
-                point_products(z, g, m, panels + n * D, w, tile);
-                for (int v = 0; v < kVectors; ++v) {
-                    const Index c = n + v * kLanes;
-                    Vector column = load(sums + c);
-                    for (Index r = 0; r < here; ++r) {
-                        const Vector square =
-                            squares(load(tile + r * kColumns + v * kLanes), load(norms + c), norms[m + r], least);
-                        const Vector one = square > Vector{} ? load(weight + (m + r) * weight_row + c) * inverse_root(square)
-                                                             : Vector{};
-                        keep(pulls + (m + r - m0) * wide + c, one);
-                        row_sums[r] += one;
-                        column += one;
-                    }
-                    keep(sums + c, column);
-                }
-            }
-            for (Index r = 0; r < here; ++r) sums[m + r] += total(row_sums[r]);
+        const Index last = S - m0 < kPullRows ? S : m0 + kPullRows, n0 = m0 / kColumns * kColumns;
+        for (Index m = m0; m < last; m += kRows) {
+            float* tile_rows = pulls + (m - m0) * wide;
+            const Index n = m / kColumns * kColumns;
+            for (Index r = 0; r < kRows; ++r)
+                std::memset(tile_rows + r * wide + n0, 0, static_cast<std::size_t>(n - n0) * sizeof(float));
+            pull_weights(z, g, m, n, panels, weight, weight_row, tile_rows, sums, w);
+            add_pulls<false>(tile_rows + n, wide, n, S - n, rows_of_points, S, width, others + m * width);
         }
         // The weight is 0 on and below the diagonal: each pair is met once, and pulls both ways.
-        const auto add_to = [&](Index first) {
-            return [=](Index i, Index j, const float* v, Index n) {
-                float* o = others + (first + i) * D + j;
-                for (Index c = 0; c < n; ++c) o[c] += v[c];
-            };
-        };
-        multiply(rows, D, S - n0, {pulls + n0, wide, 1}, {points + n0 * z.row, z.row, 1}, scratch(w), add_to(m0));
-        multiply(S - n0, D, rows, {pulls + n0, 1, wide}, {points + m0 * z.row, z.row, 1}, scratch(w), add_to(n0));
+        for (Index j = n0; j < S; j += kRows)
+            add_pulls<true>(pulls + j, wide, m0, last - m0, rows_of_points, S, width, others + j * width);
     }
     for (Index i = 0; i < S; ++i)
-        for (Index d = 0; d < D; ++d) out[i * out_row + d] = points[i * z.row + d] * sums[i] - others[i * D + d];
+        for (Index d = 0; d < D; ++d) out[i * out_row + d] = points[i * z.row + d] * sums[i] - others[i * width + d];
 }
 
 void code_distances(const float* codes, Index K, Index D, float* table) {

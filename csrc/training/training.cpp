@@ -152,7 +152,7 @@ void mlp_forward(const PyOperand& x, const PyOperand& w1, std::uintptr_t b1, con
 
 void mlp_backward(std::uintptr_t grad, const PyOperand& x, const PyOperand& w1, const PyOperand& w2, Index w2_group,
                   std::uintptr_t hidden, const std::vector<Index>& sizes, Index B, Index H, Index E, double rate,
-                  std::uintptr_t of_hidden, std::uintptr_t of_x, std::uintptr_t of_w1, std::uintptr_t of_b1,
+                  std::uintptr_t of_hidden, std::uintptr_t of_x, const PyOperand& of_w1, std::uintptr_t of_b1,
                   std::uintptr_t of_w2, std::uintptr_t of_b2, int threads) {
     const py::gil_scoped_release release;
     const float scale = static_cast<float>(rate < 1.0 ? 1.0 / (1.0 - rate) : 0.0);
@@ -182,10 +182,16 @@ void mlp_backward(std::uintptr_t grad, const PyOperand& x, const PyOperand& w1, 
             p.alpha = scale;
             p.positive = h.p;
             to_hidden.push_back(p);
-            Product r{n, H, B, {inputs.p, inputs.column, inputs.row}, dh, at<float>(of_w1) + column * H, H};
-            r.column_sums = at<float>(of_b1) + g * H;
+            auto* weights = at<float>(std::get<0>(of_w1)) + column * std::get<1>(of_w1);
+            Product r{n, H, B, {inputs.p, inputs.column, inputs.row}, dh, weights, std::get<1>(of_w1)};
+            if (std::get<2>(of_w1) != 1) {  // turned: then the zeros of dh can be left out
+                r = {H, n, B, {dh.p, 1, H}, inputs, weights, std::get<2>(of_w1)};
+                r.sparse = true;
+            }
             rest.push_back(r);
-            rest.push_back({B, n, H, dh, {back.p, back.column, back.row}, at<float>(of_x) + column, total});
+            Product s{B, n, H, dh, {back.p, back.column, back.row}, at<float>(of_x) + column, total};
+            s.sparse = true;
+            rest.push_back(s);
         } else {
             for (Index part = 0; part < parts; ++part) {
                 const Index first = part * kRows, rows = std::max<Index>(std::min(kRows, B - first), 0);
@@ -202,6 +208,8 @@ void mlp_backward(std::uintptr_t grad, const PyOperand& x, const PyOperand& w1, 
         run(to_hidden, threads);
         rest.insert(rest.end(), of_second.begin(), of_second.end());
         run(rest, threads);
+        for (Index g = 0; g < G; ++g)
+            k.column_sums(at<const float>(of_hidden) + g * B * H, B, H, H, at<float>(of_b1) + g * H);
         return;
     }
     const std::vector<Product> pieces = split(of_second, threads);
@@ -218,7 +226,7 @@ void mlp_backward(std::uintptr_t grad, const PyOperand& x, const PyOperand& w1, 
         const Index n = sizes[static_cast<std::size_t>(g)];
         const float* first = sums + (column + g) * parts * H;
         for (Index f = 0; f <= n; ++f) {
-            float* out = f < n ? at<float>(of_w1) + (column + f) * H : at<float>(of_b1) + g * H;
+            float* out = f < n ? at<float>(std::get<0>(of_w1)) + (column + f) * H : at<float>(of_b1) + g * H;
             std::copy(first + f * H, first + (f + 1) * H, out);
             for (Index part = 1; part < parts; ++part)
                 for (Index c = 0; c < H; ++c) out[c] += first[(part * (n + 1) + f) * H + c];
