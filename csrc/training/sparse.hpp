@@ -7,10 +7,6 @@
 
 #include "gemm.hpp"
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
 namespace spinlock_fast::SPINLOCK_SIMD {
 
 using Bits = std::uint64_t;
@@ -105,42 +101,6 @@ void multiply_skipping(Index M, Index N, Index K, const float* a, Index a_row, c
                 panel.template operator()<1>();
         }
     }
-}
-
-#if defined(__AVX512F__)
-// out[r, c] = a[c, r] for r, c < 16: four perfect shuffles of the 256 values.
-inline void transpose_tile(const float* a, Index a_row, float* out, Index out_row) {
-    const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-    __m512 x[16], y[16];
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) x[i] = _mm512_loadu_ps(a + i * a_row);
-#pragma GCC unroll 4
-    for (int stage = 0; stage < 4; ++stage) {
-#pragma GCC unroll 8
-        for (int i = 0; i < 8; ++i) {
-            y[2 * i] = _mm512_permutex2var_ps(x[i], low, x[i + 8]);
-            y[2 * i + 1] = _mm512_permutex2var_ps(x[i], high, x[i + 8]);
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) x[i] = y[i];
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) _mm512_storeu_ps(out + i * out_row, x[i]);
-}
-#endif
-
-// out[r, c] = a[c, r] for r < rows, c < columns.
-inline void transpose(const float* a, Index a_row, Index rows, Index columns, float* out, Index out_row) {
-    Index whole_rows = 0, whole_columns = 0;
-#if defined(__AVX512F__)
-    whole_rows = rows / 16 * 16, whole_columns = columns / 16 * 16;
-    for (Index c = 0; c < whole_columns; c += 16)
-        for (Index r = 0; r < whole_rows; r += 16)
-            transpose_tile(a + c * a_row + r, a_row, out + r * out_row + c, out_row);
-#endif
-    for (Index c = 0; c < columns; ++c)
-        for (Index r = c < whole_columns ? whole_rows : 0; r < rows; ++r) out[r * out_row + c] = a[c * a_row + r];
 }
 
 #if defined(__AVX512F__)

@@ -1,0 +1,166 @@
+// Matrix products with what follows them: bias, ReLU, dropout, masks, sums of columns.
+#pragma once
+
+#include "dropout.hpp"
+#include "kernels.hpp"
+#include "sparse.hpp"
+#include "vector.hpp"
+
+namespace spinlock_fast::SPINLOCK_SIMD {
+
+using training::FirstLayerTask;
+using training::Operand;
+using training::Product;
+using training::Workspace;
+
+inline Matrix matrix(Operand o) { return {o.p, o.row, o.column}; }
+inline Scratch scratch(const Workspace& w) { return {w.packed, w.rows, w.partial}; }
+
+
+// In blocks of rows, so that errors of rounding add up less.
+void column_sums(const float* a, Index rows, Index columns, Index row, float* out) {
+    constexpr Index kBlock = 64;
+    std::memset(out, 0, static_cast<std::size_t>(columns) * sizeof(float));
+    for (Index r0 = 0; r0 < rows; r0 += kBlock) {
+        const Index r1 = rows - r0 < kBlock ? rows : r0 + kBlock;
+        Index c = 0;
+        for (; c + 4 * kLanes <= columns; c += 4 * kLanes) {
+            Vector sum[4] = {};
+            for (Index r = r0; r < r1; ++r)
+                for (int v = 0; v < 4; ++v) sum[v] += load(a + r * row + c + v * kLanes);
+            for (int v = 0; v < 4; ++v) keep(out + c + v * kLanes, load(out + c + v * kLanes) + sum[v]);
+        }
+        for (; c < columns; ++c) {
+            float sum = 0.0f;
+            for (Index r = r0; r < r1; ++r) sum += a[r * row + c];
+            out[c] += sum;
+        }
+    }
+}
+
+Index partial_floats(Index M, Index N, Index K) {
+    if (K <= kDepth) return 0;
+    const Index wide = width_of_block(K);
+    return M * (N < wide ? N : wide);
+}
+
+// Of `Workspace::buffer`, for a product of which `sparse` is set.
+Index sparse_buffer_floats(Index M, Index K) {
+    const Index most = kTurnedFloats > kLanes * K ? kTurnedFloats : kLanes * K;
+    return M * kSkipColumns + 2 * words_of(M, K) + most + kLanes;
+}
+
+// Rows [m, m + rows) of a product whose left operand has many zeros; false if there are too few of them.
+template <class Store>
+inline bool skipped(const Product& p, Index m, Index rows, const Workspace& w, Store store) {
+    float* partial = w.buffer;
+    Bits* bits = reinterpret_cast<Bits*>(partial + p.M * kSkipColumns);
+    float* turned = partial + p.M * kSkipColumns + 2 * words_of(p.M, p.K);
+    const float* a = p.a.p + m * p.a.row;
+    Index a_row = p.a.row;
+    if (p.a.column != 1) {
+        transpose(a, p.a.column, rows, p.K, turned, p.K);
+        a = turned, a_row = p.K;
+    }
+    const Index count = find_nonzeros(a, a_row, rows, p.K, bits);
+    if (static_cast<double>(count) > kSkipShare * static_cast<double>(rows) * static_cast<double>(p.K)) return false;
+    multiply_skipping(rows, p.N, p.K, a, a_row, bits, matrix(p.b), w.packed, partial, store);
+    return true;
+}
+
+template <class Store>
+inline void any_product(const Product& p, const Workspace& w, Store store) {
+    const bool sums = p.column_sums != nullptr, turned = p.a.column != 1;
+    if (!p.sparse || p.K == 0 || (turned && p.a.row != 1) || (sums && p.b.column != 1)) {
+        multiply(p.M, p.N, p.K, matrix(p.a), matrix(p.b), scratch(w), store, sums);
+        return;
+    }
+    const Index fit = kTurnedFloats / p.K / kLanes * kLanes;
+    const Index block = !turned ? p.M : fit > kLanes ? fit : kLanes;
+    for (Index m = 0; m < p.M; m += block) {
+        const Index rows = p.M - m < block ? p.M - m : block;
+        const auto moved = [&](Index i, Index j, float* values, Index n) { store(m + i, j, values, n); };
+        if (!skipped(p, m, rows, w, moved))
+            multiply(rows, p.N, p.K, matrix(p.a).block(m, 0), matrix(p.b), scratch(w), moved);
+    }
+    if (sums) column_sums(p.b.p, p.K, p.N, p.b.row, p.column_sums);
+}
+
+template <class Then>
+inline void product_then(const Product& p, const Workspace& w, Then then) {
+    const auto store = [&](Index i, Index j, float* values, Index n) {
+        if (i == p.M) {
+            for (Index c = 0; c < n; ++c) p.column_sums[j + c] = values[c];
+            return;
+        }
+        float* out = p.out + i * p.out_row + j;
+        if (n % kLanes == 0) {  // whole vectors, which is what most rows are made of
+            for (Index c = 0; c < n; c += kLanes) {
+                Vector v = load(values + c) * p.alpha;
+                if (p.bias) v += load(p.bias + j + c);
+                keep(values + c, v);
+            }
+        } else {
+            for (Index c = 0; c < n; ++c) values[c] = values[c] * p.alpha + (p.bias ? p.bias[j + c] : 0.0f);
+        }
+        then(i, j, values, n, out);
+        if (n % kLanes == 0)
+            for (Index c = 0; c < n; c += kLanes) keep(out + c, load(values + c));
+        else
+            for (Index c = 0; c < n; ++c) out[c] = values[c];
+    };
+    any_product(p, w, store);
+}
+
+void product(const Product& p, const Workspace& w) {
+    if (p.relu) {
+        product_then(p, w, [&](Index i, Index j, float* values, Index n, float*) {
+            if (n % kLanes == 0)
+                for (Index c = 0; c < n; c += kLanes) keep(values + c, load(values + c) <= Vector{} ? Vector{} : load(values + c));
+            else
+                for (Index c = 0; c < n; ++c) values[c] = values[c] <= 0.0f ? 0.0f : values[c];
+            if (p.dropout.threshold) drop(values, n, p.dropout, p.first_row + i, j, 1.0f);
+        });
+    } else if (p.positive) {
+        product_then(p, w, [&](Index i, Index j, float* values, Index n, float*) {
+            const float* mask = p.positive + i * p.out_row + j;
+            if (n % kLanes == 0)
+                for (Index c = 0; c < n; c += kLanes)
+                    keep(values + c, load(mask + c) <= Vector{} ? Vector{} : load(values + c));
+            else
+                for (Index c = 0; c < n; ++c) values[c] = mask[c] <= 0.0f ? 0.0f : values[c];
+        });
+    } else {
+        product_then(p, w, [](Index, Index, float*, Index, float*) {});
+    }
+}
+
+Index first_layer_buffer_floats(Index rows, Index H) { return rows * H + 2 * words_of(rows, H); }
+
+void first_layer(const FirstLayerTask& t, const Workspace& w) {
+    float* of_hidden = w.buffer;  // [rows, H]
+    Bits* bits = reinterpret_cast<Bits*>(of_hidden + t.rows * t.H);
+    bool done = false;
+#if defined(__AVX512F__)
+    if (t.w2_turned.row == 1 && t.E % kDotBlock == 0) {
+        const Index count = find_nonzeros(t.hidden, t.H, t.rows, t.H, bits);
+        done = static_cast<double>(count) <= kSkipShare * static_cast<double>(t.rows) * static_cast<double>(t.H);
+        if (done)
+            masked_products(t.rows, t.H, t.E, t.grad, t.E, t.w2_turned.p, t.w2_turned.column, bits, t.scale, of_hidden);
+    }
+#else
+    (void)bits;
+#endif
+    if (!done) {
+        Product p{t.rows, t.H, t.E, {t.grad, t.E, 1}, t.w2_turned, of_hidden, t.H};
+        p.alpha = t.scale;
+        p.positive = t.hidden;
+        product(p, w);
+    }
+    const Matrix x_turned{t.x.p, t.x.column, t.x.row};
+    multiply(t.n, t.H, t.rows, x_turned, {of_hidden, t.H, 1}, scratch(w), [&](Index i, Index j, const float* values, Index n) {
+        std::memcpy(t.of_first + i * t.H + j, values, static_cast<std::size_t>(n) * sizeof(float));
+    }, true);
+}
+
+}  // namespace spinlock_fast::SPINLOCK_SIMD
