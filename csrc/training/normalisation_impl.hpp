@@ -41,7 +41,7 @@ void segments(const float* x, Index first, Index last, Index width, Index groups
     for (Index b = first; b < last; ++b) {
         float* row = normed + b * width;
         std::memcpy(row, x + b * width, static_cast<std::size_t>(width) * sizeof(float));
-        if (dropout.threshold) drop(row, width, dropout, b, 0, scale);
+        if (dropout.threshold) drop(row, width, dropout, b, scale);
         Index column = 0;
         for (Index g = 0; g < groups; column += sizes[g], ++g)
             deviation[b * groups + g] = normalize_one(row + column, sizes[g], eps);
@@ -58,7 +58,7 @@ void segments_backward(const float* grad, const float* normed, const float* devi
         Index column = 0;
         for (Index g = 0; g < groups; column += sizes[g], ++g)
             normalize_one_backward(row + column, normed + b * width + column, sizes[g], deviation[b * groups + g]);
-        if (dropout.threshold) drop(row, width, dropout, b, 0, scale);
+        if (dropout.threshold) drop(row, width, dropout, b, scale);
     }
 }
 

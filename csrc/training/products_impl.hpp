@@ -16,7 +16,6 @@ using training::Workspace;
 inline Matrix matrix(Operand o) { return {o.p, o.row, o.column}; }
 inline Scratch scratch(const Workspace& w) { return {w.packed, w.rows, w.partial}; }
 
-
 // In blocks of rows, so that errors of rounding add up less.
 void column_sums(const float* a, Index rows, Index columns, Index row, float* out) {
     constexpr Index kBlock = 64;
@@ -79,59 +78,44 @@ inline void any_product(const Product& p, const Workspace& w, Store store) {
     const Index block = !turned ? p.M : fit > kLanes ? fit : kLanes;
     for (Index m = 0; m < p.M; m += block) {
         const Index rows = p.M - m < block ? p.M - m : block;
-        const auto moved = [&](Index i, Index j, float* values, Index n) { store(m + i, j, values, n); };
+        const auto moved = [&](Index i, Index j, const float* values, Index n) { store(m + i, j, values, n); };
         if (!skipped(p, m, rows, w, moved))
             multiply(rows, p.N, p.K, matrix(p.a).block(m, 0), matrix(p.b), scratch(w), moved);
     }
     if (sums) column_sums(p.b.p, p.K, p.N, p.b.row, p.column_sums);
 }
 
+// `then` gets a vector of a row of the product with its row and column, and how many of its values count.
 template <class Then>
 inline void product_then(const Product& p, const Workspace& w, Then then) {
-    const auto store = [&](Index i, Index j, float* values, Index n) {
+    any_product(p, w, [&](Index i, Index j, const float* values, Index n) {
         if (i == p.M) {
-            for (Index c = 0; c < n; ++c) p.column_sums[j + c] = values[c];
+            std::memcpy(p.column_sums + j, values, static_cast<std::size_t>(n) * sizeof(float));
             return;
         }
-        float* out = p.out + i * p.out_row + j;
-        if (n % kLanes == 0) {  // whole vectors, which is what most rows are made of
-            for (Index c = 0; c < n; c += kLanes) {
-                Vector v = load(values + c) * p.alpha;
-                if (p.bias) v += load(p.bias + j + c);
-                keep(values + c, v);
-            }
-        } else {
-            for (Index c = 0; c < n; ++c) values[c] = values[c] * p.alpha + (p.bias ? p.bias[j + c] : 0.0f);
+        for (Index c = 0; c < n; c += kLanes) {
+            const Index few = n - c < kLanes ? n - c : kLanes;
+            Vector v = load(values + c) * p.alpha;
+            if (p.bias) v += load_part(p.bias + j + c, few);
+            keep_part(p.out + i * p.out_row + j + c, few, then(v, i, j + c, few));
         }
-        then(i, j, values, n, out);
-        if (n % kLanes == 0)
-            for (Index c = 0; c < n; c += kLanes) keep(out + c, load(values + c));
-        else
-            for (Index c = 0; c < n; ++c) out[c] = values[c];
-    };
-    any_product(p, w, store);
+    });
 }
 
 void product(const Product& p, const Workspace& w) {
-    if (p.relu) {
-        product_then(p, w, [&](Index i, Index j, float* values, Index n, float*) {
-            if (n % kLanes == 0)
-                for (Index c = 0; c < n; c += kLanes) keep(values + c, load(values + c) <= Vector{} ? Vector{} : load(values + c));
-            else
-                for (Index c = 0; c < n; ++c) values[c] = values[c] <= 0.0f ? 0.0f : values[c];
-            if (p.dropout.threshold) drop(values, n, p.dropout, p.first_row + i, j, 1.0f);
+    const auto relu = [](Vector v) { return v <= Vector{} ? Vector{} : v; };  // NaN stays
+    if (p.relu && p.dropout.threshold) {
+        product_then(p, w, [&](Vector v, Index i, Index column, Index) {
+            return RowDropout(p.dropout, p.first_row + i)(relu(v), column, 1.0f);
         });
+    } else if (p.relu) {
+        product_then(p, w, [&](Vector v, Index, Index, Index) { return relu(v); });
     } else if (p.positive) {
-        product_then(p, w, [&](Index i, Index j, float* values, Index n, float*) {
-            const float* mask = p.positive + i * p.out_row + j;
-            if (n % kLanes == 0)
-                for (Index c = 0; c < n; c += kLanes)
-                    keep(values + c, load(mask + c) <= Vector{} ? Vector{} : load(values + c));
-            else
-                for (Index c = 0; c < n; ++c) values[c] = mask[c] <= 0.0f ? 0.0f : values[c];
+        product_then(p, w, [&](Vector v, Index i, Index column, Index few) {
+            return load_part(p.positive + i * p.out_row + column, few) <= Vector{} ? Vector{} : v;
         });
     } else {
-        product_then(p, w, [](Index, Index, float*, Index, float*) {});
+        product_then(p, w, [](Vector v, Index, Index, Index) { return v; });
     }
 }
 

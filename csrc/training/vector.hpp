@@ -7,6 +7,23 @@ namespace spinlock_fast::SPINLOCK_SIMD {
 
 inline Vector load(const float* p) { return *reinterpret_cast<const Vector*>(p); }
 inline void keep(float* p, Vector v) { *reinterpret_cast<Vector*>(p) = v; }
+
+// The first n <= kLanes values of p, then zeros.
+inline Vector load_part(const float* p, Index n) {
+    if (n == kLanes) return load(p);
+    alignas(64) float values[kLanes] = {};
+    std::memcpy(values, p, static_cast<std::size_t>(n) * sizeof(float));
+    return load(values);
+}
+
+// The first n <= kLanes values of v.
+inline void keep_part(float* p, Index n, Vector v) {
+    if (n == kLanes)
+        keep(p, v);
+    else
+        std::memcpy(p, &v, static_cast<std::size_t>(n) * sizeof(float));
+}
+
 inline Vector all(float x) { return x - Vector{}; }
 
 inline Vector root(Vector x) {
