@@ -10,7 +10,7 @@ using training::DecoderTask;
 constexpr Index kGathered = 256;  // rows of one code that are multiplied at once
 
 Index decoder_buffer_floats(Index B, Index F, Index H, Index K, Index D) {
-    return K * (F + H) + (H + kGathered + kRows) * F + (H + F + kRows) * whole_vectors(D) + B + K + 1;
+    return K * (F + H) + (H + kGathered + kRows) * F + (2 * H + F + kRows) * whole_vectors(D) + B + K + 1;
 }
 
 inline void simple_product(Index M, Index N, Index K, Operand a, Operand b, float* out, Index out_row, const Workspace& w,
@@ -64,8 +64,14 @@ class CodeGradients {
 public:
     CodeGradients(const DecoderTask& task, float* buffer)
         : t(task), width(whole_vectors(task.book.dims)), of_active(buffer), to_active(of_active + t.H * t.F),
-          difference(to_active + t.H * width), jacobian(difference + (kGathered + kRows) * t.F),
-          order(reinterpret_cast<std::int32_t*>(jacobian + (t.F + kRows) * width)), starts(order + t.B) {}
+          turned(to_active + t.H * width), difference(turned + t.H * width), jacobian(difference + (kGathered + kRows) * t.F),
+          order(reinterpret_cast<std::int32_t*>(jacobian + (t.F + kRows) * width)), starts(order + t.B) {
+        const float* w1 = t.w1 + t.book.first_column * t.H;
+        for (Index c = 0; c < width; c += kColumns) {
+            const Index wide = panel_width(c), D = t.book.dims - c < wide ? t.book.dims - c : wide;
+            pack_panel({w1 + c * t.H, 1, t.H}, t.H, D, wide, turned + c * t.H);
+        }
+    }
 
     // Rows by code: those of code k become order[starts[k] : starts[k + 1]]. Rows without a code get no gradient.
     void sort_rows() {
@@ -109,16 +115,14 @@ private:
 
     // Writes `jacobian`; only hidden units above 0 take part.
     void find_jacobian(const float* hidden) {
-        const Index D = t.book.dims, F = t.F, H = t.H;
-        const float* w1 = t.w1 + t.book.first_column * H;
+        const Index F = t.F, H = t.H;
         Index active = 0;
         for (Index h = 0; h < H; ++h) {
             if (!(hidden[h] > 0.0f)) continue;
             std::memcpy(of_active + active * F, t.w2 + (t.g * H + h) * F, static_cast<std::size_t>(F) * sizeof(float));
-            for (Index d = 0; d < width; ++d) {
-                const Index panel = d / kColumns * kColumns, wide = panel_width(panel);
-                to_active[panel * H + active * wide + d - panel] = d < D ? w1[d * H + h] : 0.0f;
-            }
+            for (Index c = 0; c < width; c += kColumns)
+                for (Index wide = panel_width(c), v = 0; v < wide; v += kLanes)
+                    keep(to_active + c * H + active * wide + v, load(turned + c * H + h * wide + v));
             ++active;
         }
         for (Index c = 0; c < width; c += kColumns) {
@@ -150,7 +154,7 @@ private:
     const DecoderTask& t;
     Index width;                   // D in whole vectors
     float* of_active;              // [H, F] rows of the second weights
-    float* to_active;              // [H, D] columns of the first weights, in panels of kColumns
+    float *to_active, *turned;     // [H, D] of the first weights, active ones and all, in panels of kColumns
     float* difference;             // [kGathered and a tile, F]
     float* jacobian;               // [F and a tile, D] in panels of kColumns
     std::int32_t *order, *starts;  // [B], [K + 1]

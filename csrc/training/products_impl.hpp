@@ -85,7 +85,7 @@ inline void any_product(const Product& p, const Workspace& w, Store store) {
     if (sums) column_sums(p.b.p, p.K, p.N, p.b.row, p.column_sums);
 }
 
-// `then` gets a vector of a row of the product with its row and column, and how many of its values count.
+// `then(row)` gives what a vector of that row becomes, by its column and by how many of its values count.
 template <class Then>
 inline void product_then(const Product& p, const Workspace& w, Then then) {
     any_product(p, w, [&](Index i, Index j, const float* values, Index n) {
@@ -93,11 +93,12 @@ inline void product_then(const Product& p, const Workspace& w, Then then) {
             std::memcpy(p.column_sums + j, values, static_cast<std::size_t>(n) * sizeof(float));
             return;
         }
+        const auto of_row = then(i);
         for (Index c = 0; c < n; c += kLanes) {
             const Index few = n - c < kLanes ? n - c : kLanes;
             Vector v = load(values + c) * p.alpha;
             if (p.bias) v += load_part(p.bias + j + c, few);
-            keep_part(p.out + i * p.out_row + j + c, few, then(v, i, j + c, few));
+            keep_part(p.out + i * p.out_row + j + c, few, of_row(v, j + c, few));
         }
     });
 }
@@ -105,17 +106,21 @@ inline void product_then(const Product& p, const Workspace& w, Then then) {
 void product(const Product& p, const Workspace& w) {
     const auto relu = [](Vector v) { return v <= Vector{} ? Vector{} : v; };  // NaN stays
     if (p.relu && p.dropout.threshold) {
-        product_then(p, w, [&](Vector v, Index i, Index column, Index) {
-            return RowDropout(p.dropout, p.first_row + i)(relu(v), column, 1.0f);
+        product_then(p, w, [&](Index i) {
+            const RowDropout kept(p.dropout, p.first_row + i);
+            return [=](Vector v, Index column, Index) { return kept(relu(v), column, 1.0f); };
         });
     } else if (p.relu) {
-        product_then(p, w, [&](Vector v, Index, Index, Index) { return relu(v); });
+        product_then(p, w, [&](Index) { return [=](Vector v, Index, Index) { return relu(v); }; });
     } else if (p.positive) {
-        product_then(p, w, [&](Vector v, Index i, Index column, Index few) {
-            return load_part(p.positive + i * p.out_row + column, few) <= Vector{} ? Vector{} : v;
+        product_then(p, w, [&](Index i) {
+            const float* hidden = p.positive + i * p.out_row;
+            return [=](Vector v, Index column, Index few) {
+                return load_part(hidden + column, few) <= Vector{} ? Vector{} : v;
+            };
         });
     } else {
-        product_then(p, w, [](Vector v, Index, Index, Index) { return v; });
+        product_then(p, w, [](Index) { return [](Vector v, Index, Index) { return v; }; });
     }
 }
 

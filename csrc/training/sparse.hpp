@@ -14,7 +14,7 @@ using Bits = std::uint64_t;
 constexpr Index kSkipDepth = 64;             // of a panel: one word tells which entries of a row are not 0
 constexpr Index kSkipColumns = 8 * kLanes;   // of a panel: 32 KiB at most
 constexpr double kSkipShare = 0.75;          // of entries that are not 0: beyond it `multiply` is faster
-constexpr Index kTurnedFloats = 1 << 16;     // of a transposed block of the left operand
+constexpr Index kTurnedFloats = 1 << 17;     // of a transposed block of the left operand
 
 inline Index words_of(Index M, Index K) { return (M + 1) * ((K + kSkipDepth - 1) / kSkipDepth); }
 
@@ -111,16 +111,20 @@ template <int kWide>
 inline void masked_dots(Index M, Index K, const float* a, Index a_row, const float* b, Index b_row, const Bits* bits,
                         float scale, float* out, bool add) {
     constexpr int kChains = 2;
-    for (Index k0 = 0; k0 < K; k0 += 16) {
+    constexpr Index kBlock = 32;  // rows of b that stay in the first-level cache
+    for (Index k0 = 0; k0 < K; k0 += kBlock) {
+        const Index block = K - k0 < kBlock ? K - k0 : kBlock;
         const Bits* known = bits + k0 / kSkipDepth * (M + 1);
-        const int shift = static_cast<int>(k0 % kSkipDepth);
+        const Index shift = k0 % kSkipDepth;
         for (Index m = 0; m < M; ++m) {
+            const float* row = a + m * a_row;
             __m512 left[kWide];
 #pragma GCC unroll 16
-            for (int v = 0; v < kWide; ++v) left[v] = _mm512_loadu_ps(a + m * a_row + v * 16);
-            alignas(64) float found[16] = {};
-            for (auto wanted = static_cast<std::uint16_t>(known[m] >> shift); wanted;
-                 wanted = static_cast<std::uint16_t>(wanted & (wanted - 1))) {
+            for (int v = 0; v < kWide; ++v) left[v] = _mm512_loadu_ps(row + v * 16);
+#pragma GCC unroll 16
+            for (int v = 0; v < kWide; ++v) __builtin_prefetch(row + a_row + v * 16);
+            alignas(64) float found[kBlock] = {};
+            for (auto wanted = static_cast<std::uint32_t>(known[m] >> shift); wanted; wanted &= wanted - 1) {
                 const int k = __builtin_ctz(wanted);
                 const float* right = b + (k0 + k) * b_row;
                 __m512 sum[kChains];
@@ -131,11 +135,13 @@ inline void masked_dots(Index M, Index K, const float* a, Index a_row, const flo
                     sum[v % kChains] = _mm512_fmadd_ps(left[v], _mm512_loadu_ps(right + v * 16), sum[v % kChains]);
                 found[k] = _mm512_reduce_add_ps(sum[0] + sum[1]);
             }
-            const auto inside = static_cast<__mmask16>(K - k0 < 16 ? (1u << (K - k0)) - 1u : 0xffffu);
             float* here = out + m * K + k0;
-            __m512 result = _mm512_load_ps(found) * scale;
-            if (add) result += _mm512_maskz_loadu_ps(inside, here);
-            _mm512_mask_storeu_ps(here, inside, result);
+            for (Index k = 0; k < block; k += 16) {
+                const auto inside = static_cast<__mmask16>(block - k < 16 ? (1u << (block - k)) - 1u : 0xffffu);
+                __m512 result = _mm512_load_ps(found + k) * scale;
+                if (add) result += _mm512_maskz_loadu_ps(inside, here + k);
+                _mm512_mask_storeu_ps(here + k, inside, result);
+            }
         }
     }
 }
