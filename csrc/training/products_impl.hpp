@@ -70,7 +70,9 @@ inline bool skipped(const Product& p, Index m, Index rows, const Workspace& w, S
 template <class Store>
 inline void any_product(const Product& p, const Workspace& w, Store store) {
     const bool sums = p.column_sums != nullptr, turned = p.a.column != 1;
-    if (!p.sparse || p.K == 0 || (turned && p.a.row != 1) || (sums && p.b.column != 1)) {
+    // Deeper products are summed in blocks by `multiply`: a row would depend on how many zeros the rows beside it have.
+    const bool same_order = turned || p.K <= kDepth;
+    if (!p.sparse || !same_order || p.K == 0 || (turned && p.a.row != 1) || (sums && p.b.column != 1)) {
         multiply(p.M, p.N, p.K, matrix(p.a), matrix(p.b), scratch(w), store, sums);
         return;
     }

@@ -1,8 +1,8 @@
-// Matrix products that leave out zeros: about half of the hidden values behind a ReLU are 0, and so are their gradients.
+// Matrix products that leave out zeros: half of the hidden values behind a ReLU are 0, and so are their gradients.
 //
 // A row of the left operand skips its zeros one by one, so a tile of the result is one row high and reads its panel of
 // the right operand from the first-level cache. That is worth it up to about four fifths of values that are not 0.
-// The sum over k runs in the order of `multiply`: zeros that are left out change no bit of it.
+// The sum over k runs in the order of `multiply` up to its depth of a block: zeros left out change no bit of it.
 #pragma once
 
 #include "gemm.hpp"
