@@ -43,23 +43,32 @@ Index partial_floats(Index M, Index N, Index K) {
     return M * (N < wide ? N : wide);
 }
 
+// Rows that a product which leaves out zeros takes at once: transposed ones are copied.
+inline Index skip_block(Index M, Index K, bool turned) {
+    constexpr Index kMost = 1024;
+    const Index fit = turned ? kTurnedFloats / (K + kLanes) / kLanes * kLanes : kMost;
+    const Index rows = fit < kLanes ? kLanes : fit < kMost ? fit : kMost;
+    return M < rows ? M : rows;
+}
+
 // Of `Workspace::buffer`, for a product of which `sparse` is set.
 Index sparse_buffer_floats(Index M, Index K) {
-    const Index most = kTurnedFloats > kLanes * K ? kTurnedFloats : kLanes * K;
-    return M * kSkipColumns + 2 * words_of(M, K) + most + kLanes;
+    const Index rows = skip_block(M, K, false), turned = skip_block(M, K, true);
+    return rows * kSkipColumns + 2 * words_of(rows, K) + turned * (K + kLanes);
 }
 
 // Rows [m, m + rows) of a product whose left operand has many zeros; false if there are too few of them.
 template <class Store>
 inline bool skipped(const Product& p, Index m, Index rows, const Workspace& w, Store store) {
     float* partial = w.buffer;
-    Bits* bits = reinterpret_cast<Bits*>(partial + p.M * kSkipColumns);
-    float* turned = partial + p.M * kSkipColumns + 2 * words_of(p.M, p.K);
+    Bits* bits = reinterpret_cast<Bits*>(partial + rows * kSkipColumns);
     const float* a = p.a.p + m * p.a.row;
     Index a_row = p.a.row;
     if (p.a.column != 1) {
-        transpose(a, p.a.column, rows, p.K, turned, p.K);
-        a = turned, a_row = p.K;
+        float* turned = partial + rows * kSkipColumns + 2 * words_of(rows, p.K);
+        a_row = p.K + kLanes;  // rows 2 KiB apart would be in each other's way
+        transpose(a, p.a.column, rows, p.K, turned, a_row);
+        a = turned;
     }
     const Index count = find_nonzeros(a, a_row, rows, p.K, bits);
     if (static_cast<double>(count) > kSkipShare * static_cast<double>(rows) * static_cast<double>(p.K)) return false;
@@ -67,24 +76,29 @@ inline bool skipped(const Product& p, Index m, Index rows, const Workspace& w, S
     return true;
 }
 
+// Whether `any_product` looks for zeros.
+inline bool may_skip(const Product& p) {
+    if (!p.sparse || p.K == 0 || (p.column_sums && p.b.column != 1)) return false;
+    // Transposed blocks would have few rows, and each packs all of b.
+    if (p.a.column != 1) return p.a.row == 1 && p.K <= kSkipDeepest;
+    // Deeper products are summed in blocks by `multiply`: a row would depend on how many zeros the rows beside it have.
+    return p.K <= kDepth;
+}
+
 template <class Store>
 inline void any_product(const Product& p, const Workspace& w, Store store) {
-    const bool sums = p.column_sums != nullptr, turned = p.a.column != 1;
-    // Deeper products are summed in blocks by `multiply`: a row would depend on how many zeros the rows beside it have.
-    const bool same_order = turned || p.K <= kDepth;
-    if (!p.sparse || !same_order || p.K == 0 || (turned && p.a.row != 1) || (sums && p.b.column != 1)) {
-        multiply(p.M, p.N, p.K, matrix(p.a), matrix(p.b), scratch(w), store, sums);
+    if (!may_skip(p)) {
+        multiply(p.M, p.N, p.K, matrix(p.a), matrix(p.b), scratch(w), store, p.column_sums != nullptr);
         return;
     }
-    const Index fit = kTurnedFloats / p.K / kLanes * kLanes;
-    const Index block = !turned ? p.M : fit > kLanes ? fit : kLanes;
+    const Index block = skip_block(p.M, p.K, p.a.column != 1);
     for (Index m = 0; m < p.M; m += block) {
         const Index rows = p.M - m < block ? p.M - m : block;
         const auto moved = [&](Index i, Index j, const float* values, Index n) { store(m + i, j, values, n); };
         if (!skipped(p, m, rows, w, moved))
             multiply(rows, p.N, p.K, matrix(p.a).block(m, 0), matrix(p.b), scratch(w), moved);
     }
-    if (sums) column_sums(p.b.p, p.K, p.N, p.b.row, p.column_sums);
+    if (p.column_sums) column_sums(p.b.p, p.K, p.N, p.b.row, p.column_sums);
 }
 
 // `then(row)` gives what a vector of that row becomes, by its column and by how many of its values count.

@@ -15,6 +15,7 @@ constexpr Index kSkipDepth = 64;             // of a panel: one word tells which
 constexpr Index kSkipColumns = 8 * kLanes;   // of a panel: 32 KiB at most
 constexpr double kSkipShare = 0.75;          // of entries that are not 0: beyond it `multiply` is faster
 constexpr Index kTurnedFloats = 1 << 17;     // of a transposed block of the left operand
+constexpr Index kSkipDeepest = 4096;         // of a transposed left operand
 
 inline Index words_of(Index M, Index K) { return (M + 1) * ((K + kSkipDepth - 1) / kSkipDepth); }
 
