@@ -19,6 +19,7 @@ import logging
 import statistics
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,7 +61,7 @@ def load_frame(directory: Path, frame: int, device: torch.device) -> Data:
     return Data(rows[~chosen], rows[chosen], meta["group_indices"], meta["levels"])
 
 
-def recipe(epochs: int, seed: int) -> RunConfig:
+def recipe(epochs: int, seed: int, settings: Mapping[str, Any]) -> RunConfig:
     return load_config(
         RECIPE,
         {
@@ -72,6 +73,7 @@ def recipe(epochs: int, seed: int) -> RunConfig:
             "training.early_stopping_patience": epochs + 1,
             "training.val_every_n_epochs": epochs,
             "training.use_torch_compile": False,
+            **settings,
         },
     )
 
@@ -102,14 +104,14 @@ def score(model: CategoricalHierarchicalVQVAE | BaselineModel, x: Tensor) -> flo
     return float(torch.nn.functional.mse_loss(reconstruction, x))
 
 
-def compare(data: Data, epochs: int, seed: int) -> dict[str, Any]:
-    """Both errors of one seed."""
-    config = recipe(epochs, seed)
-    settings = {"input_dim": data.train.shape[1], "group_indices": data.groups, "levels": data.levels}
+def compare(data: Data, epochs: int, seed: int, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Both errors of one seed; `settings` change the recipe."""
+    config = recipe(epochs, seed, settings or {})
+    shape = {"input_dim": data.train.shape[1], "group_indices": data.groups, "levels": data.levels}
     torch.manual_seed(seed)
-    model = CategoricalHierarchicalVQVAE(
-        CategoricalVQVAEConfig(**{**config.model.model_dump(), **settings})
-    ).to(data.train.device)
+    model = CategoricalHierarchicalVQVAE(CategoricalVQVAEConfig(**{**config.model.model_dump(), **shape})).to(
+        data.train.device
+    )
     run = TrainingRun(config, SilentObserver(), lambda: None, model, data.train, data.val)
     run.initialize_codes()
     baseline = baseline_of(model)
@@ -168,9 +170,11 @@ def main() -> None:
     rows = []
     for seed in chosen.seeds:
         rows.append(compare(data, chosen.epochs, seed))
+        row = rows[-1]
         print(  # noqa: T201
-            "seed {seed}: validation error {error:.4f}, baseline {baseline_error:.4f} (training rows {train_error:.4f}, "
-            "{baseline_train_error:.4f}); {seconds:.1f} s, {baseline_seconds:.1f} s".format(**rows[-1]),
+            f"seed {seed}: validation error {row['error']:.4f}, baseline {row['baseline_error']:.4f} "
+            f"(training rows {row['train_error']:.4f}, {row['baseline_train_error']:.4f}); "
+            f"{row['seconds']:.1f} s, {row['baseline_seconds']:.1f} s",
             flush=True,
         )
     found = summary(rows)

@@ -112,7 +112,8 @@ def test_a_row_does_not_depend_on_those_beside_it(level):
     x, w1, b1, w2, b2 = mlp_inputs([8], 64, 512, 256)
     w1 = w1.abs()
     among_active = torch.cat([x[:1], 100.0 + x[1:]])  # all hidden values above 0: too few zeros to leave out
-    alone, mixed, active = (grouped_mlp(rows, w1, b1, w2, b2, Ragged.of([8]))[0, 0] for rows in (x[:1], x, among_active))
+    batches = (x[:1], x, among_active)
+    alone, mixed, active = (grouped_mlp(rows, w1, b1, w2, b2, Ragged.of([8]))[0, 0] for rows in batches)
     assert torch.equal(alone, mixed)
     assert torch.equal(alone, active)
 
