@@ -147,7 +147,7 @@ inline void pull_weights(const Points& z, Index g, Index m, Index n0, const floa
     for (Index r = 0; r < here; ++r) sums[m + r] += total(row_sums[r]);
 }
 
-// out[r] += sum over k of a[r, k] b[k] for kRows rows of `width` columns, in whole vectors; b lies in panels of depth S.
+// out[r] += sum over k of a[r, k] b[k] for kRows rows of `width` columns, whole vectors; b lies in panels of depth S.
 template <bool kTurned>
 inline void add_pulls(const float* a, Index row, Index first, Index depth, const float* b, Index S, Index width,
                       float* out) {

@@ -44,8 +44,8 @@ struct Scratch {
     float* partial;  // M * min(N, width_of_block(K)) where K > kDepth, else unused
 };
 
-// tile[r][c] = sum over k of a[r, k] b[k, c]: kRows x kColumns in registers. Entries of a lie at a[r * row + k], or, with
-// kPackedRows, at a[k * row + r].
+// tile[r][c] = sum over k of a[r, k] b[k, c]: kRows x kColumns in registers. Entries of a lie at a[r * row + k],
+// or, with kPackedRows, at a[k * row + r].
 template <bool kPackedRows, int kWide>
 inline void multiply_tile(const float* a, Index row, Index depth, const float* b, float* tile) {
     Vector sum[kRows][kWide] = {};

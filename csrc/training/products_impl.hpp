@@ -71,7 +71,9 @@ inline bool skipped(const Product& p, Index m, Index rows, const Workspace& w, S
         a = turned;
     }
     const Index count = find_nonzeros(a, a_row, rows, p.K, bits);
-    if (static_cast<double>(count) > kSkipShare * static_cast<double>(rows) * static_cast<double>(p.K)) return false;
+    const bool many = static_cast<double>(count) > kSkipShare * static_cast<double>(rows) * static_cast<double>(p.K);
+    // Where `multiply` has another order of sums, the choice would make the result depend on the number of threads.
+    if (many && p.K <= kDepth) return false;
     multiply_skipping(rows, p.N, p.K, a, a_row, bits, matrix(p.b), w.packed, partial, store);
     return true;
 }
@@ -163,9 +165,10 @@ void first_layer(const FirstLayerTask& t, const Workspace& w) {
         product(p, w);
     }
     const Matrix x_turned{t.x.p, t.x.column, t.x.row};
-    multiply(t.n, t.H, t.rows, x_turned, {of_hidden, t.H, 1}, scratch(w), [&](Index i, Index j, const float* values, Index n) {
+    const auto store = [&](Index i, Index j, const float* values, Index n) {
         std::memcpy(t.of_first + i * t.H + j, values, static_cast<std::size_t>(n) * sizeof(float));
-    }, true);
+    };
+    multiply(t.n, t.H, t.rows, x_turned, {of_hidden, t.H, 1}, scratch(w), store, true);
 }
 
 }  // namespace spinlock_fast::SPINLOCK_SIMD

@@ -80,10 +80,10 @@ inline void skip_panel(Index M, Index depth, const float* a, Index a_row, const 
     }
 }
 
-// `multiply` for rows of a [M, K] that lie side by side and whose `bits` are known; `partial` has M * kSkipColumns floats.
+// `multiply` for rows of a [M, K] that lie side by side and whose `bits` are known; `partial`: M * kSkipColumns floats.
 template <class Store>
-void multiply_skipping(Index M, Index N, Index K, const float* a, Index a_row, const Bits* bits, Matrix b, float* packed,
-                       float* partial, Store store) {
+void multiply_skipping(Index M, Index N, Index K, const float* a, Index a_row, const Bits* bits, Matrix b,
+                       float* packed, float* partial, Store store) {
     for (Index n = 0; n < N; n += kSkipColumns) {
         const Index width = N - n < kSkipColumns ? N - n : kSkipColumns;
         const Bits* known = bits;
@@ -147,7 +147,7 @@ inline void masked_dots(Index M, Index K, const float* a, Index a_row, const flo
     }
 }
 
-// out[m, k] = scale a_m . b_k where a bit says so, 0 elsewhere, for rows of a and b of E columns, a multiple of kDotBlock.
+// out[m, k] = scale a_m . b_k where a bit says so, 0 elsewhere, for rows of E columns, a multiple of kDotBlock.
 inline void masked_products(Index M, Index K, Index E, const float* a, Index a_row, const float* b, Index b_row,
                             const Bits* bits, float scale, float* out) {
     for (Index e = 0; e < E;) {

@@ -28,7 +28,8 @@ void mlp_forward(const PyOperand& x, const PyOperand& w1, std::uintptr_t b1, con
     Index column = 0;
     for (Index g = 0; g < static_cast<Index>(sizes.size()); ++g) {
         const Index n = sizes[static_cast<std::size_t>(g)];
-        Product p{B, H, n, block(operand(x), 0, column), block(operand(w1), column, 0), at<float>(hidden) + g * B * H, H};
+        Product p{B, H, n, block(operand(x), 0, column), block(operand(w1), column, 0),
+                  at<float>(hidden) + g * B * H, H};
         p.bias = at<const float>(b1) + g * H;
         p.relu = true;
         p.dropout = dropout;
@@ -159,7 +160,7 @@ void backward_to_parameters(const Networks& n, const Gradients& to, int threads)
     }
 }
 
-// `of_hidden` and `of_x` are 0 where the inputs need no gradient. of_w1 is laid out by rows, or, with `of_x`, by columns.
+// `of_hidden` and `of_x` are 0 where the inputs need no gradient. of_w1 lies by rows, or, with `of_x`, by columns.
 void mlp_backward(std::uintptr_t grad, const PyOperand& x, const PyOperand& w1, const PyOperand& w2, Index w2_group,
                   std::uintptr_t hidden, const std::vector<Index>& sizes, Index B, Index H, Index E, double rate,
                   std::uintptr_t of_hidden, std::uintptr_t of_x, const PyOperand& of_w1, std::uintptr_t of_b1,
@@ -168,8 +169,8 @@ void mlp_backward(std::uintptr_t grad, const PyOperand& x, const PyOperand& w1, 
     const Networks networks{operand(x), operand(w1), operand(w2), w2_group, at<const float>(hidden), sizes, B, H, E,
                             dropout_scale(rate)};
     const auto [weights, w1_row, w1_column] = of_w1;
-    const Gradients to{at<const float>(grad), at<float>(of_hidden), at<float>(of_x), at<float>(weights), w1_row, w1_column,
-                       at<float>(of_b1), at<float>(of_w2), at<float>(of_b2)};
+    const Gradients to{at<const float>(grad), at<float>(of_hidden), at<float>(of_x), at<float>(weights), w1_row,
+                       w1_column, at<float>(of_b1), at<float>(of_w2), at<float>(of_b2)};
     if (of_x)
         backward_to_inputs(networks, to, threads);
     else
