@@ -108,5 +108,5 @@ def test_the_loss_is_made_of_the_correlations():
     leaf = arguments[1].clone().requires_grad_()
     loss = Loss.apply(arguments[0], leaf, *arguments[2:], LAYOUT, 0.3)
     (2.5 * loss).backward()
-    assert loss.item() == pytest.approx(float(1.0 - 0.3 * pre - 0.7 * post), abs=1e-6)
+    assert loss.item() == pytest.approx(1.0 - 0.3 * pre.item() - 0.7 * post.item(), abs=1e-6)
     torch.testing.assert_close(leaf.grad.double().cpu(), expected, rtol=1e-5, atol=1e-8)
