@@ -59,8 +59,43 @@ def _combined(**changes: Any) -> Settings:
     return _COMBINED | {name.replace("__", ".", 1): value for name, value in changes.items()}
 
 
+# The start from product quantization has linear networks now, and every feature is read.
+_READ_ALL: Settings = _combined(
+    model__unassigned_features="nearest", training__optimizer="adamw", training__weight_decay=1.0
+)
+
+
+def _read_all(**changes: Any) -> Settings:
+    return _READ_ALL | {name.replace("__", ".", 1): value for name, value in changes.items()}
+
+
 # What `--choose` picks from, the most promising first.
 COMBINATIONS: dict[str, Settings] = {
+    "read_all": _READ_ALL,
+    "read_all_lr_1e-3": _read_all(training__learning_rate=1e-3),
+    "read_all_lr_5e-4": _read_all(training__learning_rate=5e-4),
+    "read_all_refit_0": _read_all(training__decoder_refit=0.0),
+    "read_all_refit_0.3": _read_all(training__decoder_refit=0.3),
+    "read_all_commitment_0.25": _read_all(model__commitment_cost=0.25),
+    "read_all_commitment_0.5": _read_all(model__commitment_cost=0.5),
+    "read_all_decoder_dropout_0.1": _read_all(model__decoder_dropout=0.1),
+    "read_all_no_mixing": _read_all(training__mixing=0.0),
+    "read_all_no_noise": _read_all(training__input_noise=0.0),
+    "read_all_n0.2": _read_all(training__input_noise=0.2),
+    "read_all_adam": _read_all(training__optimizer="adam", training__weight_decay=0.0),
+    "read_all_adam_n0.2": _read_all(training__optimizer="adam", training__weight_decay=0.0, training__input_noise=0.2),
+    "read_all_adam_lr_1e-3": _read_all(
+        training__optimizer="adam", training__weight_decay=0.0, training__learning_rate=1e-3
+    ),
+    "read_all_adam_n0.2_lr_1e-3": _read_all(
+        training__optimizer="adam",
+        training__weight_decay=0.0,
+        training__input_noise=0.2,
+        training__learning_rate=1e-3,
+    ),
+    "read_all_adamw_0.1": _read_all(training__weight_decay=0.1),
+    "read_all_adamw_3": _read_all(training__weight_decay=3.0),
+    "read_all_batch_64": _read_all(training__batch_size=64, training__topo_samples=64),
     "combined": _COMBINED,
     "combined_mixing_stays": _combined(training__mixing_decays=False),
     "combined_n0.2": _combined(training__input_noise=0.2),

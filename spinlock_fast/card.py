@@ -15,7 +15,6 @@ def model_card(metrics: Metrics, config: RunConfig) -> str:
     """
     categories = metrics["categories"]
     tokens = sum(len(category["codes"]) for category in categories)
-    features = sum(category["features"] for category in categories)
     versions = metrics["versions"]
     return f"""---
 library_name: spinlock-fast
@@ -35,7 +34,7 @@ from spinlock_fast import Tokenizer
 
 tokenizer = Tokenizer.from_checkpoint("this directory")
 tokens = tokenizer.encode("data.h5")  # [N, {tokens}], from raw HDF5
-features = tokenizer.decode(tokens)  # [N, {features}], named by tokenizer.feature_names
+features = tokenizer.decode(tokens)  # [N, {metrics["features"]}], named by tokenizer.feature_names
 ```
 
 ```bash
@@ -79,7 +78,7 @@ categories' features |
 | category | features | families | error from one codebook alone | utilization by level | codes by level |
 |---|---|---|---|---|---|
 {_categories(metrics)}
-
+{_outside(metrics)}
 Tokens are in this order, level by level: {_token_names(metrics)}.
 
 ## Limits
@@ -118,6 +117,17 @@ def _categories(metrics: Metrics) -> str:
         f"{' / '.join(str(k) for k in c['codes'])} |"
         for c in metrics["categories"]
     )
+
+
+def _outside(metrics: Metrics) -> str:
+    """A paragraph on features in no category; empty where there are none."""
+    categories = metrics["categories"]
+    count = metrics["features"] - sum(category["features"] for category in categories)
+    if not count:
+        return ""
+    readers = [f"{c['name']} reads {len(c['also_reads'])}" for c in categories if c["also_reads"]]
+    read = f" ({', '.join(readers)} of them as well)" if readers else ""
+    return f"\n{count} more of the features are in no category{read}: they are reconstructed from all codes.\n"
 
 
 def _token_names(metrics: Metrics) -> str:

@@ -170,6 +170,11 @@ class ModelConfig(Section):
         default="0.5:1:1.5", description="latent dimensions per feature of each level, coarse to fine"
     )
     uniform_codebook_init: bool = Field(default=False, description="every level gets as many codes as level 0")
+    unassigned_features: Literal["decoded", "nearest"] = Field(
+        default="decoded",
+        description="features in no category are reconstructed from all codes; nearest: and read by the encoder of the "
+        "category that they correlate with most",
+    )
     codebook_init: Literal["kmeans", "uniform", "product"] = Field(
         default="kmeans",
         description="codes from k-means++ on the first rows, or uniform random; product: k-means, after the levels of "

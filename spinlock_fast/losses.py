@@ -98,8 +98,11 @@ def loss_terms(
 
     def error() -> Tensor:
         reconstruction = out["reconstruction"] if "reconstruction" in out else model.decode(quantized)
+        squared = torch.nn.functional.mse_loss(reconstruction, x, reduction="none")
+        if model.config.extra_inputs:
+            squared = squared * model.error_weight
         # Row by row: the mean of all at once needs memory set to zero, after which a CUDA graph idles for 12 us.
-        return torch.nn.functional.mse_loss(reconstruction, x, reduction="none").mean(1).mean()
+        return squared.mean(1).mean()
 
     def informativeness() -> Tensor:
         return partial_loss(x, quantized, codes, codebook, model.code_decoders, layout)

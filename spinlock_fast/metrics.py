@@ -209,13 +209,19 @@ def complete(
     feature_names: Sequence[str],
     category_correlation_max: float,
 ) -> None:
-    """Adds what does not depend on the rows: families, names, sizes, backend, device, versions."""
+    """Adds what does not depend on the rows: families, names, sizes, backend, device, versions.
+
+    Of each category `also_reads` names the features in no category that its encoder reads.
+    """
     trainable, codes = model.num_parameters()
-    for category, members in zip(metrics["categories"], model.config.group_indices.values(), strict=True):
+    config = model.config
+    for category, (name, members) in zip(metrics["categories"], config.group_indices.items(), strict=True):
         families = category["families"] = count_families(feature_names, members)
         category["purity"] = max(families.values()) / len(members)
         category["feature_names"] = [feature_names[i] for i in members]
+        category["also_reads"] = [feature_names[i] for i in config.extra_inputs.get(name, [])]
     metrics |= {
+        "features": config.input_dim,
         "category_correlation_max": category_correlation_max,
         "parameters": trainable + codes,
         "trainable_parameters": trainable,

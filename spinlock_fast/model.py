@@ -35,7 +35,9 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-class _EncoderLayers(NamedTuple):
+class EncoderLayers(NamedTuple):
+    """What encodes all categories, in its order."""
+
     first: RaggedInputLinear
     hidden_dropout: nn.Dropout
     second: GroupedLinear
@@ -49,6 +51,7 @@ def _rate(dropout: nn.Dropout) -> float:
     return dropout.p if dropout.training else 0.0
 
 
+_ROUNDING = 1e-6  # of a float32 mean
 _PARTIAL_HIDDEN = 128
 _SHARED_HIDDEN = 256
 
@@ -59,17 +62,18 @@ class CategoricalVQVAEConfig(ModelConfig):
     Args:
         input_dim: F, number of features.
         group_indices: features of each category; a feature belongs to at most one. The order of the
-            categories is the order of the tokens. A feature in no category is not encoded, but still
-            reconstructed from the codes of the others.
+            categories is the order of the tokens. A feature in no category is still reconstructed, from all codes.
+        extra_inputs: features in no category that the encoder of a category reads after its own, standardised.
         levels: None or [] sizes the codebooks from the number of features; a list serves all
             categories; a mapping gives each its own.
 
     Raises:
-        pydantic.ValidationError (a ValueError): features doubled or out of range.
+        pydantic.ValidationError (a ValueError): features doubled or out of range, extra inputs of no category.
     """
 
     input_dim: PositiveInt = Field(description="features")
     group_indices: dict[str, list[int]] = Field(min_length=1, description="features of each category")
+    extra_inputs: dict[str, list[int]] = Field(default={}, description="features in no category, by their reader")
 
     @field_validator("levels", mode="before")
     @classmethod
@@ -78,13 +82,16 @@ class CategoricalVQVAEConfig(ModelConfig):
 
     @model_validator(mode="after")
     def _features_partitioned(self) -> CategoricalVQVAEConfig:
-        seen = [i for members in self.group_indices.values() for i in members]
+        seen = [i for part in (self.group_indices, self.extra_inputs) for members in part.values() for i in members]
         for name, members in self.group_indices.items():
             if not members:
                 raise ValueError(f"group_indices.{name}: a category needs at least 1 feature")
         outside = [i for i in seen if not 0 <= i < self.input_dim]
         if outside:
             raise ValueError(f"group_indices: feature {outside[0]} is outside 0..{self.input_dim - 1}")
+        unknown = [name for name in self.extra_inputs if name not in self.group_indices]
+        if unknown:
+            raise ValueError(f"extra_inputs: no category {unknown[0]!r}")
         if len(set(seen)) != len(seen):
             twice = next(i for i in seen if seen.count(i) > 1)
             raise ValueError(f"group_indices: feature {twice} is in two places")
@@ -94,6 +101,11 @@ class CategoricalVQVAEConfig(ModelConfig):
     @property
     def group_sizes(self) -> dict[str, int]:
         return {name: len(members) for name, members in self.group_indices.items()}
+
+    @property
+    def inputs(self) -> dict[str, list[int]]:
+        """What the encoder of each category reads: its features, then its extra inputs."""
+        return {name: [*members, *self.extra_inputs.get(name, [])] for name, members in self.group_indices.items()}
 
     def resolved_levels(self) -> dict[str, list[LevelConfig]]:
         """Codebooks of every category, coarse to fine."""
@@ -110,6 +122,9 @@ class CategoricalHierarchicalVQVAE(nn.Module):
     """
 
     feature_order: Tensor
+    input_mean: Tensor
+    input_scale: Tensor
+    error_weight: Tensor
 
     def __init__(self, config: CategoricalVQVAEConfig) -> None:
         super().__init__()
@@ -119,13 +134,18 @@ class CategoricalHierarchicalVQVAE(nn.Module):
         books = [level for name in self.categories for level in self.levels[name]]
         num_codes = [book.num_tokens for book in books]
         dims = [book.latent_dim for book in books]
-        sizes = list(config.group_sizes.values())
+        inputs = config.inputs
+        sizes = [len(members) for members in inputs.values()]
         category_dims = [sum(level.latent_dim for level in self.levels[name]) for name in self.categories]
         total = sum(dims)
         F, E, H = config.input_dim, config.group_embedding_dim, config.group_hidden_dim
 
-        order = [i for members in config.group_indices.values() for i in members]
+        order = [i for members in inputs.values() for i in members]
         self.register_buffer("feature_order", torch.tensor(order), persistent=False)
+        if config.extra_inputs:
+            self.register_buffer("input_mean", torch.zeros(len(order)))
+            self.register_buffer("input_scale", torch.ones(len(order)))
+            self.register_buffer("error_weight", torch.ones(F), persistent=False)
         self.category_mlp = nn.Sequential(
             RaggedInputLinear(sizes, H),
             nn.ReLU(),
@@ -177,9 +197,9 @@ class CategoricalHierarchicalVQVAE(nn.Module):
         """Features [B, F] -> latents [B, sum D]."""
         if x.ndim != 2 or x.shape[1] != self.config.input_dim:
             raise ValueError(f"x must be [B, {self.config.input_dim}], got {list(x.shape)}")
-        layers = self._encoder
+        layers = self.encoder_layers
         embedding = grouped_mlp(
-            x[:, self.feature_order],
+            self.encoder_inputs(x),
             layers.first.weight,
             layers.first.bias,
             layers.second.weight,
@@ -202,6 +222,29 @@ class CategoricalHierarchicalVQVAE(nn.Module):
             head_norm.eps,
             _rate(layers.dropout),
         )
+
+    def encoder_inputs(self, x: Tensor) -> Tensor:
+        """Features [B, F] -> what the encoders read [B, sum n], category by category; extra inputs standardised."""
+        ordered = x[:, self.feature_order]
+        return (ordered - self.input_mean) * self.input_scale if self.config.extra_inputs else ordered
+
+    @torch.no_grad()
+    def fit_extra_inputs(self, mean: Tensor, std: Tensor) -> None:
+        """Standardises the extra inputs by mean [F] and std [F] of the training rows; other features stay as they are.
+
+        Sets `error_weight` [F] as well: the squared error of an extra input of standard deviation s > 1 counts 1 / s in
+        training, so that a few unscaled features do not decide alone what the networks learn.
+        """
+        extra = [i for members in self.config.extra_inputs.values() for i in members]
+        if not extra:
+            return
+        centre, spread = torch.zeros_like(mean), torch.ones_like(std)
+        centre[extra] = mean[extra]
+        spread[extra] = torch.where(std > _ROUNDING * mean.abs(), std, 1.0)[extra]  # a constant has none
+        order = self.feature_order.cpu()
+        self.input_mean.copy_(centre[order])
+        self.input_scale.copy_(spread[order].reciprocal())
+        self.error_weight.copy_(spread.clamp(min=1.0).reciprocal())
 
     def quantize(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Latents [B, sum D] -> quantized [B, sum D], tokens [B, G], commitment loss."""
@@ -229,10 +272,11 @@ class CategoricalHierarchicalVQVAE(nn.Module):
         return Decoders(first.weight, first.bias, second.weight, second.bias)
 
     @property
-    def _encoder(self) -> _EncoderLayers:
+    def encoder_layers(self) -> EncoderLayers:
+        """The layers of encoder and heads."""
         parts: list[Any] = [*self.category_mlp, *self.heads]
         first, _, hidden_dropout, second, norm, head, dropout, head_norm = parts
-        return _EncoderLayers(first, hidden_dropout, second, norm, head, dropout, head_norm)
+        return EncoderLayers(first, hidden_dropout, second, norm, head, dropout, head_norm)
 
     def partial_reconstructions(self, quantized: Tensor) -> Tensor:
         """Features from each codebook alone: [B, sum D] -> [G, B, F]."""

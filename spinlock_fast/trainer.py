@@ -25,9 +25,10 @@ from spinlock_fast.features.categories import (
     category_correlation,
     discover_categories,
     max_off_diagonal,
+    nearest_categories,
 )
 from spinlock_fast.features.selection import Selection
-from spinlock_fast.features.statistics import Blocks
+from spinlock_fast.features.statistics import Blocks, mean_and_std
 from spinlock_fast.kernels.backend import resolve_backend
 from spinlock_fast.loop import EpochRecord, Observer, SilentObserver, TrainingRun
 from spinlock_fast.metrics import Metrics, complete, evaluate
@@ -163,10 +164,10 @@ class Trainer:
         if groups is None:
             groups = find_categories(train_rows, names, self.config)
             discover_seconds = time.perf_counter() - started
-        model_config = self._model_config(F, groups, levels)
-        outside = F - sum(model_config.group_sizes.values())
-        if outside:
-            log.warning("%d of %d features are in no category: they are reconstructed, but not encoded", outside, F)
+        model_config = self._model_config(train_rows, groups, levels)
+        read = sum(len(members) for members in model_config.inputs.values())
+        if read < F:
+            log.warning("%d of %d features are in no category: they are reconstructed, but not encoded", F - read, F)
         correlation_max = max_off_diagonal(category_correlation(train_rows, groups))
         if correlation_max > training.orthogonality_target:
             log.warning(
@@ -186,6 +187,8 @@ class Trainer:
             x_train = self._placed(train_rows, device)
             x_val = self._placed(Selection(data, split.val), device)
             run = TrainingRun(self.config, self.observer, lambda: self._stop_signal, model, x_train, x_val)
+            if model_config.extra_inputs:
+                model.fit_extra_inputs(*(torch.from_numpy(values) for values in mean_and_std(train_rows)))
             if resume is not None:
                 run.load(resume)
             else:
@@ -225,22 +228,25 @@ class Trainer:
         return placed
 
     def _model_config(
-        self, F: int, groups: Groups, levels: Levels | Mapping[str, Any] | None
+        self, x: Blocks, groups: Groups, levels: Levels | Mapping[str, Any] | None
     ) -> CategoricalVQVAEConfig:
         settings = self.config.model.model_dump()
         if levels is not None:
             settings["levels"] = levels
         try:
-            return CategoricalVQVAEConfig(
+            config = CategoricalVQVAEConfig(
                 **{
                     **settings,
-                    "input_dim": F,
+                    "input_dim": x.shape[1],
                     "group_indices": {k: list(map(int, v)) for k, v in groups.items()},
                 }
             )
         except ValueError as error:
             problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
             raise ConfigError(f"model: {problem.removeprefix('Value error, ')}") from None
+        if config.unassigned_features == "nearest":
+            return config.model_copy(update={"extra_inputs": nearest_categories(x, config.group_indices)})
+        return config
 
 
 def find_categories(x: Blocks, feature_names: Sequence[str], config: RunConfig) -> Groups:

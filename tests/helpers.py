@@ -26,6 +26,11 @@ _STORAGE = ("chunk_rows", "compression", "shuffle", "fletcher32")
 FAMILIES = {"summary": SUMMARY, "temporal": TEMPORAL, "architecture": ARCHITECTURE}
 
 
+def mean_and_std_of(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per column, of all rows."""
+    return x.mean(0), x.std(0, correction=0)
+
+
 def planted_matrix(rows: int, sizes: Sequence[int], *, seed: int, noise: float = 0.3) -> NDArray[np.float32]:
     """[rows, sum sizes]: group after group of columns that share one hidden factor; every second column is negated."""
     rng = np.random.default_rng(seed)

@@ -22,6 +22,7 @@ METRICS: dict[str, Any] = {
     "epochs": 7,
     "best_epoch": 5,
     "samples": 1600,
+    "features": 30,
     "val_rows": 160,
     "device": "cpu",
     "seconds": {"total": 61.4},
@@ -30,6 +31,7 @@ METRICS: dict[str, Any] = {
         {
             "name": "cluster_1",
             "features": 30,
+            "also_reads": [],
             "families": {"summary": 30},
             "partial_mse": 0.4,
             "utilization": [0.5, 0.75],
@@ -47,6 +49,16 @@ def test_the_card_holds_the_figures_of_the_run() -> None:
     assert "# [N, 2], from raw HDF5" in card
     assert "3 of the codes were\n  used by no held-out operator" in card
     assert "/home" not in card
+
+
+def test_features_in_no_category_are_told_of() -> None:
+    assert "in no category" not in model_card(METRICS, RunConfig())
+    card = model_card({**METRICS, "features": 33}, RunConfig())
+    assert "\n\n3 more of the features are in no category: they are reconstructed from all codes.\n\n" in card
+    assert "[N, 33]" in card
+    read = [{**METRICS["categories"][0], "also_reads": ["a::x", "a::y"]}]
+    card = model_card({**METRICS, "features": 33, "categories": read}, RunConfig())
+    assert "no category (cluster_1 reads 2 of them as well):" in card
 
 
 def test_tables_of_the_card_are_whole() -> None:

@@ -34,9 +34,8 @@ def mean_distances(z: torch.Tensor, layout: CodebookLayout) -> torch.Tensor:
 def make_model(**options):
     torch.manual_seed(0)
     groups = {"a": [0, 1, 2, 3], "b": [4, 5, 6], "c": [7, 8, 9, 10]}
-    config = CategoricalVQVAEConfig(
-        input_dim=11, group_indices=groups, group_embedding_dim=8, group_hidden_dim=8, **{"dropout": 0.0, **options}
-    )
+    plain = {"group_indices": groups, "group_embedding_dim": 8, "group_hidden_dim": 8, "dropout": 0.0}
+    config = CategoricalVQVAEConfig(input_dim=11, **{**plain, **options})
     return CategoricalHierarchicalVQVAE(config).double()
 
 
@@ -61,6 +60,19 @@ def test_terms_against_the_formulas():
     d_z = mean_distances(z[:20], layout)
     pre, post = pearson(distances(x[:20]), d_z), pearson(d_z, mean_distances(e[:20], layout))
     assert terms.topographic.item() == pytest.approx(0.3 * (1 - pre) + 0.7 * (1 - post), abs=1e-9)
+
+
+def test_the_error_of_an_unscaled_extra_input_counts_less():
+    model = make_model(
+        group_indices={"a": [0, 1, 2, 3], "b": [4, 5, 6], "c": [7, 8, 9]}, extra_inputs={"b": [10]}
+    ).eval()
+    x = torch.randn(30, 11, dtype=torch.float64)
+    x[:, 10] *= 20.0
+    model.fit_extra_inputs(*helpers.mean_and_std_of(x))
+    squared = (model(x)["reconstruction"] - x).square()
+    squared[:, 10] /= x[:, 10].std(correction=0)
+    terms = loss_terms(model, x, model(x), topo_samples=20)
+    torch.testing.assert_close(terms.reconstruction, squared.mean())
 
 
 def orthogonality(quantizer):

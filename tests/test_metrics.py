@@ -159,6 +159,8 @@ def test_completion_adds_families_purity_and_sizes(model: CategoricalHierarchica
     assert found["categories"][0]["feature_names"] == ["a::3", "a::4", "b::5", "a::0"]
     assert found["parameters"] == sum(p.numel() for p in model.parameters()) + model.quantizer.embedding.numel()
     assert found["category_correlation_max"] == 0.25
+    assert found["features"] == model.config.input_dim
+    assert [c["also_reads"] for c in found["categories"]] == [[], []]
 
 
 def test_names_without_a_family_are_one_family() -> None:

@@ -1,5 +1,6 @@
 import copy
 
+import helpers
 import pytest
 import torch
 
@@ -291,9 +292,56 @@ def test_a_feature_in_no_category_is_reconstructed_and_not_encoded():
     assert model(x)["reconstruction"].shape == (20, 5)
 
 
+def test_extra_inputs_are_read_standardised_by_their_category_alone():
+    groups = {"a": [0, 1], "b": [3, 4]}
+    model = CategoricalHierarchicalVQVAE(
+        CategoricalVQVAEConfig(input_dim=5, group_indices=groups, extra_inputs={"b": [2]})
+    ).eval()
+    x = features(model)
+    x[:, 2] = 50.0 * x[:, 2] + 7.0
+    model.fit_extra_inputs(*helpers.mean_and_std_of(x))
+    inputs = model.encoder_inputs(x)
+    assert torch.equal(inputs[:, :4], x[:, [0, 1, 3, 4]])
+    torch.testing.assert_close(inputs[:, 4].mean(), torch.tensor(0.0), atol=1e-5, rtol=0.0)
+    torch.testing.assert_close(inputs[:, 4].square().mean(), torch.tensor(1.0))
+    expected = torch.tensor([1.0, 1.0, 1.0 / float(x[:, 2].std(correction=0)), 1.0, 1.0])
+    torch.testing.assert_close(model.error_weight, expected)
+    changed = x.clone()
+    changed[:, 2] += 100.0
+    before, after = model.encode(x), model.encode(changed)
+    first = sum(level.latent_dim for level in model.levels["a"])
+    assert torch.equal(before[:, :first], after[:, :first])
+    assert not torch.equal(before[:, first:], after[:, first:])
+    again = CategoricalHierarchicalVQVAE(CategoricalVQVAEConfig(**model.config.model_dump(mode="json"))).eval()
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again.get_tokens(x), model.get_tokens(x))
+
+
+def test_an_extra_input_far_from_zero_keeps_its_digits_and_a_constant_does_no_harm():
+    config = CategoricalVQVAEConfig(input_dim=4, group_indices={"a": [0, 1]}, extra_inputs={"a": [2, 3]})
+    model = CategoricalHierarchicalVQVAE(config).eval()
+    x = torch.randn(50, 4)
+    x[:, 2] = 1e4 + (x[:, 2] * 64.0).round() / 64.0
+    x[:, 3] = 0.1
+    model.fit_extra_inputs(*helpers.mean_and_std_of(x.double()))
+    exact = (x[:, 2].double() - x[:, 2].double().mean()) / x[:, 2].double().std(correction=0)
+    torch.testing.assert_close(model.encoder_inputs(x)[:, 2].double(), exact, atol=1e-3, rtol=0.0)
+    assert float(model.encoder_inputs(x)[:, 3].abs().max()) < 1e-6
+    assert model.error_weight[3] == 1.0
+
+
+def test_without_extra_inputs_a_model_has_no_scale():
+    model = make()
+    assert not [name for name in model.state_dict() if "input" in name]
+    assert torch.equal(model.encoder_inputs(x := features(model)), x[:, model.feature_order])
+
+
 @pytest.mark.parametrize(
     ("groups", "options", "message"),
     [
+        ({"a": [0, 1]}, {"extra_inputs": {"a": [1]}}, "feature 1 is in two places"),
+        ({"a": [0, 1]}, {"extra_inputs": {"b": [2]}}, "no category 'b'"),
+        ({"a": [0, 1]}, {"extra_inputs": {"a": [5]}}, "feature 5 is outside"),
         ({"a": [0, 5]}, {}, r"feature 5 is outside 0\.\.4"),
         ({"a": [0, -1]}, {}, "feature -1 is outside"),
         ({"a": [0, 1], "b": [1, 2]}, {}, "feature 1 is in two places"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import helpers
 import pytest
 import torch
 from torch import Tensor
@@ -88,6 +89,49 @@ def test_levels_share_out_what_they_code() -> None:
     explained = torch.stack([_explained(tokens[:, g], x[:, [0, 4]]) for g in range(3)])  # [3, 2]
     assert (explained.max(0).values > 0.6).all()
     assert (explained.sort(0).values[:2] < 0.2).all()
+
+
+@torch.no_grad()
+def test_networks_are_linear_where_no_code_is_between() -> None:
+    x, fresh = independent(1500, 9), independent(500, 9)
+    model = made()
+    product_start(model, x)
+    embeddings = model.eval().category_mlp(model.encoder_inputs(torch.cat([x, fresh])))
+    for embedding, members in zip(embeddings, model.config.inputs.values(), strict=True):
+        known, wanted = (torch.cat([e, torch.ones(len(e), 1)], 1) for e in (embedding[:1500], embedding[1500:]))
+        solution = torch.linalg.lstsq(known.double(), x[:, members].double(), driver="gelsd").solution
+        assert float((wanted.double() @ solution - fresh[:, members]).square().mean()) < 0.01
+    quantized = model.quantize(model.encode(x))[0]
+    middle = 0.5 * (quantized[:100] + quantized[100:200])
+    between = 0.5 * (model.decode(quantized[:100]) + model.decode(quantized[100:200]))
+    torch.testing.assert_close(model.decode(middle), between, atol=1e-4, rtol=1e-4)
+
+
+def test_an_unscaled_feature_in_no_category_gets_codes() -> None:
+    x, fresh = independent(1500, 9), independent(500, 9)
+    errors = {}
+    for read in (False, True):
+        config = made().config.model_dump() | {"group_indices": {"a": [0, 2, 4, 6, 8, 7], "b": [1, 3]}}
+        model = CategoricalHierarchicalVQVAE(
+            CategoricalVQVAEConfig(**config | {"extra_inputs": {"b": [5]} if read else {}})
+        )
+        scale = torch.ones(9)
+        scale[5] = 20.0
+        model.fit_extra_inputs(*helpers.mean_and_std_of(x * scale))
+        product_start(model, x * scale)
+        with torch.no_grad():
+            squared = (model.eval()(fresh * scale)["reconstruction"] - fresh * scale).square().mean(0)
+        errors[read] = float(squared[5])
+    assert errors[False] > 300.0
+    assert errors[True] < 20.0
+
+
+@pytest.mark.parametrize(("hidden", "embedding"), [(1, 1), (2, 3), (3, 5)])
+def test_narrow_networks_start_too(hidden: int, embedding: int) -> None:
+    config = made().config.model_dump() | {"group_hidden_dim": hidden, "group_embedding_dim": embedding}
+    model = CategoricalHierarchicalVQVAE(CategoricalVQVAEConfig(**config))
+    product_start(model, independent(200, 9))
+    assert all(bool(value.isfinite().all()) for value in model.state_dict().values())
 
 
 def _explained(tokens: Tensor, x: Tensor) -> Tensor:

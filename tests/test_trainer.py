@@ -219,6 +219,22 @@ def test_a_feature_in_no_category_is_still_reconstructed(x: np.ndarray[Any, Any]
     groups = {name: members[1:] for name, members in GROUPS.items()}
     result = trainer(training__num_epochs=1).fit(x, groups)
     assert result.model(torch.from_numpy(x))["reconstruction"].shape == x.shape
+    assert not result.model.config.extra_inputs
+
+
+def test_a_feature_in_no_category_can_be_read_by_the_nearest(x: np.ndarray[Any, Any]) -> None:
+    groups = {name: members[1:] for name, members in GROUPS.items()}
+    setting = {"model__unassigned_features": "nearest", "training__num_epochs": 2}
+    result = trainer(**setting).fit(x, groups)
+    assert result.model.config.extra_inputs == {"cluster_2": [0], "cluster_10": [6], "cluster_1": [15]}
+    assert result.model.config.group_indices == groups
+    observer = KeepState()
+    broken = trainer(observer, **setting)
+    broken.stop(signal.SIGTERM)
+    with pytest.raises(Interrupted):
+        broken.fit(x, groups)
+    resumed = trainer(**setting).fit(x, groups, resume=observer.state)
+    assert_same_weights(resumed, result)
 
 
 @pytest.mark.parametrize(

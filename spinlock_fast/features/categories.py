@@ -197,6 +197,22 @@ def category_correlation(x: Blocks, groups: Groups) -> NDArray[np.float64]:
     return result
 
 
+def nearest_categories(x: Blocks, groups: Groups) -> Groups:
+    """For each feature in no category, the category of the largest mean |Pearson correlation| with it.
+
+    Returns:
+        {category: [feature, ...]}, ascending; only categories that some feature goes to, in the order of `groups`.
+    """
+    assigned = np.zeros(x.shape[1], dtype=bool)
+    assigned[[i for members in groups.values() for i in members]] = True
+    if assigned.all():
+        return {}
+    strength = np.abs(correlation(x))[~assigned]  # [features in no category, F]
+    nearest = np.stack([strength[:, members].mean(1) for members in groups.values()]).argmax(0)
+    features = np.flatnonzero(~assigned)
+    return {name: features[nearest == c].tolist() for c, name in enumerate(groups) if (nearest == c).any()}
+
+
 def max_off_diagonal(matrix: NDArray[np.float64]) -> float:
     """Largest entry off the diagonal; 0 for a single category."""
     off = matrix[~np.eye(matrix.shape[0], dtype=bool)]

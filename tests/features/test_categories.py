@@ -15,6 +15,7 @@ from spinlock_fast.features.categories import (
     category_correlation,
     discover_categories,
     max_off_diagonal,
+    nearest_categories,
     read_mapping,
     silhouette,
 )
@@ -146,6 +147,16 @@ def test_category_correlation_against_a_loop():
         for b, second in enumerate(groups.values()):
             values = [abs(np.corrcoef(x[:, i], x[:, j])[0, 1]) for i in first for j in second if i != j]
             assert found[a, b] == pytest.approx(np.mean(values) if values else 0.0, abs=1e-6)
+
+
+def test_a_feature_in_no_category_goes_where_it_correlates_most():
+    x = helpers.planted_matrix(400, [4, 5], seed=0)
+    x[:, 3] = -1000.0 * x[:, 3]
+    groups = {"b": [4, 5, 6, 8], "a": [0, 1, 2]}
+    assert nearest_categories(x, groups) == {"b": [7], "a": [3]}
+    x[:, 7] = 2.0  # constant: to the first
+    assert nearest_categories(x, groups) == {"b": [7], "a": [3]}
+    assert nearest_categories(x[:, :3], {"a": [0, 1, 2]}) == {}
 
 
 def test_largest_entry_off_the_diagonal():
