@@ -21,7 +21,6 @@ import torch
 from numpy.typing import NDArray
 
 from spinlock_fast import _native
-from spinlock_fast.ahead import import_ahead
 from spinlock_fast.checkpoint import (
     BEST,
     CONFIG,
@@ -135,7 +134,6 @@ def run(config: RunConfig, display: Display, resume: Path | None = None) -> Outc
         state = read_resumable(resume, config) if resume is not None else None
         with open_source(config) as source:
             check_writable(directory)
-            import_ahead(device, config.logging.tensorboard is not False)
             prepared = prepare(source, config, device, display)
         features = fingerprint(prepared)
         if state is not None:

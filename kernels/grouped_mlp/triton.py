@@ -342,9 +342,10 @@ class GroupedMLP(torch.autograd.Function):
                 return hidden.transpose(1, 2) @ grad, grad.sum(1)
             return (grad.transpose(1, 2) @ hidden).transpose(1, 2), grad.sum(1)
 
+        # Before cuBLAS, which warns in a thread of autograd where nothing has been launched yet.
+        of_hidden = _grouped_product(grad, w2.transpose(1, 2), ctx.precision, hidden=hidden, scale=ctx.scale)
         with cuda_matmul(tf32=ctx.precision == "tf32"):
             of_w2, of_b2 = later(of_second, [grad, hidden])
-        of_hidden = _grouped_product(grad, w2.transpose(1, 2), ctx.precision, hidden=hidden, scale=ctx.scale)
         of_x, of_w1, of_b1 = _of_first(x, w1, of_hidden, ctx.inputs, ctx.precision, ctx.needs_input_grad[0])
         return of_x, of_w1, of_b1, of_w2, of_b2, None, None
 
