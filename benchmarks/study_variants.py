@@ -65,6 +65,9 @@ _READ_ALL: Settings = _combined(
 )
 
 
+_ADAM: Settings = {"training__optimizer": "adam", "training__weight_decay": 0.0}
+
+
 def _read_all(**changes: Any) -> Settings:
     return _READ_ALL | {name.replace("__", ".", 1): value for name, value in changes.items()}
 
@@ -82,17 +85,11 @@ COMBINATIONS: dict[str, Settings] = {
     "read_all_no_mixing": _read_all(training__mixing=0.0),
     "read_all_no_noise": _read_all(training__input_noise=0.0),
     "read_all_n0.2": _read_all(training__input_noise=0.2),
-    "read_all_adam": _read_all(training__optimizer="adam", training__weight_decay=0.0),
-    "read_all_adam_n0.2": _read_all(training__optimizer="adam", training__weight_decay=0.0, training__input_noise=0.2),
-    "read_all_adam_lr_1e-3": _read_all(
-        training__optimizer="adam", training__weight_decay=0.0, training__learning_rate=1e-3
-    ),
-    "read_all_adam_n0.2_lr_1e-3": _read_all(
-        training__optimizer="adam",
-        training__weight_decay=0.0,
-        training__input_noise=0.2,
-        training__learning_rate=1e-3,
-    ),
+    "read_all_adam": _read_all(**_ADAM),
+    "read_all_adam_refit_0": _read_all(**_ADAM, training__decoder_refit=0.0),
+    "read_all_adam_n0.2": _read_all(**_ADAM, training__input_noise=0.2),
+    "read_all_adam_lr_1e-3": _read_all(**_ADAM, training__learning_rate=1e-3),
+    "read_all_adam_n0.2_lr_1e-3": _read_all(**_ADAM, training__input_noise=0.2, training__learning_rate=1e-3),
     "read_all_adamw_0.1": _read_all(training__weight_decay=0.1),
     "read_all_adamw_3": _read_all(training__weight_decay=3.0),
     "read_all_batch_64": _read_all(training__batch_size=64, training__topo_samples=64),
