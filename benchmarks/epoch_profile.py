@@ -128,7 +128,7 @@ def between_epochs(run: TrainingRun) -> dict[str, float]:
         return {
             "validation_ms": median(run._validate),
             "keeping_the_best_ms": median(run._keep_best),
-            "summary_and_record_ms": median(lambda: run._record(run._finite_summary(), 0.0)),
+            "summary_and_record_ms": median(lambda: run._record(run._finite(run.one_step.summary(), 0), 0, 0.0)),
             "order_of_rows_ms": median(lambda: run._rows_of(run.epoch + (run._order or (0,))[0] % 2 + 1)),
             "state_to_host_ms": median(lambda: staging(run.state())),
             "saving_a_state_ms": median(

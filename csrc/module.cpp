@@ -7,5 +7,4 @@ PYBIND11_MODULE(_native, module) {
     spinlock_fast::register_byte_filters(module);
     spinlock_fast::register_row_reader(module);
     spinlock_fast::register_training(module);
-    spinlock_fast::register_residual(module);
 }

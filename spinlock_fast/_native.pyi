@@ -52,8 +52,8 @@ def mlp_forward(
 ) -> None: ...  # fmt: skip
 def mlp_backward(
     grad: int, x: Matrix, w1: Matrix, w2: Matrix, w2_group: int, hidden: int, sizes: list[int], rows: int,
-    hidden_width: int, out_width: int, dropout: float, of_hidden: int, of_x: int, of_w1: int, of_b1: int, of_w2: int,
-    of_b2: int, threads: int,
+    hidden_width: int, out_width: int, dropout: float, of_hidden: int, of_x: int, of_w1: Matrix, of_b1: int,
+    of_w2: int, of_b2: int, threads: int,
 ) -> None: ...  # fmt: skip
 def output_linear(
     x: int, gain: int, shift: int, weight: int, bias: int, sizes: list[int], rows: int, width: int, scaled: int,

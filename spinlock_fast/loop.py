@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -68,6 +68,14 @@ class SilentObserver:
         pass
 
 
+class _Unread(NamedTuple):
+    """An epoch whose steps were launched, and whose figures nobody has waited for."""
+
+    epoch: int
+    started: float
+    read: Callable[[], EpochSummary]
+
+
 class TrainingRun:
     """The state of one call of `fit`: everything that a resumable checkpoint holds."""
 
@@ -102,6 +110,9 @@ class TrainingRun:
         self.epoch = 0  # finished epochs
         self.step = 0  # finished steps of the epoch under way
         self._order: tuple[int, Tensor] | None = None  # of an epoch, drawn ahead
+        self._reads_late = device.type == "cuda"  # an epoch's figures, when the steps of the next one are launched
+        self._unread: _Unread | None = None
+        self._read_at = 0.0
         self.history: list[EpochRecord] = []
         self.best_epoch = 0
         self.best_loss = math.inf
@@ -144,19 +155,43 @@ class TrainingRun:
         training = self.training
         started = time.perf_counter()
         self._run_steps()
-        record = self._record(self._finite_summary(), started)
-        self.history.append(record)
+        self._tell_unread()  # of the epoch before, which a device had to do while the steps of this one were launched
+        self._unread = _Unread(self.epoch, started, self.one_step.summary_to_come())
         self.epoch, self.step = self.epoch + 1, 0
         self.model.quantizer.reset_usage()
         last = self.epoch == training.num_epochs
-        if last or self.epoch % training.val_every_n_epochs == 0:
-            record.validation = self._validate()
+        validates = last or self.epoch % training.val_every_n_epochs == 0
         interval = training.dead_code_reset_interval
-        if not last and interval and self.epoch % interval == 0:
+        resets = not last and interval > 0 and self.epoch % interval == 0
+        saves = not last and self.epoch % training.save_every == 0
+        if self._reads_late and not (validates or resets or saves):
+            return
+        record = self._read()
+        assert record is not None
+        if validates:
+            record.validation = self._validate()
+        if resets:
             record.resets = int(self.one_step.reset_dead_codes(self._recent_latents()).sum())
         self.observer.epoch_finished(record)
-        if not last and self.epoch % training.save_every == 0:
+        if saves:
             self.observer.save(self.state())
+
+    def _tell_unread(self) -> None:
+        record = self._read()
+        if record is not None:
+            self.observer.epoch_finished(record)
+
+    def _read(self) -> EpochRecord | None:
+        """The record of the epoch that was not read yet; waits for the device."""
+        if self._unread is None:
+            return None
+        epoch, started, read = self._unread
+        self._unread = None
+        found = self._finite(read(), epoch)
+        started, self._read_at = max(started, self._read_at), time.perf_counter()
+        record = self._record(found, epoch, self._read_at - started)
+        self.history.append(record)
+        return record
 
     def _stopped_early(self) -> bool:
         return self.stale >= self.training.early_stopping_patience
@@ -171,7 +206,8 @@ class TrainingRun:
             self.step += self.launcher.run(kind, most)
             stopped_by = self.stop_signal()
             if stopped_by is not None:
-                self._finite_summary()
+                self._tell_unread()
+                self._finite(self.one_step.summary(), self.epoch)
                 self.observer.save(self.state())
                 raise Interrupted(f"stopped in epoch {self.epoch + 1} of {self.training.num_epochs}", stopped_by)
         if self.epoch + 1 < self.training.num_epochs:
@@ -194,25 +230,24 @@ class TrainingRun:
         before = interval - 1 - (self.epoch * step.count + self.step) % interval  # steps before one that resets
         return step.kind(self.step, reset=before == 0), min(alike, max(before, 1))
 
-    def _finite_summary(self) -> EpochSummary:
-        found = self.one_step.summary()
+    def _finite(self, found: EpochSummary, epoch: int) -> EpochSummary:
         if found.first_bad is not None:
-            step, term = self.epoch * self.one_step.count + found.first_bad[0], found.first_bad[1]
+            step, term = epoch * self.one_step.count + found.first_bad[0], found.first_bad[1]
             raise TrainingError(
-                f"the {LossTerms._fields[term]} loss is not finite from step {step} on (epoch {self.epoch + 1}); "
+                f"the {LossTerms._fields[term]} loss is not finite from step {step} on (epoch {epoch + 1}); "
                 + ("the features are too large" if step == 0 else "a smaller training.learning_rate may help")
             )
         return found
 
-    def _record(self, found: EpochSummary, started: float) -> EpochRecord:
+    def _record(self, found: EpochSummary, epoch: int, seconds: float) -> EpochRecord:
         steps = self.one_step.count
         return EpochRecord(
-            epoch=self.epoch + 1,
+            epoch=epoch + 1,
             train_loss=found.loss,
             terms=dict(zip(LossTerms._fields, found.terms, strict=True)),
             utilization=found.utilization,
-            learning_rate=learning_rate(self.training, steps, (self.epoch + 1) * steps - 1),
-            seconds=time.perf_counter() - started,
+            learning_rate=learning_rate(self.training, steps, (epoch + 1) * steps - 1),
+            seconds=seconds,
         )
 
     def _validate(self) -> dict[str, float]:

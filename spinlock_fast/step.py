@@ -130,15 +130,29 @@ class TrainingStep:
         )
 
     def summary(self) -> EpochSummary:
-        """Means over the epoch; waits for the device, once."""
+        """Means over the epoch; waits for the device."""
+        return self.summary_to_come()()
+
+    def summary_to_come(self) -> Callable[[], EpochSummary]:
+        """What gives the means over the steps that were launched so far: only it waits for the device."""
         values = self.values.to(torch.float64)
         means = (values * self._sizes).sum(0) / self.rows
         bad = (~torch.isfinite(values[:, 1:]) & self._weighted).flatten()
         place = torch.where(bad.any(), bad.to(torch.uint8).argmax(), -1)
         used = self.model.quantizer.utilization().mean()
-        loss, *terms, utilization, first = torch.cat([means, used[None], place[None]]).tolist()
-        first_bad = divmod(int(first), len(terms)) if first >= 0 else None
-        return EpochSummary(loss, terms, utilization, first_bad)
+        packed = torch.cat([means, used[None], place[None]])
+        if not packed.is_cuda:
+            return lambda: _unpacked(packed)
+        host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+        host.copy_(packed, non_blocking=True)
+        there = torch.cuda.Event()
+        there.record()
+
+        def read() -> EpochSummary:
+            there.synchronize()
+            return _unpacked(host)
+
+        return read
 
     def state(self) -> dict[str, Any]:
         """What `load` needs, in the middle of an epoch or at its end."""
@@ -166,6 +180,11 @@ class TrainingStep:
     def _precision(self) -> AbstractContextManager[None]:
         """TF32 for the networks, forward and backward; what compares distances asks for float32 by itself."""
         return cuda_matmul(tf32=True) if self.x.is_cuda else nullcontext()
+
+
+def _unpacked(packed: Tensor) -> EpochSummary:
+    loss, *terms, utilization, first = packed.tolist()
+    return EpochSummary(loss, terms, utilization, divmod(int(first), len(terms)) if first >= 0 else None)
 
 
 def _rates_in(plan: Tensor, dtype: torch.dtype) -> Tensor:

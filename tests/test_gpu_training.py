@@ -215,7 +215,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
     broken = observer.trainer = trainer(observer, **options)
     with pytest.raises(Interrupted):
         broken.fit(x, GROUPS)
-    assert observer.state["epoch"] == 4
+    assert 4 <= observer.state["epoch"] <= 5  # an epoch is heard of when the next one was launched
     assert 1 <= observer.state["step"] <= STEPS_PER_LAUNCH
     resumed = trainer(**options).fit(x, GROUPS, resume=observer.state)
     assert losses(resumed)[:4] == pytest.approx(losses(whole)[:4], rel=0.02)

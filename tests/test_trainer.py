@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import signal
@@ -16,7 +17,8 @@ from helpers import planted_matrix, raises_one_line
 from spinlock_fast.config import RunConfig
 from spinlock_fast.config_file import apply_overrides
 from spinlock_fast.errors import ConfigError, DataError, Interrupted, TrainingError
-from spinlock_fast.loop import EpochRecord, SilentObserver
+from spinlock_fast.graphs import StepLauncher
+from spinlock_fast.loop import EpochRecord, SilentObserver, TrainingRun
 from spinlock_fast.step import StepKind, TrainingStep
 from spinlock_fast.trainer import Trainer, TrainResult, resolve_device, split_rows
 
@@ -408,3 +410,99 @@ def test_a_backend_that_cannot_serve_is_refused_before_any_work(monkeypatch: pyt
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with raises_one_line(ConfigError, "triton"):
         resolve_device("cpu")
+
+
+class Listener(SilentObserver):
+    """Writes down what it hears, and stops a run after some epochs."""
+
+    def __init__(self) -> None:
+        self.heard: list[Any] = []
+        self.states: list[dict[str, Any]] = []
+
+    def epoch_finished(self, record: EpochRecord) -> None:
+        self.heard.append((record.epoch, record.train_loss, record.validation, record.resets))
+
+    def save(self, state: dict[str, Any]) -> None:
+        self.heard.append("saved")
+        self.states.append(copy.deepcopy(state))
+
+
+@pytest.fixture
+def _late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are read as on a device that works by itself."""
+    started = TrainingRun.__init__
+
+    def late(self: TrainingRun, *args: Any) -> None:
+        started(self, *args)
+        self._reads_late = True
+
+    monkeypatch.setattr(TrainingRun, "__init__", late)
+
+
+EPOCHS_APART = {
+    "training__num_epochs": 11,
+    "training__val_every_n_epochs": 4,
+    "training__dead_code_reset_interval": 3,
+    "training__save_every": 5,
+}
+
+
+def heard(x: np.ndarray[Any, Any]) -> tuple[Listener, TrainResult]:
+    listener = Listener()
+    return listener, trainer(listener, **EPOCHS_APART).fit(x, GROUPS)
+
+
+def test_late_figures_are_those_of_their_epochs(x: np.ndarray[Any, Any], request: pytest.FixtureRequest) -> None:
+    early, expected = heard(x)
+    request.getfixturevalue("_late")
+    late, found = heard(x)
+    assert late.heard == early.heard
+    assert [item[0] for item in late.heard if item != "saved"] == list(range(1, 12))
+    assert late.heard.count("saved") == 2
+    for a, b in zip(found.history, expected.history, strict=True):
+        assert vars(a) | {"seconds": 0.0} == vars(b) | {"seconds": 0.0}
+        assert a.seconds > 0.0
+
+
+@pytest.mark.usefixtures("_late")
+def test_an_interruption_keeps_the_epoch_that_was_not_read(x: np.ndarray[Any, Any]) -> None:
+    whole, expected = heard(x)
+    listener = Listener()
+    run = trainer(listener, **EPOCHS_APART)
+    steps = -(-expected.split.train.size // 64)
+    launched, calls = StepLauncher.run, itertools.count()
+
+    def stops(self: StepLauncher, kind: StepKind, most: int) -> int:
+        if next(calls) == 7 * steps + 2:  # with one validation, in the eighth epoch; the seventh is not read by then
+            run.stop(2)
+        return launched(self, kind, most)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StepLauncher, "run", stops)
+        with pytest.raises(Interrupted):
+            run.fit(x, GROUPS)
+    state = listener.states[-1]
+    assert (state["epoch"], state["step"]) == (7, 2)
+    assert [record["epoch"] for record in state["history"]] == list(range(1, 8))
+    found = run.fit(x, GROUPS, resume=state)
+    assert [r.train_loss for r in found.history] == [r.train_loss for r in expected.history]
+    assert_same_weights(found, expected)
+    assert [item for item in listener.heard if item != "saved"] == [item for item in whole.heard if item != "saved"]
+
+
+@pytest.mark.usefixtures("_late")
+def test_a_loss_that_breaks_is_told_by_its_own_step(x: np.ndarray[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    made = TrainingStep.__call__
+    steps = 0
+
+    def breaks(self: TrainingStep, kind: Any) -> None:
+        nonlocal steps
+        steps += 1
+        made(self, kind)
+        if steps == self.count + 2:  # the second step of the second epoch
+            self.values[1, 1] = torch.nan
+
+    monkeypatch.setattr(TrainingStep, "__call__", breaks)
+    run = trainer(training__num_epochs=6, training__val_every_n_epochs=5)
+    with pytest.raises(TrainingError, match=r"reconstruction loss is not finite from step \d+ on \(epoch 2\)"):
+        run.fit(x, GROUPS)

@@ -8,6 +8,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 namespace spinlock_fast::SPINLOCK_SIMD {
 
 using Index = std::int64_t;
@@ -40,7 +44,8 @@ struct Scratch {
     float* partial;  // M * min(N, width_of_block(K)) where K > kDepth, else unused
 };
 
-// tile[r][c] = sum over k of a[r, k] b[k, c]: kRows x kColumns in registers.
+// tile[r][c] = sum over k of a[r, k] b[k, c]: kRows x kColumns in registers. Entries of a lie at a[r * row + k],
+// or, with kPackedRows, at a[k * row + r].
 template <bool kPackedRows, int kWide>
 inline void multiply_tile(const float* a, Index row, Index depth, const float* b, float* tile) {
     Vector sum[kRows][kWide] = {};
@@ -53,7 +58,7 @@ inline void multiply_tile(const float* a, Index row, Index depth, const float* b
         for (int r = 0; r < kRows; ++r) {
             float left;
             if constexpr (kPackedRows) {
-                left = a[k * kRows + r];
+                left = a[k * row + r];
             } else {
                 const float* base = r < 3 ? a0 : r < 6 ? a1 : r < 9 ? a2 : a3;
                 left = base[(r % 3) * row + k];
@@ -66,6 +71,42 @@ inline void multiply_tile(const float* a, Index row, Index depth, const float* b
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
         for (int v = 0; v < kWide; ++v) *reinterpret_cast<Vector*>(tile + (r * kWide + v) * kLanes) = sum[r][v];
+}
+
+#if defined(__AVX512F__)
+// out[r, c] = a[c, r] for r, c < 16: four perfect shuffles of the 256 values.
+inline void transpose_tile(const float* a, Index a_row, float* out, Index out_row) {
+    const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    __m512 x[16], y[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) x[i] = _mm512_loadu_ps(a + i * a_row);
+#pragma GCC unroll 4
+    for (int stage = 0; stage < 4; ++stage) {
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) {
+            y[2 * i] = _mm512_permutex2var_ps(x[i], low, x[i + 8]);
+            y[2 * i + 1] = _mm512_permutex2var_ps(x[i], high, x[i + 8]);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) x[i] = y[i];
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) _mm512_storeu_ps(out + i * out_row, x[i]);
+}
+#endif
+
+// out[r, c] = a[c, r] for r < rows, c < columns.
+inline void transpose(const float* a, Index a_row, Index rows, Index columns, float* out, Index out_row) {
+    Index whole_rows = 0, whole_columns = 0;
+#if defined(__AVX512F__)
+    whole_rows = rows / 16 * 16, whole_columns = columns / 16 * 16;
+    for (Index c = 0; c < whole_columns; c += 16)
+        for (Index r = 0; r < whole_rows; r += 16)
+            transpose_tile(a + c * a_row + r, a_row, out + r * out_row + c, out_row);
+#endif
+    for (Index c = 0; c < columns; ++c)
+        for (Index r = c < whole_columns ? whole_rows : 0; r < rows; ++r) out[r * out_row + c] = a[c * a_row + r];
 }
 
 // b[0:depth, 0:width] as [depth, wide], zero beyond width.
@@ -84,8 +125,12 @@ inline void pack_panel(Matrix b, Index depth, Index width, Index wide, float* pa
         }
         return;
     }
-    for (Index c = 0; c < width; ++c)
-        for (Index k = 0; k < depth; ++k) packed[k * wide + c] = b.p[k * b.row + c * b.column];
+    if (b.row == 1) {
+        transpose(b.p, b.column, depth, width, packed, wide);
+    } else {
+        for (Index c = 0; c < width; ++c)
+            for (Index k = 0; k < depth; ++k) packed[k * wide + c] = b.p[k * b.row + c * b.column];
+    }
     for (Index c = width; c < wide; ++c)
         for (Index k = 0; k < depth; ++k) packed[k * wide + c] = 0.0f;
 }
@@ -145,8 +190,8 @@ void multiply(Index M, Index N, Index K, Matrix a, Matrix b, Scratch scratch, St
                         narrow ? multiply_tile<false, 1>(left.p, left.row, depth, panel, tile)
                                : multiply_tile<false, kVectors>(left.p, left.row, depth, panel, tile);
                     else
-                        narrow ? multiply_tile<true, 1>(scratch.rows, 0, depth, panel, tile)
-                               : multiply_tile<true, kVectors>(scratch.rows, 0, depth, panel, tile);
+                        narrow ? multiply_tile<true, 1>(scratch.rows, kRows, depth, panel, tile)
+                               : multiply_tile<true, kVectors>(scratch.rows, kRows, depth, panel, tile);
                     const Index wide = narrow ? kLanes : kColumns;
                     if (!(first && last)) {
                         for (Index r = 0; r < rows; ++r) {

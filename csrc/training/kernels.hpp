@@ -40,9 +40,10 @@ struct Product {
     Index first_row = 0;              // of `out`, for dropout
     const float* positive = nullptr;  // laid out like out: 0 where it is not positive
     float* column_sums = nullptr;     // [N], of b
+    bool sparse = false;              // many entries of a are 0: those are left out
 };
 
-// Gradients of the first layer of a two-layer network for some rows, without the gradient of its hidden values in memory:
+// Gradients of the first layer of a two-layer network for some rows:
 // dh = (grad w2^T) scale where the hidden value is positive, of_first = [x | 1]^T dh.
 struct FirstLayerTask {
     Index rows, n, H, E;
@@ -51,8 +52,7 @@ struct FirstLayerTask {
     Operand w2_turned;       // [E, H]
     const float* hidden;     // [rows, H]
     float scale;
-    float* of_first;         // [width / columns, n + 1, columns]: rows 2 KiB apart would be in each other's way
-    Index width;             // H, rounded up to whole panels of `Kernels::columns`
+    float* of_first;         // [n + 1, H]
 };
 
 // Columns of a codebook and of its codes.
@@ -138,8 +138,9 @@ struct Kernels {
     Index lanes, rows, columns, packed_floats, row_floats;
     Index (*partial_floats)(Index M, Index N, Index K);  // of `Workspace::partial`
     void (*product)(const Product&, const Workspace&);
+    Index (*sparse_buffer_floats)(Index M, Index K);  // of `Workspace::buffer`, for a sparse product
     void (*first_layer)(const FirstLayerTask&, const Workspace&);
-    Index (*first_layer_buffer_floats)(Index n);
+    Index (*first_layer_buffer_floats)(Index rows, Index H);
     // out[c] = sum over rows of a[r, c]
     void (*column_sums)(const float* a, Index rows, Index columns, Index row, float* out);
     // Normalises rows of width n in place; deviations are 1 / sqrt(variance + eps).

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels.hpp"
+#include "products_impl.hpp"
 
 namespace spinlock_fast::SPINLOCK_SIMD {
 

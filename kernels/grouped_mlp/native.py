@@ -39,11 +39,13 @@ class GroupedMLP(torch.autograd.Function):
         # Only the gradient of x needs that of the hidden values in memory.
         of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         of_x = torch.empty_like(x, memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
-        of_w1, of_b1 = x.new_empty(w1.shape), x.new_empty(G, H)
+        of_b1 = x.new_empty(G, H)
+        # Laid out as w1 where the kernel can write it so: one that is turned has many zeros to leave out.
+        of_w1 = torch.empty_like(w1) if of_x is not None and w1.stride(0) == 1 else x.new_empty(w1.shape)
         of_w2, of_b2 = x.new_empty(w2.shape), x.new_empty(G, E)
         library.mlp_backward(
             address(grad), operand(x), operand(w1), operand(w2[0]), w2.stride(0), address(hidden),
-            list(ctx.inputs.sizes), B, H, E, ctx.dropout, address(of_hidden), address(of_x), address(of_w1),
+            list(ctx.inputs.sizes), B, H, E, ctx.dropout, address(of_hidden), address(of_x), operand(of_w1),
             address(of_b1), address(of_w2), address(of_b2), torch.get_num_threads(),
         )  # fmt: skip
         return of_x, of_w1, of_b1, of_w2, of_b2, None, None

@@ -44,6 +44,11 @@ class ProductConfig:
         return cls(64, 64, 32, precision) if many else cls(32, 32, 64, precision)
 
     @classmethod
+    def of_second(cls, precision: str) -> ProductConfig:
+        """Of second layers: measured, not derived."""
+        return cls(32, 64, 32, precision, num_stages=4) if precision == "tf32" else cls(32, 32, 32, precision)
+
+    @classmethod
     def of_weights(cls, precision: str) -> ProductConfig:
         """Where sums run over rows: measured, not derived."""
         return cls(32, 32, 64 if precision == "tf32" else 32, precision)
@@ -235,7 +240,7 @@ def _grouped_product(
     """a [G, B, K] times weight [G, K, N], plus bias or behind hidden values; see the kernel."""
     (G, B, K), N = a.shape, weight.shape[2]
     out = torch.empty(G, B, N, dtype=a.dtype, device=a.device)
-    config = ProductConfig.of(G, B, N, precision)
+    config = ProductConfig.of_second(precision)
     if B:
         grouped_product_kernel[(triton.cdiv(B, config.block_m), triton.cdiv(N, config.block_n), G)](
             a, weight, bias if bias is not None else a, hidden if hidden is not None else a, out, B, K, N,
@@ -337,9 +342,10 @@ class GroupedMLP(torch.autograd.Function):
                 return hidden.transpose(1, 2) @ grad, grad.sum(1)
             return (grad.transpose(1, 2) @ hidden).transpose(1, 2), grad.sum(1)
 
+        # Before cuBLAS, which warns in a thread of autograd where nothing has been launched yet.
+        of_hidden = _grouped_product(grad, w2.transpose(1, 2), ctx.precision, hidden=hidden, scale=ctx.scale)
         with cuda_matmul(tf32=ctx.precision == "tf32"):
             of_w2, of_b2 = later(of_second, [grad, hidden])
-        of_hidden = _grouped_product(grad, w2.transpose(1, 2), ctx.precision, hidden=hidden, scale=ctx.scale)
         of_x, of_w1, of_b1 = _of_first(x, w1, of_hidden, ctx.inputs, ctx.precision, ctx.needs_input_grad[0])
         return of_x, of_w1, of_b1, of_w2, of_b2, None, None
 
@@ -386,7 +392,7 @@ def _second_layer(G: int, K: int, N: int, precision: str, bias: bool) -> Specime
     B = ROWS
     return Specimen.launched(
         grouped_product_kernel, f"{B} rows, {G} of {K} to {N}, {precision}",
-        {"BIAS": bias, **ProductConfig.of(G, B, N, precision).tiles},
+        {"BIAS": bias, **ProductConfig.of_second(precision).tiles},
         num_bytes=4 * G * (B * K + K * N + (1 + (not bias)) * B * N), float_ops=G * B * N,
         dot_ops=2 * G * B * K * N, passes=passes(precision),
     )  # fmt: skip

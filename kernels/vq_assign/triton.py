@@ -34,8 +34,7 @@ class AssignConfig:
     def of(cls, layout: CodebookLayout, capability: int) -> AssignConfig:
         """For a device of compute capability `capability` (80, 90, 100)."""
         # Tiles of 32 codes spill on sm_100.
-        block_k = power_of_two(layout.max_codes, 64 if capability >= 100 else 16)
-        return cls(PART_ROWS, block_k, block_d=16 if layout.max_dims <= 64 else 32)
+        return cls(PART_ROWS, power_of_two(layout.max_codes, 64 if capability >= 100 else 16), block_d=16)
 
 
 @triton.jit(do_not_specialize=["N", "G", "total_codes", "total_dims", "total_entries", "z_stride", "tiles"])

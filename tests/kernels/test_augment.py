@@ -40,6 +40,8 @@ def test_rows_lie_on_the_way_to_the_next(backend, shape):
     assert torch.equal(target, seen)
     u, off = shares(x, rows, target)
     assert float(off) < 1e-5
+    moves = (x[rows.roll(-1)] - x[rows]).abs().amax(1) > 0
+    assert (u[moves] != 0.0).all()  # the last row goes towards the first
     assert float(u.abs().max()) <= 0.4 + 1e-5
     if shape[2] > 300:
         assert float(u.max()) > 0.35
@@ -68,6 +70,16 @@ def test_noise_is_normal_and_reaches_the_second_result_alone(backend):
     assert float((noise.abs() > 2.0).double().mean()) == pytest.approx(0.0455, abs=0.005)
     for a, b in ((noise[:-1], noise[1:]), (noise[:, :-1], noise[:, 1:])):  # neighbours have nothing in common
         assert abs(float((a * b).mean())) < 0.02
+
+
+@BACKENDS
+def test_the_noise_knows_nothing_of_the_mixing(backend):
+    x, rows = rows_of(F=8, B=4000)
+    target, seen = augmented_rows(x, rows, 0.4, 0.1, backend=backend)
+    u, _ = shares(x, rows, target)
+    noise = (seen - target).flatten()[: len(u)]  # what random numbers of one row of a counter would be
+    for a in (noise, noise.abs()):
+        assert abs(float(torch.corrcoef(torch.stack([a, u]))[0, 1])) < 0.07
 
 
 @BACKENDS

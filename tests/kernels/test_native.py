@@ -92,6 +92,32 @@ def test_two_layers(level, sizes, rows, hidden, out):
     assert_as_near_as_torch(lambda *a: grouped_mlp(*a, Ragged.of(sizes)), mlp_inputs(sizes, rows, hidden, out))
 
 
+@pytest.mark.parametrize("shift", [-100.0, -1.0, 0.0, 100.0])  # no, few, half, all hidden values above 0
+@pytest.mark.parametrize(
+    ("sizes", "rows", "hidden", "out"),
+    [([4, 9], 300, 100, 64), ([20], 40, 512, 256), ([6], 600, 70, 320), ([5, 3], 30, 33, 17), ([600], 30, 1030, 64)],
+)
+def test_two_layers_leave_out_zeros(level, sizes, rows, hidden, out, shift):
+    x, *parameters = mlp_inputs(sizes, rows, hidden, out)
+    parameters[1] += shift
+
+    def parameters_alone(*a):
+        return grouped_mlp(x.to(a[0].dtype), *a, Ragged.of(sizes))
+
+    assert_as_near_as_torch(parameters_alone, parameters)
+    assert_as_near_as_torch(lambda *a: grouped_mlp(*a, Ragged.of(sizes)), [x, *parameters])
+
+
+def test_a_row_does_not_depend_on_those_beside_it(level):
+    x, w1, b1, w2, b2 = mlp_inputs([8], 64, 512, 256)
+    w1 = w1.abs()
+    among_active = torch.cat([x[:1], 100.0 + x[1:]])  # all hidden values above 0: too few zeros to leave out
+    batches = (x[:1], x, among_active)
+    alone, mixed, active = (grouped_mlp(rows, w1, b1, w2, b2, Ragged.of([8]))[0, 0] for rows in batches)
+    assert torch.equal(alone, mixed)
+    assert torch.equal(alone, active)
+
+
 def test_layers_of_any_stride(level):
     x, w1, b1, w2, b2 = mlp_inputs([9], 20, 24, 11)
     turned = [x.t().contiguous().t(), w1.t().contiguous().t(), b1, w2.transpose(1, 2).contiguous().transpose(1, 2), b2]

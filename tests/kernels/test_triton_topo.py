@@ -12,7 +12,7 @@ from spinlock_fast.kernels.topo_loss.op import _Correlations
 from spinlock_fast.kernels.vq_assign import vq_assign
 
 pytest.importorskip("triton", reason="the package triton is not installed here")
-from spinlock_fast.kernels.topo_loss.cuda import Correlations
+from spinlock_fast.kernels.topo_loss.cuda import Correlations, Loss
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [
@@ -98,3 +98,15 @@ def test_the_same_bits_each_time():
     first, again = (both_ways(Correlations.apply, *arguments, LAYOUT) for _ in range(2))
     assert torch.equal(first[0], again[0])
     assert torch.equal(first[1], again[1])
+
+
+def test_the_loss_is_made_of_the_correlations():
+    z, codebook = helpers.random_group(LAYOUT, 70, seed=0)
+    x, codes = torch.randn(70, 5), vq_assign(z, codebook, LAYOUT).codes
+    arguments = [t.to(DEVICE) for t in (x, z, codes, codebook)]
+    (pre, post), expected = both_ways(Correlations.apply, *arguments, LAYOUT, (-0.3 * 2.5, -0.7 * 2.5))
+    leaf = arguments[1].clone().requires_grad_()
+    loss = Loss.apply(arguments[0], leaf, *arguments[2:], LAYOUT, 0.3)
+    (2.5 * loss).backward()
+    assert loss.item() == pytest.approx(1.0 - 0.3 * pre.item() - 0.7 * post.item(), abs=1e-6)
+    torch.testing.assert_close(leaf.grad.double().cpu(), expected, rtol=1e-5, atol=1e-8)

@@ -1,0 +1,53 @@
+#include "products.hpp"
+
+#include <algorithm>
+#include <cmath>
+
+#include "parallel.hpp"
+
+namespace spinlock_fast::training {
+
+std::vector<Product> split(const std::vector<Product>& products, int threads) {
+    const auto wanted = static_cast<Index>(threads > 1 ? 8 * threads : 1);
+    const Index parts = (wanted + static_cast<Index>(products.size()) - 1) / static_cast<Index>(products.size());
+    std::vector<Product> out;
+    for (const Product& p : products) {
+        const Index rows = std::max<Index>((p.M + parts - 1) / parts, 4 * kernels().rows);
+        for (Index m = 0; m < p.M; m += rows) {
+            Product piece = p;
+            piece.M = std::min(rows, p.M - m);
+            piece.a = block(p.a, m, 0);
+            piece.out = p.out + m * p.out_row;
+            piece.first_row = p.first_row + m;
+            if (p.positive) piece.positive = p.positive + m * p.out_row;
+            if (m + rows < p.M) piece.column_sums = nullptr;
+            out.push_back(piece);
+        }
+    }
+    return out;
+}
+
+Workspaces spaces_of(const std::vector<Product>& products, Index partial, Index buffer) {
+    const Kernels& k = kernels();
+    for (const Product& p : products) {
+        partial = std::max(partial, k.partial_floats(p.M + 1, p.N, p.K));
+        if (p.sparse) buffer = std::max(buffer, k.sparse_buffer_floats(p.M, p.K));
+    }
+    return {partial, buffer};
+}
+
+void run(const std::vector<Product>& products, int threads) {
+    const Kernels& k = kernels();
+    const std::vector<Product> pieces = split(products, threads);
+    const Workspaces spaces = spaces_of(pieces);
+    parallel_for(static_cast<Index>(pieces.size()), threads,
+                 [&](Index i) { k.product(pieces[static_cast<std::size_t>(i)], spaces.here()); });
+}
+
+Dropout dropout_of(double rate, std::uintptr_t seed) {
+    if (rate <= 0.0) return {0, 0};
+    const double threshold = std::min(std::round(rate * 4294967296.0), 4294967295.0);
+    return {*at<const std::uint64_t>(seed), static_cast<std::uint32_t>(threshold)};
+}
+
+}  // namespace spinlock_fast::training
