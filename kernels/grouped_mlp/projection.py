@@ -62,10 +62,12 @@ class ProjectConfig:
 
     @property
     def rows(self) -> dict[str, Any]:
-        narrow = self.block_o <= 64
         at_once = 32 * 256  # weights: more of them are slower, or spill
-        num_warps, block_k = 8 if self.block_e <= 256 and narrow else 16, min(self.block_o, at_once // self.block_e)
-        return self._launch(num_warps, BLOCK_M=16, BLOCK_O=self.block_o, BLOCK_K=max(16, block_k), BLOCK_E=self.block_e)
+        block_k = max(16, min(self.block_o, at_once // self.block_e))
+        num_warps = 16
+        if self.block_o <= 64 and self.block_e <= 256:
+            num_warps = 4 if self.precision == "tf32" else 8
+        return self._launch(num_warps, BLOCK_M=16, BLOCK_O=self.block_o, BLOCK_K=block_k, BLOCK_E=self.block_e)
 
     @property
     def weights(self) -> dict[str, Any]:
