@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 Settings = dict[str, Any]
@@ -28,9 +29,12 @@ _RECIPE: Settings = {
 }
 
 
-def _changed(**changes: Any) -> Settings:
-    """The recipe with some settings changed; `model__dropout` stands for model.dropout."""
-    return _RECIPE | {name.replace("__", ".", 1): value for name, value in changes.items()}
+def _with(settings: Settings, **changes: Any) -> Settings:
+    """Settings with some changed; `model__dropout` stands for model.dropout."""
+    return settings | {name.replace("__", ".", 1): value for name, value in changes.items()}
+
+
+_changed = partial(_with, _RECIPE)
 
 
 def _regularised(noise: float, mixing: float, dropout: float, commitment: float = 0.01, **more: Any) -> Settings:
@@ -55,9 +59,7 @@ _COMBINED: Settings = _changed(
 )
 
 
-def _combined(**changes: Any) -> Settings:
-    return _COMBINED | {name.replace("__", ".", 1): value for name, value in changes.items()}
-
+_combined = partial(_with, _COMBINED)
 
 # The start from product quantization has linear networks now, and every feature is read.
 _READ_ALL: Settings = _combined(
@@ -68,9 +70,7 @@ _READ_ALL: Settings = _combined(
 _ADAM: Settings = {"training__optimizer": "adam", "training__weight_decay": 0.0}
 
 
-def _read_all(**changes: Any) -> Settings:
-    return _READ_ALL | {name.replace("__", ".", 1): value for name, value in changes.items()}
-
+_read_all = partial(_with, _READ_ALL)
 
 # What `--choose` picks from, the most promising first.
 COMBINATIONS: dict[str, Settings] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ from numpy.typing import NDArray
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spinlock_fast.kernels.layout import CodebookLayout
+from spinlock_fast.step import StepKind, TrainingStep
+from spinlock_fast.trainer import Trainer
 
 SUMMARY = "features/summary/aggregated/features"
 TRAJECTORIES = "features/summary/per_trajectory/features"
@@ -255,3 +258,20 @@ class _PlainTorch(TorchDispatchMode):
 def plain_torch() -> TorchDispatchMode:
     """Within it, native CPU kernels are off."""
     return _PlainTorch()
+
+
+@contextmanager
+def stopped_after(steps: int, run: Trainer) -> Iterator[None]:
+    """Asks a run to end, as SIGTERM does, when it has made so many steps."""
+    original, made = TrainingStep.__call__, 0
+
+    def counting(self: TrainingStep, kind: StepKind) -> None:
+        nonlocal made
+        original(self, kind)
+        made += 1
+        if made == steps:
+            run.stop(signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingStep, "__call__", counting)
+        yield

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import random
-import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import planted_matrix, raises_one_line
+from helpers import planted_matrix, raises_one_line, stopped_after
 from torch import Tensor
 
 from spinlock_fast import rows, trainer
@@ -25,7 +24,6 @@ from spinlock_fast.features.categories import category_correlation, discover_cat
 from spinlock_fast.features.selection import Selection
 from spinlock_fast.loop import SilentObserver
 from spinlock_fast.rows import CopyStream, HostRows, StreamedFeed, place_rows
-from spinlock_fast.step import StepKind, TrainingStep
 from spinlock_fast.trainer import Trainer, TrainResult
 
 CPU = torch.device("cpu")
@@ -159,26 +157,14 @@ class KeepState(SilentObserver):
 
 @pytest.mark.parametrize("stop_after", [1, 4, 6, 9, 11, 18])
 def test_a_streamed_run_goes_on_within_an_epoch(
-    x: np.ndarray[Any, Any], halves: Callable[[int], None], stop_after: int, monkeypatch: pytest.MonkeyPatch
+    x: np.ndarray[Any, Any], halves: Callable[[int], None], stop_after: int
 ) -> None:
     halves(2)
     whole = made("always").fit(x, GROUPS)
-    made_steps = 0
-    original = TrainingStep.__call__
-
-    def counting(self: TrainingStep, kind: StepKind) -> None:
-        nonlocal made_steps
-        original(self, kind)
-        made_steps += 1
-        if made_steps == stop_after:
-            broken.stop(signal.SIGTERM)
-
-    monkeypatch.setattr(TrainingStep, "__call__", counting)
     observer = KeepState()
     broken = made("never", observer)
-    with pytest.raises(Interrupted):
+    with stopped_after(stop_after, broken), pytest.raises(Interrupted):
         broken.fit(x, GROUPS)
-    monkeypatch.undo()
     assert observer.state["epoch"] * 9 + observer.state["step"] == stop_after
     halves(3)  # where the halves end is of no consequence for a state
     assert_same(whole, made("never").fit(x, GROUPS, resume=observer.state))

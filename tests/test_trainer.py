@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import planted_matrix, raises_one_line
+from helpers import planted_matrix, raises_one_line, stopped_after
 
 from spinlock_fast.config import RunConfig
 from spinlock_fast.config_file import apply_overrides
@@ -130,29 +130,15 @@ class KeepState(SilentObserver):
 
 
 @pytest.mark.parametrize("stop_after", [1, 7, 12])
-def test_a_resumed_run_ends_like_an_unbroken_one(
-    x: np.ndarray[Any, Any], stop_after: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_run_ends_like_an_unbroken_one(x: np.ndarray[Any, Any], stop_after: int) -> None:
     settings = {"training__dead_code_reset_interval": 1, "training__dead_code_threshold": 0.5}
     whole = trainer(**settings).fit(x, GROUPS)
 
-    steps = 0
-    original = TrainingStep.__call__
-
-    def counting(self: TrainingStep, kind: StepKind) -> None:
-        nonlocal steps
-        original(self, kind)
-        steps += 1
-        if steps == stop_after:
-            broken.stop(signal.SIGTERM)
-
-    monkeypatch.setattr(TrainingStep, "__call__", counting)
     observer = KeepState()
     broken = trainer(observer, **settings)
-    with pytest.raises(Interrupted) as stopped:
+    with stopped_after(stop_after, broken), pytest.raises(Interrupted) as stopped:
         broken.fit(x, GROUPS)
     assert stopped.value.exit_status == 143
-    monkeypatch.undo()
     resumed = trainer(**settings).fit(x, GROUPS, resume=observer.state)
     assert_same_weights(whole, resumed)
     assert {**whole.metrics, "seconds": 0} == {**resumed.metrics, "seconds": 0}
