@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from importlib import import_module
 from types import FrameType
 from typing import NoReturn
 
-from spinlock_fast.errors import Interrupted, SpinlockFastError
+from spinlock_fast.errors import ConfigError, Interrupted, SpinlockFastError
 
 VERBS = {
     "generate": "simulate operators and write their features to an HDF5 file",
@@ -40,6 +41,7 @@ def exit_with(command: Callable[[], None]) -> NoReturn:
     # A SIGTERM unwinds the stack, so that unfinished files are removed; `train` has a handler of its own.
     signal.signal(signal.SIGTERM, _interrupt)
     try:
+        _refuse_several_processes()
         command()
     except SpinlockFastError as error:
         sys.stderr.write(f"error: {error}\n")
@@ -50,6 +52,16 @@ def exit_with(command: Callable[[], None]) -> NoReturn:
     except BrokenPipeError:
         sys.exit(141)
     sys.exit(0)
+
+
+def _refuse_several_processes() -> None:
+    """Raises ConfigError under a launcher such as torchrun: every process would write the same output."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes.strip() not in ("", "1"):
+        raise ConfigError(
+            f"WORLD_SIZE is {processes}: this command runs in one process; start it without torchrun, "
+            "or unset WORLD_SIZE"
+        )
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
