@@ -19,7 +19,7 @@ from spinlock_fast.config import RunConfig
 from spinlock_fast.config_file import dump_config, load_config
 from spinlock_fast.errors import DataError
 from spinlock_fast.files import write_atomically, write_json, write_text
-from spinlock_fast.manifest import file_sha256, write_manifest
+from spinlock_fast.manifest import RESUME, file_sha256, write_manifest
 from spinlock_fast.metrics import Metrics
 from spinlock_fast.model import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
 from spinlock_fast.run_directory import (
@@ -31,7 +31,6 @@ from spinlock_fast.run_directory import (
     HISTORY,
     METRICS,
     NORMALIZATION,
-    RESUME,
     SAFETENSORS,
     TENSORBOARD,
     check_integrity,
@@ -241,7 +240,7 @@ def write_results(
     write_text(directory / CARD, model_card(metrics, config))
     save_torch(directory / BEST, payload)
     write_json(directory / METRICS, finite_or_null(metrics))
-    write_manifest(directory, FILES)
+    write_manifest(directory)
 
 
 def finite_or_null(value: Any, name: str = "") -> Any:

@@ -15,6 +15,9 @@ from spinlock_fast.files import write_json
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+RESUME = "resume.pt"
+RESUME_BEFORE = "resume.previous.pt"
+STATES = (RESUME, RESUME_BEFORE)
 FORMAT = 1  # of a checkpoint directory; a reader refuses a larger one
 
 
@@ -24,10 +27,13 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_manifest(directory: Path, names: Sequence[str]) -> None:
-    """Writes the manifest of the files of a directory; raises OutputError."""
-    found = {name: directory / name for name in sorted(names) if (directory / name).is_file()}
-    files = {name: {"sha256": file_sha256(path), "bytes": path.stat().st_size} for name, path in found.items()}
+def write_manifest(directory: Path) -> None:
+    """Writes the manifest of the files of a result, which still lie where it was built; raises OutputError."""
+    files = {
+        path.name: {"sha256": file_sha256(path), "bytes": path.stat().st_size}
+        for path in sorted(directory.iterdir())
+        if path.is_file() and not path.name.startswith(".") and path.name not in (*STATES, MANIFEST)
+    }
     write_json(directory / MANIFEST, {"format": FORMAT, "files": files})
 
 

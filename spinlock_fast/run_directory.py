@@ -23,12 +23,10 @@ from types import TracebackType
 from spinlock_fast.errors import DataError, OutputError
 from spinlock_fast.files import sync_directory, write_json
 from spinlock_fast.locks import locked
-from spinlock_fast.manifest import MANIFEST, expected_sha256, file_sha256, read_manifest
+from spinlock_fast.manifest import MANIFEST, STATES, expected_sha256, file_sha256, read_manifest
 
 BEST = "best_model.pt"
 FINAL = "final_model.pt"
-RESUME = "resume.pt"
-RESUME_BEFORE = "resume.previous.pt"
 SAFETENSORS = "model.safetensors"
 CONFIG = "config.yaml"
 NORMALIZATION = "normalization_stats.npz"
@@ -37,7 +35,6 @@ METRICS = "metrics.json"
 CARD = "README.md"
 TENSORBOARD = "tensorboard"
 
-STATES = (RESUME, RESUME_BEFORE)
 FILES = (BEST, FINAL, *STATES, SAFETENSORS, CONFIG, NORMALIZATION, HISTORY, METRICS, CARD, MANIFEST, TENSORBOARD)
 
 PARTIAL = ".partial"

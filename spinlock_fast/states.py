@@ -16,8 +16,16 @@ from spinlock_fast.config import RunConfig
 from spinlock_fast.errors import ConfigError, DataError, OutputError
 from spinlock_fast.files import sync_directory
 from spinlock_fast.loop import EpochRecord, Observer
-from spinlock_fast.manifest import MANIFEST, file_sha256, read_manifest, write_state_manifest
-from spinlock_fast.run_directory import FINAL, PARTIAL, RESUME, RESUME_BEFORE, STATES, check_integrity, find
+from spinlock_fast.manifest import (
+    MANIFEST,
+    RESUME,
+    RESUME_BEFORE,
+    STATES,
+    file_sha256,
+    read_manifest,
+    write_state_manifest,
+)
+from spinlock_fast.run_directory import FINAL, PARTIAL, check_integrity, find
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ def fill(directory: Path, text: str, names: tuple[str, ...] = NAMES, board: bool
     if board:
         (directory / TENSORBOARD).mkdir(exist_ok=True)
         (directory / TENSORBOARD / f"events.{text}").write_text(text)
-    write_manifest(directory, names)
+    write_manifest(directory)
 
 
 def contents(directory: Path) -> dict[str, str]:

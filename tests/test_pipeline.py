@@ -26,7 +26,8 @@ from spinlock_fast.checkpoint import FILES, RESUME, load_torch
 from spinlock_fast.config_file import load_config
 from spinlock_fast.errors import DataError
 from spinlock_fast.evaluate import main as evaluate_main
-from spinlock_fast.run_directory import PARTIAL, STATES
+from spinlock_fast.manifest import STATES
+from spinlock_fast.run_directory import PARTIAL
 from spinlock_fast.tokenize import main as tokenize_main
 from spinlock_fast.tokenizer import write_tokens
 from spinlock_fast.train import main as train_main

@@ -16,14 +16,13 @@ from run_files import NAMES, contents, fill, publish
 
 from spinlock_fast import run_directory
 from spinlock_fast.errors import DataError, OutputError
-from spinlock_fast.manifest import MANIFEST, read_manifest
+from spinlock_fast.manifest import MANIFEST, RESUME, read_manifest
 from spinlock_fast.run_directory import (
     BEST,
     CONFIG,
     NEW,
     PARTIAL,
     PREVIOUS,
-    RESUME,
     TENSORBOARD,
     RunDirectory,
     check_integrity,
@@ -125,9 +124,9 @@ KILLED = textwrap.dedent("""
     from pathlib import Path
     sys.path[:0] = [{tests!r}]
     from run_files import contents, fill, publish
-    from spinlock_fast.manifest import MANIFEST
+    from spinlock_fast.manifest import MANIFEST, RESUME
     from spinlock_fast.run_directory import (
-        BEST, CONFIG, FINAL, METRICS, PARTIAL, PREVIOUS, RESUME, RunDirectory, find, unfinished)
+        BEST, CONFIG, FINAL, METRICS, PARTIAL, PREVIOUS, RunDirectory, find, unfinished)
 
     root = Path({root!r})
     if {links}:

@@ -32,7 +32,7 @@ from spinlock_fast.features.normalize import Normalizer
 from spinlock_fast.files import write_atomically, write_text
 from spinlock_fast.manifest import write_manifest
 from spinlock_fast.model import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
-from spinlock_fast.run_directory import BEST, CONFIG, FILES, NORMALIZATION, SAFETENSORS, RunDirectory
+from spinlock_fast.run_directory import BEST, CONFIG, NORMALIZATION, SAFETENSORS, RunDirectory
 
 _MODEL_FILES = ("best_model.pt", "final_model.pt")
 
@@ -184,7 +184,7 @@ def write_converted(converted: Converted, directory: Path) -> None:
         write_atomically(partial / SAFETENSORS, lambda temporary: temporary.write_bytes(save(tensors)))
         write_normalization(partial / NORMALIZATION, converted.normalizer.by_category(groups))
         save_torch(partial / BEST, payload)
-        write_manifest(partial, FILES)
+        write_manifest(partial)
         place.publish()
 
 
