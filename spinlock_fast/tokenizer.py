@@ -20,6 +20,7 @@ from spinlock_fast.features.cleaning import FeatureCleaner
 from spinlock_fast.features.encode import FamilyEncoder, block_rows
 from spinlock_fast.features.normalize import Normalizer
 from spinlock_fast.files import replacing
+from spinlock_fast.locks import written_by_one
 from spinlock_fast.model import CategoricalHierarchicalVQVAE
 
 _DEFAULT_BUDGET = 1_250_000_000
@@ -213,7 +214,7 @@ def write_tokens(
         raise OutputError(f"{output}: is a directory; name a file")
     largest = max(model.quantizer.num_codes)
     dtype = next(kind for kind in (np.uint8, np.uint16, np.uint32) if largest - 1 <= np.iinfo(kind).max)
-    with replacing(output) as temporary, h5py.File(temporary, "w") as file:
+    with written_by_one(output), replacing(output) as temporary, h5py.File(temporary, "w") as file:
         chunk = (min(rows, 8192), model.num_codebooks)
         out = file.create_dataset("tokens", (rows, model.num_codebooks), dtype, chunks=chunk, compression="gzip")
         out.attrs["codebook_names"] = model.codebook_names

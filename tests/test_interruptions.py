@@ -419,3 +419,31 @@ def test_tensorboard_files_move_with_the_run(config: Path, tmp_path: Path) -> No
         assert run(train_main, config, "--quiet", *arguments) == 0
         assert len(os.listdir(tmp_path / "out" / "tensorboard")) == 1
     assert not (tmp_path / "out" / PARTIAL).exists()
+
+
+# --- output that nobody reads ---
+
+
+def test_a_run_whose_output_nobody_reads_is_saved(config: Path, whole: Path, tmp_path: Path) -> None:
+    """`train ... 2>&1 | head -1`."""
+    read, write = os.pipe()
+    process = train_process(config, "--output", tmp_path / "out", stdout=write, stderr=write)
+    os.close(write)
+    with open(read) as text:
+        assert text.read(1)
+    process.wait(timeout=120)
+    assert process.returncode == 141
+    assert checkpoint_hash(tmp_path / "out") == checkpoint_hash(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stream", "status"), [("stdout", 0), ("stderr", 0)])
+def test_a_run_with_a_closed_stream(
+    config: Path, whole: Path, data: Path, tmp_path: Path, stream: str, status: int
+) -> None:
+    number = {"stdout": 1, "stderr": 2}[stream]
+    options = {"preexec_fn": lambda: os.close(number), stream: None}
+    process = train_process(config, "--output", tmp_path / "out", **options)
+    process.communicate(timeout=120)
+    assert process.returncode == status
+    assert checkpoint_hash(tmp_path / "out") == checkpoint_hash(whole)
