@@ -12,6 +12,7 @@ from types import FrameType
 from typing import NoReturn
 
 from spinlock_fast.errors import ConfigError, Interrupted, SpinlockFastError
+from spinlock_fast.messages import one_line
 
 VERBS = {
     "generate": "simulate operators and write their features to an HDF5 file",
@@ -28,7 +29,7 @@ class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line and status 2."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"error: {one_line(message)} (see {self.prog} --help)\n")
 
 
 def parser(verb: str, description: str) -> Parser:
@@ -44,7 +45,7 @@ def exit_with(command: Callable[[], None]) -> NoReturn:
         _refuse_several_processes()
         command()
     except SpinlockFastError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {one_line(error)}\n")
         sys.exit(error.exit_status)
     except KeyboardInterrupt:
         sys.stderr.write("error: interrupted\n")
