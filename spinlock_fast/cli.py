@@ -11,7 +11,7 @@ from importlib import import_module
 from types import FrameType
 from typing import NoReturn
 
-from spinlock_fast.errors import ConfigError, Interrupted, SpinlockFastError
+from spinlock_fast.errors import ConfigError, Interrupted, SpinlockFastError, is_out_of_memory
 from spinlock_fast.messages import one_line
 
 VERBS = {
@@ -52,6 +52,11 @@ def exit_with(command: Callable[[], None]) -> NoReturn:
         sys.exit(Interrupted("", 2).exit_status)
     except BrokenPipeError:
         sys.exit(141)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        sys.stderr.write(f"error: out of memory: {one_line(error, 200)}\n")
+        sys.exit(SpinlockFastError.exit_status)
     sys.exit(0)
 
 

@@ -34,7 +34,7 @@ from spinlock_fast.loop import EpochRecord, Observer, SilentObserver, TrainingRu
 from spinlock_fast.metrics import Metrics, complete, evaluate
 from spinlock_fast.model import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
 from spinlock_fast.refit import refit_decoder
-from spinlock_fast.rows import HostRows, Rows, place_rows
+from spinlock_fast.rows import HostRows, Rows, free_memory, place_rows
 
 log = logging.getLogger(__name__)
 
@@ -176,6 +176,7 @@ class Trainer:
                 correlation_max,
                 training.orthogonality_target,
             )
+        _check_memory(model_config, device)
         with _random_state_of_its_own(device):
             torch.manual_seed(seed)
             model = CategoricalHierarchicalVQVAE(model_config).to(device)
@@ -247,6 +248,17 @@ class Trainer:
         if config.unassigned_features == "nearest":
             return config.model_copy(update={"extra_inputs": nearest_categories(x, config.group_indices)})
         return config
+
+
+def _check_memory(config: CategoricalVQVAEConfig, device: torch.device) -> None:
+    """Raises ConfigError where weights, gradients and the two moments of Adam cannot fit."""
+    count = config.parameter_count()
+    needed, free = 4 * 4 * count, min(free_memory(device), free_memory(torch.device("cpu")))
+    if needed > free:
+        raise ConfigError(
+            f"model: {count:,} parameters need {needed / 1e9:,.1f} GB to train, and {free / 1e9:,.1f} GB are free; "
+            "reduce model.group_hidden_dim, model.group_embedding_dim or model.levels"
+        )
 
 
 def find_categories(x: Blocks, feature_names: Sequence[str], config: RunConfig) -> Groups:
