@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import logging
 import math
 import pickle
 import struct
@@ -21,22 +21,29 @@ from spinlock_fast.config import RunConfig
 from spinlock_fast.config_file import dump_config, load_config
 from spinlock_fast.errors import DataError
 from spinlock_fast.files import write_atomically, write_json, write_text
+from spinlock_fast.manifest import RESUME, file_sha256, write_manifest
 from spinlock_fast.messages import one_line, shown
 from spinlock_fast.metrics import Metrics
 from spinlock_fast.model import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
+from spinlock_fast.run_directory import (
+    BEST,
+    CARD,
+    CONFIG,
+    FILES,
+    FINAL,
+    HISTORY,
+    METRICS,
+    NORMALIZATION,
+    SAFETENSORS,
+    TENSORBOARD,
+    check_integrity,
+    find,
+    unfinished,
+)
 
-BEST = "best_model.pt"
-FINAL = "final_model.pt"
-RESUME = "resume.pt"
-SAFETENSORS = "model.safetensors"
-CONFIG = "config.yaml"
-NORMALIZATION = "normalization_stats.npz"
-HISTORY = "training_history.json"
-METRICS = "metrics.json"
-CARD = "README.md"
-TENSORBOARD = "tensorboard"
+__all__ = ["BEST", "CONFIG", "FILES", "FINAL", "HISTORY", "METRICS", "RESUME", "SAFETENSORS", "TENSORBOARD"]
 
-FILES = (BEST, FINAL, RESUME, SAFETENSORS, CONFIG, NORMALIZATION, HISTORY, METRICS, CARD, TENSORBOARD)
+log = logging.getLogger(__name__)
 
 _KEYS = (
     "model_state_dict",
@@ -54,8 +61,14 @@ _ALIGNMENT = 16
 
 
 def save_torch(path: Path, payload: Mapping[str, Any]) -> None:
-    """A file that `torch.load(weights_only=True)` reads; raises OutputError."""
-    write_atomically(path, lambda temporary: torch.save(dict(payload), temporary))
+    """A file that `torch.load(weights_only=True)` reads, the same for the same payload; raises OutputError."""
+
+    def write(temporary: Path) -> None:
+        # Given a name, torch would put it into the archive, and so into the file's hash.
+        with open(temporary, "wb") as file:
+            torch.save(dict(payload), file)
+
+    write_atomically(path, write)
 
 
 def load_torch(path: Path) -> dict[str, Any]:
@@ -95,9 +108,11 @@ def load_payload(directory: str | Path) -> dict[str, Any]:
         DataError: no checkpoint there, or one without a part that is needed.
     """
     directory = Path(directory)
-    path = next((directory / name for name in (BEST, FINAL) if (directory / name).exists()), None)
+    path = _model_path(directory)
     if path is None:
-        raise DataError(f"{directory}: no {BEST} there; it is not the directory of a finished run")
+        advice = f"; its run is unfinished, --resume {directory} goes on" if unfinished(directory) else ""
+        raise DataError(f"{directory}: no {BEST} there; it is not the directory of a finished run{advice}")
+    check_integrity(directory, path.name)
     payload = load_torch(path)
     missing = [key for key in _KEYS if key not in payload]
     if missing:
@@ -164,15 +179,25 @@ def load_checkpoint(directory: str | Path) -> CategoricalHierarchicalVQVAE:
 
 def load_run_config(directory: str | Path) -> RunConfig:
     """The settings of the run that made a checkpoint directory; raises ConfigError."""
-    return load_config(Path(directory) / CONFIG)
+    directory = Path(directory)
+    try:
+        check_integrity(directory, CONFIG)
+    except (DataError, OSError):
+        log.warning("%s was changed after the run that made it", find(directory, CONFIG))
+    return load_config(find(directory, CONFIG))
 
 
 def checkpoint_hash(directory: str | Path) -> str:
     """SHA-256 of the model file, as hexadecimal text."""
-    directory = Path(directory)
-    path = directory / BEST if (directory / BEST).exists() else directory / FINAL
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    path = _model_path(Path(directory))
+    if path is None:
+        raise DataError(f"{directory}: no {BEST} there; it is not the directory of a finished run")
+    return file_sha256(path)
+
+
+def _model_path(directory: Path) -> Path | None:
+    paths = (find(directory, name) for name in (BEST, FINAL))
+    return next((path for path in paths if path.exists()), None)
 
 
 def plain(value: Any, copy: bool = False, fetched: Mapping[int, torch.Tensor] | None = None) -> Any:
@@ -240,7 +265,7 @@ def write_results(
     history: Mapping[str, Any],
     resumable: Mapping[str, Any],
 ) -> None:
-    """Writes everything but resume.pt; best_model.pt last but one, metrics.json last.
+    """Writes the files of a finished run, the manifest last.
 
     Args:
         parts: the entries of the payload that are not the model's.
@@ -256,13 +281,26 @@ def write_results(
     write_text(directory / CONFIG, dump_config(config))
     write_atomically(directory / SAFETENSORS, lambda temporary: temporary.write_bytes(save(tensors)))
     write_normalization(directory / NORMALIZATION, normalization)
-    write_json(directory / HISTORY, history)
+    write_json(directory / HISTORY, finite_or_null(history))
     end = resumable["run"]
     last = model_payload(model, end["model_state_dict"], end["epoch"], parts)
     save_torch(directory / FINAL, {**last, "run_state": resumable})
     write_text(directory / CARD, model_card(metrics, config))
     save_torch(directory / BEST, payload)
-    write_json(directory / METRICS, metrics)
+    write_json(directory / METRICS, finite_or_null(metrics))
+    write_manifest(directory)
+
+
+def finite_or_null(value: Any, name: str = "") -> Any:
+    """The same value with None, and a warning that names it, for each number that JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: finite_or_null(inner, f"{name}.{key}" if name else str(key)) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite_or_null(inner, f"{name}[{i}]") for i, inner in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        log.warning("%s is %s: written as null", name, value)
+        return None
+    return value
 
 
 def model_payload(

@@ -280,6 +280,9 @@ class TrainingConfig(Section):
     )
     val_every_n_epochs: PositiveInt = Field(default=5, description="epochs between validations")
     save_every: PositiveInt = Field(default=25, description="epochs between resumable checkpoints")
+    save_minutes: PositiveFloat = Field(
+        default=5.0, description="minutes after which a resumable checkpoint is written at the latest"
+    )
     data_on_device: Literal["auto", "always", "never"] = Field(
         default="auto",
         description="rows lie on the device (always), or in main memory and follow as steps need them (never); "

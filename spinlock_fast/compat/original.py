@@ -13,16 +13,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from spinlock_fast.checkpoint import (
-    BEST,
-    CONFIG,
-    NORMALIZATION,
-    SAFETENSORS,
-    load_restricted,
-    model_payload,
-    save_torch,
-    write_normalization,
-)
+from spinlock_fast.checkpoint import load_restricted, model_payload, save_torch, write_normalization
 from spinlock_fast.config import (
     ENCODER_PARAMS,
     FamilyConfig,
@@ -39,8 +30,10 @@ from spinlock_fast.features.encode import ANY_LENGTH, FamilyEncoder, encode
 from spinlock_fast.features.encoders import build_encoder
 from spinlock_fast.features.normalize import Normalizer
 from spinlock_fast.files import write_atomically, write_text
+from spinlock_fast.manifest import write_manifest
 from spinlock_fast.messages import one_line
 from spinlock_fast.model import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
+from spinlock_fast.run_directory import BEST, CONFIG, NORMALIZATION, SAFETENSORS, RunDirectory
 
 _MODEL_FILES = ("best_model.pt", "final_model.pt")
 
@@ -174,16 +167,26 @@ def convert(source: Path, data: str | None = None) -> Converted:
 
 
 def write_converted(converted: Converted, directory: Path) -> None:
-    """best_model.pt, model.safetensors, config.yaml and normalization_stats.npz; raises OutputError."""
+    """best_model.pt, model.safetensors, config.yaml, normalization_stats.npz and manifest.json.
+
+    An earlier result in the directory is moved to `previous`, see `RunDirectory`.
+
+    Raises:
+        OutputError: they cannot be written.
+    """
     from safetensors.torch import save
 
     payload = model_payload(converted.model, converted.model.state_dict(), converted.epoch, converted.parts)
     tensors = {key: value.contiguous() for key, value in payload["model_state_dict"].items()}
-    write_text(directory / CONFIG, dump_config(converted.config))
-    write_atomically(directory / SAFETENSORS, lambda temporary: temporary.write_bytes(save(tensors)))
     groups = converted.model.config.group_indices
-    write_normalization(directory / NORMALIZATION, converted.normalizer.by_category(groups))
-    save_torch(directory / BEST, payload)
+    with RunDirectory(directory) as place:
+        partial = place.begin(resumed=False)
+        write_text(partial / CONFIG, dump_config(converted.config))
+        write_atomically(partial / SAFETENSORS, lambda temporary: temporary.write_bytes(save(tensors)))
+        write_normalization(partial / NORMALIZATION, converted.normalizer.by_category(groups))
+        save_torch(partial / BEST, payload)
+        write_manifest(partial)
+        place.publish()
 
 
 def convert_model(payload: Mapping[str, Any], settings: Mapping[str, Any], path: Path) -> CategoricalHierarchicalVQVAE:

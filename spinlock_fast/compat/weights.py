@@ -161,12 +161,14 @@ def _some(keys: Any) -> str:
 def read_weights(path: Path, format: Format | None) -> Mapping[str, Any]:
     """The contents of a file or a checkpoint directory; raises DataError."""
     from spinlock_fast.checkpoint import BEST, FINAL, SAFETENSORS, load_restricted
+    from spinlock_fast.run_directory import check_integrity, find
 
     if path.is_dir():
         names = (BEST, FINAL, SAFETENSORS, "diffusion_pytorch_model.safetensors")
-        found = [path / name for name in names if (path / name).exists()]
+        found = [place for name in names if (place := find(path, name)).exists()]
         if not found:
             raise DataError(f"{path}: none of {', '.join(names)} is in this directory")
+        check_integrity(path, found[0].name)
         path = found[0]
     if path.suffix == ".safetensors":
         return _read_safetensors(path)

@@ -17,6 +17,7 @@ from spinlock_fast.errors import ConfigError, DataError
 from spinlock_fast.features.names import family_of
 from spinlock_fast.features.statistics import Blocks, correlation
 from spinlock_fast.messages import one_line, shown
+from spinlock_fast.seeds import Stream, generator
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ def discover_categories(x: Blocks, feature_names: Sequence[str], config: Trainin
     if N < MIN_ROWS:
         raise DataError(f"{N} training rows are too few to discover categories: at least {MIN_ROWS} are needed")
     if N > _CORRELATION_ROWS:
-        rows = np.random.default_rng([seed, 1]).choice(N, _CORRELATION_ROWS, replace=False)
+        rows = generator(seed, Stream.CATEGORIES).choice(N, _CORRELATION_ROWS, replace=False)
         x = x[np.sort(rows)]
     distance = 1.0 - np.abs(correlation(x))
     distance[distance < _ROUNDING] = 0.0

@@ -15,6 +15,7 @@ from spinlock_fast.features.names import count_families, family_of
 from spinlock_fast.metrics import Metrics
 from spinlock_fast.model import CategoricalHierarchicalVQVAE
 from spinlock_fast.report.run_files import read_history, read_metrics
+from spinlock_fast.run_directory import find
 from spinlock_fast.tokenizer import Tokenizer
 
 
@@ -112,13 +113,13 @@ def read_contents(directory: str | Path, device: str | torch.device = "cpu") -> 
     tokenizer = Tokenizer.from_checkpoint(directory, device)
     notes: list[str] = []
     config = None
-    if (directory / CONFIG).exists():
+    if find(directory, CONFIG).exists():
         try:
             config = load_run_config(directory)
         except ConfigError as error:
             notes.append(f"{error}: the data of the run are not known")
-    metrics = read_metrics(directory / METRICS)
-    history = read_history(directory / HISTORY)
+    metrics = read_metrics(find(directory, METRICS))
+    history = read_history(find(directory, HISTORY))
     if metrics:
         _check_belongs(metrics, tokenizer.model, directory / METRICS)
     epochs = [record for record in history.get("epochs", []) if {"epoch", "train_loss"} <= record.keys()]
