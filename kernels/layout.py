@@ -146,7 +146,6 @@ class CodebookLayout:
         entries[entry_mask] = torch.arange(self.total_entries, **host)
         code_ids = torch.zeros(G, K, **host)
         code_ids[code_mask] = torch.arange(self.total_codes, **host)
-        seeded = torch.Generator().manual_seed(0)
         flat = LayoutIndices(
             columns=columns,
             column_mask=column_mask,

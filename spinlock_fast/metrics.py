@@ -11,6 +11,7 @@ from torch import Tensor
 
 from spinlock_fast.config import TrainingConfig
 from spinlock_fast.features.names import count_families
+from spinlock_fast.kernels._common.guard import device_guard
 from spinlock_fast.kernels.code_decoders import code_statistics, decode_codes
 from spinlock_fast.kernels.ema_update import perplexity, utilization
 from spinlock_fast.kernels.topo_loss import topographic_correlations
@@ -57,9 +58,10 @@ def evaluate(model: CategoricalHierarchicalVQVAE, x: Rows, training: TrainingCon
         perplexity, codes and dims per level.
     """
     layout = model.quantizer.layout
-    found = measure(model, x, training)
-    # One transfer, and one wait.
-    packed = torch.cat([part.flatten().to(torch.float64) for part in found]).cpu()
+    with device_guard(x.device):
+        found = measure(model, x, training)
+        # One transfer, and one wait.
+        packed = torch.cat([part.flatten().to(torch.float64) for part in found]).cpu()
     scalars, partial, used, entropy, active = packed.split([part.numel() for part in found])
     return {
         **_named(scalars.tolist()),

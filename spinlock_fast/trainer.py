@@ -29,6 +29,7 @@ from spinlock_fast.features.categories import (
 )
 from spinlock_fast.features.selection import Selection
 from spinlock_fast.features.statistics import Blocks, mean_and_std
+from spinlock_fast.kernels._common.guard import device_guard
 from spinlock_fast.kernels.backend import resolve_backend
 from spinlock_fast.loop import EpochRecord, Observer, SilentObserver, TrainingRun
 from spinlock_fast.metrics import Metrics, complete, evaluate
@@ -202,12 +203,13 @@ class Trainer:
                 ) from None
             finally:
                 self._stop_signal = None
-        best_model = run.best_model()
-        if training.decoder_refit:
-            refit_decoder(best_model, x_train, training.decoder_refit)
-        metrics = evaluate(best_model, run.x_val, training)
-        if split.test.size:
-            metrics["test"] = evaluate(best_model, self._placed(Selection(data, split.test), device), training)
+        with device_guard(device):  # the run above gave the caller's device back
+            best_model = run.best_model()
+            if training.decoder_refit:
+                refit_decoder(best_model, x_train, training.decoder_refit)
+            metrics = evaluate(best_model, run.x_val, training)
+            if split.test.size:
+                metrics["test"] = evaluate(best_model, self._placed(Selection(data, split.test), device), training)
         complete(metrics, best_model, names, correlation_max)
         idle = [c["name"] for c in metrics["categories"] if max(c["perplexity"]) < 1.0 + 1e-6]
         if idle:

@@ -23,10 +23,12 @@ def in_transform() -> bool:
     )
 
 
-def needs_graph() -> bool:
+def needs_graph(grads: Sequence[Tensor | None]) -> bool:
     """In a backward pass: whether the gradient will be differentiated, or is formed for a batch of gradients."""
     return not torch.compiler.is_compiling() and (
-        torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None
+        torch.is_grad_enabled()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or any(grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads)
     )
 
 

@@ -48,7 +48,7 @@ class PartialLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         layout: CodebookLayout = ctx.layout
         features, *given, x, codes, codebook, hidden, decoded, off = ctx.saved_tensors
-        if needs_graph():
+        if needs_graph(grads):
             return gradients_of_loss(features, codes, given, layout, grads, ctx.needs_input_grad)
         w1, w2 = given[1].contiguous(), given[3].contiguous()
         (B, F), H, G = x.shape, w1.shape[1], layout.groups

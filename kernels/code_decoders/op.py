@@ -112,7 +112,7 @@ class _PartialLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         layout: CodebookLayout = ctx.layout
         features, *given, x, codes, vectors, w1, hidden, decoded, off = ctx.saved_tensors
-        if needs_graph():
+        if needs_graph(grads):
             return reference.gradients_of_loss(features, codes, given, layout, grads, ctx.needs_input_grad)
         w2 = given[3]
         scale = grads[0] * (2.0 / max(layout.groups * x.numel(), 1))

@@ -394,7 +394,7 @@ class PartialLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         layout, config = ctx.layout, ctx.config
         *given, x, codes, codebook, hidden, decoded, off = ctx.saved_tensors
-        if needs_graph():
+        if needs_graph(grads):
             return gradients_of_loss(x, codes, given, layout, grads, ctx.needs_input_grad)
         w1, w2 = given[1].contiguous(), given[3].contiguous()
         (B, F), (G, H, _) = x.shape, w2.shape

@@ -38,7 +38,7 @@ class GroupedMLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, hidden = ctx.saved_tensors
-        if needs_graph():
+        if needs_graph(grads):
             scale, sizes = keep_scale(ctx.dropout), ctx.inputs.sizes
             return *mlp_gradients(inputs, hidden, scale, sizes, grads, ctx.needs_input_grad[:5]), None, None
         x, w1, _, w2, _ = inputs
@@ -82,7 +82,7 @@ class ScaledOutputLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         outputs: Ragged = ctx.outputs
         *given, scaled = ctx.saved_tensors
-        if needs_graph():
+        if needs_graph(grads):
             return *gradients(
                 partial(scaled_output_linear, sizes=outputs.sizes), given, grads, ctx.needs_input_grad[:5]
             ), None
@@ -120,7 +120,7 @@ class RaggedLayerNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if needs_graph():
+        if needs_graph(grads):
             if ctx.dropout > 0.0:  # the formula does not know what was dropped
                 once: tuple[Tensor | None, ...] = once_differentiable(_layer_norm_gradients)(ctx, *grads)
                 return once
@@ -157,7 +157,7 @@ class Normalize(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
         normed, deviation = ctx.saved_tensors
         of_normed, of_deviation = grads
-        if needs_graph() or of_deviation is not None:
+        if needs_graph(grads) or of_deviation is not None:
             return _normalize_gradient(of_normed, of_deviation, normed, deviation[..., None]), None
         if of_normed is None:
             return None, None

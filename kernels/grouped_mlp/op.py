@@ -81,7 +81,7 @@ class _GroupedMLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         *given, x, w1, hidden = ctx.saved_tensors
-        if needs_graph():
+        if needs_graph(grads):
             needed = ctx.needs_input_grad[:5]
             return *reference.mlp_gradients(given, hidden, ctx.scale, ctx.inputs.sizes, grads, needed), None, None
         w2 = given[3]
@@ -148,7 +148,7 @@ class _ScaledOutputLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         *given, weight, scaled = ctx.saved_tensors
         outputs: Ragged = ctx.outputs
-        if needs_graph():
+        if needs_graph(grads):
             formula = partial(reference.scaled_output_linear, sizes=outputs.sizes)
             return *gradients(formula, given, grads, ctx.needs_input_grad[:5]), None
         x, gain, shift = given[:3]
@@ -272,7 +272,7 @@ class _RaggedLayerNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         *given, normed, deviation = ctx.saved_tensors
         segments: Ragged = ctx.segments
-        if needs_graph():
+        if needs_graph(grads):
             formula = partial(reference.ragged_layer_norm, sizes=segments.sizes, eps=ctx.eps)
             return *gradients(formula, given, grads, ctx.needs_input_grad[:3]), None, None
         weight = given[1]

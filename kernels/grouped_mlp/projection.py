@@ -380,7 +380,7 @@ class Project(torch.autograd.Function):
     @staticmethod
     @launches
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if not needs_graph():
+        if not needs_graph(grads):
             return _project_gradients(ctx, *grads)
         if ctx.dropout > 0.0:  # the formula does not know what was dropped
             once: tuple[Tensor | None, ...] = once_differentiable(_project_gradients)(ctx, *grads)

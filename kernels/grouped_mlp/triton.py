@@ -341,7 +341,7 @@ class GroupedMLP(torch.autograd.Function):
     @launches
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         *given, hidden = ctx.saved_tensors
-        if needs_graph():
+        if needs_graph(grads):
             needed = ctx.needs_input_grad[:5]
             return *mlp_gradients(given, hidden, ctx.scale, ctx.inputs.sizes, grads, needed), None, None
         x, w1, w2 = rows_of(given[0]), _dense(given[1]), given[3]

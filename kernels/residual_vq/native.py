@@ -33,7 +33,8 @@ def assign(
     counts, sums = x.new_empty(total), x.new_empty(total, D)
     library.residual_assign(
         x.data_ptr(), x.stride(0), N, D, address(codebook), list(num_codes), address(mask), cosine,
-        _GRADIENTS[gradient], address(codes), address(quantized), address(errors), address(counts) if with_sums else 0, address(sums),
+        _GRADIENTS[gradient], address(codes), address(quantized), address(errors),
+        address(counts) if with_sums else 0, address(sums),
         torch.get_num_threads(),
     )  # fmt: skip
     return quantized, codes, errors, counts, sums

@@ -245,7 +245,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     x, codebook, codes, mask, limit = ctx.saved_tensors
     num_codes, cosine, gradient, backend = ctx.options
-    if needs_graph():
+    if needs_graph(grads):
         taken = num_codes if limit is None else num_codes[: int(limit)]
 
         def formula(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -118,6 +118,7 @@ def passed_on(
     for q, book in enumerate(codebook.detach().split(list(num_codes))):
         code = codes[:, q]
         e = book[code.clamp(min=0)].masked_fill((code < 0)[:, None], torch.nan)
+        e = e if hidden is None else e.masked_fill(hidden, 0.0)
         y = unit(residual) if cosine else residual
         off, value, passed = y - e, e, y
         if gradient == "rotation":
@@ -125,7 +126,7 @@ def passed_on(
             value = e.masked_fill((residual == 0).all(1, keepdim=True), 0.0)  # as R 0 is
         extra = passed - passed.detach()
         if hidden is not None:
-            off, value, extra = (part.masked_fill(hidden, 0.0) for part in (off, value, extra))
+            off, extra = off.masked_fill(hidden, 0.0), extra.masked_fill(hidden, 0.0)
         errors.append(off.square().sum())
         total = total + (value if gradient == "none" else value + extra)
         residual = residual - value

@@ -77,7 +77,7 @@ def _found(
 def _gradient(ctx: Any, grad_pre: Tensor, grad_post: Tensor, factors: tuple[float, float]) -> Tensor | None:
     layout: CodebookLayout = ctx.layout
     x, latents, codes, codebook, found, stats, distances, *points = ctx.saved_tensors
-    if needs_graph():
+    if needs_graph((grad_pre, grad_post)):
         return correlation_gradient(
             x, latents, codes, codebook, layout, (factors[0] * grad_pre, factors[1] * grad_post)
         )

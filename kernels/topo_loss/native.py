@@ -24,13 +24,15 @@ class Correlations(torch.autograd.Function):
         given = x, latents, codes, codebook
         x, z = ((rows - rows.mean(0)).contiguous() for rows in (x, latents))  # a difference keeps the strides
         codebook = torch.nan_to_num(codebook, 0.0, 0.0, 0.0).contiguous()
+        codes = codes.contiguous()
+        missing = library.check_codes(address(codes), S, list(layout.num_codes), "topographic_correlations")
         turned = codes.t().clamp(min=0).to(torch.int32).contiguous()  # [G, S]
         distances = x.new_empty(3, S, -(-S // _WIDTH) * _WIDTH)
         tables = x.new_empty(sum(K * K for K in layout.num_codes))
         sizes = list(layout.num_codes), list(layout.dims)
         pre, post, ctx.factors = library.topo_forward(
             address(x), F, address(z), address(turned), address(codebook), S, *sizes, address(distances),
-            address(tables), bool((codes < 0).any()), torch.get_num_threads(),
+            address(tables), missing, torch.get_num_threads(),
         )  # fmt: skip
         ctx.layout = layout
         ctx.save_for_backward(*given, z, turned, codebook, distances, tables)
@@ -40,7 +42,7 @@ class Correlations(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None, None, None, None]:
         layout: CodebookLayout = ctx.layout
         *given, z, turned, codebook, distances, tables = ctx.saved_tensors
-        if needs_graph():
+        if needs_graph(grads):
             features, latents, codes, code_vectors = given
             grad = correlation_gradient(features, latents, codes, code_vectors, layout, grads)
             return None, grad, None, None, None

@@ -139,7 +139,7 @@ def _gradient(ctx: Any, *grads: Tensor) -> Tensor | None:
         x, latents, codes, codebook, points, vectors, x_unit, z_unit, e_unit, z_deviation, e_deviation, pre_counts,
         post_counts, pre, post
     ) = ctx.saved_tensors  # fmt: skip
-    if needs_graph():
+    if needs_graph(grads):
         return reference.correlation_gradient(x, latents, codes, codebook, layout, grads)
     S, G = codes.shape
     # dr/db = (a - r b) / sigma_b for standardized a, b; a pair stands in the matrix twice.

@@ -249,7 +249,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     z, quantized, codes = ctx.saved_tensors
     if grads[0] is None and grads[2] is None:
         return (None,) * 9
-    if needs_graph():
+    if needs_graph(grads):
         num_codes, dims = ctx.sizes
         layout = CodebookLayout.cached(tuple(num_codes), tuple(dims))
 
