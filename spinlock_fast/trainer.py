@@ -29,6 +29,7 @@ from spinlock_fast.features.categories import (
 )
 from spinlock_fast.features.selection import Selection
 from spinlock_fast.features.statistics import Blocks, mean_and_std
+from spinlock_fast.kernels._common.guard import device_guard
 from spinlock_fast.kernels.backend import resolve_backend
 from spinlock_fast.loop import EpochRecord, Observer, SilentObserver, TrainingRun
 from spinlock_fast.metrics import Metrics, complete, evaluate
@@ -235,15 +236,16 @@ class Trainer:
                     "a smaller training.batch_size or training.topo_samples may help"
                 ) from None
             final_state = run.state()  # with the random state of the run, which a longer run goes on with
-        best_model = run.best_model()
-        if training.decoder_refit:
-            refit_decoder(best_model, x_train, training.decoder_refit)
-        self._stop_before_the_end(final_state)
-        metrics = evaluate(best_model, run.x_val, training, run.val_numbers, "validation")
-        if split.test.size:
+        with device_guard(device):  # the run above gave the caller's device back
+            best_model = run.best_model()
+            if training.decoder_refit:
+                refit_decoder(best_model, x_train, training.decoder_refit)
             self._stop_before_the_end(final_state)
-            x_test = self._placed(Selection(data, split.test), device)
-            metrics["test"] = evaluate(best_model, x_test, training, split.test, "test")
+            metrics = evaluate(best_model, run.x_val, training, run.val_numbers, "validation")
+            if split.test.size:
+                self._stop_before_the_end(final_state)
+                x_test = self._placed(Selection(data, split.test), device)
+                metrics["test"] = evaluate(best_model, x_test, training, split.test, "test")
         complete(metrics, best_model, names, correlation_max)
         idle = [c["name"] for c in metrics["categories"] if max(c["perplexity"]) < 1.0 + 1e-6]
         if idle:
