@@ -13,13 +13,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 
+from spinlock_fast import __version__
 from spinlock_fast.card import model_card
 from spinlock_fast.config import RunConfig
 from spinlock_fast.config_file import dump_config, load_config
 from spinlock_fast.errors import DataError
 from spinlock_fast.files import write_atomically, write_json, write_text
 from spinlock_fast.manifest import RESUME, file_sha256, write_manifest
+from spinlock_fast.messages import one_line, shown
 from spinlock_fast.metrics import Metrics
 from spinlock_fast.model import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
 from spinlock_fast.run_directory import (
@@ -118,10 +121,55 @@ def load_payload(directory: str | Path) -> dict[str, Any]:
 
 
 def model_from_payload(payload: Mapping[str, Any]) -> CategoricalHierarchicalVQVAE:
-    """The model of a checkpoint in eval mode."""
-    model = CategoricalHierarchicalVQVAE(CategoricalVQVAEConfig(**payload["model_config"]))
-    model.load_state_dict(payload["model_state_dict"])
+    """The model of a checkpoint in eval mode.
+
+    Raises:
+        DataError: settings or weights are not those of this version's model; names the version that wrote them.
+    """
+    settings, weights = payload["model_config"], payload["model_state_dict"]
+    if not isinstance(settings, Mapping) or not isinstance(weights, Mapping):
+        raise DataError(f"model_config and model_state_dict must be mappings{_written_by(payload)}")
+    try:
+        config = CategoricalVQVAEConfig(**settings)
+    except (ValidationError, TypeError) as error:
+        raise DataError(f"model_config: {_first_problem(error)}{_written_by(payload)}") from None
+    sizes = {name: tuple(value.shape) for name, value in weights.items() if isinstance(value, torch.Tensor)}
+    # A model that is much larger than its weights would take memory for nothing.
+    if config.parameter_count() > sum(map(math.prod, sizes.values())):
+        raise DataError(
+            f"model_config describes {config.parameter_count():,} parameters, but model_state_dict holds "
+            f"{sum(map(math.prod, sizes.values())):,} numbers{_written_by(payload)}"
+        )
+    model = CategoricalHierarchicalVQVAE(config)
+    if problem := _difference(sizes, {name: tuple(value.shape) for name, value in model.state_dict().items()}):
+        raise DataError(f"model_state_dict: {problem}{_written_by(payload)}")
+    model.load_state_dict(weights)
     return model.eval()
+
+
+def _first_problem(error: ValidationError | TypeError) -> str:
+    if isinstance(error, TypeError):
+        return one_line(error)
+    problem = error.errors(include_url=False)[0]
+    place = ".".join(map(str, problem["loc"]))
+    return f"{place}: {problem['msg']}, got {shown(problem['input'])}" if place else one_line(problem["msg"])
+
+
+def _difference(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> str:
+    """The first difference between the shapes of two state dicts; empty where there is none."""
+    for name, shape in expected.items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name] != shape:
+            return f"{name} is {list(found[name])}, expected {list(shape)}"
+    return next((f"{shown(name)} is unknown" for name in found if name not in expected), "")
+
+
+def _written_by(payload: Mapping[str, Any]) -> str:
+    """Who wrote a checkpoint, for the end of an error message."""
+    writer = payload.get("written_by")
+    version = shown(writer, 40) if isinstance(writer, str) else "an earlier or unknown version"
+    return f" (written by {version}, read by spinlock-fast {__version__})"
 
 
 def load_checkpoint(directory: str | Path) -> CategoricalHierarchicalVQVAE:
@@ -263,6 +311,7 @@ def model_payload(
 ) -> dict[str, Any]:
     """The entries of a model file."""
     return {
+        "written_by": f"spinlock-fast {__version__}",
         "model_state_dict": {key: value.detach().cpu() for key, value in state_dict.items()},
         "model_config": model.config.model_dump(mode="json"),
         "epoch": epoch,

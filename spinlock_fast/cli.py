@@ -10,7 +10,8 @@ from importlib import import_module
 from types import FrameType
 from typing import NoReturn
 
-from spinlock_fast.errors import ConfigError, Interrupted, SpinlockFastError
+from spinlock_fast.errors import ConfigError, Interrupted, SpinlockFastError, is_out_of_memory
+from spinlock_fast.messages import one_line
 from spinlock_fast.signals import handling
 from spinlock_fast.streams import ReaderGone, tolerant_streams
 
@@ -31,7 +32,7 @@ class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line and status 2."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"error: {one_line(message)} (see {self.prog} --help)\n")
 
 
 def parser(verb: str, description: str) -> Parser:
@@ -54,11 +55,17 @@ def _status_of(command: Callable[[], None]) -> int:
             command()
             sys.stdout.flush()
     except SpinlockFastError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {one_line(error)}\n")
         sys.stderr.flush()
         return error.exit_status
     except ReaderGone:
         return READER_GONE
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        sys.stderr.write(f"error: out of memory: {one_line(error, 200)}\n")
+        sys.stderr.flush()
+        return SpinlockFastError.exit_status
     return 0
 
 

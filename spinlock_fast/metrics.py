@@ -12,6 +12,7 @@ from torch import Tensor
 
 from spinlock_fast.config import TrainingConfig
 from spinlock_fast.features.names import count_families
+from spinlock_fast.kernels._common.guard import device_guard
 from spinlock_fast.kernels.code_decoders import code_statistics, decode_codes
 from spinlock_fast.kernels.ema_update import perplexity, utilization
 from spinlock_fast.kernels.topo_loss import topographic_correlations
@@ -71,11 +72,12 @@ def evaluate(
         perplexity, codes and dims per level.
     """
     layout = model.quantizer.layout
-    packed, found = _measured(model, x, training)
     left_out: list[int] = []
-    if spoiled(float(packed[0]), packed.tolist(), x.shape):
-        x, _, left_out = without_outliers(model, x, numbers, what)
+    with device_guard(x.device):
         packed, found = _measured(model, x, training)
+        if spoiled(float(packed[0]), packed.tolist(), x.shape):
+            x, _, left_out = without_outliers(model, x, numbers, what)
+            packed, found = _measured(model, x, training)
     scalars, partial, used, entropy, active = packed.split([part.numel() for part in found])
     return {
         **_named(scalars.tolist()),

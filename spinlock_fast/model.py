@@ -111,6 +111,19 @@ class CategoricalVQVAEConfig(ModelConfig):
         """Codebooks of every category, coarse to fine."""
         return resolve_levels(self.group_sizes, self.levels, self.compression_ratios, self.uniform_codebook_init)
 
+    def parameter_count(self) -> int:
+        """Weights and code entries of the model, without building it."""
+        levels = [level for category in self.resolved_levels().values() for level in category]
+        D, G = sum(level.latent_dim for level in levels), len(levels)
+        F, E, H, C = self.input_dim, self.group_embedding_dim, self.group_hidden_dim, len(self.group_indices)
+        inputs = sum(len(members) for members in self.inputs.values())
+        category_mlp = inputs * H + C * H + C * H * E + 3 * C * E
+        heads = E * D + 3 * D
+        shared_decoder = D * _SHARED_HIDDEN + _SHARED_HIDDEN + _SHARED_HIDDEN * F + F
+        partial_decoders = D * _PARTIAL_HIDDEN + G * _PARTIAL_HIDDEN + G * _PARTIAL_HIDDEN * F + G * F
+        codes = sum(level.num_tokens * level.latent_dim for level in levels)
+        return category_mlp + heads + shared_decoder + partial_decoders + codes
+
 
 class CategoricalHierarchicalVQVAE(nn.Module):
     """Features [B, F] -> G tokens and back.

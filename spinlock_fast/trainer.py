@@ -29,12 +29,13 @@ from spinlock_fast.features.categories import (
 )
 from spinlock_fast.features.selection import Selection
 from spinlock_fast.features.statistics import Blocks, mean_and_std
+from spinlock_fast.kernels._common.guard import device_guard
 from spinlock_fast.kernels.backend import resolve_backend
 from spinlock_fast.loop import EpochRecord, Observer, SilentObserver, TrainingRun
 from spinlock_fast.metrics import Metrics, complete, evaluate
 from spinlock_fast.model import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
 from spinlock_fast.refit import refit_decoder
-from spinlock_fast.rows import HostRows, Rows, place_rows
+from spinlock_fast.rows import HostRows, Rows, free_memory, place_rows
 from spinlock_fast.seeds import Stream, generator, seed_torch, streams_of, version
 
 log = logging.getLogger(__name__)
@@ -208,6 +209,7 @@ class Trainer:
                 correlation_max,
                 training.orthogonality_target,
             )
+        _check_memory(model_config, device)
         with _random_state_of_its_own(device):
             seed_torch(seed, device)
             model = CategoricalHierarchicalVQVAE(model_config).to(device)
@@ -234,15 +236,16 @@ class Trainer:
                     "a smaller training.batch_size or training.topo_samples may help"
                 ) from None
             final_state = run.state()  # with the random state of the run, which a longer run goes on with
-        best_model = run.best_model()
-        if training.decoder_refit:
-            refit_decoder(best_model, x_train, training.decoder_refit)
-        self._stop_before_the_end(final_state)
-        metrics = evaluate(best_model, run.x_val, training, run.val_numbers, "validation")
-        if split.test.size:
+        with device_guard(device):  # the run above gave the caller's device back
+            best_model = run.best_model()
+            if training.decoder_refit:
+                refit_decoder(best_model, x_train, training.decoder_refit)
             self._stop_before_the_end(final_state)
-            x_test = self._placed(Selection(data, split.test), device)
-            metrics["test"] = evaluate(best_model, x_test, training, split.test, "test")
+            metrics = evaluate(best_model, run.x_val, training, run.val_numbers, "validation")
+            if split.test.size:
+                self._stop_before_the_end(final_state)
+                x_test = self._placed(Selection(data, split.test), device)
+                metrics["test"] = evaluate(best_model, x_test, training, split.test, "test")
         complete(metrics, best_model, names, correlation_max)
         idle = [c["name"] for c in metrics["categories"] if max(c["perplexity"]) < 1.0 + 1e-6]
         if idle:
@@ -290,6 +293,17 @@ class Trainer:
         if config.unassigned_features == "nearest":
             return config.model_copy(update={"extra_inputs": nearest_categories(x, config.group_indices)})
         return config
+
+
+def _check_memory(config: CategoricalVQVAEConfig, device: torch.device) -> None:
+    """Raises ConfigError where weights, gradients and the two moments of Adam cannot fit."""
+    count = config.parameter_count()
+    needed, free = 4 * 4 * count, min(free_memory(device), free_memory(torch.device("cpu")))
+    if needed > free:
+        raise ConfigError(
+            f"model: {count:,} parameters need {needed / 1e9:,.1f} GB to train, and {free / 1e9:,.1f} GB are free; "
+            "reduce model.group_hidden_dim, model.group_embedding_dim or model.levels"
+        )
 
 
 def find_categories(x: Blocks, feature_names: Sequence[str], config: RunConfig) -> Groups:

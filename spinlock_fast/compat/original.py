@@ -22,7 +22,7 @@ from spinlock_fast.config import (
     RunConfig,
     TrainingConfig,
 )
-from spinlock_fast.config_file import check_config, dump_config
+from spinlock_fast.config_file import BoundedLoader, check_config, dump_config, parse_yaml, read_text_file
 from spinlock_fast.data.source import Source
 from spinlock_fast.errors import ConfigError, DataError
 from spinlock_fast.features.cleaning import FeatureCleaner, clip_bounds
@@ -31,6 +31,7 @@ from spinlock_fast.features.encoders import build_encoder
 from spinlock_fast.features.normalize import Normalizer
 from spinlock_fast.files import write_atomically, write_text
 from spinlock_fast.manifest import write_manifest
+from spinlock_fast.messages import one_line
 from spinlock_fast.model import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
 from spinlock_fast.run_directory import BEST, CONFIG, NORMALIZATION, SAFETENSORS, RunDirectory
 
@@ -99,8 +100,8 @@ def read_original(path: Path) -> dict[str, Any]:
     return payload
 
 
-class _TaggedLoader(yaml.SafeLoader):
-    """SafeLoader that reads the original's path tags as text."""
+class _TaggedLoader(BoundedLoader):
+    """A loader that reads the original's path tags as text."""
 
 
 def _construct_path(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> str:
@@ -273,11 +274,9 @@ def _translate(state: Mapping[str, Tensor], model: CategoricalHierarchicalVQVAE)
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_TaggedLoader)
-    except FileNotFoundError:
-        return {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError(f"{path}: cannot be read: {' '.join(str(error).split())[:200]}") from None
+        value = parse_yaml(read_text_file(path), _TaggedLoader) if path.exists() else {}
+    except (OSError, ConfigError, yaml.YAMLError) as error:
+        raise DataError(f"{path}: cannot be read: {one_line(error, 200)}") from None
     return value if isinstance(value, dict) else {}
 
 
