@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from spinlock_fast.config import LevelConfig, ModelConfig, PositiveInt
 from spinlock_fast.kernels.code_decoders import Decoders
 from spinlock_fast.kernels.grouped_mlp import Ragged, grouped_mlp, project
+from spinlock_fast.kernels.snapshot import snapshot
 from spinlock_fast.layers import (
     GroupedLayerNorm,
     GroupedLinear,
@@ -317,7 +318,7 @@ class CategoricalHierarchicalVQVAE(nn.Module):
             usable = torch.isfinite(latents).all(1)
             if bool(usable.any()):
                 quantizer.initialize(latents.detach()[usable])
-        return quantizer.embedding.detach().clone()
+        return snapshot(quantizer.embedding.detach())
 
     @torch.no_grad()
     def get_tokens(self, x: Tensor) -> Tensor:

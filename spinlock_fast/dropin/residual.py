@@ -251,6 +251,7 @@ class ResidualVQ(nn.Module):
         quantized, codes, loss = found
         missing = self.num_quantizers - stages
         codes, loss = F.pad(codes, (0, missing), value=-1), F.pad(loss, (0, missing))
+        loss = losses.with_backward(loss) if self.training else loss
         if self.diveq:
             quantized = losses.step_in_direction(rows, quantized)
         output = self._masked(projected(self.project_out, quantized).to(x.dtype), origin, mask)

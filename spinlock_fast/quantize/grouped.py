@@ -193,18 +193,17 @@ class GroupedVectorQuantizer(nn.Module):
         shares = partial(_over_dims, self.layout, dtype=errors.dtype, device=errors.device)
         loss = (errors * shares(self.commitment_weight / count)).sum()
         if not self.use_ema:
-            loss = loss + (self._learned_error(found) * shares(1.0 / count)).sum()
+            loss = loss + self._learned_error(found, shares(1.0 / count))
         return loss / rows if isinstance(rows, Tensor) else loss
 
-    def _learned_error(self, found: Assignment) -> Tensor:
-        """[G] sum over rows of ||sg(z) - e||^2, with its gradient to the codes: 2 (n_k e_k - s_k)."""
+    def _learned_error(self, found: Assignment, shares: Tensor) -> Tensor:
+        """Sum over rows and codebooks of shares [G] * ||sg(z) - e||^2, whose gradient to e is 2 (n e - s) * share."""
         index = self.layout.indices(found.codes.device)
         counts, sums = found.counts, found.sums
         codes = self.embedding.to(sums.dtype)
         entries = counts[index.entry_code] * codes.square() - 2.0 * codes * sums
-        per_code_book = index.code_book[index.entry_code]
-        moving = entries.new_zeros(self.layout.groups).index_add(0, per_code_book, entries)
-        return found.squared_error.detach() + (moving - moving.detach())
+        moving = (entries * shares[index.code_book[index.entry_code]]).sum()
+        return (found.squared_error.detach() * shares).sum() + (moving - moving.detach())
 
     @torch.no_grad()
     def _initialize_from(self, z: Tensor, rows: Tensor | None) -> None:
