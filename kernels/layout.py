@@ -133,33 +133,35 @@ class CodebookLayout:
 
     def _build(self, device: torch.device) -> LayoutIndices:
         G, K, D = self.groups, self.max_codes, self.max_dims
-        k = torch.tensor(self.num_codes)
-        d = torch.tensor(self.dims)
-        code_mask = torch.arange(K) < k[:, None]
-        column_mask = torch.arange(D) < d[:, None]
+        cpu = torch.device("cpu")  # whatever the default device: `torch.device("meta")` would leave no values
+        k = torch.tensor(self.num_codes, device=cpu)
+        d = torch.tensor(self.dims, device=cpu)
+        code_mask = torch.arange(K, device=cpu) < k[:, None]
+        column_mask = torch.arange(D, device=cpu) < d[:, None]
         entry_mask = code_mask[:, :, None] & column_mask[:, None, :]
-        columns = torch.full((G, D), self.total_dims)
-        columns[column_mask] = torch.arange(self.total_dims)
-        entries = torch.full((G, K, D), self.total_entries)
-        entries[entry_mask] = torch.arange(self.total_entries)
-        code_ids = torch.zeros(G, K, dtype=torch.int64)
-        code_ids[code_mask] = torch.arange(self.total_codes)
+        columns = torch.full((G, D), self.total_dims, device=cpu)
+        columns[column_mask] = torch.arange(self.total_dims, device=cpu)
+        entries = torch.full((G, K, D), self.total_entries, device=cpu)
+        entries[entry_mask] = torch.arange(self.total_entries, device=cpu)
+        code_ids = torch.zeros(G, K, dtype=torch.int64, device=cpu)
+        code_ids[code_mask] = torch.arange(self.total_codes, device=cpu)
+        draws = torch.Generator(cpu).manual_seed(0)
         flat = LayoutIndices(
             columns=columns,
             column_mask=column_mask,
             packed_columns=column_mask.flatten().nonzero().flatten(),
-            column_book=torch.repeat_interleave(torch.arange(G), d),
+            column_book=torch.repeat_interleave(torch.arange(G, device=cpu), d),
             entries=entries,
             packed_entries=entry_mask.flatten().nonzero().flatten(),
             code_mask=code_mask,
             packed_codes=code_mask.flatten().nonzero().flatten(),
-            code_book=torch.repeat_interleave(torch.arange(G), k),
+            code_book=torch.repeat_interleave(torch.arange(G, device=cpu), k),
             entry_code=code_ids[:, :, None].expand(G, K, D)[entry_mask],
             code_offsets=torch.cumsum(k, 0) - k,
             first_entries=(torch.repeat_interleave(d, k).cumsum(0) - torch.repeat_interleave(d, k)),
             num_codes=k.to(torch.float32),
             dims=d.to(torch.float32),
-            hash_factors=torch.randint(-(2**62), 2**62, (D,), generator=torch.Generator().manual_seed(0)) * 2 + 1,
+            hash_factors=torch.randint(-(2**62), 2**62, (D,), generator=draws, device=cpu) * 2 + 1,
         )
         return LayoutIndices(**{name: tensor.to(device) for name, tensor in vars(flat).items()})
 

@@ -10,6 +10,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
+from spinlock_fast.buffers import TransientBuffers
 from spinlock_fast.config import LevelConfig, ModelConfig, PositiveInt
 from spinlock_fast.kernels.code_decoders import Decoders
 from spinlock_fast.kernels.grouped_mlp import Ragged, grouped_mlp, project
@@ -113,7 +114,7 @@ class CategoricalVQVAEConfig(ModelConfig):
         return resolve_levels(self.group_sizes, self.levels, self.compression_ratios, self.uniform_codebook_init)
 
 
-class CategoricalHierarchicalVQVAE(nn.Module):
+class CategoricalHierarchicalVQVAE(TransientBuffers):
     """Features [B, F] -> G tokens and back.
 
     Per category an MLP (n -> hidden -> embedding, LayerNorm), per codebook a projection with
@@ -141,12 +142,10 @@ class CategoricalHierarchicalVQVAE(nn.Module):
         total = sum(dims)
         F, E, H = config.input_dim, config.group_embedding_dim, config.group_hidden_dim
 
-        order = [i for members in inputs.values() for i in members]
-        self.register_buffer("feature_order", torch.tensor(order), persistent=False)
         if config.extra_inputs:
-            self.register_buffer("input_mean", torch.zeros(len(order)))
-            self.register_buffer("input_scale", torch.ones(len(order)))
-            self.register_buffer("error_weight", torch.ones(F), persistent=False)
+            self.register_buffer("input_mean", torch.zeros(sum(sizes)))
+            self.register_buffer("input_scale", torch.ones(sum(sizes)))
+        self.register_transient_buffers()
         self.category_mlp = nn.Sequential(
             RaggedInputLinear(sizes, H),
             nn.ReLU(),
@@ -176,6 +175,13 @@ class CategoricalHierarchicalVQVAE(nn.Module):
         self.partial_decoders = nn.Sequential(
             RaggedInputLinear(dims, _PARTIAL_HIDDEN), nn.ReLU(), GroupedLinear(len(dims), _PARTIAL_HIDDEN, F)
         )
+
+    def transient_buffers(self) -> dict[str, Tensor]:
+        order = [i for members in self.config.inputs.values() for i in members]
+        values = {"feature_order": torch.tensor(order, device="cpu")}
+        if self.config.extra_inputs:
+            values["error_weight"] = torch.ones(self.config.input_dim, device="cpu")
+        return values
 
     @property
     def num_codebooks(self) -> int:

@@ -60,16 +60,17 @@ class Ragged:
         return found
 
     def _build(self, device: torch.device) -> _Indices:
-        n = torch.tensor(self.sizes)
-        mask = torch.arange(self.widest) < n[:, None]
-        gather = torch.zeros(mask.shape, dtype=torch.int64)
-        gather[mask] = torch.arange(self.total)
+        cpu = torch.device("cpu")  # whatever the default device: `torch.device("meta")` would leave no values
+        n = torch.tensor(self.sizes, device=cpu)
+        mask = torch.arange(self.widest, device=cpu) < n[:, None]
+        gather = torch.zeros(mask.shape, dtype=torch.int64, device=cpu)
+        gather[mask] = torch.arange(self.total, device=cpu)
         parts = {
             "gather": gather.flatten(),
             "packed": mask.flatten().nonzero().flatten(),
             "mask": mask,
             "sizes": n.to(torch.float32),
-            "book": torch.repeat_interleave(torch.arange(self.groups), n),
+            "book": torch.repeat_interleave(torch.arange(self.groups, device=cpu), n),
         }
         return _Indices(**{name: tensor.to(device) for name, tensor in parts.items()})
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from spinlock_fast.buffers import TransientBuffers
 from spinlock_fast.kernels.backend import Backend, check_backend, resolve_backend
 from spinlock_fast.kernels.ema_update import code_usage, ema_update, reset_dead_codes
 from spinlock_fast.kernels.layout import CodebookLayout
@@ -28,7 +29,7 @@ def _nothing() -> None:
     pass
 
 
-class GroupedVectorQuantizer(nn.Module):
+class GroupedVectorQuantizer(TransientBuffers):
     """Quantizes packed latents with G codebooks of different sizes in batched operations.
 
     Args:
@@ -103,7 +104,8 @@ class GroupedVectorQuantizer(nn.Module):
         layout = self.layout
         index = layout.indices(torch.device("cpu"))
         bound = (1.0 / index.num_codes)[index.code_book][index.entry_code]
-        start = (2.0 * torch.rand(layout.total_entries) - 1.0) * bound
+        start = 2.0 * torch.rand(layout.total_entries) - 1.0
+        start = start * bound.to(start.device)
         if use_ema:
             self.register_buffer("embedding", start)
         else:
@@ -111,9 +113,11 @@ class GroupedVectorQuantizer(nn.Module):
         self.register_buffer("cluster_size", torch.ones(layout.total_codes))
         self.register_buffer("embedding_sum", start.clone())
         self.register_buffer("initialized", torch.tensor(codebook_init == "uniform"))
-        self.register_buffer("usage", torch.zeros(layout.total_codes), persistent=False)
-        self.register_buffer("rows_seen", torch.zeros(()), persistent=False)
+        self.register_transient_buffers()
         self._needs_init = codebook_init == "kmeans"
+
+    def transient_buffers(self) -> dict[str, Tensor]:
+        return {"usage": torch.zeros(self.layout.total_codes, device="cpu"), "rows_seen": torch.zeros((), device="cpu")}
 
     @property
     def backend(self) -> str:
@@ -319,4 +323,5 @@ class GroupedVectorQuantizer(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._needs_init = not bool(self.initialized)
+        if not self.initialized.is_meta:
+            self._needs_init = not bool(self.initialized)
