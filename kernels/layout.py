@@ -161,7 +161,8 @@ class CodebookLayout:
             first_entries=(torch.repeat_interleave(d, k).cumsum(0) - torch.repeat_interleave(d, k)),
             num_codes=k.to(torch.float32),
             dims=d.to(torch.float32),
-            hash_factors=torch.randint(-(2**62), 2**62, (D,), generator=torch.Generator().manual_seed(0), **host) * 2
+            hash_factors=torch.randint(-(2**62), 2**62, (D,), generator=torch.Generator("cpu").manual_seed(0), **host)
+            * 2
             + 1,
         )
         return LayoutIndices(**{name: tensor.to(device) for name, tensor in vars(flat).items()})

@@ -17,6 +17,7 @@ from spinlock_fast.kernels.native import serves
 from spinlock_fast.kernels.precision import cuda_matmul
 from spinlock_fast.kernels.residual_vq import native, reference
 from spinlock_fast.kernels.residual_vq.reference import Result
+from spinlock_fast.kernels.snapshot import snapshot
 
 Gradient = Literal["none", "straight_through", "rotation"]
 _GRADIENTS = get_args(Gradient)
@@ -73,7 +74,7 @@ def residual_vq(
     mask = None if mask is None else mask.contiguous()  # kernels step through it one by one
     # A copy of its own: codes move in place after the forward pass, and the backward pass needs them as they were.
     packed = torch.cat([book.detach().to(x.dtype) for book in codebooks])
-    packed = packed.clone() if len(codebooks) == 1 else packed
+    packed = snapshot(packed) if len(codebooks) == 1 or torch.compiler.is_compiling() else packed
     sizes = [len(book) for book in codebooks]
     if in_transform():
         return _in_plain_torch(x, packed, sizes, mask, limit, cosine, gradient, with_sums)
