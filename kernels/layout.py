@@ -18,6 +18,8 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
+from spinlock_fast.kernels.export import real_tensors
+
 
 @dataclass(frozen=True, eq=False)
 class LayoutIndices:
@@ -126,8 +128,7 @@ class CodebookLayout:
         """The index tensors on `device`, made once."""
         found = self._cache.get(device)
         if found is None:
-            # Tensors made under inference mode could not take part in training later.
-            with torch.inference_mode(False):
+            with real_tensors():
                 found = self._cache[device] = self._build(device)
         return found
 

@@ -35,6 +35,8 @@ def ema_update(
         usage: [sum K] counts of a window; grows by `counts`.
         backend: "auto", "triton" or "reference", see `resolve_backend`.
     """
+    if counts.dtype != codebook.dtype == torch.float32:  # of float64 latents: the kernels read float32 alone
+        counts, sums = counts.float(), sums.float()
     torch.ops.spinlock_fast.ema_update(
         codebook,
         cluster_size,

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spinlock_fast.kernels.backend import resolve_backend
+from spinlock_fast.kernels.export import exporting
 from spinlock_fast.kernels.native import serves
 from spinlock_fast.kernels.precision import cuda_matmul
 from spinlock_fast.kernels.residual_vq import native, reference
@@ -68,6 +69,9 @@ def residual_vq(
     # A copy of its own: codes move in place after the forward pass, and the backward pass needs them as they were.
     packed = torch.cat([book.detach().to(x.dtype) for book in codebooks])
     packed = snapshot(packed) if len(codebooks) == 1 or torch.compiler.is_compiling() else packed
+    if gradient == "none" and exporting():
+        sizes = [len(book) for book in codebooks]
+        return ResidualAssignment(*reference.assign(x, packed, sizes, mask, cosine, gradient, with_sums), packed)
     found = torch.ops.spinlock_fast.residual_vq(
         x,
         packed,

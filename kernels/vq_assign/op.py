@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from spinlock_fast.kernels.backend import resolve_backend
+from spinlock_fast.kernels.export import exporting
 from spinlock_fast.kernels.layout import CodebookLayout
 from spinlock_fast.kernels.native import serves
 from spinlock_fast.kernels.precision import cuda_matmul
@@ -68,7 +69,8 @@ def vq_assign(
 
     Args:
         z: [N, sum D] latents; rows may be strided.
-        codebook: [sum K D] code vectors, float32 or wider. They take no gradient here.
+        codebook: [sum K D] code vectors, computed with as float32, or as float64 where they or z are. They take no
+            gradient here.
         layout: sizes of the group.
         mask: [N] bool; rows that are False take no part (code -1).
         centred: subtract each codebook's mean code first: exact far from the origin, see
@@ -88,11 +90,15 @@ def vq_assign(
     if mask is not None and (mask.shape != z.shape[:1] or mask.dtype != torch.bool):
         raise ValueError(f"mask must be [{z.shape[0]}] bool, got {list(mask.shape)} {mask.dtype}")
     mask = None if mask is None else mask.contiguous()  # kernels step through it one by one
-    codebook = codebook.detach().to(torch.promote_types(codebook.dtype, torch.float32))
+    wide = torch.float64 if z.dtype == torch.float64 else torch.float32
+    codebook = codebook.detach().to(torch.promote_types(codebook.dtype, wide))
     if gradient is None:
         z = z.detach()
+    if gradient is None and exporting():
+        codes, quantized, *parts = reference.assign(z, codebook, layout, mask, centred, with_sums)
+        return Assignment(codes, quantized, *parts)
     found = torch.ops.spinlock_fast.vq_assign(
-        z if z.dtype != torch.float64 else z.to(codebook.dtype),
+        z,
         codebook,
         layout.num_codes,
         layout.dims,
