@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spinlock_fast.kernels.export import exporting
+
 
 def snapshot(codes: Tensor) -> Tensor:
     """A copy of `codes`, with their gradient, that holds what they are now.
@@ -14,7 +16,7 @@ def snapshot(codes: Tensor) -> Tensor:
     `clone` does in eager mode. Under `torch.compile` it does not: Inductor removes a clone, and recomputes it in the
     backward pass from a buffer that has moved. The operator is opaque to both.
     """
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+    if torch.compiler.is_compiling() and not exporting():
         copy: Tensor = torch.ops.spinlock_fast.snapshot(codes)
         return copy
     return codes.clone()

@@ -19,7 +19,7 @@ class Affine:
             codebook.register_buffer(name, None)
         for name in ("codebook_mean", "codebook_variance"):
             codebook.register_buffer(f"{name}_needs_init", torch.tensor(True))
-            codebook.register_buffer(name, torch.empty(H, 1, D))
+            codebook.register_buffer(name, torch.zeros(H, 1, D))
 
     def observe(self, codebook: nn.Module, rows: Tensor, embed: Tensor, mask: Tensor | None) -> None:
         """Moves the statistics: those of the codes in training and where there are none, those of the batch always."""

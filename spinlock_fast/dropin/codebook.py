@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from spinlock_fast.buffers import TransientBuffers
+from spinlock_fast.dropin.shapes import widened
 from spinlock_fast.dropin.start import laplace, start_codes
 from spinlock_fast.kernels.residual_vq.reference import tally, unit
 
@@ -194,7 +195,7 @@ class Codebook(TransientBuffers):
     ) -> None:
         """An update with given codes [H, N] of rows [H, N, D]; masked rows and codes of -1 count nowhere."""
         codes = codes if mask is None else codes.masked_fill(~mask, -1)
-        found = [tally(part.float(), code, self.codebook_size) for part, code in zip(rows, codes, strict=True)]
+        found = [tally(widened(part), code, self.codebook_size) for part, code in zip(rows, codes, strict=True)]
         counts, sums = (torch.stack(parts) for parts in zip(*found, strict=True))
         piece = Piece(self, counts, sums, lambda h, index: rows[h][index], rows.shape[1], mask)
         update([piece], weight, accumulate, ema_update)
@@ -306,7 +307,7 @@ def _my_candidates(piece: Piece) -> Tensor:
     H, K, D = piece.codebook.embed.shape
     device = piece.codebook.embed.device
     mine = torch.arange(K, device=device) % dist.get_world_size() == dist.get_rank()
-    out = torch.zeros(H, K, D + 1, device=device)
+    out = torch.zeros(H, K, D + 1, dtype=torch.float32, device=device)
     if piece.rows == 0:
         return out
     for h in range(H):
@@ -314,7 +315,7 @@ def _my_candidates(piece: Piece) -> Tensor:
         place = torch.where(mine, mine.cumsum(0) - 1, 0)
         rows = piece.take(h, fresh.index[place]).float()
         take = mine & fresh.usable[place] & torch.isfinite(rows).all(1)
-        rows = torch.cat([rows, torch.ones(K, 1, device=device)], 1)
+        rows = torch.cat([rows, torch.ones(K, 1, dtype=rows.dtype, device=device)], 1)
         out[h] = torch.where(take[:, None], rows, 0.0)
     return out
 
@@ -343,7 +344,7 @@ def _put(book: Codebook, h: int, dead: Tensor, rows: Tensor, usable: Tensor, sca
     """The i-th dead code becomes the i-th row; where rows are scarce, dead codes are met in random order."""
     turn = dead.cumsum(0) - 1
     if scarce:
-        score = torch.rand(len(dead), device=dead.device).masked_fill(~dead, 2.0)
+        score = torch.rand(len(dead), dtype=torch.float32, device=dead.device).masked_fill(~dead, 2.0)
         turn = torch.empty_like(turn).scatter_(0, score.argsort(), torch.arange(len(dead), device=dead.device))
     turn = turn.clamp(min=0)
     put = dead & usable[turn]

@@ -10,6 +10,7 @@ from torch import Tensor
 from spinlock_fast.dropin import dense, losses
 from spinlock_fast.dropin.arguments import refuse_contradictions
 from spinlock_fast.dropin.search import Call, Found
+from spinlock_fast.dropin.shapes import widened
 from spinlock_fast.kernels.snapshot import snapshot
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def _commitment(vq: VectorQuantize, found: Found, origin: Tensor, call: Call) ->
         return per_position(found.commitment, call)
     raw = call.mask is not None and vq.use_cosine_sim and vq.heads == 1 and not vq.has_projections
     if raw and "masked_commitment" not in vq.corrections:
-        return losses.squared_error(found.quantized.detach().view(origin.shape), origin.float(), call.mask)
+        return losses.squared_error(found.quantized.detach().view(origin.shape), widened(origin), call.mask)
     return found.commitment
 
 

@@ -16,7 +16,7 @@ from spinlock_fast.dropin.codebook import Codebook, Weight
 from spinlock_fast.dropin.decoding import checked_indices, code_vectors, hide_missing
 from spinlock_fast.dropin.heads import Heads
 from spinlock_fast.dropin.search import Call, search
-from spinlock_fast.dropin.shapes import InputShape, beside, lengths_to_mask, projected
+from spinlock_fast.dropin.shapes import InputShape, beside, lengths_to_mask, projected, widened
 from spinlock_fast.dropin.total import cross_entropy_of, per_position, total_loss
 from spinlock_fast.dropin.usage import CodeUsage
 
@@ -333,7 +333,7 @@ class VectorQuantize(CodeUsage, TransientBuffers):
             accumulate=accum_ema_update,
             ema_update=ema_update,
         )
-        found = search(self, self._heads.split(projected(self.project_in, origin)).float(), call)
+        found = search(self, widened(self._heads.split(projected(self.project_in, origin))), call)
         if indices is not None:
             return cross_entropy_of(self, found, indices, call, x.dtype)
         codes = self._heads.join_codes(found.codes, call.positions)
@@ -372,7 +372,7 @@ class VectorQuantize(CodeUsage, TransientBuffers):
             with_distances=False,
             transform=transform,
         )
-        found = search(self, rows.reshape(1, -1, rows.shape[-1]).float(), call)
+        found = search(self, widened(rows.reshape(1, -1, rows.shape[-1])), call)
         codes = found.codes.view(*rows.shape[:2], -1)
         quantized = found.quantized.view(*codes.shape, -1).to(rows.dtype)
         weight = self.commitment_weight if self.has_commitment_loss else 0.0 if self.training else 1.0
@@ -404,14 +404,16 @@ class VectorQuantize(CodeUsage, TransientBuffers):
     @torch.no_grad()
     def update_rows(self, rows: Tensor, codes: Tensor, mask: Tensor | None = None) -> None:
         """`update_indices` of projected rows [b, n, codebook_dim * heads] with codes [b, n, ...]."""
-        split = self._codebook.transform_input(self._heads.split(rows).float())
+        split = self._codebook.transform_input(widened(self._heads.split(rows)))
         row_mask = None if mask is None else self._heads.row_mask(mask)
         self._codebook.update_indices(split, self._heads.split_codes(codes), row_mask)
 
     @torch.no_grad()
     def expire_codes_(self, x: Tensor, mask: Tensor | None = None) -> None:
         """Replaces codes that are hardly used by rows of x [b, n, codebook_dim * heads]."""
-        self._codebook.expire_codes_(self._heads.split(x).float(), None if mask is None else self._heads.row_mask(mask))
+        self._codebook.expire_codes_(
+            widened(self._heads.split(x)), None if mask is None else self._heads.row_mask(mask)
+        )
 
     def update_in_place_optimizer(self) -> None:
         """A step of `in_place_codebook_optimizer` with the gradients that there are."""

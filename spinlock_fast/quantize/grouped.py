@@ -13,15 +13,18 @@ from torch import Tensor, nn
 from spinlock_fast.buffers import TransientBuffers
 from spinlock_fast.kernels.backend import Backend, check_backend, resolve_backend
 from spinlock_fast.kernels.ema_update import code_usage, ema_update, reset_dead_codes
+from spinlock_fast.kernels.export import exporting, real_tensors
 from spinlock_fast.kernels.layout import CodebookLayout
 from spinlock_fast.kernels.vq_assign import Assignment, lookup, vq_assign
 from spinlock_fast.quantize.kmeans import initialize_codes, kmeans
+
+Gradient = Literal["straight_through", "rotation"] | None
 
 
 @lru_cache(maxsize=256)
 def _over_dims(layout: CodebookLayout, factor: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """factor / D_g of every codebook [G]."""
-    with torch.inference_mode(False):
+    with real_tensors():
         return factor / layout.indices(device).dims.to(dtype)
 
 
@@ -171,14 +174,17 @@ class GroupedVectorQuantizer(TransientBuffers):
         updating = self.training and not self.frozen
         if self.training and self._needs_init:
             self._initialize_from(flat, rows)
+        gradient: Gradient = "rotation" if self.rotation_trick else "straight_through"
+        if not self.training and exporting():
+            gradient = None
         found = vq_assign(
             flat,
             self.embedding,
             self.layout,
             rows,
             self.centred,
-            gradient="rotation" if self.rotation_trick else "straight_through",
-            with_sums=updating or not self.use_ema,
+            gradient=gradient,
+            with_sums=updating or (gradient is not None and not self.use_ema),
             backend=self.requested_backend,
         )
         loss = self._loss(found, flat.shape[0] if rows is None else rows.sum().clamp(min=1))
@@ -204,6 +210,8 @@ class GroupedVectorQuantizer(TransientBuffers):
         """Sum over rows and codebooks of shares [G] * ||sg(z) - e||^2, whose gradient to e is 2 (n e - s) * share."""
         index = self.layout.indices(found.codes.device)
         counts, sums = found.counts, found.sums
+        if not sums.numel():
+            return (found.squared_error * shares).sum()
         codes = self.embedding.to(sums.dtype)
         entries = counts[index.entry_code] * codes.square() - 2.0 * codes * sums
         moving = (entries * shares[index.code_book[index.entry_code]]).sum()

@@ -60,7 +60,6 @@ CASES = {
     "cross entropy": one(commitment_use_cross_entropy_loss=True),
     "diversity": one(codebook_diversity_loss_weight=0.5, codebook_diversity_temperature=2.0),
     "affine": one(affine_param=True),
-    "directional": one(directional_reparam=True, threshold_ema_dead_code=1, rotation_trick=False),
     "random codes": one(stochastic_sample_codes=True, sample_codebook_temp=0.3),
     "one stage": stages(num_quantizers=1),
     "stages": stages(),
