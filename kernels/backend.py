@@ -35,24 +35,26 @@ def resolve_backend(name: str, *tensors: Tensor) -> str:
     Args:
         name: an explicit choice, or "auto": the environment variable SPINLOCK_FAST_BACKEND where it is
             set, else Triton on CUDA devices and the reference elsewhere.
-        tensors: what is computed on. Triton serves float32, float16 and bfloat16.
+        tensors: what is computed on. Triton serves float32, float16 and bfloat16; "auto" leaves float64 to the
+            reference.
 
     Raises:
         ValueError: no such backend.
         RuntimeError: "triton" was asked for where it cannot run.
     """
     check_backend(name)
+    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
     if name == "auto":
         name = os.environ.get(VARIABLE, "auto")
         if name not in BACKENDS:
             raise ValueError(f"{VARIABLE} must be one of {', '.join(BACKENDS)}, got {name!r}")
+        if wide:  # the variable is for all operations, also for those that Triton does not serve
+            name = "reference"
     device = tensors[0].device
-    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
     # Negated when they are read: kernels would see the memory as it is.
     lazy = not torch.compiler.is_compiling() and any(tensor.is_neg() for tensor in tensors)
     if name == "auto":
-        served = device.type == "cuda" and not wide and not lazy
-        name = "triton" if served and _HAS_TRITON else "reference"
+        name = "triton" if device.type == "cuda" and not lazy and _HAS_TRITON else "reference"
     elif name == "triton":
         if not _HAS_TRITON:
             raise RuntimeError("backend triton: the package triton is not installed")

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spinlock_fast.kernels.export import real_tensors
+
 
 @dataclass(frozen=True, eq=False)
 class LayoutIndices:
@@ -127,8 +129,7 @@ class CodebookLayout:
         """The index tensors on `device`, made once."""
         found = self._cache.get(device)
         if found is None:
-            # Tensors made under inference mode could not take part in training later.
-            with torch.inference_mode(False):
+            with real_tensors():
                 found = self._cache[device] = self._build(device)
         return found
 
@@ -161,7 +162,8 @@ class CodebookLayout:
             first_entries=(torch.repeat_interleave(d, k).cumsum(0) - torch.repeat_interleave(d, k)),
             num_codes=k.to(torch.float32),
             dims=d.to(torch.float32),
-            hash_factors=torch.randint(-(2**62), 2**62, (D,), generator=torch.Generator().manual_seed(0), **host) * 2
+            hash_factors=torch.randint(-(2**62), 2**62, (D,), generator=torch.Generator("cpu").manual_seed(0), **host)
+            * 2
             + 1,
         )
         return LayoutIndices(**{name: tensor.to(device) for name, tensor in vars(flat).items()})

@@ -229,7 +229,7 @@ class Staging:
 
     def __init__(self, device_type: str = "cuda") -> None:
         self.device_type = device_type
-        self._buffer = torch.empty(0)
+        self._buffer = torch.empty(0, dtype=torch.float32)
 
     def __call__(self, value: Any) -> Any:
         found = [t for t in _tensors(value) if t.device.type == self.device_type and t.dtype == torch.float32]
@@ -237,7 +237,7 @@ class Staging:
             return plain(value, copy=True)
         sizes = [-(-t.numel() // _ALIGNMENT) * _ALIGNMENT for t in found]
         if self._buffer.numel() < sum(sizes):
-            self._buffer = torch.empty(sum(sizes), pin_memory=self.device_type == "cuda")
+            self._buffer = torch.empty(sum(sizes), dtype=torch.float32, pin_memory=self.device_type == "cuda")
         places = self._buffer[: sum(sizes)].split(sizes)
         fetched = {id(t): place[: t.numel()].view(t.shape) for t, place in zip(found, places, strict=True)}
         for t in found:

@@ -10,9 +10,11 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
+from spinlock_fast.buffers import TransientBuffers
 from spinlock_fast.config import LevelConfig, ModelConfig, PositiveInt
 from spinlock_fast.kernels.code_decoders import Decoders
 from spinlock_fast.kernels.grouped_mlp import Ragged, grouped_mlp, project
+from spinlock_fast.kernels.snapshot import snapshot
 from spinlock_fast.layers import (
     GroupedLayerNorm,
     GroupedLinear,
@@ -125,7 +127,7 @@ class CategoricalVQVAEConfig(ModelConfig):
         return category_mlp + heads + shared_decoder + partial_decoders + codes
 
 
-class CategoricalHierarchicalVQVAE(nn.Module):
+class CategoricalHierarchicalVQVAE(TransientBuffers):
     """Features [B, F] -> G tokens and back.
 
     Per category an MLP (n -> hidden -> embedding, LayerNorm), per codebook a projection with
@@ -153,12 +155,10 @@ class CategoricalHierarchicalVQVAE(nn.Module):
         total = sum(dims)
         F, E, H = config.input_dim, config.group_embedding_dim, config.group_hidden_dim
 
-        order = [i for members in inputs.values() for i in members]
-        self.register_buffer("feature_order", torch.tensor(order), persistent=False)
         if config.extra_inputs:
-            self.register_buffer("input_mean", torch.zeros(len(order)))
-            self.register_buffer("input_scale", torch.ones(len(order)))
-            self.register_buffer("error_weight", torch.ones(F), persistent=False)
+            self.register_buffer("input_mean", torch.zeros(sum(sizes)))
+            self.register_buffer("input_scale", torch.ones(sum(sizes)))
+        self.register_transient_buffers()
         self.category_mlp = nn.Sequential(
             RaggedInputLinear(sizes, H),
             nn.ReLU(),
@@ -188,6 +188,13 @@ class CategoricalHierarchicalVQVAE(nn.Module):
         self.partial_decoders = nn.Sequential(
             RaggedInputLinear(dims, _PARTIAL_HIDDEN), nn.ReLU(), GroupedLinear(len(dims), _PARTIAL_HIDDEN, F)
         )
+
+    def transient_buffers(self) -> dict[str, Tensor]:
+        order = [i for members in self.config.inputs.values() for i in members]
+        values = {"feature_order": torch.tensor(order, device="cpu")}
+        if self.config.extra_inputs:
+            values["error_weight"] = torch.ones(self.config.input_dim, device="cpu")
+        return values
 
     @property
     def num_codebooks(self) -> int:
@@ -330,7 +337,7 @@ class CategoricalHierarchicalVQVAE(nn.Module):
             usable = torch.isfinite(latents).all(1)
             if bool(usable.any()):
                 quantizer.initialize(latents.detach()[usable])
-        return quantizer.embedding.detach().clone()
+        return snapshot(quantizer.embedding.detach())
 
     @torch.no_grad()
     def get_tokens(self, x: Tensor) -> Tensor:

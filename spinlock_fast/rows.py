@@ -62,7 +62,7 @@ class HostRows:
         """All rows on the device; raises MemoryError or torch.OutOfMemoryError where they do not fit."""
         if self._copied is None:
             return torch.from_numpy(self.rows[:])
-        x = torch.empty(self.shape, device=self.device)
+        x = torch.empty(self.shape, dtype=torch.float32, device=self.device)
         most = max(1, _BLOCK_BYTES // max(x[:1].nbytes, 1))
         for part, block in zip(x.split(most), self.split(most), strict=True):
             part.copy_(block)
@@ -72,7 +72,7 @@ class HostRows:
         count = len(places) if not isinstance(places, slice) else places.stop - places.start
         if self._copied is not None:
             self._copied.synchronize()  # else a slow device would leave ever more rows waiting in page-locked memory
-        host = torch.empty(count, self.shape[1], pin_memory=self._copied is not None)
+        host = torch.empty(count, self.shape[1], dtype=torch.float32, pin_memory=self._copied is not None)
         self.rows.read(places, host.numpy())
         rows = host.to(self.device, non_blocking=True)
         if self._copied is not None:
@@ -176,7 +176,7 @@ class StreamedFeed:
         self._batch = batch
         self._steps = min(max(1, _HALF_BYTES // (4 * batch * x.shape[1])), steps)  # of a half
         self._half = self._steps * batch
-        self.table = torch.empty(2 * self._half, x.shape[1], device=x.device)
+        self.table = torch.empty(2 * self._half, x.shape[1], dtype=torch.float32, device=x.device)
         halves = self.table.split(self._half)
         self._transfer: Transfer = CopyStream(halves) if x.device.type == "cuda" else NoTransfer(halves)
         self._rows = x.rows
@@ -259,7 +259,7 @@ class CopyStream:
     def __init__(self, halves: tuple[Tensor, ...]) -> None:
         self._device = device = halves[0].device
         self._halves = halves
-        self._staging = [torch.empty(half.shape, pin_memory=device.type == "cuda") for half in halves]
+        self._staging = [torch.empty(half.shape, dtype=half.dtype, pin_memory=device.type == "cuda") for half in halves]
         self._stream: Any = torch.cuda.Stream(device)
         self._stream.wait_stream(self._steps_stream())  # what had the memory of the halves before
         self._sent = [torch.cuda.Event() for _ in halves]

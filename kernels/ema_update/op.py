@@ -49,7 +49,8 @@ def ema_update(
     )
     if smoothing not in ("none", "laplace"):
         raise ValueError(f"ema_update: smoothing must be none or laplace, got {smoothing!r}")
-    counts = counts if counts.is_floating_point() else counts.to(torch.float32)
+    if not counts.is_floating_point() or counts.dtype != codebook.dtype == torch.float32:
+        counts, sums = counts.float(), sums.float()  # the kernels read float32 alone
     torch.ops.spinlock_fast.ema_update(
         codebook,
         cluster_size,

@@ -145,7 +145,9 @@ def _sample_rows(latents: Tensor, layout: CodebookLayout, generator: torch.Gener
         return nothing, torch.zeros(layout.groups, 1, dtype=torch.bool, device=latents.device)
     padded = layout.pad_columns(latents)  # [G, N, D_max]
     finite = torch.isfinite(padded).all(-1)
-    score = torch.rand(finite.shape, device=latents.device, generator=generator).masked_fill(~finite, -1.0)
+    score = torch.rand(finite.shape, dtype=torch.float32, device=latents.device, generator=generator).masked_fill(
+        ~finite, -1.0
+    )
     top = score.topk(min(layout.max_codes, latents.shape[0]), dim=1).indices  # distinct rows
     repeats = -(-layout.max_codes // max(top.shape[1], 1))
     top = top.repeat(1, repeats)[:, : layout.max_codes]

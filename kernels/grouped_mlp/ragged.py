@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spinlock_fast.kernels.export import real_tensors
+
 
 @dataclass(frozen=True)
 class _Indices:
@@ -55,8 +57,7 @@ class Ragged:
         """The index tensors on `device`, made once."""
         found = self._cache.get(device)
         if found is None:
-            # Tensors made under inference mode could not take part in training later.
-            with torch.inference_mode(False):
+            with real_tensors():
                 found = self._cache[device] = self._build(device)
         return found
 

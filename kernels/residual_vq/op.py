@@ -13,10 +13,12 @@ from torch import Tensor
 from spinlock_fast.kernels._common.guard import BOOL, FLOAT, INTEGER, check
 from spinlock_fast.kernels._common.higher_order import gradients, in_transform, needs_graph
 from spinlock_fast.kernels.backend import resolve_backend
+from spinlock_fast.kernels.export import exporting
 from spinlock_fast.kernels.native import serves
 from spinlock_fast.kernels.precision import cuda_matmul
 from spinlock_fast.kernels.residual_vq import native, reference
 from spinlock_fast.kernels.residual_vq.reference import Result
+from spinlock_fast.kernels.snapshot import snapshot
 
 Gradient = Literal["none", "straight_through", "rotation"]
 _GRADIENTS = get_args(Gradient)
@@ -73,8 +75,10 @@ def residual_vq(
     mask = None if mask is None else mask.contiguous()  # kernels step through it one by one
     # A copy of its own: codes move in place after the forward pass, and the backward pass needs them as they were.
     packed = torch.cat([book.detach().to(x.dtype) for book in codebooks])
-    packed = packed.clone() if len(codebooks) == 1 else packed
+    packed = snapshot(packed) if len(codebooks) == 1 or torch.compiler.is_compiling() else packed
     sizes = [len(book) for book in codebooks]
+    if gradient == "none" and exporting():
+        return ResidualAssignment(*reference.assign(x, packed, sizes, mask, cosine, gradient, with_sums), packed)
     if in_transform():
         return _in_plain_torch(x, packed, sizes, mask, limit, cosine, gradient, with_sums)
     found = torch.ops.spinlock_fast.residual_vq(

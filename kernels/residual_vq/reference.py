@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from spinlock_fast.kernels.export import exporting
+
 # Lengths are taken to be at least this.
 SHORT = 1e-6
 # Distances are formed for so many rows at a time that this many numbers exist at once.
@@ -141,10 +143,9 @@ def nearest(y: Tensor, book: Tensor, cosine: bool) -> Tensor:
         centre = book.nan_to_num(0.0, 0.0, 0.0).mean(0)
         moved, book = y - centre, book - centre
         norms = book.square().sum(1)
-    rows = max(1, _DISTANCES_AT_ONCE // book.shape[0])
-    found = [
-        torch.addmm(norms, block, book.T, alpha=-2.0).nan_to_num(torch.inf).argmin(1) for block in moved.split(rows)
-    ]
+    # In blocks, except in an exported graph, which serves any number of rows.
+    blocks = [moved] if exporting() else moved.split(max(1, _DISTANCES_AT_ONCE // book.shape[0]))
+    found = [torch.addmm(norms, block, book.T, alpha=-2.0).nan_to_num(torch.inf).argmin(1) for block in blocks]
     return torch.cat(found).masked_fill(~torch.isfinite(moved).all(1), -1)
 
 

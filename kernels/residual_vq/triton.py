@@ -300,16 +300,16 @@ def assign(
     x = x if x.stride(1) == 1 else x.contiguous()
     codebook = codebook.contiguous()
     codes = torch.empty(N, Q, dtype=torch.int64, device=x.device)
-    quantized = torch.empty(N, D, device=x.device)
+    quantized = x.new_empty(N, D)
     total = len(codebook) if with_sums else 0
     if N == 0:
         return quantized, codes, x.new_zeros(Q), x.new_zeros(total), x.new_zeros(total, D)
     config = ResidualConfig.of(D, capability(x.device))
     centred, norms, centres = centred_codes(codebook, layout, not cosine, config.block_k)
-    lengths = torch.empty(N, Q if cosine else 0, device=x.device)
+    lengths = x.new_empty(N, Q if cosine else 0)
     zero = torch.empty(N, dtype=torch.int32, device=x.device)
     tiles = triton.cdiv(N, config.block_n)
-    errors = torch.empty(tiles, Q, device=x.device)
+    errors = x.new_empty(tiles, Q)
     residual_vq_fwd_kernel[(tiles,)](
         x, codebook, book_table(layout, x.device), centres, centred, norms, x if mask is None else mask, codes, lengths,
         zero, errors, N, Q, D, centred.shape[1], centred.shape[2], x.stride(0),
@@ -351,7 +351,7 @@ def backward(
     """`reference.backward`, for at most `MAX_DIMS` dimensions."""
     (N, D), Q = x.shape, len(num_codes)
     x = x if x.stride(1) == 1 else x.contiguous()
-    out = torch.empty(N, D, device=x.device)
+    out = x.new_empty(N, D)
     if N == 0:
         return out
     layout = CodebookLayout.of(num_codes, [D] * Q)

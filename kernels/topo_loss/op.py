@@ -201,7 +201,7 @@ def _centred_codes(codebook: Tensor, layout: CodebookLayout) -> tuple[Tensor, Te
 
 def _one_hot(codes: Tensor, first: Tensor, layout: CodebookLayout) -> Tensor:
     """[S, G * K_max]; a row without a code in some codebook is zero there."""
-    one_hot = torch.zeros(codes.shape[0], layout.groups * layout.max_codes, device=codes.device)
+    one_hot = torch.zeros(codes.shape[0], layout.groups * layout.max_codes, device=codes.device, dtype=torch.float32)
     return one_hot.scatter_(1, first + codes.clamp(min=0), (codes >= 0).to(one_hot.dtype))
 
 

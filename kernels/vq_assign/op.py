@@ -12,6 +12,7 @@ from torch.autograd.function import FunctionCtx
 from spinlock_fast.kernels._common.guard import BOOL, FLOAT, INTEGER, check
 from spinlock_fast.kernels._common.higher_order import gradients, in_transform, needs_graph
 from spinlock_fast.kernels.backend import resolve_backend
+from spinlock_fast.kernels.export import exporting
 from spinlock_fast.kernels.layout import CodebookLayout
 from spinlock_fast.kernels.native import serves
 from spinlock_fast.kernels.precision import cuda_matmul
@@ -70,7 +71,8 @@ def vq_assign(
 
     Args:
         z: [N, sum D] latents; rows may be strided.
-        codebook: [sum K D] code vectors, float32 or wider. They take no gradient here.
+        codebook: [sum K D] code vectors, computed with as float32, or as float64 where they or z are. They take no
+            gradient here.
         layout: sizes of the group.
         mask: [N] bool; rows that are False take no part (code -1).
         centred: subtract each codebook's mean code first: exact far from the origin, see
@@ -93,10 +95,12 @@ def vq_assign(
     if gradient not in (None, "straight_through", "rotation"):
         raise ValueError(f"vq_assign: gradient must be straight_through, rotation or None, got {gradient!r}")
     mask = None if mask is None else mask.contiguous()  # kernels step through it one by one
-    wide = torch.promote_types(codebook.dtype, torch.float32)
-    codebook = codebook.detach().to(torch.promote_types(wide, z.dtype) if z.dtype == torch.float64 else wide)
+    wide = torch.float64 if z.dtype == torch.float64 else torch.float32
+    codebook = codebook.detach().to(torch.promote_types(codebook.dtype, wide))
     z = z.detach() if gradient is None else z
-    z = z if z.dtype != torch.float64 else z.to(codebook.dtype)
+    if gradient is None and exporting():
+        codes, quantized, *parts = reference.assign(z, codebook, layout, mask, centred, with_sums)
+        return Assignment(codes, quantized, *parts)
     if in_transform():
         return _in_plain_torch(z, codebook, layout, mask, centred, with_sums, gradient)
     found = torch.ops.spinlock_fast.vq_assign(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spinlock_fast.kernels.export import exporting
 from spinlock_fast.kernels.layout import CodebookLayout
 
 # Distances are formed for so many rows at a time that this many numbers exist at once.
@@ -116,7 +117,8 @@ def nearest_codes(z: Tensor, codebook: Tensor, layout: CodebookLayout, centred: 
     """
     index = layout.indices(z.device)
     codes = layout.pad_codebook(codebook)  # [G, K_max, D_max]
-    same = first_equal(codes, index.hash_factors)
+    # An exported graph serves any number of rows in one block, and has no operation for a hash of bits.
+    same = None if exporting() else first_equal(codes, index.hash_factors)
     z_padded = layout.pad_columns(z)  # [G, N, D_max]
     if centred:
         centre = torch.where(torch.isfinite(codes), codes, 0.0).sum(1, keepdim=True)
@@ -126,11 +128,11 @@ def nearest_codes(z: Tensor, codebook: Tensor, layout: CodebookLayout, centred: 
     transposed = codes.transpose(1, 2)
     rows = max(1, _DISTANCES_AT_ONCE // (layout.groups * layout.max_codes))
     found = []
-    for block in z_padded.split(rows, dim=1):  # [G, rows, D_max]
+    for block in (z_padded,) if exporting() else z_padded.split(rows, dim=1):  # [G, rows, D_max]
         distance = torch.baddbmm(norms[:, None, :], block, transposed, alpha=-2.0)
         distance = distance.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
-        best, code = distance.min(-1) if distance.numel() else _no_rows(distance)
-        code = same.gather(1, code)
+        best, code = distance.min(-1) if exporting() or distance.numel() else _no_rows(distance)
+        code = code if same is None else same.gather(1, code)
         found.append(torch.where(torch.isfinite(block).all(-1) & (best < torch.inf), code, -1))
     return torch.cat(found, dim=1).transpose(0, 1).contiguous()
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spinlock_fast.dropin.shapes import widened
 from spinlock_fast.kernels.layout import CodebookLayout
 from spinlock_fast.kernels.vq_assign import vq_assign
 
@@ -98,9 +99,9 @@ class FactorizedVQ(nn.Module):
 
     def nearest(self, latents: Tensor, mask: Tensor | None = None) -> Tensor:
         """[N] index of the code with the greatest cosine to each row of [N, D]; -1 where masked or not finite."""
-        directions = F.normalize(self.codebook.weight.detach().float())
+        directions = F.normalize(widened(self.codebook.weight.detach()))
         found = vq_assign(
-            F.normalize(latents.detach().float()),
+            F.normalize(widened(latents.detach())),
             directions.flatten(),
             self._layout,
             mask,
@@ -201,8 +202,8 @@ class FactorizedResidualVQ(nn.Module):
 
     def _loss(self, latents: Tensor, codes: Tensor, mask: Tensor | None, frozen: bool) -> Tensor:
         if not self.training:
-            return latents.new_zeros((), dtype=torch.float32)
-        latents, codes = latents.float(), codes.float()
+            return widened(latents.new_zeros(()))
+        latents, codes = widened(latents), widened(codes)
         error = self.commitment_weight * (latents - codes.detach()).square()
         if not frozen:
             error = error + self.codebook_weight * (latents.detach() - codes).square()

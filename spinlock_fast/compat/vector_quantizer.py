@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from spinlock_fast.kernels.ema_update import ema_update
 from spinlock_fast.kernels.layout import CodebookLayout
+from spinlock_fast.kernels.snapshot import snapshot
 from spinlock_fast.kernels.vq_assign import quantize, vq_assign
 
 
@@ -64,7 +65,7 @@ class VectorQuantizer(nn.Module):
         codes = found.codes[:, 0]
         # The losses see the codes that the inputs were assigned to: taken before they move.
         valid = codes >= 0
-        chosen = self.embedding(codes.clamp(min=0)).clone()
+        chosen = F.embedding(codes.clamp(min=0), snapshot(self.embedding.weight))
         chosen = torch.where(valid[:, None], chosen, torch.nan)
         if self.training and self.use_ema:
             ema_update(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from spinlock_fast.dropin.codebook import OPTIONAL_STATISTICS
+
 _LEAST_VARIANCE = 1e-5
 
 
@@ -13,24 +15,26 @@ class Affine:
 
     def __init__(self, codebook: nn.Module, H: int, D: int, batch_decay: float, codebook_decay: float) -> None:
         self.batch_decay, self.codebook_decay = batch_decay, codebook_decay
-        codebook.register_buffer("batch_mean", None)
-        codebook.register_buffer("batch_variance", None)
+        for name in OPTIONAL_STATISTICS:
+            codebook.register_buffer(name, None)
         for name in ("codebook_mean", "codebook_variance"):
             codebook.register_buffer(f"{name}_needs_init", torch.tensor(True))
-            codebook.register_buffer(name, torch.empty(H, 1, D))
+            codebook.register_buffer(name, torch.zeros(H, 1, D))
 
     def observe(self, codebook: nn.Module, rows: Tensor, embed: Tensor, mask: Tensor | None) -> None:
-        """Moves the statistics: those of the codes in training, those of the batch always."""
+        """Moves the statistics: those of the codes in training and where there are none, those of the batch always."""
         with torch.no_grad():
             rows = rows if mask is None else rows[:, mask]
-            if codebook.training:
+            if codebook.training or bool(codebook.codebook_mean_needs_init):
                 self._move(codebook, "codebook_mean", embed.mean(1, keepdim=True), self.codebook_decay)
                 self._move(codebook, "codebook_variance", _variance(embed), self.codebook_decay)
             self._move(codebook, "batch_mean", rows.mean(1, keepdim=True), self.batch_decay)
             self._move(codebook, "batch_variance", _variance(rows), self.batch_decay)
 
     def apply(self, codebook: nn.Module, embed: Tensor) -> Tensor:
-        """Codes [H, K, D] moved to where the latents are."""
+        """Codes [H, K, D] moved to where the latents are; as they are before the first batch."""
+        if codebook._buffers["batch_mean"] is None:
+            return embed
         scale = _deviation(codebook, "batch_variance") / _deviation(codebook, "codebook_variance")
         return (embed - _statistic(codebook, "codebook_mean")) * scale + _statistic(codebook, "batch_mean")
 

@@ -10,13 +10,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from spinlock_fast.buffers import TransientBuffers
+from spinlock_fast.dropin.shapes import widened
 from spinlock_fast.dropin.start import laplace, start_codes
 from spinlock_fast.kernels.residual_vq.reference import tally, unit
+
+# Buffers of `affine.Affine` that have no value before the first batch.
+OPTIONAL_STATISTICS = ("batch_mean", "batch_variance")
 
 Weight = Tensor | Callable[[Tensor, Tensor], Tensor] | None
 
 
-class Codebook(nn.Module):
+class Codebook(TransientBuffers):
     """H codebooks of K codes.
 
     Buffers: embed [H, K, D] the codes (a parameter where learnable), embed_avg [H, K, D] moving sums, cluster_size
@@ -73,9 +78,29 @@ class Codebook(nn.Module):
             self.embed = nn.Parameter(start)
         else:
             self.register_buffer("embed", start)
-        self.register_buffer("usage", torch.zeros(num_codebooks, codebook_size, dtype=torch.int64), persistent=False)
+        self.register_transient_buffers()
         self._needs_start = kmeans_init
         self._pending: tuple[Tensor, Tensor] | None = None
+
+    def transient_buffers(self) -> dict[str, Tensor]:
+        return {"usage": torch.zeros(self.num_codebooks, self.codebook_size, dtype=torch.int64, device="cpu")}
+
+    @torch.no_grad()
+    def set_codes(self, codes: Tensor) -> None:
+        """Codes [H, K, D] in place of those that there are; updates go on from them.
+
+        Moving counts stay, but an idle code counts as one row, as in a new codebook: it could not hold its place else.
+
+        Raises:
+            ValueError: codes of another shape.
+        """
+        if codes.shape != self.embed.shape:
+            raise ValueError(f"the codebook must be {list(self.embed.shape[1:])}, got {list(codes.shape[1:])}")
+        self.embed.copy_(codes)
+        self.cluster_size.clamp_(min=1.0)
+        self.embed_avg.copy_(codes.to(self.embed_avg) * self.cluster_size[..., None])
+        self.initted.fill_(True)
+        self._needs_start, self._pending = False, None
 
     def transform_input(self, x: Tensor) -> Tensor:
         """x [..., D], of unit length where codes are compared by cosine."""
@@ -170,15 +195,30 @@ class Codebook(nn.Module):
     ) -> None:
         """An update with given codes [H, N] of rows [H, N, D]; masked rows and codes of -1 count nowhere."""
         codes = codes if mask is None else codes.masked_fill(~mask, -1)
-        found = [tally(part.float(), code, self.codebook_size) for part, code in zip(rows, codes, strict=True)]
+        found = [tally(widened(part), code, self.codebook_size) for part, code in zip(rows, codes, strict=True)]
         counts, sums = (torch.stack(parts) for parts in zip(*found, strict=True))
         piece = Piece(self, counts, sums, lambda h, index: rows[h][index], rows.shape[1], mask)
         update([piece], weight, accumulate, ema_update)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
+        self._expect_statistics(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._needs_start = not bool(self.initted)
+        if not self.initted.is_meta:
+            self._needs_start = not bool(self.initted)
         self._pending = None  # sums that belong to other codes
+
+    def _expect_statistics(self, state_dict: dict[str, Tensor], prefix: str) -> None:
+        """Makes place for the statistics of `affine_param` that the state has, and forgets those that it has not.
+
+        They exist from the first batch on; without this a new layer refuses the state of one that was used.
+        """
+        for name in OPTIONAL_STATISTICS:
+            if name in self._buffers:
+                given = state_dict.get(prefix + name)
+                if given is None:
+                    self._buffers[name] = None
+                elif self._buffers[name] is None:
+                    self._buffers[name] = torch.zeros(given.shape, dtype=self.embed.dtype, device=self.embed.device)
 
 
 @dataclass(frozen=True)
@@ -267,7 +307,7 @@ def _my_candidates(piece: Piece) -> Tensor:
     H, K, D = piece.codebook.embed.shape
     device = piece.codebook.embed.device
     mine = torch.arange(K, device=device) % dist.get_world_size() == dist.get_rank()
-    out = torch.zeros(H, K, D + 1, device=device)
+    out = torch.zeros(H, K, D + 1, dtype=torch.float32, device=device)
     if piece.rows == 0:
         return out
     for h in range(H):
@@ -275,7 +315,7 @@ def _my_candidates(piece: Piece) -> Tensor:
         place = torch.where(mine, mine.cumsum(0) - 1, 0)
         rows = piece.take(h, fresh.index[place]).float()
         take = mine & fresh.usable[place] & torch.isfinite(rows).all(1)
-        rows = torch.cat([rows, torch.ones(K, 1, device=device)], 1)
+        rows = torch.cat([rows, torch.ones(K, 1, dtype=rows.dtype, device=device)], 1)
         out[h] = torch.where(take[:, None], rows, 0.0)
     return out
 
@@ -304,7 +344,7 @@ def _put(book: Codebook, h: int, dead: Tensor, rows: Tensor, usable: Tensor, sca
     """The i-th dead code becomes the i-th row; where rows are scarce, dead codes are met in random order."""
     turn = dead.cumsum(0) - 1
     if scarce:
-        score = torch.rand(len(dead), device=dead.device).masked_fill(~dead, 2.0)
+        score = torch.rand(len(dead), dtype=torch.float32, device=dead.device).masked_fill(~dead, 2.0)
         turn = torch.empty_like(turn).scatter_(0, score.argsort(), torch.arange(len(dead), device=dead.device))
     turn = turn.clamp(min=0)
     put = dead & usable[turn]

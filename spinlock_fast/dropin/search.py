@@ -15,6 +15,7 @@ from spinlock_fast.dropin.codebook import Piece, Weight, update
 from spinlock_fast.kernels.residual_vq import residual_vq
 from spinlock_fast.kernels.residual_vq.op import Gradient
 from spinlock_fast.kernels.residual_vq.reference import tally
+from spinlock_fast.kernels.snapshot import snapshot
 
 if TYPE_CHECKING:
     from spinlock_fast.dropin.vector_quantize import VectorQuantize
@@ -136,6 +137,8 @@ def _per_head(call: Call, y: Tensor) -> Tensor | None:
 def _choose(vq: VectorQuantize, y: Tensor, call: Call) -> dense.Choice:
     book = vq._codebook
     codes = book.codes(y.dtype)
+    if vq.training:
+        codes = snapshot(codes)  # the update moves them in place, before the backward pass
     if book.vq_bridge is not None:
         codes = book.vq_bridge(codes)
     if vq._affine is not None:

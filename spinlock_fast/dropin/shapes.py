@@ -75,6 +75,11 @@ def projected(projection: nn.Module, x: Tensor) -> Tensor:
     return output
 
 
+def widened(x: Tensor) -> Tensor:
+    """x as it is compared with codes: float64 stays, the rest is float32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def beside(mask: Tensor, values: Tensor) -> Tensor:
     """mask [b, n] with as many dimensions as values [b, n, ...]."""
     return mask.view(*mask.shape, *([1] * (values.ndim - 2)))

@@ -11,7 +11,7 @@ from torch import Tensor
 from spinlock_fast.dropin.beam import beam_search, update_stages
 from spinlock_fast.dropin.codebook import Piece, update
 from spinlock_fast.dropin.search import gradient_mode
-from spinlock_fast.dropin.shapes import InputShape
+from spinlock_fast.dropin.shapes import InputShape, widened
 from spinlock_fast.kernels.residual_vq import ResidualAssignment, residual_vq
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def fused(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All stages in one operator: quantized [b, n, D], codes [b, n, q], losses [q]."""
     layers = [rvq.layer(q) for q in range(stages)]
-    first, flat = layers[0], rows.reshape(-1, rows.shape[-1]).float()
+    first, flat = layers[0], widened(rows.reshape(-1, rows.shape[-1]))
     row_mask = None if mask is None else mask.flatten()
     frozen = frozen or first.freeze_codebook
     updating = rvq.training and not frozen
@@ -81,7 +81,7 @@ def _learn(
             residual = residual - books[s][codes[:, s]]
         return layers[q]._codebook.transform_input(residual)
 
-    active = None if limit is None else (torch.arange(len(layers)) < limit.cpu()).to(rows.device)
+    active = None if limit is None else (torch.arange(len(layers), device="cpu") < limit.cpu()).to(rows.device)
     update(
         [
             Piece(

@@ -10,6 +10,8 @@ from torch import Tensor
 from spinlock_fast.dropin import dense, losses
 from spinlock_fast.dropin.arguments import refuse_contradictions
 from spinlock_fast.dropin.search import Call, Found
+from spinlock_fast.dropin.shapes import widened
+from spinlock_fast.kernels.snapshot import snapshot
 
 if TYPE_CHECKING:
     from spinlock_fast.dropin.vector_quantize import VectorQuantize
@@ -46,10 +48,8 @@ def total_loss(
     if vq.has_codebook_orthogonal_loss:
         orthogonal = _orthogonality(vq, codes)
         loss = loss + orthogonal * vq.orthogonal_reg_weight
-    if not loss.requires_grad and not torch.compiler.is_compiling():
-        loss = loss.clone().requires_grad_()  # `loss.backward()` is then no error
     inplace = zero if found.in_place_loss is None else found.in_place_loss
-    return loss, losses.LossBreakdown(commitment, diversity, orthogonal, inplace)
+    return losses.with_backward(loss), losses.LossBreakdown(commitment, diversity, orthogonal, inplace)
 
 
 def _commitment(vq: VectorQuantize, found: Found, origin: Tensor, call: Call) -> Tensor:
@@ -62,7 +62,7 @@ def _commitment(vq: VectorQuantize, found: Found, origin: Tensor, call: Call) ->
         return per_position(found.commitment, call)
     raw = call.mask is not None and vq.use_cosine_sim and vq.heads == 1 and not vq.has_projections
     if raw and "masked_commitment" not in vq.corrections:
-        return losses.squared_error(found.quantized.detach().view(origin.shape), origin.float(), call.mask)
+        return losses.squared_error(found.quantized.detach().view(origin.shape), widened(origin), call.mask)
     return found.commitment
 
 
@@ -73,7 +73,7 @@ def per_position(error: Tensor, call: Call) -> Tensor:
 
 
 def _orthogonality(vq: VectorQuantize, codes: Tensor) -> Tensor:
-    book = vq._codebook.embed
+    book = snapshot(vq._codebook.embed)  # the next call moves it in place, maybe before the backward pass
     if vq.orthogonal_reg_active_codes_only:
         refuse_contradictions(active_codes_per_head=vq._codebook.num_codebooks > 1)
         book = book[:, codes.unique()]

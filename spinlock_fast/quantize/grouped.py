@@ -10,17 +10,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from spinlock_fast.buffers import TransientBuffers
 from spinlock_fast.kernels.backend import Backend, check_backend, resolve_backend
 from spinlock_fast.kernels.ema_update import code_usage, ema_update, reset_dead_codes
+from spinlock_fast.kernels.export import exporting, real_tensors
 from spinlock_fast.kernels.layout import CodebookLayout
 from spinlock_fast.kernels.vq_assign import Assignment, lookup, vq_assign
 from spinlock_fast.quantize.kmeans import initialize_codes, kmeans
+
+Gradient = Literal["straight_through", "rotation"] | None
 
 
 @lru_cache(maxsize=256)
 def _over_dims(layout: CodebookLayout, factor: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """factor / D_g of every codebook [G]."""
-    with torch.inference_mode(False):
+    with real_tensors():
         return factor / layout.indices(device).dims.to(dtype)
 
 
@@ -28,7 +32,7 @@ def _nothing() -> None:
     pass
 
 
-class GroupedVectorQuantizer(nn.Module):
+class GroupedVectorQuantizer(TransientBuffers):
     """Quantizes packed latents with G codebooks of different sizes in batched operations.
 
     Args:
@@ -103,7 +107,8 @@ class GroupedVectorQuantizer(nn.Module):
         layout = self.layout
         index = layout.indices(torch.device("cpu"))
         bound = (1.0 / index.num_codes)[index.code_book][index.entry_code]
-        start = (2.0 * torch.rand(layout.total_entries) - 1.0) * bound
+        start = 2.0 * torch.rand(layout.total_entries) - 1.0
+        start = start * bound.to(start.device)
         if use_ema:
             self.register_buffer("embedding", start)
         else:
@@ -111,9 +116,11 @@ class GroupedVectorQuantizer(nn.Module):
         self.register_buffer("cluster_size", torch.ones(layout.total_codes))
         self.register_buffer("embedding_sum", start.clone())
         self.register_buffer("initialized", torch.tensor(codebook_init == "uniform"))
-        self.register_buffer("usage", torch.zeros(layout.total_codes), persistent=False)
-        self.register_buffer("rows_seen", torch.zeros(()), persistent=False)
+        self.register_transient_buffers()
         self._needs_init = codebook_init == "kmeans"
+
+    def transient_buffers(self) -> dict[str, Tensor]:
+        return {"usage": torch.zeros(self.layout.total_codes, device="cpu"), "rows_seen": torch.zeros((), device="cpu")}
 
     @property
     def backend(self) -> str:
@@ -167,14 +174,17 @@ class GroupedVectorQuantizer(nn.Module):
         updating = self.training and not self.frozen
         if self.training and self._needs_init:
             self._initialize_from(flat, rows)
+        gradient: Gradient = "rotation" if self.rotation_trick else "straight_through"
+        if not self.training and exporting():
+            gradient = None
         found = vq_assign(
             flat,
             self.embedding,
             self.layout,
             rows,
             self.centred,
-            gradient="rotation" if self.rotation_trick else "straight_through",
-            with_sums=updating or not self.use_ema,
+            gradient=gradient,
+            with_sums=updating or (gradient is not None and not self.use_ema),
             backend=self.requested_backend,
         )
         loss = self._loss(found, flat.shape[0] if rows is None else rows.sum().clamp(min=1))
@@ -193,18 +203,19 @@ class GroupedVectorQuantizer(nn.Module):
         shares = partial(_over_dims, self.layout, dtype=errors.dtype, device=errors.device)
         loss = (errors * shares(self.commitment_weight / count)).sum()
         if not self.use_ema:
-            loss = loss + (self._learned_error(found) * shares(1.0 / count)).sum()
+            loss = loss + self._learned_error(found, shares(1.0 / count))
         return loss / rows if isinstance(rows, Tensor) else loss
 
-    def _learned_error(self, found: Assignment) -> Tensor:
-        """[G] sum over rows of ||sg(z) - e||^2, with its gradient to the codes: 2 (n_k e_k - s_k)."""
+    def _learned_error(self, found: Assignment, shares: Tensor) -> Tensor:
+        """Sum over rows and codebooks of shares [G] * ||sg(z) - e||^2, whose gradient to e is 2 (n e - s) * share."""
         index = self.layout.indices(found.codes.device)
         counts, sums = found.counts, found.sums
+        if not sums.numel():
+            return (found.squared_error * shares).sum()
         codes = self.embedding.to(sums.dtype)
         entries = counts[index.entry_code] * codes.square() - 2.0 * codes * sums
-        per_code_book = index.code_book[index.entry_code]
-        moving = entries.new_zeros(self.layout.groups).index_add(0, per_code_book, entries)
-        return found.squared_error.detach() + (moving - moving.detach())
+        moving = (entries * shares[index.code_book[index.entry_code]]).sum()
+        return (found.squared_error.detach() * shares).sum() + (moving - moving.detach())
 
     @torch.no_grad()
     def _initialize_from(self, z: Tensor, rows: Tensor | None) -> None:
@@ -320,4 +331,5 @@ class GroupedVectorQuantizer(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._needs_init = not bool(self.initialized)
+        if not self.initialized.is_meta:
+            self._needs_init = not bool(self.initialized)

@@ -144,7 +144,7 @@ def test_latents_of_other_types_are_compared_as_float32(dtype):
     z, codebook = helpers.random_group(RAGGED, 40, seed=0)
     z = z.to(dtype)
     found = vq_assign(z, codebook, RAGGED)
-    assert found.quantized.dtype == found.sums.dtype == torch.float32
+    assert found.quantized.dtype == found.sums.dtype == torch.promote_types(dtype, torch.float32)
     helpers.assert_nearest(found.codes, z.float(), codebook, RAGGED)
 
 
