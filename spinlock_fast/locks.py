@@ -66,6 +66,17 @@ def written_by_one(output: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def directory_written_by_one(directory: Path) -> Iterator[None]:
+    """Makes a directory and holds its lock while the files of one command are written to it; raises OutputError."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{directory}: cannot be written: {error.strerror}") from None
+    with locked(directory):
+        yield
+
+
 def _acquire(path: Path, output: Path) -> int:
     deadline = time.monotonic() + _WORKERS_END
     while True:

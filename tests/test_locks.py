@@ -16,7 +16,7 @@ from helpers import raises_one_line
 
 from spinlock_fast.errors import OutputError
 from spinlock_fast.generate import main as generate_main
-from spinlock_fast.locks import lock_path, locked, written_by_one
+from spinlock_fast.locks import directory_written_by_one, lock_path, locked, written_by_one
 from spinlock_fast.run_directory import RunDirectory
 from spinlock_fast.train import main as train_main
 
@@ -157,3 +157,14 @@ def test_a_device_has_no_lock(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with written_by_one(tmp_path / "pipe"), written_by_one(tmp_path / "pipe"):
         assert os.listdir(tmp_path) == ["pipe"]
+
+
+def test_the_directory_of_pictures_and_tables_has_one_writer(tmp_path: Path) -> None:
+    output = tmp_path / "a" / "b"
+    first, second = directory_written_by_one(output), directory_written_by_one(output)
+    with first, raises_one_line(OutputError, "is being written"), second:
+        pass
+    assert os.listdir(output) == []
+    (tmp_path / "file").touch()
+    with raises_one_line(OutputError, "file"), directory_written_by_one(tmp_path / "file"):
+        pass
