@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -34,6 +37,7 @@ from spinlock_fast.run_directory import (
     PREVIOUS,
 )
 from spinlock_fast.states import write_state
+from spinlock_fast.tokenize import main as tokenize_main
 from spinlock_fast.train import main as train_main
 
 CONFIGURATION: dict[str, Any] = {
@@ -447,3 +451,32 @@ def test_a_run_with_a_closed_stream(
     process.communicate(timeout=120)
     assert process.returncode == status
     assert checkpoint_hash(tmp_path / "out") == checkpoint_hash(whole)
+
+
+# --- outputs that are no regular files ---
+
+
+@pytest.mark.parametrize("kind", ["device", "fifo"])
+def test_metrics_and_tokens_may_go_to_devices(whole: Path, data: Path, tmp_path: Path, kind: str) -> None:
+    path, read = tmp_path / "output", []
+    if kind == "device":
+        try:
+            os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+        except PermissionError:
+            pytest.skip("making a device needs root")
+    else:
+        os.mkfifo(path)
+    for command, option in ((evaluate_main, "--json"), (tokenize_main, "--output")):
+        reader = threading.Thread(target=lambda: read.append(path.read_bytes()))
+        if kind == "fifo":
+            reader.start()
+        assert run(command, whole, data, "--quiet", option, path) == 0
+        if kind == "fifo":
+            reader.join()
+    assert not path.is_file()
+    assert os.listdir(tmp_path) == ["output"]
+    if kind == "fifo":
+        assert json.loads(read[0])["samples"] == 200
+        (tmp_path / "tokens.h5").write_bytes(read[1])
+        with h5py.File(tmp_path / "tokens.h5") as file:
+            assert len(file["tokens"]) == 200
