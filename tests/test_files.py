@@ -191,10 +191,10 @@ def test_a_fifo_is_written_to(tmp_path):
     path = tmp_path / "pipe"
     os.mkfifo(path)
     read = []
-    reader = threading.Thread(target=lambda: read.append(path.read_bytes()))
+    reader = threading.Thread(target=lambda: read.append(path.read_bytes()), daemon=True)
     reader.start()
     write_text(path, "through")
-    reader.join()
+    reader.join(10)
     assert read == [b"through"]
     assert stat.S_ISFIFO(path.stat().st_mode)
     assert names(tmp_path) == ["pipe"]

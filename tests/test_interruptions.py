@@ -467,12 +467,12 @@ def test_metrics_and_tokens_may_go_to_devices(whole: Path, data: Path, tmp_path:
     else:
         os.mkfifo(path)
     for command, option in ((evaluate_main, "--json"), (tokenize_main, "--output")):
-        reader = threading.Thread(target=lambda: read.append(path.read_bytes()))
+        reader = threading.Thread(target=lambda: read.append(path.read_bytes()), daemon=True)
         if kind == "fifo":
             reader.start()
         assert run(command, whole, data, "--quiet", option, path) == 0
         if kind == "fifo":
-            reader.join()
+            reader.join(10)
     assert not path.is_file()
     assert os.listdir(tmp_path) == ["output"]
     if kind == "fifo":

@@ -469,7 +469,7 @@ def test_files_that_cannot_be_read(
         (["training.val_fraction=0.7", "training.test_fraction=0.5"], "must leave rows"),
         (["families={mine: {encoder: MLPEncoder}}"], "needs `dataset`"),
         (["device=tpu"], "auto, cpu, cuda"),
-        (["training.category_assignment=/no/such.json"], "cannot be read"),
+        (["training.category_assignment=/no/such.json"], "no such file"),
         (["memory_budget=lots"], "expected a size"),
         (["memory_budget=100"], "memory_budget 100 is below one row"),
         ([f"training.{name}_weight=0" for name in ("reconstruction", "vq", "informativeness", "topo")], "at least one"),

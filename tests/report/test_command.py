@@ -102,12 +102,19 @@ def test_metrics_without_an_entry_leave_its_panel_out(copy: Path, tmp_path: Path
     assert {path.name for path in files} == FILES
 
 
+def without_manifest(copy: Path) -> Path:
+    """The same directory as earlier versions wrote it."""
+    (copy / "manifest.json").unlink()
+    return copy
+
+
 @pytest.mark.parametrize(
     ("spoil", "text"),
     [
         (lambda copy: shutil.rmtree(copy), "no best_model.pt there"),
         (lambda copy: (copy / "metrics.json").write_text("{"), "metrics.json: not JSON"),
-        (lambda copy: (copy / "best_model.pt").write_bytes(b"x"), "not a checkpoint"),
+        (lambda copy: (copy / "best_model.pt").write_bytes(b"x"), "best_model.pt: is damaged"),
+        (lambda copy: (without_manifest(copy) / "best_model.pt").write_bytes(b"x"), "not a checkpoint"),
     ],
 )
 def test_a_checkpoint_that_cannot_serve_is_one_line(
@@ -177,7 +184,7 @@ def test_the_module_runs(small: Path, tmp_path: Path) -> None:
 
 
 def test_no_pickle_is_loaded(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch.save({"model_state_dict": Path("x")}, copy / "best_model.pt")
+    torch.save({"model_state_dict": Path("x")}, without_manifest(copy) / "best_model.pt")
     status, _, err = run(capsys, copy, "--output", tmp_path / "out")
     assert status == 3
     assert "objects other than tensors" in err
