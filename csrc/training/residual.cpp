@@ -5,21 +5,14 @@
 #include <numeric>
 #include <vector>
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
+#include "entries.hpp"
 #include "kernels.hpp"
 #include "parallel.hpp"
-#include "training.hpp"
 #include "workspace.hpp"
 
-namespace py = pybind11;
-
-namespace spinlock_fast {
+namespace spinlock_fast::training {
 
 namespace {
-
-using namespace training;
 
 constexpr Index kRowsOfATask = 512;
 
@@ -31,11 +24,12 @@ std::unique_ptr<T[]> uncleared(Index n) {
     return std::make_unique_for_overwrite<T[]>(static_cast<std::size_t>(n));
 }
 
+}  // namespace
+
 void residual_assign(std::uintptr_t x, Index x_row, Index N, Index D, std::uintptr_t codebook,
                      const std::vector<Index>& num_codes, std::uintptr_t mask, bool cosine, int gradient,
                      std::uintptr_t codes, std::uintptr_t quantized, std::uintptr_t errors, std::uintptr_t counts,
                      std::uintptr_t sums, int threads) {
-    const py::gil_scoped_release release;  // only memory that the caller holds is touched
     const Kernels& k = kernels();
     const Index stages = static_cast<Index>(num_codes.size());
     Index panels = 0, partial = 0;
@@ -75,7 +69,6 @@ void residual_assign(std::uintptr_t x, Index x_row, Index N, Index D, std::uintp
 void residual_backward(std::uintptr_t grad, std::uintptr_t of_errors, std::uintptr_t x, Index x_row, Index N, Index D,
                        std::uintptr_t codebook, const std::vector<Index>& num_codes, std::uintptr_t mask,
                        std::uintptr_t codes, bool cosine, int gradient, std::uintptr_t of_x, int threads) {
-    const py::gil_scoped_release release;
     const Kernels& k = kernels();
     ResidualTask task{};
     task.x = at<const float>(x), task.x_row = x_row, task.D = D, task.codebook = at<const float>(codebook);
@@ -89,11 +82,4 @@ void residual_backward(std::uintptr_t grad, std::uintptr_t of_errors, std::uintp
     });
 }
 
-}  // namespace
-
-void register_residual(py::module_& module) {
-    module.def("residual_assign", &residual_assign);
-    module.def("residual_backward", &residual_backward);
-}
-
-}  // namespace spinlock_fast
+}  // namespace spinlock_fast::training

@@ -7,21 +7,15 @@
 #include <utility>
 #include <vector>
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include "books.hpp"
+#include "entries.hpp"
 #include "kernels.hpp"
 #include "parallel.hpp"
-#include "training.hpp"
 #include "workspace.hpp"
 
-namespace py = pybind11;
+namespace spinlock_fast::training {
 
-namespace spinlock_fast {
 namespace {
-
-using namespace training;
 
 constexpr Index kWidth = 32;  // a multiple of every instruction set's columns
 
@@ -79,6 +73,8 @@ bool varies(double mean, double variance) {
     return variance > std::max(rounding * rounding, static_cast<double>(std::numeric_limits<float>::min()));
 }
 
+}  // namespace
+
 // Returns the correlations and, for the backward pass, the factors of d_x - mean, d_z - mean, d_e - mean in the
 // gradients of both correlations by d_z and by d_e, and the means. `distances` [3, S, wide] is written.
 std::tuple<double, double, std::vector<double>> topo_forward(std::uintptr_t x, Index F, std::uintptr_t z,
@@ -86,7 +82,6 @@ std::tuple<double, double, std::vector<double>> topo_forward(std::uintptr_t x, I
                                                              const std::vector<Index>& num_codes,
                                                              const std::vector<Index>& dims, std::uintptr_t distances,
                                                              std::uintptr_t tables, bool missing, int threads) {
-    const py::gil_scoped_release release;
     const Kernels& k = kernels();
     const Index G = static_cast<Index>(dims.size()), wide = padded(S, kWidth);
     Index total = 0;
@@ -160,7 +155,6 @@ void topo_backward(double of_pre, double of_post, const std::vector<double>& fac
                    std::uintptr_t codes, std::uintptr_t codebook, Index S, const std::vector<Index>& num_codes,
                    const std::vector<Index>& dims, std::uintptr_t distances, std::uintptr_t tables, std::uintptr_t of_z,
                    int threads) {
-    const py::gil_scoped_release release;
     const Kernels& k = kernels();
     const Index G = static_cast<Index>(dims.size()), wide = padded(S, kWidth);
     Index total = 0;
@@ -208,11 +202,4 @@ void topo_backward(double of_pre, double of_post, const std::vector<double>& fac
     });
 }
 
-}  // namespace
-
-void register_topo(py::module_& module) {
-    module.def("topo_forward", &topo_forward);
-    module.def("topo_backward", &topo_backward);
-}
-
-}  // namespace spinlock_fast
+}  // namespace spinlock_fast::training
