@@ -18,6 +18,8 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
+from spinlock_fast.kernels.table_cache import capturing, keep
+
 
 @dataclass(frozen=True, eq=False)
 class LayoutIndices:
@@ -129,6 +131,8 @@ class CodebookLayout:
             # Tensors made under inference mode could not take part in training later.
             with torch.inference_mode(False):
                 found = self._cache[device] = self._build(device)
+        if capturing(device):
+            keep(found)
         return found
 
     def _build(self, device: torch.device) -> LayoutIndices:

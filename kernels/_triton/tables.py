@@ -8,22 +8,22 @@ import torch
 from torch import Tensor
 
 from spinlock_fast.kernels.layout import CodebookLayout
+from spinlock_fast.kernels.table_cache import TableCache
 
-_tables: dict[tuple[tuple[int, ...], tuple[int, ...], torch.device], Tensor] = {}
+_tables: TableCache[Tensor] = TableCache(256)
 
 
 def book_table(layout: CodebookLayout, device: torch.device) -> Tensor:
     """[5, G] int32 on `device`: K_g, D_g, first code, first column, first entry. Made once per layout."""
-    key = (layout.num_codes, layout.dims, device)
-    table = _tables.get(key)
-    if table is None:
-        with torch.inference_mode(False):
-            codes = torch.tensor(layout.num_codes)
-            dims = torch.tensor(layout.dims)
-            entries = codes * dims
-            rows = [codes, dims, *(size.cumsum(0) - size for size in (codes, dims, entries))]
-            table = _tables[key] = torch.stack(rows).to(torch.int32).to(device)
-    return table
+
+    def make() -> Tensor:
+        codes = torch.tensor(layout.num_codes)
+        dims = torch.tensor(layout.dims)
+        entries = codes * dims
+        rows = [codes, dims, *(size.cumsum(0) - size for size in (codes, dims, entries))]
+        return torch.stack(rows).to(torch.int32).to(device)
+
+    return _tables.get((layout.num_codes, layout.dims, device), device, make)
 
 
 @cache

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from spinlock_fast.kernels.table_cache import capturing, keep
+
 
 @dataclass(frozen=True)
 class _Indices:
@@ -57,6 +59,8 @@ class Ragged:
             # Tensors made under inference mode could not take part in training later.
             with torch.inference_mode(False):
                 found = self._cache[device] = self._build(device)
+        if capturing(device):
+            keep(found)
         return found
 
     def _build(self, device: torch.device) -> _Indices:

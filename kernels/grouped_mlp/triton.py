@@ -19,10 +19,11 @@ from spinlock_fast.kernels._triton.specimen import FEATURES, ROWS, SEED, Specime
 from spinlock_fast.kernels.grouped_mlp.ragged import Ragged
 from spinlock_fast.kernels.precision import cuda_matmul
 from spinlock_fast.kernels.streams import later
+from spinlock_fast.kernels.table_cache import TableCache
 
 _PROGRAMS = 128  # what fills a device: below it, tiles are small
 
-_tables: dict[tuple[tuple[int, ...], tuple[int, ...], torch.device], Tensor] = {}
+_tables: TableCache[Tensor] = TableCache(256)
 
 
 @dataclass(frozen=True)
@@ -71,17 +72,16 @@ def tf32_or_exact() -> str:
 
 def offset_table(outer: tuple[int, ...], inner: tuple[int, ...], device: torch.device) -> Tensor:
     """int32 on `device`: size, start and first part of each of `outer`; size, start and group of each of `inner`."""
-    key = (outer, inner, device)
-    found = _tables.get(key)
-    if found is None:
-        with torch.inference_mode(False):
-            groups, parts = torch.tensor(outer), torch.tensor(inner, dtype=torch.int64)
-            starts, part_starts = groups.cumsum(0) - groups, parts.cumsum(0) - parts
-            first = torch.searchsorted(part_starts, torch.cat([starts, groups.sum()[None]]))
-            group_of_part = torch.searchsorted(first[1:], torch.arange(len(inner)), right=True)
-            table = torch.cat([groups, starts, first, parts, part_starts, group_of_part])
-            found = _tables[key] = table.to(torch.int32).to(device)
-    return found
+
+    def make() -> Tensor:
+        groups, parts = torch.tensor(outer), torch.tensor(inner, dtype=torch.int64)
+        starts, part_starts = groups.cumsum(0) - groups, parts.cumsum(0) - parts
+        first = torch.searchsorted(part_starts, torch.cat([starts, groups.sum()[None]]))
+        group_of_part = torch.searchsorted(first[1:], torch.arange(len(inner)), right=True)
+        table = torch.cat([groups, starts, first, parts, part_starts, group_of_part])
+        return table.to(torch.int32).to(device)
+
+    return _tables.get((outer, inner, device), device, make)
 
 
 def draw_seed(device: torch.device) -> Tensor:

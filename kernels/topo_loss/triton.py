@@ -18,6 +18,7 @@ from torch import Tensor
 
 from spinlock_fast.kernels._triton.specimen import ROWS, SEED, Specimen
 from spinlock_fast.kernels.layout import CodebookLayout
+from spinlock_fast.kernels.table_cache import TableCache
 
 COLUMNS = 16  # of a tile; points are padded to whole tiles, so that loads need no mask and are aligned
 BLOCK_S = 64  # rows of a tile; points are padded to whole tiles as well
@@ -49,14 +50,13 @@ class PointSets:
         return self.table.shape[1]
 
 
-_sets: dict[tuple[int, tuple[int, ...], tuple[int, ...], torch.device], PointSets] = {}
+_sets: TableCache[PointSets] = TableCache(256)
 
 
 def point_sets(features: int, layout: CodebookLayout, device: torch.device) -> PointSets:
     """The sets of points of a layout, made once."""
-    key = (features, layout.num_codes, layout.dims, device)
-    found = _sets.get(key)
-    if found is None:
+
+    def make() -> PointSets:
         G = layout.groups
         dims = [features, *layout.dims, *layout.dims]
         padded = [-(-d // COLUMNS) * COLUMNS for d in dims]
@@ -65,14 +65,14 @@ def point_sets(features: int, layout: CodebookLayout, device: torch.device) -> P
         rows = [dims, source, _starts(padded), padded, [0, *layout.num_codes, *layout.num_codes]]
         cuts = _cuts(padded[1 : 1 + G], _SPLITS)
         splits = [0, *(1 + cut for cut in cuts), *(1 + G + cut for cut in cuts), 1 + 2 * G]
-        with torch.inference_mode(False):
-            found = _sets[key] = PointSets(
-                torch.tensor(rows, dtype=torch.int32).to(device),
-                torch.tensor(splits, dtype=torch.int32).to(device),
-                (1, len(cuts), len(cuts)),
-                sum(padded),
-            )
-    return found
+        return PointSets(
+            torch.tensor(rows, dtype=torch.int32).to(device),
+            torch.tensor(splits, dtype=torch.int32).to(device),
+            (1, len(cuts), len(cuts)),
+            sum(padded),
+        )
+
+    return _sets.get((features, layout.num_codes, layout.dims, device), device, make)
 
 
 def _starts(sizes: list[int]) -> list[int]:
