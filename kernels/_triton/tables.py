@@ -17,6 +17,7 @@ def book_table(layout: CodebookLayout, device: torch.device) -> Tensor:
     """[5, G] int32 on `device`: K_g, D_g, first code, first column, first entry. Made once per layout."""
 
     def make() -> Tensor:
+        check_offsets("the packed codebooks", layout.total_entries)
         codes = torch.tensor(layout.num_codes)
         dims = torch.tensor(layout.dims)
         entries = codes * dims
@@ -33,6 +34,15 @@ def capability(device: torch.device) -> int:
         return 90
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def check_offsets(what: str, entries: int) -> None:
+    """Raises ValueError for memory whose places do not fit the 32 bits that kernels count the entries of weights in.
+
+    Rows are counted in 64 bits.
+    """
+    if entries >= 2**31:
+        raise ValueError(f"{what}: {entries:,} entries; Triton kernels serve fewer than 2**31")
 
 
 def power_of_two(n: int, least: int) -> int:

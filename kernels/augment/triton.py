@@ -51,10 +51,10 @@ def augment_kernel(
         u = share * (2.0 * tl.rand(seed ^ 0x2545F491, b) - 1.0)
         y = tl.load(x_ptr + (other * x_row)[:, None] + f[None, :], mask=here, other=0.0)
         x += u[:, None] * (y - x)
-    places = b[:, None] * F + f[None, :]
+    places = b.to(tl.int64)[:, None] * F + f[None, :]
     tl.store(target_ptr + places, x, mask=here)
     if NOISY:
-        tl.store(seen_ptr + places, x + noise * tl.randn(seed, places), mask=here)
+        tl.store(seen_ptr + places, x + noise * tl.randn(seed, b[:, None] * F + f[None, :]), mask=here)
 
 
 def augmented_rows(x: Tensor, rows: Tensor, mixing: float, noise: float, fade: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spinlock_fast.kernels._triton.specimen import FEATURES, ROWS, SEED, Specimen
+from spinlock_fast.kernels._triton.tables import check_offsets
 from spinlock_fast.kernels.grouped_mlp.ragged import Ragged
 from spinlock_fast.kernels.precision import cuda_matmul
 from spinlock_fast.kernels.streams import later
@@ -318,6 +319,7 @@ class GroupedMLP(torch.autograd.Function):
         (G, H, _), B = w2.shape, x.shape[0]
         x = x if x.stride(-1) == 1 else x.contiguous()
         w1, b1 = _dense(w1), b1.contiguous()
+        check_offsets("the weights of a network", max(w1.numel(), w2[0].numel()))
         seed = draw_seed(x.device) if dropout > 0.0 else x
         hidden = torch.empty(G, B, H, dtype=x.dtype, device=x.device)
         precision = tf32_or_exact()

@@ -116,7 +116,7 @@ def topo_points_fwd_kernel(
     here = tl.load(table_ptr + 2 * sets + s)
     width = tl.load(table_ptr + 3 * sets + s)
     first = tl.arange(0, BLOCK_S)  # the rows whose mean is the centre: any point among them all will do
-    mine = tl.program_id(0) * BLOCK_S + first
+    mine = tl.program_id(0).to(tl.int64) * BLOCK_S + first
     row, own = first * z_stride + source, mine * z_stride + source
     good, own_good = first >= 0, mine >= 0
     base = z_ptr
@@ -126,7 +126,7 @@ def topo_points_fwd_kernel(
     if s > G:
         base = codebook_ptr
         code = tl.load(codes_ptr + first * G + (s - G - 1), mask=first < S, other=0).to(tl.int32)
-        own_code = tl.load(codes_ptr + mine * G + (s - G - 1), mask=mine < S, other=0).to(tl.int32)
+        own_code = tl.load(codes_ptr + mine * G + (s - G - 1), mask=mine < S, other=0)
         row, own = source + tl.maximum(code, 0) * D, source + tl.maximum(own_code, 0) * D
         good, own_good = code >= 0, own_code >= 0
 
@@ -142,12 +142,12 @@ def topo_points_fwd_kernel(
         p = tl.where(inside, p - centre[None, :], 0.0)
         finite = tl.abs(p) < float("inf")
         norm += tl.where(finite, p * p, float("nan"))
-        out = mine.to(tl.int64)[:, None] * columns + (here + d)[None, :]
+        out = mine[:, None] * columns + (here + d)[None, :]
         tl.store(points_ptr + out, tl.where(finite, p, 0.0))
         if tl.program_id(0) == 0:
             tl.store(centre_ptr + here + d, centre)
     norms = tl.where(own_good, tl.sum(norm, axis=1), float("nan"))
-    tl.store(norms_ptr + s * tl.num_programs(0) * BLOCK_S + mine, norms)
+    tl.store(norms_ptr + s.to(tl.int64) * tl.num_programs(0) * BLOCK_S + mine, norms)
 
 
 @triton.jit
@@ -194,7 +194,7 @@ def topo_distances_fwd_kernel(
         for s in range(tl.load(splits_ptr + part), tl.load(splits_ptr + part + 1)):
             here = tl.load(table_ptr + 2 * sets + s)
             width = tl.load(table_ptr + 3 * sets + s)
-            norms = norms_ptr + s * tl.num_programs(0) * BLOCK_S
+            norms = norms_ptr + tl.cast(s, tl.int64) * tl.num_programs(0) * BLOCK_S
             both = tl.load(norms + ri)[:, None] + tl.load(norms + rj)[None, :]
             products = tl.zeros([BLOCK_S, BLOCK_S], dtype=tl.float32)
             products = products_of(points_ptr, products, ri, rj, here, width, columns, BLOCK_D)
@@ -203,7 +203,7 @@ def topo_distances_fwd_kernel(
         total = tl.where(ri[:, None] == rj[None, :], 0.0, total)
         out = distances_ptr + part.to(tl.int64) * S * S
         inside = (ri < S)[:, None] & (rj < S)[None, :]
-        tl.store(out + ri[:, None] * S + rj[None, :], total, mask=inside)
+        tl.store(out + ri.to(tl.int64)[:, None] * S + rj[None, :], total, mask=inside)
 
 
 @triton.jit(do_not_specialize=["S", "G", "parts"])
@@ -219,7 +219,7 @@ def topo_moments_fwd_kernel(
     ri = i * BLOCK_S + tl.arange(0, BLOCK_S)
     rj = j * BLOCK_S + tl.arange(0, BLOCK_S)
     here = (ri < S)[:, None] & (rj < tl.where(i <= j, S, 0))[None, :]
-    at = ri[:, None] * S + rj[None, :]
+    at = ri.to(tl.int64)[:, None] * S + rj[None, :]
     matrix = S.to(tl.int64) * S
     z_ptr = distances_ptr + matrix
     e_ptr = z_ptr + parts * matrix
@@ -236,7 +236,7 @@ def topo_moments_fwd_kernel(
     x = tl.where(pair, tl.load(distances_ptr + at, mask=here, other=0.0), 0.0).to(tl.float64)
     z = tl.where(pair, z, 0.0).to(tl.float64)
     e = tl.where(pair, e, 0.0).to(tl.float64)
-    out = moments_ptr + (i * tl.num_programs(1) + j) * 8
+    out = moments_ptr + (i.to(tl.int64) * tl.num_programs(1) + j) * 8
     tl.store(out, tl.sum(x))
     tl.store(out + 1, tl.sum(z))
     tl.store(out + 2, tl.sum(e))
@@ -272,7 +272,7 @@ def topo_stats_fwd_kernel(
     total = tl.zeros([BLOCK_T, 8], dtype=tl.float64)
     for first in range(0, tiles, BLOCK_T):
         t = first + tl.arange(0, BLOCK_T)
-        total += tl.load(moments_ptr + t[:, None] * 8 + k[None, :], mask=(t < tiles)[:, None], other=0.0)
+        total += tl.load(moments_ptr + t.to(tl.int64)[:, None] * 8 + k[None, :], mask=(t < tiles)[:, None], other=0.0)
     moments = tl.sum(total, axis=0)  # [8]
     pairs = tl.maximum(S.to(tl.float64) * (S - 1) / 2, 1.0)
     x, x_dev, x_counts = spread(pick(moments, k, 0), pick(moments, k, 3), pairs)
