@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import Literal
 
 import torch
@@ -13,19 +13,23 @@ from torch import Tensor, nn
 from spinlock_fast.buffers import TransientBuffers
 from spinlock_fast.kernels.backend import Backend, check_backend, resolve_backend
 from spinlock_fast.kernels.ema_update import code_usage, ema_update, reset_dead_codes
-from spinlock_fast.kernels.export import exporting, real_tensors
+from spinlock_fast.kernels.export import exporting
 from spinlock_fast.kernels.layout import CodebookLayout
+from spinlock_fast.kernels.table_cache import TableCache
 from spinlock_fast.kernels.vq_assign import Assignment, lookup, vq_assign
 from spinlock_fast.quantize.kmeans import initialize_codes, kmeans
 
 Gradient = Literal["straight_through", "rotation"] | None
 
 
-@lru_cache(maxsize=256)
+# By batch size: a graph that was captured with one keeps it, whatever sizes come after.
+_shares: TableCache[Tensor] = TableCache(256)
+
+
 def _over_dims(layout: CodebookLayout, factor: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """factor / D_g of every codebook [G]."""
-    with real_tensors():
-        return factor / layout.indices(device).dims.to(dtype)
+    key = (layout, factor, dtype, device)
+    return _shares.get(key, device, lambda: factor / layout.indices(device).dims.to(dtype))
 
 
 def _nothing() -> None:
