@@ -17,7 +17,6 @@ from spinlock_fast.kernels.table_cache import TableCache
 from spinlock_fast.kernels.vq_assign import Assignment, lookup, vq_assign
 from spinlock_fast.quantize.kmeans import initialize_codes, kmeans
 
-
 # By batch size: a graph that was captured with one keeps it, whatever sizes come after.
 _shares: TableCache[Tensor] = TableCache(256)
 
