@@ -1,7 +1,7 @@
 """Caches of small tensors that kernels read, and how long those live that a CUDA graph was captured with.
 
-A graph reads the addresses that tensors had when it was captured and keeps none of them alive. What a bounded cache drops
-would leave its memory to others, and the graph would read their values.
+A graph reads the addresses that tensors had when it was captured and keeps none of them alive. What a bounded cache
+drops would leave its memory to others, and the graph would read their values.
 """
 
 from __future__ import annotations

@@ -73,9 +73,7 @@ class FusedAdam:
         self.count += 1
         # torch's operation reads memory entry by entry, whatever the strides: gaps are left out of what it is given.
         targets: list[Tensor] = [self.parameters[i] for i in used]
-        parameters = [
-            p if self._dense[i] else _laid_out_as(self.mean[i], p) for i, p in zip(used, targets, strict=True)
-        ]
+        parameters = [p if self._dense[i] else _laid_out_as(p, p) for i, p in zip(used, targets, strict=True)]
         self._move(parameters, gradients, *([ts[i] for i in used] for ts in self._moments))
         for target, moved in zip(targets, parameters, strict=True):
             if target is not moved:
@@ -95,7 +93,7 @@ class FusedAdam:
             now, before = (f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in (p, self.mean[i]))
             if now != before:
                 raise ValueError(
-                    f"parameter {i} is {now}, its moments are {before}: make the optimizer after the change"
+                    f"parameter {i} is {now}, its moments are {before}: make an optimizer after the change"
                 )
             strides = torch.empty_like(p).stride()
             self._dense.append(strides == p.stride())
@@ -120,12 +118,10 @@ class FusedAdam:
 
         for first in range(0, len(used), TENSORS):
             some = used[first : first + TENSORS]
-            tensors = [[ts[i] for i in some] for ts in (self.parameters, *self._moments)]
-            launch = self._launches.get(
-                tuple(t.data_ptr() for ts in tensors for t in ts),
-                self.count.device,
-                partial(Adam, *tensors, _BETAS, _EPS, self.weight_decay, self.decoupled),
-            )
+            tensors = [self.parameters[i] for i in some], [self.mean[i] for i in some], [self.square[i] for i in some]
+            key = tuple(t.data_ptr() for ts in tensors for t in ts)
+            make = partial(Adam, *tensors, _BETAS, _EPS, self.weight_decay, self.decoupled)
+            launch = self._launches.get(key, self.count.device, make)
             launch(gradients[first : first + TENSORS], self.count, self.rate)
         self.count += 1
 

@@ -101,7 +101,7 @@ sys.exit("torch._dynamo" in sys.modules)
 
 
 def by_both(start: torch.Tensor, change: Callable[[nn.Parameter, torch.Tensor], None]) -> tuple[torch.Tensor, ...]:
-    """A parameter after three steps of ours and of torch's Adam; `change(parameter, gradient)` sets ours and its grad."""
+    """A parameter after three steps of ours and of torch's Adam; `change(parameter, gradient)` sets our gradient."""
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
     adam, reference = FusedAdam([ours], torch.full((1,), 0.1, dtype=torch.float64)), torch.optim.Adam([theirs], lr=0.1)
     for _ in range(3):
@@ -147,7 +147,7 @@ def test_a_parameter_that_no_longer_fits_its_moments_is_refused(
     adam = FusedAdam([parameter], torch.full((1,), 0.1, dtype=torch.float64))
     parameter.data = change(parameter.data)
     parameter.grad = torch.ones_like(parameter)
-    with pytest.raises(ValueError, match="parameter 0 is .* its moments are"):
+    with pytest.raises(ValueError, match=r"parameter 0 is .* its moments are"):
         adam.step()
 
 

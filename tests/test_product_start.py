@@ -207,8 +207,12 @@ def test_weights_do_not_depend_on_the_number_of_threads(monkeypatch: pytest.Monk
 
 
 def test_the_number_of_threads_is_given_back_after_an_error() -> None:
-    with threads(3):
-        with pytest.raises(ValueError, match="no"), single_thread(torch.device("cpu")):
+    def fails() -> None:
+        with single_thread(torch.device("cpu")):
             assert torch.get_num_threads() == 1
             raise ValueError("no")
+
+    with threads(3):
+        with pytest.raises(ValueError, match="no"):
+            fails()
         assert torch.get_num_threads() == 3

@@ -193,11 +193,17 @@ def test_an_error_in_nested_later_work_is_the_one_that_arrives(cuda):
     def fails():
         raise ValueError("no")
 
-    with pytest.raises(ValueError, match="no"), joined(FakeTensor.device):
-        outer = stream_of_later()
+    put_off = []
+
+    def nested():
         with joined(FakeTensor.device):
-            later(fails, [FakeTensor()])
-    assert outer in caller.waited
+            put_off.append(stream_of_later())
+            with joined(FakeTensor.device):
+                later(fails, [FakeTensor()])
+
+    with pytest.raises(ValueError, match="no"):
+        nested()
+    assert put_off[0] in caller.waited
     with joined(FakeTensor.device):
         inner = stream_of_later()
     assert inner in caller.waited
