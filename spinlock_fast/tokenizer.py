@@ -153,9 +153,9 @@ class Tokenizer:
         for start, raw in source.batches(names, rows, memory_budget - copy, self.device):
             with device_guard(self.device):
                 columns = [family(raw[family.name], source.placing(family.name, start)) for family in self.families]
-                found = torch.cat(columns, 1).cpu().numpy()
+                encoded = torch.cat(columns, 1).cpu().numpy()
             place = source.placing(self.families[0].name, start)
-            yield start, raw, self._prepare(found, place)
+            yield start, raw, self._prepare(encoded, place)
 
     def decode(self, tokens: Any) -> Any:
         """Tokens [N, G] -> features [N, F] in the units of the cleaned features, see `feature_names`.
