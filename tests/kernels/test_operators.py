@@ -266,7 +266,7 @@ def assert_inputs_kept(operator):
         assert torch.isfinite(t).all(), name
 
 
-EXPLICIT = ("vq_assign", "residual_vq", "ema_update", "code_usage")  # a backend that was asked for is used or refused
+EXPLICIT = ("vq_assign", "residual_vq", "code_usage")  # a backend that was asked for is used or refused
 IN_PLACE = ("ema_update", "reset_dead_codes")  # memory that several entries share cannot be written
 
 
