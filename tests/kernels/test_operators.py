@@ -166,7 +166,7 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(params=["native", "reference", "triton"])
+@pytest.fixture(params=["native", "reference", pytest.param("triton", marks=pytest.mark.slow)])
 def implementation(request, monkeypatch):
     """Who computes; fresh memory is NaN, so that an element that nobody wrote shows."""
     if request.param == "triton":
@@ -252,6 +252,7 @@ def close(found, expected, tolerance=2e-5):
 
 
 @OPERATORS
+@pytest.mark.parametrize("implementation", ["native", "reference", "triton"], indirect=True)
 def test_any_layout(operator, implementation):
     expected = exact(operator, operator.inputs)
     for layout in LAYOUTS:
