@@ -129,6 +129,7 @@ torch.library.register_fake("spinlock_fast::ema_update", _fake_ema_update)
 def code_usage(counts: Tensor, layout: CodebookLayout, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """Utilization and perplexity [G] of counts [sum K]."""
     _check_counts("code_usage", counts, layout)
+    counts = counts.float() if counts.dtype.itemsize < 4 else counts
     if resolve_backend(backend, counts) == "triton":
         from spinlock_fast.kernels.ema_update import triton
 
