@@ -8,6 +8,9 @@ from torch import Tensor, nn
 _LEAST_VARIANCE = 1e-5
 
 
+Statistics = tuple[Tensor | None, ...]  # batch mean and variance, codebook mean and variance, each [H, 1, D]
+
+
 class Affine:
     """Moving means and variances of codes and batches, kept as buffers of the codebook under their usual names."""
 
@@ -18,26 +21,38 @@ class Affine:
         for name in ("codebook_mean", "codebook_variance"):
             codebook.register_buffer(f"{name}_needs_init", torch.tensor(True))
             codebook.register_buffer(name, torch.empty(H, 1, D))
+        self._used: Statistics = (None,) * 4
 
-    def observe(self, codebook: nn.Module, rows: Tensor, embed: Tensor, mask: Tensor | None) -> None:
-        """Moves the statistics: those of the codes in training, those of the batch always."""
+    def use(self, statistics: Statistics) -> None:
+        """`apply` and `undo` go by these from now on."""
+        self._used = statistics
+
+    def observe(self, codebook: nn.Module, rows: Tensor, embed: Tensor, mask: Tensor | None) -> Statistics:
+        """Moves the statistics: those of the codes in training, those of the batch always, if it has a row."""
         with torch.no_grad():
             rows = rows if mask is None else rows[:, mask]
             if codebook.training:
                 self._move(codebook, "codebook_mean", embed.mean(1, keepdim=True), self.codebook_decay)
                 self._move(codebook, "codebook_variance", _variance(embed), self.codebook_decay)
-            self._move(codebook, "batch_mean", rows.mean(1, keepdim=True), self.batch_decay)
-            self._move(codebook, "batch_variance", _variance(rows), self.batch_decay)
+            if rows.shape[1] > 0:
+                self._move(codebook, "batch_mean", rows.mean(1, keepdim=True), self.batch_decay)
+                self._move(codebook, "batch_variance", _variance(rows), self.batch_decay)
+        names = ("batch_mean", "batch_variance", "codebook_mean", "codebook_variance")
+        return tuple(getattr(codebook, name) for name in names)
 
-    def apply(self, codebook: nn.Module, embed: Tensor) -> Tensor:
-        """Codes [H, K, D] moved to where the latents are."""
-        scale = _deviation(codebook, "batch_variance") / _deviation(codebook, "codebook_variance")
-        return (embed - _statistic(codebook, "codebook_mean")) * scale + _statistic(codebook, "batch_mean")
+    def apply(self, embed: Tensor) -> Tensor:
+        """Codes [H, K, D] moved to where the latents are; where no batch had a row yet, they stay."""
+        mean, variance, code_mean, code_variance = self._used
+        if mean is None or variance is None or code_mean is None or code_variance is None:
+            return embed
+        return (embed - code_mean) * (_deviation(variance) / _deviation(code_variance)) + mean
 
-    def undo(self, codebook: nn.Module, rows: Tensor) -> Tensor:
-        """Latents [H, N, D] moved to where the codes are."""
-        scale = _deviation(codebook, "codebook_variance") / _deviation(codebook, "batch_variance")
-        return (rows - _statistic(codebook, "batch_mean")) * scale + _statistic(codebook, "codebook_mean")
+    def undo(self, rows: Tensor) -> Tensor:
+        """Latents [H, N, D] moved to where the codes are; where no batch had a row yet, they stay."""
+        mean, variance, code_mean, code_variance = self._used
+        if mean is None or variance is None or code_mean is None or code_variance is None:
+            return rows
+        return (rows - mean) * (_deviation(code_variance) / _deviation(variance)) + code_mean
 
     @staticmethod
     def _move(codebook: nn.Module, name: str, value: Tensor, decay: float) -> None:
@@ -53,10 +68,5 @@ def _variance(x: Tensor) -> Tensor:
     return x.var(1, keepdim=True, unbiased=False)
 
 
-def _statistic(codebook: nn.Module, name: str) -> Tensor:
-    value: Tensor = getattr(codebook, name)
-    return value
-
-
-def _deviation(codebook: nn.Module, name: str) -> Tensor:
-    return _statistic(codebook, name).clamp(min=_LEAST_VARIANCE).sqrt()
+def _deviation(variance: Tensor) -> Tensor:
+    return variance.clamp(min=_LEAST_VARIANCE).sqrt()

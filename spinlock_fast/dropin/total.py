@@ -73,10 +73,15 @@ def per_position(error: Tensor, call: Call) -> Tensor:
 
 
 def _orthogonality(vq: VectorQuantize, codes: Tensor) -> Tensor:
-    book = vq._codebook.embed
+    book = vq._codebook.used
+    if vq._codebook.ema_update:
+        book = book.clone()  # codes move in place before the backward pass
     if vq.orthogonal_reg_active_codes_only:
         refuse_contradictions(active_codes_per_head=vq._codebook.num_codebooks > 1)
-        book = book[:, codes.unique()]
+        active = codes.unique()
+        book = book[:, active[active >= 0]]  # a row that is not finite has no code
+        if book.shape[1] == 0:
+            return book.sum()
     most = vq.orthogonal_reg_max_codes
     if most is not None and book.shape[1] > most:
         book = book[:, torch.randperm(book.shape[1], device=book.device)[:most]]

@@ -17,6 +17,7 @@ from spinlock_fast.dropin.search import Call, search
 from spinlock_fast.dropin.shapes import InputShape, beside, lengths_to_mask, projected
 from spinlock_fast.dropin.total import cross_entropy_of, per_position, total_loss
 from spinlock_fast.dropin.usage import CodeUsage
+from spinlock_fast.processes import Processes
 
 
 class VectorQuantize(CodeUsage, nn.Module):
@@ -28,6 +29,8 @@ class VectorQuantize(CodeUsage, nn.Module):
     Args:
         corrections: names in `arguments.CORRECTIONS`, or "all": what the original does that looks unintended is
             repeated unless named here.
+        process_group: of `torch.distributed`: the processes that share updates and k-means; None for all. Whether
+            they do is decided in each call of `forward`: `sync_codebook=None` if there are several by then.
 
     Shapes:
         x [b, n, dim] (or [b, dim]; `channel_last=False` [b, dim, n]; images [b, dim, h, w]; videos [b, dim, d, h, w])
@@ -89,6 +92,7 @@ class VectorQuantize(CodeUsage, nn.Module):
         route_gradients_to_input: bool = True,
         *,
         corrections: Iterable[str] | str = (),
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         by_gradient = directional_reparam or vq_bridge is not None
@@ -143,8 +147,6 @@ class VectorQuantize(CodeUsage, nn.Module):
         self.route_gradients_to_input = route_gradients_to_input
         self.manual_in_place_optimizer_update = manual_in_place_optimizer_update
         self.corrections = checked_corrections(corrections)
-        if sync_codebook is None:
-            sync_codebook = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         self._codebook = Codebook(
             codebook_dim,
             codebook_size,
@@ -156,6 +158,7 @@ class VectorQuantize(CodeUsage, nn.Module):
             eps=eps,
             threshold_ema_dead_code=threshold_ema_dead_code,
             use_ddp=sync_codebook,
+            processes=Processes(process_group),
             learnable_codebook=self.has_codebook_orthogonal_loss or learnable_codebook,
             ema_update=ema_update,
             manual_ema_update=manual_ema_update,
@@ -184,6 +187,15 @@ class VectorQuantize(CodeUsage, nn.Module):
         for name in ("directional_reparam", "in_place_codebook_optimizer"):
             if getattr(self, name):
                 warn_reference(name, "quantizes with separate operations")
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """The processes that share updates; None for all."""
+        return self._codebook.processes.group
+
+    @process_group.setter
+    def process_group(self, group: dist.ProcessGroup | None) -> None:
+        self._codebook.processes.set(group)
 
     @property
     def ema_update(self) -> bool:
@@ -387,9 +399,10 @@ class VectorQuantize(CodeUsage, nn.Module):
         if self.in_place_codebook_optimizer is None:
             return
         if self._codebook.shared:
+            processes = self._codebook.processes
             for parameter in self._codebook.parameters():
-                if parameter.grad is not None:
-                    dist.all_reduce(parameter.grad)
-                    parameter.grad /= dist.get_world_size()
+                if parameter.grad is None:  # here; it may be there in other processes
+                    parameter.grad = torch.zeros_like(parameter)
+                processes.sum_(parameter.grad).div_(processes.size())
         self.in_place_codebook_optimizer.step()
         self.in_place_codebook_optimizer.zero_grad()
