@@ -19,22 +19,19 @@ M = TypeVar("M", bound=nn.Module)
 class FirstBatch:
     """Whether codes still wait for a batch to be fitted to, as the host knows it.
 
-    The buffer that says so lies on the device: reading it waits. An operator that fits the codes says so here, by `key`,
-    since compiled code hands it no objects; graphs compiled before are then guarded out, and the next one has no such
-    operator.
+    Reading the buffer that says so waits for the device. The operator that fits the codes sets `awaited`; it finds
+    this object by `key`, since operators take no objects. torch.compile guards on `awaited`: the next call compiles a
+    graph without the operator.
 
     Args:
         awaited: whether they wait.
         processes: those that share the quantizer, for the operator.
     """
 
-    _by_key: weakref.WeakValueDictionary[str, FirstBatch] = weakref.WeakValueDictionary()
-    _numbers = itertools.count()
-
     def __init__(self, awaited: bool, processes: Processes) -> None:
         self.awaited, self.processes = awaited, processes
-        self.key = f"first batch {next(self._numbers)}"
-        self._by_key[self.key] = self
+        self.key = f"first batch {next(_numbers)}"
+        _first_batches[self.key] = self
 
     def __deepcopy__(self, memo: dict[int, object]) -> FirstBatch:
         return FirstBatch(self.awaited, copy.deepcopy(self.processes, memo))
@@ -42,10 +39,14 @@ class FirstBatch:
     def __reduce__(self) -> tuple[type[FirstBatch], tuple[bool, Processes]]:
         return FirstBatch, (self.awaited, self.processes)
 
-    @classmethod
-    def of(cls, key: str) -> FirstBatch:
+    @staticmethod
+    def of(key: str) -> FirstBatch:
         """That of a quantizer in use."""
-        return cls._by_key[key]
+        return _first_batches[key]
+
+
+_first_batches: weakref.WeakValueDictionary[str, FirstBatch] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
 
 
 def keep_wide(module: M, names: Sequence[str], apply: Callable[[], M]) -> M:

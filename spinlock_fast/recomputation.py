@@ -23,9 +23,9 @@ T = TypeVar("T")
 _FILE = torch.utils.checkpoint.__file__
 _RECORDS = "_spinlock_fast_records"
 _UNKNOWN = (
-    "a quantizer in training mode runs inside a backward pass, but its forward pass was not recorded: of activation"
-    " checkpointing only eager torch.utils.checkpoint, and torch.compile around it, are supported. Move the quantizer out"
-    " of the recomputed region."
+    "a quantizer in training mode runs inside a backward pass, but its forward pass was not recorded: only"
+    " torch.utils.checkpoint is supported for activation checkpointing, with the same quantizers in the same mode in"
+    " both runs. Move the quantizer out of the recomputed region."
 )
 
 
@@ -36,6 +36,7 @@ _acting = threading.local()  # `now`: inside the action of a call of `once`
 class _Entry:
     """What one action gave, and the states of the generators before and after it, where it drew random numbers."""
 
+    kept: bool  # by `kept`, not by `once`
     value: Any
     before: list[Tensor] | None = None
     after: list[Tensor] | None = None
@@ -58,10 +59,10 @@ class _Records:
     def append(self, owner: Hashable, entry: _Entry) -> None:
         self.entries.setdefault(owner, []).append(entry)
 
-    def next(self, owner: Hashable, run: Hashable) -> _Entry:
+    def next(self, owner: Hashable, run: Hashable, kept: bool) -> _Entry:
         position = self.read.get((owner, run), 0)
         entries = self.entries.get(owner, [])
-        if position >= len(entries):
+        if position >= len(entries) or entries[position].kept != kept:
             raise RuntimeError(_UNKNOWN)
         self.read[owner, run] = position + 1
         return entries[position]
@@ -81,7 +82,7 @@ def _place() -> _Place | None:
     if getattr(_acting, "now", False):
         return None
     task = torch._C._current_graph_task_id()
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    hooks: tuple[Any, Any] | None = torch._C._autograd._top_saved_tensors_default_hooks(True)
     if task == -1 and hooks is None and torch.is_grad_enabled():
         return None
     regions: list[Any] = []
@@ -101,7 +102,7 @@ def _place() -> _Place | None:
     if task != -1:
         raise RuntimeError(_UNKNOWN)
     # `torch.distributed._composable.checkpoint` leaves no frame of its own on the stack.
-    pack = None if hooks is None else hooks[0]
+    pack: Any = None if hooks is None else hooks[0]
     if getattr(pack, "__qualname__", "") == "_checkpoint_hook.__init__.<locals>.pack_hook":
         region = pack.__closure__[pack.__code__.co_freevars.index("frame")].cell_contents
         if not any(region is other for other in regions):
@@ -125,7 +126,7 @@ def once(owner: Hashable, action: Callable[[], T]) -> T:
     if place is None:
         return action()
     if place.again is not None:
-        entry = place.again.next(owner, place.run)
+        entry = place.again.next(owner, place.run, False)
         if entry.before is not None and entry.after is not None and _equal(_generators(), entry.before):
             _restore(entry.after)
     else:
@@ -136,7 +137,7 @@ def once(owner: Hashable, action: Callable[[], T]) -> T:
         finally:
             _acting.now = False
         after = _generators()
-        entry = _Entry(value) if _equal(before, after) else _Entry(value, before, after)
+        entry = _Entry(False, value) if _equal(before, after) else _Entry(False, value, before, after)
     for records in place.open:
         records.append(owner, entry)
     result: T = entry.value
@@ -148,10 +149,7 @@ def kept(owner: Hashable, tensor: Tensor) -> Tensor:
     place = None if torch.compiler.is_compiling() else _place()
     if place is None:
         return tensor
-    if place.again is not None:
-        entry = place.again.next(owner, place.run)
-    else:
-        entry = _Entry(tensor.detach().clone())
+    entry = _Entry(True, tensor.detach().clone()) if place.again is None else place.again.next(owner, place.run, True)
     for records in place.open:
         records.append(owner, entry)
     if place.again is None:

@@ -28,7 +28,7 @@ class Assignment:
     """
 
     codes: Tensor  # [N, G] int64, -1 where masked or not finite
-    quantized: Tensor  # [N, sum D], NaN where codes is -1
+    quantized: Tensor  # [N, sum D], 0 where masked, NaN where a row is not finite
     error_parts: Tensor  # [P, G]
     count_parts: Tensor  # [P, sum K]
     sum_parts: Tensor  # [P, sum K D]
@@ -70,7 +70,7 @@ def vq_assign(
         z: [N, sum D] latents; rows may be strided.
         codebook: [sum K D] code vectors, float32 or wider. They take no gradient here.
         layout: sizes of the group.
-        mask: [N] bool; rows that are False take no part (code -1).
+        mask: [N] bool; rows that are False take no part (code -1, zeros, no gradient).
         centred: subtract each codebook's mean code first: exact far from the origin, see
             `reference.nearest_codes`.
         gradient: how `quantized` passes its gradient to z (Bengio et al. 2013, or arXiv 2410.06424);
@@ -103,6 +103,8 @@ def vq_assign(
         resolve_backend(backend, codebook),
     )
     quantized, codes, error, counts, sums = found
+    if mask is not None:  # the operator gives NaN for every code of -1
+        quantized = quantized.masked_fill(~mask[:, None], 0.0)
     return Assignment(codes, quantized, error, counts.detach(), sums.detach())
 
 

@@ -93,7 +93,7 @@ class Codebook(nn.Module):
         return self.use_ddp is not False and self.processes.size() > 1
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Codebook:
-        return keep_wide(self, ("cluster_size", "embed_avg"), lambda: super(Codebook, self)._apply(fn, recurse))
+        return keep_wide(self, ("cluster_size", "embed_avg"), lambda: super(Codebook, self)._apply(fn, recurse))  # type: ignore[no-untyped-call]
 
     def codes(self, dtype: torch.dtype) -> Tensor:
         """[H, K, D], with their gradient where learnable."""

@@ -252,7 +252,7 @@ class ResidualVQ(nn.Module):
             total, loss = with_cross_entropy(self, shape, rows, given, mask, sample_codebook_temp, freeze_codebook)
             return shape.restore(self._masked(projected(self.project_out, total), origin, mask)), loss
         beam = beam_size or (self.beam_size if self.training else self.eval_beam_size) or 1
-        plain = beam == 1 and stages_fuse(self, mask)
+        plain = beam == 1 and once(self, lambda: stages_fuse(self, mask))
         seed, limit, stages = rand_quantize_dropout_fixed_seed, None, self.num_quantizers
         if self.training and self.quantize_dropout:
             if isinstance(seed, Tensor) or (plain and seed is None and torch.compiler.is_compiling()):
