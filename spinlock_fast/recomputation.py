@@ -16,11 +16,13 @@ from typing import Any, TypeVar
 
 import torch
 import torch.utils.checkpoint
-from torch import Tensor
+from torch import Tensor, nn
 
 T = TypeVar("T")
 
 _FILE = torch.utils.checkpoint.__file__
+# What recomputes a region, with `use_reentrant` True and False.
+_REENTRANT, _NON_REENTRANT = "CheckpointFunction.backward", "_checkpoint_hook.__init__.<locals>.unpack_hook"
 _RECORDS = "_spinlock_fast_records"
 _UNKNOWN = (
     "a quantizer in training mode runs inside a backward pass, but its forward pass was not recorded: only"
@@ -29,6 +31,11 @@ _UNKNOWN = (
 )
 
 
+_COMPILED = (
+    "a compiled quantizer in training mode runs again in a region of torch.utils.checkpoint, which would move its codes"
+    " twice. Compile the checkpointed function instead, or move the quantizer out of the region."
+)
+
 _acting = threading.local()  # `now`: inside the action of a call of `once`
 
 
@@ -36,7 +43,7 @@ _acting = threading.local()  # `now`: inside the action of a call of `once`
 class _Entry:
     """What one action gave, and the states of the generators before and after it, where it drew random numbers."""
 
-    kept: bool  # by `kept`, not by `once`
+    kind: str  # "once", "kept" or "gradient"
     value: Any
     before: list[Tensor] | None = None
     after: list[Tensor] | None = None
@@ -46,8 +53,8 @@ class _Entry:
 class _Records:
     """Entries of one run of a region, by quantizer, and how far each recomputation of it has come."""
 
-    entries: dict[Hashable, list[_Entry]] = field(default_factory=dict)
-    read: dict[tuple[Hashable, Hashable], int] = field(default_factory=dict)
+    entries: dict[nn.Module, list[_Entry]] = field(default_factory=dict)
+    read: dict[tuple[nn.Module, Hashable], int] = field(default_factory=dict)
 
     @staticmethod
     def of(region: Any) -> _Records:
@@ -56,13 +63,13 @@ class _Records:
         assert isinstance(records, _Records)
         return records
 
-    def append(self, owner: Hashable, entry: _Entry) -> None:
+    def append(self, owner: nn.Module, entry: _Entry) -> None:
         self.entries.setdefault(owner, []).append(entry)
 
-    def next(self, owner: Hashable, run: Hashable, kept: bool) -> _Entry:
+    def next(self, owner: nn.Module, run: Hashable, kind: str) -> _Entry:
         position = self.read.get((owner, run), 0)
         entries = self.entries.get(owner, [])
-        if position >= len(entries) or entries[position].kept != kept:
+        if position >= len(entries) or entries[position].kind != kind:
             raise RuntimeError(_UNKNOWN)
         self.read[owner, run] = position + 1
         return entries[position]
@@ -77,9 +84,9 @@ class _Place:
     run: Hashable = None  # which recomputation that is
 
 
-def _place() -> _Place | None:
+def _place(owner: nn.Module) -> _Place | None:
     """None outside of all regions, which takes less than a microsecond to find out with gradients on."""
-    if getattr(_acting, "now", False):
+    if torch.compiler.is_compiling() or getattr(_acting, "now", False):
         return None
     task = torch._C._current_graph_task_id()
     hooks: tuple[Any, Any] | None = torch._C._autograd._top_saved_tensors_default_hooks(True)
@@ -90,16 +97,16 @@ def _place() -> _Place | None:
     while frame is not None:
         if frame.f_code.co_filename == _FILE:
             name, names = frame.f_code.co_qualname, frame.f_locals
-            if name == "CheckpointFunction.backward":
+            if name == _REENTRANT:
                 return _Place([_Records.of(r) for r in regions], _Records.of(names["ctx"]), task)
-            if name == "_checkpoint_hook.__init__.<locals>.unpack_hook":
+            if name == _NON_REENTRANT:
                 return _Place([_Records.of(r) for r in regions], _Records.of(names["frame"]), names["gid"])
             if name == "CheckpointFunction.forward":
                 regions.append(names["ctx"])
             elif "gen" in names:  # the generator that makes a region, suspended while the region runs
                 regions.append(names["gen"].gi_frame.f_locals["new_frame"])
         frame = frame.f_back
-    if task != -1:
+    if task != -1 and owner.training:
         raise RuntimeError(_UNKNOWN)
     # `torch.distributed._composable.checkpoint` leaves no frame of its own on the stack.
     pack: Any = None if hooks is None else hooks[0]
@@ -110,23 +117,28 @@ def _place() -> _Place | None:
     return _Place([_Records.of(r) for r in regions]) if regions else None
 
 
-def once(owner: Hashable, action: Callable[[], T]) -> T:
+def once(owner: nn.Module, action: Callable[[], T], state: Tensor | None = None) -> T:
     """The value of `action`, which runs in the first run of a region alone.
 
     In a recomputation the value is that of the first run, and the random generators are left as the action left them
-    there, so that what follows draws the same numbers. Outside of regions, and in compiled code, `action` simply runs.
+    there, so that what follows draws the same numbers. Outside of regions `action` simply runs. So it does in compiled
+    code: torch.compile takes care of regions inside of it.
 
     Args:
         owner: the quantizer; its actions must come in the same order in both runs.
+        state: a tensor that `action` changes.
 
     Raises:
-        RuntimeError: inside a backward pass for which no first run was recorded.
+        RuntimeError: inside a backward pass for which no first run was recorded; in compiled code with `state`, in any
+            recomputation of a region around it.
     """
-    place = None if torch.compiler.is_compiling() else _place()
+    if state is not None and torch.compiler.is_compiling():
+        torch.ops.spinlock_fast.refuse_recomputation(state)
+    place = _place(owner)
     if place is None:
         return action()
     if place.again is not None:
-        entry = place.again.next(owner, place.run, False)
+        entry = place.again.next(owner, place.run, "once")
         if entry.before is not None and entry.after is not None and _equal(_generators(), entry.before):
             _restore(entry.after)
     else:
@@ -137,25 +149,62 @@ def once(owner: Hashable, action: Callable[[], T]) -> T:
         finally:
             _acting.now = False
         after = _generators()
-        entry = _Entry(False, value) if _equal(before, after) else _Entry(False, value, before, after)
+        entry = _Entry("once", value) if _equal(before, after) else _Entry("once", value, before, after)
     for records in place.open:
         records.append(owner, entry)
     result: T = entry.value
     return result
 
 
-def kept(owner: Hashable, tensor: Tensor) -> Tensor:
+torch.library.define("spinlock_fast::refuse_recomputation", "(Tensor(a!) state) -> ()")
+
+
+@torch.library.impl("spinlock_fast::refuse_recomputation", "default")
+def _refuse_recomputation(state: Tensor) -> None:
+    if torch._C._current_graph_task_id() == -1:
+        return
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_filename == _FILE and frame.f_code.co_qualname in (_REENTRANT, _NON_REENTRANT):
+            raise RuntimeError(_COMPILED)
+        frame = frame.f_back
+
+
+def _fake_refuse_recomputation(state: Tensor) -> None:
+    return None
+
+
+torch.library.register_fake("spinlock_fast::refuse_recomputation", _fake_refuse_recomputation)
+
+
+def kept(owner: nn.Module, tensor: Tensor) -> Tensor:
     """`tensor`; in a recomputation its values of the first run, with the gradient of `tensor` as it is now."""
-    place = None if torch.compiler.is_compiling() else _place()
+    place = _place(owner)
     if place is None:
         return tensor
-    entry = _Entry(True, tensor.detach().clone()) if place.again is None else place.again.next(owner, place.run, True)
-    for records in place.open:
-        records.append(owner, entry)
+    values: Tensor = _recorded(place, owner, "kept", lambda: tensor.detach().clone())
     if place.again is None:
         return tensor
-    values: Tensor = entry.value
     return values + (tensor - tensor.detach()) if tensor.requires_grad else values
+
+
+def takes_gradient(owner: nn.Module, x: Tensor) -> bool:
+    """Whether x takes a gradient; of a region whose first run has gradients turned off, True in both runs.
+
+    Values may depend on it: the rotation trick keeps zeros, where a code is returned otherwise.
+    """
+    place = _place(owner)
+    if place is None:
+        return x.requires_grad
+    return bool(_recorded(place, owner, "gradient", lambda: x.requires_grad or not torch.is_grad_enabled()))
+
+
+def _recorded(place: _Place, owner: nn.Module, kind: str, make: Callable[[], Any]) -> Any:
+    """The value of `make` in the first run."""
+    entry = _Entry(kind, make()) if place.again is None else place.again.next(owner, place.run, kind)
+    for records in place.open:
+        records.append(owner, entry)
+    return entry.value
 
 
 def _generators() -> list[Tensor]:

@@ -91,7 +91,7 @@ class VectorQuantizer(nn.Module):
         chosen = F.embedding(codes.clamp(min=0), weight).clone()
         chosen = torch.where(valid[:, None], chosen, torch.nan)
         if self.training and self.use_ema:
-            once(self, lambda: self._move_codes(found))
+            once(self, lambda: self._move_codes(found), self.ema_cluster_size)
         encodings = F.one_hot(codes.clamp(min=0), self.num_embeddings).to(torch.float32) * valid[:, None]
         codebook_loss = F.mse_loss(chosen.detach(), flat)
         commitment_loss = F.mse_loss(chosen, flat.detach())

@@ -99,7 +99,7 @@ def _learn(vq: VectorQuantize, rows: Tensor, counts: Tensor, sums: Tensor, call:
         return book.transform_input(rows[h].detach()[index])
 
     piece = Piece(book, counts, sums, take, rows.shape[1], call.row_mask)
-    once(book, lambda: update([piece], call.weight, call.accumulate, call.ema_update))
+    once(book, lambda: update([piece], call.weight, call.accumulate, call.ema_update), book.usage)
 
 
 def _by_steps(vq: VectorQuantize, rows: Tensor, call: Call) -> Found:

@@ -13,7 +13,7 @@ from spinlock_fast.dropin.codebook import Piece, update
 from spinlock_fast.dropin.search import gradient_mode
 from spinlock_fast.dropin.shapes import InputShape
 from spinlock_fast.kernels.residual_vq import ResidualAssignment, residual_vq
-from spinlock_fast.recomputation import once
+from spinlock_fast.recomputation import once, takes_gradient
 
 if TYPE_CHECKING:
     from spinlock_fast.dropin.residual import ResidualVQ
@@ -43,23 +43,24 @@ def fused(
     row_mask = None if mask is None else mask.flatten()
     frozen = frozen or first.freeze_codebook
     updating = rvq.training and not frozen
+    gradient = gradient_mode(first, rvq.training and takes_gradient(rvq, rows))
     found = residual_vq(
         flat,
         [layer._codebook.used[0] for layer in layers],
         row_mask,
         limit=limit,
         cosine=first.use_cosine_sim,
-        gradient=gradient_mode(first, rows.requires_grad),
+        gradient=gradient,
         with_sums=updating,
     )
     valid = max(flat.shape[0], 1) if row_mask is None else row_mask.sum().clamp(min=1)
     weight = first.commitment_weight if rvq.training and first.has_commitment_loss else 0.0
     loss = found.errors * weight / (valid * flat.shape[1]) if weight else torch.zeros_like(found.errors)
     if updating:
-        once(rvq, lambda: _learn(rvq, layers, flat.detach(), found, row_mask, limit))
+        once(rvq, lambda: _learn(rvq, layers, flat.detach(), found, row_mask, limit), first._codebook.usage)
     loss = loss.to(torch.promote_types(loss.dtype, rows.dtype))
     quantized = found.quantized
-    if gradient_mode(first, rows.requires_grad) == "none":
+    if gradient == "none":
         quantized = quantized.detach()  # of the operator's one node: the errors may still need the input's gradient
     return quantized.view(rows.shape), found.codes.view(*rows.shape[:-1], stages), loss
 

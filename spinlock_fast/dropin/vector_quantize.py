@@ -18,6 +18,7 @@ from spinlock_fast.dropin.shapes import InputShape, beside, lengths_to_mask, pro
 from spinlock_fast.dropin.total import cross_entropy_of, per_position, total_loss
 from spinlock_fast.dropin.usage import CodeUsage
 from spinlock_fast.processes import Processes
+from spinlock_fast.recomputation import takes_gradient
 
 
 class VectorQuantize(CodeUsage, nn.Module):
@@ -311,7 +312,7 @@ class VectorQuantize(CodeUsage, nn.Module):
             positions=tuple(origin.shape[:2]),
             frozen=frozen,
             temperature=self.sample_codebook_temp if sample_codebook_temp is None else sample_codebook_temp,
-            input_grad=x.requires_grad,
+            input_grad=takes_gradient(self._codebook, x) if self.training else x.requires_grad,
             topk=topk,
             with_distances=indices is not None,
             transform=codebook_transform_fn,
@@ -353,7 +354,7 @@ class VectorQuantize(CodeUsage, nn.Module):
             positions=tuple(rows.shape[:2]),
             frozen=True,
             temperature=self.sample_codebook_temp if temperature is None else temperature,
-            input_grad=rows.requires_grad,
+            input_grad=takes_gradient(self._codebook, rows) if self.training else rows.requires_grad,
             topk=min(k, self.codebook_size),
             with_distances=False,
             transform=transform,

@@ -222,7 +222,7 @@ class GroupedVectorQuantizer(nn.Module):
         update = partial(self._update, found, flat.shape[0] if rows is None else rows.sum())
         quantized = found.quantized.to(z.dtype).view(z.shape)
         codes = found.codes.view(*z.shape[:-1], self.layout.groups)
-        move_codes = partial(once, self, update) if updating else _nothing
+        move_codes = partial(once, self, update, self.usage) if updating else _nothing
         return quantized, codes, loss, embedding.detach(), move_codes
 
     def assign(self, z: Tensor, mask: Tensor | None = None) -> Assignment:
