@@ -36,6 +36,7 @@ from spinlock_fast.config import RunConfig
 from spinlock_fast.config_file import load_config
 from spinlock_fast.loop import SilentObserver, TrainingRun
 from spinlock_fast.model import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
+from spinlock_fast.seeds import Stream, generator
 from spinlock_fast.step import learning_rates
 from spinlock_fast.trainer import resolve_device
 
@@ -86,7 +87,7 @@ def train_baseline(baseline: BaselineModel, config: RunConfig, x: Tensor) -> Non
     steps = -(-len(x) // batch)
     baseline.train()
     for epoch in range(training.num_epochs):
-        order = torch.from_numpy(np.random.default_rng([config.random_seed, 2, epoch]).permutation(len(x)))
+        order = torch.from_numpy(generator(config.random_seed, Stream.ROW_ORDER, epoch).permutation(len(x)))
         rates = learning_rates(training, steps, epoch).tolist()
         for rows, rate in zip(order.to(x.device).split(batch), rates, strict=True):
             optimizer.param_groups[0]["lr"] = rate

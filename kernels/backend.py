@@ -48,13 +48,18 @@ def resolve_backend(name: str, *tensors: Tensor) -> str:
             raise ValueError(f"{VARIABLE} must be one of {', '.join(BACKENDS)}, got {name!r}")
     device = tensors[0].device
     wide = any(tensor.dtype == torch.float64 for tensor in tensors)
+    # Negated when they are read: kernels would see the memory as it is.
+    lazy = not torch.compiler.is_compiling() and any(tensor.is_neg() for tensor in tensors)
     if name == "auto":
-        name = "triton" if device.type == "cuda" and not wide and _HAS_TRITON else "reference"
+        served = device.type == "cuda" and not wide and not lazy
+        name = "triton" if served and _HAS_TRITON else "reference"
     elif name == "triton":
         if not _HAS_TRITON:
             raise RuntimeError("backend triton: the package triton is not installed")
         if wide:
             raise RuntimeError("backend triton: float64 is computed by backend reference alone")
+        if lazy:
+            raise RuntimeError("backend triton: a lazily negated tensor has to be resolved first (resolve_neg)")
         if device.type != "cuda" and not _interpreted():
             raise RuntimeError(f"backend triton: needs a CUDA device, the tensors are on {device.type}")
     if not torch.compiler.is_compiling():

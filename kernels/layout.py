@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -133,33 +134,36 @@ class CodebookLayout:
 
     def _build(self, device: torch.device) -> LayoutIndices:
         G, K, D = self.groups, self.max_codes, self.max_dims
-        k = torch.tensor(self.num_codes)
-        d = torch.tensor(self.dims)
-        code_mask = torch.arange(K) < k[:, None]
-        column_mask = torch.arange(D) < d[:, None]
+        host: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}  # whatever the caller's defaults are
+        k = torch.tensor(self.num_codes, **host)
+        d = torch.tensor(self.dims, **host)
+        code_mask = torch.arange(K, **host) < k[:, None]
+        column_mask = torch.arange(D, **host) < d[:, None]
         entry_mask = code_mask[:, :, None] & column_mask[:, None, :]
-        columns = torch.full((G, D), self.total_dims)
-        columns[column_mask] = torch.arange(self.total_dims)
-        entries = torch.full((G, K, D), self.total_entries)
-        entries[entry_mask] = torch.arange(self.total_entries)
-        code_ids = torch.zeros(G, K, dtype=torch.int64)
-        code_ids[code_mask] = torch.arange(self.total_codes)
+        columns = torch.full((G, D), self.total_dims, **host)
+        columns[column_mask] = torch.arange(self.total_dims, **host)
+        entries = torch.full((G, K, D), self.total_entries, **host)
+        entries[entry_mask] = torch.arange(self.total_entries, **host)
+        code_ids = torch.zeros(G, K, **host)
+        code_ids[code_mask] = torch.arange(self.total_codes, **host)
         flat = LayoutIndices(
             columns=columns,
             column_mask=column_mask,
             packed_columns=column_mask.flatten().nonzero().flatten(),
-            column_book=torch.repeat_interleave(torch.arange(G), d),
+            column_book=torch.repeat_interleave(torch.arange(G, **host), d),
             entries=entries,
             packed_entries=entry_mask.flatten().nonzero().flatten(),
             code_mask=code_mask,
             packed_codes=code_mask.flatten().nonzero().flatten(),
-            code_book=torch.repeat_interleave(torch.arange(G), k),
+            code_book=torch.repeat_interleave(torch.arange(G, **host), k),
             entry_code=code_ids[:, :, None].expand(G, K, D)[entry_mask],
             code_offsets=torch.cumsum(k, 0) - k,
             first_entries=(torch.repeat_interleave(d, k).cumsum(0) - torch.repeat_interleave(d, k)),
             num_codes=k.to(torch.float32),
             dims=d.to(torch.float32),
-            hash_factors=torch.randint(-(2**62), 2**62, (D,), generator=torch.Generator().manual_seed(0)) * 2 + 1,
+            hash_factors=torch.randint(-(2**62), 2**62, (D,), generator=torch.Generator("cpu").manual_seed(0), **host)
+            * 2
+            + 1,
         )
         return LayoutIndices(**{name: tensor.to(device) for name, tensor in vars(flat).items()})
 

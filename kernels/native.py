@@ -6,7 +6,7 @@ import ctypes
 import os
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spinlock_fast import _native as library
 from spinlock_fast.kernels.backend import VARIABLE
@@ -26,22 +26,30 @@ _share_threads_of_torch()
 
 
 def serves(*tensors: Tensor) -> bool:
-    """Whether all tensors are float32 on the CPU, outside of torch.compile and of a dispatch mode.
+    """Whether all tensors are float32 on the CPU with memory of their own, outside of torch.compile and dispatch modes.
 
-    A backend chosen by the environment variable of `backend` turns the kernels off.
+    Subclasses (FakeTensor, DTensor) and lazily negated tensors hold no memory that could be read as it is. A backend
+    chosen by the environment variable of `backend` turns the kernels off.
     """
     return (
         os.environ.get(VARIABLE, "auto") == "auto"
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
-        and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
+        and all(
+            t.dtype == torch.float32 and t.is_cpu and type(t) in (Tensor, nn.Parameter) and not t.is_neg()
+            for t in tensors
+        )
         and not torch.is_autocast_enabled("cpu")
     )
 
 
 def address(tensor: Tensor | None) -> int:
-    """Where the first entry lies; 0 for None."""
-    return tensor.data_ptr() if tensor is not None else 0
+    """Where the first entry of a contiguous tensor lies; 0 for None."""
+    if tensor is None:
+        return 0
+    if not (tensor.is_cpu and tensor.is_contiguous()):
+        raise ValueError(f"a native kernel reads contiguous memory of the CPU, got strides {tensor.stride()}")
+    return tensor.data_ptr()
 
 
 def operand(matrix: Tensor) -> tuple[int, int, int]:
@@ -51,4 +59,4 @@ def operand(matrix: Tensor) -> tuple[int, int, int]:
 
 def draw_seed() -> Tensor:
     """A seed for dropout from torch's generator, so that its state determines the masks."""
-    return torch.empty((), dtype=torch.int64).random_()
+    return torch.empty((), dtype=torch.int64, device="cpu").random_()

@@ -99,6 +99,9 @@ def decoders_backward(
     rows: int, features: int, hidden_width: int, hidden: int, decoded: int, off: int, of_quantized: int, of_w1: int,
     of_b1: int, of_w2: int, of_b2: int, threads: int,
 ) -> None: ...  # fmt: skip
+def check_codes(codes: int, rows: int, num_codes: list[int], name: str) -> bool:
+    """Whether one of int64 codes [rows, G] is -1; raises IndexError where one is outside its codebook."""
+
 def topo_forward(
     x: int, features: int, z: int, codes: int, codebook: int, rows: int, num_codes: list[int], dims: list[int],
     distances: int, tables: int, missing: bool, threads: int,

@@ -17,6 +17,7 @@ from spinlock_fast.graphs import own_stream
 from spinlock_fast.loop import SilentObserver, TrainingRun
 from spinlock_fast.model import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
 from spinlock_fast.rows import place_rows
+from spinlock_fast.seeds import seed_torch
 from spinlock_fast.step import learning_rates
 from spinlock_fast.trainer import resolve_device
 
@@ -77,7 +78,7 @@ def training_run(
     model_config = CategoricalVQVAEConfig(**{**config.model.model_dump(), "input_dim": rows, "group_indices": groups})
     place = resolve_device(device)
     with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
-        torch.manual_seed(config.random_seed)
+        seed_torch(config.random_seed, place)
         model = CategoricalHierarchicalVQVAE(model_config).to(place)
         matrix, where = x.numpy(), config.training.data_on_device
         x_train, x_val = (place_rows(Selection(rows), place, where) for rows in (matrix, matrix[:1]))

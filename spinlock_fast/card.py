@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from html import escape
 from pathlib import Path
 
 from spinlock_fast.config import RunConfig
+from spinlock_fast.messages import printable
 from spinlock_fast.metrics import Metrics
 
 
@@ -99,20 +101,21 @@ def _data(config: RunConfig) -> str:
     paths = config.dataset_path
     if paths is None:
         return "a matrix given in Python"
-    names = [f"`{Path(path).name}`" for path in ([paths] if isinstance(paths, str) else paths)]
+    names = [f"`{_code(Path(path).name)}`" for path in ([paths] if isinstance(paths, str) else paths)]
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more files" if len(names) > 4 else "")
 
 
 def _families(config: RunConfig) -> str:
     return "\n".join(
-        f"| {name} | {family.encoder} | {'yes' if family.standardize else 'no'} |"
+        f"| {_text(name)} | {family.encoder} | {'yes' if family.standardize else 'no'} |"
         for name, family in config.families.items()
     )
 
 
 def _categories(metrics: Metrics) -> str:
     return "\n".join(
-        f"| {c['name']} | {c['features']} | {', '.join(f'{name} {n}' for name, n in c.get('families', {}).items())} | "
+        f"| {_text(c['name'])} | {c['features']} | "
+        f"{', '.join(f'{_text(name)} {n}' for name, n in c.get('families', {}).items())} | "
         f"{c['partial_mse']:.4f} | {' / '.join(f'{u:.2f}' for u in c['utilization'])} | "
         f"{' / '.join(str(k) for k in c['codes'])} |"
         for c in metrics["categories"]
@@ -125,11 +128,26 @@ def _outside(metrics: Metrics) -> str:
     count = metrics["features"] - sum(category["features"] for category in categories)
     if not count:
         return ""
-    readers = [f"{c['name']} reads {len(c['also_reads'])}" for c in categories if c["also_reads"]]
+    readers = [f"{_text(c['name'])} reads {len(c['also_reads'])}" for c in categories if c["also_reads"]]
     read = f" ({', '.join(readers)} of them as well)" if readers else ""
     return f"\n{count} more of the features are in no category{read}: they are reconstructed from all codes.\n"
 
 
 def _token_names(metrics: Metrics) -> str:
-    names = [f"{c['name']}/L{level}" for c in metrics["categories"] for level in range(len(c["codes"]))]
+    names = [f"{_text(c['name'])}/L{level}" for c in metrics["categories"] for level in range(len(c["codes"]))]
     return ", ".join(names if len(names) <= 6 else [*names[:4], "...", names[-1]])
+
+
+_MARKDOWN = str.maketrans({c: f"\\{c}" for c in "\\`*[]|~#$"})
+
+
+def _code(name: str) -> str:
+    """A name between backticks, where Markdown interprets nothing but a backtick."""
+    return printable(name, keep="").replace("`", "'")
+
+
+def _text(name: str, most: int = 80) -> str:
+    """A name from the data or the settings, so that no character of it is markup."""
+    name = printable(name, keep="")
+    name = name if len(name) <= most else f"{name[: most // 2]}...{name[-most // 2 :]}"
+    return escape(name.translate(_MARKDOWN))

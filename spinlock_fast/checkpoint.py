@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
+import logging
+import math
 import pickle
 import struct
 import zipfile
@@ -12,27 +13,37 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 
+from spinlock_fast import __version__
 from spinlock_fast.card import model_card
 from spinlock_fast.config import RunConfig
 from spinlock_fast.config_file import dump_config, load_config
 from spinlock_fast.errors import DataError
 from spinlock_fast.files import write_atomically, write_json, write_text
+from spinlock_fast.manifest import RESUME, file_sha256, write_manifest
+from spinlock_fast.messages import one_line, shown
 from spinlock_fast.metrics import Metrics
 from spinlock_fast.model import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
+from spinlock_fast.run_directory import (
+    BEST,
+    CARD,
+    CONFIG,
+    FILES,
+    FINAL,
+    HISTORY,
+    METRICS,
+    NORMALIZATION,
+    SAFETENSORS,
+    TENSORBOARD,
+    check_integrity,
+    find,
+    unfinished,
+)
 
-BEST = "best_model.pt"
-FINAL = "final_model.pt"
-RESUME = "resume.pt"
-SAFETENSORS = "model.safetensors"
-CONFIG = "config.yaml"
-NORMALIZATION = "normalization_stats.npz"
-HISTORY = "training_history.json"
-METRICS = "metrics.json"
-CARD = "README.md"
-TENSORBOARD = "tensorboard"
+__all__ = ["BEST", "CONFIG", "FILES", "FINAL", "HISTORY", "METRICS", "RESUME", "SAFETENSORS", "TENSORBOARD"]
 
-FILES = (BEST, FINAL, RESUME, SAFETENSORS, CONFIG, NORMALIZATION, HISTORY, METRICS, CARD, TENSORBOARD)
+log = logging.getLogger(__name__)
 
 _KEYS = (
     "model_state_dict",
@@ -50,8 +61,14 @@ _ALIGNMENT = 16
 
 
 def save_torch(path: Path, payload: Mapping[str, Any]) -> None:
-    """A file that `torch.load(weights_only=True)` reads; raises OutputError."""
-    write_atomically(path, lambda temporary: torch.save(dict(payload), temporary))
+    """A file that `torch.load(weights_only=True)` reads, the same for the same payload; raises OutputError."""
+
+    def write(temporary: Path) -> None:
+        # Given a name, torch would put it into the archive, and so into the file's hash.
+        with open(temporary, "wb") as file:
+            torch.save(dict(payload), file)
+
+    write_atomically(path, write)
 
 
 def load_torch(path: Path) -> dict[str, Any]:
@@ -91,9 +108,11 @@ def load_payload(directory: str | Path) -> dict[str, Any]:
         DataError: no checkpoint there, or one without a part that is needed.
     """
     directory = Path(directory)
-    path = next((directory / name for name in (BEST, FINAL) if (directory / name).exists()), None)
+    path = _model_path(directory)
     if path is None:
-        raise DataError(f"{directory}: no {BEST} there; it is not the directory of a finished run")
+        advice = f"; its run is unfinished, --resume {directory} goes on" if unfinished(directory) else ""
+        raise DataError(f"{directory}: no {BEST} there; it is not the directory of a finished run{advice}")
+    check_integrity(directory, path.name)
     payload = load_torch(path)
     missing = [key for key in _KEYS if key not in payload]
     if missing:
@@ -102,10 +121,55 @@ def load_payload(directory: str | Path) -> dict[str, Any]:
 
 
 def model_from_payload(payload: Mapping[str, Any]) -> CategoricalHierarchicalVQVAE:
-    """The model of a checkpoint in eval mode."""
-    model = CategoricalHierarchicalVQVAE(CategoricalVQVAEConfig(**payload["model_config"]))
-    model.load_state_dict(payload["model_state_dict"])
+    """The model of a checkpoint in eval mode.
+
+    Raises:
+        DataError: settings or weights are not those of this version's model; names the version that wrote them.
+    """
+    settings, weights = payload["model_config"], payload["model_state_dict"]
+    if not isinstance(settings, Mapping) or not isinstance(weights, Mapping):
+        raise DataError(f"model_config and model_state_dict must be mappings{_written_by(payload)}")
+    try:
+        config = CategoricalVQVAEConfig(**settings)
+    except (ValidationError, TypeError) as error:
+        raise DataError(f"model_config: {_first_problem(error)}{_written_by(payload)}") from None
+    sizes = {name: tuple(value.shape) for name, value in weights.items() if isinstance(value, torch.Tensor)}
+    # A model that is much larger than its weights would take memory for nothing.
+    if config.parameter_count() > sum(map(math.prod, sizes.values())):
+        raise DataError(
+            f"model_config describes {config.parameter_count():,} parameters, but model_state_dict holds "
+            f"{sum(map(math.prod, sizes.values())):,} numbers{_written_by(payload)}"
+        )
+    model = CategoricalHierarchicalVQVAE(config)
+    if problem := _difference(sizes, {name: tuple(value.shape) for name, value in model.state_dict().items()}):
+        raise DataError(f"model_state_dict: {problem}{_written_by(payload)}")
+    model.load_state_dict(weights)
     return model.eval()
+
+
+def _first_problem(error: ValidationError | TypeError) -> str:
+    if isinstance(error, TypeError):
+        return one_line(error)
+    problem = error.errors(include_url=False)[0]
+    place = ".".join(map(str, problem["loc"]))
+    return f"{place}: {problem['msg']}, got {shown(problem['input'])}" if place else one_line(problem["msg"])
+
+
+def _difference(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> str:
+    """The first difference between the shapes of two state dicts; empty where there is none."""
+    for name, shape in expected.items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name] != shape:
+            return f"{name} is {list(found[name])}, expected {list(shape)}"
+    return next((f"{shown(name)} is unknown" for name in found if name not in expected), "")
+
+
+def _written_by(payload: Mapping[str, Any]) -> str:
+    """Who wrote a checkpoint, for the end of an error message."""
+    writer = payload.get("written_by")
+    version = shown(writer, 40) if isinstance(writer, str) else "an earlier or unknown version"
+    return f" (written by {version}, read by spinlock-fast {__version__})"
 
 
 def load_checkpoint(directory: str | Path) -> CategoricalHierarchicalVQVAE:
@@ -115,15 +179,25 @@ def load_checkpoint(directory: str | Path) -> CategoricalHierarchicalVQVAE:
 
 def load_run_config(directory: str | Path) -> RunConfig:
     """The settings of the run that made a checkpoint directory; raises ConfigError."""
-    return load_config(Path(directory) / CONFIG)
+    directory = Path(directory)
+    try:
+        check_integrity(directory, CONFIG)
+    except (DataError, OSError):
+        log.warning("%s was changed after the run that made it", find(directory, CONFIG))
+    return load_config(find(directory, CONFIG))
 
 
 def checkpoint_hash(directory: str | Path) -> str:
     """SHA-256 of the model file, as hexadecimal text."""
-    directory = Path(directory)
-    path = directory / BEST if (directory / BEST).exists() else directory / FINAL
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    path = _model_path(Path(directory))
+    if path is None:
+        raise DataError(f"{directory}: no {BEST} there; it is not the directory of a finished run")
+    return file_sha256(path)
+
+
+def _model_path(directory: Path) -> Path | None:
+    paths = (find(directory, name) for name in (BEST, FINAL))
+    return next((path for path in paths if path.exists()), None)
 
 
 def plain(value: Any, copy: bool = False, fetched: Mapping[int, torch.Tensor] | None = None) -> Any:
@@ -191,7 +265,7 @@ def write_results(
     history: Mapping[str, Any],
     resumable: Mapping[str, Any],
 ) -> None:
-    """Writes everything but resume.pt; best_model.pt last but one, metrics.json last.
+    """Writes the files of a finished run, the manifest last.
 
     Args:
         parts: the entries of the payload that are not the model's.
@@ -207,13 +281,26 @@ def write_results(
     write_text(directory / CONFIG, dump_config(config))
     write_atomically(directory / SAFETENSORS, lambda temporary: temporary.write_bytes(save(tensors)))
     write_normalization(directory / NORMALIZATION, normalization)
-    write_json(directory / HISTORY, history)
+    write_json(directory / HISTORY, finite_or_null(history))
     end = resumable["run"]
     last = model_payload(model, end["model_state_dict"], end["epoch"], parts)
     save_torch(directory / FINAL, {**last, "run_state": resumable})
     write_text(directory / CARD, model_card(metrics, config))
     save_torch(directory / BEST, payload)
-    write_json(directory / METRICS, metrics)
+    write_json(directory / METRICS, finite_or_null(metrics))
+    write_manifest(directory)
+
+
+def finite_or_null(value: Any, name: str = "") -> Any:
+    """The same value with None, and a warning that names it, for each number that JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: finite_or_null(inner, f"{name}.{key}" if name else str(key)) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite_or_null(inner, f"{name}[{i}]") for i, inner in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        log.warning("%s is %s: written as null", name, value)
+        return None
+    return value
 
 
 def model_payload(
@@ -224,6 +311,7 @@ def model_payload(
 ) -> dict[str, Any]:
     """The entries of a model file."""
     return {
+        "written_by": f"spinlock-fast {__version__}",
         "model_state_dict": {key: value.detach().cpu() for key, value in state_dict.items()},
         "model_config": model.config.model_dump(mode="json"),
         "epoch": epoch,

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import signal
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from types import FrameType
 from typing import NoReturn
 
-from spinlock_fast.errors import Interrupted, SpinlockFastError
+from spinlock_fast.errors import ConfigError, Interrupted, SpinlockFastError, is_out_of_memory
+from spinlock_fast.messages import one_line
+from spinlock_fast.signals import handling
+from spinlock_fast.streams import ReaderGone, tolerant_streams
 
 VERBS = {
     "generate": "simulate operators and write their features to an HDF5 file",
@@ -22,12 +25,14 @@ VERBS = {
     "report": "draw the dashboards of a checkpoint",
 }
 
+READER_GONE = 141  # the exit status where standard output is a pipe that nobody reads, as after SIGPIPE
+
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line and status 2."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"error: {one_line(message)} (see {self.prog} --help)\n")
 
 
 def parser(verb: str, description: str) -> Parser:
@@ -37,19 +42,41 @@ def parser(verb: str, description: str) -> Parser:
 
 def exit_with(command: Callable[[], None]) -> NoReturn:
     """Runs a command and ends the process: a foreseen error is one line on stderr and its status."""
-    # A SIGTERM unwinds the stack, so that unfinished files are removed; `train` has a handler of its own.
-    signal.signal(signal.SIGTERM, _interrupt)
+    with tolerant_streams():
+        status = _status_of(command)
+    sys.exit(status)
+
+
+def _status_of(command: Callable[[], None]) -> int:
     try:
-        command()
+        # A signal unwinds the stack, so that unfinished files are removed; `train` has a handler of its own.
+        with handling(_interrupt):
+            _refuse_several_processes()
+            command()
+            sys.stdout.flush()
     except SpinlockFastError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(error.exit_status)
-    except KeyboardInterrupt:
-        sys.stderr.write("error: interrupted\n")
-        sys.exit(Interrupted("", 2).exit_status)
-    except BrokenPipeError:
-        sys.exit(141)
-    sys.exit(0)
+        sys.stderr.write(f"error: {one_line(error)}\n")
+        sys.stderr.flush()
+        return error.exit_status
+    except ReaderGone:
+        return READER_GONE
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        sys.stderr.write(f"error: out of memory: {one_line(error, 200)}\n")
+        sys.stderr.flush()
+        return SpinlockFastError.exit_status
+    return 0
+
+
+def _refuse_several_processes() -> None:
+    """Raises ConfigError under a launcher such as torchrun: every process would write the same output."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes.strip() not in ("", "1"):
+        raise ConfigError(
+            f"WORLD_SIZE is {processes}: this command runs in one process; start it without torchrun, "
+            "or unset WORLD_SIZE"
+        )
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:

@@ -30,8 +30,9 @@ def parse_bytes(value: object) -> int:
 
 
 ByteSize = Annotated[int, BeforeValidator(parse_bytes)]
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+_INT32_MAX = 2**31 - 1
+PositiveInt = Annotated[int, Field(ge=1, le=_INT32_MAX)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=_INT32_MAX)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -279,6 +280,9 @@ class TrainingConfig(Section):
     )
     val_every_n_epochs: PositiveInt = Field(default=5, description="epochs between validations")
     save_every: PositiveInt = Field(default=25, description="epochs between resumable checkpoints")
+    save_minutes: PositiveFloat = Field(
+        default=5.0, description="minutes after which a resumable checkpoint is written at the latest"
+    )
     data_on_device: Literal["auto", "always", "never"] = Field(
         default="auto",
         description="rows lie on the device (always), or in main memory and follow as steps need them (never); "

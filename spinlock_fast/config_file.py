@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
+import stat
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -14,10 +16,34 @@ from pydantic_core import ErrorDetails
 
 from spinlock_fast.config import ENCODER_PARAMS, FamilyConfig, LevelConfig, RunConfig, Section
 from spinlock_fast.errors import ConfigError
+from spinlock_fast.messages import one_line, shown
+
+# Of the file, and of the tree of values that its aliases expand to.
+_MAX_BYTES = 16_000_000
+_MAX_NODES = 1_000_000
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-8 as a number (YAML 1.2) and refuses a key given twice."""
+class BoundedLoader(yaml.SafeLoader):
+    """SafeLoader that bounds what aliases expand to.
+
+    A value that Python cannot hold (a date without such a month, an integer of 5,000 digits) is a ConstructorError.
+    """
+
+    def get_single_node(self) -> yaml.Node | None:
+        node: yaml.Node | None = super().get_single_node()
+        if node is not None:
+            _check_expansion(node)
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except ValueError as error:
+            raise yaml.constructor.ConstructorError(None, None, one_line(error), node.start_mark) from None
+
+
+class _Loader(BoundedLoader):
+    """A loader that reads 1e-8 as a number (YAML 1.2) and refuses a key given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -32,6 +58,39 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _check_expansion(root: yaml.Node) -> None:
+    """Raises where an alias refers to a value that contains it, or where aliases expand to too many values."""
+    sizes: dict[int, int] = {}  # values of the tree under a node, by its id
+    open_nodes: set[int] = set()
+    stack = [root]
+    while stack:
+        node = stack[-1]
+        children = _children(node)
+        if id(node) in sizes:
+            stack.pop()
+        elif id(node) in open_nodes:
+            stack.pop()
+            open_nodes.discard(id(node))
+            sizes[id(node)] = 1 + sum(sizes[id(child)] for child in children)
+            if sizes[id(node)] > _MAX_NODES:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"aliases expand to more than {_MAX_NODES:,} values", node.start_mark
+                )
+        else:
+            open_nodes.add(id(node))
+            if any(id(child) in open_nodes for child in children):
+                raise yaml.constructor.ConstructorError(
+                    None, None, "an alias refers to a value that contains it", node.start_mark
+                )
+            stack += children
+
+
+def _children(node: yaml.Node) -> list[yaml.Node]:
+    if isinstance(node, yaml.MappingNode):
+        return [part for pair in node.value for part in pair]
+    return list(node.value) if isinstance(node, yaml.SequenceNode) else []
+
+
 class _Dumper(yaml.SafeDumper):
     """SafeDumper that quotes a text which `_Loader` would read as a number."""
 
@@ -44,21 +103,45 @@ for _kind in (_Loader, _Dumper):
     )
 
 
-def parse_yaml(text: str) -> Any:
+def parse_yaml(text: str, loader: type[BoundedLoader] = _Loader) -> Any:
     """The value of a YAML text; raises yaml.YAMLError."""
-    return yaml.load(text, Loader=_Loader)
+    try:
+        return yaml.load(text, Loader=loader)
+    except RecursionError:
+        raise yaml.YAMLError("values are nested too deeply") from None
+
+
+def read_text_file(path: Path, what: str = "file") -> str:
+    """The text of a settings file.
+
+    Raises:
+        ConfigError: no such `what`, not a regular file (a pipe, a device), too large, or not UTF-8.
+    """
+    try:
+        mode = path.stat()
+        if stat.S_ISDIR(mode.st_mode):
+            raise ConfigError(f"{path}: is a directory, not a file")
+        if not stat.S_ISREG(mode.st_mode):
+            raise ConfigError(f"{path}: is not a regular file")
+        if mode.st_size > _MAX_BYTES:
+            raise ConfigError(
+                f"{path}: holds {mode.st_size:,} bytes, more than the {_MAX_BYTES:,} of any settings file"
+            )
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such {what}") from None
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a path with a null character
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else one_line(error)
+        raise ConfigError(f"{one_line(path)}: cannot be read: {reason}") from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The keys of a YAML file, none for an empty one; raises ConfigError with one line."""
+    text = read_text_file(path, "configuration file")
     try:
-        data = parse_yaml(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such configuration file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {_one_line(error)}") from None
+        data = parse_yaml(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {_one_line(error)}") from None
+        raise ConfigError(f"{path}: not valid YAML: {one_line(error)}") from None
     if data is None:
         return {}
     if not isinstance(data, dict):
@@ -183,7 +266,7 @@ def _parse_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> list[tuple
             # A leading * is a glob here, not a YAML alias.
             pairs.append((key.strip(), value if value.lstrip().startswith("*") else parse_yaml(value)))
         except yaml.YAMLError as error:
-            raise ConfigError(f"--set {text}: not valid YAML: {_one_line(error)}") from None
+            raise ConfigError(f"--set {text}: not valid YAML: {one_line(error)}") from None
     return pairs
 
 
@@ -209,16 +292,14 @@ def _describe(problem: ErrorDetails, data: Mapping[str, Any]) -> str:
     if problem["type"] == "value_error" and not place:
         return message
     given = problem["input"]
-    shown = repr(given)
-    shown = shown if len(shown) <= 60 else shown[:57] + "..."
     nearest = ""
     if problem["type"] == "literal_error" and isinstance(given, str):
         allowed = re.findall(r"'([^']+)'", problem.get("ctx", {}).get("expected", ""))
         close = difflib.get_close_matches(given, allowed, 1)
         nearest = f"; did you mean {close[0]!r}?" if close else ""
     if problem["type"] == "value_error":
-        return f"{place}: {message}" + ("" if isinstance(given, dict) else f", got {shown}")
-    return f"{place}: {message}, got {shown} ({type(given).__name__}){nearest}"
+        return f"{place}: {message}" + ("" if isinstance(given, dict) else f", got {shown(given)}")
+    return f"{place}: {message}, got {shown(given)} ({type(given).__name__}){nearest}"
 
 
 _ABSENT = object()
@@ -265,7 +346,3 @@ def _section_at(keys: list[str], data: Mapping[str, Any]) -> type[BaseModel]:
         case [name] if isinstance(section := RunConfig.model_fields[name].annotation, type):
             return section
     return RunConfig
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

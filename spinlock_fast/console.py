@@ -22,10 +22,10 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from spinlock_fast.checkpoint import TENSORBOARD
 from spinlock_fast.config import LoggingConfig
 from spinlock_fast.loop import EpochRecord
 from spinlock_fast.metrics import Metrics
+from spinlock_fast.run_directory import TENSORBOARD
 
 _PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal
 
@@ -63,12 +63,10 @@ class RunDisplay:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._end_bar()
+        self.training_finished()
         self._logger.removeHandler(self._handler)
         self._logger.setLevel(self._before[0])
         self._logger.propagate = self._before[1]
-        if self._writer is not None:
-            self._writer.close()
 
     def stage(self, text: str) -> None:
         """Names what happens next."""
@@ -107,6 +105,13 @@ class RunDisplay:
             self._line(f"  epoch {record.epoch}/{self._epochs}  {text}")
         if self._writer is not None:
             self._write_scalars(record)
+
+    def training_finished(self) -> None:
+        """No epoch follows: the bar ends, and the TensorBoard file is closed."""
+        self._end_bar()
+        if self._writer is not None:
+            writer, self._writer = self._writer, None
+            writer.close()
 
     def save(self, state: dict[str, Any]) -> None:
         """States are kept elsewhere."""

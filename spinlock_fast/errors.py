@@ -35,3 +35,11 @@ class Interrupted(SpinlockFastError):  # noqa: N818 - an order obeyed, not an er
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.exit_status = 128 + signal_number
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory could not be had: Python's and NumPy's MemoryError, and what torch raises on a CPU or a GPU."""
+    marks = ("DefaultCPUAllocator", "not enough memory", "out of memory", "Storage size calculation overflowed")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(mark in str(error) for mark in marks)
+    )

@@ -13,6 +13,7 @@ from spinlock_fast.features.categories import category_correlation, max_off_diag
 from spinlock_fast.features.selection import Selection
 from spinlock_fast.metrics import complete, evaluate
 from spinlock_fast.rows import place_rows
+from spinlock_fast.run_directory import find
 from spinlock_fast.tokenizer import Tokenizer
 from spinlock_fast.trainer import resolve_device
 
@@ -24,7 +25,7 @@ def evaluate_file(checkpoint: str | Path, data: str | list[str], device: str = "
         DataError: the checkpoint or the data cannot serve.
     """
     tokenizer = Tokenizer.from_checkpoint(checkpoint, resolve_device(device))
-    has_config = (Path(checkpoint) / CONFIG).exists()
+    has_config = find(Path(checkpoint), CONFIG).exists()
     training = load_run_config(checkpoint).training if has_config else TrainingConfig()
     x = np.concatenate([block for _, block in tokenizer.features_file(data)])
     metrics = evaluate(tokenizer.model, place_rows(Selection(x), tokenizer.device), training)

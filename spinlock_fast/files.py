@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import secrets
+import shutil
+import socket
+import stat
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,31 +18,168 @@ from typing import Any
 
 from spinlock_fast.errors import OutputError
 
+# Names of temporary files: .NAME.HOST-PID-RANDOM.SUFFIX. Host and process tell whether the writer still lives.
+_TEMPORARY = re.compile(r"\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}(?:\.[^.]*)?$")
+_LONGEST_NAME = 200  # of the part that comes from the file; the file system's limit is mostly 255 bytes
+_DESCRIPTOR = re.compile(r"/(?:dev/fd|proc/self/fd|proc/\d+/fd)/(\d+)$")
+_STANDARD = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Gives the name of a temporary file that takes the place of `path` when the block ends well.
 
+    A symbolic link stays, and its target is replaced. A FIFO or character device, such as /dev/stdout, is written to.
+    A file that is replaced keeps its permissions; a new one has those of the umask.
+
     Raises:
-        OutputError: the directory cannot be made or the file not written.
+        OutputError: the directory cannot be made or the file not written; `path` is a block device or a socket.
     """
-    temporary: Path | None = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-        temporary = None
+        descriptor = _open_descriptor(path)
+        target = Path(os.path.realpath(path))
+        special = descriptor is not None or _is_special(target)
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{path}: cannot be written: {_reason(error)}") from None
+    try:
+        with _written_through(target, descriptor) if special else _renamed(target) as temporary:
+            yield temporary
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {_reason(error)}") from None
+
+
+@contextmanager
+def _renamed(target: Path) -> Iterator[Path]:
+    """A temporary file beside the target, renamed to it at the end."""
+    temporary: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove_stale_temporaries(target)
+        temporary = _create_temporary(target)
+        yield temporary
+        _take_permissions(temporary, target)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+        temporary = None
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _written_through(target: Path, descriptor: int | None) -> Iterator[Path]:
+    """A temporary file elsewhere, whose bytes go to a device, a FIFO or an open descriptor at the end."""
+    with tempfile.TemporaryDirectory(prefix="spinlock-fast-") as place:
+        temporary = Path(place) / "output"
+        temporary.touch()
+        yield temporary
+        where = os.dup(descriptor) if descriptor is not None else os.open(target, os.O_WRONLY | os.O_NOCTTY)
+        with open(temporary, "rb") as source, open(where, "wb") as sink:
+            shutil.copyfileobj(source, sink)
+
+
+def _open_descriptor(path: Path) -> int | None:
+    """The number of the open file that /dev/stdout, /dev/fd/N or a link to it names."""
+    seen = os.path.abspath(path)
+    for _ in range(40):  # as many links as Linux follows
+        if seen in _STANDARD:
+            return _STANDARD[seen]
+        if (match := _DESCRIPTOR.search(seen)) and seen.startswith(("/dev/", "/proc/self/", f"/proc/{os.getpid()}/")):
+            return int(match[1])
+        if not os.path.islink(seen):
+            return None
+        seen = os.path.abspath(os.path.join(os.path.dirname(seen), os.readlink(seen)))
+    return None
+
+
+def _is_special(target: Path) -> bool:
+    """Whether a target is a FIFO or a character device; raises OSError for what cannot be written at all."""
+    try:
+        mode = target.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    if stat.S_ISBLK(mode) or stat.S_ISSOCK(mode):
+        raise OSError(f"it is a {'block device' if stat.S_ISBLK(mode) else 'socket'}")
+    return stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)
+
+
+def check_regular(path: Path) -> None:
+    """Raises OutputError where a path exists and is no regular file: a directory, device, FIFO or socket."""
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{path}: cannot be written: {_reason(error)}") from None
+    if stat.S_ISDIR(mode):
+        raise OutputError(f"{path}: is a directory")
+    if not stat.S_ISREG(mode):
+        raise OutputError(f"{path}: is not a regular file; name a file")
+
+
+def _create_temporary(target: Path) -> Path:
+    """A new empty file beside the target, with the permissions that the umask leaves."""
+    stem = os.fsdecode(os.fsencode(target.name)[:_LONGEST_NAME])
+    suffix = target.suffix if len(target.suffix) <= 16 else ""
+    # A private file must not be readable by others while it is written.
+    mode = 0o600 if target.exists() else 0o666
+    name = f".{stem}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}{suffix}"
+    os.close(os.open(target.parent / name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode))
+    return target.parent / name
+
+
+def remove_stale_temporaries(target: Path) -> None:
+    """Removes temporary files of a target that processes of this host left when they were killed."""
+    stem = os.fsdecode(os.fsencode(target.name)[:_LONGEST_NAME])
+    with suppress(OSError):
+        for entry in os.scandir(target.parent):
+            match = _TEMPORARY.search(entry.name)
+            if not match or entry.name[: match.start()] != f".{stem}" or match[1] != _host():
+                continue
+            if not process_lives(int(match[2])):
+                Path(entry.path).unlink(missing_ok=True)
+
+
+def process_lives(pid: int) -> bool:
+    """Whether a process of this host is there."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
+
+
+def _host() -> str:
+    return f"{zlib.crc32(socket.gethostname().encode()):08x}"
+
+
+def _take_permissions(temporary: Path, target: Path) -> None:
+    """Gives the new file the permissions, and as far as allowed the owner, of the one that it replaces."""
+    try:
+        old = target.stat()
+    except FileNotFoundError:
+        return
+    new = temporary.stat()
+    if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
+        with suppress(PermissionError):
+            os.chown(temporary, old.st_uid, old.st_gid)
+    os.chmod(temporary, stat.S_IMODE(old.st_mode) & 0o777)
+
+
+def sync_directory(directory: Path) -> None:
+    """Makes renames within a directory last through a power cut, where the file system can."""
+    try:
+        handle = os.open(directory, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        with suppress(OSError):
+            os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -74,16 +217,11 @@ def check_writable(directory: Path) -> None:
                 path.rmdir()
 
 
-def _reason(error: OSError) -> str:
+def _reason(error: Exception) -> str:
     # HDF5 puts a page of detail where others put a phrase.
-    return os.strerror(error.errno) if error.errno else _one_line(error)
+    number = getattr(error, "errno", None)
+    return os.strerror(number) if number else _one_line(error)
 
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

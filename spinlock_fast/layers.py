@@ -17,7 +17,8 @@ from spinlock_fast.kernels.grouped_mlp import Ragged, ragged_layer_norm, scaled_
 
 def _uniform(shape: Sequence[int], bound: Tensor) -> nn.Parameter:
     # The initialisation of torch.nn.Linear: U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
-    return nn.Parameter((2.0 * torch.rand(*shape) - 1.0) * bound)
+    start = 2.0 * torch.rand(*shape) - 1.0
+    return nn.Parameter(start * bound.to(start))
 
 
 class RaggedInputLinear(nn.Module):
@@ -26,8 +27,8 @@ class RaggedInputLinear(nn.Module):
     def __init__(self, sizes: Sequence[int], out_features: int) -> None:
         super().__init__()
         self.inputs = Ragged.of(sizes)
-        fan_in = torch.tensor([float(n) for n in sizes])
-        book = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(list(sizes)))
+        fan_in = torch.tensor([float(n) for n in sizes], device="cpu")
+        book = torch.tensor([g for g, n in enumerate(sizes) for _ in range(n)], device="cpu")
         self.weight = _uniform((sum(sizes), out_features), fan_in.rsqrt()[book][:, None])  # a row per input
         self.bias = _uniform((len(sizes), out_features), fan_in.rsqrt()[:, None])
 

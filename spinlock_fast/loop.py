@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from spinlock_fast.config import RunConfig
@@ -20,8 +21,10 @@ from spinlock_fast.graphs import StepLauncher, own_stream
 from spinlock_fast.losses import LossTerms
 from spinlock_fast.metrics import Validation
 from spinlock_fast.model import CategoricalHierarchicalVQVAE
+from spinlock_fast.outliers import LARGEST, largest_value, spoiled, without_outliers
 from spinlock_fast.product_start import product_start
 from spinlock_fast.rows import Rows
+from spinlock_fast.seeds import Stream, generator, version
 from spinlock_fast.step import EpochSummary, StepKind, TrainingStep, learning_rate, learning_rates
 
 log = logging.getLogger(__name__)
@@ -95,13 +98,10 @@ class TrainingRun:
         self.stop_signal = stop_signal
         self.model = model
         self.device = device = x_train.device
-        self.x_train, self.x_val = x_train, x_val
+        self.x_train = x_train
         self.one_step = TrainingStep(model, x_train, self.training)
         self.launcher = StepLauncher(self.one_step, device, self.training.cuda_graphs)
-        self.validation = Validation(model, x_val, self.training)
-        self._run_validation = self.validation.run
-        if isinstance(x_val, Tensor):  # rows that follow are the host's work, which no graph holds
-            self._run_validation = self.launcher.beside(self.validation.run, "validations")
+        self._validate_on(x_val)
         rows = x_train.shape[0]
         if rows < self.training.batch_size:
             log.info("batch size is %d, all training rows (training.batch_size is %d)", rows, self.training.batch_size)
@@ -119,6 +119,23 @@ class TrainingRun:
         self.best_state: dict[str, Tensor] = {}
         self.counted_loss = math.inf  # of the last validation that early stopping counted as better
         self.stale = 0
+        self.seconds_before = 0.0  # of the runs that this one goes on with
+        self.began = time.perf_counter()
+        self._saved_at = self.began
+        self._epoch_began = self.began
+        self._epoch_seconds = 0.0  # that an interrupted run has spent on the epoch under way
+        self._reset_left_out = False  # dead codes stay after the last epoch, as there is nothing to train them
+        self._before_last: dict[str, Any] | None = None  # the best so far, where only the last epoch's end validates
+        self._epochs_before: int | None = None  # num_epochs of the run that this one goes on with
+        self.train_numbers: NDArray[np.int64] | None = None  # of the rows in the data, for messages
+        self.val_numbers: NDArray[np.int64] | None = None
+
+    def _validate_on(self, x_val: Rows) -> None:
+        self.x_val = x_val
+        self.validation = Validation(self.model, x_val, self.training)
+        self._run_validation = self.validation.run
+        if isinstance(x_val, Tensor):  # reading rows of main memory is the host's work, which no graph holds
+            self._run_validation = self.launcher.beside(self.validation.run, "validations")
 
     def initialize_codes(self) -> None:
         start = self.config.model.codebook_init
@@ -142,7 +159,9 @@ class TrainingRun:
             raise ConfigError(f"training.num_epochs: {training.num_epochs}, but the run has done {self.epoch} epochs")
         if self.epoch and self.epoch == training.num_epochs:
             log.warning("the run is complete: %d of %d epochs are done", self.epoch, training.num_epochs)
-        elif self._stopped_early():
+        elif self.epoch:
+            self._go_on_after_the_end()
+        if self.epoch < training.num_epochs and self._stopped_early():
             log.warning(
                 "the run had stopped early, after epoch %d; a larger early_stopping_patience goes on", self.epoch
             )
@@ -150,31 +169,68 @@ class TrainingRun:
         with own_stream(self.device):
             while self.epoch < training.num_epochs and not self._stopped_early():
                 self._train_epoch()
+        stopped_by = self.stop_signal()
+        if stopped_by is not None:
+            self.observer.save(self.state())
+            raise Interrupted(f"stopped after epoch {self.epoch}, before the metrics", stopped_by)
+
+    def _go_on_after_the_end(self) -> None:
+        """Turns the state of a run that had fewer epochs into the one that a longer run has there."""
+        training = self.training
+        if self._epochs_before not in (None, training.num_epochs) and training.scheduler == "cosine":
+            log.warning(
+                "training.scheduler is cosine, and the first %d epochs followed num_epochs %d: "
+                "the weights will differ from those of a run that had %d from the start",
+                self.epoch,
+                self._epochs_before,
+                training.num_epochs,
+            )
+        if self._before_last is not None:
+            before, self._before_last = self._before_last, None
+            self._select(before)
+            self.history[-1].validation = None
+        if self._reset_left_out:
+            self._reset_left_out = False
+            self.history[-1].resets = self._reset()
 
     def _train_epoch(self) -> None:
         training = self.training
-        started = time.perf_counter()
+        started = self._epoch_began = time.perf_counter() - self._epoch_seconds
+        self._epoch_seconds = 0.0
         self._run_steps()
         self._tell_unread()  # of the epoch before, which a device had to do while the steps of this one were launched
         self._unread = _Unread(self.epoch, started, self.one_step.summary_to_come())
         self.epoch, self.step = self.epoch + 1, 0
         self.model.quantizer.reset_usage()
         last = self.epoch == training.num_epochs
-        validates = last or self.epoch % training.val_every_n_epochs == 0
+        validates = self.epoch % training.val_every_n_epochs == 0
         interval = training.dead_code_reset_interval
-        resets = not last and interval > 0 and self.epoch % interval == 0
+        resets = interval > 0 and self.epoch % interval == 0
         saves = not last and self.epoch % training.save_every == 0
-        if self._reads_late and not (validates or resets or saves):
+        if self._reads_late and not (last or validates or resets or saves):
             return
         record = self._read()
         assert record is not None
-        if validates:
+        if last and not validates:
+            self._before_last = self._selected()
+        if last or validates:
             record.validation = self._validate()
-        if resets:
-            record.resets = int(self.one_step.reset_dead_codes(self._recent_latents()).sum())
+        self._reset_left_out = resets and last
+        if resets and not last:
+            record.resets = self._reset()
         self.observer.epoch_finished(record)
         if saves:
-            self.observer.save(self.state())
+            self._save()
+
+    def _save(self) -> None:
+        self.observer.save(self.state())
+        self._saved_at = time.perf_counter()
+
+    def _save_is_due(self) -> bool:
+        return time.perf_counter() - self._saved_at >= 60.0 * self.training.save_minutes
+
+    def _reset(self) -> int:
+        return int(self.one_step.reset_dead_codes(self._recent_latents()).sum())
 
     def _tell_unread(self) -> None:
         record = self._read()
@@ -205,10 +261,11 @@ class TrainingRun:
             kind, most = self._next_steps()
             self.step += self.launcher.run(kind, most)
             stopped_by = self.stop_signal()
-            if stopped_by is not None:
+            if stopped_by is not None or self._save_is_due():
                 self._tell_unread()
                 self._finite(self.one_step.summary(), self.epoch)
-                self.observer.save(self.state())
+                self._save()
+            if stopped_by is not None:
                 raise Interrupted(f"stopped in epoch {self.epoch + 1} of {self.training.num_epochs}", stopped_by)
         if self.epoch + 1 < self.training.num_epochs:
             self._rows_of(self.epoch + 1)  # drawn while a device still works on this epoch
@@ -216,8 +273,8 @@ class TrainingRun:
     def _rows_of(self, epoch: int) -> Tensor:
         """The order of rows, by seed and epoch alone: the same on every device, and after an interruption."""
         if self._order is None or self._order[0] != epoch:
-            generator = np.random.default_rng([self.seed, 2, epoch])
-            self._order = epoch, torch.from_numpy(generator.permutation(self.x_train.shape[0]))
+            drawn = generator(self.seed, Stream.ROW_ORDER, epoch).permutation(self.x_train.shape[0])
+            self._order = epoch, torch.from_numpy(drawn)
         return self._order[1]
 
     def _next_steps(self) -> tuple[StepKind, int]:
@@ -233,9 +290,13 @@ class TrainingRun:
     def _finite(self, found: EpochSummary, epoch: int) -> EpochSummary:
         if found.first_bad is not None:
             step, term = epoch * self.one_step.count + found.first_bad[0], found.first_bad[1]
+            row, largest = largest_value(self.x_train)
+            why = "a smaller training.learning_rate may help"
+            if largest > LARGEST or step == 0:
+                number = row if self.train_numbers is None else int(self.train_numbers[row])
+                why = f"the features are too large: row {number} holds a value of size {largest:.3g}"
             raise TrainingError(
-                f"the {LossTerms._fields[term]} loss is not finite from step {step} on (epoch {epoch + 1}); "
-                + ("the features are too large" if step == 0 else "a smaller training.learning_rate may help")
+                f"the {LossTerms._fields[term]} loss is not finite from step {step} on (epoch {epoch + 1}); {why}"
             )
         return found
 
@@ -253,10 +314,15 @@ class TrainingRun:
     def _validate(self) -> dict[str, float]:
         self._run_validation()
         kept = self.validation.result()
+        if spoiled(kept["reconstruction_error"], kept.values(), self.x_val.shape):
+            rows, self.val_numbers, _ = without_outliers(self.model, self.x_val, self.val_numbers, "validation")
+            self._validate_on(rows)
+            self._run_validation()
+            kept = self.validation.result()
         if not math.isfinite(kept["val_loss"]):
             raise TrainingError(
                 f"the validation loss is not finite after epoch {self.epoch}: "
-                "a validation row holds values far outside those of training"
+                "validation rows hold values far outside those of training"
             )
         if kept["val_loss"] < self.counted_loss - self.training.early_stopping_min_delta:
             self.counted_loss = kept["val_loss"]
@@ -268,6 +334,22 @@ class TrainingRun:
             self.best_epoch = self.epoch
             self._keep_best()
         return kept
+
+    def _selected(self) -> dict[str, Any]:
+        """A copy of what validations have found so far."""
+        return {
+            "best_epoch": self.best_epoch,
+            "best_loss": self.best_loss,
+            "counted_loss": self.counted_loss,
+            "best_state_dict": {name: value.clone() for name, value in self.best_state.items()},
+            "stale": self.stale,
+        }
+
+    def _select(self, found: Mapping[str, Any]) -> None:
+        """Goes back to what `_selected` or `state` gave."""
+        self.best_epoch, self.best_loss = found["best_epoch"], found["best_loss"]
+        self.best_state = {k: v.to(self.device, copy=True) for k, v in found["best_state_dict"].items()}
+        self.counted_loss, self.stale = found["counted_loss"], found["stale"]
 
     def _keep_best(self) -> None:
         now = self.model.state_dict()
@@ -307,6 +389,12 @@ class TrainingRun:
             "counted_loss": self.counted_loss,
             "best_state_dict": self.best_state,
             "stale": self.stale,
+            "num_epochs": self.training.num_epochs,
+            "streams": version(),
+            "reset_left_out": self._reset_left_out,
+            "before_last": self._before_last,
+            "seconds": self.seconds_before + time.perf_counter() - self.began,
+            "epoch_seconds": time.perf_counter() - self._epoch_began if self.step else 0.0,
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -315,9 +403,13 @@ class TrainingRun:
         self.one_step.load(state)
         self.epoch, self.step = state["epoch"], state["step"]
         self.history = [EpochRecord(**record) for record in state["history"]]
-        self.best_epoch, self.best_loss = state["best_epoch"], state["best_loss"]
-        self.best_state = {k: v.to(self.device, copy=True) for k, v in state["best_state_dict"].items()}
-        self.counted_loss, self.stale = state["counted_loss"], state["stale"]
+        self._select(state)
+        self._epochs_before = state.get("num_epochs")
+        self._reset_left_out = state.get("reset_left_out", False)
+        self._before_last = state.get("before_last")
+        # States of earlier versions have the seconds of their epochs alone.
+        self.seconds_before = state.get("seconds", sum(record.seconds for record in self.history))
+        self._epoch_seconds = state.get("epoch_seconds", 0.0)
         torch.set_rng_state(state["rng"]["cpu"].cpu())
         if self.device.type == "cuda" and state["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(state["rng"]["cuda"].cpu(), self.device)

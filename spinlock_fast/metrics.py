@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from spinlock_fast.config import TrainingConfig
 from spinlock_fast.features.names import count_families
+from spinlock_fast.kernels._common.guard import device_guard
 from spinlock_fast.kernels.code_decoders import code_statistics, decode_codes
 from spinlock_fast.kernels.ema_update import perplexity, utilization
 from spinlock_fast.kernels.topo_loss import topographic_correlations
 from spinlock_fast.losses import TOPO_PRE_SHARE, LossTerms, LossWeights, code_orthogonality
 from spinlock_fast.model import CategoricalHierarchicalVQVAE
-from spinlock_fast.rows import Rows
+from spinlock_fast.outliers import spoiled, without_outliers
+from spinlock_fast.rows import Rows, blocks_of
 
 Metrics = dict[str, Any]
 
 TOPO_ROWS = 1024
-# Rows that the model sees at once: what stays in the caches of a CPU, few launches elsewhere.
-_ROWS_AT_ONCE = {"cpu": 1024}
-_ROWS_AT_ONCE_ELSEWHERE = 16384
-
 # What `_Measured.scalars` holds, in this order.
 _SCALARS = (
     "reconstruction_error",
@@ -47,8 +46,24 @@ class _Measured(NamedTuple):
     active: Tensor  # codes in use
 
 
-def evaluate(model: CategoricalHierarchicalVQVAE, x: Rows, training: TrainingConfig) -> Metrics:
-    """Metrics of a model on rows x [N, F], all of them, in eval mode.
+def evaluate(
+    model: CategoricalHierarchicalVQVAE,
+    x: Rows,
+    training: TrainingConfig,
+    numbers: NDArray[np.int64] | None = None,
+    what: str = "",
+) -> Metrics:
+    """Metrics of a model on rows x [N, F], in eval mode.
+
+    Rows of which no finite error or code exists would leave NaN of every mean: they are left out, counted in
+    `rows_left_out`, and a warning names them.
+
+    Args:
+        model: to be measured.
+        x: [N, F] rows.
+        training: weights of the loss.
+        numbers: [N] of the rows in the data, for the warning; 0 .. N - 1 when not given.
+        what: kind of the rows, for the warning.
 
     Returns:
         quality, reconstruction_error, utilization, perplexity and perplexity_over_k (means over
@@ -57,9 +72,12 @@ def evaluate(model: CategoricalHierarchicalVQVAE, x: Rows, training: TrainingCon
         perplexity, codes and dims per level.
     """
     layout = model.quantizer.layout
-    found = measure(model, x, training)
-    # One transfer, and one wait.
-    packed = torch.cat([part.flatten().to(torch.float64) for part in found]).cpu()
+    left_out: list[int] = []
+    with device_guard(x.device):
+        packed, found = _measured(model, x, training)
+        if spoiled(float(packed[0]), packed.tolist(), x.shape):
+            x, _, left_out = without_outliers(model, x, numbers, what)
+            packed, found = _measured(model, x, training)
     scalars, partial, used, entropy, active = packed.split([part.numel() for part in found])
     return {
         **_named(scalars.tolist()),
@@ -67,7 +85,14 @@ def evaluate(model: CategoricalHierarchicalVQVAE, x: Rows, training: TrainingCon
         "total_codes": layout.total_codes,
         "active_codes": int(active),
         "categories": _categories(model, partial.view(layout.groups, -1), used.tolist(), entropy.tolist()),
+        **({"rows_left_out": left_out} if left_out else {}),
     }
+
+
+def _measured(model: CategoricalHierarchicalVQVAE, x: Rows, training: TrainingConfig) -> tuple[Tensor, _Measured]:
+    """What `measure` gives, in one tensor of the host (one transfer, and one wait) and on the device."""
+    found = measure(model, x, training)
+    return torch.cat([part.flatten().to(torch.float64) for part in found]).cpu(), found
 
 
 class Validation:
@@ -128,7 +153,7 @@ def _measure(model: CategoricalHierarchicalVQVAE, x: Rows, weights: LossWeights)
     latents: list[Tensor] = []
     codes: list[Tensor] = []
     done = 0
-    for rows in _blocks(x):
+    for rows in blocks_of(x):
         if not done:
             centre = rows.mean(0, dtype=torch.float64)  # near that of all rows: sums of squares cancel less about it
         out = model(rows)
@@ -172,14 +197,6 @@ def _measure(model: CategoricalHierarchicalVQVAE, x: Rows, weights: LossWeights)
     }
     packed = torch.stack([scalars[name].double() for name in _SCALARS])
     return _Measured(packed, partial, share, entropy, (used > 0).sum())
-
-
-def _blocks(x: Rows) -> Iterable[Tensor]:
-    """The rows in blocks of nearly one size."""
-    most = _ROWS_AT_ONCE.get(x.device.type, _ROWS_AT_ONCE_ELSEWHERE)
-    count = max(1, -(-x.shape[0] // most))
-    blocks: Iterable[Tensor] = x.split(max(1, -(-x.shape[0] // count)))
-    return blocks
 
 
 def _categories(

@@ -10,9 +10,11 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
+from spinlock_fast.buffers import TransientBuffers
 from spinlock_fast.config import LevelConfig, ModelConfig, PositiveInt
 from spinlock_fast.kernels.code_decoders import Decoders
 from spinlock_fast.kernels.grouped_mlp import Ragged, grouped_mlp, project
+from spinlock_fast.kernels.snapshot import snapshot
 from spinlock_fast.layers import (
     GroupedLayerNorm,
     GroupedLinear,
@@ -111,8 +113,21 @@ class CategoricalVQVAEConfig(ModelConfig):
         """Codebooks of every category, coarse to fine."""
         return resolve_levels(self.group_sizes, self.levels, self.compression_ratios, self.uniform_codebook_init)
 
+    def parameter_count(self) -> int:
+        """Weights and code entries of the model, without building it."""
+        levels = [level for category in self.resolved_levels().values() for level in category]
+        D, G = sum(level.latent_dim for level in levels), len(levels)
+        F, E, H, C = self.input_dim, self.group_embedding_dim, self.group_hidden_dim, len(self.group_indices)
+        inputs = sum(len(members) for members in self.inputs.values())
+        category_mlp = inputs * H + C * H + C * H * E + 3 * C * E
+        heads = E * D + 3 * D
+        shared_decoder = D * _SHARED_HIDDEN + _SHARED_HIDDEN + _SHARED_HIDDEN * F + F
+        partial_decoders = D * _PARTIAL_HIDDEN + G * _PARTIAL_HIDDEN + G * _PARTIAL_HIDDEN * F + G * F
+        codes = sum(level.num_tokens * level.latent_dim for level in levels)
+        return category_mlp + heads + shared_decoder + partial_decoders + codes
 
-class CategoricalHierarchicalVQVAE(nn.Module):
+
+class CategoricalHierarchicalVQVAE(TransientBuffers):
     """Features [B, F] -> G tokens and back.
 
     Per category an MLP (n -> hidden -> embedding, LayerNorm), per codebook a projection with
@@ -140,12 +155,10 @@ class CategoricalHierarchicalVQVAE(nn.Module):
         total = sum(dims)
         F, E, H = config.input_dim, config.group_embedding_dim, config.group_hidden_dim
 
-        order = [i for members in inputs.values() for i in members]
-        self.register_buffer("feature_order", torch.tensor(order), persistent=False)
         if config.extra_inputs:
-            self.register_buffer("input_mean", torch.zeros(len(order)))
-            self.register_buffer("input_scale", torch.ones(len(order)))
-            self.register_buffer("error_weight", torch.ones(F), persistent=False)
+            self.register_buffer("input_mean", torch.zeros(sum(sizes)))
+            self.register_buffer("input_scale", torch.ones(sum(sizes)))
+        self.register_transient_buffers()
         self.category_mlp = nn.Sequential(
             RaggedInputLinear(sizes, H),
             nn.ReLU(),
@@ -175,6 +188,13 @@ class CategoricalHierarchicalVQVAE(nn.Module):
         self.partial_decoders = nn.Sequential(
             RaggedInputLinear(dims, _PARTIAL_HIDDEN), nn.ReLU(), GroupedLinear(len(dims), _PARTIAL_HIDDEN, F)
         )
+
+    def transient_buffers(self) -> dict[str, Tensor]:
+        order = [i for members in self.config.inputs.values() for i in members]
+        values = {"feature_order": torch.tensor(order, device="cpu")}
+        if self.config.extra_inputs:
+            values["error_weight"] = torch.ones(self.config.input_dim, device="cpu")
+        return values
 
     @property
     def num_codebooks(self) -> int:
@@ -303,7 +323,7 @@ class CategoricalHierarchicalVQVAE(nn.Module):
             "vq_loss": vq_loss,
             "latents": latents,
             "quantized": quantized,
-            "codebook": codebook.clone() if self.training else codebook,
+            "codebook": snapshot(codebook) if self.training else codebook,
         }
         return out, move_codes
 

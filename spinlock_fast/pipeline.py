@@ -3,48 +3,35 @@
 from __future__ import annotations
 
 import logging
-import os
-import shutil
-import signal
-import threading
 import time
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from spinlock_fast import _native
-from spinlock_fast.checkpoint import (
-    BEST,
-    CONFIG,
-    FILES,
-    FINAL,
-    RESUME,
-    Staging,
-    load_torch,
-    plain,
-    save_torch,
-    write_results,
-)
+from spinlock_fast.checkpoint import CONFIG, write_results
 from spinlock_fast.config import RunConfig
 from spinlock_fast.config_file import dump_config
 from spinlock_fast.data.source import Source
-from spinlock_fast.errors import ConfigError, DataError, Interrupted, OutputError
+from spinlock_fast.errors import ConfigError, DataError, Interrupted
 from spinlock_fast.features.categories import MIN_ROWS, read_mapping
 from spinlock_fast.features.cleaning import FeatureCleaner, fit_cleaner
 from spinlock_fast.features.encode import FamilyEncoder, block_rows, encode, encode_seconds, make_encoders
 from spinlock_fast.features.normalize import Normalizer, fit_normalizer
 from spinlock_fast.features.statistics import mean_and_std
-from spinlock_fast.files import check_writable, write_text
-from spinlock_fast.loop import EpochRecord, Observer
+from spinlock_fast.files import write_text
 from spinlock_fast.metrics import Metrics
+from spinlock_fast.run_directory import RunDirectory
+from spinlock_fast.seeds import VERSION, streams_of
+from spinlock_fast.signals import handling
+from spinlock_fast.states import Display, StateKeeper, check_same_features, read_resumable
 from spinlock_fast.trainer import (
     Trainer,
     find_categories,
@@ -54,32 +41,7 @@ from spinlock_fast.trainer import (
 
 log = logging.getLogger(__name__)
 
-# What may differ between a run and the one that resumes it.
-_FREE_TO_CHANGE = {
-    "dataset_path",
-    "output_dir",
-    "memory_budget",
-    "device",
-    "logging",
-    "training.num_epochs",
-    "training.save_every",
-    "training.early_stopping_patience",
-    "training.use_torch_compile",
-    "training.cuda_graphs",
-    "training.data_on_device",
-    "training.checkpoint_dir",
-}
-
-
 _ESTIMATE_ROWS = 10_000  # from here on the time to encode is worth an estimate
-
-
-class Display(Observer, Protocol):
-    """What a run shows while it works."""
-
-    def stage(self, text: str) -> None: ...
-
-    def encoded(self, family: str, done: int, rows: int) -> None: ...
 
 
 @dataclass
@@ -120,30 +82,31 @@ def run(config: RunConfig, display: Display, resume: Path | None = None) -> Outc
 
     Args:
         config: settings; `output_dir` must be set.
-        display: hears of progress.
+        display: shows progress.
         resume: directory of an interrupted run (or a finished one, to train it longer).
 
     Raises:
         ConfigError, DataError, OutputError, TrainingError: each with one line.
-        Interrupted: by SIGINT or SIGTERM; what can be resumed has been saved.
+        Interrupted: by SIGINT, SIGTERM or SIGHUP; what can be resumed has been saved.
     """
     started = time.perf_counter()
     directory = output_directory(config)
     device = resolve_device(config.device)
-    with _Signals(resume) as signals:
+    signals = _Signals(resume)
+    with handling(signals.handle), RunDirectory(directory) as place:
         state = read_resumable(resume, config) if resume is not None else None
-        with open_source(config) as source:
-            check_writable(directory)
+        streams = state["run"].get("streams", 1) if state is not None else VERSION
+        with open_source(config) as source, streams_of(streams):
             prepared = prepare(source, config, device, display)
         features = fingerprint(prepared)
         if state is not None:
-            _check_same_features(state["features"], features)
-        if state is None or resume is None or not _same_place(resume, directory):
-            set_aside_earlier_run(directory)
-        write_text(directory / CONFIG, dump_config(config))
-        keeper = _Keeper(display, directory, features, config)
-        trainer = Trainer(config, keeper)
-        signals.trainer = trainer
+            check_same_features(state["features"], features)
+        partial = place.begin(resume is not None and _same_place(resume, directory))
+        write_text(partial / CONFIG, dump_config(config))
+        seconds = _added_up(state.get("seconds", {}) if state is not None else {}, prepared.seconds, started)
+        keeper = StateKeeper(display, partial, features, config, seconds)
+        trainer = Trainer(config, keeper, lambda: signals.number)
+        signals.deferred = True
         display.stage("training")
         with _advice_to_resume(directory), keeper:
             result = trainer.fit(
@@ -152,25 +115,39 @@ def run(config: RunConfig, display: Display, resume: Path | None = None) -> Outc
                 feature_names=prepared.feature_names,
                 resume=state["run"] if state is not None else None,
             )
-        train_seconds = result.metrics["seconds"]["train"]
+        display.training_finished()
         metrics = result.metrics
-        metrics["seconds"] = {
-            **prepared.seconds,
-            "train": train_seconds,
-            "total": time.perf_counter() - started,
-        }
+        metrics["seconds"] = {**seconds(), "train": metrics["seconds"]["train"]}
         write_results(
-            directory,
+            partial,
             config,
             result.model,
-            prepared.parts(),
+            {**prepared.parts(), "streams": streams},
             prepared.normalizer.by_category(result.model.config.group_indices),
             metrics,
             {"best_epoch": result.best_epoch, "epochs": [vars(record) for record in result.history]},
             keeper.resumable(result.final_state),
         )
-        (directory / RESUME).unlink(missing_ok=True)
+        place.publish()
+    if signals.number is not None:
+        raise Interrupted(f"stopped when the run was done: {directory} is complete", signals.number)
     return Outcome(directory, metrics)
+
+
+def _added_up(
+    earlier: Mapping[str, float], stages: Mapping[str, float], started: float
+) -> Callable[[], dict[str, float]]:
+    """Gives the seconds of each stage and in total, those of the interrupted runs before included."""
+
+    def seconds() -> dict[str, float]:
+        now = {**stages, "total": time.perf_counter() - started}
+        return {name: earlier.get(name, 0.0) + value for name, value in now.items()}
+
+    return seconds
+
+
+def _same_place(a: Path, b: Path) -> bool:
+    return a.resolve() == b.resolve()
 
 
 def output_directory(config: RunConfig) -> Path:
@@ -237,74 +214,6 @@ def fingerprint(prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def _same_place(a: Path, b: Path) -> bool:
-    return a.resolve() == b.resolve()
-
-
-def _check_same_features(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    same_kind = all(saved[key] == now[key] for key in ("shape", "feature_names", "group_indices"))
-    if not same_kind or not all(np.allclose(saved[key], now[key], rtol=1e-3, atol=1e-4) for key in ("mean", "std")):
-        raise DataError("the features are not those of the interrupted run: the data or the encoders have changed")
-    if saved["fletcher32"] != now["fletcher32"]:
-        log.warning(
-            "features differ in rounding from the interrupted run (another processor, thread count or library?): "
-            "the result will not be bit-identical to an unbroken run"
-        )
-
-
-def read_resumable(directory: Path, config: RunConfig) -> dict[str, Any]:
-    """The saved state of a run, checked against the settings that want to go on with it.
-
-    Raises:
-        DataError: there is nothing to resume.
-        ConfigError: a setting differs that the result depends on.
-    """
-    if (directory / RESUME).exists():
-        state = load_torch(directory / RESUME)
-    elif (directory / FINAL).exists():
-        state = load_torch(directory / FINAL).get("run_state", {})
-    else:
-        raise DataError(f"{directory}: nothing to resume, neither {RESUME} nor {FINAL} is there")
-    if not {"run", "features", "config"} <= state.keys() or "values" not in state["run"]:
-        raise DataError(f"{directory}: the saved state is incomplete, or of another version")
-    old, new = _flat(state["config"]), _flat(config.model_dump(mode="json"))
-    for key in old.keys() | new.keys():
-        if old.get(key) != new.get(key) and not any(
-            key == free or key.startswith(f"{free}.") for free in _FREE_TO_CHANGE
-        ):
-            raise ConfigError(f"{key}: {new.get(key)!r}, but the run to resume was started with {old.get(key)!r}")
-    return state
-
-
-def set_aside_earlier_run(directory: Path) -> None:
-    """Moves the files of an earlier run into `previous/`, in place of those that were there."""
-    earlier = [directory / name for name in FILES if (directory / name).exists()]
-    if not any(path.name in (BEST, FINAL, RESUME) for path in earlier):
-        return
-    aside = directory / "previous"
-    try:
-        aside.mkdir(exist_ok=True)
-        for name in FILES:
-            if (aside / name).is_dir():
-                shutil.rmtree(aside / name)
-            else:
-                (aside / name).unlink(missing_ok=True)
-        for path in earlier:
-            os.replace(path, aside / path.name)
-    except OSError as error:
-        raise OutputError(f"{directory}: cannot set the earlier run aside: {error.strerror}") from None
-    log.warning("%s holds an earlier run: moved to %s", directory, aside)
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, Mapping) or not value:
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        flat |= _flat(inner, f"{prefix}.{key}" if prefix else str(key))
-    return flat
-
-
 @contextmanager
 def _advice_to_resume(directory: Path) -> Iterator[None]:
     try:
@@ -313,56 +222,6 @@ def _advice_to_resume(directory: Path) -> Iterator[None]:
         raise Interrupted(
             f"{stopped}; go on with the same command and --resume {directory}", stopped.exit_status - 128
         ) from None
-
-
-class _Keeper:
-    """Passes news to the display and writes resumable states, each in a thread beside the training.
-
-    A context manager: at its end the last state is on the disk.
-    """
-
-    def __init__(self, display: Display, directory: Path, features: dict[str, Any], config: RunConfig) -> None:
-        self.display = display
-        self.directory = directory
-        self.features = features
-        self.config = config
-        self._writer = ThreadPoolExecutor(1, "checkpoint")
-        self._written: Future[None] | None = None
-        self._staging = Staging()
-
-    def __enter__(self) -> _Keeper:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        try:
-            self._wait()
-        finally:
-            self._writer.shutdown()
-
-    def training_started(self, epochs: int, first_epoch: int, rows: int) -> None:
-        self.display.training_started(epochs, first_epoch, rows)
-
-    def epoch_finished(self, record: EpochRecord) -> None:
-        self.display.epoch_finished(record)
-
-    def save(self, state: dict[str, Any]) -> None:
-        """Starts to write a state; raises OutputError where the one before could not be written."""
-        self._wait()
-        kept = self.resumable(self._staging(state))
-        self._written = self._writer.submit(save_torch, self.directory / RESUME, kept)
-
-    def resumable(self, state: dict[str, Any]) -> dict[str, Any]:
-        """What `read_resumable` takes."""
-        return {
-            "run": plain(state),
-            "features": self.features,
-            "config": self.config.model_dump(mode="json"),
-        }
-
-    def _wait(self) -> None:
-        if self._written is not None:
-            written, self._written = self._written, None
-            written.result()
 
 
 class _Clock:
@@ -376,26 +235,17 @@ class _Clock:
 
 
 class _Signals:
-    """Turns SIGINT and SIGTERM into Interrupted: at once before training, after the step during it."""
+    """Turns a signal into Interrupted: at once before training, after a whole step from then on."""
 
     def __init__(self, resume: Path | None) -> None:
-        self.trainer: Trainer | None = None
+        self.number: int | None = None
+        self.deferred = False  # signals are kept in `number`, for who can save before the run ends
         self._resume = resume
-        self._old: dict[int, Any] = {}
 
-    def __enter__(self) -> _Signals:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._old[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.trainer is not None:
-            self.trainer.stop(number)  # a second signal finds the state being saved, and waits for it like the first
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """The signal handler. A second signal finds the state being saved, and waits for it like the first."""
+        if self.deferred:
+            self.number = self.number or number
         elif self._resume is not None:
             raise Interrupted(f"interrupted before the first step; --resume {self._resume} still works", number)
         else:

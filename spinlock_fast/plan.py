@@ -12,6 +12,7 @@ from spinlock_fast.features.encode import block_rows, encode_seconds, make_encod
 from spinlock_fast.losses import LossWeights, loss_terms
 from spinlock_fast.model import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
 from spinlock_fast.pipeline import open_source, output_directory
+from spinlock_fast.seeds import seed_torch
 from spinlock_fast.trainer import resolve_device, split_rows
 
 _PROBE_STEPS = 4
@@ -69,7 +70,7 @@ def _probe_step(config: RunConfig, features: int, batch: int, device: torch.devi
     }
     settings = {**config.model.model_dump(), "codebook_init": "uniform", "levels": []}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.random_seed)
+        seed_torch(config.random_seed, device)
         model = CategoricalHierarchicalVQVAE(
             CategoricalVQVAEConfig(**settings, input_dim=features, group_indices=groups)
         ).to(device)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -81,6 +81,18 @@ class HostRows:
 
 
 Rows = Tensor | HostRows
+
+# Rows that the model sees at once: what stays in the caches of a CPU, few launches elsewhere.
+_ROWS_AT_ONCE = {"cpu": 1024}
+_ROWS_AT_ONCE_ELSEWHERE = 16384
+
+
+def blocks_of(x: Rows) -> Iterable[Tensor]:
+    """The rows in blocks of nearly one size."""
+    most = _ROWS_AT_ONCE.get(x.device.type, _ROWS_AT_ONCE_ELSEWHERE)
+    count = max(1, -(-x.shape[0] // most))
+    blocks: Iterable[Tensor] = x.split(max(1, -(-x.shape[0] // count)))
+    return blocks
 
 
 def place_rows(rows: Selection, device: torch.device, where: Literal["auto", "always", "never"] = "auto") -> Rows:

@@ -20,6 +20,7 @@ from spinlock_fast.features.cleaning import FeatureCleaner
 from spinlock_fast.features.encode import FamilyEncoder, block_rows
 from spinlock_fast.features.normalize import Normalizer
 from spinlock_fast.files import replacing
+from spinlock_fast.kernels._common.guard import device_guard
 from spinlock_fast.model import CategoricalHierarchicalVQVAE
 
 _DEFAULT_BUDGET = 1_250_000_000
@@ -91,7 +92,8 @@ class Tokenizer:
                 def place(row: int, start: int = start, name: str = family.name) -> str:
                     return f"family {name!r}: row {start + row}"
 
-                columns.append(family(arrays[family.name][rows].to(self.device), place))
+                with device_guard(self.device):
+                    columns.append(family(arrays[family.name][rows].to(self.device), place))
             blocks.append(torch.cat(columns, 1))
         return self._prepare(torch.cat(blocks).cpu().numpy(), lambda row: f"row {row}")
 
@@ -149,9 +151,11 @@ class Tokenizer:
         copy = rows * max(info.row_bytes for info in source.datasets.values())  # without NaN, of one family
         names = [family.name for family in self.families]
         for start, raw in source.batches(names, rows, memory_budget - copy, self.device):
-            columns = [family(raw[family.name], source.placing(family.name, start)) for family in self.families]
+            with device_guard(self.device):
+                columns = [family(raw[family.name], source.placing(family.name, start)) for family in self.families]
+                encoded = torch.cat(columns, 1).cpu().numpy()
             place = source.placing(self.families[0].name, start)
-            yield start, raw, self._prepare(torch.cat(columns, 1).cpu().numpy(), place)
+            yield start, raw, self._prepare(encoded, place)
 
     def decode(self, tokens: Any) -> Any:
         """Tokens [N, G] -> features [N, F] in the units of the cleaned features, see `feature_names`.
@@ -161,7 +165,8 @@ class Tokenizer:
         """
         as_torch = isinstance(tokens, Tensor)
         index = _tensor(tokens).to(self.device, torch.int64)
-        blocks = [self.model.decode_from_tokens(part).cpu().numpy() for part in index.split(_ROWS_AT_ONCE)]
+        with device_guard(self.device):
+            blocks = [self.model.decode_from_tokens(part).cpu().numpy() for part in index.split(_ROWS_AT_ONCE)]
         features = self.normalizer.inverse(np.concatenate(blocks))
         return torch.from_numpy(features) if as_torch else features
 
@@ -175,7 +180,8 @@ class Tokenizer:
         return x
 
     def _tokens(self, x: NDArray[np.float32]) -> NDArray[np.int64]:
-        tokens: NDArray[np.int64] = self.model.get_tokens(torch.from_numpy(x).to(self.device)).cpu().numpy()
+        with device_guard(self.device):
+            tokens: NDArray[np.int64] = self.model.get_tokens(torch.from_numpy(x).to(self.device)).cpu().numpy()
         if (tokens < 0).any():
             row, book = np.argwhere(tokens < 0)[0]
             raise DataError(

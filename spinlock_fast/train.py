@@ -10,6 +10,7 @@ from pathlib import Path
 
 from spinlock_fast.cli import exit_with, parser
 from spinlock_fast.config_file import help_text, load_config
+from spinlock_fast.run_directory import PARTIAL, config_to_resume, run_to_resume
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -40,12 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _train(chosen: argparse.Namespace) -> None:
-    config_path = chosen.config or Path(chosen.resume) / "config.yaml"
+    resume = run_to_resume(Path(chosen.resume)) if chosen.resume else None
+    config_path = config_to_resume(resume) if resume and not chosen.config else Path(chosen.config)
     overrides = list(chosen.overrides)
     if chosen.device:
         overrides.append(f"device={json.dumps(chosen.device)}")
-    if output := chosen.output or chosen.resume:
-        overrides += [f"output_dir={json.dumps(output)}", "training.checkpoint_dir=null"]
+    if output := chosen.output or resume:
+        overrides += [f"output_dir={json.dumps(str(output))}", "training.checkpoint_dir=null"]
     config = load_config(config_path, overrides)
 
     # What follows needs torch: after the checks that do not.
@@ -57,8 +59,7 @@ def _train(chosen: argparse.Namespace) -> None:
     from spinlock_fast.console import RunDisplay, print_summary
     from spinlock_fast.pipeline import output_directory, run
 
-    resume = Path(chosen.resume) if chosen.resume else None
-    with RunDisplay(chosen.quiet, config.logging, output_directory(config)) as display:
+    with RunDisplay(chosen.quiet, config.logging, output_directory(config) / PARTIAL) as display:
         outcome = run(config, display, resume)
     if not chosen.quiet:
         print_summary(outcome.metrics)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from spinlock_fast.config import Levels, RunConfig, TrainingConfig
 from spinlock_fast.config_file import apply_overrides, load_config
-from spinlock_fast.errors import ConfigError, DataError, TrainingError
+from spinlock_fast.errors import ConfigError, DataError, Interrupted, TrainingError
 from spinlock_fast.features.categories import (
     Groups,
     assign_categories,
@@ -29,12 +29,14 @@ from spinlock_fast.features.categories import (
 )
 from spinlock_fast.features.selection import Selection
 from spinlock_fast.features.statistics import Blocks, mean_and_std
+from spinlock_fast.kernels._common.guard import device_guard
 from spinlock_fast.kernels.backend import resolve_backend
 from spinlock_fast.loop import EpochRecord, Observer, SilentObserver, TrainingRun
 from spinlock_fast.metrics import Metrics, complete, evaluate
 from spinlock_fast.model import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
 from spinlock_fast.refit import refit_decoder
-from spinlock_fast.rows import HostRows, Rows, place_rows
+from spinlock_fast.rows import HostRows, Rows, free_memory, place_rows
+from spinlock_fast.seeds import Stream, generator, seed_torch, streams_of, version
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +78,7 @@ def split_rows(rows: int, config: TrainingConfig, seed: int, val_rows: ArrayLike
     """
     if rows < 2:
         raise DataError(f"the data have {rows} row{'' if rows == 1 else 's'}: training and validation need at least 2")
-    order = np.random.default_rng([seed, 0]).permutation(rows)
+    order = generator(seed, Stream.SPLIT).permutation(rows)
     if val_rows is None:
         val = order[: max(1, round(rows * config.val_fraction))]
         order = order[len(val) :]
@@ -96,13 +98,21 @@ class Trainer:
 
     Args:
         config: settings; `device`, `random_seed`, `model` and `training` matter here.
-        observer: hears of every epoch and keeps resumable states.
+        observer: is told of every epoch and keeps resumable states.
+        stop_requested: asked after every step for the number of a signal that asks `fit` to end, as `stop` does.
     """
 
-    def __init__(self, config: RunConfig, observer: Observer | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        observer: Observer | None = None,
+        stop_requested: Callable[[], int | None] = lambda: None,
+    ) -> None:
         self.config = config
         self.observer = observer or SilentObserver()
+        self._stop_requested = stop_requested
         self._stop_signal: int | None = None
+        self._ended = False  # the last `fit` has; there is nothing to stop
 
     @classmethod
     def from_config(
@@ -117,8 +127,15 @@ class Trainer:
         return cls(load_config(config, overrides), observer)
 
     def stop(self, signal_number: int) -> None:
-        """Ends `fit` after the current step: it saves a resumable state and raises Interrupted."""
-        self._stop_signal = signal_number
+        """Ends `fit` after the current step: it saves a resumable state and raises Interrupted.
+
+        Before the first `fit` it ends that one; after a `fit` has returned or raised it has no effect.
+        """
+        if not self._ended:
+            self._stop_signal = signal_number
+
+    def _asked_to_stop(self) -> int | None:
+        return self._stop_signal if self._stop_signal is not None else self._stop_requested()
 
     def fit(
         self,
@@ -149,6 +166,22 @@ class Trainer:
             TrainingError: a loss became NaN or infinite; names the first step and term.
             Interrupted: `stop` was called.
         """
+        self._ended = False
+        try:
+            with streams_of(version() if resume is None else resume.get("streams", 1)):
+                return self._fit(x, group_indices, levels, feature_names, val_rows, resume)
+        finally:
+            self._ended, self._stop_signal = True, None
+
+    def _fit(
+        self,
+        x: ArrayLike | Tensor,
+        group_indices: Groups | None,
+        levels: Levels | Mapping[str, Any] | None,
+        feature_names: Sequence[str] | None,
+        val_rows: ArrayLike | None,
+        resume: Mapping[str, Any] | None,
+    ) -> TrainResult:
         started = time.perf_counter()
         data = _as_matrix(x)
         N, F = data.shape
@@ -176,8 +209,9 @@ class Trainer:
                 correlation_max,
                 training.orthogonality_target,
             )
+        _check_memory(model_config, device)
         with _random_state_of_its_own(device):
-            torch.manual_seed(seed)
+            seed_torch(seed, device)
             model = CategoricalHierarchicalVQVAE(model_config).to(device)
             largest = max(model.quantizer.num_codes)
             if split.train.size < largest:
@@ -186,7 +220,8 @@ class Trainer:
                 )
             x_train = self._placed(train_rows, device)
             x_val = self._placed(Selection(data, split.val), device)
-            run = TrainingRun(self.config, self.observer, lambda: self._stop_signal, model, x_train, x_val)
+            run = TrainingRun(self.config, self.observer, self._asked_to_stop, model, x_train, x_val)
+            run.began, run.train_numbers, run.val_numbers = started + discover_seconds, split.train, split.val
             if model_config.extra_inputs:
                 model.fit_extra_inputs(*(torch.from_numpy(values) for values in mean_and_std(train_rows)))
             if resume is not None:
@@ -200,14 +235,17 @@ class Trainer:
                     f"{device} has no memory left for a step of {run.one_step.batch} rows; "
                     "a smaller training.batch_size or training.topo_samples may help"
                 ) from None
-            finally:
-                self._stop_signal = None
-        best_model = run.best_model()
-        if training.decoder_refit:
-            refit_decoder(best_model, x_train, training.decoder_refit)
-        metrics = evaluate(best_model, run.x_val, training)
-        if split.test.size:
-            metrics["test"] = evaluate(best_model, self._placed(Selection(data, split.test), device), training)
+            final_state = run.state()  # with the random state of the run, which a longer run goes on with
+        with device_guard(device):  # the run above gave the caller's device back
+            best_model = run.best_model()
+            if training.decoder_refit:
+                refit_decoder(best_model, x_train, training.decoder_refit)
+            self._stop_before_the_end(final_state)
+            metrics = evaluate(best_model, run.x_val, training, run.val_numbers, "validation")
+            if split.test.size:
+                self._stop_before_the_end(final_state)
+                x_test = self._placed(Selection(data, split.test), device)
+                metrics["test"] = evaluate(best_model, x_test, training, split.test, "test")
         complete(metrics, best_model, names, correlation_max)
         idle = [c["name"] for c in metrics["categories"] if max(c["perplexity"]) < 1.0 + 1e-6]
         if idle:
@@ -217,9 +255,17 @@ class Trainer:
             "best_epoch": run.best_epoch,
             "samples": N,
         }
-        total = time.perf_counter() - started
+        self._stop_before_the_end(final_state)
+        total = run.seconds_before + time.perf_counter() - started
         metrics["seconds"] = {"discover": discover_seconds, "train": total - discover_seconds, "total": total}
-        return TrainResult(best_model, metrics, run.history, run.best_epoch, split, run.state())
+        return TrainResult(best_model, metrics, run.history, run.best_epoch, split, final_state)
+
+    def _stop_before_the_end(self, final_state: dict[str, Any]) -> None:
+        """Ends a run that is asked to stop while it is measured: all epochs are in the state that is saved."""
+        stopped_by = self._asked_to_stop()
+        if stopped_by is not None:
+            self.observer.save(final_state)
+            raise Interrupted("stopped after the last epoch, before the metrics", stopped_by)
 
     def _placed(self, rows: Selection, device: torch.device) -> Rows:
         placed = place_rows(rows, device, self.config.training.data_on_device)
@@ -247,6 +293,17 @@ class Trainer:
         if config.unassigned_features == "nearest":
             return config.model_copy(update={"extra_inputs": nearest_categories(x, config.group_indices)})
         return config
+
+
+def _check_memory(config: CategoricalVQVAEConfig, device: torch.device) -> None:
+    """Raises ConfigError where weights, gradients and the two moments of Adam cannot fit."""
+    count = config.parameter_count()
+    needed, free = 4 * 4 * count, min(free_memory(device), free_memory(torch.device("cpu")))
+    if needed > free:
+        raise ConfigError(
+            f"model: {count:,} parameters need {needed / 1e9:,.1f} GB to train, and {free / 1e9:,.1f} GB are free; "
+            "reduce model.group_hidden_dim, model.group_embedding_dim or model.levels"
+        )
 
 
 def find_categories(x: Blocks, feature_names: Sequence[str], config: RunConfig) -> Groups:

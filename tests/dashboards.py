@@ -34,6 +34,8 @@ def synthetic_checkpoint(
     rows: int = 200,
     epochs: int = 3,
     long_names: bool = False,
+    stem: str = "feature",
+    category: str = "cluster",
     levels: Sequence[dict[str, int]] = (),
     seed: int = 1,
 ) -> Path:
@@ -43,7 +45,7 @@ def synthetic_checkpoint(
     families = LONG_FAMILIES if long_names else SHORT
     F = matrix.shape[1]
     edges = [0, max(F // 2, 1), max(F * 5 // 6, 2), F]
-    stem = LONG if long_names else "feature"
+    stem = LONG if long_names else stem
     data = directory / "data.h5"
     parts = [slice(a, b) for a, b in pairwise(edges)]
     write_arrays(data, {f"features/{name}": matrix[:, part] for name, part in zip(families, parts, strict=True)})
@@ -51,7 +53,7 @@ def synthetic_checkpoint(
         for name, part in zip(families, parts, strict=True):
             file[f"features/{name}"].attrs["feature_names"] = [f"{stem}_{i}" for i in range(part.start, part.stop)]
     ends = np.cumsum(sizes)
-    category = "behaviour_that_long_words_describe" if long_names else "cluster"
+    category = "behaviour_that_long_words_describe" if long_names else category
     groups = {
         f"{category}_{c}": list(range(int(end - size), int(end)))
         for c, (end, size) in enumerate(zip(ends, sizes, strict=True), start=1)

@@ -19,21 +19,7 @@ def pair(name: str, seed: int = 3, **arguments: Any) -> tuple[nn.Module, nn.Modu
     theirs = getattr(vector_quantize_pytorch, name)(**arguments)
     ours = getattr(spinlock_fast, name)(**arguments)
     ours.load_state_dict(theirs.state_dict())
-    for module in theirs.modules():
-        for name in ("update_ema", "replace"):
-            if hasattr(module, name):
-                setattr(module, name, _beside_the_graph(module, getattr(module, name)))
     return theirs, ours
-
-
-def _beside_the_graph(codebook: nn.Module, method: Callable[..., Any]) -> Callable[..., Any]:
-    """Theirs moves codes in place that the backward pass still reads: its gradient is that of other codes."""
-
-    def call(*arguments: Any, **named: Any) -> Any:
-        codebook.embed.data = codebook.embed.data.clone()
-        return method(*arguments, **named)
-
-    return call
 
 
 def batches(shape: tuple[int, ...], steps: int) -> Iterator[Tensor]:

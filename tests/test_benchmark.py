@@ -11,6 +11,7 @@ from helpers import planted_matrix
 from spinlock_fast.benchmark import step_seconds, train_step, training_run
 from spinlock_fast.config import RunConfig
 from spinlock_fast.config_file import apply_overrides
+from spinlock_fast.seeds import Stream, generator
 from spinlock_fast.step import learning_rates
 from spinlock_fast.trainer import Trainer
 
@@ -29,7 +30,7 @@ def test_losses_are_those_of_the_trainer() -> None:
     step = run.one_step
     losses = []
     for epoch in range(2):
-        order = np.random.default_rng([config.random_seed, 2, epoch]).permutation(128)
+        order = generator(config.random_seed, Stream.ROW_ORDER, epoch).permutation(128)
         step.begin_epoch(torch.from_numpy(order), learning_rates(run.training, step.count, epoch), 0)
         for position in range(step.count):
             run.launcher.run(step.kind(position, reset=False), 1)

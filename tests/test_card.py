@@ -71,3 +71,14 @@ def test_tables_of_the_card_are_whole() -> None:
 
 def test_a_matrix_given_in_python_has_no_files() -> None:
     assert "of a matrix given in Python" in model_card(METRICS, RunConfig())
+
+
+def test_names_from_the_data_are_not_markup() -> None:
+    hostile = "<script>alert(1)</script> | `x` [a](b) \x1b[31m\n# top"
+    metrics = {**METRICS, "categories": [{**METRICS["categories"][0], "name": hostile, "families": {hostile: 3}}]}
+    card = model_card(metrics, RunConfig(dataset_path=f"/data/{hostile}.h5"))
+    assert "<script>" not in card.replace("`<script>", "")
+    assert "\x1b" not in card
+    row = next(line for line in card.splitlines() if "&lt;script&gt;" in line and line.startswith("|"))
+    assert row.count("|") - row.count("\\|") == 7
+    assert "# top" not in card.splitlines()

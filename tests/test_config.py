@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import helpers
@@ -15,6 +16,7 @@ from spinlock_fast.config import (
 )
 from spinlock_fast.config_file import apply_overrides, check_config, dump_config, help_text, load_config, parse_yaml
 from spinlock_fast.errors import ConfigError
+from spinlock_fast.messages import one_line
 
 ROOT = Path(__file__).parents[1]
 
@@ -451,3 +453,66 @@ def test_an_override_may_touch_a_default_family(load):
     assert list(config.families) == ["summary", "temporal", "architecture"]
     assert config.families["summary"].standardize
     assert config.families["summary"].encoder_params == RunConfig().families["summary"].encoder_params
+
+
+def _expanding(head, item, levels=9):
+    """YAML whose aliases expand to 9 ** levels values."""
+    lines = [head, f"{item}&a0 [x, x, x, x, x, x, x, x, x]"]
+    for i in range(1, levels):
+        lines.append(f"{item}&a{i} [{', '.join([f'*a{i - 1}'] * 9)}]")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (_expanding("training:\n  num_epochs:", "    - "), "aliases expand to more than 1,000,000 values"),
+        ("model: &a\n  levels: *a\n", "an alias refers to a value that contains it"),
+        ("model: " + "[" * 5000 + "]" * 5000, "nested too deeply"),
+        ("model: " + "{a: " * 3000 + "1" + "}" * 3000, "nested too deeply"),
+        ("training:\n  num_epochs: " + "9" * 5000, "5000 digits"),
+        ("training:\n  num_epochs: 0x" + "f" * 50_000, "training.num_epochs: input should be less than or equal"),
+        ("training:\n  learning_rate: 0x" + "f" * 50_000, "training.learning_rate: input should be a valid number"),
+        ("random_seed: 0x" + "f" * 5000, "random_seed"),
+        ("training:\n  num_epochs: 2020-13-45\n", "month must be in 1..12"),
+        ("model:\n  group_hidden_dim: 10000000000\n", "model.group_hidden_dim: input should be less than or equal"),
+        ('"\\e[31mred": 1\n', "\\x1b[31mred: unknown key"),
+    ],
+    ids=["expanding", "recursive", "lists", "maps", "digits", "hexadecimal", "float", "seed", "date", "huge", "escape"],
+)
+def test_hostile_yaml_is_one_short_line(load, text, expected):
+    with pytest.raises(ConfigError) as caught:
+        load(text)
+    message = one_line(caught.value)
+    assert expected in message
+    assert len(message) < 600
+
+
+def test_a_merge_that_expands_is_refused(load):
+    lines = ["m0: &m0 {a: 1, b: 2}"]
+    lines += [f"m{i}: &m{i}\n  <<: [{', '.join([f'*m{i - 1}'] * 9)}]" for i in range(1, 9)]
+    with helpers.raises_one_line(ConfigError, "aliases expand"):
+        load("\n".join(lines))
+
+
+def test_aliases_of_an_ordinary_file_are_read():
+    assert parse_yaml("a: &x {p: 1}\nb: *x\nc:\n  <<: *x\n  q: 2\n") == {
+        "a": {"p": 1},
+        "b": {"p": 1},
+        "c": {"p": 1, "q": 2},
+    }
+
+
+def test_a_pipe_a_folder_or_an_impossible_path_is_no_configuration(tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with helpers.raises_one_line(ConfigError, "pipe.yaml", "not a regular file"):
+        load_config(tmp_path / "pipe.yaml")
+    with helpers.raises_one_line(ConfigError, "is a directory"):
+        load_config(tmp_path)
+    with helpers.raises_one_line(ConfigError, "cannot be read"):
+        load_config("a\0b.yaml")
+    with helpers.raises_one_line(ConfigError, "File name too long"):
+        load_config("x" * 300 + ".yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"dataset_path: \xe9.h5\n")
+    with helpers.raises_one_line(ConfigError, "latin.yaml", "cannot be read"):
+        load_config(tmp_path / "latin.yaml")

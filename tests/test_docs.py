@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from html.parser import HTMLParser
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -91,6 +92,58 @@ def test_links_within_the_project_lead_somewhere(page: str) -> None:
             assert (ROOT / page).parent.joinpath(target).exists(), f"{page}: {target}"
 
 
+# What Markdown and the extensions of mkdocs.yml make; anything else was meant as text.
+_MADE_OF_MARKDOWN = {
+    *("h1", "h2", "h3", "h4", "h5", "h6", "p", "a", "em", "strong", "code", "pre", "ul", "ol", "li", "br", "hr"),
+    *("table", "thead", "tbody", "tr", "th", "td", "img", "blockquote", "span", "div"),
+}
+
+
+class Tags(HTMLParser):
+    """Collects tags, and the texts of table cells."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.cells: list[str] = []
+        self._in_cell = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.append(tag)
+        if tag == "td":
+            self.cells.append("")
+        self._in_cell = tag == "td" or self._in_cell
+
+    def handle_endtag(self, tag: str) -> None:
+        self._in_cell = self._in_cell and tag != "td"
+
+    def handle_data(self, data: str) -> None:
+        if self._in_cell:
+            self.cells[-1] += data
+
+
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda path: path.stem)
+def test_no_text_of_a_page_is_taken_for_a_tag(page: Path) -> None:
+    markdown = pytest.importorskip("markdown", reason="comes with mkdocs, an optional extra")
+    html = markdown.markdown(page.read_text(encoding="utf-8"), extensions=["tables", "fenced_code"])
+    assert set(Tags(html).tags) <= _MADE_OF_MARKDOWN
+
+
+def test_formulas_are_shown_as_they_are_written() -> None:
+    from spinlock_fast.simulate.features.registry import PER_TRAJECTORY, TEMPORAL
+
+    markdown = pytest.importorskip("markdown", reason="comes with mkdocs, an optional extra")
+    page = (ROOT / "docs" / "features.md").read_text(encoding="utf-8")
+    cells = Tags(markdown.markdown(page, extensions=["tables", "fenced_code"])).cells
+    expected = {feature.formula for groups in (TEMPORAL, PER_TRAJECTORY) for f in groups.values() for feature in f}
+    assert set(cells[3::5]) == expected
+    assert {len(set(cells[i::5])) > 1 for i in range(5)} == {True}
+
+
 @pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("material", reason="the site is built with mkdocs-material, an optional extra")
@@ -98,6 +151,12 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "tokens" / "index.html").exists()
+    for page in DOCS:
+        where = tmp_path / ("" if page.stem == "index" else page.stem) / "index.html"
+        article = re.search(r"<article.*?</article>", where.read_text(encoding="utf-8"), re.DOTALL)
+        assert article is not None
+        added = {"article", "nav", "button", "label", "input", "svg", "path", "iframe", "form", "aside"}  # by the theme
+        assert set(Tags(article[0]).tags) <= _MADE_OF_MARKDOWN | added, page
 
 
 @pytest.mark.slow

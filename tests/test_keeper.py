@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import raises_one_line
 
-from spinlock_fast import pipeline
+from spinlock_fast import states
 from spinlock_fast.checkpoint import RESUME, Staging, load_torch, plain, save_torch
 from spinlock_fast.config import RunConfig
 from spinlock_fast.errors import OutputError
@@ -29,6 +29,8 @@ class Nothing:
 
     def save(self, state: dict[str, Any]) -> None: ...
 
+    def training_finished(self) -> None: ...
+
 
 def test_a_state_is_written_beside_training_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     go = threading.Event()
@@ -37,9 +39,9 @@ def test_a_state_is_written_beside_training_as_it_was(tmp_path: Path, monkeypatc
         assert go.wait(30)
         save_torch(path, payload)
 
-    monkeypatch.setattr(pipeline, "save_torch", slowly)
+    monkeypatch.setattr(states, "save_torch", slowly)
     weight = torch.ones(3)
-    with pipeline._Keeper(Nothing(), tmp_path, {}, RunConfig()) as keeper:
+    with states.StateKeeper(Nothing(), tmp_path, {}, RunConfig()) as keeper:
         keeper.save({"weight": weight, "values": torch.zeros(1)})
         weight += 1  # training goes on
         assert not (tmp_path / RESUME).exists()
@@ -51,10 +53,10 @@ def test_a_state_that_cannot_be_written_ends_the_run(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with (
         raises_one_line(OutputError, RESUME),
-        pipeline._Keeper(Nothing(), tmp_path / "file", {}, RunConfig()) as keeper,
+        states.StateKeeper(Nothing(), tmp_path / "file", {}, RunConfig()) as keeper,
     ):
         keeper.save({})
-    keeper = pipeline._Keeper(Nothing(), tmp_path / "file", {}, RunConfig())
+    keeper = states.StateKeeper(Nothing(), tmp_path / "file", {}, RunConfig())
     keeper.save({})
     with raises_one_line(OutputError, RESUME):
         keeper.save({})

@@ -12,6 +12,7 @@ from helpers import planted_matrix
 from recording import DeviceOnly
 
 from spinlock_fast import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig, metrics
+from spinlock_fast import rows as rows_module
 from spinlock_fast.config import TrainingConfig
 from spinlock_fast.features.names import count_families
 from spinlock_fast.losses import LossWeights, loss_terms
@@ -92,7 +93,7 @@ def test_a_category_is_judged_on_its_own_features(model: CategoricalHierarchical
 
 def test_blocks_make_no_difference(model: CategoricalHierarchicalVQVAE, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = metrics.evaluate(model, x(), TrainingConfig())
-    monkeypatch.setattr(metrics, "_ROWS_AT_ONCE", {"cpu": 17})
+    monkeypatch.setattr(rows_module, "_ROWS_AT_ONCE", {"cpu": 17})
     blocks = metrics.evaluate(model, x(), TrainingConfig())
     flat: list[tuple[Any, Any]] = [(whole[key], blocks[key]) for key in whole if key != "categories"]
     for a, b in flat:
@@ -100,10 +101,10 @@ def test_blocks_make_no_difference(model: CategoricalHierarchicalVQVAE, monkeypa
 
 
 def test_blocks_are_of_nearly_one_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "_ROWS_AT_ONCE", {"cpu": 8})
-    assert [len(block) for block in metrics._blocks(torch.zeros(20, 3))] == [7, 7, 6]
-    assert [len(block) for block in metrics._blocks(torch.zeros(8, 3))] == [8]
-    assert torch.equal(torch.cat(metrics._blocks(x())), x())
+    monkeypatch.setattr(rows_module, "_ROWS_AT_ONCE", {"cpu": 8})
+    assert [len(block) for block in rows_module.blocks_of(torch.zeros(20, 3))] == [7, 7, 6]
+    assert [len(block) for block in rows_module.blocks_of(torch.zeros(8, 3))] == [8]
+    assert torch.equal(torch.cat(rows_module.blocks_of(x())), x())
 
 
 def test_validation_gives_the_single_numbers_of_an_evaluation(
@@ -122,7 +123,7 @@ def test_a_device_measures_without_the_host(
 ) -> None:
     """So that a run waits for a validation once, at its end, and a CUDA graph can hold it."""
     monkeypatch.setenv("SPINLOCK_FAST_BACKEND", "reference")
-    monkeypatch.setattr(metrics, "_ROWS_AT_ONCE", {"cpu": 50})
+    monkeypatch.setattr(rows_module, "_ROWS_AT_ONCE", {"cpu": 50})
     copied, rows = copy.deepcopy(model).train(training), x()
     validation = metrics.Validation(copied, rows, TrainingConfig())
     validation.run()  # index tensors are made once
@@ -165,3 +166,22 @@ def test_completion_adds_families_purity_and_sizes(model: CategoricalHierarchica
 
 def test_names_without_a_family_are_one_family() -> None:
     assert count_families(["x", "y", "a::z"], [0, 1, 2]) == {"features": 2, "a": 1}
+
+
+def test_scalars_begin_with_the_error() -> None:
+    """`evaluate` decides by it whether rows spoil the figures."""
+    assert metrics._SCALARS[0] == "reconstruction_error"
+
+
+def test_a_row_of_which_nothing_is_finite_is_left_out(
+    model: CategoricalHierarchicalVQVAE, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = x()
+    rows[[5, 77]] = 1e35
+    keep = torch.ones(len(rows), dtype=torch.bool)
+    keep[[5, 77]] = False
+    numbers = np.arange(1000, 1000 + len(rows))
+    found = metrics.evaluate(model, rows, TrainingConfig(), numbers, "test")
+    assert found.pop("rows_left_out") == [1005, 1077]
+    assert found == metrics.evaluate(model, rows[keep], TrainingConfig())
+    assert "test rows 1005, 1077: the features are too large" in caplog.text

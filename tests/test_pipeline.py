@@ -26,6 +26,8 @@ from spinlock_fast.checkpoint import FILES, RESUME, load_torch
 from spinlock_fast.config_file import load_config
 from spinlock_fast.errors import DataError
 from spinlock_fast.evaluate import main as evaluate_main
+from spinlock_fast.manifest import STATES
+from spinlock_fast.run_directory import PARTIAL
 from spinlock_fast.tokenize import main as tokenize_main
 from spinlock_fast.tokenizer import write_tokens
 from spinlock_fast.train import main as train_main
@@ -79,7 +81,7 @@ def run(command: Callable[[list[str]], None], *arguments: object) -> int:
 
 
 def test_a_run_leaves_the_whole_directory(checkpoint: Path) -> None:
-    assert {path.name for path in checkpoint.iterdir()} == set(FILES) - {RESUME, "tensorboard"}
+    assert {path.name for path in checkpoint.iterdir()} == set(FILES) - {*STATES, "tensorboard"}
 
 
 def test_model_files_hold_what_is_promised(checkpoint: Path) -> None:
@@ -259,7 +261,8 @@ def test_resuming_into_another_directory_sets_its_run_aside(
     shutil.copytree(checkpoint, output)
     arguments = [config, "--quiet", "--set", f"dataset_path={data}", "--resume", checkpoint, "--output", output]
     assert run(train_main, *arguments, "--set", "training.num_epochs=4") == 0
-    assert (output / "previous" / "best_model.pt").read_bytes() == (checkpoint / "best_model.pt").read_bytes()
+    (previous,) = (output / "previous").iterdir()
+    assert (previous / "best_model.pt").read_bytes() == (checkpoint / "best_model.pt").read_bytes()
     assert json.loads((checkpoint / "metrics.json").read_text())["epochs"] == 3
 
 
@@ -267,7 +270,8 @@ def test_an_earlier_run_is_set_aside(config: Path, data: Path, checkpoint: Path,
     output = tmp_path / "out"
     shutil.copytree(checkpoint, output)
     assert run(train_main, config, "--quiet", "--set", f"dataset_path={data}", "--output", output) == 0
-    assert (output / "previous" / "best_model.pt").read_bytes() == (checkpoint / "best_model.pt").read_bytes()
+    (previous,) = (output / "previous").iterdir()
+    assert (previous / "best_model.pt").read_bytes() == (checkpoint / "best_model.pt").read_bytes()
 
 
 def test_dry_run_writes_nothing(config: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -303,7 +307,7 @@ def test_a_signal_leaves_a_run_that_resumes_to_the_same_weights(
     broken = tmp_path / "broken"
     process = train_process(*common, "--output", broken)
     deadline = time.monotonic() + 60
-    while not (broken / RESUME).exists() and time.monotonic() < deadline:
+    while not (broken / PARTIAL / RESUME).exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     for number in numbers:
         process.send_signal(number)
@@ -312,7 +316,7 @@ def test_a_signal_leaves_a_run_that_resumes_to_the_same_weights(
     assert process.returncode == status
     assert errors.strip().splitlines()[-1].startswith("error: stopped in epoch")
     assert f"--resume {broken}" in errors.replace("\n", "")
-    reached = load_torch(broken / RESUME)["run"]["epoch"]
+    reached = load_torch(broken / PARTIAL / RESUME)["run"]["epoch"]
     assert 5 <= reached < 400
 
     # The rest is shortened: what matters is that both runs see the same steps.
@@ -323,7 +327,7 @@ def test_a_signal_leaves_a_run_that_resumes_to_the_same_weights(
         assert process.returncode == 0, errors
     weights = [load_torch(place / "final_model.pt")["model_state_dict"] for place in (broken, tmp_path / "whole")]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
-    assert not (broken / RESUME).exists()
+    assert not (broken / PARTIAL / RESUME).exists()
 
 
 def test_resuming_with_another_setting_names_it(

@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers import planted_matrix, raises_one_line, stopped_after
 
+from spinlock_fast import trainer as trainer_module
 from spinlock_fast.config import RunConfig
 from spinlock_fast.config_file import apply_overrides
 from spinlock_fast.errors import ConfigError, DataError, Interrupted, TrainingError
@@ -319,11 +320,39 @@ def test_history_terms_add_up_to_the_loss(x: np.ndarray[Any, Any]) -> None:
     assert sum(w[name] * value for name, value in record.terms.items()) == pytest.approx(record.train_loss, rel=1e-5)
 
 
-def test_a_validation_row_that_overflows_is_an_error_not_a_crash(x: np.ndarray[Any, Any]) -> None:
+@pytest.mark.parametrize("value", [1e11, 1e20, 1e30, 3e38])
+@pytest.mark.parametrize("where", ["validation", "test", "host"])
+def test_a_huge_row_is_named_and_left_out_of_the_metrics(
+    x: np.ndarray[Any, Any], caplog: pytest.LogCaptureFixture, where: str, value: float
+) -> None:
+    kind = "test" if where == "test" else "validation"
+    settings: dict[str, Any] = {"training__num_epochs": 1, "training__test_fraction": 0.1}
+    if where == "host":
+        settings["training__data_on_device"] = "never"
+    rows = split_rows(300, trainer(**settings).config.training, 42)
+    number = int((rows.test if kind == "test" else rows.val)[4])
     bad = x.copy()
-    bad[7, 3] = 1e30
-    with pytest.raises(TrainingError, match="validation loss is not finite"):
-        trainer().fit(bad, GROUPS, val_rows=range(30))
+    bad[number, 3] = value
+    found = trainer(**settings).fit(bad, GROUPS).metrics
+    json.dumps(found, allow_nan=False)
+    measured = found["test"] if kind == "test" else found
+    assert f"{kind} row {number}: the features are too large" in caplog.text
+    assert measured["reconstruction_error"] < 10
+    if kind == "test":
+        assert measured["rows_left_out"] == [number]
+        kept = np.setdiff1d(rows.test, number)
+        expected = trainer(**settings).fit(x, GROUPS, val_rows=rows.val)  # another split of the rest
+        assert measured["val_rows"] == kept.size
+        assert expected.metrics["test"]["val_rows"] == kept.size + 1
+    else:
+        assert found["val_rows"] == rows.val.size - 1
+
+
+def test_a_huge_training_row_is_named(x: np.ndarray[Any, Any]) -> None:
+    bad = x.copy()
+    bad[9, 3] = 1e30
+    with raises_one_line(TrainingError, "row 9 holds a value of size 1e+30"):
+        trainer().fit(bad, GROUPS, val_rows=[3, 100])
 
 
 def test_a_stopped_trainer_can_be_used_again(x: np.ndarray[Any, Any]) -> None:
@@ -332,6 +361,96 @@ def test_a_stopped_trainer_can_be_used_again(x: np.ndarray[Any, Any]) -> None:
     with pytest.raises(Interrupted):
         again.fit(x, GROUPS)
     assert len(again.fit(x, GROUPS).history) == 4
+    again.stop(signal.SIGINT)  # too late for the fit above, and not meant for the next
+    assert len(again.fit(x, GROUPS).history) == 4
+
+
+@pytest.mark.parametrize("moment", ["best_model", "evaluate"])
+def test_a_signal_after_the_last_step_is_obeyed(
+    x: np.ndarray[Any, Any], monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """It comes while the run is measured, from `stop` or from who is asked for signals."""
+    expected = trainer().fit(x, GROUPS)
+    for by_call in (True, False):
+        signals: list[int] = []
+        listener = Listener()
+        run = Trainer(trainer().config, listener, lambda signals=signals: signals[0] if signals else None)  # type: ignore[misc]
+
+        def late(*_: object, run: Trainer = run, signals: list[int] = signals, by_call: bool = by_call) -> None:
+            run.stop(15) if by_call else signals.append(15)
+
+        with monkeypatch.context() as patch:
+            if moment == "evaluate":
+                measured = trainer_module.evaluate
+                patch.setattr(trainer_module, "evaluate", lambda *a: (late(), measured(*a))[1])  # noqa: B023
+            else:
+                best = TrainingRun.best_model
+                patch.setattr(TrainingRun, "best_model", lambda self: (late(), best(self))[1])  # noqa: B023
+            with pytest.raises(Interrupted, match="after the last epoch") as stopped:
+                run.fit(x, GROUPS)
+        assert stopped.value.exit_status == 143
+        found = trainer().fit(x, GROUPS, resume=listener.states[-1])
+        assert_same_weights(found, expected)
+        assert found.metrics["reconstruction_error"] == expected.metrics["reconstruction_error"]
+
+
+def test_a_resumed_run_adds_up_its_time(x: np.ndarray[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    listener = Listener()
+    run = trainer(listener)
+    with stopped_after(6, run), pytest.raises(Interrupted):  # in the second epoch
+        run.fit(x, GROUPS)
+    state = listener.states[-1]
+    assert state["seconds"] > sum(record["seconds"] for record in state["history"]) > 0
+    assert state["epoch_seconds"] > 0
+    state["seconds"], state["epoch_seconds"] = 1000.0, 400.0
+    found = trainer().fit(x, GROUPS, resume=state)
+    assert 1000 < found.metrics["seconds"]["train"] <= found.metrics["seconds"]["total"] < 1100
+    assert [record.seconds > 400 for record in found.history] == [False, True, False, False]
+    again = trainer(training__num_epochs=5).fit(x, GROUPS, resume=found.final_state)
+    assert again.metrics["seconds"]["train"] > 1000
+    old = {key: value for key, value in found.final_state.items() if "seconds" not in key}
+    assert trainer().fit(x, GROUPS, resume=old).metrics["seconds"]["train"] > 400  # of the epochs, in old states
+
+
+LONGER = {
+    "training__dead_code_reset_interval": 2,
+    "training__dead_code_threshold": 5.0,
+    "training__dead_code_strategy": "sample",
+    "training__val_every_n_epochs": 3,
+    "model__dropout": 0.2,
+}
+
+
+@pytest.mark.parametrize("first", [2, 3, 4])
+def test_a_finished_run_trained_longer_is_the_long_run(x: np.ndarray[Any, Any], first: int) -> None:
+    whole = trainer(training__num_epochs=7, **LONGER).fit(x, GROUPS)
+    torch.manual_seed(7)  # the caller's random state must not matter
+    short = trainer(training__num_epochs=first, **LONGER).fit(x, GROUPS)
+    torch.manual_seed(8)
+    state = copy.deepcopy(short.final_state)
+    longer = trainer(training__num_epochs=7, **LONGER).fit(x, GROUPS, resume=state)
+    assert_same_weights(longer, whole)
+    for a, b in zip(longer.history, whole.history, strict=True):
+        assert vars(a) | {"seconds": 0.0} == vars(b) | {"seconds": 0.0}
+    assert longer.best_epoch == whole.best_epoch
+    for key, value in whole.model.state_dict().items():
+        assert torch.equal(value, longer.model.state_dict()[key])
+
+
+def test_a_cosine_that_becomes_longer_is_mentioned(x: np.ndarray[Any, Any], caplog: pytest.LogCaptureFixture) -> None:
+    done = trainer(training__scheduler="cosine").fit(x, GROUPS).final_state
+    trainer(training__scheduler="cosine", training__num_epochs=5).fit(x, GROUPS, resume=done)
+    assert "will differ from those of a run that had 5 from the start" in caplog.text
+
+
+def test_states_are_saved_by_minutes_too(x: np.ndarray[Any, Any]) -> None:
+    listener = Listener()
+    expected = trainer(listener, training__save_minutes=1e-9).fit(x, GROUPS)
+    steps = -(-expected.split.train.size // 64)
+    assert len(listener.states) == 4 * steps  # after every step
+    assert {state["step"] for state in listener.states} == set(range(1, steps + 1))
+    for state in (listener.states[0], listener.states[-3]):
+        assert_same_weights(trainer().fit(x, GROUPS, resume=state), expected)
 
 
 def test_small_steady_gains_are_gains(x: np.ndarray[Any, Any]) -> None:

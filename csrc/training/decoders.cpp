@@ -9,6 +9,7 @@
 #include <pybind11/stl.h>
 
 #include "books.hpp"
+#include "checks.hpp"
 #include "kernels.hpp"
 #include "parallel.hpp"
 #include "training.hpp"
@@ -26,6 +27,8 @@ void for_each_decoder(DecoderTask task, const std::vector<Index>& num_codes, con
                       Call call) {
     const Kernels& k = kernels();
     const std::vector<Book> books = books_of(num_codes, dims);
+    check_sizes(task.B, {task.F, task.H});
+    check_codes(task.codes, task.B, num_codes, "partial_loss");
     task.G = static_cast<Index>(books.size());
     Index partial = 0, buffer = 0;
     task.total_dims = 0;

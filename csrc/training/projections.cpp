@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "checks.hpp"
 #include "kernels.hpp"
 #include "parallel.hpp"
 #include "products.hpp"
@@ -25,6 +26,7 @@ void output_linear(std::uintptr_t x, std::uintptr_t gain, std::uintptr_t shift, 
                    std::uintptr_t bias, const std::vector<Index>& sizes, Index B, Index in, std::uintptr_t scaled,
                    std::uintptr_t out, int threads) {
     const py::gil_scoped_release release;
+    check_sizes(B, sizes);
     std::vector<Product> products;
     Index column = 0, total = 0;
     for (const Index n : sizes) total += n;
@@ -59,6 +61,7 @@ void output_linear_backward(std::uintptr_t grad, std::uintptr_t x, std::uintptr_
                             Index in, std::uintptr_t of_x, std::uintptr_t of_gain, std::uintptr_t of_shift,
                             std::uintptr_t of_weight, std::uintptr_t of_bias, int threads) {
     const py::gil_scoped_release release;
+    check_sizes(B, sizes);
     std::vector<Product> products;
     Index column = 0, total = 0;
     for (const Index n : sizes) total += n;
@@ -95,6 +98,7 @@ constexpr Index kRowsOfATask = 64;
 
 void normalize(std::uintptr_t x, Index rows, Index n, double eps, std::uintptr_t deviation, int threads) {
     const py::gil_scoped_release release;
+    check_sizes(rows, {n});
     parallel_for((rows + kRowsOfATask - 1) / kRowsOfATask, threads, [&](Index i) {
         const Index first = i * kRowsOfATask;
         kernels().normalize(at<float>(x) + first * n, std::min(kRowsOfATask, rows - first), n, static_cast<float>(eps),
@@ -105,6 +109,7 @@ void normalize(std::uintptr_t x, Index rows, Index n, double eps, std::uintptr_t
 void normalize_backward(std::uintptr_t grad, std::uintptr_t normed, std::uintptr_t deviation, Index rows, Index n,
                         std::uintptr_t of_x, int threads) {
     const py::gil_scoped_release release;
+    check_sizes(rows, {n});
     parallel_for((rows + kRowsOfATask - 1) / kRowsOfATask, threads, [&](Index i) {
         const Index first = i * kRowsOfATask;
         kernels().normalize_backward(at<const float>(grad) + first * n, at<const float>(normed) + first * n,
@@ -117,6 +122,7 @@ void segments(std::uintptr_t x, Index B, const std::vector<Index>& sizes, std::u
               double eps, double rate, std::uintptr_t seed, std::uintptr_t normed, std::uintptr_t deviation,
               std::uintptr_t out, int threads) {
     const py::gil_scoped_release release;
+    check_sizes(B, sizes);
     Index total = 0;
     for (const Index n : sizes) total += n;
     const Dropout dropout = dropout_of(rate, seed);
@@ -133,6 +139,7 @@ void segments_backward(std::uintptr_t grad, std::uintptr_t normed, std::uintptr_
                        const std::vector<Index>& sizes, std::uintptr_t weight, double rate, std::uintptr_t seed,
                        std::uintptr_t of_x, std::uintptr_t of_weight, std::uintptr_t of_bias, int threads) {
     const py::gil_scoped_release release;
+    check_sizes(B, sizes);
     Index total = 0;
     for (const Index n : sizes) total += n;
     const Dropout dropout = dropout_of(rate, seed);

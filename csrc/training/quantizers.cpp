@@ -7,6 +7,7 @@
 #include <pybind11/stl.h>
 
 #include "books.hpp"
+#include "checks.hpp"
 #include "kernels.hpp"
 #include "parallel.hpp"
 #include "training.hpp"
@@ -25,6 +26,7 @@ void assign(std::uintptr_t z, Index z_row, Index N, std::uintptr_t codebook, std
     const py::gil_scoped_release release;
     const Kernels& k = kernels();
     const std::vector<Book> books = books_of(num_codes, dims);
+    check_sizes(N, {z_row});
     AssignTask task{};
     task.z = at<const float>(z), task.z_row = z_row, task.codebook = at<const float>(codebook);
     task.mask = at<const std::uint8_t>(mask), task.centred = centred;
@@ -64,6 +66,7 @@ constexpr Index kRowsOfATask = 64;
 void assign_backward(std::uintptr_t grad, std::uintptr_t of_error, std::uintptr_t z, std::uintptr_t quantized,
                      std::uintptr_t codes, Index N, const std::vector<Index>& dims, std::uintptr_t of_z, int threads) {
     const py::gil_scoped_release release;
+    check_sizes(N, dims);
     const Index G = static_cast<Index>(dims.size());
     Index total = 0;
     for (const Index d : dims) total += d;

@@ -8,6 +8,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "checks.hpp"
 #include "kernels.hpp"
 #include "parallel.hpp"
 #include "training.hpp"
@@ -36,6 +37,8 @@ void residual_assign(std::uintptr_t x, Index x_row, Index N, Index D, std::uintp
                      std::uintptr_t codes, std::uintptr_t quantized, std::uintptr_t errors, std::uintptr_t counts,
                      std::uintptr_t sums, int threads) {
     const py::gil_scoped_release release;  // only memory that the caller holds is touched
+    check_sizes(N, num_codes);
+    check_sizes(D, {x_row});
     const Kernels& k = kernels();
     const Index stages = static_cast<Index>(num_codes.size());
     Index panels = 0, partial = 0;
@@ -76,6 +79,8 @@ void residual_backward(std::uintptr_t grad, std::uintptr_t of_errors, std::uintp
                        std::uintptr_t codebook, const std::vector<Index>& num_codes, std::uintptr_t mask,
                        std::uintptr_t codes, bool cosine, int gradient, std::uintptr_t of_x, int threads) {
     const py::gil_scoped_release release;
+    check_sizes(N, {D, x_row});
+    check_codes(at<const std::int64_t>(codes), N, num_codes, "residual_vq");
     const Kernels& k = kernels();
     ResidualTask task{};
     task.x = at<const float>(x), task.x_row = x_row, task.D = D, task.codebook = at<const float>(codebook);

@@ -11,6 +11,7 @@
 #include <pybind11/stl.h>
 
 #include "books.hpp"
+#include "checks.hpp"
 #include "kernels.hpp"
 #include "parallel.hpp"
 #include "training.hpp"
@@ -79,6 +80,14 @@ bool varies(double mean, double variance) {
     return variance > std::max(rounding * rounding, static_cast<double>(std::numeric_limits<float>::min()));
 }
 
+// Codes [G, S], which look up a table each.
+void check_lookups(const std::int32_t* codes, Index S, const std::vector<Index>& num_codes) {
+    check_sizes(S, num_codes);
+    for (std::size_t g = 0; g < num_codes.size(); ++g)
+        for (const std::int32_t* code = codes + static_cast<Index>(g) * S; code < codes + static_cast<Index>(g + 1) * S; ++code)
+            if (*code < 0 || *code >= num_codes[g]) throw std::out_of_range("topographic_correlations: a code outside its codebook");
+}
+
 // Returns the correlations and, for the backward pass, the factors of d_x - mean, d_z - mean, d_e - mean in the
 // gradients of both correlations by d_z and by d_e, and the means. `distances` [3, S, wide] is written.
 std::tuple<double, double, std::vector<double>> topo_forward(std::uintptr_t x, Index F, std::uintptr_t z,
@@ -87,6 +96,7 @@ std::tuple<double, double, std::vector<double>> topo_forward(std::uintptr_t x, I
                                                              const std::vector<Index>& dims, std::uintptr_t distances,
                                                              std::uintptr_t tables, bool missing, int threads) {
     const py::gil_scoped_release release;
+    check_lookups(at<const std::int32_t>(codes), S, num_codes);
     const Kernels& k = kernels();
     const Index G = static_cast<Index>(dims.size()), wide = padded(S, kWidth);
     Index total = 0;
@@ -161,6 +171,7 @@ void topo_backward(double of_pre, double of_post, const std::vector<double>& fac
                    const std::vector<Index>& dims, std::uintptr_t distances, std::uintptr_t tables, std::uintptr_t of_z,
                    int threads) {
     const py::gil_scoped_release release;
+    check_lookups(at<const std::int32_t>(codes), S, num_codes);
     const Kernels& k = kernels();
     const Index G = static_cast<Index>(dims.size()), wide = padded(S, kWidth);
     Index total = 0;
@@ -213,6 +224,9 @@ void topo_backward(double of_pre, double of_post, const std::vector<double>& fac
 void register_topo(py::module_& module) {
     module.def("topo_forward", &topo_forward);
     module.def("topo_backward", &topo_backward);
+    module.def("check_codes", [](std::uintptr_t codes, Index rows, const std::vector<Index>& num_codes, const std::string& name) {
+        return check_codes(at<const std::int64_t>(codes), rows, num_codes, name);
+    });
 }
 
 }  // namespace spinlock_fast

@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "checks.hpp"
 #include "kernels.hpp"
 #include "parallel.hpp"
 #include "products.hpp"
@@ -23,6 +24,8 @@ void mlp_forward(const PyOperand& x, const PyOperand& w1, std::uintptr_t b1, con
                  std::uintptr_t b2, const std::vector<Index>& sizes, Index B, Index H, Index E, double rate,
                  std::uintptr_t seed, std::uintptr_t hidden, std::uintptr_t out, int threads) {
     const py::gil_scoped_release release;  // only memory that the caller holds is touched
+    check_sizes(B, sizes);
+    check_sizes(H, {E});
     const Dropout dropout = dropout_of(rate, seed);
     std::vector<Product> first, second;
     Index column = 0;
@@ -166,6 +169,8 @@ void mlp_backward(std::uintptr_t grad, const PyOperand& x, const PyOperand& w1, 
                   std::uintptr_t of_hidden, std::uintptr_t of_x, const PyOperand& of_w1, std::uintptr_t of_b1,
                   std::uintptr_t of_w2, std::uintptr_t of_b2, int threads) {
     const py::gil_scoped_release release;
+    check_sizes(B, sizes);
+    check_sizes(H, {E});
     const Networks networks{operand(x), operand(w1), operand(w2), w2_group, at<const float>(hidden), sizes, B, H, E,
                             dropout_scale(rate)};
     const auto [weights, w1_row, w1_column] = of_w1;

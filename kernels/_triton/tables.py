@@ -18,8 +18,8 @@ def book_table(layout: CodebookLayout, device: torch.device) -> Tensor:
     table = _tables.get(key)
     if table is None:
         with torch.inference_mode(False):
-            codes = torch.tensor(layout.num_codes)
-            dims = torch.tensor(layout.dims)
+            codes = torch.tensor(layout.num_codes, device="cpu")
+            dims = torch.tensor(layout.dims, device="cpu")
             entries = codes * dims
             rows = [codes, dims, *(size.cumsum(0) - size for size in (codes, dims, entries))]
             table = _tables[key] = torch.stack(rows).to(torch.int32).to(device)

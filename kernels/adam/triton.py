@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from spinlock_fast.kernels._common.guard import launches
 from spinlock_fast.kernels._triton.specimen import Specimen
 
 TENSORS = 32  # in one launch
@@ -105,10 +106,11 @@ class Adam:
         rows = [[t.data_ptr() for t in tensors] for tensors in (parameters, means, squares)]
         rows += [[p.numel() for p in parameters], [sum(blocks[:i]) for i in range(len(blocks))]]
         padded = [row + [none] * (TENSORS - len(row)) for row in rows]
-        self.table = torch.tensor(padded, dtype=torch.int64).to(parameters[0].device)
+        self.table = torch.tensor(padded, dtype=torch.int64, device="cpu").to(parameters[0].device)
         self._aligned = all(address % 16 == 0 for row in rows[:3] for address in row)
         self._options = _options(betas, eps, weight_decay, decoupled)
 
+    @launches
     def __call__(self, gradients: Sequence[Tensor], count: Tensor, rate: Tensor) -> None:
         """Gradients with the strides of the parameters; `count` steps were done before."""
         aligned = self._aligned and all(gradient.data_ptr() % 16 == 0 for gradient in gradients)

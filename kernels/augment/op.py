@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spinlock_fast.kernels._common.guard import FLOAT, INDEX, check
 from spinlock_fast.kernels.backend import Backend, runs_triton
 
 
@@ -24,7 +25,7 @@ def augmented_rows(
 
     Args:
         x: [N, F].
-        rows: [B] int64, those of the batch. They are not checked.
+        rows: [B] int64, those of the batch. On a GPU one that is not there gives NaN.
         mixing: largest u; 0 leaves rows as they are.
         noise: standard deviation of what is added to the second result, normal and independent; 0 for none.
         fade: of one element, a factor of `mixing`.
@@ -33,6 +34,9 @@ def augmented_rows(
     Returns:
         Two matrices [B, F]; one and the same without noise.
     """
+    check("augmented_rows", ("x", x, ("N", "F"), FLOAT), ("rows", rows, ("B",), INDEX))
+    if fade is not None:
+        check("augmented_rows", ("x", x, ("N", "F"), FLOAT), ("fade", fade.reshape(-1), (1,), FLOAT))
     if (mixing or noise) and runs_triton(backend, x):
         from spinlock_fast.kernels.augment import triton
 

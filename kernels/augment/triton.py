@@ -13,12 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from spinlock_fast.kernels._common.guard import launches, rows_of
 from spinlock_fast.kernels._triton.specimen import FEATURES, ROWS, Specimen
 
 _TILES: dict[str, Any] = {"BLOCK_B": 8, "BLOCK_F": 128, "num_warps": 4, "num_stages": 1}
 
 
-@triton.jit(do_not_specialize=["B", "F", "x_row", "mixing", "noise"])
+@triton.jit(do_not_specialize=["N", "B", "F", "x_row", "mixing", "noise"])
 def augment_kernel(
     x_ptr,  # [N, F], row stride x_row
     order_ptr,  # [B] int64
@@ -26,6 +27,7 @@ def augment_kernel(
     seed_ptr,  # [] int64
     target_ptr,  # [B, F]
     seen_ptr,  # [B, F], or not written
+    N,
     B,
     F,
     x_row,
@@ -42,14 +44,16 @@ def augment_kernel(
     here = (b < B)[:, None] & (f < F)[None, :]
     seed = tl.load(seed_ptr)
     row = tl.load(order_ptr + b, mask=b < B, other=0)
-    x = tl.load(x_ptr + (row * x_row)[:, None] + f[None, :], mask=here, other=0.0)
+    there = here & ((row >= 0) & (row < N))[:, None]
+    x = tl.load(x_ptr + (row * x_row)[:, None] + f[None, :], mask=there, other=float("nan"))
     if MIXED:
         other = tl.load(order_ptr + tl.where(b + 1 < B, b + 1, 0), mask=b < B, other=0)
         share = mixing
         if FADED:
             share = mixing * tl.load(fade_ptr)
         u = share * (2.0 * tl.rand(seed ^ 0x2545F491, b) - 1.0)
-        y = tl.load(x_ptr + (other * x_row)[:, None] + f[None, :], mask=here, other=0.0)
+        there = here & ((other >= 0) & (other < N))[:, None]
+        y = tl.load(x_ptr + (other * x_row)[:, None] + f[None, :], mask=there, other=float("nan"))
         x += u[:, None] * (y - x)
     places = b[:, None] * F + f[None, :]
     tl.store(target_ptr + places, x, mask=here)
@@ -57,9 +61,10 @@ def augment_kernel(
         tl.store(seen_ptr + places, x + noise * tl.randn(seed, places), mask=here)
 
 
+@launches
 def augmented_rows(x: Tensor, rows: Tensor, mixing: float, noise: float, fade: Tensor | None) -> tuple[Tensor, Tensor]:
     """`op.augmented_rows` of float32 rows; with equal seeds the same bits."""
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    x = rows_of(x)
     rows = rows.contiguous()
     B, F = rows.shape[0], x.shape[1]
     target = torch.empty(B, F, dtype=x.dtype, device=x.device)
@@ -69,7 +74,7 @@ def augmented_rows(x: Tensor, rows: Tensor, mixing: float, noise: float, fade: T
         grid = (triton.cdiv(B, _TILES["BLOCK_B"]), triton.cdiv(F, _TILES["BLOCK_F"]))
         augment_kernel[grid](
             x, rows, fade.to(torch.float32) if fade is not None else x, seed, target, seen,
-            B, F, x.stride(0), mixing, noise,
+            x.shape[0], B, F, x.stride(0), mixing, noise,
             MIXED=mixing != 0.0, FADED=fade is not None, NOISY=noise != 0.0, **_TILES,
         )  # fmt: skip
     return target, seen

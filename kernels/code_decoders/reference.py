@@ -13,11 +13,13 @@ a row's code is ((P_k - x_b) W2^T * relu'_k) W1^T.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from spinlock_fast.kernels._common.higher_order import gradients
 from spinlock_fast.kernels.layout import CodebookLayout
 
 
@@ -44,3 +46,35 @@ def reconstructions(quantized: Tensor, decoders: Decoders, layout: CodebookLayou
 def partial_loss(x: Tensor, quantized: Tensor, decoders: Decoders, layout: CodebookLayout) -> Tensor:
     """Mean of (P_g(e_g) - x)^2 over codebooks, rows x [B, F] and features; quantized [B, sum D]."""
     return (reconstructions(quantized, decoders, layout) - x).square().mean()
+
+
+def loss_of_codes(x: Tensor, quantized: Tensor, codes: Tensor, decoders: Decoders, layout: CodebookLayout) -> Tensor:
+    """`partial_loss`; NaN where one of the codes [B, G] is outside its codebook."""
+    sizes = layout.indices(codes.device).num_codes
+    loss = partial_loss(x, torch.nan_to_num(quantized, 0.0, 0.0, 0.0), decoders, layout)
+    return loss.masked_fill(((codes < 0) | (codes >= sizes)).any(), torch.nan)
+
+
+def gradients_of_loss(
+    x: Tensor,
+    codes: Tensor,
+    inputs: Sequence[Tensor],
+    layout: CodebookLayout,
+    grads: Sequence[Tensor],
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """What the backward pass of an implementation returns, for it to be differentiated again.
+
+    Args:
+        x: [B, F].
+        codes: [B, G].
+        inputs: quantized, w1, b1, w2, b2.
+        grads: of the loss, one.
+        needed: whether the gradient is asked for of x, quantized, codes, codebook, w1, b1, w2, b2 and the layout.
+    """
+
+    def formula(quantized: Tensor, *parameters: Tensor) -> Tensor:
+        return loss_of_codes(x, quantized, codes, Decoders(*parameters), layout)
+
+    of_quantized, *of_parameters = gradients(formula, inputs, grads, [needed[1], *needed[4:8]])
+    return None, of_quantized, None, None, *of_parameters, None

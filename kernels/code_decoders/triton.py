@@ -15,8 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from spinlock_fast.kernels._common.guard import launches, rows_of
+from spinlock_fast.kernels._common.higher_order import needs_graph
 from spinlock_fast.kernels._triton.specimen import FEATURES, ROWS, SEED, Specimen
 from spinlock_fast.kernels._triton.tables import book_table, power_of_two
+from spinlock_fast.kernels.code_decoders.reference import gradients_of_loss
 from spinlock_fast.kernels.layout import CodebookLayout
 
 
@@ -123,7 +126,7 @@ def code_decoders_fwd_kernel(
             x = tl.load(x_ptr + row * x_stride + ((r * x_stride)[:, None] + f[None, :]), mask=in_x, other=0.0)
             x = tl.where(in_x, x - centre[None, :], 0.0)
             hot = ((code[None, :] == k[:, None]) & (k < K)[:, None]).to(tl.float32)  # [BLOCK_K, BLOCK_N]
-            bad = bad | (code < 0).to(tl.int32)
+            bad = bad | (inside & ((code < 0) | (code >= K))).to(tl.int32)
             counts = tl.dot(hot, ones, counts, input_precision="tf32")  # exact
             sums = tl.dot(hot, x, sums, input_precision="tf32x3")
             squares += x * x
@@ -178,6 +181,7 @@ def _pull(
     scale,
     tile,
     g,
+    K,
     D,
     first_code,
     first_column,
@@ -197,7 +201,7 @@ def _pull(
     r = tl.arange(0, BLOCK_N)
     inside = r < B - start
     code = tl.load(codes_ptr + start * G + g + r * G, mask=inside, other=0).to(tl.int32)
-    code = first_code + tl.maximum(code, 0)  # [BLOCK_N]
+    code = first_code + tl.minimum(tl.maximum(code, 0), K - 1)  # [BLOCK_N]
     x_ptr += start * x_stride
     of_quantized_ptr += start * total_dims + first_column
     w2_ptr += g.to(tl.int64) * H * F
@@ -330,8 +334,8 @@ def code_decoders_bwd_kernel(
     seconds = f_tiles * tl.cdiv(H, PULL_H)
     if job < tiles:  # the longest jobs start first
         _pull(
-            x_ptr, codes_ptr, w1_ptr, w2_ptr, hidden_ptr, decoded_ptr, of_quantized_ptr, scale, job, g, D, first_code,
-            first_column, B, G, F, H, x_stride, total_dims, PULL_N, BLOCK_D, BLOCK_F, PULL_H,
+            x_ptr, codes_ptr, w1_ptr, w2_ptr, hidden_ptr, decoded_ptr, of_quantized_ptr, scale, job, g, K, D,
+            first_code, first_column, B, G, F, H, x_stride, total_dims, PULL_N, BLOCK_D, BLOCK_F, PULL_H,
         )  # fmt: skip
     else:
         hidden_ptr += first_code * H
@@ -353,6 +357,7 @@ class PartialLoss(torch.autograd.Function):
     """`op.partial_loss`; all tensors float32."""
 
     @staticmethod
+    @launches
     def forward(
         ctx: Any,
         x: Tensor,
@@ -365,8 +370,8 @@ class PartialLoss(torch.autograd.Function):
         b2: Tensor,
         layout: CodebookLayout,
     ) -> Tensor:
-        x = x if x.stride(-1) == 1 else x.contiguous()
-        codes, codebook = codes.contiguous(), codebook.contiguous()
+        given = quantized, w1, b1, w2, b2
+        x, codes, codebook = rows_of(x), codes.contiguous(), codebook.contiguous()
         w1, b1, w2, b2 = (parameter.contiguous() for parameter in (w1, b1, w2, b2))
         (B, F), (G, H) = x.shape, b1.shape
         config = DecoderConfig.of(layout, H)
@@ -381,13 +386,17 @@ class PartialLoss(torch.autograd.Function):
             B, G, F, H, x.stride(0), factor, **config.forward,
         )  # fmt: skip
         ctx.layout, ctx.config, ctx.factor = layout, config, factor
-        ctx.save_for_backward(x, codes, codebook, w1, w2, hidden, decoded, off)
+        ctx.save_for_backward(*given, x, codes, codebook, hidden, decoded, off)
         return parts.sum()
 
     @staticmethod
+    @launches
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         layout, config = ctx.layout, ctx.config
-        x, codes, codebook, w1, w2, hidden, decoded, off = ctx.saved_tensors
+        *given, x, codes, codebook, hidden, decoded, off = ctx.saved_tensors
+        if needs_graph(grads):
+            return gradients_of_loss(x, codes, given, layout, grads, ctx.needs_input_grad)
+        w1, w2 = given[1].contiguous(), given[3].contiguous()
         (B, F), (G, H, _) = x.shape, w2.shape
         options: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
         of_quantized = torch.empty(B, layout.total_dims, **options) if ctx.needs_input_grad[1] else None

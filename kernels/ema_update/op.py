@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from spinlock_fast.kernels._common.guard import FLOAT, REAL, check
 from spinlock_fast.kernels.backend import resolve_backend
 from spinlock_fast.kernels.ema_update import reference
 from spinlock_fast.kernels.layout import CodebookLayout
@@ -35,6 +36,20 @@ def ema_update(
         usage: [sum K] int64 counts of a window; grows by `counts`.
         backend: "auto", "triton" or "reference", see `resolve_backend`.
     """
+    E, K = layout.total_entries, layout.total_codes
+    parts = () if isinstance(counts, Tensor) and counts.ndim == 1 else ("P",)
+    check(
+        "ema_update",
+        ("codebook", codebook, (E,), FLOAT),
+        ("cluster_size", cluster_size, (K,), FLOAT),
+        ("code_sum", code_sum, (E,), FLOAT),
+        ("counts", counts, (*parts, K), REAL),
+        ("sums", sums, (*parts, E), FLOAT),
+        ("usage", usage, (K,), REAL),
+    )
+    if smoothing not in ("none", "laplace"):
+        raise ValueError(f"ema_update: smoothing must be none or laplace, got {smoothing!r}")
+    counts = counts if counts.is_floating_point() else counts.to(torch.float32)
     torch.ops.spinlock_fast.ema_update(
         codebook,
         cluster_size,
@@ -47,13 +62,14 @@ def ema_update(
         decay,
         smoothing == "laplace",
         epsilon,
-        _backend(backend, codebook),
+        _backend(backend, codebook, cluster_size, code_sum, counts, sums),
     )
 
 
-def _backend(name: str, codebook: Tensor) -> str:
+def _backend(name: str, *tensors: Tensor) -> str:
     # The kernels move float32 codes alone.
-    return "reference" if name == "auto" and codebook.dtype != torch.float32 else resolve_backend(name, codebook)
+    narrow = all(tensor.dtype == torch.float32 for tensor in tensors)
+    return "reference" if name == "auto" and not narrow else resolve_backend(name, *tensors)
 
 
 torch.library.define(
@@ -82,12 +98,20 @@ def _ema_update(
     if backend == "triton":
         from spinlock_fast.kernels.ema_update import triton
 
+        # The kernels write where they read: strided tensors are copied there and back.
+        state = [codebook, cluster_size, code_sum, *([] if usage is None else [usage])]
+        dense = [tensor.contiguous() for tensor in state]
+        used = None if usage is None else dense[3]
         share = reference.IDLE_SHARE
-        triton.ema_update(codebook, cluster_size, code_sum, usage, counts, sums, layout, decay, laplace, epsilon, share)
+        triton.ema_update(dense[0], dense[1], dense[2], used, counts, sums, layout, decay, laplace, epsilon, share)
+        for target, value in zip(state, dense, strict=True):
+            if value is not target:
+                target.copy_(value)
         return
     smoothing: Literal["none", "laplace"] = "laplace" if laplace else "none"
     counts, sums = counts.sum(0), sums.sum(0)
-    new = reference.ema_update(codebook, cluster_size, code_sum, counts, sums, layout, decay, smoothing, epsilon)
+    codes, n, s = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (codebook, cluster_size, code_sum))
+    new = reference.ema_update(codes, n, s, counts, sums, layout, decay, smoothing, epsilon)
     for target, value in zip((codebook, cluster_size, code_sum), new, strict=True):
         target.copy_(value)
     if usage is not None:
@@ -103,6 +127,7 @@ torch.library.register_fake("spinlock_fast::ema_update", _fake_ema_update)
 
 def code_usage(counts: Tensor, layout: CodebookLayout, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """Utilization and perplexity [G] of counts [sum K]."""
+    _check_counts("code_usage", counts, layout)
     if resolve_backend(backend, counts) == "triton":
         from spinlock_fast.kernels.ema_update import triton
 
@@ -112,12 +137,18 @@ def code_usage(counts: Tensor, layout: CodebookLayout, *, backend: str = "auto")
 
 def utilization(counts: Tensor, layout: CodebookLayout) -> Tensor:
     """[G] share of codes with a count above zero."""
+    _check_counts("utilization", counts, layout)
     return reference.utilization(counts, layout)
 
 
 def perplexity(counts: Tensor, layout: CodebookLayout) -> Tensor:
     """[G] exp of the entropy of the counts, between 1 and K_g; 0 where nothing was counted."""
+    _check_counts("perplexity", counts, layout)
     return reference.perplexity(counts, layout)
+
+
+def _check_counts(operator: str, counts: Tensor, layout: CodebookLayout) -> None:
+    check(operator, ("counts", counts, (layout.total_codes,), REAL))
 
 
 @torch.no_grad()
@@ -134,6 +165,16 @@ def reset_dead_codes(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """`reference.reset_dead_codes` in place; returns the replaced codes per codebook [G]."""
+    E, K = layout.total_entries, layout.total_codes
+    check(
+        "reset_dead_codes",
+        ("codebook", codebook, (E,), FLOAT),
+        ("cluster_size", cluster_size, (K,), FLOAT),
+        ("code_sum", code_sum, (E,), FLOAT),
+        ("latents", latents, ("N", layout.total_dims), FLOAT),
+    )
+    if strategy not in ("perturb", "sample"):
+        raise ValueError(f"reset_dead_codes: strategy must be perturb or sample, got {strategy!r}")
     *new, replaced = reference.reset_dead_codes(
         codebook, cluster_size, code_sum, layout, threshold, strategy, max_fraction, latents, noise, generator
     )

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from spinlock_fast.kernels._common.guard import launches
 from spinlock_fast.kernels._triton.specimen import SEED, Specimen
 from spinlock_fast.kernels._triton.tables import book_table, power_of_two
 from spinlock_fast.kernels.layout import CodebookLayout
@@ -150,6 +151,7 @@ def code_usage_kernel(
     tl.store(perplexity_ptr + g, tl.where(N > 0.0, tl.exp(entropy), 0.0).to(tl.float32))
 
 
+@launches
 def ema_update(
     codebook: Tensor,
     cluster_size: Tensor,
@@ -208,6 +210,7 @@ def ema_update(
     )
 
 
+@launches
 def code_usage(counts: Tensor, layout: CodebookLayout) -> tuple[Tensor, Tensor]:
     """`reference.utilization` and `reference.perplexity`, one launch."""
     utilization = torch.empty(layout.groups, dtype=torch.float32, device=counts.device)

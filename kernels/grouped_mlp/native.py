@@ -3,12 +3,16 @@ pass. Dropout keeps no mask: it is a hash of a seed, row and column, and of the 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from spinlock_fast.kernels._common.higher_order import gradients, needs_graph
 from spinlock_fast.kernels.grouped_mlp.ragged import Ragged
+from spinlock_fast.kernels.grouped_mlp.reference import mlp_gradients, ragged_layer_norm, scaled_output_linear
 from spinlock_fast.kernels.native import address, draw_seed, library, operand
 
 
@@ -22,18 +26,22 @@ class GroupedMLP(torch.autograd.Function):
         (G, H, E), B = w2.shape, x.shape[0]
         seed = draw_seed() if dropout > 0.0 else None
         hidden, out = x.new_empty(G, B, H), x.new_empty(G, B, E)
-        b1, b2 = b1.contiguous(), b2.contiguous()
+        first_bias, second_bias = b1.contiguous(), b2.contiguous()
         library.mlp_forward(
-            operand(x), operand(w1), address(b1), operand(w2[0]), w2.stride(0), address(b2), list(inputs.sizes),
-            B, H, E, dropout, address(seed), address(hidden), address(out), torch.get_num_threads(),
+            operand(x), operand(w1), address(first_bias), operand(w2[0]), w2.stride(0), address(second_bias),
+            list(inputs.sizes), B, H, E, dropout, address(seed), address(hidden), address(out), torch.get_num_threads(),
         )  # fmt: skip
         ctx.inputs, ctx.dropout = inputs, dropout
-        ctx.save_for_backward(x, w1, hidden, w2)
+        ctx.save_for_backward(x, w1, b1, w2, b2, hidden)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, w1, hidden, w2 = ctx.saved_tensors
+        *inputs, hidden = ctx.saved_tensors
+        if needs_graph(grads):
+            scale, sizes = keep_scale(ctx.dropout), ctx.inputs.sizes
+            return *mlp_gradients(inputs, hidden, scale, sizes, grads, ctx.needs_input_grad[:5]), None, None
+        x, w1, _, w2, _ = inputs
         (G, H, E), B = w2.shape, x.shape[0]
         grad = grads[0].contiguous()
         # Only the gradient of x needs that of the hidden values in memory.
@@ -58,22 +66,28 @@ class ScaledOutputLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, gain: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, outputs: Ragged
     ) -> Tensor:
-        x, gain, shift, weight, bias = (tensor.contiguous() for tensor in (x, gain, shift, weight, bias))
+        ctx.outputs = outputs
+        given = x, gain, shift, weight, bias  # what a gradient of the gradient is traced back to
+        x, gain, shift, weight, bias = (tensor.contiguous() for tensor in given)
         _, B, width = x.shape
         scaled, out = torch.empty_like(weight), x.new_empty(B, outputs.total)
         library.output_linear(
             address(x), address(gain), address(shift), address(weight), address(bias), list(outputs.sizes), B, width,
             address(scaled), address(out), torch.get_num_threads(),
         )  # fmt: skip
-        ctx.outputs = outputs
-        ctx.save_for_backward(x, gain, shift, weight, scaled)
+        ctx.save_for_backward(*given, scaled)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, gain, shift, weight, scaled = ctx.saved_tensors
-        _, B, width = x.shape
         outputs: Ragged = ctx.outputs
+        *given, scaled = ctx.saved_tensors
+        if needs_graph(grads):
+            return *gradients(
+                partial(scaled_output_linear, sizes=outputs.sizes), given, grads, ctx.needs_input_grad[:5]
+            ), None
+        x, gain, shift, weight, _ = (tensor.contiguous() for tensor in given)
+        _, B, width = x.shape
         grad = grads[0].contiguous()
         of_x, of_weight, of_bias = torch.empty_like(x), torch.empty_like(weight), x.new_empty(outputs.total)
         of_gain, of_shift = torch.empty_like(gain), torch.empty_like(shift)
@@ -92,52 +106,82 @@ class RaggedLayerNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, segments: Ragged, eps: float, dropout: float
     ) -> Tensor:
-        x = x.contiguous()
+        rows, scale, shift = x.contiguous(), weight.contiguous(), bias.contiguous()
         B = x.shape[0]
         seed = draw_seed() if dropout > 0.0 else None
-        normed, deviation, out = torch.empty_like(x), x.new_empty(B, segments.groups), torch.empty_like(x)
+        normed, deviation, out = torch.empty_like(rows), rows.new_empty(B, segments.groups), torch.empty_like(rows)
         library.segments(
-            address(x), B, list(segments.sizes), address(weight), address(bias), eps, dropout, address(seed),
+            address(rows), B, list(segments.sizes), address(scale), address(shift), eps, dropout, address(seed),
             address(normed), address(deviation), address(out), torch.get_num_threads(),
         )  # fmt: skip
-        ctx.segments, ctx.dropout, ctx.seed = segments, dropout, seed
-        ctx.save_for_backward(normed, deviation, weight)
+        ctx.segments, ctx.eps, ctx.dropout, ctx.seed = segments, eps, dropout, seed
+        ctx.save_for_backward(x, weight, bias, normed, deviation)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        normed, deviation, weight = ctx.saved_tensors
-        grad = grads[0].contiguous()
-        of_x, of_weight, of_bias = torch.empty_like(normed), torch.empty_like(weight), torch.empty_like(weight)
-        library.segments_backward(
-            address(grad), address(normed), address(deviation), normed.shape[0], list(ctx.segments.sizes),
-            address(weight), ctx.dropout, address(ctx.seed), address(of_x), address(of_weight), address(of_bias),
-            torch.get_num_threads(),
-        )  # fmt: skip
-        return of_x, of_weight, of_bias, None, None, None
+        if needs_graph(grads):
+            if ctx.dropout > 0.0:  # the formula does not know what was dropped
+                once: tuple[Tensor | None, ...] = once_differentiable(_layer_norm_gradients)(ctx, *grads)
+                return once
+            formula = partial(ragged_layer_norm, sizes=ctx.segments.sizes, eps=ctx.eps)
+            return *gradients(formula, ctx.saved_tensors[:3], grads, ctx.needs_input_grad[:3]), None, None, None
+        return _layer_norm_gradients(ctx, *grads)
+
+
+def _layer_norm_gradients(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    _, weight, _, normed, deviation = ctx.saved_tensors
+    grad, weight = grads[0].contiguous(), weight.contiguous()
+    of_x, of_weight, of_bias = torch.empty_like(normed), torch.empty_like(weight), torch.empty_like(weight)
+    library.segments_backward(
+        address(grad), address(normed), address(deviation), normed.shape[0], list(ctx.segments.sizes),
+        address(weight), ctx.dropout, address(ctx.seed), address(of_x), address(of_weight), address(of_bias),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return of_x, of_weight, of_bias, None, None, None
 
 
 class Normalize(torch.autograd.Function):
-    """`op.normalize_`."""
+    """`op.normalize_`, and the deviations, which carry what a gradient of the gradient needs of the lost input."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
-        normed = x
+    def forward(ctx: Any, x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         ctx.mark_dirty(x)
+        ctx.set_materialize_grads(False)
         deviation = x.new_empty(x.shape[:-1])
-        library.normalize(
-            address(normed), deviation.numel(), x.shape[-1], eps, address(deviation), torch.get_num_threads()
-        )
-        ctx.save_for_backward(normed, deviation)
-        return normed
+        library.normalize(address(x), deviation.numel(), x.shape[-1], eps, address(deviation), torch.get_num_threads())
+        ctx.save_for_backward(x, deviation)
+        return x, deviation
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
         normed, deviation = ctx.saved_tensors
-        grad = grads[0].contiguous()
+        of_normed, of_deviation = grads
+        if needs_graph(grads) or of_deviation is not None:
+            return _normalize_gradient(of_normed, of_deviation, normed, deviation[..., None]), None
+        if of_normed is None:
+            return None, None
+        grad = of_normed.contiguous()
         of_x = torch.empty_like(grad)
         library.normalize_backward(
             address(grad), address(normed), address(deviation), deviation.numel(), grad.shape[-1], address(of_x),
             torch.get_num_threads(),
         )  # fmt: skip
         return of_x, None
+
+
+def _normalize_gradient(of_normed: Tensor | None, of_deviation: Tensor | None, y: Tensor, r: Tensor) -> Tensor | None:
+    """The gradient of x by those of y = (x - mean) r and r = 1 / sqrt(variance + eps), in plain operations."""
+    of_x = None
+    if of_normed is not None:
+        along = (of_normed * y).mean(-1, keepdim=True)
+        of_x = (of_normed - of_normed.mean(-1, keepdim=True) - y * along) * r
+    if of_deviation is not None:
+        more = -of_deviation[..., None] * r.square() * y / y.shape[-1]
+        of_x = more if of_x is None else of_x + more
+    return of_x
+
+
+def keep_scale(dropout: float) -> float:
+    """1 / (1 - p), 0 where everything is dropped."""
+    return 1.0 / (1.0 - dropout) if dropout < 1.0 else 0.0

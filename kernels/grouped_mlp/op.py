@@ -3,13 +3,16 @@ outputs already tell, and make a pass of its own for every factor."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from spinlock_fast.kernels._common.guard import FLOAT, SAME, check, check_rate
+from spinlock_fast.kernels._common.higher_order import gradients, in_transform, needs_graph
 from spinlock_fast.kernels.backend import Backend, runs_triton
-from spinlock_fast.kernels.grouped_mlp import native
+from spinlock_fast.kernels.grouped_mlp import native, reference
 from spinlock_fast.kernels.grouped_mlp.ragged import Ragged
 from spinlock_fast.kernels.native import serves
 
@@ -36,6 +39,20 @@ def grouped_mlp(
     Returns:
         [G, B, E].
     """
+    G, n = inputs.groups, inputs.total
+    check(
+        "grouped_mlp",
+        ("x", x, ("B", n), SAME),
+        ("w1", w1, (n, "H"), SAME),
+        ("b1", b1, (G, "H"), SAME),
+        ("w2", w2, (G, "H", "E"), SAME),
+        ("b2", b2, (G, "E"), SAME),
+    )
+    check_rate("grouped_mlp", dropout)
+    if in_transform():
+        kept = x.new_ones(G, x.shape[0], w1.shape[1]) if dropout > 0.0 else None
+        keep = None if kept is None else torch.nn.functional.dropout(kept, dropout)
+        return reference.grouped_mlp(x, w1, b1, w2, b2, inputs.sizes, keep)
     function: type[torch.autograd.Function] = _GroupedMLP
     if backend == "auto" and serves(x, w1, b1, w2, b2):
         function = native.GroupedMLP
@@ -52,17 +69,22 @@ class _GroupedMLP(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, inputs: Ragged, dropout: float
     ) -> Tensor:
+        given = x, w1, b1, w2, b2
         x, w1 = inputs.pad_columns(x), inputs.pad_rows(w1)
         hidden = torch.baddbmm(b1[:, None], x, w1).relu_()  # [G, B, H]
         if dropout > 0.0:
             hidden = torch.native_dropout(hidden, dropout, True)[0]
-        ctx.inputs, ctx.scale = inputs, 1.0 / (1.0 - dropout) if dropout < 1.0 else 0.0
-        ctx.save_for_backward(x, w1, hidden, w2)
+        ctx.inputs, ctx.scale = inputs, native.keep_scale(dropout)
+        ctx.save_for_backward(*given, x, w1, hidden)
         return torch.baddbmm(b2[:, None], hidden, w2)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, w1, hidden, w2 = ctx.saved_tensors
+        *given, x, w1, hidden = ctx.saved_tensors
+        if needs_graph(grads):
+            needed = ctx.needs_input_grad[:5]
+            return *reference.mlp_gradients(given, hidden, ctx.scale, ctx.inputs.sizes, grads, needed), None, None
+        w2 = given[3]
         (grad,) = grads
         # A hidden value of 0 was cut off or dropped; either way nothing goes back through it.
         of_hidden = torch.baddbmm(grad.new_zeros(()), grad, w2.transpose(1, 2), beta=0.0, alpha=ctx.scale)
@@ -93,6 +115,17 @@ def scaled_output_linear(
     Returns:
         [B, sum n].
     """
+    G, n = outputs.groups, outputs.total
+    check(
+        "scaled_output_linear",
+        ("x", x, (G, "B", "in"), SAME),
+        ("gain", gain, (G, "in"), SAME),
+        ("shift", shift, (G, "in"), SAME),
+        ("weight", weight, (n, "in"), SAME),
+        ("bias", bias, (n,), SAME),
+    )
+    if in_transform():
+        return reference.scaled_output_linear(x, gain, shift, weight, bias, outputs.sizes)
     function = native.ScaledOutputLinear if serves(x, gain, shift, weight, bias) else _ScaledOutputLinear
     out: Tensor = function.apply(x, gain, shift, weight, bias, outputs)  # type: ignore[no-untyped-call]
     return out
@@ -103,17 +136,22 @@ class _ScaledOutputLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, gain: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, outputs: Ragged
     ) -> Tensor:
+        given = x, gain, shift, weight, bias
         weight = outputs.pad_rows(weight)  # [G, n_max, in]
         scaled = weight * gain[:, None]
         offset = outputs.pad_rows(bias) + (weight @ shift[:, :, None])[:, :, 0]
         ctx.outputs = outputs
-        ctx.save_for_backward(x, gain, shift, weight, scaled)
+        ctx.save_for_backward(*given, weight, scaled)
         return outputs.pack_columns(torch.baddbmm(offset[:, None], x, scaled.transpose(1, 2)))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, gain, shift, weight, scaled = ctx.saved_tensors
+        *given, weight, scaled = ctx.saved_tensors
         outputs: Ragged = ctx.outputs
+        if needs_graph(grads):
+            formula = partial(reference.scaled_output_linear, sizes=outputs.sizes)
+            return *gradients(formula, given, grads, ctx.needs_input_grad[:5]), None
+        x, gain, shift = given[:3]
         grad = outputs.pad_columns(grads[0])  # [G, B, n_max]
         of_bias = grads[0].sum(0)
         of_offset = outputs.pad_rows(of_bias)[:, :, None]
@@ -157,7 +195,22 @@ def project(
         [B, sum n].
     """
     tensors = (x, gain, shift, weight, bias, part_weight, part_bias)
-    if not (backend == "auto" and serves(*tensors)) and runs_triton(backend, *tensors):
+    G, n = outputs.groups, outputs.total
+    check(
+        "project",
+        ("x", x, (G, "B", "in"), SAME),
+        ("gain", gain, (G, "in"), SAME),
+        ("shift", shift, (G, "in"), SAME),
+        ("weight", weight, (n, "in"), SAME),
+        ("bias", bias, (n,), SAME),
+        ("part_weight", part_weight, (n,), SAME),
+        ("part_bias", part_bias, (n,), SAME),
+    )
+    check_rate("project", dropout)
+    if parts.total != n:
+        raise ValueError(f"project: parts must add up to the {n} outputs, got {parts.total}")
+    in_parts = in_transform() or (backend == "auto" and serves(*tensors))
+    if not in_parts and runs_triton(backend, *tensors):
         from spinlock_fast.kernels.grouped_mlp import projection
 
         if projection.fits(x, outputs, parts):
@@ -170,23 +223,39 @@ def project(
 
 def normalize_(x: Tensor, eps: float = 1e-5) -> Tensor:
     """Layer normalisation over the last dimension, without scale and shift; x may be overwritten."""
-    if serves(x) and x.is_contiguous():
-        out: Tensor = native.Normalize.apply(x, eps)  # type: ignore[no-untyped-call]
+    if not isinstance(x, Tensor) or x.ndim < 1:
+        raise TypeError("normalize_: x must be a tensor of at least one dimension")
+    check("normalize_", ("x", x, tuple(x.shape), FLOAT))
+    # Autograd lets nobody overwrite a leaf, nor a view by a function of two results.
+    own = x.is_contiguous() and not x._is_view() and not (x.requires_grad and x.is_leaf)
+    if own and not in_transform() and serves(x):
+        out: Tensor = native.Normalize.apply(x, eps)[0]  # type: ignore[no-untyped-call]
         return out
-    return torch.nn.functional.layer_norm(x, x.shape[-1:], eps=eps)
+    return reference.normalize(x, eps)
 
 
 def ragged_layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, segments: Ragged, eps: float = 1e-5, dropout: float = 0.0
 ) -> Tensor:
-    """Layer normalisation of each segment of the columns of dropout(x) [B, sum n], with weight and bias [sum n]."""
+    """Layer normalisation of each segment of the columns of dropout(x) [B, sum n], with weight and bias [sum n].
+
+    Half precision is normalised in float32.
+    """
+    n = segments.total
+    check("ragged_layer_norm", ("x", x, ("B", n), FLOAT), ("weight", weight, (n,), FLOAT), ("bias", bias, (n,), FLOAT))
+    check_rate("ragged_layer_norm", dropout)
     out: Tensor
-    if serves(x, weight, bias):
+    if not in_transform() and serves(x, weight, bias):
         out = native.RaggedLayerNorm.apply(x, weight, bias, segments, eps, dropout)  # type: ignore[no-untyped-call]
+        return out
+    x = torch.nn.functional.dropout(x, dropout)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    given = (x.to(wide), weight.to(wide), bias.to(wide))
+    if in_transform():
+        out = reference.ragged_layer_norm(*given, segments.sizes, eps)
     else:
-        x = torch.nn.functional.dropout(x, dropout)
-        out = _RaggedLayerNorm.apply(x, weight, bias, segments, eps)  # type: ignore[no-untyped-call]
-    return out
+        out = _RaggedLayerNorm.apply(*given, segments, eps)  # type: ignore[no-untyped-call]
+    return out.to(x.dtype)
 
 
 class _RaggedLayerNorm(torch.autograd.Function):
@@ -195,15 +264,19 @@ class _RaggedLayerNorm(torch.autograd.Function):
         centred = x - _segment_means(x, segments)
         deviation = (_segment_means(centred.square(), segments) + eps).rsqrt_()
         normed = centred.mul_(deviation)
-        ctx.segments = segments
-        ctx.save_for_backward(normed, deviation, weight)
+        ctx.segments, ctx.eps = segments, eps
+        ctx.save_for_backward(x, weight, bias, normed, deviation)
         return torch.addcmul(bias, normed, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        normed, deviation, weight = ctx.saved_tensors
-        (grad,) = grads
+        *given, normed, deviation = ctx.saved_tensors
         segments: Ragged = ctx.segments
+        if needs_graph(grads):
+            formula = partial(reference.ragged_layer_norm, sizes=segments.sizes, eps=ctx.eps)
+            return *gradients(formula, given, grads, ctx.needs_input_grad[:3]), None, None
+        weight = given[1]
+        (grad,) = grads
         of_normed = grad * weight
         of_x = None
         if ctx.needs_input_grad[0]:

@@ -6,6 +6,7 @@ One launch forward, two backward; products and dropout as in `triton`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -13,9 +14,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from spinlock_fast.kernels._common.guard import launches
+from spinlock_fast.kernels._common.higher_order import gradients, needs_graph
 from spinlock_fast.kernels._triton.specimen import ROWS, SEED, Specimen
 from spinlock_fast.kernels._triton.tables import power_of_two
+from spinlock_fast.kernels.grouped_mlp import reference
 from spinlock_fast.kernels.grouped_mlp.ragged import Ragged
 from spinlock_fast.kernels.grouped_mlp.triton import (
     draw_seed,
@@ -335,6 +340,7 @@ class Project(torch.autograd.Function):
     """`op.project`; all tensors float32, the groups of columns made of whole parts."""
 
     @staticmethod
+    @launches
     def forward(
         ctx: Any,
         x: Tensor,
@@ -350,7 +356,8 @@ class Project(torch.autograd.Function):
         part_eps: float,
         dropout: float,
     ) -> Tensor:
-        x, gain, shift, weight = x.contiguous(), gain.contiguous(), shift.contiguous(), weight.contiguous()
+        given = x, gain, shift, weight, bias, part_weight, part_bias
+        x, gain, shift, weight, bias, part_weight, part_bias = (tensor.contiguous() for tensor in given)
         G, B, E = x.shape
         S, total = parts.groups, parts.total
         options: dict[str, Any] = {"dtype": x.dtype, "device": x.device}
@@ -366,40 +373,55 @@ class Project(torch.autograd.Function):
                 DROPOUT=dropout > 0.0, **config.forward,
             )  # fmt: skip
         ctx.outputs, ctx.parts, ctx.dropout, ctx.config = outputs, parts, dropout, config
-        ctx.save_for_backward(x, gain, shift, weight, part_weight, seed, statistics, normed, deviation)
+        ctx.eps = eps, part_eps
+        ctx.save_for_backward(*given, seed, statistics, normed, deviation)
         return out
 
     @staticmethod
+    @launches
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, gain, shift, weight, part_weight, seed, statistics, normed, deviation = ctx.saved_tensors
-        outputs: Ragged = ctx.outputs
-        parts: Ragged = ctx.parts
-        config: ProjectConfig = ctx.config
-        G, B, E = x.shape
-        grad = grads[0].contiguous()
-        table = offset_table(outputs.sizes, parts.sizes, x.device)
-        of_x = torch.empty_like(x)
-        tiles = triton.cdiv(outputs.widest, config.weights["BLOCK_O"])
-        of_linear = torch.empty_like(normed)
-        if B:
-            project_bwd_rows_kernel[(triton.cdiv(B, config.rows["BLOCK_M"]), G)](
-                grad, x, gain, weight, part_weight, seed, table, statistics, normed, deviation, of_linear, of_x,
-                B, G, parts.groups, E, parts.total, drop_below(ctx.dropout), keep_scale(ctx.dropout),
-                DROPOUT=ctx.dropout > 0.0, **config.rows,
-            )  # fmt: skip
+        if not needs_graph(grads):
+            return _project_gradients(ctx, *grads)
+        if ctx.dropout > 0.0:  # the formula does not know what was dropped
+            once: tuple[Tensor | None, ...] = once_differentiable(_project_gradients)(ctx, *grads)
+            return once
+        eps, part_eps = ctx.eps
+        options = {"outputs": ctx.outputs.sizes, "parts": ctx.parts.sizes, "eps": eps, "part_eps": part_eps}
+        formula = partial(reference.project, **options)
+        return *gradients(formula, ctx.saved_tensors[:7], grads, ctx.needs_input_grad[:7]), *[None] * 5
 
-        def of_parameters() -> tuple[Tensor, ...]:
-            of_weight = torch.empty_like(weight)
-            of_scale = x.new_empty(tiles, 2, G, E)
-            of_bias, of_part_weight, of_part_bias = (torch.empty_like(part_weight) for _ in range(3))
-            project_bwd_weights_kernel[(triton.cdiv(E, config.weights["BLOCK_E"]) + 1, G, tiles)](
-                grad, x, gain, shift, weight, table, statistics, normed, of_linear, of_scale, of_weight, of_bias,
-                of_part_weight, of_part_bias, B, G, E, parts.total, **config.weights,
-            )  # fmt: skip
-            of_gain, of_shift = of_scale.sum(0) if tiles > 1 else of_scale[0]
-            return of_gain, of_shift, of_weight, of_bias, of_part_weight, of_part_bias
 
-        return of_x, *later(of_parameters, [grad, x, statistics, normed, of_linear]), *[None] * 5
+def _project_gradients(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    *given, seed, statistics, normed, deviation = ctx.saved_tensors
+    x, gain, shift, weight, _, part_weight, _ = (tensor.contiguous() for tensor in given)
+    outputs: Ragged = ctx.outputs
+    parts: Ragged = ctx.parts
+    config: ProjectConfig = ctx.config
+    G, B, E = x.shape
+    grad = grads[0].contiguous()
+    table = offset_table(outputs.sizes, parts.sizes, x.device)
+    of_x = torch.empty_like(x)
+    tiles = triton.cdiv(outputs.widest, config.weights["BLOCK_O"])
+    of_linear = torch.empty_like(normed)
+    if B:
+        project_bwd_rows_kernel[(triton.cdiv(B, config.rows["BLOCK_M"]), G)](
+            grad, x, gain, weight, part_weight, seed, table, statistics, normed, deviation, of_linear, of_x,
+            B, G, parts.groups, E, parts.total, drop_below(ctx.dropout), keep_scale(ctx.dropout),
+            DROPOUT=ctx.dropout > 0.0, **config.rows,
+        )  # fmt: skip
+
+    def of_parameters() -> tuple[Tensor, ...]:
+        of_weight = torch.empty_like(weight)
+        of_scale = x.new_empty(tiles, 2, G, E)
+        of_bias, of_part_weight, of_part_bias = (torch.empty_like(part_weight) for _ in range(3))
+        project_bwd_weights_kernel[(triton.cdiv(E, config.weights["BLOCK_E"]) + 1, G, tiles)](
+            grad, x, gain, shift, weight, table, statistics, normed, of_linear, of_scale, of_weight, of_bias,
+            of_part_weight, of_part_bias, B, G, E, parts.total, **config.weights,
+        )  # fmt: skip
+        of_gain, of_shift = of_scale.sum(0) if tiles > 1 else of_scale[0]
+        return of_gain, of_shift, of_weight, of_bias, of_part_weight, of_part_bias
+
+    return of_x, *later(of_parameters, [grad, x, statistics, normed, of_linear]), *[None] * 5
 
 
 def fits(x: Tensor, outputs: Ragged, parts: Ragged) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,16 +61,17 @@ class Ragged:
         return found
 
     def _build(self, device: torch.device) -> _Indices:
-        n = torch.tensor(self.sizes)
-        mask = torch.arange(self.widest) < n[:, None]
-        gather = torch.zeros(mask.shape, dtype=torch.int64)
-        gather[mask] = torch.arange(self.total)
+        host: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}  # whatever the caller's defaults are
+        n = torch.tensor(self.sizes, **host)
+        mask = torch.arange(self.widest, **host) < n[:, None]
+        gather = torch.zeros(mask.shape, **host)
+        gather[mask] = torch.arange(self.total, **host)
         parts = {
             "gather": gather.flatten(),
             "packed": mask.flatten().nonzero().flatten(),
             "mask": mask,
             "sizes": n.to(torch.float32),
-            "book": torch.repeat_interleave(torch.arange(self.groups), n),
+            "book": torch.repeat_interleave(torch.arange(self.groups, **host), n),
         }
         return _Indices(**{name: tensor.to(device) for name, tensor in parts.items()})
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from spinlock_fast.kernels._common.higher_order import gradients
+
 
 def grouped_mlp(
     x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, sizes: Sequence[int], keep: Tensor | None = None
@@ -30,6 +32,32 @@ def grouped_mlp(
     return torch.stack(out)
 
 
+def mlp_gradients(
+    inputs: Sequence[Tensor],
+    hidden: Tensor,
+    scale: float,
+    sizes: Sequence[int],
+    grads: Sequence[Tensor],
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of `grouped_mlp` that can be differentiated again.
+
+    Args:
+        inputs: x, w1, b1, w2, b2.
+        hidden: [G, B, H] as the forward pass left them: 0 where cut off or dropped.
+        scale: 1 / (1 - p).
+        sizes: n of each group.
+        grads: of the output, one.
+        needed: whether the gradient of each input is asked for.
+    """
+    keep = (hidden.detach() != 0).to(hidden.dtype) * scale
+
+    def formula(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+        return grouped_mlp(x, w1, b1, w2, b2, sizes, keep)
+
+    return gradients(formula, inputs, grads, needed)
+
+
 def scaled_output_linear(
     x: Tensor, gain: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, sizes: Sequence[int]
 ) -> Tensor:
@@ -50,3 +78,26 @@ def ragged_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, sizes: Sequence[i
     """Layer normalisation of each segment of the columns of x [B, sum n], with weight and bias [sum n]."""
     parts = zip(*(values.split(list(sizes), -1) for values in (x, weight, bias)), sizes, strict=True)
     return torch.cat([functional.layer_norm(a, (n,), w, b, eps) for a, w, b, n in parts], 1)
+
+
+def normalize(x: Tensor, eps: float) -> Tensor:
+    """Layer normalisation over the last dimension, without scale and shift."""
+    return functional.layer_norm(x, x.shape[-1:], eps=eps)
+
+
+def project(
+    x: Tensor,
+    gain: Tensor,
+    shift: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    part_weight: Tensor,
+    part_bias: Tensor,
+    outputs: Sequence[int],
+    parts: Sequence[int],
+    eps: float,
+    part_eps: float,
+) -> Tensor:
+    """`normalize`, `scaled_output_linear` and `ragged_layer_norm`, one after the other, without dropout."""
+    latents = scaled_output_linear(normalize(x, eps), gain, shift, weight, bias, outputs)
+    return ragged_layer_norm(latents, part_weight, part_bias, parts, part_eps)

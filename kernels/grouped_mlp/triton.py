@@ -15,8 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from spinlock_fast.kernels._common.guard import launches, rows_of
+from spinlock_fast.kernels._common.higher_order import needs_graph
 from spinlock_fast.kernels._triton.specimen import FEATURES, ROWS, SEED, Specimen
 from spinlock_fast.kernels.grouped_mlp.ragged import Ragged
+from spinlock_fast.kernels.grouped_mlp.reference import mlp_gradients
 from spinlock_fast.kernels.precision import cuda_matmul
 from spinlock_fast.kernels.streams import later
 
@@ -75,10 +78,11 @@ def offset_table(outer: tuple[int, ...], inner: tuple[int, ...], device: torch.d
     found = _tables.get(key)
     if found is None:
         with torch.inference_mode(False):
-            groups, parts = torch.tensor(outer), torch.tensor(inner, dtype=torch.int64)
+            host: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}  # whatever the caller's defaults are
+            groups, parts = torch.tensor(outer, **host), torch.tensor(inner, **host)
             starts, part_starts = groups.cumsum(0) - groups, parts.cumsum(0) - parts
             first = torch.searchsorted(part_starts, torch.cat([starts, groups.sum()[None]]))
-            group_of_part = torch.searchsorted(first[1:], torch.arange(len(inner)), right=True)
+            group_of_part = torch.searchsorted(first[1:], torch.arange(len(inner), **host), right=True)
             table = torch.cat([groups, starts, first, parts, part_starts, group_of_part])
             found = _tables[key] = table.to(torch.int32).to(device)
     return found
@@ -312,11 +316,13 @@ class GroupedMLP(torch.autograd.Function):
     """`op.grouped_mlp`; all tensors float32. The gradient of the second weights is torch's product."""
 
     @staticmethod
+    @launches
     def forward(
         ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, inputs: Ragged, dropout: float
     ) -> Tensor:
+        given = x, w1, b1, w2, b2
         (G, H, _), B = w2.shape, x.shape[0]
-        x = x if x.stride(-1) == 1 else x.contiguous()
+        x = rows_of(x)
         w1, b1 = _dense(w1), b1.contiguous()
         seed = draw_seed(x.device) if dropout > 0.0 else x
         hidden = torch.empty(G, B, H, dtype=x.dtype, device=x.device)
@@ -328,12 +334,17 @@ class GroupedMLP(torch.autograd.Function):
                 drop_below(dropout), keep_scale(dropout), DROPOUT=dropout > 0.0, **config.tiles,
             )  # fmt: skip
         ctx.inputs, ctx.scale, ctx.precision = inputs, keep_scale(dropout), precision
-        ctx.save_for_backward(x, w1, hidden, w2)
+        ctx.save_for_backward(*given, hidden)
         return _grouped_product(hidden, w2, precision, bias=b2.contiguous())
 
     @staticmethod
+    @launches
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, w1, hidden, w2 = ctx.saved_tensors
+        *given, hidden = ctx.saved_tensors
+        if needs_graph(grads):
+            needed = ctx.needs_input_grad[:5]
+            return *mlp_gradients(given, hidden, ctx.scale, ctx.inputs.sizes, grads, needed), None, None
+        x, w1, w2 = rows_of(given[0]), _dense(given[1]), given[3]
         grad = grads[0].contiguous()
 
         def of_second() -> tuple[Tensor, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from spinlock_fast.kernels._common.guard import rows_of
 from spinlock_fast.kernels.native import address, library
 from spinlock_fast.kernels.residual_vq.reference import Result
 
@@ -23,16 +24,17 @@ def assign(
     with_sums: bool,
 ) -> Result:
     """`reference.assign`."""
-    x = x if x.stride(1) == 1 else x.contiguous()
+    x = rows_of(x)
     codebook, mask = codebook.contiguous(), mask.contiguous() if mask is not None else None
     (N, D), Q = x.shape, len(num_codes)
-    codes = torch.empty(N, Q, dtype=torch.int64)
+    codes = x.new_empty(N, Q, dtype=torch.int64)
     quantized, errors = x.new_empty(N, D), x.new_empty(Q)
     total = codebook.shape[0] if with_sums else 0
     counts, sums = x.new_empty(total), x.new_empty(total, D)
     library.residual_assign(
-        address(x), x.stride(0), N, D, address(codebook), list(num_codes), address(mask), cosine, _GRADIENTS[gradient],
-        address(codes), address(quantized), address(errors), address(counts) if with_sums else 0, address(sums),
+        x.data_ptr(), x.stride(0), N, D, address(codebook), list(num_codes), address(mask), cosine,
+        _GRADIENTS[gradient], address(codes), address(quantized), address(errors),
+        address(counts) if with_sums else 0, address(sums),
         torch.get_num_threads(),
     )  # fmt: skip
     return quantized, codes, errors, counts, sums
@@ -50,12 +52,12 @@ def backward(
     gradient: str,
 ) -> Tensor:
     """`reference.backward`."""
-    x = x if x.stride(1) == 1 else x.contiguous()
+    x = rows_of(x)
     grad, grad_errors, codebook, codes = (t.contiguous() for t in (grad, grad_errors, codebook, codes))
     mask = mask.contiguous() if mask is not None else None
     of_x = x.new_empty(x.shape)
     library.residual_backward(
-        address(grad), address(grad_errors), address(x), x.stride(0), x.shape[0], x.shape[1], address(codebook),
+        address(grad), address(grad_errors), x.data_ptr(), x.stride(0), x.shape[0], x.shape[1], address(codebook),
         list(num_codes), address(mask), address(codes), cosine, _GRADIENTS[gradient], address(of_x),
         torch.get_num_threads(),
     )  # fmt: skip

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spinlock_fast.kernels._common.guard import BOOL, FLOAT, INTEGER, check
+from spinlock_fast.kernels._common.higher_order import gradients, in_transform, needs_graph
 from spinlock_fast.kernels.backend import resolve_backend
 from spinlock_fast.kernels.native import serves
 from spinlock_fast.kernels.precision import cuda_matmul
 from spinlock_fast.kernels.residual_vq import native, reference
 from spinlock_fast.kernels.residual_vq.reference import Result
+from spinlock_fast.kernels.snapshot import snapshot
 
 Gradient = Literal["none", "straight_through", "rotation"]
+_GRADIENTS = get_args(Gradient)
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ def residual_vq(
     """Quantizes rows, then what each stage leaves over.
 
     Args:
-        x: [N, D] float32 or float64; rows may be strided.
+        x: [N, D], rows may be strided; half precision is computed, and returned, in float32.
         codebooks: [K_q, D] of each stage; one tensor may serve several. They take no gradient here.
         mask: [N] bool; rows that are False take no part.
         limit: int64 scalar: stages after the first `limit` take no part (code -1). A tensor on the CPU spares a wait.
@@ -56,30 +60,55 @@ def residual_vq(
         backend: "auto", "triton" or "reference", see `resolve_backend`.
 
     Raises:
-        ValueError: x, codebooks or mask do not fit each other.
+        TypeError: an argument of another type.
+        ValueError: x, codebooks or mask do not fit each other, or lie on different devices.
     """
-    if x.ndim != 2 or any(book.ndim != 2 or book.shape[1] != x.shape[1] for book in codebooks):
-        shapes = ", ".join(str(list(book.shape)) for book in codebooks)
-        raise ValueError(f"x must be [N, D] and codebooks [K, D], got {list(x.shape)} and {shapes}")
-    if mask is not None and (mask.shape != x.shape[:1] or mask.dtype != torch.bool):
-        raise ValueError(f"mask must be [{x.shape[0]}] bool, got {list(mask.shape)} {mask.dtype}")
+    books = [(f"codebooks[{q}]", book, (f"K_{q}", "D"), FLOAT) for q, book in enumerate(codebooks)]
+    check("residual_vq", ("x", x, ("N", "D"), FLOAT), *books, ("mask", mask, ("N",), BOOL))
+    check("residual_vq", ("limit", limit, (), INTEGER))  # which may lie on the CPU
+    if not books or min(len(book) for book in codebooks) < 1:
+        raise ValueError("residual_vq: every stage needs a codebook of at least 1 code")
+    if gradient not in _GRADIENTS:
+        raise ValueError(f"residual_vq: gradient must be one of {', '.join(_GRADIENTS)}, got {gradient!r}")
+    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     mask = None if mask is None else mask.contiguous()  # kernels step through it one by one
     # A copy of its own: codes move in place after the forward pass, and the backward pass needs them as they were.
     packed = torch.cat([book.detach().to(x.dtype) for book in codebooks])
-    packed = packed.clone() if len(codebooks) == 1 else packed
+    packed = snapshot(packed) if len(codebooks) == 1 or torch.compiler.is_compiling() else packed
+    sizes = [len(book) for book in codebooks]
+    if in_transform():
+        return _in_plain_torch(x, packed, sizes, mask, limit, cosine, gradient, with_sums)
     found = torch.ops.spinlock_fast.residual_vq(
         x,
         packed,
-        [len(book) for book in codebooks],
+        sizes,
         mask,
         limit,
         cosine,
         gradient,
         with_sums,
-        resolve_backend(backend, packed),
+        resolve_backend(backend, packed, x),
     )
     quantized, codes, errors, counts, sums = found
     return ResidualAssignment(quantized, codes, errors, counts.detach(), sums.detach(), packed)
+
+
+def _in_plain_torch(
+    x: Tensor,
+    codebook: Tensor,
+    num_codes: list[int],
+    mask: Tensor | None,
+    limit: Tensor | None,
+    cosine: bool,
+    gradient: str,
+    with_sums: bool,
+) -> ResidualAssignment:
+    taken = num_codes if limit is None else num_codes[: int(limit)]
+    used = codebook[: sum(taken)]
+    found = reference.assign(x.detach(), used, taken, mask, cosine, gradient, with_sums)
+    quantized, errors = reference.passed_on(x, used, found[1], taken, mask, cosine, gradient)
+    found = quantized, found[1], errors, *found[3:]
+    return ResidualAssignment(*_padded(found, num_codes, taken, with_sums), codebook)
 
 
 torch.library.define(
@@ -130,6 +159,11 @@ def _residual_vq(
             return assign(x, codebook, num_codes, mask, cosine, gradient, with_sums)
         taken = num_codes[: int(limit)]
         found = assign(x, codebook[: sum(taken)], taken, mask, cosine, gradient, with_sums)
+    return _padded(found, num_codes, taken, with_sums)
+
+
+def _padded(found: Result, num_codes: Sequence[int], taken: Sequence[int], with_sums: bool) -> Result:
+    """Results of the first stages, and what the others have: code -1, no rows."""
     left, codes_left = len(num_codes) - len(taken), sum(num_codes) - sum(taken)
     quantized, codes, errors, counts, sums = found
     codes, errors = F.pad(codes, (0, left), value=-1), F.pad(errors, (0, left))
@@ -212,6 +246,13 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     x, codebook, codes, mask, limit = ctx.saved_tensors
     num_codes, cosine, gradient, backend = ctx.options
+    if needs_graph(grads):
+        taken = num_codes if limit is None else num_codes[: int(limit)]
+
+        def formula(rows: Tensor) -> tuple[Tensor, Tensor]:
+            return reference.passed_on(rows, codebook[: sum(taken)], codes, taken, mask, cosine, gradient)
+
+        return gradients(formula, [x], [grads[0], grads[2][: len(taken)]], [True])[0], *(None,) * 8
     of_x = torch.ops.spinlock_fast.residual_vq_backward(
         grads[0], grads[2], x, codebook, codes, num_codes, mask, limit, cosine, gradient, backend
     )

@@ -98,6 +98,41 @@ def backward(
     return total if mask is None else total.masked_fill(~mask[:, None], 0.0)
 
 
+def passed_on(
+    x: Tensor,
+    codebook: Tensor,
+    codes: Tensor,
+    num_codes: Sequence[int],
+    mask: Tensor | None,
+    cosine: bool,
+    gradient: str,
+) -> tuple[Tensor, Tensor]:
+    """quantized [N, D] and squared errors [Q] of `assign` as functions of x; codes count as constants.
+
+    Plain operations: autograd differentiates them any number of times, torch.func transforms them. `backward` is the
+    gradient of this.
+    """
+    hidden = None if mask is None else ~mask[:, None]
+    residual, total = x, torch.zeros_like(x)
+    errors = []
+    for q, book in enumerate(codebook.detach().split(list(num_codes))):
+        code = codes[:, q]
+        e = book[code.clamp(min=0)].masked_fill((code < 0)[:, None], torch.nan)
+        e = e if hidden is None else e.masked_fill(hidden, 0.0)
+        y = unit(residual) if cosine else residual
+        off, value, passed = y - e, e, y
+        if gradient == "rotation":
+            passed = _rotated(y, e)
+            value = e.masked_fill((residual == 0).all(1, keepdim=True), 0.0)  # as R 0 is
+        extra = passed - passed.detach()
+        if hidden is not None:
+            off, extra = off.masked_fill(hidden, 0.0), extra.masked_fill(hidden, 0.0)
+        errors.append(off.square().sum())
+        total = total + (value if gradient == "none" else value + extra)
+        residual = residual - value
+    return total, torch.stack(errors)
+
+
 def nearest(y: Tensor, book: Tensor, cosine: bool) -> Tensor:
     """[N] int64 nearest row of book [K, D] to each row of y [N, D]; -1 where y is not finite."""
     if cosine:
@@ -129,6 +164,15 @@ def lengths(x: Tensor) -> Tensor:
 
 def unit(x: Tensor) -> Tensor:
     return x / lengths(x)
+
+
+def _rotated(y: Tensor, e: Tensor) -> Tensor:
+    """|e| / |y| R y, where rotation and lengths count as constants; `rotate_back` is its gradient."""
+    y_unit, e_unit, size = unit(y.detach()), unit(e), lengths(e) / lengths(y.detach())
+    between = unit(y_unit + e_unit)
+    along, back = (y * between).sum(-1, keepdim=True), (y * y_unit).sum(-1, keepdim=True)
+    turned: Tensor = size * (y - 2.0 * along * between + 2.0 * back * e_unit)
+    return turned
 
 
 def rotate_back(grad: Tensor, y: Tensor, e: Tensor) -> Tensor:

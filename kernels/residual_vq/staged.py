@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spinlock_fast.kernels._common.guard import launches
 from spinlock_fast.kernels.layout import CodebookLayout
 from spinlock_fast.kernels.residual_vq.reference import Result, unit
 from spinlock_fast.kernels.vq_assign import dispatch
 
 
+@launches
 def assign(
     x: Tensor,
     codebook: Tensor,

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from spinlock_fast.kernels._common.guard import launches
 from spinlock_fast.kernels._triton.specimen import Specimen
 from spinlock_fast.kernels._triton.tables import book_table, capability, power_of_two
 from spinlock_fast.kernels.layout import CodebookLayout
@@ -283,6 +284,7 @@ def row_block(block_d: int) -> int:
     return 16 if block_d <= 32 else 8
 
 
+@launches
 def assign(
     x: Tensor,
     codebook: Tensor,
@@ -334,6 +336,7 @@ def assign(
     return quantized, codes, errors, counts, sums.view(-1, D)
 
 
+@launches
 def backward(
     grad: Tensor,
     grad_errors: Tensor,

@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spinlock_fast.kernels._common.guard import launches, rows_of
+from spinlock_fast.kernels._common.higher_order import needs_graph
 from spinlock_fast.kernels.layout import CodebookLayout
 from spinlock_fast.kernels.topo_loss import pull, triton
+from spinlock_fast.kernels.topo_loss.reference import correlation_gradient
 
 _EPS = torch.finfo(torch.float32).eps
 
@@ -23,6 +26,7 @@ class Correlations(torch.autograd.Function):
     """`op.topographic_correlations` of float32 tensors on a CUDA device."""
 
     @staticmethod
+    @launches
     def forward(
         ctx: Any, x: Tensor, latents: Tensor, codes: Tensor, codebook: Tensor, layout: CodebookLayout
     ) -> tuple[Tensor, Tensor]:
@@ -31,7 +35,8 @@ class Correlations(torch.autograd.Function):
         return pre.clone(), post.clone()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None, None, None]:
+    @launches
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None, None, None, None]:
         return None, _gradient(ctx, grads[0], grads[1], (1.0, 1.0)), None, None, None
 
 
@@ -39,6 +44,7 @@ class Loss(torch.autograd.Function):
     """`op.topographic_loss` of float32 tensors on a CUDA device."""
 
     @staticmethod
+    @launches
     def forward(
         ctx: Any, x: Tensor, latents: Tensor, codes: Tensor, codebook: Tensor, layout: CodebookLayout, pre_share: float
     ) -> Tensor:
@@ -46,7 +52,8 @@ class Loss(torch.autograd.Function):
         return _found(ctx, x, latents, codes, codebook, layout, pre_share)[1]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None, None, None, None]:
+    @launches
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None, None, None, None, None]:
         return None, _gradient(ctx, grads[0], grads[0], ctx.factors), None, None, None, None
 
 
@@ -54,7 +61,8 @@ def _found(
     ctx: Any, x: Tensor, latents: Tensor, codes: Tensor, codebook: Tensor, layout: CodebookLayout, pre_share: float
 ) -> tuple[Tensor, Tensor]:
     """Both correlations [2] and the loss; keeps what their gradient needs."""
-    x, latents = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, latents))
+    given = x, latents, codes, codebook
+    x, latents = rows_of(x), rows_of(latents)
     codes, codebook = codes.contiguous(), codebook.contiguous()
     S, F = x.shape
     sets = triton.point_sets(F, layout, x.device)
@@ -62,13 +70,18 @@ def _found(
     distances = triton.distances(points, sets, S, _rounding(layout.max_dims), _rounding(F))
     found, loss, stats = triton.correlations(distances, sets, layout.groups, pre_share)
     ctx.layout, ctx.sets = layout, sets
-    ctx.save_for_backward(found, stats, distances, *points, codes, codebook)
+    ctx.save_for_backward(*given, found, stats, distances, *points)
     return found, loss
 
 
-def _gradient(ctx: Any, grad_pre: Tensor, grad_post: Tensor, factors: tuple[float, float]) -> Tensor:
+def _gradient(ctx: Any, grad_pre: Tensor, grad_post: Tensor, factors: tuple[float, float]) -> Tensor | None:
     layout: CodebookLayout = ctx.layout
-    found, stats, distances, *points, codes, codebook = ctx.saved_tensors
+    x, latents, codes, codebook, found, stats, distances, *points = ctx.saved_tensors
+    if needs_graph((grad_pre, grad_post)):
+        return correlation_gradient(
+            x, latents, codes, codebook, layout, (factors[0] * grad_pre, factors[1] * grad_post)
+        )
+    codes, codebook = codes.contiguous(), codebook.contiguous()
     return pull.gradient(
         grad_pre, grad_post, found, stats, distances, triton.Points(*points), ctx.sets, codes, codebook, layout,
         _rounding(layout.max_dims), factors,

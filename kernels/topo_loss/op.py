@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spinlock_fast.kernels._common.guard import FLOAT, INDEX, check, check_codes
+from spinlock_fast.kernels._common.higher_order import in_transform, needs_graph
 from spinlock_fast.kernels.backend import resolve_backend
 from spinlock_fast.kernels.layout import CodebookLayout
 from spinlock_fast.kernels.native import serves
 from spinlock_fast.kernels.precision import cuda_matmul
-from spinlock_fast.kernels.topo_loss import native
+from spinlock_fast.kernels.topo_loss import native, reference
 from spinlock_fast.kernels.topo_loss.reference import rounding, varies
 
 # Entries of the pair matrices that exist at once: of the size of a cache on a CPU, few launches elsewhere.
@@ -41,6 +43,9 @@ def topographic_correlations(
         corr(d_x, d_z) and corr(d_z, d_e), where d_x are distances of features and d_z, d_e the means
         over codebooks of distances of latents and of codes; 0 where one of the two is constant.
     """
+    x, latents, codebook = _checked("topographic_correlations", x, latents, codes, codebook, layout)
+    if in_transform():
+        return reference.correlations_of_codes(x.detach(), latents, codes, codebook, layout)
     function: type[torch.autograd.Function] = _Correlations
     if serves(x, latents, codebook):
         function = native.Correlations
@@ -48,6 +53,8 @@ def topographic_correlations(
         from spinlock_fast.kernels.topo_loss import cuda
 
         function = cuda.Correlations
+    else:
+        check_codes("topographic_correlations", codes, layout)
     # Distances need all of float32: TF32 keeps ten bits of fraction.
     with cuda_matmul(tf32=False):
         pre, post = function.apply(x.detach(), latents, codes, codebook.detach(), layout)
@@ -58,13 +65,29 @@ def topographic_loss(
     x: Tensor, latents: Tensor, codes: Tensor, codebook: Tensor, layout: CodebookLayout, pre_share: float
 ) -> Tensor:
     """1 - pre_share * pre - (1 - pre_share) * post of `topographic_correlations`, which says what the rest is."""
-    if not serves(x, latents, codebook) and _runs_triton(x, latents, codebook):
+    x, latents, codebook = _checked("topographic_loss", x, latents, codes, codebook, layout)
+    if not in_transform() and not serves(x, latents, codebook) and _runs_triton(x, latents, codebook):
         from spinlock_fast.kernels.topo_loss import cuda
 
         loss: Tensor = cuda.Loss.apply(x.detach(), latents, codes, codebook.detach(), layout, pre_share)  # type: ignore[no-untyped-call]
         return loss
     pre, post = topographic_correlations(x, latents, codes, codebook, layout)
     return 1.0 - torch.lerp(post, pre, pre_share)
+
+
+def _checked(
+    operator: str, x: Tensor, latents: Tensor, codes: Tensor, codebook: Tensor, layout: CodebookLayout
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Floating point arguments of at least float32, which fit each other."""
+    check(
+        operator,
+        ("x", x, ("S", "F"), FLOAT),
+        ("latents", latents, ("S", layout.total_dims), FLOAT),
+        ("codes", codes, ("S", layout.groups), INDEX),
+        ("codebook", codebook, (layout.total_entries,), FLOAT),
+    )
+    x, latents, codebook = (t.float() if t.itemsize == 2 else t for t in (x, latents, codebook))
+    return x, latents, codebook
 
 
 def _runs_triton(x: Tensor, latents: Tensor, codebook: Tensor) -> bool:
@@ -77,6 +100,7 @@ class _Correlations(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, latents: Tensor, codes: Tensor, codebook: Tensor, layout: CodebookLayout
     ) -> tuple[Tensor, Tensor]:
+        given = x, latents, codes, codebook
         codebook = codebook.to(latents.dtype)
         d_x = _distances((x - x.mean(0))[None])[0]
         points = layout.pad_columns(latents - latents.mean(0))  # [G, S, D_max]
@@ -98,21 +122,25 @@ class _Correlations(torch.autograd.Function):
         post = torch.where(post_counts, (z_unit * e_unit).sum() / pairs, 0.0)
         ctx.layout = layout
         ctx.save_for_backward(
-            points, codes, vectors, x_unit, z_unit, e_unit, z_deviation, e_deviation, pre_counts, post_counts, pre, post
-        )
+            *given, points, vectors, x_unit, z_unit, e_unit, z_deviation, e_deviation, pre_counts, post_counts, pre,
+            post,
+        )  # fmt: skip
         return pre, post
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None, None, None, None]:
         with cuda_matmul(tf32=False):
             return None, _gradient(ctx, *grads), None, None, None
 
 
-def _gradient(ctx: Any, *grads: Tensor) -> Tensor:
+def _gradient(ctx: Any, *grads: Tensor) -> Tensor | None:
     layout: CodebookLayout = ctx.layout
     (
-        points, codes, vectors, x_unit, z_unit, e_unit, z_deviation, e_deviation, pre_counts, post_counts, pre, post
+        x, latents, codes, codebook, points, vectors, x_unit, z_unit, e_unit, z_deviation, e_deviation, pre_counts,
+        post_counts, pre, post
     ) = ctx.saved_tensors  # fmt: skip
+    if needs_graph(grads):
+        return reference.correlation_gradient(x, latents, codes, codebook, layout, grads)
     S, G = codes.shape
     # dr/db = (a - r b) / sigma_b for standardized a, b; a pair stands in the matrix twice.
     share = 2.0 / (max(S * (S - 1), 1) * G)

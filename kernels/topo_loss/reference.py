@@ -7,13 +7,15 @@ codes; what is asked for are the Pearson correlations of d_x with d_z and of d_z
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from spinlock_fast.kernels._common.higher_order import gradients
 from spinlock_fast.kernels.layout import CodebookLayout
 from spinlock_fast.kernels.vq_assign import quantize
+from spinlock_fast.kernels.vq_assign.reference import gather_codes
 
 
 def topographic_correlations(
@@ -36,6 +38,26 @@ def topographic_correlations(
     return pair_correlation(d_x, d_z), pair_correlation(d_z, d_e)
 
 
+def correlations_of_codes(
+    x: Tensor, latents: Tensor, codes: Tensor, codebook: Tensor, layout: CodebookLayout
+) -> tuple[Tensor, Tensor]:
+    """`topographic_correlations` of the codes [S, G] of rows; the second is 0 where one of them is -1.
+
+    Plain operations: autograd differentiates them any number of times, torch.func transforms them.
+    """
+    vectors = torch.nan_to_num(codebook.detach(), 0.0, 0.0, 0.0).to(latents.dtype)
+    quantized = gather_codes(codes.clamp(min=0), vectors, layout)
+    pre, post = topographic_correlations(x, latents, quantized, layout)
+    return pre, post.masked_fill((codes < 0).any(), 0.0)
+
+
+def correlation_gradient(
+    x: Tensor, latents: Tensor, codes: Tensor, codebook: Tensor, layout: CodebookLayout, grads: Sequence[Tensor | None]
+) -> Tensor | None:
+    """The gradient of the latents by those of the two correlations; it can be differentiated again."""
+    return gradients(lambda z: correlations_of_codes(x, z, codes, codebook, layout), [latents], grads, [True])[0]
+
+
 def pairwise_distances(points: Tensor) -> Tensor:
     """Euclidean distances [G, S, S] between the rows of [G, S, D]; differentiable, with gradient 0 at distance 0.
 
@@ -46,8 +68,7 @@ def pairwise_distances(points: Tensor) -> Tensor:
     norms = points.square().sum(-1)
     both = norms[:, :, None] + norms[:, None, :]
     square = torch.baddbmm(both, points, points.transpose(1, 2), alpha=-2.0)
-    distances: Tensor = _RootAbove.apply(square, rounding(points) * both.detach())  # type: ignore[no-untyped-call]
-    return distances
+    return _root_above(square, rounding(points) * both.detach())
 
 
 def rounding(points: Tensor) -> float:
@@ -55,19 +76,10 @@ def rounding(points: Tensor) -> float:
     return (8.0 + math.sqrt(points.shape[-1])) * torch.finfo(points.dtype).eps
 
 
-class _RootAbove(torch.autograd.Function):
-    """sqrt(square) where it is above a floor, else 0 with gradient 0; a third of the passes of `torch.where`."""
-
-    @staticmethod
-    def forward(ctx: Any, square: Tensor, floor: Tensor) -> Tensor:
-        root = square.sqrt().masked_fill_(square <= floor, 0.0)
-        ctx.save_for_backward(root)
-        return root
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (root,) = ctx.saved_tensors
-        return (0.5 * grads[0]).div_(root).masked_fill_(root == 0.0, 0.0), None
+def _root_above(square: Tensor, floor: Tensor) -> Tensor:
+    """sqrt(square) where it is above a floor, else 0 with gradient 0."""
+    low = square <= floor
+    return square.masked_fill(low, 1.0).sqrt().masked_fill(low, 0.0)
 
 
 def pair_correlation(a: Tensor, b: Tensor) -> Tensor:

@@ -67,8 +67,8 @@ def point_sets(features: int, layout: CodebookLayout, device: torch.device) -> P
         splits = [0, *(1 + cut for cut in cuts), *(1 + G + cut for cut in cuts), 1 + 2 * G]
         with torch.inference_mode(False):
             found = _sets[key] = PointSets(
-                torch.tensor(rows, dtype=torch.int32).to(device),
-                torch.tensor(splits, dtype=torch.int32).to(device),
+                torch.tensor(rows, dtype=torch.int32, device="cpu").to(device),
+                torch.tensor(splits, dtype=torch.int32, device="cpu").to(device),
                 (1, len(cuts), len(cuts)),
                 sum(padded),
             )
@@ -127,8 +127,9 @@ def topo_points_fwd_kernel(
         base = codebook_ptr
         code = tl.load(codes_ptr + first * G + (s - G - 1), mask=first < S, other=0).to(tl.int32)
         own_code = tl.load(codes_ptr + mine * G + (s - G - 1), mask=mine < S, other=0).to(tl.int32)
-        row, own = source + tl.maximum(code, 0) * D, source + tl.maximum(own_code, 0) * D
-        good, own_good = code >= 0, own_code >= 0
+        K = tl.load(table_ptr + 4 * sets + s)
+        good, own_good = (code >= 0) & (code < K), (own_code >= 0) & (own_code < K)
+        row, own = source + tl.where(good, code, 0) * D, source + tl.where(own_good, own_code, 0) * D
 
     norm = tl.zeros([BLOCK_S, BLOCK_D], dtype=tl.float32)
     for start in range(0, width, BLOCK_D):

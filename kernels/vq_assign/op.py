@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from spinlock_fast.kernels._common.guard import BOOL, FLOAT, INTEGER, check
+from spinlock_fast.kernels._common.higher_order import gradients, in_transform, needs_graph
 from spinlock_fast.kernels.backend import resolve_backend
 from spinlock_fast.kernels.layout import CodebookLayout
 from spinlock_fast.kernels.native import serves
@@ -79,20 +81,26 @@ def vq_assign(
         backend: "auto", "triton" or "reference", see `resolve_backend`.
 
     Raises:
-        ValueError: z, codebook or mask do not fit the layout.
+        TypeError: an argument of another type.
+        ValueError: z, codebook or mask do not fit the layout, or lie on different devices.
     """
-    if z.ndim != 2 or z.shape[1] != layout.total_dims:
-        raise ValueError(f"z must be [N, {layout.total_dims}], got {list(z.shape)}")
-    if codebook.shape != (layout.total_entries,):
-        raise ValueError(f"codebook must be [{layout.total_entries}], got {list(codebook.shape)}")
-    if mask is not None and (mask.shape != z.shape[:1] or mask.dtype != torch.bool):
-        raise ValueError(f"mask must be [{z.shape[0]}] bool, got {list(mask.shape)} {mask.dtype}")
+    check(
+        "vq_assign",
+        ("z", z, ("N", layout.total_dims), FLOAT),
+        ("codebook", codebook, (layout.total_entries,), FLOAT),
+        ("mask", mask, ("N",), BOOL),
+    )
+    if gradient not in (None, "straight_through", "rotation"):
+        raise ValueError(f"vq_assign: gradient must be straight_through, rotation or None, got {gradient!r}")
     mask = None if mask is None else mask.contiguous()  # kernels step through it one by one
-    codebook = codebook.detach().to(torch.promote_types(codebook.dtype, torch.float32))
-    if gradient is None:
-        z = z.detach()
+    wide = torch.promote_types(codebook.dtype, torch.float32)
+    codebook = codebook.detach().to(torch.promote_types(wide, z.dtype) if z.dtype == torch.float64 else wide)
+    z = z.detach() if gradient is None else z
+    z = z if z.dtype != torch.float64 else z.to(codebook.dtype)
+    if in_transform():
+        return _in_plain_torch(z, codebook, layout, mask, centred, with_sums, gradient)
     found = torch.ops.spinlock_fast.vq_assign(
-        z if z.dtype != torch.float64 else z.to(codebook.dtype),
+        z,
         codebook,
         layout.num_codes,
         layout.dims,
@@ -100,12 +108,27 @@ def vq_assign(
         centred,
         with_sums,
         gradient == "rotation",
-        resolve_backend(backend, codebook),
+        resolve_backend(backend, codebook, z),
     )
     quantized, codes, error, counts, sums = found
     if mask is not None:  # the operator gives NaN for every code of -1
         quantized = quantized.masked_fill(~mask[:, None], 0.0)
     return Assignment(codes, quantized, error, counts.detach(), sums.detach())
+
+
+def _in_plain_torch(
+    z: Tensor,
+    codebook: Tensor,
+    layout: CodebookLayout,
+    mask: Tensor | None,
+    centred: bool,
+    with_sums: bool,
+    gradient: str | None,
+) -> Assignment:
+    codes, quantized, error, counts, sums = reference.assign(z.detach(), codebook, layout, mask, centred, with_sums)
+    if gradient is not None:
+        quantized, error = reference.passed_on(z, quantized, codes, layout, gradient == "rotation")
+    return Assignment(codes, quantized, error, counts, sums)
 
 
 # Not `torch.library.custom_op`: its first call imports torch's compiler, which takes more than a second.
@@ -228,6 +251,14 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     z, quantized, codes = ctx.saved_tensors
     if grads[0] is None and grads[2] is None:
         return (None,) * 9
+    if needs_graph(grads):
+        num_codes, dims = ctx.sizes
+        layout = CodebookLayout.cached(tuple(num_codes), tuple(dims))
+
+        def formula(latents: Tensor) -> tuple[Tensor, Tensor]:
+            return reference.passed_on(latents, quantized, codes, layout, ctx.rotation, ctx.parts)
+
+        return gradients(formula, [z], [grads[0], grads[2]], [True])[0], *(None,) * 8
     of_quantized = torch.zeros_like(quantized) if grads[0] is None else grads[0]
     of_error = quantized.new_zeros(ctx.parts, codes.shape[1]) if grads[2] is None else grads[2]
     grad_z = torch.ops.spinlock_fast.vq_assign_backward(
@@ -253,8 +284,12 @@ class _StraightThrough(torch.autograd.Function):
 
 def quantize(z: Tensor, quantized: Tensor, layout: CodebookLayout, rotation_trick: bool = False) -> Tensor:
     """[N, sum D] the codes, differentiable with respect to z: straight through, or by rotation."""
+    size = ("N", layout.total_dims)
+    check("quantize", ("z", z, size, FLOAT), ("quantized", quantized, size, FLOAT))
     if rotation_trick:
         return reference.rotate_to_codes(z, quantized.to(z.dtype), layout)
+    if in_transform():
+        return quantized.detach().to(z.dtype) + (z - z.detach())
     result: Tensor = _StraightThrough.apply(z, quantized)  # type: ignore[no-untyped-call]
     return result
 
@@ -265,8 +300,11 @@ def lookup(codes: Tensor, codebook: Tensor, layout: CodebookLayout) -> Tensor:
     Raises:
         IndexError: an index outside its codebook (checking it waits for the device).
     """
-    if codes.ndim != 2 or codes.shape[1] != layout.groups:
-        raise ValueError(f"codes must be [N, {layout.groups}], got {list(codes.shape)}")
+    check(
+        "lookup",
+        ("codes", codes, ("N", layout.groups), INTEGER),
+        ("codebook", codebook, (layout.total_entries,), FLOAT),
+    )
     codes = codes.to(torch.int64)
     sizes = layout.indices(codes.device).num_codes.to(codes.dtype)
     if bool(((codes < 0) | (codes >= sizes)).any()):

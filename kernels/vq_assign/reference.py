@@ -73,6 +73,34 @@ def backward(
     return (grad + pull.masked_fill(none, 0.0)).to(z.dtype)
 
 
+def passed_on(
+    z: Tensor, quantized: Tensor, codes: Tensor, layout: CodebookLayout, rotation: bool, parts: int = 1
+) -> tuple[Tensor, Tensor]:
+    """`quantized` [N, sum D] and squared_error [parts, G] of `assign` as functions of z; codes count as constants.
+
+    Plain operations: autograd differentiates them any number of times, torch.func transforms them. `backward` is the
+    gradient of this.
+    """
+    index = layout.indices(z.device)
+    none = (codes < 0)[:, index.column_book]
+    quantized = quantized.detach()
+    wide = z.to(quantized.dtype)
+    e = quantized.masked_fill(none, 0.0)
+    passed = wide
+    if rotation:  # rows without a code pass their gradient straight through
+        passed = torch.where(none, wide, rotate_to_codes(wide.masked_fill(none, 0.0), e, layout))
+    off = (wide - e).masked_fill(none, 0.0).square()
+    if parts > 1:
+        blocks = -(-z.shape[0] // PART_ROWS)
+        rows = -(-blocks // parts) * PART_ROWS  # of a part
+        part = torch.arange(z.shape[0], device=z.device) // rows
+        sums = off.new_zeros(parts, off.shape[1]).index_add(0, part, off)
+    else:
+        sums = off.sum(0, keepdim=True)
+    error = sums.new_zeros(sums.shape[0], layout.groups).index_add(1, index.column_book, sums)
+    return quantized + (passed - passed.detach()), error
+
+
 def nearest_codes(z: Tensor, codebook: Tensor, layout: CodebookLayout, centred: bool = True) -> Tensor:
     """Index of the nearest code within each codebook.
 
@@ -175,7 +203,7 @@ def accumulate(z: Tensor, codes: Tensor, layout: CodebookLayout) -> tuple[Tensor
 def squared_error(z: Tensor, quantized: Tensor, codes: Tensor, layout: CodebookLayout) -> Tensor:
     """[G] sum over rows with a code of ||z_g - e_g||^2."""
     index = layout.indices(z.device)
-    error = (z - quantized).square().masked_fill((codes < 0)[:, index.column_book], 0.0).sum(0)
+    error = (z - quantized).masked_fill((codes < 0)[:, index.column_book], 0.0).square().sum(0)
     return error.new_zeros(layout.groups).index_add_(0, index.column_book, error)
 
 
@@ -193,8 +221,7 @@ def rotate_to_codes(z: Tensor, quantized: Tensor, layout: CodebookLayout) -> Ten
         [N, sum D], equal to `quantized` up to rounding.
     """
     zp, qp = layout.pad_columns(z), layout.pad_columns(quantized)  # [G, N, D_max]
-    with torch.no_grad():
-        scale, z_unit, q_unit, r, turns = _rotation(zp, qp)
+    scale, z_unit, q_unit, r, turns = _rotation(zp.detach(), qp.detach())
     rotated = scale * (
         zp - 2.0 * (zp * r).sum(-1, keepdim=True) * r + 2.0 * (zp * z_unit).sum(-1, keepdim=True) * q_unit
     )

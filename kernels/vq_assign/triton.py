@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from spinlock_fast.kernels._common.guard import launches
 from spinlock_fast.kernels._triton.specimen import ROWS, SEED, Specimen
 from spinlock_fast.kernels._triton.tables import book_table, capability, power_of_two
 from spinlock_fast.kernels.layout import CodebookLayout
@@ -218,6 +219,7 @@ def vq_assign_bwd_kernel(
         tl.store(grad_z_ptr + n[:, None] * total_dims + column, grad, mask=in_tile)
 
 
+@launches
 def assign(
     z: Tensor, codebook: Tensor, layout: CodebookLayout, mask: Tensor | None, centred: bool, with_sums: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -264,6 +266,7 @@ def assign(
     return codes, quantized, error, counts, sums
 
 
+@launches
 def backward(
     grad_quantized: Tensor,
     grad_error: Tensor,

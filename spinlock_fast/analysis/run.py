@@ -20,6 +20,7 @@ from spinlock_fast.analysis.refinement import refinement_table
 from spinlock_fast.analysis.stability import stability_table
 from spinlock_fast.analysis.tables import Table
 from spinlock_fast.errors import DataError
+from spinlock_fast.seeds import Stream, generator
 from spinlock_fast.tokenizer import Tokenizer
 
 _FEWEST_ROWS = 20
@@ -107,7 +108,7 @@ def analyze_observations(observed: Observations, config: AnalysisConfig, stage: 
     N = len(observed.tokens)
     if N < _FEWEST_ROWS:
         raise DataError(f"{N} operators are too few to analyse: at least {_FEWEST_ROWS} are needed")
-    generator = np.random.default_rng(config.seed)
+    random = generator(config.seed, Stream.ANALYSIS)
     notes = list(observed.notes)
     conditions, constant = conditions_of(observed, config.bins)
     notes += constant
@@ -127,7 +128,7 @@ def analyze_observations(observed: Observations, config: AnalysisConfig, stage: 
     queries = np.unique(np.linspace(0, N - 1, min(N, config.queries)).astype(np.int64))
     run("codes", "Codes", lambda: codes_table(observed, counts))
     run("features", "Features of codes", lambda: features_table(observed, members, notes))
-    run("samples", "Samples of codes", lambda: samples_table(observed, config.samples, generator))
+    run("samples", "Samples of codes", lambda: samples_table(observed, config.samples, random))
     stage("Nearest operators")
     started = time.perf_counter()
     nearest, distance = nearest_operators(observed.books, observed.tokens, queries, min(config.neighbours, N - 1))
@@ -137,7 +138,7 @@ def analyze_observations(observed: Observations, config: AnalysisConfig, stage: 
         run(
             "associations",
             "Tokens against parameters and conditions",
-            lambda: associations_table(observed, conditions, config.alpha, generator),
+            lambda: associations_table(observed, conditions, config.alpha, random),
         )
         run("lifts", "Codes against values of conditions", lambda: lifts_table(observed, conditions, counts))
         run("agreement", "Conditions of neighbours", lambda: agreement_table(conditions, queries, nearest))

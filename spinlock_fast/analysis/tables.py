@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -12,10 +13,12 @@ from numpy.typing import NDArray
 
 from spinlock_fast.errors import ConfigError
 from spinlock_fast.files import write_atomically
+from spinlock_fast.messages import printable
 
 Table = dict[str, NDArray[Any]]
 
 _ROWS_AT_ONCE = 50_000
+_NUMBERS = re.compile(r"[-+0-9.eE ,]+|[-+]?(inf|nan)")  # a number or a range of numbers, such as "-0.5"
 
 
 def select(table: Table, rows: NDArray[Any]) -> Table:
@@ -57,10 +60,10 @@ def write_tables(tables: Mapping[str, Table], directory: Path, formats: tuple[st
 
 
 def _write_csv(table: Table, path: Path) -> None:
-    """RFC 4180 with a header; six digits; an empty field for NaN."""
+    """RFC 4180 with a header; six digits; an empty field for NaN; no text that a spreadsheet evaluates."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(table)
+        writer.writerow(map(_as_text, table))
         for start in range(0, length(table), _ROWS_AT_ONCE):
             block = [_texts(column[start : start + _ROWS_AT_ONCE]) for column in table.values()]
             writer.writerows(zip(*block, strict=True))
@@ -69,8 +72,14 @@ def _write_csv(table: Table, path: Path) -> None:
 def _texts(column: NDArray[Any]) -> list[Any]:
     if column.dtype.kind != "f":
         values: list[Any] = column.tolist()
-        return values
+        return [_as_text(value) if isinstance(value, str) else value for value in values]
     return ["" if value != value else f"{value:.6g}" for value in column.tolist()]
+
+
+def _as_text(value: str) -> str:
+    """The value without control characters; a spreadsheet takes one that begins with =, +, - or @ for a formula."""
+    text = printable(value, keep="")
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) and not _NUMBERS.fullmatch(text) else text
 
 
 def _write_parquet(table: Table, path: Path) -> None:

@@ -13,16 +13,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from spinlock_fast.checkpoint import (
-    BEST,
-    CONFIG,
-    NORMALIZATION,
-    SAFETENSORS,
-    load_restricted,
-    model_payload,
-    save_torch,
-    write_normalization,
-)
+from spinlock_fast.checkpoint import load_restricted, model_payload, save_torch, write_normalization
 from spinlock_fast.config import (
     ENCODER_PARAMS,
     FamilyConfig,
@@ -31,7 +22,7 @@ from spinlock_fast.config import (
     RunConfig,
     TrainingConfig,
 )
-from spinlock_fast.config_file import check_config, dump_config
+from spinlock_fast.config_file import BoundedLoader, check_config, dump_config, parse_yaml, read_text_file
 from spinlock_fast.data.source import Source
 from spinlock_fast.errors import ConfigError, DataError
 from spinlock_fast.features.cleaning import FeatureCleaner, clip_bounds
@@ -39,7 +30,10 @@ from spinlock_fast.features.encode import ANY_LENGTH, FamilyEncoder, encode
 from spinlock_fast.features.encoders import build_encoder
 from spinlock_fast.features.normalize import Normalizer
 from spinlock_fast.files import write_atomically, write_text
+from spinlock_fast.manifest import write_manifest
+from spinlock_fast.messages import one_line
 from spinlock_fast.model import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
+from spinlock_fast.run_directory import BEST, CONFIG, NORMALIZATION, SAFETENSORS, RunDirectory
 
 _MODEL_FILES = ("best_model.pt", "final_model.pt")
 
@@ -106,8 +100,8 @@ def read_original(path: Path) -> dict[str, Any]:
     return payload
 
 
-class _TaggedLoader(yaml.SafeLoader):
-    """SafeLoader that reads the original's path tags as text."""
+class _TaggedLoader(BoundedLoader):
+    """A loader that reads the original's path tags as text."""
 
 
 def _construct_path(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> str:
@@ -173,16 +167,26 @@ def convert(source: Path, data: str | None = None) -> Converted:
 
 
 def write_converted(converted: Converted, directory: Path) -> None:
-    """best_model.pt, model.safetensors, config.yaml and normalization_stats.npz; raises OutputError."""
+    """best_model.pt, model.safetensors, config.yaml, normalization_stats.npz and manifest.json.
+
+    An earlier result in the directory is moved to `previous`, see `RunDirectory`.
+
+    Raises:
+        OutputError: they cannot be written.
+    """
     from safetensors.torch import save
 
     payload = model_payload(converted.model, converted.model.state_dict(), converted.epoch, converted.parts)
     tensors = {key: value.contiguous() for key, value in payload["model_state_dict"].items()}
-    write_text(directory / CONFIG, dump_config(converted.config))
-    write_atomically(directory / SAFETENSORS, lambda temporary: temporary.write_bytes(save(tensors)))
     groups = converted.model.config.group_indices
-    write_normalization(directory / NORMALIZATION, converted.normalizer.by_category(groups))
-    save_torch(directory / BEST, payload)
+    with RunDirectory(directory) as place:
+        partial = place.begin(resumed=False)
+        write_text(partial / CONFIG, dump_config(converted.config))
+        write_atomically(partial / SAFETENSORS, lambda temporary: temporary.write_bytes(save(tensors)))
+        write_normalization(partial / NORMALIZATION, converted.normalizer.by_category(groups))
+        save_torch(partial / BEST, payload)
+        write_manifest(partial)
+        place.publish()
 
 
 def convert_model(payload: Mapping[str, Any], settings: Mapping[str, Any], path: Path) -> CategoricalHierarchicalVQVAE:
@@ -270,11 +274,9 @@ def _translate(state: Mapping[str, Tensor], model: CategoricalHierarchicalVQVAE)
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_TaggedLoader)
-    except FileNotFoundError:
-        return {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError(f"{path}: cannot be read: {' '.join(str(error).split())[:200]}") from None
+        value = parse_yaml(read_text_file(path), _TaggedLoader) if path.exists() else {}
+    except (OSError, ConfigError, yaml.YAMLError) as error:
+        raise DataError(f"{path}: cannot be read: {one_line(error, 200)}") from None
     return value if isinstance(value, dict) else {}
 
 

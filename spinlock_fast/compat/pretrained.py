@@ -227,9 +227,7 @@ def _spinlock(weights: Weights, wanted: int | None, options: Mapping[str, Any]) 
     quantizer = GroupedVectorQuantizer(**known)
     values = {}
     for name, place in quantizer.state_dict().items():
-        value = weights.tensors.get(f"{root}{name}")
-        if value is None:
-            raise weights.missing(f"{root}{name}")
+        value = weights.stored(f"{root}{name}")
         if value.shape != place.shape:
             raise DataError(f"{root}{name} is {list(value.shape)}, but num_codes and dims make {list(place.shape)}")
         values[name] = value

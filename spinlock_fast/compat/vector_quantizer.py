@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from spinlock_fast.kernels.ema_update import ema_update
 from spinlock_fast.kernels.layout import CodebookLayout
+from spinlock_fast.kernels.snapshot import snapshot
 from spinlock_fast.kernels.vq_assign import Assignment, quantize, vq_assign
 from spinlock_fast.module_state import keep_wide
 from spinlock_fast.processes import Processes
@@ -88,7 +89,7 @@ class VectorQuantizer(nn.Module):
         codes = found.codes[:, 0]
         # The losses see the codes that the inputs were assigned to: taken before they move.
         valid = codes >= 0
-        chosen = F.embedding(codes.clamp(min=0), weight).clone()
+        chosen = F.embedding(codes.clamp(min=0), snapshot(weight))
         chosen = torch.where(valid[:, None], chosen, torch.nan)
         if self.training and self.use_ema:
             once(self, lambda: self._move_codes(found), self.ema_cluster_size)

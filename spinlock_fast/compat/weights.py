@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from spinlock_fast.errors import DataError
@@ -106,12 +107,26 @@ class Weights:
         return DataError(f"no {name!r}, which format {self.format!r} needs{nearest}{hint}")
 
     def get(self, name: str) -> Tensor:
-        """A tensor in float32; raises DataError where it is missing or holds NaN or infinity."""
-        if name not in self.tensors:
-            raise self.missing(name)
-        value = self.tensors[name].float()
+        """A tensor in float32; raises DataError where it is missing, not real, or holds NaN or infinity."""
+        value = self.stored(name).float()
         if not value.isfinite().all():
             raise DataError(f"{self.names[name]!r} holds values that are not finite")
+        return value
+
+    def stored(self, name: str) -> Tensor:
+        """A dense tensor of real numbers as it is stored; raises DataError where it is missing or of another kind."""
+        if name not in self.tensors:
+            raise self.missing(name)
+        value = self.tensors[name]
+        kinds = {
+            "complex": value.is_complex(),
+            "quantized": value.is_quantized,
+            "sparse": value.layout != torch.strided,
+            "without values (meta)": value.is_meta,
+        }
+        for kind, found in kinds.items():
+            if found:
+                raise DataError(f"{self.names[name]!r} is {kind}, not a dense tensor of real numbers")
         return value
 
     def optional(self, name: str) -> Tensor | None:
@@ -146,12 +161,14 @@ def _some(keys: Any) -> str:
 def read_weights(path: Path, format: Format | None) -> Mapping[str, Any]:
     """The contents of a file or a checkpoint directory; raises DataError."""
     from spinlock_fast.checkpoint import BEST, FINAL, SAFETENSORS, load_restricted
+    from spinlock_fast.run_directory import check_integrity, find
 
     if path.is_dir():
         names = (BEST, FINAL, SAFETENSORS, "diffusion_pytorch_model.safetensors")
-        found = [path / name for name in names if (path / name).exists()]
+        found = [place for name in names if (place := find(path, name)).exists()]
         if not found:
             raise DataError(f"{path}: none of {', '.join(names)} is in this directory")
+        check_integrity(path, found[0].name)
         path = found[0]
     if path.suffix == ".safetensors":
         return _read_safetensors(path)

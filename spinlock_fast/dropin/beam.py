@@ -80,4 +80,4 @@ def beam_search(
 def update_stages(layers: Sequence[nn.Module], inputs: Tensor, codes: Tensor, mask: Tensor | None) -> None:
     """Moves each stage's averages by the codes of the best path."""
     for layer, stage_input, code in zip(layers, inputs.unbind(-2), codes.unbind(-1), strict=False):
-        layer.update_indices(stage_input, code, mask=mask)  # type: ignore[operator]
+        layer.update_rows(stage_input, code, mask)  # type: ignore[operator]

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from spinlock_fast.buffers import TransientBuffers
 from spinlock_fast.dropin.start import laplace, start_codes
 from spinlock_fast.kernels.residual_vq.reference import tally, unit
 from spinlock_fast.module_state import FirstBatch, keep_wide
 from spinlock_fast.processes import Processes
 from spinlock_fast.recomputation import kept
 
+# Buffers of `affine.Affine` that have no value before the first batch.
+OPTIONAL_STATISTICS = ("batch_mean", "batch_variance")
+
 Weight = Tensor | Callable[[Tensor, Tensor], Tensor] | None
 
 
-class Codebook(nn.Module):
+class Codebook(TransientBuffers):
     """H codebooks of K codes.
 
     Buffers: embed [H, K, D] the codes (a parameter where learnable), embed_avg [H, K, D] moving sums, cluster_size
@@ -79,9 +83,29 @@ class Codebook(nn.Module):
             self.embed = nn.Parameter(start)
         else:
             self.register_buffer("embed", start)
-        self.register_buffer("usage", torch.zeros(num_codebooks, codebook_size, dtype=torch.int64), persistent=False)
+        self.register_transient_buffers()
         self._first_batch = FirstBatch(kmeans_init, self.processes)
         self._pending: tuple[Tensor, Tensor] | None = None
+
+    def transient_buffers(self) -> dict[str, Tensor]:
+        return {"usage": torch.zeros(self.num_codebooks, self.codebook_size, dtype=torch.int64, device="cpu")}
+
+    @torch.no_grad()
+    def set_codes(self, codes: Tensor) -> None:
+        """Codes [H, K, D] in place of those that there are; updates go on from them.
+
+        Moving counts stay, but an idle code counts as one row, as in a new codebook: it could not hold its place else.
+
+        Raises:
+            ValueError: codes of another shape.
+        """
+        if codes.shape != self.embed.shape:
+            raise ValueError(f"the codebook must be {list(self.embed.shape[1:])}, got {list(codes.shape[1:])}")
+        self.embed.copy_(codes)
+        self.cluster_size.clamp_(min=1.0)
+        self.embed_avg.copy_(codes.to(self.embed_avg) * self.cluster_size[..., None])
+        self.initted.fill_(True)
+        self._first_batch.awaited, self._pending = False, None
 
     def transform_input(self, x: Tensor) -> Tensor:
         """x [..., D], of unit length where codes are compared by cosine."""
@@ -92,14 +116,12 @@ class Codebook(nn.Module):
         """Whether counts and sums are those of all processes of the group, as of now."""
         return self.use_ddp is not False and self.processes.size() > 1
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Codebook:
-        return keep_wide(self, ("cluster_size", "embed_avg"), lambda: super(Codebook, self)._apply(fn, recurse))  # type: ignore[no-untyped-call]
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        return keep_wide(self, ("cluster_size", "embed_avg"), lambda: super(Codebook, self)._apply(fn, recurse))
 
     def codes(self, dtype: torch.dtype) -> Tensor:
         """[H, K, D], with their gradient where learnable."""
-        used = self.used if self.learnable_codebook else self.used.detach()
-        # A copy of its own: codes move in place after the forward pass, and the backward pass needs them as they were.
-        return used.to(dtype, copy=self.training and self.ema_update)
+        return (self.used if self.learnable_codebook else self.used.detach()).to(dtype)
 
     @property
     def used(self) -> Tensor:
@@ -191,9 +213,24 @@ class Codebook(nn.Module):
         update([piece], weight, accumulate, ema_update)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
+        self._expect_statistics(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._first_batch.awaited = not bool(self.initted)
+        if not self.initted.is_meta:
+            self._first_batch.awaited = not bool(self.initted)
         self._pending = None  # sums that belong to other codes
+
+    def _expect_statistics(self, state_dict: dict[str, Tensor], prefix: str) -> None:
+        """Makes place for the statistics of `affine_param` that the state has, and forgets those that it has not.
+
+        They exist from the first batch on; without this a new layer refuses the state of one that was used.
+        """
+        for name in OPTIONAL_STATISTICS:
+            if name in self._buffers:
+                given = state_dict.get(prefix + name)
+                if given is None:
+                    self._buffers[name] = None
+                elif self._buffers[name] is None:
+                    self._buffers[name] = torch.zeros(given.shape, dtype=self.embed.dtype, device=self.embed.device)
 
 
 @dataclass(frozen=True)

@@ -31,14 +31,16 @@ class GroupedResidualVQ(nn.Module):
         if dim % groups != 0:
             raise ValueError(f"dim must be a multiple of groups, got {dim} and {groups}")
         self.dim, self.groups, self.accept_image_fmap = dim, groups, accept_image_fmap
+        self.channel_last = kwargs.get("channel_last", True)
         self.rvqs = nn.ModuleList(
             ResidualVQ(dim=dim // groups, accept_image_fmap=accept_image_fmap, **kwargs) for _ in range(groups)
         )
 
     @property
-    def codebooks(self) -> Tensor:
-        """[groups, q, K, D]."""
-        return torch.stack([rvq.codebooks for rvq in self.rvqs])  # type: ignore[misc]
+    def codebooks(self) -> Tensor | tuple[tuple[Tensor, ...], ...]:
+        """[groups, q, K, D], or [K_q, D] of each group and stage where stages differ in size."""
+        books: list[Any] = [rvq.codebooks for rvq in self.rvqs]
+        return torch.stack(books) if isinstance(books[0], Tensor) else tuple(books)
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
@@ -53,18 +55,23 @@ class GroupedResidualVQ(nn.Module):
 
     @property
     def split_dim(self) -> int:
-        return 1 if self.accept_image_fmap else -1
+        return 1 if self.accept_image_fmap or not self.channel_last else -1
 
     def get_codes_from_indices(self, indices: Tensor | Sequence[Tensor]) -> Tensor:
-        """Code vectors [groups, q, b, ..., D] of indices [groups, b, ..., q]."""
-        pairs = zip(self.rvqs, indices, strict=False)
+        """Code vectors [groups, q, b, ..., D] of indices [groups, b, ..., q], see `ResidualVQ`."""
+        pairs = zip(self.rvqs, self._of_groups(indices), strict=True)
         return torch.stack([rvq.get_codes_from_indices(index) for rvq, index in pairs])  # type: ignore[operator]
 
     def get_output_from_indices(self, indices: Tensor | Sequence[Tensor]) -> Tensor:
-        """What the codes of all groups stand for, side by side."""
-        pairs = zip(self.rvqs, indices, strict=False)
+        """What `forward` returns in eval mode for these codes: of all groups, side by side. See `ResidualVQ`."""
+        pairs = zip(self.rvqs, self._of_groups(indices), strict=True)
         outputs = [rvq.get_output_from_indices(index) for rvq, index in pairs]  # type: ignore[operator]
         return torch.cat(outputs, dim=self.split_dim)
+
+    def _of_groups(self, indices: Tensor | Sequence[Tensor]) -> Tensor | Sequence[Tensor]:
+        if len(indices) != self.groups:
+            raise ValueError(f"indices must be given for {self.groups} groups, got {len(indices)}")
+        return indices
 
     def utilization(self) -> Tensor:
         """[groups, q], see `ResidualVQ`."""

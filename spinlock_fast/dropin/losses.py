@@ -3,13 +3,38 @@
 from __future__ import annotations
 
 from math import sqrt
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from spinlock_fast.kernels.residual_vq.reference import SHORT, lengths, unit
+
+# Requires a gradient, and never gets one. No value is read from it.
+_ROOT = torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True)
+
+
+class _WithBackward(torch.autograd.Function):
+    """`loss`, which then requires a gradient because `root` does."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, root: Tensor) -> Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+def with_backward(loss: Tensor) -> Tensor:
+    """`loss`, where `loss.backward()` is no error, even if neither the input nor a parameter takes a gradient."""
+    if loss.requires_grad:
+        return loss
+    if torch.compiler.is_compiling():  # `requires_grad_` breaks the graph
+        result: Tensor = _WithBackward.apply(loss, _ROOT)  # type: ignore[no-untyped-call]
+        return result
+    return loss.clone().requires_grad_()
 
 
 class LossBreakdown(NamedTuple):
@@ -87,4 +112,5 @@ __all__ = [
     "squared_error",
     "step_in_direction",
     "straight_through",
+    "with_backward",
 ]

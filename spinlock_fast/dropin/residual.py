@@ -12,8 +12,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spinlock_fast.buffers import TransientBuffers
 from spinlock_fast.dropin import losses
 from spinlock_fast.dropin.arguments import check_mask, warn_reference
+from spinlock_fast.dropin.decoding import checked_indices, code_vectors, hide_missing
 from spinlock_fast.dropin.implicit import CodeNetwork
 from spinlock_fast.dropin.shapes import InputShape, projected
 from spinlock_fast.dropin.stages import by_beam, by_stages, fused, stages_fuse, with_cross_entropy
@@ -23,7 +25,7 @@ from spinlock_fast.processes import Processes
 from spinlock_fast.recomputation import once
 
 
-class ResidualVQ(nn.Module):
+class ResidualVQ(TransientBuffers):
     """Quantizes vectors, then what each stage leaves over (Zeghidour et al. 2021, algorithm 1).
 
     Arguments, `forward` and returns are those of vector-quantize-pytorch 1.32 and documented there; docs/drop-in.md
@@ -117,7 +119,8 @@ class ResidualVQ(nn.Module):
         weights = [1.0] * self.num_quantizers if beam_score_quantizer_weights is None else beam_score_quantizer_weights
         if len(weights) != self.num_quantizers:
             raise ValueError(f"beam_score_quantizer_weights must be {self.num_quantizers} numbers, got {len(weights)}")
-        self.register_buffer("beam_score_weights", torch.tensor(weights), persistent=False)
+        self._score_weights = tuple(float(weight) for weight in weights)
+        self.register_transient_buffers()
         self.mlps: nn.ModuleList | tuple[None, ...] = (None,) * (self.num_quantizers - 1)
         if implicit_neural_codebook:
             unit_codes = self.layer(0).use_cosine_sim
@@ -131,6 +134,9 @@ class ResidualVQ(nn.Module):
                 raise ValueError("shared_codebook needs codebooks of one size")
             for layer in self.layers:
                 layer._codebook = self.layer(0)._codebook
+
+    def transient_buffers(self) -> dict[str, Tensor]:
+        return {"beam_score_weights": torch.tensor(self._score_weights, device="cpu")}
 
     def layer(self, q: int) -> VectorQuantize:
         layer = self.layers[q]
@@ -169,41 +175,42 @@ class ResidualVQ(nn.Module):
         return torch.stack(books) if self.uniform_codebook_size else books
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
-        """Code vectors [q, b, ..., D] of indices [b, ..., q]; 0 where an index is -1 or its stage is not given."""
-        given, device = indices.shape[-1], indices.device
+        """Code vectors [q, b, ..., D] of indices [b, ..., q]; 0 where an index is -1 or its stage is not given.
+
+        Raises:
+            ValueError: indices that are not integers, or of another number of stages.
+            IndexError: an index outside its codebook, on a CPU.
+        """
+        indices, given = checked_indices(indices), indices.shape[-1]
+        if given > self.num_quantizers:
+            raise ValueError(f"indices must be of at most {self.num_quantizers} stages, got {given}")
         if given < self.num_quantizers:
             if not self.quantize_dropout:
                 raise ValueError(f"without quantize_dropout, indices are of {self.num_quantizers} stages, got {given}")
             indices = F.pad(indices, (0, self.num_quantizers - given), value=-1)
-        missing = (indices == -1).movedim(-1, 0)[..., None]  # [q, b, ..., 1]
-        indices = indices.clamp(min=0)
-        codebooks = self.codebooks
-        if isinstance(codebooks, Tensor) and not self.implicit_neural_codebook:
-            stage = torch.arange(self.num_quantizers, device=device)
-            codes = codebooks[stage, indices].movedim(-2, 0)
-        else:
-            codes = torch.stack(self._codes_by_stage(codebooks, indices))
-        return codes.masked_fill(missing, 0.0)
-
-    def _codes_by_stage(self, codebooks: Tensor | Sequence[Tensor], indices: Tensor) -> list[Tensor]:
-        flat = indices.flatten(1, -2)  # [b, n, q]
+        flat = indices.reshape(len(indices), -1, self.num_quantizers)  # [b, n, q]
         codes: list[Tensor] = []
-        total = torch.zeros((), device=indices.device)
-        for q, (book, index) in enumerate(zip(codebooks, flat.unbind(-1), strict=True)):
+        for q, index in enumerate(flat.unbind(-1)):
+            book = self.layer(q).codes_in_use()[0]
             network = self.mlps[q - 1] if q > 0 else None
             if network is None:
-                chosen = book[index]
-            else:
-                own = network(book, condition=total)  # [b, n, K, D]
-                chosen = own.gather(2, index[..., None, None].expand(*index.shape, 1, own.shape[-1]))[:, :, 0]
-            codes.append(chosen)
-            total = total + chosen
-        return [code.reshape(*indices.shape[:-1], -1) for code in codes]
+                codes.append(code_vectors(book, index))
+                continue
+            own = network(book, condition=torch.stack(codes).sum(0))  # [b, n, K, D]
+            at = index.clamp(min=0)[..., None, None].expand(*index.shape, 1, own.shape[-1])
+            codes.append(own.gather(2, at)[:, :, 0].masked_fill((index == -1)[..., None], 0.0))
+        return torch.stack(codes).view(self.num_quantizers, *indices.shape[:-1], -1)
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
-        """[b, ..., dim] what the codes stand for."""
-        output: Tensor = self.project_out(self.get_codes_from_indices(indices).sum(0))
-        return output
+        """What `forward` returns in eval mode for these codes, channels where the input has them; 0 where masked.
+
+        Raises:
+            ValueError: indices that are not integers, or of another number of stages.
+            IndexError: an index outside its codebook, on a CPU.
+        """
+        output = projected(self.project_out, self.get_codes_from_indices(indices).sum(0))
+        output = hide_missing(output, indices == -1)
+        return output if self.channel_last and not self.accept_image_fmap else output.movedim(-1, 1)
 
     def utilization(self) -> Tensor:
         """[q] share of codes used in training since `reset_usage`; nothing waits for the device."""
@@ -268,6 +275,7 @@ class ResidualVQ(nn.Module):
         quantized, codes, loss = found
         missing = self.num_quantizers - stages
         codes, loss = F.pad(codes, (0, missing), value=-1), F.pad(loss, (0, missing))
+        loss = losses.with_backward(loss) if self.training else loss
         if self.diveq:
             quantized = losses.step_in_direction(rows, quantized)
         output = self._masked(projected(self.project_out, quantized).to(x.dtype), origin, mask)

@@ -12,10 +12,12 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from spinlock_fast.dropin import dense, losses
+from spinlock_fast.dropin.affine import NO_STATISTICS, Statistics
 from spinlock_fast.dropin.codebook import Piece, Weight, update
 from spinlock_fast.kernels.residual_vq import residual_vq
 from spinlock_fast.kernels.residual_vq.op import Gradient
 from spinlock_fast.kernels.residual_vq.reference import tally
+from spinlock_fast.kernels.snapshot import snapshot
 from spinlock_fast.recomputation import once
 
 if TYPE_CHECKING:
@@ -105,16 +107,16 @@ def _learn(vq: VectorQuantize, rows: Tensor, counts: Tensor, sums: Tensor, call:
 def _by_steps(vq: VectorQuantize, rows: Tensor, call: Call) -> Found:
     book = vq._codebook
     y = book.transform_input(rows)
-    affine = vq._affine
+    affine, statistics = vq._affine, NO_STATISTICS
     if affine is not None:
-        affine.use(once(book, lambda: affine.observe(book, y, book.embed, call.row_mask)))
+        statistics = once(book, lambda: affine.observe(book, y, book.embed, call.row_mask))
     in_place_loss = None
     if vq.in_place_codebook_optimizer is not None and vq.training and not call.frozen:
-        in_place_loss = once(book, lambda: _step_in_place(vq, y.detach(), call))
-        choice = _choose(vq, y, call, book.codes(y.dtype))
+        in_place_loss = once(book, lambda: _step_in_place(vq, y.detach(), call, statistics))
+        choice = _choose(vq, y, call, statistics)
     else:
-        choice = _choose(vq, y, call, book.codes(y.dtype))
-        _learn_by_steps(vq, y, choice, call)
+        choice = _choose(vq, y, call, statistics)
+        _learn_by_steps(vq, y, choice, call, statistics)
     target = y if call.topk is None else y[:, :, None].expand_as(choice.values)
     quantized = _pass_gradient(vq, target, choice.values, call)
     learns = vq.learnable_codebook and not call.frozen
@@ -128,20 +130,20 @@ def _by_steps(vq: VectorQuantize, rows: Tensor, call: Call) -> Found:
     return Found(choice.codes, quantized, commitment, choice.distances, in_place_loss)
 
 
-def _learn_by_steps(vq: VectorQuantize, y: Tensor, choice: dense.Choice, call: Call) -> None:
+def _learn_by_steps(vq: VectorQuantize, y: Tensor, choice: dense.Choice, call: Call, statistics: Statistics) -> None:
     if vq.training and not call.frozen and call.topk is None:
-        seen = y if vq._affine is None else vq._affine.undo(y)
+        seen = y if vq._affine is None else vq._affine.undo(statistics, y)
         _learn(vq, seen, *_tally(vq, seen.detach(), choice.codes, call), call)
 
 
-def _step_in_place(vq: VectorQuantize, y: Tensor, call: Call) -> Tensor:
+def _step_in_place(vq: VectorQuantize, y: Tensor, call: Call, statistics: Statistics) -> Tensor:
     """The loss of the codes that rows y [H, N, D] choose, after a step of the optimizer that makes it less.
 
     Its graph is one of its own: checkpointing around the quantizer neither sees nor recomputes it.
     """
     with torch.enable_grad(), saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
-        choice = _choose(vq, y, call, vq._codebook.codes(y.dtype))
-        _learn_by_steps(vq, y, choice, call)
+        choice = _choose(vq, y, call, statistics)
+        _learn_by_steps(vq, y, choice, call, statistics)
         loss = losses.squared_error(choice.values, y, _per_head(call, y))
         loss.backward()
     if not vq.manual_in_place_optimizer_update:
@@ -153,12 +155,15 @@ def _per_head(call: Call, y: Tensor) -> Tensor | None:
     return None if call.row_mask is None else call.row_mask.expand(y.shape[:2])
 
 
-def _choose(vq: VectorQuantize, y: Tensor, call: Call, codes: Tensor) -> dense.Choice:
+def _choose(vq: VectorQuantize, y: Tensor, call: Call, statistics: Statistics) -> dense.Choice:
     book = vq._codebook
+    codes = book.codes(y.dtype)
+    if vq.training:
+        codes = snapshot(codes)  # the update moves them in place, before the backward pass
     if book.vq_bridge is not None:
         codes = book.vq_bridge(codes)
     if vq._affine is not None:
-        codes = vq._affine.apply(codes)
+        codes = vq._affine.apply(statistics, codes)
     if call.transform is not None:
         codes = book.transform_input(call.transform(codes).flatten(1, 2))  # [H, N, K, D]
     noisy = vq.training and vq.stochastic_sample_codes and call.temperature > 0

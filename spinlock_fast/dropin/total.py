@@ -10,6 +10,7 @@ from torch import Tensor
 from spinlock_fast.dropin import dense, losses
 from spinlock_fast.dropin.arguments import refuse_contradictions
 from spinlock_fast.dropin.search import Call, Found
+from spinlock_fast.kernels.snapshot import snapshot
 
 if TYPE_CHECKING:
     from spinlock_fast.dropin.vector_quantize import VectorQuantize
@@ -46,10 +47,8 @@ def total_loss(
     if vq.has_codebook_orthogonal_loss:
         orthogonal = _orthogonality(vq, codes)
         loss = loss + orthogonal * vq.orthogonal_reg_weight
-    if not loss.requires_grad and not torch.compiler.is_compiling():
-        loss = loss.clone().requires_grad_()  # `loss.backward()` is then no error
     inplace = zero if found.in_place_loss is None else found.in_place_loss
-    return loss, losses.LossBreakdown(commitment, diversity, orthogonal, inplace)
+    return losses.with_backward(loss), losses.LossBreakdown(commitment, diversity, orthogonal, inplace)
 
 
 def _commitment(vq: VectorQuantize, found: Found, origin: Tensor, call: Call) -> Tensor:
@@ -73,9 +72,7 @@ def per_position(error: Tensor, call: Call) -> Tensor:
 
 
 def _orthogonality(vq: VectorQuantize, codes: Tensor) -> Tensor:
-    book = vq._codebook.used
-    if vq._codebook.ema_update:
-        book = book.clone()  # codes move in place before the backward pass
+    book = snapshot(vq._codebook.used)  # the next call moves it in place, maybe before the backward pass
     if vq.orthogonal_reg_active_codes_only:
         refuse_contradictions(active_codes_per_head=vq._codebook.num_codebooks > 1)
         active = codes.unique()

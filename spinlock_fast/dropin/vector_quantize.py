@@ -9,9 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from spinlock_fast.buffers import TransientBuffers
 from spinlock_fast.dropin.affine import Affine
 from spinlock_fast.dropin.arguments import check_mask, checked_corrections, refuse_contradictions, warn_reference
 from spinlock_fast.dropin.codebook import Codebook, Weight
+from spinlock_fast.dropin.decoding import checked_indices, code_vectors, hide_missing
 from spinlock_fast.dropin.heads import Heads
 from spinlock_fast.dropin.search import Call, search
 from spinlock_fast.dropin.shapes import InputShape, beside, lengths_to_mask, projected
@@ -21,7 +23,7 @@ from spinlock_fast.processes import Processes
 from spinlock_fast.recomputation import takes_gradient
 
 
-class VectorQuantize(CodeUsage, nn.Module):
+class VectorQuantize(CodeUsage, TransientBuffers):
     """Replaces vectors by their nearest codes, which follow them by moving average or by gradient.
 
     Arguments, `forward` and returns are those of vector-quantize-pytorch 1.32 and documented there; docs/drop-in.md
@@ -176,8 +178,11 @@ class VectorQuantize(CodeUsage, nn.Module):
         self.in_place_codebook_optimizer = (
             in_place_codebook_optimizer(self._codebook.parameters()) if in_place_codebook_optimizer else None
         )
-        self.register_buffer("zero", torch.tensor(0.0), persistent=False)
+        self.register_transient_buffers()
         self._say_what_is_slow()
+
+    def transient_buffers(self) -> dict[str, Tensor]:
+        return {"zero": torch.zeros((), device="cpu")}
 
     def _say_what_is_slow(self) -> None:
         for name in ("commitment_use_cross_entropy_loss", "has_codebook_diversity_loss", "straight_through"):
@@ -226,40 +231,61 @@ class VectorQuantize(CodeUsage, nn.Module):
 
     @property
     def codebook(self) -> Tensor:
-        """[K, codebook_dim], or [heads, K, codebook_dim] with a codebook per head."""
+        """[K, codebook_dim], or [heads, K, codebook_dim] with a codebook per head. Setting it sets the averages too."""
         return self._codebook.embed if self.separate_codebook_per_head else self._codebook.embed[0]
 
     @codebook.setter
     def codebook(self, codes: Tensor) -> None:
-        with torch.no_grad():
-            self._codebook.embed.copy_(codes if self.separate_codebook_per_head else codes[None])
+        self._codebook.set_codes(codes if self.separate_codebook_per_head else codes[None])
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, codebook_size={self.codebook_size}, heads={self.heads}"
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """Code vectors [b, ..., D] of indices [b, ...] ([b, ..., heads] with a codebook per head), channels where the
-        input has them."""
-        codebook = self.codebook
-        if codebook.ndim == 2:
-            codes = codebook[indices]
-        else:
-            head = torch.arange(self.heads, device=indices.device)
-            codes = codebook[head, indices].flatten(-2)
-        if not self.channel_last or self.accept_image_fmap or self.accept_3d_fmap:
-            codes = codes.movedim(-1, 1)
-        return codes
+        input has them. An index of -1 (masked) gives 0.
+
+        Raises:
+            ValueError: indices that are not integers, or not of all heads.
+            IndexError: an index outside the codebook, on a CPU.
+        """
+        return self._channels_as_in_input(self._code_vectors(checked_indices(indices)))
+
+    def _code_vectors(self, indices: Tensor) -> Tensor:
+        """Channels last."""
+        if self.heads > 1 and (indices.ndim < 2 or indices.shape[-1] != self.heads):
+            raise ValueError(f"indices must be [b, ..., heads] of {self.heads} heads, got {list(indices.shape)}")
+        books = self.codes_in_use()
+        if not self.separate_codebook_per_head:
+            return code_vectors(books[0], indices)
+        heads = indices.unbind(-1) if self.heads > 1 else (indices,)
+        return torch.cat([code_vectors(book, index) for book, index in zip(books, heads, strict=True)], -1)
+
+    def codes_in_use(self) -> Tensor:
+        """[H, K, D] what inputs are compared with: the codebook, as `vq_bridge` and `affine_param` change it."""
+        book = self._codebook
+        codes = book.codes(book.embed.dtype)
+        codes = codes if book.vq_bridge is None else book.vq_bridge(codes)
+        return codes if self._affine is None else self._affine.apply(self._affine.statistics(book), codes)
+
+    def _channels_as_in_input(self, values: Tensor) -> Tensor:
+        last = self.channel_last and not (self.accept_image_fmap or self.accept_3d_fmap)
+        return values if last else values.movedim(-1, 1)
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
-        """What `forward` returns in eval mode for these codes."""
-        codes = self.get_codes_from_indices(indices)
-        if not self.has_projections:
-            return codes
-        shared_by_heads = self.heads > 1 and not self.separate_codebook_per_head
-        moved = not self.channel_last or self.accept_image_fmap or self.accept_3d_fmap
-        codes = codes.movedim(1, -1) if moved else codes
-        output: Tensor = self.project_out(codes.flatten(-2) if shared_by_heads else codes)
-        return output.movedim(-1, 1) if moved else output
+        """What `forward` returns in eval mode for these codes; 0 where masked (-1).
+
+        Raises:
+            ValueError: indices that are not integers, or not of all heads.
+            IndexError: an index outside the codebook, on a CPU.
+        """
+        indices = checked_indices(indices)
+        codes = self._code_vectors(indices)
+        if self.heads > 1 and not self.separate_codebook_per_head:
+            codes = codes.flatten(-2)
+        missing = indices == -1
+        output = hide_missing(projected(self.project_out, codes), missing if self.heads > 1 else missing[..., None])
+        return self._channels_as_in_input(output)
 
     def forward(
         self,
@@ -360,8 +386,8 @@ class VectorQuantize(CodeUsage, nn.Module):
             transform=transform,
         )
         found = search(self, rows.reshape(1, -1, rows.shape[-1]).float(), call)
-        codes = found.codes.view(*rows.shape[:2], -1)
-        quantized = found.quantized.view(*codes.shape, -1).to(rows.dtype)
+        codes = found.codes.view(*rows.shape[:2], found.codes.shape[-1])
+        quantized = found.quantized.view(*codes.shape, rows.shape[-1]).to(rows.dtype)
         weight = self.commitment_weight if self.has_commitment_loss else 0.0 if self.training else 1.0
         assert found.commitment is not None
         errors = per_position(found.commitment, call) * weight
@@ -384,11 +410,16 @@ class VectorQuantize(CodeUsage, nn.Module):
     def update_indices(self, x: Tensor, indices: Tensor, mask: Tensor | None = None) -> None:
         """Moves the averages by the codes that rows were given, as `forward` does by the nearest."""
         shape = InputShape.of(x, self.channel_last, self.accept_image_fmap, self.accept_3d_fmap)
-        rows = self._codebook.transform_input(self._heads.split(projected(self.project_in, shape.rows(x))).float())
-        codes = self._heads.split_codes(shape.flatten_positions(indices))
-        self._codebook.update_indices(rows, codes, None if mask is None else self._heads.row_mask(mask))
+        self.update_rows(projected(self.project_in, shape.rows(x)), shape.flatten_positions(indices), mask)
 
     update_ema_indices = update_indices
+
+    @torch.no_grad()
+    def update_rows(self, rows: Tensor, codes: Tensor, mask: Tensor | None = None) -> None:
+        """`update_indices` of projected rows [b, n, codebook_dim * heads] with codes [b, n, ...]."""
+        split = self._codebook.transform_input(self._heads.split(rows).float())
+        row_mask = None if mask is None else self._heads.row_mask(mask)
+        self._codebook.update_indices(split, self._heads.split_codes(codes), row_mask)
 
     @torch.no_grad()
     def expire_codes_(self, x: Tensor, mask: Tensor | None = None) -> None:

@@ -6,14 +6,18 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from spinlock_fast.config import TrainingConfig
+from spinlock_fast.config_file import read_text_file
 from spinlock_fast.errors import ConfigError, DataError
 from spinlock_fast.features.names import family_of
 from spinlock_fast.features.statistics import Blocks, correlation
+from spinlock_fast.messages import one_line, shown
+from spinlock_fast.seeds import Stream, generator
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +51,7 @@ def discover_categories(x: Blocks, feature_names: Sequence[str], config: Trainin
     if N < MIN_ROWS:
         raise DataError(f"{N} training rows are too few to discover categories: at least {MIN_ROWS} are needed")
     if N > _CORRELATION_ROWS:
-        rows = np.random.default_rng([seed, 1]).choice(N, _CORRELATION_ROWS, replace=False)
+        rows = generator(seed, Stream.CATEGORIES).choice(N, _CORRELATION_ROWS, replace=False)
         x = x[np.sort(rows)]
     distance = 1.0 - np.abs(correlation(x))
     distance[distance < _ROUNDING] = 0.0
@@ -126,14 +130,25 @@ def read_mapping(path: str | Path) -> dict[str, list[str | int]]:
         ConfigError: unreadable file or other JSON.
     """
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"training.category_mapping_file: {path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise ConfigError(f"training.category_mapping_file: {path} is not JSON: {error}") from None
+        text = read_text_file(Path(path))
+    except ConfigError as error:
+        raise ConfigError(f"training.category_mapping_file: {error}") from None
+    try:
+        data = json.loads(text, object_pairs_hook=_distinct_keys)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"training.category_mapping_file: {path} is not JSON: {one_line(error)}") from None
     if not isinstance(data, dict) or not all(isinstance(members, list) for members in data.values()):
         raise ConfigError(f"training.category_mapping_file: {path}: expected {{category: [features]}}")
     return data
+
+
+def _distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{shown(key)} is given twice")
+        found[key] = value
+    return found
 
 
 def assign_categories(path: str | Path, feature_names: Sequence[str]) -> Groups:

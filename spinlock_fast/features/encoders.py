@@ -19,6 +19,7 @@ from spinlock_fast.config import (
     MLPEncoderParams,
     TemporalCNNEncoderParams,
 )
+from spinlock_fast.seeds import seed_torch
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -135,5 +136,5 @@ def seeded_encoder(row_shape: Sequence[int], params: EncoderParams, family: str,
     """`build_encoder` with weights that (family, seed) alone determine."""
     state = np.random.SeedSequence([seed, zlib.crc32(family.encode())]).generate_state(2, np.uint32)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(state[0]) << 31 | int(state[1]) >> 1)
+        seed_torch(int(state[0]) << 31 | int(state[1]) >> 1)
         return build_encoder(row_shape, params)

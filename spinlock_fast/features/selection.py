@@ -28,6 +28,10 @@ class Selection:
         self._read(numbers, found)
         return found
 
+    def part(self, places: NDArray[np.int64]) -> Selection:
+        """The rows at some places of this selection."""
+        return Selection(self._matrix, self._numbers[places])
+
     def read(self, places: slice | NDArray[np.int64], out: NDArray[np.float32]) -> None:
         """Copies rows to `out` [len(places), F], without the interpreter's lock."""
         self._read(self._numbers[places], out)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from spinlock_fast.buffers import TransientBuffers
 from spinlock_fast.kernels.backend import Backend, check_backend, resolve_backend
 from spinlock_fast.kernels.ema_update import code_usage, ema_update, reset_dead_codes
 from spinlock_fast.kernels.layout import CodebookLayout
@@ -31,7 +32,7 @@ def _nothing() -> None:
     pass
 
 
-class GroupedVectorQuantizer(nn.Module):
+class GroupedVectorQuantizer(TransientBuffers):
     """Quantizes packed latents with G codebooks of different sizes in batched operations.
 
     Args:
@@ -114,7 +115,8 @@ class GroupedVectorQuantizer(nn.Module):
         layout = self.layout
         index = layout.indices(torch.device("cpu"))
         bound = (1.0 / index.num_codes)[index.code_book][index.entry_code]
-        start = (2.0 * torch.rand(layout.total_entries) - 1.0) * bound
+        start = 2.0 * torch.rand(layout.total_entries) - 1.0
+        start = start * bound.to(start.device)
         if use_ema:
             self.register_buffer("embedding", start)
         else:
@@ -123,13 +125,12 @@ class GroupedVectorQuantizer(nn.Module):
         self.register_buffer("cluster_size", torch.ones(layout.total_codes, dtype=wide))
         self.register_buffer("embedding_sum", start.to(wide, copy=True))
         self.register_buffer("initialized", torch.tensor(codebook_init == "uniform"))
-        self.register_buffer("usage", torch.zeros(layout.total_codes, dtype=torch.int64), persistent=False)
-        self.register_buffer("rows_seen", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.register_transient_buffers()
         self._first_batch = FirstBatch(codebook_init == "kmeans", self.processes)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GroupedVectorQuantizer:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         wide = ("cluster_size", "embedding_sum")
-        return keep_wide(self, wide, lambda: super(GroupedVectorQuantizer, self)._apply(fn, recurse))  # type: ignore[no-untyped-call]
+        return keep_wide(self, wide, lambda: super(GroupedVectorQuantizer, self)._apply(fn, recurse))
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
@@ -144,6 +145,12 @@ class GroupedVectorQuantizer(nn.Module):
     def shared(self) -> bool:
         """Whether counts and sums are those of several processes, as of now."""
         return self.sync and self.processes.size() > 1
+
+    def transient_buffers(self) -> dict[str, Tensor]:
+        return {
+            "usage": torch.zeros(self.layout.total_codes, dtype=torch.int64, device="cpu"),
+            "rows_seen": torch.zeros((), dtype=torch.int64, device="cpu"),
+        }
 
     @property
     def backend(self) -> str:
@@ -235,18 +242,17 @@ class GroupedVectorQuantizer(nn.Module):
         shares = partial(_over_dims, self.layout, dtype=errors.dtype, device=errors.device)
         loss = (errors * shares(self.commitment_weight / count)).sum()
         if not self.use_ema:
-            loss = loss + (self._learned_error(found, embedding) * shares(1.0 / count)).sum()
+            loss = loss + self._learned_error(found, embedding, shares(1.0 / count))
         return loss / rows if isinstance(rows, Tensor) else loss
 
-    def _learned_error(self, found: Assignment, embedding: Tensor) -> Tensor:
-        """[G] sum over rows of ||sg(z) - e||^2, with its gradient to the codes: 2 (n_k e_k - s_k)."""
+    def _learned_error(self, found: Assignment, embedding: Tensor, shares: Tensor) -> Tensor:
+        """Sum over rows and codebooks of shares [G] * ||sg(z) - e||^2, whose gradient to e is 2 (n e - s) * share."""
         index = self.layout.indices(found.codes.device)
         counts, sums = found.counts, found.sums
         codes = embedding.to(sums.dtype)
         entries = counts[index.entry_code] * codes.square() - 2.0 * codes * sums
-        per_code_book = index.code_book[index.entry_code]
-        moving = entries.new_zeros(self.layout.groups).index_add(0, per_code_book, entries)
-        return found.squared_error.detach() + (moving - moving.detach())
+        moving = (entries * shares[index.code_book[index.entry_code]]).sum()
+        return (found.squared_error.detach() * shares).sum() + (moving - moving.detach())
 
     @torch.no_grad()
     def _initialize_from(self, z: Tensor, rows: Tensor | None) -> None:
@@ -366,4 +372,5 @@ class GroupedVectorQuantizer(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._first_batch.awaited = not bool(self.initialized)
+        if not self.initialized.is_meta:
+            self._first_batch.awaited = not bool(self.initialized)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +14,8 @@ from spinlock_fast.errors import ConfigError, DataError
 from spinlock_fast.features.names import count_families, family_of
 from spinlock_fast.metrics import Metrics
 from spinlock_fast.model import CategoricalHierarchicalVQVAE
+from spinlock_fast.report.run_files import read_history, read_metrics
+from spinlock_fast.run_directory import find
 from spinlock_fast.tokenizer import Tokenizer
 
 
@@ -112,13 +113,13 @@ def read_contents(directory: str | Path, device: str | torch.device = "cpu") -> 
     tokenizer = Tokenizer.from_checkpoint(directory, device)
     notes: list[str] = []
     config = None
-    if (directory / CONFIG).exists():
+    if find(directory, CONFIG).exists():
         try:
             config = load_run_config(directory)
         except ConfigError as error:
             notes.append(f"{error}: the data of the run are not known")
-    metrics = _read_json(directory / METRICS)
-    history = _read_json(directory / HISTORY)
+    metrics = read_metrics(find(directory, METRICS))
+    history = read_history(find(directory, HISTORY))
     if metrics:
         _check_belongs(metrics, tokenizer.model, directory / METRICS)
     epochs = [record for record in history.get("epochs", []) if {"epoch", "train_loss"} <= record.keys()]
@@ -134,21 +135,6 @@ def read_contents(directory: str | Path, device: str | torch.device = "cpu") -> 
         best_epoch=history.get("best_epoch"),
         notes=notes,
     )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object of a JSON file; empty where there is no file."""
-    if not path.exists():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise DataError(f"{path}: holds no JSON object")
-    return found
 
 
 def _check_belongs(metrics: Metrics, model: CategoricalHierarchicalVQVAE, path: Path) -> None:

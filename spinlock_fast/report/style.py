@@ -11,6 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.image import AxesImage
 from numpy.typing import NDArray
 
+from spinlock_fast.messages import printable
+
 # A4 landscape across; printed at this size, no text is below 7 points.
 WIDTH = 11.7
 DPI = 150
@@ -84,11 +86,15 @@ def family_fills(count: int) -> list[dict[str, Any]]:
 
 
 def shorten(text: str, most: int) -> str:
-    """At most `most` characters; what is left out of the middle becomes an ellipsis."""
-    if len(text) <= most:
-        return text
-    tail = (most - 1) // 2
-    return f"{text[: most - 1 - tail]}…{text[len(text) - tail :]}"
+    """At most `most` characters to draw; what is left out of the middle becomes an ellipsis.
+
+    Control characters become escapes, and a $ does not begin a formula.
+    """
+    text = printable(text, keep="")
+    if len(text) > most:
+        tail = (most - 1) // 2
+        text = f"{text[: most - 1 - tail]}…{text[len(text) - tail :]}"
+    return text.replace("$", r"\$")
 
 
 def distinct(names: Sequence[str], most: int) -> list[str]:

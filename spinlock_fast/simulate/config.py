@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from spinlock_fast.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 from spinlock_fast.config_file import read_yaml
 from spinlock_fast.errors import ConfigError
+from spinlock_fast.messages import shown
 
 Activation = Literal["relu", "gelu", "tanh", "sine"]
 NoiseSchedule = Literal["constant", "decaying", "periodic"]
@@ -156,5 +157,4 @@ def _describe(error: ValidationError) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if not place:
         return message
-    given = repr(problem["input"])
-    return f"{place}: {message[0].lower() + message[1:]}, got {given if len(given) <= 60 else given[:57] + '...'}"
+    return f"{place}: {message[0].lower() + message[1:]}, got {shown(problem['input'])}"

@@ -235,3 +235,24 @@ def test_options_reach_the_quantizer() -> None:
     vq: Any = from_pretrained_codebook(IMAGE, "taming", learnable_codebook=True, ema_update=False)
     assert isinstance(vq._codebook.embed, torch.nn.Parameter)
     assert torch.equal(vq.codebook.detach(), IMAGE["quantize.embedding.weight"])
+
+
+@pytest.mark.parametrize("kind", ["complex", "sparse", "meta"])
+@pytest.mark.parametrize("format", ["taming", "spinlock"])
+def test_codes_of_another_kind_of_number_are_refused(format: Any, kind: str) -> None:
+    codes = torch.randn(4, 3)
+    stored = {
+        "complex": lambda: codes.to(torch.complex64),
+        "sparse": codes.to_sparse,
+        "meta": lambda: codes.to("meta"),
+    }[kind]()
+    name = "quantize.embedding.weight" if format == "taming" else "vq_layers.0.embedding.weight"
+    with raises_one_line(DataError, name, kind):
+        from_pretrained_codebook({name: stored}, format)
+
+
+def test_packed_codes_that_are_complex_are_refused(model: CategoricalHierarchicalVQVAE) -> None:
+    quantizer = model.quantizer
+    state = {**quantizer.state_dict(), "embedding": quantizer.embedding.to(torch.complex64)}
+    with raises_one_line(DataError, "embedding", "complex"):
+        from_pretrained_codebook(state, "spinlock", num_codes=quantizer.num_codes, dims=quantizer.dims)

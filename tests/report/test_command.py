@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -180,3 +181,45 @@ def test_no_pickle_is_loaded(copy: Path, tmp_path: Path, capsys: pytest.CaptureF
     status, _, err = run(capsys, copy, "--output", tmp_path / "out")
     assert status == 3
     assert "objects other than tensors" in err
+
+
+def test_names_of_the_data_are_drawn_as_they_stand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "$\\bad$ <script> \\frac{ \x1b[31m é" + "x" * 300
+    checkpoint = synthetic_checkpoint(tmp_path / "run", [4, 5], rows=120, epochs=1, stem=name, category=name)
+    status, _, err = run(capsys, checkpoint, "--output", tmp_path / "out")
+    assert (status, err) == (0, "")
+    for kind in KINDS:
+        texts = ElementTree.parse(tmp_path / "out" / f"{kind}.svg")
+        assert "\x1b" not in ElementTree.tostring(texts.getroot(), encoding="unicode")
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "expected"),
+    [
+        ("metrics.json", {"quality": float("inf")}, "not JSON: Infinity"),
+        ("metrics.json", {"quality": "good"}, "quality"),
+        ("metrics.json", {"categories": 3}, "categories"),
+        ("metrics.json", {"categories": [{"name": "cluster_1", "utilization": [None]}]}, "categories.0.utilization.0"),
+        ("metrics.json", {"seconds": [1]}, "seconds"),
+        ("metrics.json", {"active_codes": "many"}, "active_codes"),
+        ("training_history.json", {"epochs": {"a": 1}}, "epochs"),
+        ("training_history.json", {"epochs": [{"epoch": "first", "train_loss": 1.0}]}, "epochs.0.epoch"),
+        ("training_history.json", {"epochs": [{"epoch": 1, "train_loss": float("nan")}]}, "not JSON: NaN"),
+    ],
+)
+def test_a_file_of_wrong_contents_is_one_line(
+    copy: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    file: str,
+    change: dict[str, object],
+    expected: str,
+) -> None:
+    contents = json.loads((copy / file).read_text())
+    (copy / file).write_text(json.dumps({**contents, **change}))
+    status, _, err = run(capsys, copy, "--output", tmp_path / "out")
+    assert status == 3
+    assert len(err.splitlines()) == 1
+    assert file in err
+    assert expected in err
+    assert not (tmp_path / "out").exists()

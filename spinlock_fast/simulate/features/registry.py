@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -250,7 +252,7 @@ What `python -m spinlock_fast.generate` computes. This page is made from
 `spinlock_fast/simulate/features/registry.py` (its `markdown()`); a test compares the two.
 
 u is the field's unit, px a grid spacing, side the length of the periodic square, step one update, 1 a pure
-number; < > is the mean over the grid. States are u_1 .. u_T; u_0 is `inputs/fields`. Every ratio has a tiny
+number; `< >` is the mean over the grid. States are `u_1 .. u_T`; `u_0` is `inputs/fields`. Every ratio has a tiny
 constant under it, so that a zero field gives finite values. Spatial and spectral features are computed
 for each channel and averaged over the three.
 
@@ -260,7 +262,7 @@ for each channel and averaged over the three.
   operator_sensitivity (NaN unless `--operator-sensitivity`; Phi is one step without noise and dropout, u the last
   state of the trajectory). Probes are 64 fixed points of the grid.
 - `features/summary/aggregated/features` [N, 360]: mean, standard deviation (over M, not M - 1) and coefficient of
-  variation (std / |mean|, at most 100) over realizations, 120 columns each.
+  variation (`std / |mean|`, at most 100) over realizations, 120 columns each.
 - **ARCHITECTURE** `features/architecture/aggregated/features` [N, 12]: theta scaled to [0, 1]; `parameters/params`
   holds it in its own units, a choice as its position in the list of choices.
 
@@ -279,11 +281,19 @@ def markdown() -> str:
     return "".join(parts)
 
 
+def _as_html(formula: str) -> str:
+    """A formula that every renderer of Markdown shows as it is written; as code where it has mathematical signs."""
+    text = html.escape(formula, quote=False)
+    for sign in "|*_`\\":
+        text = text.replace(sign, f"&#{ord(sign)};")
+    return f"<code>{text}</code>" if re.search(r"[<>|^=/]", formula) else text
+
+
 def _tables(title: str, groups: dict[str, tuple[Feature, ...]], skip: Iterable[str] = ()) -> list[str]:
     out, column = [], 0
     for group, features in groups.items():
         rows = [
-            f"| {column + i} | `{group}_{f.name}` | {f.unit} | {f.formula.replace('|', chr(92) + '|')} | {f.source} |"
+            f"| {column + i} | `{group}_{f.name}` | {f.unit} | {_as_html(f.formula)} | {f.source} |"
             for i, f in enumerate(features)
         ]
         column += len(features)

@@ -1,0 +1,1 @@
+"""What all operators share: checks of their arguments, the current device, derivatives of higher order."""

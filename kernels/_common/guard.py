@@ -1,0 +1,166 @@
+"""Checks at the entry of every operator: shapes, types, one device. And the device that kernels are launched on."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from spinlock_fast.kernels.layout import CodebookLayout
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Kind(NamedTuple):
+    """Types that an argument may have."""
+
+    name: str
+    dtypes: frozenset[torch.dtype]
+
+
+_FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+_INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
+FLOAT = Kind("floating point", _FLOATS)
+SAME = Kind("of one type", _FLOATS)  # that of the first argument that says so; autocast makes them one
+INDEX = Kind("int64", frozenset({torch.int64}))
+INTEGER = Kind("an integer type", _INTEGERS)
+REAL = Kind("a number type", _FLOATS | _INTEGERS)
+BOOL = Kind("bool", frozenset({torch.bool}))
+
+# A size is a number, or a name that stands for the same number in all arguments of one call.
+Size = int | str
+Argument = tuple[str, Tensor | None, tuple[Size, ...], Kind]
+
+
+def check(operator: str, *arguments: Argument) -> None:
+    """Raises unless all arguments fit an operator and each other.
+
+    Args:
+        operator: its name, for messages.
+        arguments: name, tensor (None passes), expected sizes, and types of each.
+
+    Raises:
+        TypeError: no tensor, or of another type.
+        ValueError: another shape or layout, or tensors on different devices.
+    """
+    device = dtype = None
+    sizes: dict[str, int] = {}
+    for argument in arguments:
+        _, tensor, shape, kind = argument
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
+            _refuse(operator, argument, sizes)
+        found = tensor.shape
+        if tensor.dtype not in kind.dtypes or len(found) != len(shape):
+            _refuse(operator, argument, sizes)
+        for size, expected in zip(found, shape, strict=True):
+            if isinstance(expected, str):
+                if sizes.setdefault(expected, size) != size:
+                    _refuse(operator, argument, sizes)
+            elif size != expected:
+                _refuse(operator, argument, sizes)
+        if device is None:
+            device = tensor.device
+        elif tensor.device != device:
+            _refuse_devices(operator, arguments)
+        if kind is SAME:
+            if dtype is None:
+                dtype = tensor.dtype
+            elif tensor.dtype != dtype and not torch.is_autocast_enabled(device.type):
+                _refuse_types(operator, arguments)
+
+
+def _refuse(operator: str, argument: Argument, sizes: dict[str, int]) -> None:
+    """Raises what is wrong with one argument."""
+    name, tensor, shape, kind = argument
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{operator}: {name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.layout is not torch.strided:
+        raise ValueError(f"{operator}: {name} must be a dense tensor, got {tensor.layout}")
+    wanted = [str(sizes.get(size, size) if isinstance(size, str) else size) for size in shape]
+    expected = f"[{', '.join(wanted)}]"
+    if tensor.dtype not in kind.dtypes:
+        raise TypeError(f"{operator}: {name} must be {expected} {kind.name}, got {list(tensor.shape)} {tensor.dtype}")
+    raise ValueError(f"{operator}: {name} must be {expected}, got {list(tensor.shape)}")
+
+
+def _given(arguments: Iterable[Argument]) -> list[tuple[str, Tensor, Kind]]:
+    return [(name, tensor, kind) for name, tensor, _, kind in arguments if isinstance(tensor, Tensor)]
+
+
+def _refuse_devices(operator: str, arguments: Iterable[Argument]) -> None:
+    (first, a, _), *rest = _given(arguments)
+    name, b = next((name, tensor) for name, tensor, _ in rest if tensor.device != a.device)
+    places = f"{first} on {a.device} and {name} on {b.device}"
+    raise ValueError(f"{operator}: all tensors must be on one device, got {places}")
+
+
+def _refuse_types(operator: str, arguments: Iterable[Argument]) -> None:
+    (first, a), *rest = [(name, tensor) for name, tensor, kind in _given(arguments) if kind is SAME]
+    name, b = next((name, tensor) for name, tensor in rest if tensor.dtype != a.dtype)
+    raise TypeError(f"{operator}: {name} must be of the type of {first}, {a.dtype}, got {b.dtype}")
+
+
+def check_codes(operator: str, codes: Tensor, layout: CodebookLayout) -> None:
+    """Raises IndexError where codes [N, G] lie outside their codebooks; -1 stands for none.
+
+    Values are read on a CPU alone: elsewhere that would wait for the device.
+    """
+    if type(codes) is not Tensor or not codes.is_cpu or torch.compiler.is_compiling() or is_traced():
+        return
+    wrong = (codes < -1) | (codes >= layout.indices(codes.device).num_codes)
+    if bool(wrong.any()):
+        row, g = (int(i) for i in wrong.nonzero()[0])
+        raise IndexError(
+            f"{operator}: code {int(codes[row, g])} of row {row} is outside codebook {g}, "
+            f"which has {layout.num_codes[g]} codes"
+        )
+
+
+def check_rate(operator: str, dropout: float) -> None:
+    """Raises ValueError unless `dropout` is a probability."""
+    if not 0.0 <= dropout <= 1.0:
+        raise ValueError(f"{operator}: dropout must lie in [0, 1], got {dropout}")
+
+
+def is_traced() -> bool:
+    """Whether a dispatch mode or a transform of torch.func sees operators: values cannot be read then."""
+    return torch._C._len_torch_dispatch_stack() != 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def rows_of(matrix: Tensor) -> Tensor:
+    """A matrix whose columns lie side by side; rows may be any distance apart."""
+    return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
+
+
+def device_guard(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a CUDA device the current one for a while; nothing where it is already, or on a CPU.
+
+    Kernels of Triton are launched on the current device, whatever device their tensors are on.
+    """
+    return nullcontext() if _is_current(device) else torch.cuda.device(device)
+
+
+def _is_current(device: torch.device) -> bool:
+    return device.type != "cuda" or device.index is None or device.index == torch.cuda.current_device()
+
+
+def launches(function: Function) -> Function:
+    """A function that launches kernels on the device of the first tensor among its arguments."""
+
+    @functools.wraps(function)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        for argument in args:
+            if isinstance(argument, Tensor):
+                if _is_current(argument.device):
+                    break
+                with device_guard(argument.device):
+                    return function(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return guarded  # type: ignore[return-value]

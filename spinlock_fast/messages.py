@@ -1,0 +1,60 @@
+"""Text that goes into messages: one line, of bounded length, without control characters."""
+
+from __future__ import annotations
+
+import reprlib
+import unicodedata
+from collections.abc import Collection
+from typing import Any
+
+_MESSAGE_LIMIT = 1000
+# Right-to-left and isolate marks change the order in which a terminal shows the characters around them.
+_BIDIRECTIONAL_MARKS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def printable(text: str, keep: Collection[str] = "\n\t") -> str:
+    """The text with control characters, lone surrogates and bidirectional marks as escapes such as `\\x1b`.
+
+    Args:
+        text: from a file or a command line; it may hold escape sequences of a terminal.
+        keep: control characters that stay.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(_escaped(c) if c not in keep and _is_unsafe(c) else c for c in text)
+
+
+def _is_unsafe(character: str) -> bool:
+    return unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") or character in _BIDIRECTIONAL_MARKS
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def one_line(message: object, limit: int = _MESSAGE_LIMIT) -> str:
+    """The text of an error or a message as one printable line; the middle of a long one is left out."""
+    text = str(message)
+    if len(text) > 8 * limit:  # what follows looks at every character
+        text = text[: 4 * limit] + text[-4 * limit :]
+    text = printable(" ".join(text.split()))
+    return text if len(text) <= limit else f"{text[: limit - limit // 4]} ... {text[-limit // 4 :]}"
+
+
+class _BoundedRepr(reprlib.Repr):
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.maxlevel = 4
+        self.maxstring = self.maxother = limit
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Python refuses to print an integer of more than 4,300 digits.
+        if x.bit_length() > 4 * self.maxother:
+            return f"an integer of about {int(x.bit_length() * 0.30103) + 1} digits"
+        return repr(x)
+
+
+def shown(value: Any, limit: int = 60) -> str:
+    """`repr` of a value for a message: at most `limit` characters, in a time that does not depend on its size."""
+    text = printable(_BoundedRepr(limit).repr(value), keep="")
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -1,0 +1,102 @@
+"""What metrics.json and training_history.json must look like for the dashboards to draw them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from spinlock_fast.config_file import read_text_file
+from spinlock_fast.errors import ConfigError, DataError
+from spinlock_fast.messages import one_line, shown
+
+Number = Annotated[float, Field(allow_inf_nan=False, strict=True)]
+Count = Annotated[int, Field(ge=0, strict=True)]
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    # Entries that are not declared are figures, texts and sections, which no dashboard reads.
+
+
+class _Category(_File):
+    name: str
+    features: Count | None = None
+    families: dict[str, Count] | None = None
+    partial_mse: Number | None = None
+    utilization: list[Number] | None = None
+    perplexity: list[Number] | None = None
+    codes: list[Count] | None = None
+    dims: list[Count] | None = None
+
+
+class _MetricsFile(_File):
+    quality: Number | None = None
+    reconstruction_error: Number | None = None
+    utilization: Number | None = None
+    perplexity: Number | None = None
+    perplexity_over_k: Number | None = None
+    category_correlation_max: Number | None = None
+    val_loss: Number | None = None
+    topo_pre: Number | None = None
+    topo_post: Number | None = None
+    val_rows: Count | None = None
+    samples: Count | None = None
+    parameters: Count | None = None
+    epochs: Count | None = None
+    best_epoch: Count | None = None
+    total_codes: Count | None = None
+    active_codes: Count | None = None
+    device: str | None = None
+    backend: str | None = None
+    seconds: dict[str, Number] = {}
+    categories: list[_Category] = []
+
+
+class _Epoch(_File):
+    epoch: Count | None = None
+    train_loss: Number | None = None
+    resets: Count | None = None
+    validation: dict[str, Number] | None = None
+
+
+class _HistoryFile(_File):
+    best_epoch: Count | None = None
+    epochs: list[_Epoch] = []
+
+
+def read_metrics(path: Path) -> dict[str, Any]:
+    """metrics.json, checked; empty where there is no file. Raises DataError with one line."""
+    return _read(path, _MetricsFile)
+
+
+def read_history(path: Path) -> dict[str, Any]:
+    """training_history.json, checked; empty where there is no file. Raises DataError with one line."""
+    return _read(path, _HistoryFile)
+
+
+def _read(path: Path, kind: type[_File]) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(read_text_file(path), parse_constant=_refuse_constant)
+    except ConfigError as error:
+        raise DataError(str(error)) from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not JSON: {one_line(error)}") from None
+    if not isinstance(found, dict):
+        raise DataError(f"{path}: holds no JSON object")
+    found = {key: value for key, value in found.items() if value is not None}
+    try:
+        kind.model_validate(found)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in problem["loc"])
+        raise DataError(f"{path}: {place}: {problem['msg']}, got {shown(problem['input'])}") from None
+    return found
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")

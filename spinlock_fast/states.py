@@ -1,0 +1,223 @@
+"""Resumable states of a run: two are kept, each is checked when it is read."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from spinlock_fast.checkpoint import Staging, load_torch, plain, save_torch
+from spinlock_fast.config import RunConfig
+from spinlock_fast.errors import ConfigError, DataError, OutputError
+from spinlock_fast.files import sync_directory
+from spinlock_fast.loop import EpochRecord, Observer
+from spinlock_fast.manifest import (
+    MANIFEST,
+    RESUME,
+    RESUME_BEFORE,
+    STATES,
+    file_sha256,
+    read_manifest,
+    write_state_manifest,
+)
+from spinlock_fast.run_directory import FINAL, PARTIAL, check_integrity, find
+
+log = logging.getLogger(__name__)
+
+# What may differ between a run and the one that resumes it.
+_FREE_TO_CHANGE = {
+    "dataset_path",
+    "output_dir",
+    "memory_budget",
+    "device",
+    "logging",
+    "training.num_epochs",
+    "training.save_every",
+    "training.save_minutes",
+    "training.early_stopping_patience",
+    "training.use_torch_compile",
+    "training.cuda_graphs",
+    "training.data_on_device",
+    "training.checkpoint_dir",
+}
+_NEXT = f".{RESUME}"  # a state that is whole, but not yet in its place
+
+
+class Display(Observer, Protocol):
+    """What a run shows while it works."""
+
+    def stage(self, text: str) -> None: ...
+
+    def encoded(self, family: str, done: int, rows: int) -> None: ...
+
+    def training_finished(self) -> None:
+        """No epoch follows: files of the display, if it has any, are closed."""
+
+
+class StateKeeper:
+    """Passes news to the display and writes resumable states, each in a thread beside the training.
+
+    A context manager: at its end the last state is on the disk.
+
+    Args:
+        display: shows the run.
+        directory: where the run is built.
+        features: fingerprint of the features, see `check_same_features`.
+        config: settings of the run.
+        seconds: tells what the stages have taken so far.
+    """
+
+    def __init__(
+        self,
+        display: Display,
+        directory: Path,
+        features: dict[str, Any],
+        config: RunConfig,
+        seconds: Callable[[], dict[str, float]] = dict,
+    ) -> None:
+        self.display = display
+        self.directory = directory
+        self.features = features
+        self.config = config
+        self.seconds = seconds
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._written: Future[None] | None = None
+        self._staging = Staging()
+
+    def __enter__(self) -> StateKeeper:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            self._wait()
+        finally:
+            self._writer.shutdown()
+
+    def training_started(self, epochs: int, first_epoch: int, rows: int) -> None:
+        self.display.training_started(epochs, first_epoch, rows)
+
+    def epoch_finished(self, record: EpochRecord) -> None:
+        self.display.epoch_finished(record)
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Starts to write a state; raises OutputError where the one before could not be written."""
+        self._wait()
+        kept = self.resumable(self._staging(state))
+        self._written = self._writer.submit(write_state, self.directory, kept)
+
+    def resumable(self, state: dict[str, Any]) -> dict[str, Any]:
+        """What `read_resumable` takes."""
+        return {
+            "run": plain(state),
+            "features": self.features,
+            "config": self.config.model_dump(mode="json"),
+            "seconds": self.seconds(),
+        }
+
+    def _wait(self) -> None:
+        if self._written is not None:
+            written, self._written = self._written, None
+            written.result()
+
+
+def write_state(directory: Path, state: Mapping[str, Any]) -> None:
+    """Writes resume.pt; the state that was there becomes resume.previous.pt. At any moment one of them is whole.
+
+    Raises:
+        OutputError: it cannot be written; the state that was there stays.
+    """
+    following, path, before = (directory / name for name in (_NEXT, RESUME, RESUME_BEFORE))
+    save_torch(following, state)
+    # The manifest knows the new state before it has its name, and the old ones until they are gone.
+    known = _known_states(directory) or []
+    write_state_manifest(directory, [file_sha256(following), *known][:3])
+    try:
+        if path.exists():
+            os.replace(path, before)
+        os.replace(following, path)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror}") from None
+    sync_directory(directory)
+
+
+def read_resumable(directory: Path, config: RunConfig) -> dict[str, Any]:
+    """The saved state of a run, checked against the settings that want to go on with it.
+
+    A damaged state is passed over, with a warning, for the one before.
+
+    Raises:
+        DataError: there is nothing to resume, or nothing that is whole.
+        ConfigError: a setting differs that the result depends on.
+    """
+    paths = [path for name in (*STATES, FINAL) if (path := directory / PARTIAL / name).exists()]
+    paths = paths or [path for name in (*STATES, FINAL) if (path := find(directory, name)).exists()]
+    if not paths:
+        raise DataError(f"{directory}: nothing to resume, neither {RESUME} nor {FINAL} is there")
+    for path, before in zip(paths, [*paths[1:], None], strict=True):
+        try:
+            state = _checked_state(directory, path)
+            break
+        except DataError as error:
+            if before is None:
+                raise
+            log.warning("%s; going on from the state before, %s", error, before)
+    _check_same_settings(state["config"], config)
+    return state
+
+
+def _checked_state(directory: Path, path: Path) -> dict[str, Any]:
+    if path.name == FINAL and path.parent.name != PARTIAL:
+        check_integrity(directory, FINAL)
+    elif path.name != FINAL and (known := _known_states(path.parent)) is not None and file_sha256(path) not in known:
+        raise DataError(f"{path}: is damaged: its SHA-256 is not in {MANIFEST}")
+    state = load_torch(path)
+    state = state.get("run_state", {}) if path.name == FINAL else state
+    if not {"run", "features", "config"} <= state.keys() or "values" not in state["run"]:
+        raise DataError(f"{path}: the saved state is incomplete, or of another version")
+    return state
+
+
+def _known_states(directory: Path) -> list[str] | None:
+    """The SHA-256 of the states of a directory; None where no manifest has any."""
+    try:
+        manifest = read_manifest(directory / MANIFEST)
+    except DataError as error:
+        log.warning("%s; the states beside it cannot be checked", error)
+        return None
+    known = (manifest or {}).get("states")
+    return [str(value) for value in known] if isinstance(known, list) else None
+
+
+def _check_same_settings(saved: Mapping[str, Any], config: RunConfig) -> None:
+    old, new = _flat(saved), _flat(config.model_dump(mode="json"))
+    for key in old.keys() | new.keys():
+        if old.get(key) != new.get(key) and not any(
+            key == free or key.startswith(f"{free}.") for free in _FREE_TO_CHANGE
+        ):
+            raise ConfigError(f"{key}: {new.get(key)!r}, but the run to resume was started with {old.get(key)!r}")
+
+
+def check_same_features(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises DataError where a run that is resumed sees other features; warns where they differ in rounding."""
+    same_kind = all(saved[key] == now[key] for key in ("shape", "feature_names", "group_indices"))
+    if not same_kind or not all(np.allclose(saved[key], now[key], rtol=1e-3, atol=1e-4) for key in ("mean", "std")):
+        raise DataError("the features are not those of the interrupted run: the data or the encoders have changed")
+    if saved["fletcher32"] != now["fletcher32"]:
+        log.warning(
+            "features differ in rounding from the interrupted run (another processor, thread count or library?): "
+            "the result will not be bit-identical to an unbroken run"
+        )
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, Mapping) or not value:
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+    return flat

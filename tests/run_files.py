@@ -1,0 +1,35 @@
+"""Small files in the place of a run's, for tests and for the processes that they start: nothing here imports torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from spinlock_fast.manifest import write_manifest
+from spinlock_fast.run_directory import BEST, CONFIG, FINAL, METRICS, TENSORBOARD, RunDirectory
+
+NAMES = (BEST, FINAL, CONFIG, METRICS)
+
+
+def fill(directory: Path, text: str, names: tuple[str, ...] = NAMES, board: bool = True) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (directory / name).write_text(f"{text} {name}")
+    if board:
+        (directory / TENSORBOARD).mkdir(exist_ok=True)
+        (directory / TENSORBOARD / f"events.{text}").write_text(text)
+    write_manifest(directory)
+
+
+def contents(directory: Path) -> dict[str, str]:
+    """Relative path -> text of every file that is not hidden."""
+    return {
+        str(path.relative_to(directory)): path.read_text()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(directory).parts)
+    }
+
+
+def publish(path: Path, text: str, resumed: bool = False) -> None:
+    with RunDirectory(path) as place:
+        fill(place.begin(resumed), text)
+        place.publish()
