@@ -67,7 +67,7 @@ def _commitment(vq: VectorQuantize, found: Found, origin: Tensor, call: Call) ->
 
 def per_position(error: Tensor, call: Call) -> Tensor:
     """[b, n, k] of errors [1, N, k]; 0 where masked."""
-    error = error.view(*call.positions, -1)
+    error = error.view(*call.positions, error.shape[-1])
     return error if call.mask is None else error * call.mask[..., None]
 
 

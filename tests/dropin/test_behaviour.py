@@ -345,7 +345,7 @@ def test_a_share_without_rows_has_a_loss_of_zero():
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("kind", ["vector", "stages", "grouped"])
-@pytest.mark.filterwarnings("ignore:.*lru_cache")
+@pytest.mark.filterwarnings("ignore")
 def test_k_means_waits_for_a_batch_with_rows(kind, compiled):
     torch._dynamo.reset()
     graphs = []
