@@ -317,27 +317,15 @@ class CategoricalHierarchicalVQVAE(TransientBuffers):
     def to_codes(self, x: Tensor) -> tuple[dict[str, Tensor], Callable[[], None]]:
         """What `forward` returns without the reconstruction, and what is left to do: in training, to move the codes."""
         latents = self.encode(x)
-        codebook = self._codes_in_use(latents)
-        quantized, tokens, vq_loss, move_codes = self.quantizer.quantize(latents)
+        quantized, tokens, vq_loss, codebook, move_codes = self.quantizer.quantize_by(latents)
         out = {
             "tokens": tokens,
             "vq_loss": vq_loss,
             "latents": latents,
             "quantized": quantized,
-            "codebook": codebook,
+            "codebook": snapshot(codebook) if self.training else codebook,
         }
         return out, move_codes
-
-    def _codes_in_use(self, latents: Tensor) -> Tensor:
-        """The codes that the next call of the quantizer assigns."""
-        quantizer = self.quantizer
-        if not self.training:
-            return quantizer.embedding.detach()
-        if quantizer.needs_initialization:  # its first call would fit them to these latents and at once move them on
-            usable = torch.isfinite(latents).all(1)
-            if bool(usable.any()):
-                quantizer.initialize(latents.detach()[usable])
-        return snapshot(quantizer.embedding.detach())
 
     @torch.no_grad()
     def get_tokens(self, x: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ def ema_update(
     Args:
         counts: [sum K] rows of this batch, or parts of them [P, sum K].
         sums: [sum K D] latent sums of this batch, or parts of them [P, sum K D].
-        usage: [sum K] counts of a window; grows by `counts`.
+        usage: [sum K] int64 counts of a window; grows by `counts`.
         backend: "auto", "triton" or "reference", see `resolve_backend`.
     """
     E, K = layout.total_entries, layout.total_codes
@@ -116,7 +116,7 @@ def _ema_update(
     for target, value in zip((codebook, cluster_size, code_sum), new, strict=True):
         target.copy_(value)
     if usage is not None:
-        usage += counts
+        usage += counts.to(usage.dtype)
 
 
 def _fake_ema_update(*arguments: object) -> None:
