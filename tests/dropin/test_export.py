@@ -77,7 +77,7 @@ class Several(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.parts = nn.ModuleList(KINDS[kind]() for kind in ("cosine", "groups", "packed", "original", "model"))
+        self.parts = nn.ModuleList(KINDS[kind]() for kind in ("cosine", "packed"))
         self.masked = nn.ModuleList(KINDS[kind]() for kind in ("plain", "projected stages"))
 
     def forward(self, x, mask):
