@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from spinlock_fast.buffers import TransientBuffers
 from spinlock_fast.dropin.shapes import widened
 from spinlock_fast.dropin.start import laplace, start_codes
+from spinlock_fast.kernels.export import exporting
 from spinlock_fast.kernels.residual_vq.reference import tally, unit
 from spinlock_fast.module_state import FirstBatch, keep_wide
 from spinlock_fast.processes import Processes
@@ -134,6 +135,8 @@ class Codebook(TransientBuffers):
         """Fits the codes to rows [H, N, D] by k-means, once."""
         if not self.needs_start:
             return
+        if exporting():
+            raise ValueError("k-means has not fitted the codes: before an export, call the layer once, not compiled")
         start_codes(
             rows.detach(),
             mask,

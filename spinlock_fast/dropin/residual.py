@@ -188,7 +188,7 @@ class ResidualVQ(TransientBuffers):
             if not self.quantize_dropout:
                 raise ValueError(f"without quantize_dropout, indices are of {self.num_quantizers} stages, got {given}")
             indices = F.pad(indices, (0, self.num_quantizers - given), value=-1)
-        flat = indices.reshape(len(indices), -1, self.num_quantizers)  # [b, n, q]
+        flat = indices.reshape(indices.shape[0], -1, self.num_quantizers)  # [b, n, q]
         codes: list[Tensor] = []
         for q, index in enumerate(flat.unbind(-1)):
             book = self.layer(q).codes_in_use()[0]

@@ -248,12 +248,16 @@ class GroupedVectorQuantizer(TransientBuffers):
 
     def _loss(self, found: Assignment, rows: Tensor | int, embedding: Tensor) -> Tensor:
         errors = found.error_parts
-        count = 1 if isinstance(rows, Tensor) else max(rows, 1)
+        if not isinstance(rows, Tensor):
+            rows = torch.sym_max(rows, 1)
+        # The shares are kept for each number of rows, but an exported graph serves them all.
+        divided_at_end = isinstance(rows, Tensor) or exporting()
+        count = 1 if divided_at_end else rows
         shares = partial(_over_dims, self.layout, dtype=errors.dtype, device=errors.device)
         loss = (errors * shares(self.commitment_weight / count)).sum()
         if not self.use_ema:
             loss = loss + self._learned_error(found, embedding, shares(1.0 / count))
-        return loss / rows if isinstance(rows, Tensor) else loss
+        return loss / rows if divided_at_end else loss
 
     def _learned_error(self, found: Assignment, embedding: Tensor, shares: Tensor) -> Tensor:
         """Sum over rows and codebooks of shares [G] * ||sg(z) - e||^2, whose gradient to e is 2 (n e - s) * share."""
