@@ -207,7 +207,7 @@ def write_tokens(
     datasets = {family.name: family.dataset for family in tokenizer.families}
     with Source(data, datasets) as source:
         rows = source.rows
-        if any(output.exists() and output.samefile(file) for file in source.files):
+        if any(output.exists() and output.samefile(file) for file in source.all_files):
             raise OutputError(f"{output}: is the file that is read")
     if output.is_dir():
         raise OutputError(f"{output}: is a directory; name a file")

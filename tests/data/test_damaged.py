@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from spinlock_fast import _native
-from spinlock_fast.data import HDF5Loader, index
+from spinlock_fast.data import HDF5Loader, index, native_layout
 from spinlock_fast.errors import DataError
 
 ROWS, CHUNK = 64, 8
@@ -279,7 +279,7 @@ def twice(infos: list[Any], note: Any) -> None:
 @pytest.mark.parametrize(("tell", "words"), [(circles, "outside"), (twice, "twice")])
 def test_an_index_that_is_no_grid(tmp_path: Path, tell: Any, words: str) -> None:
     with h5py.File(write(tmp_path / "a.h5")) as file, pytest.raises(ValueError, match=words):
-        index._walk(Walked(file["x"], tell), (8, 1))
+        native_layout._walk(Walked(file["x"], tell), (8, 1))
 
 
 def test_a_file_that_changes_while_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
