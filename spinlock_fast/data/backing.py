@@ -20,6 +20,9 @@ from spinlock_fast.errors import DataError
 _Rows = tuple[int, int]
 _Above = tuple[tuple[Identity, str], ...]  # the virtual datasets that lead to one
 _ALL_ROWS: _Rows = (0, 1 << 62)
+# libhdf5 reads them when it is loaded, unlike HDF5_EXT_PREFIX.
+_VIRTUAL_PREFIX = os.environ.get("HDF5_VDS_PREFIX", "")
+_RAW_PREFIX = os.environ.get("HDF5_EXTFILE_PREFIX", "")
 _MOST_NESTED = 16  # virtual datasets of virtual datasets
 
 
@@ -105,7 +108,7 @@ def _virtual_files(
 
 
 def _find(file: Path, name: str, prefix: bytes, boundary: Boundary) -> Path | None:
-    return find_named(file, os.fsencode(name), "HDF5_VDS_PREFIX", prefix, boundary)
+    return find_named(file, os.fsencode(name), _VIRTUAL_PREFIX, prefix, boundary)
 
 
 def _named_sources(mapping: Any) -> Iterator[tuple[str, str]]:
@@ -171,7 +174,7 @@ def _raw_files(file: Path, dataset: h5py.Dataset, boundary: Boundary, rows: _Row
 
 def _raw_path(file: Path, name: bytes, prefix: bytes) -> Path:
     """As libhdf5 finds it: without a prefix, relative to the working directory."""
-    prefix = os.fsencode(os.environ.get("HDF5_EXTFILE_PREFIX", "")) or prefix or b""
+    prefix = os.fsencode(_RAW_PREFIX) or prefix or b""
     if prefix.startswith(b"${ORIGIN}"):
         prefix = os.fsencode(Path(os.path.abspath(file)).parent) + prefix.removeprefix(b"${ORIGIN}")
     return Path(os.fsdecode(os.path.join(b"" if prefix == b"." else prefix, name)))

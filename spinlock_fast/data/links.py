@@ -130,7 +130,9 @@ def _follow(walk: _Walk, file: Path, group: h5py.Group, link: h5py.SoftLink | h5
     where = printable(link.path)
     if isinstance(link, h5py.ExternalLink):
         where += f" in {printable(str(link.filename))}"
-        found = find_named(file, os.fsencode(link.filename), "HDF5_EXT_PREFIX", boundary=walk.boundary)
+        found = find_named(
+            file, os.fsencode(link.filename), os.environ.get("HDF5_EXT_PREFIX", ""), boundary=walk.boundary
+        )
         if found is None:
             raise DataError(f"{walk.shown}: is a link to {where}: no such HDF5 file")
         walk.trace.passed.append(found)
@@ -147,20 +149,20 @@ def _follow(walk: _Walk, file: Path, group: h5py.Group, link: h5py.SoftLink | h5
 
 
 def find_named(
-    file: Path, name: bytes, variable: str, prefix: bytes = b"", boundary: Boundary | None = None
+    file: Path, name: bytes, searched: str, prefix: bytes = b"", boundary: Boundary | None = None
 ) -> Path | None:
     """The file that libhdf5 finds under a name stored in another file; None where there is none.
 
     Args:
         file: the one that names it.
-        variable: of the environment, with directories that are searched first.
+        searched: directories that are searched first, as an environment variable lists them.
         prefix: a directory of the access properties, searched next.
         boundary: what it may be.
 
     Raises:
         DataError: it is outside of the boundary, or not a regular file.
     """
-    for candidate in _candidates(file, name, variable, prefix):
+    for candidate in _candidates(file, name, searched, prefix):
         if candidate.exists():
             if boundary is not None:
                 boundary.check(file, candidate)
@@ -170,13 +172,13 @@ def find_named(
     return None
 
 
-def _candidates(file: Path, name: bytes, variable: str, prefix: bytes) -> Iterator[Path]:
+def _candidates(file: Path, name: bytes, searched: str, prefix: bytes) -> Iterator[Path]:
     """In the order of libhdf5 (H5F_prefix_open_file)."""
     text = os.fsdecode(name)
     if os.path.isabs(text):
         yield Path(text)
         text = os.path.basename(text)
-    for directory in os.environ.get(variable, "").split(os.pathsep):
+    for directory in searched.split(os.pathsep):
         if directory:
             yield Path(directory, text)
     if prefix:

@@ -291,8 +291,8 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
         """
         if get_worker_info() is None and self._shared.workers_began:
             raise ConfigError(
-                "state_dict: DataLoader workers gave the batches, and the main process does not know their position: use "
-                "num_workers=0 or torchdata's StatefulDataLoader, or call set_epoch between epochs"
+                "state_dict: DataLoader workers gave the batches, and the main process does not know their position: "
+                "use num_workers=0 or torchdata's StatefulDataLoader, or call set_epoch between epochs"
             )
         state = {"epoch": self._epoch, "batch": self._batch, **self._settings()}
         if (share := _worker_share()) is not None:

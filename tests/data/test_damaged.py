@@ -144,7 +144,7 @@ def test_batches_without_a_damaged_row_are_given(tmp_path: Path, shuffle: Any) -
     path = write(tmp_path / "a.h5")
     overwrite(path, place(path, 32)[0] + 5, b"\xff" * 9)
     loader = load(path, shuffle=shuffle)
-    order = np.concatenate([rows for _, rows in loader._plan(0, 1)[0].windows(0)])
+    order = np.concatenate([rows for _, rows in loader._plan()[0].windows(0)])
     first = next(i for i in range(8) if ((order[8 * i : 8 * i + 8] // 8) == 4).any())
     count = 0
     with helpers.raises_one_line(DataError, "rows 32..39"):
