@@ -13,7 +13,7 @@ from typing import Any
 
 import h5py
 
-from spinlock_fast.data.files import H5PY_ERRORS, Identity, check_regular, identify, open_file, printable
+from spinlock_fast.data.files import H5PY_ERRORS, Identity, check_regular, identify, open_file
 from spinlock_fast.data.links import Boundary, Trace, find_named, get_dataset
 from spinlock_fast.errors import DataError
 
@@ -69,7 +69,7 @@ def _collect(
     if dataset.is_virtual:
         here = (identify(file), dataset.name)
         if here in above or len(above) >= _MOST_NESTED:
-            raise DataError(f"{file}: {printable(dataset.name)}: a virtual dataset that takes values from itself")
+            raise DataError(f"{file}: {dataset.name}: a virtual dataset that takes values from itself")
         yield from _virtual_files(file, dataset, boundary, rows, (*above, here))
     elif dataset.id.get_create_plist().get_external_count() > 0:
         yield from _raw_files(file, dataset, boundary, rows)
@@ -88,8 +88,7 @@ def _virtual_files(
                     if block > 0:
                         break  # a series ends where a file is missing
                     raise DataError(
-                        f"{file}: {printable(dataset.name)}: its virtual source {printable(path)} in "
-                        f"{printable(name)} is missing: no such HDF5 file"
+                        f"{file}: {dataset.name}: its virtual source {path} in {name} is missing: no such HDF5 file"
                     )
                 if source not in opened:
                     stack.close()
@@ -150,7 +149,7 @@ def _check_size(file: Path, path: str, dataset: h5py.Dataset, mapping: Any) -> N
     except H5PY_ERRORS:  # no bounds: it takes what is there
         return
     if not fits:
-        raise DataError(f"{file}: {printable(path)}: has shape {dataset.shape}, other than the virtual dataset maps")
+        raise DataError(f"{file}: {path}: has shape {dataset.shape}, other than the virtual dataset maps")
 
 
 def _raw_files(file: Path, dataset: h5py.Dataset, boundary: Boundary, rows: _Rows) -> Iterator[BackingFile]:
@@ -159,7 +158,7 @@ def _raw_files(file: Path, dataset: h5py.Dataset, boundary: Boundary, rows: _Row
     for i in range(plist.get_external_count()):
         name, offset, size = plist.get_external(i)
         path = _raw_path(file, name, dataset.id.get_access_plist().get_efile_prefix())
-        where = f"{file}: {printable(dataset.name)}: its external file {printable(str(path))}"
+        where = f"{file}: {dataset.name}: its external file {path}"
         boundary.check(file, path)
         if not path.exists():
             raise DataError(f"{where} is missing")

@@ -17,7 +17,7 @@ from typing import Any
 
 import h5py
 
-from spinlock_fast.errors import DataError
+from spinlock_fast.errors import DataError, printable
 
 log = logging.getLogger(__name__)
 
@@ -216,14 +216,6 @@ def naming_damage(file: Path, path: str) -> Iterator[None]:
 def one_line(error: BaseException) -> str:
     """The text of an error without line breaks."""
     return printable(" ".join(str(error).split()))
-
-
-def printable(text: str) -> str:
-    """A name from a file with control characters, and what else is not printable, as escapes such as \\x1b.
-
-    What a file calls its datasets and columns must not reach a terminal, an SVG or an XML file as it is.
-    """
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _how_to_make(path: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import h5py
 
-from spinlock_fast.data.files import H5PY_ERRORS, check_regular, identify, naming_damage, one_line, open_file, printable
+from spinlock_fast.data.files import H5PY_ERRORS, check_regular, identify, naming_damage, one_line, open_file
 from spinlock_fast.errors import DataError
 
 _MOST_LINKS = 16  # as libhdf5 follows at most
@@ -35,8 +35,7 @@ class Boundary:
         home = Path(os.path.realpath(file)).parent
         if not Path(os.path.realpath(named)).is_relative_to(home):
             raise DataError(
-                f"{file}: takes values from {printable(str(named))}, outside of its directory: refused, since "
-                "allow_external is false"
+                f"{file}: takes values from {named}, outside of its directory: refused, since allow_external is false"
             )
 
 
@@ -70,7 +69,7 @@ def find_dataset(
         DataError: it is a group, or a link leads nowhere, to something else than an HDF5 file, or out of the boundary.
     """
     trace = trace if trace is not None else Trace()
-    shown = f"{file}: {printable(path)}"
+    shown = f"{file}: {path}"
     with ExitStack() as stack:
         _walk(_Walk(shown, boundary or Boundary(), trace, stack), file, handle["/"], path)
         try:
@@ -127,9 +126,9 @@ def _follow(walk: _Walk, file: Path, group: h5py.Group, link: h5py.SoftLink | h5
     walk.links += 1
     if walk.links > _MOST_LINKS:
         raise DataError(f"{walk.shown}: its links lead in a circle, or through more than {_MOST_LINKS} others")
-    where = printable(link.path)
+    where = link.path
     if isinstance(link, h5py.ExternalLink):
-        where += f" in {printable(str(link.filename))}"
+        where += f" in {link.filename}"
         found = find_named(
             file, os.fsencode(link.filename), os.environ.get("HDF5_EXT_PREFIX", ""), boundary=walk.boundary
         )
@@ -205,6 +204,6 @@ def _dataset_names(file: Path, handle: h5py.File, path: str) -> list[str]:
 def _no_dataset(file: Path, handle: h5py.File, path: str) -> DataError:
     names = _dataset_names(file, handle, path)
     close = difflib.get_close_matches(path, names, 1, cutoff=0.4)
-    listed = ", ".join(map(printable, names[:6]))
-    hint = f"; nearest is {printable(close[0])}" if close else f"; it holds {listed or 'no dataset'}"
-    return DataError(f"{file}: no dataset {printable(path)}{hint}")
+    listed = ", ".join(names[:6])
+    hint = f"; nearest is {close[0]}" if close else f"; it holds {listed or 'no dataset'}"
+    return DataError(f"{file}: no dataset {path}{hint}")

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spinlock_fast import _native
-from spinlock_fast.data.files import H5PY_ERRORS, printable
+from spinlock_fast.data.files import H5PY_ERRORS
 from spinlock_fast.errors import DataError
 
 _MISSING = np.iinfo(np.uint64).max
@@ -146,7 +146,7 @@ def check_filters(file: Path, dataset: h5py.Dataset) -> None:
         if not h5py.h5z.filter_avail(code):
             name = _OTHER_FILTERS.get(code, code)
             raise DataError(
-                f"{file}: {printable(dataset.name.lstrip('/'))}: compressed with the filter {name}, which "
+                f"{file}: {dataset.name.lstrip('/')}: compressed with the filter {name}, which "
                 "this installation of HDF5 lacks; pip install hdf5plugin may bring it"
             )
 

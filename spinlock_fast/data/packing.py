@@ -9,7 +9,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from spinlock_fast.data.files import one_line, printable
+from spinlock_fast.data.files import one_line
 from spinlock_fast.errors import DataError
 
 # What netCDF writes where nothing was written, without an attribute that says so.
@@ -136,8 +136,7 @@ def _one_number(dataset: h5py.Dataset, name: str, default: float) -> tuple[float
     if len(numbers) != 1 or np.size(value) != 1 or not np.isfinite(numbers[0]):
         shown = one_line(ValueError(value))
         raise DataError(
-            f"{dataset.file.filename}: {printable(dataset.name.lstrip('/'))}: {name} is {shown}, expected one finite "
-            "number"
+            f"{dataset.file.filename}: {dataset.name.lstrip('/')}: {name} is {shown}, expected one finite number"
         )
     found = np.asarray(value).dtype
     return float(numbers[0]), found if found.kind == "f" else np.dtype(np.float64)

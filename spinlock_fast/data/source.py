@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spinlock_fast.data.backing import sources_of
-from spinlock_fast.data.files import find_files, naming_damage, open_file, printable
+from spinlock_fast.data.files import find_files, naming_damage, open_file
 from spinlock_fast.data.links import Boundary, Trace, find_dataset, get_dataset
 from spinlock_fast.data.loader import HDF5Loader, log_peculiarities
 from spinlock_fast.data.order import GivenRows
@@ -23,7 +23,7 @@ from spinlock_fast.data.packing import read_packing
 from spinlock_fast.data.reading import LoaderPass, PassStats, batch_memory
 from spinlock_fast.data.table import Tables
 from spinlock_fast.data.windows import processors
-from spinlock_fast.errors import DataError
+from spinlock_fast.errors import DataError, printable
 
 
 @dataclass(frozen=True)
