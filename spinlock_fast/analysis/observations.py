@@ -106,7 +106,7 @@ def observe(
     notes: list[str] = []
     parts: list[_Block] = []
     paths = data if isinstance(data, list) else str(data)
-    with Source(paths, {family.name: family.dataset for family in tokenizer.families}) as source:
+    with tokenizer.open_source(paths) as source:
         total = source.rows
         rows = np.unique(np.linspace(0, total - 1, min(total, most_rows)).astype(np.int64))
         if len(rows) < total:
