@@ -83,8 +83,7 @@ def find_dataset(
         if not isinstance(node, h5py.Dataset):
             raise DataError(f"{shown} is a {'group' if isinstance(node, h5py.Group) else 'type'}, not a dataset")
         home = trace.passed[-1] if trace.passed else file
-        descriptor = _descriptor(node.file)
-        if descriptor is not None and identify(descriptor) != identify(home):
+        if not _same_file(node.file, home):
             raise DataError(
                 f"{shown}: leads to {node.file.filename}, where {home} was expected: the links are ambiguous"
             )
@@ -187,11 +186,11 @@ def _candidates(file: Path, name: bytes, searched: str, prefix: bytes) -> Iterat
     yield Path(os.path.realpath(file)).parent / text
 
 
-def _descriptor(handle: h5py.File) -> int | None:
-    """The descriptor of an open file; None where its driver has several or none."""
-    if handle.driver != "sec2":
-        return None
-    return int(handle.id.get_vfd_handle())
+def _same_file(handle: h5py.File, file: Path) -> bool:
+    if handle.driver != "sec2":  # it has several descriptors, or none
+        return True
+    opened, named = identify(int(handle.id.get_vfd_handle())), identify(file)
+    return (opened.device, opened.inode) == (named.device, named.inode)
 
 
 def _dataset_names(file: Path, handle: h5py.File, path: str) -> list[str]:

@@ -81,6 +81,17 @@ def test_epochs_go_on_whoever_makes_them(file: str) -> None:
         assert expected.index(Counter(batches_of(in_workers(loader, workers)))) == epoch
 
 
+@pytest.mark.parametrize("persistent", [False, True])
+def test_after_a_pass_that_was_left_early(file: str, persistent: bool) -> None:
+    alone = load(file)
+    expected = [Counter(batches_of(alone)) for _ in range(3)]
+    wrapped = in_workers(load(file), persistent_workers=persistent)
+    for epoch in range(0, 3, 2):
+        assert Counter(batches_of(wrapped)) == expected[epoch]
+        for _ in wrapped:
+            break
+
+
 @pytest.mark.parametrize("stop", [0, 1, 6, 12, 13])
 @pytest.mark.parametrize("workers", [1, 3])
 def test_workers_go_on_where_one_process_stopped(file: str, stop: int, workers: int) -> None:
