@@ -313,6 +313,13 @@ class TrainingConfig(Section):
         return self
 
 
+class DataConfig(Section):
+    allow_external: bool = Field(
+        default=True,
+        description="false refuses links, virtual and external sources that lead out of the directory of a data file",
+    )
+
+
 class LoggingConfig(Section):
     level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="least severe message that is shown"
@@ -328,6 +335,7 @@ class RunConfig(Section):
     dataset_path: str | list[str] | None = Field(
         default=None, description="HDF5 file, glob, or list of files that follow each other"
     )
+    data: DataConfig = Field(default_factory=DataConfig, description="see its section")
     memory_budget: ByteSize = Field(
         default=1_250_000_000, description="most bytes of raw features held at once, e.g. 1.25GB"
     )

@@ -1,10 +1,21 @@
 """Errors that a user can act on, each with the exit status of the command line."""
 
 
+def printable(text: str) -> str:
+    """A text with control characters, and what else is not printable, as escapes such as \\x1b.
+
+    What a file calls its datasets and columns must not reach a terminal, an SVG or an XML file as it is.
+    """
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 class SpinlockFastError(Exception):
-    """Base of the errors below; its text is one line that says what to do."""
+    """Base of the errors below; its text is one printable line that says what to do."""
 
     exit_status = 1
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ConfigError(SpinlockFastError, ValueError):

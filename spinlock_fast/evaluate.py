@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from spinlock_fast.cli import exit_with, parser
+from spinlock_fast.cli import add_external, exit_with, parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -15,6 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("checkpoint", help="checkpoint directory")
     options.add_argument("data", help="HDF5 file or glob")
     options.add_argument("--json", metavar="FILE", help="write the metrics there")
+    add_external(options)
     options.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     options.add_argument("--quiet", action="store_true", help="print no table")
     chosen = options.parse_args(arguments)
@@ -26,7 +27,7 @@ def _evaluate(chosen: argparse.Namespace) -> None:
     from spinlock_fast.evaluation import evaluate_file
     from spinlock_fast.files import write_json
 
-    metrics = evaluate_file(chosen.checkpoint, chosen.data, chosen.device)
+    metrics = evaluate_file(chosen.checkpoint, chosen.data, chosen.device, allow_external=not chosen.no_external)
     if chosen.json:
         write_json(Path(chosen.json), metrics)
     if not chosen.quiet:

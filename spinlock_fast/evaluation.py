@@ -18,13 +18,19 @@ from spinlock_fast.tokenizer import Tokenizer
 from spinlock_fast.trainer import resolve_device
 
 
-def evaluate_file(checkpoint: str | Path, data: str | list[str], device: str = "auto") -> dict[str, Any]:
+def evaluate_file(
+    checkpoint: str | Path, data: str | list[str], device: str = "auto", *, allow_external: bool = True
+) -> dict[str, Any]:
     """All metrics of a checkpoint on all rows of an HDF5 file; the weights of val_loss are the run's.
+
+    Args:
+        allow_external: False refuses data files that take values from outside of their directory.
 
     Raises:
         DataError: the checkpoint or the data cannot serve.
     """
     tokenizer = Tokenizer.from_checkpoint(checkpoint, resolve_device(device))
+    tokenizer.allow_external = allow_external
     has_config = find(Path(checkpoint), CONFIG).exists()
     training = load_run_config(checkpoint).training if has_config else TrainingConfig()
     x = np.concatenate([block for _, block in tokenizer.features_file(data)])

@@ -162,7 +162,7 @@ def open_source(config: RunConfig) -> Source:
     """The configuration's data; raises DataError, or ConfigError where dataset_path is not set."""
     if config.dataset_path is None:
         raise ConfigError("dataset_path: required, not given; name an HDF5 file, a glob or a list of files")
-    return Source(config.dataset_path, config.datasets())
+    return Source(config.dataset_path, config.datasets(), allow_external=config.data.allow_external)
 
 
 def prepare(source: Source, config: RunConfig, device: torch.device, display: Display) -> Prepared:

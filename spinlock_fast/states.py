@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 # What may differ between a run and the one that resumes it.
 _FREE_TO_CHANGE = {
     "dataset_path",
+    "data",
     "output_dir",
     "memory_budget",
     "device",

@@ -37,6 +37,7 @@ class Tokenizer:
     normalizer: Normalizer
     feature_names: list[str]
     checkpoint_hash: str = ""
+    allow_external: bool = True  # False: files that take values from outside of their directory are refused
 
     @classmethod
     def from_checkpoint(cls, directory: str | Path, device: str | torch.device = "cpu") -> Tokenizer:
@@ -127,9 +128,15 @@ class Tokenizer:
     ) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """(first row, cleaned and normalised features [B, F]) of an HDF5 file, block by block."""
         paths = path if isinstance(path, list) else str(path)
-        with Source(paths, {family.name: family.dataset for family in self.families}) as source:
+        with self.open_source(paths) as source:
             for start, _, x in self.raw_and_features(source, memory_budget):
                 yield start, x
+
+    def open_source(self, data: str | list[str]) -> Source:
+        """The families in an HDF5 file (path or glob); raises DataError."""
+        return Source(
+            data, {family.name: family.dataset for family in self.families}, allow_external=self.allow_external
+        )
 
     def raw_and_features(
         self, source: Source, memory_budget: int = _DEFAULT_BUDGET
@@ -210,10 +217,9 @@ def write_tokens(
         OutputError: the file cannot be written, or is the input.
     """
     model = tokenizer.model
-    datasets = {family.name: family.dataset for family in tokenizer.families}
-    with Source(data, datasets) as source:
+    with tokenizer.open_source(data) as source:
         rows = source.rows
-        if any(output.exists() and output.samefile(file) for file in source.files):
+        if any(output.exists() and output.samefile(file) for file in source.all_files):
             raise OutputError(f"{output}: is the file that is read")
     if output.is_dir():
         raise OutputError(f"{output}: is a directory; name a file")

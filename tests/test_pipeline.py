@@ -583,3 +583,74 @@ def test_the_time_to_encode_is_estimated_before_it_is_spent(
     estimate = re.search(r"encoding 160 samples of 3 families: [\d.e-]+ GB, about \d+ s", text)
     assert estimate is not None
     assert estimate.start() < text.index("summary: 160 of 160 samples")
+
+
+@pytest.fixture
+def linking(data: Path, tmp_path: Path) -> Path:
+    """A file in another directory, whose families are links to those of `data`."""
+    path = tmp_path / "linking" / "linking.h5"
+    path.parent.mkdir()
+    with h5py.File(path, "w") as file:
+        file.create_dataset("decoy", data=np.random.default_rng(0).normal(size=(160, 400)).astype(np.float32))
+        for family in (SUMMARY, ARCHITECTURE):
+            file[family] = h5py.ExternalLink(str(data), family)
+        file[TEMPORAL.split("/")[0] + "/temporal"] = h5py.ExternalLink(str(data), TEMPORAL.rpartition("/")[0])
+    return path
+
+
+def test_linked_data_give_the_tokens_of_the_data_themselves(checkpoint: Path, data: Path, linking: Path) -> None:
+    tokenizer = Tokenizer.from_checkpoint(checkpoint)
+    np.testing.assert_array_equal(tokenizer.encode(linking), tokenizer.encode(data))
+
+
+def test_tokenize_refuses_to_overwrite_what_a_link_leads_to(checkpoint: Path, data: Path, linking: Path) -> None:
+    before = data.read_bytes()
+    assert run(tokenize_main, checkpoint, linking, "--output", data, "--quiet") == 4
+    assert data.read_bytes() == before
+
+
+def test_commands_can_refuse_data_from_outside(
+    checkpoint: Path, config: Path, linking: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [
+        (tokenize_main, checkpoint, linking, "--output", tmp_path / "t.h5", "--no-external"),
+        (evaluate_main, checkpoint, linking, "--no-external"),
+        (
+            train_main,
+            config,
+            *("--set", f"dataset_path={linking}", "--set", "data.allow_external=false", "--output", tmp_path / "out"),
+        ),
+    ]
+    for command, *arguments in runs:
+        assert run(command, *arguments, "--quiet") == 3
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "linking.h5: takes values from" in line
+        assert "allow_external" in line
+
+
+def test_packed_data_train_and_tokenize_as_what_they_stand_for(
+    config: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """int16 with a scale and a fill value, beside the same numbers as float32 with NaN."""
+    with h5py.File(data) as file:
+        values = file[SUMMARY][:]
+    scale = np.nanmax(np.abs(values)) / 30_000
+    stored = np.where(np.isnan(values), -32768, np.round(values / scale)).astype(np.int16)
+    stored[::7, 1] = -32768
+    tokens = []
+    for name in ("packed", "plain"):
+        path = tmp_path / f"{name}.h5"
+        shutil.copy(data, path)
+        with h5py.File(path, "a") as file:
+            del file[SUMMARY]
+            if name == "packed":
+                dataset = file.create_dataset(SUMMARY, data=stored, chunks=(8, 36), compression="gzip")
+                dataset.attrs.update(_FillValue=np.int16(-32768), scale_factor=scale)
+            else:
+                file[SUMMARY] = np.where(stored == -32768, np.nan, stored * scale).astype(np.float32)
+        output = tmp_path / name
+        assert run(train_main, config, "--set", f"dataset_path={path}", "--output", output) == 0
+        said = " ".join(capsys.readouterr().err.split())
+        assert ("counts as missing" in said and "scale_factor" in said) == (name == "packed")
+        tokens.append(Tokenizer.from_checkpoint(output).encode(path))
+    np.testing.assert_array_equal(*tokens)

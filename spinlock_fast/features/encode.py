@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spinlock_fast.config import ENCODER_PARAMS, FamilyConfig
-from spinlock_fast.data.source import DatasetInfo, Source
+from spinlock_fast.data.source import DatasetInfo, Source, as_float32
 from spinlock_fast.errors import ConfigError, DataError
 from spinlock_fast.features.encoders import Encoder, build_encoder, seeded_encoder
 from spinlock_fast.features.statistics import robust_scale
@@ -79,7 +79,7 @@ class FamilyEncoder:
             raise DataError(
                 f"family {self.name!r}: expected rows of shape {self.row_shape}, got {tuple(raw.shape[1:])}"
             )
-        raw = raw.to(torch.float32)
+        raw = as_float32(raw, lambda row: self._place(place, row))
         infinite = torch.isinf(raw)
         if bool(infinite.any()):
             row, *position = (int(i) for i in infinite.nonzero()[0])

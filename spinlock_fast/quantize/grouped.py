@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.distributed as dist
@@ -252,7 +252,7 @@ class GroupedVectorQuantizer(TransientBuffers):
             rows = torch.sym_max(rows, 1)
         # The shares are kept for each number of rows, but an exported graph serves them all.
         divided_at_end = isinstance(rows, Tensor) or exporting()
-        count = 1 if divided_at_end else rows
+        count: Any = 1 if divided_at_end else rows
         shares = partial(_over_dims, self.layout, dtype=errors.dtype, device=errors.device)
         loss = (errors * shares(self.commitment_weight / count)).sum()
         if not self.use_ema:
