@@ -15,7 +15,7 @@ import torch
 
 from spinlock_fast.card import model_card
 from spinlock_fast.config import RunConfig
-from spinlock_fast.config_file import dump_config, load_config
+from spinlock_fast.config_file import dump_config, load_written_config
 from spinlock_fast.errors import DataError
 from spinlock_fast.files import write_atomically, write_json, write_text
 from spinlock_fast.metrics import Metrics
@@ -105,17 +105,23 @@ def model_from_payload(payload: Mapping[str, Any]) -> CategoricalHierarchicalVQV
     """The model of a checkpoint in eval mode."""
     model = CategoricalHierarchicalVQVAE(CategoricalVQVAEConfig(**payload["model_config"]))
     model.load_state_dict(payload["model_state_dict"])
+    if "code_usage" in payload:  # earlier versions did not keep it
+        model.quantizer.usage.copy_(payload["code_usage"])
+        model.quantizer.rows_seen.fill_(payload["code_usage_rows"])
     return model.eval()
 
 
 def load_checkpoint(directory: str | Path) -> CategoricalHierarchicalVQVAE:
-    """The model of a checkpoint directory, in eval mode, on the CPU; raises DataError."""
+    """The model of a checkpoint directory, in eval mode, on the CPU; raises DataError.
+
+    Its quantizer's `utilization()` and `perplexity()` are those of the run's validation rows.
+    """
     return model_from_payload(load_payload(directory))
 
 
 def load_run_config(directory: str | Path) -> RunConfig:
     """The settings of the run that made a checkpoint directory; raises ConfigError."""
-    return load_config(Path(directory) / CONFIG)
+    return load_written_config(Path(directory) / CONFIG)
 
 
 def checkpoint_hash(directory: str | Path) -> str:

@@ -45,29 +45,36 @@ class _Measured(NamedTuple):
     utilization: Tensor  # [G]
     perplexity: Tensor  # [G]
     active: Tensor  # codes in use
+    used: Tensor  # [codes] rows of each code
 
 
 def evaluate(model: CategoricalHierarchicalVQVAE, x: Rows, training: TrainingConfig) -> Metrics:
+    """Metrics of a model on rows x [N, F]; see `evaluate_with_use`."""
+    return evaluate_with_use(model, x, training)[0]
+
+
+def evaluate_with_use(model: CategoricalHierarchicalVQVAE, x: Rows, training: TrainingConfig) -> tuple[Metrics, Tensor]:
     """Metrics of a model on rows x [N, F], all of them, in eval mode.
 
     Returns:
         quality, reconstruction_error, utilization, perplexity and perplexity_over_k (means over
         codebooks), val_rows, val_loss, topo_pre, topo_post (on the first min(1024, N) rows),
         active_codes, total_codes, and categories: name, features, partial_mse, utilization,
-        perplexity, codes and dims per level.
+        perplexity, codes and dims per level. And the rows of each code [codes], of all codebooks in order.
     """
     layout = model.quantizer.layout
     found = measure(model, x, training)
     # One transfer, and one wait.
     packed = torch.cat([part.flatten().to(torch.float64) for part in found]).cpu()
-    scalars, partial, used, entropy, active = packed.split([part.numel() for part in found])
-    return {
+    scalars, partial, used, entropy, active, rows_of_codes = packed.split([part.numel() for part in found])
+    metrics = {
         **_named(scalars.tolist()),
         "val_rows": x.shape[0],
         "total_codes": layout.total_codes,
         "active_codes": int(active),
         "categories": _categories(model, partial.view(layout.groups, -1), used.tolist(), entropy.tolist()),
     }
+    return metrics, rows_of_codes
 
 
 class Validation:
@@ -171,7 +178,7 @@ def _measure(model: CategoricalHierarchicalVQVAE, x: Rows, weights: LossWeights)
         "topo_post": post,
     }
     packed = torch.stack([scalars[name].double() for name in _SCALARS])
-    return _Measured(packed, partial, share, entropy, (used > 0).sum())
+    return _Measured(packed, partial, share, entropy, (used > 0).sum(), used)
 
 
 def _blocks(x: Rows) -> Iterable[Tensor]:

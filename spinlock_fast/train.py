@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spinlock_fast.cli import exit_with, parser
-from spinlock_fast.config_file import help_text, load_config
+from spinlock_fast.config_file import help_text, load_config, load_written_config
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -40,13 +40,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _train(chosen: argparse.Namespace) -> None:
-    config_path = chosen.config or Path(chosen.resume) / "config.yaml"
     overrides = list(chosen.overrides)
     if chosen.device:
         overrides.append(f"device={json.dumps(chosen.device)}")
     if output := chosen.output or chosen.resume:
         overrides += [f"output_dir={json.dumps(output)}", "training.checkpoint_dir=null"]
-    config = load_config(config_path, overrides)
+    if chosen.config:
+        config = load_config(chosen.config, overrides)
+    else:
+        config = load_written_config(Path(chosen.resume) / "config.yaml", overrides)
 
     # What follows needs torch: after the checks that do not.
     if chosen.dry_run:
