@@ -112,7 +112,7 @@ class FamilyEncoder:
     def _known(self, raw: Tensor, place: Callable[[int], str] | None) -> Tensor:
         """The values with missing ones replaced."""
         unknown = bool(self.dropped.any())  # such a column may hold values in new data
-        if not unknown and bool(torch.isfinite(raw).all()):
+        if not unknown and _surely_finite(raw):
             return raw
         infinite = torch.isinf(raw)
         if bool(infinite.any()):
@@ -271,14 +271,9 @@ def encode_blocks(
     left = memory_budget - rows * info.row_bytes  # beside the copy without NaN
     for start, raw in source.batches([family.name], rows, left, device):
         values = raw[family.name]
-        missing = torch.isnan(values)
-        if bool(missing.any()):
-            counts = missing.reshape(-1, missing.shape[-1]).sum(0).cpu().numpy()
-            if training_rows is not None and family.fill is None:
-                family.fill = column_medians(source, family.name, training_rows, memory_budget).to(device)
-        else:
-            counts = np.zeros(missing.shape[-1], dtype=np.int64)
-        del missing
+        counts = _missing_by_column(values)
+        if counts.any() and training_rows is not None and family.fill is None:
+            family.fill = column_medians(source, family.name, training_rows, memory_budget).to(device)
         columns = family(values, source.placing(family.name, start)).cpu().numpy()
         yield EncodedBlock(start, columns, row_keys(values, family.name).cpu().numpy(), counts)
         if progress is not None:
@@ -286,6 +281,21 @@ def encode_blocks(
     if training_rows is not None and family.fill is None:  # nothing is missing here, but may be in new data
         fill = column_medians(source, family.name, training_rows, min(memory_budget, _LITTLE_BUDGET))
         family.fill = fill.to(device)
+
+
+def _surely_finite(values: Tensor) -> bool:
+    """A finite sum has finite parts; one that is not may have overflowed. One quick pass."""
+    return bool(torch.isfinite(values.sum()))
+
+
+def _missing_by_column(values: Tensor) -> NDArray[np.int64]:
+    """[D] missing values of each column of the last axis."""
+    D = values.shape[-1]
+    if _surely_finite(values):
+        return np.zeros(D, dtype=np.int64)
+    places = torch.isnan(values).flatten().nonzero()[:, 0]
+    counts: NDArray[np.int64] = torch.bincount(places % D, minlength=D).cpu().numpy()
+    return counts
 
 
 def encode_seconds(

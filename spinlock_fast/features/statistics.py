@@ -84,13 +84,13 @@ def known_median(x: Matrix) -> Vector:
     median = np.full(x.shape[1], np.nan)
 
     def fill(columns: slice, block: Matrix) -> None:
-        missing = np.isnan(block)
-        some = missing.any(axis=1)
         found = median[columns]  # a view
-        if not some.all():
-            found[~some] = np.median(block[~some], axis=1)
-        for i in np.flatnonzero(some & ~missing.all(axis=1)):
-            found[i] = np.median(block[i, ~missing[i]])
+        middle = [(block.shape[1] - 1) // 2, block.shape[1] // 2]
+        block.partition([*middle, block.shape[1] - 1], axis=1)  # NaN goes to the end; np.median takes twice as long
+        found[:] = block[:, middle].mean(axis=1)
+        for i in np.flatnonzero(np.isnan(block[:, -1])):
+            known = block[i, ~np.isnan(block[i])]
+            found[i] = np.median(known) if known.size else np.nan
 
     for_column_blocks(x, fill)
     return median
