@@ -111,20 +111,24 @@ class FamilyEncoder:
 
     def _known(self, raw: Tensor, place: Callable[[int], str] | None) -> Tensor:
         """The values with missing ones replaced."""
-        unknown = bool(self.dropped.any())  # such a column may hold values in new data
-        if not unknown and _surely_finite(raw):
+        dropped = bool(self.dropped.any())  # such a column may hold values in new data
+        rows = torch.arange(len(raw), device=raw.device) if dropped else _rows_to_look_at(raw)
+        if not len(rows):
             return raw
-        infinite = torch.isinf(raw)
+        values = raw[rows]
+        infinite = torch.isinf(values)
         if bool(infinite.any()):
             row, *position = (int(i) for i in infinite.nonzero()[0])
             where = ", ".join(str(i) for i in position)
-            raise DataError(f"{self._place(place, row)}, position [{where}] is infinite")
+            raise DataError(f"{self._place(place, int(rows[row]))}, position [{where}] is infinite")
         if self.fill is None:
-            return torch.nan_to_num(raw, nan=0.0)
-        missing = torch.isnan(raw)
-        if unknown:
-            missing |= self.fill.isnan()
-        return torch.where(missing, torch.nan_to_num(self.fill, nan=0.0), raw)
+            values = torch.nan_to_num(values, nan=0.0)
+        else:
+            missing = torch.isnan(values)
+            if dropped:
+                missing |= self.fill.isnan()
+            values = torch.where(missing, torch.nan_to_num(self.fill, nan=0.0), values)
+        return values if len(rows) == len(raw) else raw.index_copy(0, rows, values)
 
     def _place(self, place: Callable[[int], str] | None, row: int) -> str:
         return place(row) if place is not None else f"family {self.name!r}: row {row}"
@@ -283,18 +287,17 @@ def encode_blocks(
         family.fill = fill.to(device)
 
 
-def _surely_finite(values: Tensor) -> bool:
-    """A finite sum has finite parts; one that is not may have overflowed. One quick pass."""
-    return bool(torch.isfinite(values.sum()))
+def _rows_to_look_at(values: Tensor) -> Tensor:
+    """[m] rows of values [B, ...] that may hold NaN or Inf, in one quick pass: a finite sum has finite parts."""
+    rows: Tensor = (~torch.isfinite(values.flatten(1).sum(1))).nonzero()[:, 0]
+    return rows
 
 
 def _missing_by_column(values: Tensor) -> NDArray[np.int64]:
     """[D] missing values of each column of the last axis."""
     D = values.shape[-1]
-    if _surely_finite(values):
-        return np.zeros(D, dtype=np.int64)
-    places = torch.isnan(values).flatten().nonzero()[:, 0]
-    counts: NDArray[np.int64] = torch.bincount(places % D, minlength=D).cpu().numpy()
+    missing = torch.isnan(values[_rows_to_look_at(values)])
+    counts: NDArray[np.int64] = missing.reshape(-1, D).sum(0).cpu().numpy()
     return counts
 
 
