@@ -86,7 +86,7 @@ Tokens are in this order, level by level: {_token_names(metrics)}.
 ## Limits
 
 - It knows operators like those it was fitted to. Features far outside their range are clipped and get the nearest
-  code, whatever that means; compare the reconstruction error on new data (`evaluate`) with the one above first.
+  code, whatever that means. `evaluate`, `tokenize` and `analyze` warn of such data; look at `evaluate` first.
 - Tokens are numbers of this checkpoint. Those of another run, even of another seed, are other numbers.
 - A code that few operators have is little tested: {metrics["total_codes"] - metrics["active_codes"]} of the codes were
   used by no held-out operator.

@@ -111,6 +111,10 @@ def _default_families() -> dict[str, FamilyConfig]:
 
 class FeatureCleaningConfig(Section):
     enabled: bool = Field(default=True, description="false keeps every column and clips nothing")
+    nan_fill: Literal["median", "zero"] = Field(
+        default="median",
+        description="missing raw values become the median of the training rows, before anything else; or 0",
+    )
     variance_threshold: NonNegativeFloat = Field(
         default=1e-8, description="columns whose standard deviation is below this are dropped"
     )

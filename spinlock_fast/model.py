@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, cast
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
@@ -328,16 +330,23 @@ class CategoricalHierarchicalVQVAE(TransientBuffers):
         return out, move_codes
 
     @torch.no_grad()
-    def get_tokens(self, x: Tensor) -> Tensor:
-        """Features [B, F] -> tokens [B, G] int64, without dropout, gradient or change of the codes."""
+    def get_tokens(self, x: Tensor | ArrayLike) -> Tensor:
+        """Features [B, F] -> tokens [B, G] int64, without dropout, gradient or change of the codes.
+
+        Args:
+            x: numbers of any type, torch or numpy, on any device.
+        """
+        weight = self.encoder_layers.first.weight
         with _evaluating(self):
-            return self.quantizer.assign(self.encode(x)).codes
+            rows = x if isinstance(x, Tensor) else torch.from_numpy(np.array(x, np.float32, order="C"))
+            return self.quantizer.assign(self.encode(rows.to(weight))).codes
 
     @torch.no_grad()
-    def decode_from_tokens(self, tokens: Tensor) -> Tensor:
-        """Tokens [B, G] -> features [B, F], without dropout; raises IndexError outside a codebook."""
+    def decode_from_tokens(self, tokens: Tensor | ArrayLike) -> Tensor:
+        """Tokens [B, G], torch or numpy -> features [B, F], without dropout; raises IndexError outside a codebook."""
         with _evaluating(self):
-            return self.decode(self.quantizer.lookup(tokens))
+            index = tokens if isinstance(tokens, Tensor) else torch.from_numpy(np.array(tokens, np.int64, order="C"))
+            return self.decode(self.quantizer.lookup(index.to(self.feature_order)))
 
     def get_category_tokens(self, tokens: Tensor, category: str) -> Tensor:
         """The tokens [..., L] of one category out of [..., G]."""

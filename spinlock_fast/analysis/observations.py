@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +15,11 @@ from torch import Tensor
 
 from spinlock_fast.data.source import Source, column_names, text_of
 from spinlock_fast.errors import DataError
+from spinlock_fast.input_check import InputCheck
 from spinlock_fast.kernels.layout import CodebookLayout
 from spinlock_fast.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 PARAMETERS = "parameters/params"
 LABELS = {
@@ -105,21 +109,25 @@ def observe(
     books = codebooks_of(tokenizer)
     notes: list[str] = []
     parts: list[_Block] = []
-    paths = data if isinstance(data, list) else str(data)
-    with tokenizer.open_source(paths) as source:
+    with tokenizer.source(data) as source:
         total = source.rows
         rows = np.unique(np.linspace(0, total - 1, min(total, most_rows)).astype(np.int64))
         if len(rows) < total:
             notes.append(f"{len(rows):,} of {total:,} operators, spread evenly, were analysed")
         mixed = [family.name for family in tokenizer.families if family.encoder_name != "IdentityEncoder"]
         names = [name for family in mixed for name in measured_names(source, family)]
-        for start, raw, x in tokenizer.raw_and_features(source, memory_budget):
+        check = InputCheck(tokenizer.training_range, total)
+        for start, raw, x in tokenizer.raw_and_features(source, memory_budget, check):
             here = rows[np.searchsorted(rows, start) : np.searchsorted(rows, start + len(x))] - start
             if here.size:
-                parts.append(_block(tokenizer, books, {name: raw[name] for name in mixed}, x, here))
+                parts.append(_block(tokenizer, books, {name: raw[name] for name in mixed}, x, here, check))
             if progress is not None:
                 progress(start + len(x), total)
         parameters, labels = read_conditions(source, rows, notes)
+    warning = check.warning()
+    if warning is not None:
+        notes.insert(0, warning)
+        log.warning("%s", warning)
     tokens, distance, margin, features, measured = (np.concatenate(part) for part in zip(*parts, strict=True))
     return Observations(
         books,
@@ -156,7 +164,12 @@ _Block = tuple[NDArray[np.int64], Floats, Floats, Floats, Floats]
 
 
 def _block(
-    tokenizer: Tokenizer, books: Codebooks, raw: Mapping[str, Tensor], x: Floats, here: NDArray[np.int64]
+    tokenizer: Tokenizer,
+    books: Codebooks,
+    raw: Mapping[str, Tensor],
+    x: Floats,
+    here: NDArray[np.int64],
+    check: InputCheck,
 ) -> _Block:
     model = tokenizer.model
     index = torch.from_numpy(here)
@@ -165,6 +178,8 @@ def _block(
         tokens = model.get_tokens(rows)
         if bool((tokens < 0).any()):
             raise DataError("an operator overflows in the encoder: its features are far outside those of training")
+        some = slice(None, None, check.stride)
+        check.add_errors((model.decode_from_tokens(tokens[some]) - rows[some]).square().mean(1).cpu().numpy())
         distance, margin = distances(model.encode(rows), model.quantizer.embedding, tokens, model.quantizer.layout)
     columns = []
     for values in raw.values():
