@@ -54,6 +54,7 @@ def _analyze(chosen: argparse.Namespace) -> None:
     from spinlock_fast.config import LoggingConfig
     from spinlock_fast.console import RunDisplay
     from spinlock_fast.files import check_writable, write_json
+    from spinlock_fast.locks import directory_written_by_one
     from spinlock_fast.trainer import resolve_device
 
     given = {name: getattr(chosen, name) for name in _SETTINGS if getattr(chosen, name) is not None}
@@ -83,8 +84,9 @@ def _analyze(chosen: argparse.Namespace) -> None:
             allow_external=not chosen.no_external,
         )
         display.stage("Writing")
-        written = write_tables(found.tables, output, kinds)
-        write_json(output / "summary.json", found.summary)
+        with directory_written_by_one(output):
+            written = write_tables(found.tables, output, kinds)
+            write_json(output / "summary.json", found.summary)
     if not chosen.quiet:
         print_analysis(found, Console(highlight=False, width=None if sys.stdout.isatty() else 100))
         sys.stdout.write(f"\n{len(written)} tables and summary.json: {output}\n")

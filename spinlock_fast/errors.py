@@ -1,12 +1,6 @@
 """Errors that a user can act on, each with the exit status of the command line."""
 
-
-def printable(text: str) -> str:
-    """A text with control characters, and what else is not printable, as escapes such as \\x1b.
-
-    What a file calls its datasets and columns must not reach a terminal, an SVG or an XML file as it is.
-    """
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+from spinlock_fast.messages import printable
 
 
 class SpinlockFastError(Exception):
@@ -15,7 +9,7 @@ class SpinlockFastError(Exception):
     exit_status = 1
 
     def __str__(self) -> str:
-        return printable(super().__str__())
+        return printable(super().__str__(), keep="")
 
 
 class ConfigError(SpinlockFastError, ValueError):

@@ -118,6 +118,12 @@ def check_regular(path: Path) -> None:
         raise OutputError(f"{path}: is not a regular file; name a file")
 
 
+def check_no_link(path: Path) -> None:
+    """Raises OutputError where a path is a symbolic link, through which another file would be overwritten."""
+    if path.is_symlink():
+        raise OutputError(f"{path}: is a symbolic link; remove it")
+
+
 def _create_temporary(target: Path) -> Path:
     """A new empty file beside the target, with the permissions that the umask leaves."""
     stem = os.fsdecode(os.fsencode(target.name)[:_LONGEST_NAME])

@@ -15,6 +15,7 @@ from spinlock_fast.errors import OutputError
 from spinlock_fast.files import process_lives
 
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # of file systems without flock
+_WORKERS_END = 5.0  # seconds in which workers of a killed process, which hold its lock as well, have ended
 
 
 def lock_path(output: Path) -> Path:
@@ -36,7 +37,7 @@ def locked(output: Path) -> Iterator[None]:
     try:
         descriptor = _acquire(path, output)
     except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {os.strerror(error.errno or 0)}") from None
+        raise OutputError(f"{output}: cannot be written: {os.strerror(error.errno or 0)}") from None
     try:
         yield
     finally:
@@ -46,11 +47,46 @@ def locked(output: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+@contextmanager
+def written_by_one(output: Path) -> Iterator[None]:
+    """Holds the lock of a file that a long command will replace; no effect for a device, which is written to.
+
+    Raises:
+        OutputError: another process writes the file, or its directory cannot be written.
+    """
+    target = Path(os.path.realpath(output))
+    if target.exists() and not target.is_file():
+        yield
+        return
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{output}: cannot be written: {error.strerror}") from None
+    with locked(target):
+        yield
+
+
+@contextmanager
+def directory_written_by_one(directory: Path) -> Iterator[None]:
+    """Makes a directory and holds its lock while the files of one command are written to it; raises OutputError."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{directory}: cannot be written: {error.strerror}") from None
+    with locked(directory):
+        yield
+
+
 def _acquire(path: Path, output: Path) -> int:
+    deadline = time.monotonic() + _WORKERS_END
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
             if not _try_flock(descriptor):
+                if not _held_by_a_living_process(descriptor) and time.monotonic() < deadline:
+                    os.close(descriptor)
+                    time.sleep(0.05)
+                    continue
                 raise OutputError(f"{output}: is being written by {_holder(descriptor)}")
             if _is_same_file(descriptor, path):
                 text = f"{os.getpid()} {socket.gethostname()} {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
@@ -79,7 +115,7 @@ def _held_by_a_living_process(descriptor: int) -> bool:
     words = os.pread(descriptor, 4096, 0).decode(errors="replace").split()
     if len(words) < 2 or not words[0].isdigit():
         return False
-    return words[1] != socket.gethostname() or (int(words[0]) != os.getpid() and process_lives(int(words[0])))
+    return words[1] != socket.gethostname() or process_lives(int(words[0]))
 
 
 def _is_same_file(descriptor: int, path: Path) -> bool:

@@ -140,8 +140,7 @@ class RunDirectory:
     def publish(self) -> None:
         """Puts the whole run that `.partial` holds in the place of what is there; raises OutputError."""
         try:
-            for path in self.partial.glob(".*"):  # of a writer that was killed
-                path.unlink()
+            self._remove_hidden()
             published = sorted(path.name for path in self.partial.iterdir() if path.name not in (*STATES, _MOVES))
             aside, removed = self._leaving()
             previous = self._date_of(self.path / aside[0]) if aside else ""
@@ -197,11 +196,17 @@ class RunDirectory:
         new.rmdir()
         sync_directory(self.path)
 
+    def _remove_hidden(self) -> None:
+        """Removes what a writer that was killed has left unfinished."""
+        for path in self.partial.glob(".*"):
+            path.unlink()
+
     def _set_unfinished_aside(self) -> None:
         state = next((self.partial / name for name in (*STATES, FINAL) if (self.partial / name).exists()), None)
         if state is None:  # killed before its first state
             shutil.rmtree(self.partial)
             return
+        self._remove_hidden()
         aside = self.path / PREVIOUS / self._date_of(state)
         aside.parent.mkdir(exist_ok=True)
         os.rename(self.partial, aside)

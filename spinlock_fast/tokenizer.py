@@ -24,6 +24,7 @@ from spinlock_fast.features.row_keys import row_keys
 from spinlock_fast.files import replacing
 from spinlock_fast.input_check import InputCheck, KnownRows, TrainingRange
 from spinlock_fast.kernels._common.guard import device_guard
+from spinlock_fast.locks import written_by_one
 from spinlock_fast.model import CategoricalHierarchicalVQVAE
 
 log = logging.getLogger(__name__)
@@ -289,7 +290,7 @@ def write_tokens(
         raise OutputError(f"{output}: is a directory; name a file")
     largest = max(model.quantizer.num_codes)
     dtype = next(kind for kind in (np.uint8, np.uint16, np.uint32) if largest - 1 <= np.iinfo(kind).max)
-    with replacing(output) as temporary, h5py.File(temporary, "w") as file:
+    with written_by_one(output), replacing(output) as temporary, h5py.File(temporary, "w") as file:
         chunk = (min(rows, 8192), model.num_codebooks)
         out = file.create_dataset("tokens", (rows, model.num_codebooks), dtype, chunks=chunk, compression="gzip")
         out.attrs["codebook_names"] = model.codebook_names

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -34,6 +37,7 @@ from spinlock_fast.run_directory import (
     PREVIOUS,
 )
 from spinlock_fast.states import write_state
+from spinlock_fast.tokenize import main as tokenize_main
 from spinlock_fast.train import main as train_main
 
 CONFIGURATION: dict[str, Any] = {
@@ -419,3 +423,60 @@ def test_tensorboard_files_move_with_the_run(config: Path, tmp_path: Path) -> No
         assert run(train_main, config, "--quiet", *arguments) == 0
         assert len(os.listdir(tmp_path / "out" / "tensorboard")) == 1
     assert not (tmp_path / "out" / PARTIAL).exists()
+
+
+# --- output that nobody reads ---
+
+
+def test_a_run_whose_output_nobody_reads_is_saved(config: Path, whole: Path, tmp_path: Path) -> None:
+    """`train ... 2>&1 | head -1`."""
+    read, write = os.pipe()
+    process = train_process(config, "--output", tmp_path / "out", stdout=write, stderr=write)
+    os.close(write)
+    with open(read) as text:
+        assert text.read(1)
+    process.wait(timeout=120)
+    assert process.returncode == 141
+    assert checkpoint_hash(tmp_path / "out") == checkpoint_hash(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stream", "status"), [("stdout", 0), ("stderr", 0)])
+def test_a_run_with_a_closed_stream(
+    config: Path, whole: Path, data: Path, tmp_path: Path, stream: str, status: int
+) -> None:
+    number = {"stdout": 1, "stderr": 2}[stream]
+    options = {"preexec_fn": lambda: os.close(number), stream: None}
+    process = train_process(config, "--output", tmp_path / "out", **options)
+    process.communicate(timeout=120)
+    assert process.returncode == status
+    assert checkpoint_hash(tmp_path / "out") == checkpoint_hash(whole)
+
+
+# --- outputs that are no regular files ---
+
+
+@pytest.mark.parametrize("kind", ["device", "fifo"])
+def test_metrics_and_tokens_may_go_to_devices(whole: Path, data: Path, tmp_path: Path, kind: str) -> None:
+    path, read = tmp_path / "output", []
+    if kind == "device":
+        try:
+            os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+        except PermissionError:
+            pytest.skip("making a device needs root")
+    else:
+        os.mkfifo(path)
+    for command, option in ((evaluate_main, "--json"), (tokenize_main, "--output")):
+        reader = threading.Thread(target=lambda: read.append(path.read_bytes()))
+        if kind == "fifo":
+            reader.start()
+        assert run(command, whole, data, "--quiet", option, path) == 0
+        if kind == "fifo":
+            reader.join()
+    assert not path.is_file()
+    assert os.listdir(tmp_path) == ["output"]
+    if kind == "fifo":
+        assert json.loads(read[0])["samples"] == 200
+        (tmp_path / "tokens.h5").write_bytes(read[1])
+        with h5py.File(tmp_path / "tokens.h5") as file:
+            assert len(file["tokens"]) == 200

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from types import FrameType
 from typing import Any
 
 from spinlock_fast.errors import ConfigError, Interrupted
+from spinlock_fast.signals import handling
 from spinlock_fast.simulate.config import GeneratorConfig
 from spinlock_fast.simulate.progress import ProgressDisplay
 from spinlock_fast.simulate.simulator import Rows, Simulator, concatenated
@@ -42,7 +42,7 @@ def generate(
         ConfigError: no number of operators, an empty shard, or a resumed file of other settings.
         DataError: the file to resume is damaged.
         OutputError: the file exists or cannot be written.
-        Interrupted: SIGINT or SIGTERM; --resume goes on.
+        Interrupted: SIGINT, SIGTERM or SIGHUP; --resume goes on.
     """
     if config.operators is None:
         raise ConfigError("operators: required, not given (--operators N)")
@@ -100,19 +100,12 @@ class _Stop(threading.Event):
 
 @contextmanager
 def _stopping() -> Iterator[_Stop]:
-    """Turns SIGINT and SIGTERM into an event; only the main thread can."""
+    """Turns SIGINT, SIGTERM and SIGHUP into an event; only the main thread can."""
     stop = _Stop()
 
     def handle(number: int, frame: FrameType | None) -> None:
-        stop.signal_number = number
+        stop.signal_number = stop.signal_number or number
         stop.set()
 
-    if threading.current_thread() is not threading.main_thread():
+    with handling(handle):
         yield stop
-        return
-    old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)

@@ -21,7 +21,8 @@ import numpy as np
 
 from spinlock_fast.config import DEFAULT_DATASETS
 from spinlock_fast.errors import ConfigError, DataError, OutputError
-from spinlock_fast.files import check_writable
+from spinlock_fast.files import check_no_link, check_regular, check_writable, sync_directory
+from spinlock_fast.locks import locked
 from spinlock_fast.simulate.config import GeneratorConfig
 from spinlock_fast.simulate.features.registry import (
     aggregated_names,
@@ -81,23 +82,38 @@ class Writer:
         overwrite: bool = False,
         resume: bool = False,
     ) -> None:
-        self.output, self.partial = output, output.with_name(output.name + ".partial")
-        self._older = output.with_name(output.name + ".partial.old")  # while a resumed file is being copied
+        self.output = _regular_target(output)
+        self.partial = self.output.with_name(self.output.name + ".partial")
+        self._older = self.output.with_name(self.output.name + ".partial.old")  # while a resumed file is being copied
         self._config, self._sequence, self._span, self._provenance = config, sequence, span, dict(provenance)
         self.finished = 0
         self._file: h5py.File | None = None
-        if output.is_dir():
-            raise OutputError(f"{output}: is a directory")
+        self._lock = contextlib.ExitStack()
         if not overwrite and not resume:
             self._refuse_existing()
-        check_writable(output.parent)
+        check_writable(self.output.parent)
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        self._lock.enter_context(locked(self.output))
+        try:
+            self._start(overwrite, resume)
+        except BaseException:
+            self._close()
+            raise
+
+    def _start(self, overwrite: bool, resume: bool) -> None:
+        output = self.output
+        if not overwrite and not resume:
+            self._refuse_existing()  # again, now that no other process can make them
+        for path in (self.partial, self._older):
+            if overwrite and path.is_symlink():
+                path.unlink()
+            check_no_link(path)
         if resume and not overwrite and output.exists():
             self.finished = self._check_resumable(output)
             if self.finished < self.rows:
                 raise DataError(f"{output}: holds {self.finished} of {self.rows} operators; --overwrite starts again")
             return
         with self._writing():
-            output.parent.mkdir(parents=True, exist_ok=True)
             self._open(resume and not overwrite)
 
     @property
@@ -162,11 +178,12 @@ class Writer:
                 file.truncate(size)  # what was reserved and not needed
                 os.fsync(file.fileno())
             os.replace(self.partial, self.output)
+            sync_directory(self.output.parent)
 
     def _refuse_existing(self) -> None:
         if self.output.exists():
             raise OutputError(f"{self.output}: exists; --overwrite replaces it")
-        if self.partial.exists() or self._older.exists():
+        if os.path.lexists(self.partial) or os.path.lexists(self._older):
             raise OutputError(
                 f"{self.partial}: an unfinished run is there; --resume goes on with it, --overwrite starts again"
             )
@@ -263,6 +280,7 @@ class Writer:
             with contextlib.suppress(OSError, RuntimeError):
                 self._file.close()
             self._file = None
+        self._lock.close()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -279,6 +297,12 @@ class Writer:
         why = _LIMITS[numbers[0]] if numbers else getattr(error, "strerror", None) or text
         kept = f"; {self.finished} of {self.rows} operators are kept, --resume goes on" if self.finished else ""
         return f"{self.partial}: cannot be written: {why}{kept}"
+
+
+def _regular_target(output: Path) -> Path:
+    """The file that a name stands for, through links; raises OutputError where it is a directory or a device."""
+    check_regular(output)
+    return Path(os.path.realpath(output)) if output.is_symlink() else output
 
 
 def _copy_chunks(source: h5py.Dataset, target: h5py.Dataset, rows: int) -> None:

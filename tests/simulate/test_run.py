@@ -6,11 +6,13 @@ import json
 import os
 import resource
 import signal
+import stat
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -251,8 +253,56 @@ def test_a_killed_run_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         )
 
 
+@pytest.mark.parametrize("how", [{"overwrite": True}, {"resume": True}, {}])
+def test_a_second_run_of_the_same_file_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: dict[str, bool]
+) -> None:
+    """It comes while the first one writes, which loses nothing."""
+    stream = Simulator.stream
+
+    def second(self: Simulator, start: int, stop: int, *rest: Any) -> Iterator[Rows]:
+        monkeypatch.setattr(Simulator, "stream", stream)
+        with pytest.raises(OutputError, match=r"is being written by process|an unfinished run is there"):
+            generate(CONFIG, tmp_path / "data.h5", **how)
+        yield from stream(self, start, stop, *rest)
+
+    monkeypatch.setattr(Simulator, "stream", second)
+    generate(CONFIG.model_copy(update={"operators": 2}), tmp_path / "data.h5")
+    with h5py.File(tmp_path / "data.h5") as file:
+        assert np.isfinite(file["features/temporal/features"][:]).all()
+    assert os.listdir(tmp_path) == ["data.h5"]
+
+
+@pytest.mark.parametrize("name", ["data.h5.partial", "data.h5.partial.old"])
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_in_the_place_of_the_unfinished_file_is_not_followed(tmp_path: Path, name: str, there: bool) -> None:
+    victim = tmp_path / "victim.h5"
+    if there:
+        victim.write_text("mine")
+    (tmp_path / name).symlink_to(victim)
+    with pytest.raises(OutputError, match="an unfinished run is there"):
+        generate(CONFIG, tmp_path / "data.h5")
+    with pytest.raises(OutputError, match="is a symbolic link"):
+        generate(CONFIG, tmp_path / "data.h5", resume=True)
+    generate(CONFIG.model_copy(update={"operators": 1}), tmp_path / "data.h5", overwrite=True)
+    assert victim.exists() == there
+    assert not there or victim.read_text() == "mine"
+
+
+def test_the_output_may_be_a_link_to_a_file_but_no_device(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "data.h5").symlink_to("elsewhere/target.h5")
+    generate(CONFIG.model_copy(update={"operators": 1}), tmp_path / "data.h5")
+    assert (tmp_path / "data.h5").is_symlink()
+    assert os.listdir(tmp_path / "elsewhere") == ["target.h5"]
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OutputError, match="not a regular file"):
+        generate(CONFIG, tmp_path / "pipe", overwrite=True)
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
 @pytest.mark.parametrize("batch", [8, 24])  # the second is not full when the signal comes
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_ends_the_run_between_operators(
     number: signal.Signals, status: int, batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -286,7 +286,7 @@ def _as_html(formula: str) -> str:
     text = html.escape(formula, quote=False)
     for sign in "|*_`\\":
         text = text.replace(sign, f"&#{ord(sign)};")
-    return f"<code>{text}</code>" if re.search(r"[<>|^=/]", formula) else text
+    return f"<code>{text}</code>" if re.search(r"[<>|^=/]|sqrt|\bln\b", formula) else text
 
 
 def _tables(title: str, groups: dict[str, tuple[Feature, ...]], skip: Iterable[str] = ()) -> list[str]:
