@@ -143,11 +143,11 @@ _MARKDOWN = str.maketrans({c: f"\\{c}" for c in "\\`*[]|~#$"})
 
 def _code(name: str) -> str:
     """A name between backticks, where Markdown interprets nothing but a backtick."""
-    return printable(name, keep="").replace("`", "'")
+    return printable(name).replace("`", "'")
 
 
 def _text(name: str, most: int = 80) -> str:
     """A name from the data or the settings, so that no character of it is markup."""
-    name = printable(name, keep="")
+    name = printable(name)
     name = name if len(name) <= most else f"{name[: most // 2]}...{name[-most // 2 :]}"
     return escape(name.translate(_MARKDOWN))

@@ -9,7 +9,7 @@ class SpinlockFastError(Exception):
     exit_status = 1
 
     def __str__(self) -> str:
-        return printable(super().__str__(), keep="")
+        return printable(super().__str__())
 
 
 class ConfigError(SpinlockFastError, ValueError):

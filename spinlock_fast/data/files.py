@@ -17,7 +17,8 @@ from typing import Any
 
 import h5py
 
-from spinlock_fast.errors import DataError, printable
+from spinlock_fast.errors import DataError
+from spinlock_fast.messages import printable
 
 log = logging.getLogger(__name__)
 

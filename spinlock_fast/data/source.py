@@ -23,7 +23,8 @@ from spinlock_fast.data.packing import read_packing
 from spinlock_fast.data.reading import LoaderPass, PassStats, batch_memory
 from spinlock_fast.data.table import Tables
 from spinlock_fast.data.windows import processors
-from spinlock_fast.errors import DataError, printable
+from spinlock_fast.errors import DataError
+from spinlock_fast.messages import printable
 
 
 @dataclass(frozen=True)
