@@ -63,7 +63,9 @@ void register_byte_filters(py::module_& module) {
             try {
                 // As above, and nobody else should write to `out` meanwhile.
                 const py::gil_scoped_release release;
-                Inflater().inflate(in, {static_cast<std::byte*>(out_info.ptr), space.size()});
+                const auto made = Inflater().inflate(in, {static_cast<std::byte*>(out_info.ptr), space.size()});
+                if (!made) throw DecodeError("the compressed data are longer than the chunk");
+                if (*made < space.size()) throw DecodeError("the compressed data end early");
             } catch (const DecodeError& error) {
                 throw std::invalid_argument(error.what());
             }

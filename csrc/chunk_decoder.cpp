@@ -3,6 +3,7 @@
 #include "byte_filters.hpp"
 #include "errors.hpp"
 
+#include <algorithm>
 #include <cstring>
 #include <string>
 
@@ -10,6 +11,8 @@ namespace spinlock_fast {
 namespace {
 
 constexpr std::size_t kChecksum = 4;
+constexpr std::size_t kMostDeflated = 1032;          // bytes that one byte of a deflate stream stands for at most
+constexpr std::size_t kMostLonger = std::size_t{16} << 20;  // bytes that a chunk may hold beyond its own
 
 std::span<std::byte> strip_checksum(std::span<std::byte> data, bool verify) {
     if (data.size() < kChecksum) throw DecodeError("too short for its checksum");
@@ -48,8 +51,12 @@ std::span<std::byte> ChunkDecoder::decode(std::span<std::byte> stored, std::uint
                 for (std::size_t j = 0; j < i; ++j)
                     if (active(j) && filters[j].kind == FilterKind::fletcher32) expected += kChecksum;
                 const auto out = output(i, expected, inflated_);
-                inflater_.inflate(data, out);
-                data = out;
+                if (const auto made = inflater_.inflate(data, out)) {
+                    if (*made < expected) throw DecodeError("the compressed data end early");
+                    data = out;
+                } else {
+                    data = inflate_longer(data, expected);
+                }
                 break;
             }
             case FilterKind::shuffle: {
@@ -60,9 +67,10 @@ std::span<std::byte> ChunkDecoder::decode(std::span<std::byte> stored, std::uint
             }
         }
     }
-    if (data.size() != chunk_bytes)
+    if (data.size() < chunk_bytes)
         throw DecodeError("holds " + std::to_string(data.size()) + " bytes instead of " +
                           std::to_string(chunk_bytes));
+    data = data.first(chunk_bytes);  // libhdf5 ignores what follows, too
     if (!into.empty() && data.data() != into.data()) {
         std::memcpy(into.data(), data.data(), chunk_bytes);
         return into;
@@ -70,9 +78,22 @@ std::span<std::byte> ChunkDecoder::decode(std::span<std::byte> stored, std::uint
     return data;
 }
 
+// A stream that holds more than the chunk. The checksums and the shuffle of such a chunk are those of all of it.
+std::span<std::byte> ChunkDecoder::inflate_longer(std::span<const std::byte> stored, std::size_t expected) {
+    // No stream holds more than this; memory beyond the limit is not asked for, whatever the file says.
+    const std::size_t possible = stored.size() * kMostDeflated, limit = expected + kMostLonger;
+    for (std::size_t size = expected; size < possible && size < limit;) {
+        size = std::min(2 * size + kChecksum, limit);
+        const auto out = inflated_.take(size);
+        if (const auto made = inflater_.inflate(stored, out)) return out.first(*made);
+    }
+    throw DecodeError("the compressed data are longer than the chunk");
+}
+
 std::size_t max_stored_size(std::size_t chunk_bytes, std::size_t filters) noexcept {
-    // No deflate makes its input longer by more than an eighth; libhdf5 allows 0.1 %.
-    return chunk_bytes + chunk_bytes / 8 + 64 + kChecksum * filters;
+    // No deflate makes its input longer by more than an eighth; libhdf5 allows 0.1 %. It also reads chunks that hold more
+    // than they should.
+    return chunk_bytes + chunk_bytes / 8 + kMostLonger + kChecksum * filters;
 }
 
 }  // namespace spinlock_fast

@@ -43,16 +43,17 @@ public:
     //
     // filters: in the order in which the writer applied them, at most one deflate.
     // mask: bit i is set where filter i was skipped for this chunk.
-    // chunk_bytes: size of the result, exactly.
+    // chunk_bytes: size of the result; what a chunk holds beyond it is decoded and left out.
     // verify: whether fletcher32 is compared; deflate's own checksum always is.
     // into: memory of `chunk_bytes` for the result, where it is wanted there; else the decoder's own is used.
     //
-    // Throws DecodeError. Nothing beyond `chunk_bytes` and a few bytes for checksums is allocated,
-    // whatever `stored` says.
+    // Throws DecodeError. At most 16 MiB beyond `chunk_bytes` are allocated, whatever `stored` says.
     std::span<std::byte> decode(std::span<std::byte> stored, std::uint32_t mask, std::span<const Filter> filters,
                                 std::size_t chunk_bytes, bool verify, std::span<std::byte> into = {});
 
 private:
+    std::span<std::byte> inflate_longer(std::span<const std::byte> stored, std::size_t expected);
+
     Inflater inflater_;
     Scratch inflated_;
     Scratch unshuffled_;

@@ -15,4 +15,9 @@ struct ReadError : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
+// The process, or the system, may not open another file.
+struct TooManyFiles : ReadError {
+    using ReadError::ReadError;
+};
+
 }  // namespace spinlock_fast

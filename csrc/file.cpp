@@ -4,7 +4,9 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <chrono>
 #include <system_error>
+#include <thread>
 
 #include <fcntl.h>
 #include <sys/stat.h>
@@ -14,6 +16,7 @@ namespace spinlock_fast {
 namespace {
 
 constexpr std::size_t kOpenFiles = 32;
+constexpr int kMostWaits = 50;  // of 10 ms, for other threads to close their files
 
 std::string reason(int error) { return std::generic_category().message(error); }
 
@@ -37,6 +40,8 @@ File::File(const FileName& name) : identity_(name.identity), descriptor_(-1) {
     do {
         descriptor_ = ::open(name.path.c_str(), O_RDONLY | O_CLOEXEC);
     } while (descriptor_ < 0 && errno == EINTR);
+    if (descriptor_ < 0 && (errno == EMFILE || errno == ENFILE))
+        throw TooManyFiles("cannot be opened: " + reason(errno) + "; `ulimit -n` tells and raises the limit");
     if (descriptor_ < 0) throw ReadError("cannot be opened: " + reason(errno));
     try {
         check_unchanged();
@@ -68,13 +73,30 @@ void File::check_unchanged() const {
     if (identify(descriptor_) != identity_) throw ReadError("the file has changed since it was opened");
 }
 
+// Where the process may not open more files, those used longest ago are closed. One that another thread reads from is
+// closed when that thread is done, which is soon.
+std::shared_ptr<const File> FileCache::open(const FileName& name) {
+    for (int waited = 0;;) {
+        try {
+            return std::make_shared<const File>(name);
+        } catch (const TooManyFiles&) {
+            if (!open_.empty())
+                open_.pop_back();
+            else if (waited++ < kMostWaits)
+                std::this_thread::sleep_for(std::chrono::milliseconds(10));
+            else
+                throw;
+        }
+    }
+}
+
 std::shared_ptr<const File> FileCache::get(std::size_t index) {
     const std::scoped_lock lock(mutex_);
     const auto found = std::ranges::find(open_, index, [](const auto& entry) { return entry.first; });
     if (found != open_.end()) {
         open_.splice(open_.begin(), open_, found);
     } else {
-        open_.emplace_front(index, std::make_shared<const File>(names_[index]));
+        open_.emplace_front(index, open(names_[index]));
         // A file that a thread still reads from is closed when that thread lets go of it.
         if (open_.size() > kOpenFiles) open_.pop_back();
     }

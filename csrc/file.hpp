@@ -59,6 +59,8 @@ public:
     std::size_t size() const noexcept { return names_.size(); }
 
 private:
+    std::shared_ptr<const File> open(const FileName& name);
+
     std::vector<FileName> names_;
     std::mutex mutex_;
     std::list<std::pair<std::size_t, std::shared_ptr<const File>>> open_;  // the last used first

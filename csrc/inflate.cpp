@@ -26,16 +26,15 @@ Inflater::Inflater() : state_(std::make_unique<State>()) {
     if (!state_->decompressor) throw std::bad_alloc();
 }
 
-void Inflater::inflate(std::span<const std::byte> in, std::span<std::byte> out) {
-    std::size_t used = 0;
-    // A null `actual_out` demands that the output has exactly the size asked for.
+std::optional<std::size_t> Inflater::inflate(std::span<const std::byte> in, std::span<std::byte> out) {
+    std::size_t used = 0, made = 0;
     const libdeflate_result result = libdeflate_zlib_decompress_ex(
-        state_->decompressor.get(), in.data(), in.size(), out.data(), out.size(), &used, nullptr);
+        state_->decompressor.get(), in.data(), in.size(), out.data(), out.size(), &used, &made);
     switch (result) {
-        case LIBDEFLATE_SUCCESS: return;
-        case LIBDEFLATE_BAD_DATA: throw DecodeError("the compressed data are invalid");
-        case LIBDEFLATE_SHORT_OUTPUT: throw DecodeError("the compressed data end early");
-        case LIBDEFLATE_INSUFFICIENT_SPACE: throw DecodeError("the compressed data are longer than the chunk");
+        case LIBDEFLATE_SUCCESS: return made;
+        case LIBDEFLATE_INSUFFICIENT_SPACE: return std::nullopt;
+        case LIBDEFLATE_BAD_DATA:
+        case LIBDEFLATE_SHORT_OUTPUT: throw DecodeError("the compressed data are invalid");
     }
     throw DecodeError("the compressed data cannot be decoded");
 }
@@ -57,7 +56,7 @@ std::string inflate_library() { return std::string("zlib ") + zlibVersion(); }
 
 Inflater::Inflater() : state_(std::make_unique<State>()) {}
 
-void Inflater::inflate(std::span<const std::byte> in, std::span<std::byte> out) {
+std::optional<std::size_t> Inflater::inflate(std::span<const std::byte> in, std::span<std::byte> out) {
     constexpr std::size_t most = std::numeric_limits<uInt>::max();
     // libhdf5 allows no chunk of 4 GiB or more.
     if (in.size() > most || out.size() > most) throw DecodeError("the chunk is too large for zlib");
@@ -68,10 +67,8 @@ void Inflater::inflate(std::span<const std::byte> in, std::span<std::byte> out) 
     stream.next_out = reinterpret_cast<Bytef*>(out.data());
     stream.avail_out = static_cast<uInt>(out.size());
     const int result = ::inflate(&stream, Z_FINISH);
-    if (result == Z_STREAM_END && stream.avail_out == 0) return;
-    if (result == Z_STREAM_END) throw DecodeError("the compressed data end early");
-    if (result == Z_BUF_ERROR && stream.avail_out == 0)
-        throw DecodeError("the compressed data are longer than the chunk");
+    if (result == Z_STREAM_END) return out.size() - stream.avail_out;
+    if ((result == Z_OK || result == Z_BUF_ERROR) && stream.avail_out == 0) return std::nullopt;
     throw DecodeError("the compressed data are invalid");
 }
 
@@ -83,7 +80,7 @@ std::string inflate_library() { return "none"; }
 
 Inflater::Inflater() = default;
 
-void Inflater::inflate(std::span<const std::byte>, std::span<std::byte>) {
+std::optional<std::size_t> Inflater::inflate(std::span<const std::byte>, std::span<std::byte>) {
     throw DecodeError("this build has no library for deflate");
 }
 

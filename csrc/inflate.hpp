@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 
@@ -19,9 +20,9 @@ public:
     Inflater(Inflater&&) noexcept;
     Inflater& operator=(Inflater&&) noexcept;
 
-    // Fills `out` exactly, checksum included; bytes after the end of the stream are ignored, as libhdf5
-    // does. Throws DecodeError.
-    void inflate(std::span<const std::byte> in, std::span<std::byte> out);
+    // Decodes a whole stream, checksum included, and returns the bytes that it holds; nothing where these are more than
+    // `out`. Bytes after the end of the stream are ignored, as libhdf5 does. Throws DecodeError.
+    std::optional<std::size_t> inflate(std::span<const std::byte> in, std::span<std::byte> out);
 
 private:
     struct State;

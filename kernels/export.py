@@ -6,16 +6,15 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
-from torch.onnx import is_in_onnx_export
 from torch.utils._python_dispatch import _disable_current_modes
 
 
 def exporting() -> bool:
-    """True inside `torch.export` and `torch.onnx.export`: what runs the graph does not know this package's operators.
+    """True inside `torch.export`, also for `torch.onnx.export(dynamo=True)`: what runs the graph lacks our operators.
 
     Operators are written out in evaluation alone: training needs the gradients that they define.
     """
-    return torch.compiler.is_exporting() or is_in_onnx_export()
+    return torch.compiler.is_exporting()
 
 
 @contextmanager

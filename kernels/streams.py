@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -15,10 +16,73 @@ Result = TypeVar("Result")
 # before what only the optimizer waits for. A captured graph keeps them.
 MAIN, BESIDE, LATER = -2, -1, 0
 
-_streams: dict[torch.device, list[torch.cuda.Stream]] = {}
-_depth: dict[torch.device, int] = {}
-_later_streams: dict[torch.device, list[torch.cuda.Stream]] = {}
-_waiting: dict[torch.device, list[Any]] = {}  # what deferred work reads, while it may run
+
+class _Deferred:
+    """Work that was put off, in one `joined`: the stream of each, and what it reads."""
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[torch.cuda.Stream, Any]] = []
+
+
+class _Family:
+    """The streams that serve one caller's stream: branches beside it, and work that is put off.
+
+    Callers on different streams share none, so that none waits for another, and a graph that one captures holds
+    nothing of the other's. Autograd's thread runs a backward pass on the stream of its forward pass, which tells the
+    family there, too.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.sides: list[torch.cuda.Stream] = []
+        self.laters: list[torch.cuda.Stream] = []
+        self.open: list[_Deferred] = []  # of every `joined` that has not ended, the innermost last
+
+    def _at_least(self, count: int, streams: list[torch.cuda.Stream], priority: int) -> list[torch.cuda.Stream]:
+        """The family's own of `streams`, with as many new ones as are missing."""
+        streams[:] = [stream for stream in streams if _families.get(stream) is self]
+        while len(streams) < count:
+            stream = _unused_stream(self.device, priority)
+            _families[stream] = self
+            streams.append(stream)
+        return streams
+
+    def sides_of(self, caller: torch.cuda.Stream, depth: int, count: int) -> list[torch.cuda.Stream]:
+        """Streams that neither the caller nor one further up uses."""
+        sides = self._at_least(depth + count + 1, self.sides, BESIDE)
+        return [stream for stream in sides[depth:] if stream != caller][:count]
+
+    def pending(self) -> list[torch.cuda.Stream]:
+        """Streams of all work that is put off."""
+        return [stream for deferred in self.open for stream, _ in deferred.entries]
+
+    def next_later(self) -> torch.cuda.Stream:
+        """A stream for more of it."""
+        used = len(self.pending())
+        return self._at_least(used + 1, self.laters, LATER)[used]
+
+
+# Of every stream in use. Torch makes 32 streams of a device and priority, and then gives out the same ones again.
+_STREAMS = 32
+_families: dict[torch.cuda.Stream, _Family] = {}
+_lock = threading.Lock()
+_here = threading.local()  # depth: of the branches that this thread is in
+
+
+def _unused_stream(device: torch.device, priority: int) -> torch.cuda.Stream:
+    """A stream of no family, or, where there is none, of one with nothing put off; if need be, any."""
+    streams = [torch.cuda.Stream(device, priority=priority) for _ in range(_STREAMS)]
+    free = [stream for stream in streams if stream not in _families]
+    idle = [stream for stream in streams if stream in _families and not _families[stream].open]
+    return [*free, *idle, *streams][0]
+
+
+def _family(caller: torch.cuda.Stream) -> _Family:
+    found = _families.get(caller)
+    if found is None:
+        with _lock:
+            found = _families.setdefault(caller, _Family(caller.device))
+    return found
 
 
 def side_by_side(works: Sequence[Callable[[], Result]], inputs: Sequence[Tensor]) -> list[Result]:
@@ -36,12 +100,12 @@ def side_by_side(works: Sequence[Callable[[], Result]], inputs: Sequence[Tensor]
     if device.type != "cuda" or len(works) < 2 or torch.compiler.is_compiling():
         return [work() for work in works]
     caller = torch.cuda.current_stream(device)
-    depth = _depth.get(device, 0)
-    sides = _sides(device, caller, depth, len(works) - 1)
+    depth: int = getattr(_here, "depth", 0)
+    sides = _family(caller).sides_of(caller, depth, len(works) - 1)
     for side in sides:
         side.wait_stream(caller)
     found: list[Result] = []
-    _depth[device] = depth + len(sides)
+    _here.depth = depth + len(sides)
     try:
         for work, side in zip(works[1:], sides, strict=True):
             with torch.cuda.stream(side):
@@ -50,7 +114,7 @@ def side_by_side(works: Sequence[Callable[[], Result]], inputs: Sequence[Tensor]
                 tensor.record_stream(side)
         found.insert(0, works[0]())
     finally:
-        _depth[device] = depth
+        _here.depth = depth
         for side in sides:  # also after an error: a capture must not end with a branch that nobody joined
             caller.wait_stream(side)
     for result in found[1:]:
@@ -61,28 +125,25 @@ def side_by_side(works: Sequence[Callable[[], Result]], inputs: Sequence[Tensor]
     return found
 
 
-def _sides(device: torch.device, caller: torch.cuda.Stream, depth: int, count: int) -> list[torch.cuda.Stream]:
-    """Streams that neither the caller nor one further up uses."""
-    streams = _streams.setdefault(device, [])
-    while len(streams) < depth + count + 1:
-        streams.append(torch.cuda.Stream(device, priority=BESIDE))
-    return [stream for stream in streams[depth:] if stream != caller][:count]
-
-
 @contextmanager
 def joined(device: torch.device) -> Iterator[None]:
-    """Where work may be put off by `later`: the current stream waits for it at the end. May not be nested."""
+    """Where work may be put off by `later`: the current stream waits for it at the end, also after an error.
+
+    May be nested, and entered by several threads at once: each end waits for all work that was put off since its
+    begin on streams that serve the same caller's stream.
+    """
     if device.type != "cuda":
         yield
         return
-    device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-    waiting = _waiting[device] = []
+    caller = torch.cuda.current_stream(device)
+    family, deferred = _family(caller), _Deferred()
+    family.open.append(deferred)
     try:
         yield
     finally:
-        del _waiting[device]
-        caller = torch.cuda.current_stream(device)
-        for stream in _later_streams.get(device, [])[: len(waiting)]:
+        waits = family.pending()
+        family.open.remove(deferred)
+        for stream in waits:
             caller.wait_stream(stream)
 
 
@@ -97,16 +158,16 @@ def later(work: Callable[[], Result], inputs: Sequence[Tensor], after_others: bo
         after_others: it reads what was put off before.
     """
     device = inputs[0].device
-    waiting = _waiting.get(device)
-    if waiting is None or torch.compiler.is_compiling():
+    if device.type != "cuda" or torch.compiler.is_compiling():
         return work()
-    streams = _later_streams.setdefault(device, [])
-    if len(streams) == len(waiting):
-        streams.append(torch.cuda.Stream(device, priority=LATER))
-    stream = streams[len(waiting)]
-    waiting.append((work, list(inputs)))
-    before = streams[: len(waiting) - 1] if after_others else []
-    for other in (torch.cuda.current_stream(device), *before):
+    current = torch.cuda.current_stream(device)
+    family = _families.get(current)
+    if family is None or not family.open:
+        return work()
+    before = family.pending() if after_others else []
+    stream = family.next_later()
+    family.open[-1].entries.append((stream, (work, list(inputs))))
+    for other in (current, *before):
         stream.wait_stream(other)
     with torch.cuda.stream(stream):
         return work()

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from spinlock_fast.cli import exit_with, parser
+from spinlock_fast.cli import add_external, exit_with, parser
 from spinlock_fast.config import parse_bytes
 from spinlock_fast.errors import ConfigError
 
@@ -32,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--queries", type=int, help="most operators whose neighbours are sought (1000)")
     options.add_argument("--seed", type=int, help="of permutations and random samples (0)")
     options.add_argument("--memory-budget", default="1.25GB", help="most bytes of raw features at once")
+    add_external(options)
     options.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N: where operators are encoded")
     options.add_argument("--quiet", action="store_true", help="print nothing but errors")
     chosen = options.parse_args(arguments)
@@ -80,6 +81,7 @@ def _analyze(chosen: argparse.Namespace) -> None:
             budget,
             display.stage,
             lambda done, total: display.encoded("operators", done, total),
+            allow_external=not chosen.no_external,
         )
         display.stage("Writing")
         with directory_written_by_one(output):

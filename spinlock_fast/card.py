@@ -86,7 +86,7 @@ Tokens are in this order, level by level: {_token_names(metrics)}.
 ## Limits
 
 - It knows operators like those it was fitted to. Features far outside their range are clipped and get the nearest
-  code, whatever that means; compare the reconstruction error on new data (`evaluate`) with the one above first.
+  code, whatever that means. `evaluate`, `tokenize` and `analyze` warn of such data; look at `evaluate` first.
 - Tokens are numbers of this checkpoint. Those of another run, even of another seed, are other numbers.
 - A code that few operators have is little tested: {metrics["total_codes"] - metrics["active_codes"]} of the codes were
   used by no held-out operator.
@@ -143,11 +143,11 @@ _MARKDOWN = str.maketrans({c: f"\\{c}" for c in "\\`*[]|~#$"})
 
 def _code(name: str) -> str:
     """A name between backticks, where Markdown interprets nothing but a backtick."""
-    return printable(name, keep="").replace("`", "'")
+    return printable(name).replace("`", "'")
 
 
 def _text(name: str, most: int = 80) -> str:
     """A name from the data or the settings, so that no character of it is markup."""
-    name = printable(name, keep="")
+    name = printable(name)
     name = name if len(name) <= most else f"{name[: most // 2]}...{name[-most // 2 :]}"
     return escape(name.translate(_MARKDOWN))

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from spinlock_fast import __version__
 from spinlock_fast.card import model_card
 from spinlock_fast.config import RunConfig
-from spinlock_fast.config_file import dump_config, load_config
+from spinlock_fast.config_file import dump_config, load_written_config
 from spinlock_fast.errors import DataError
 from spinlock_fast.files import write_atomically, write_json, write_text
 from spinlock_fast.manifest import RESUME, file_sha256, write_manifest
@@ -144,6 +144,9 @@ def model_from_payload(payload: Mapping[str, Any]) -> CategoricalHierarchicalVQV
     if problem := _difference(sizes, {name: tuple(value.shape) for name, value in model.state_dict().items()}):
         raise DataError(f"model_state_dict: {problem}{_written_by(payload)}")
     model.load_state_dict(weights)
+    if "code_usage" in payload:  # earlier versions did not keep it
+        model.quantizer.usage.copy_(payload["code_usage"])
+        model.quantizer.rows_seen.fill_(payload["code_usage_rows"])
     return model.eval()
 
 
@@ -173,7 +176,10 @@ def _written_by(payload: Mapping[str, Any]) -> str:
 
 
 def load_checkpoint(directory: str | Path) -> CategoricalHierarchicalVQVAE:
-    """The model of a checkpoint directory, in eval mode, on the CPU; raises DataError."""
+    """The model of a checkpoint directory, in eval mode, on the CPU; raises DataError.
+
+    Its quantizer's `utilization()` and `perplexity()` are those of the run's validation rows.
+    """
     return model_from_payload(load_payload(directory))
 
 
@@ -184,7 +190,7 @@ def load_run_config(directory: str | Path) -> RunConfig:
         check_integrity(directory, CONFIG)
     except (DataError, OSError):
         log.warning("%s was changed after the run that made it", find(directory, CONFIG))
-    return load_config(find(directory, CONFIG))
+    return load_written_config(find(directory, CONFIG))
 
 
 def checkpoint_hash(directory: str | Path) -> str:

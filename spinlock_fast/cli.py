@@ -40,6 +40,15 @@ def parser(verb: str, description: str) -> Parser:
     return Parser(prog=f"python -m spinlock_fast.{verb}", description=description)
 
 
+def add_external(options: argparse.ArgumentParser) -> None:
+    """The option of commands that read data files."""
+    options.add_argument(
+        "--no-external",
+        action="store_true",
+        help="refuse links, virtual and external sources that lead out of the directory of a data file",
+    )
+
+
 def exit_with(command: Callable[[], None]) -> NoReturn:
     """Runs a command and ends the process: a foreseen error is one line on stderr and its status."""
     with tolerant_streams():

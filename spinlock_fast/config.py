@@ -111,6 +111,10 @@ def _default_families() -> dict[str, FamilyConfig]:
 
 class FeatureCleaningConfig(Section):
     enabled: bool = Field(default=True, description="false keeps every column and clips nothing")
+    nan_fill: Literal["median", "zero"] = Field(
+        default="median",
+        description="missing raw values become the median of the training rows, before anything else; or 0",
+    )
     variance_threshold: NonNegativeFloat = Field(
         default=1e-8, description="columns whose standard deviation is below this are dropped"
     )
@@ -313,6 +317,13 @@ class TrainingConfig(Section):
         return self
 
 
+class DataConfig(Section):
+    allow_external: bool = Field(
+        default=True,
+        description="false refuses links, virtual and external sources that lead out of the directory of a data file",
+    )
+
+
 class LoggingConfig(Section):
     level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="least severe message that is shown"
@@ -328,6 +339,7 @@ class RunConfig(Section):
     dataset_path: str | list[str] | None = Field(
         default=None, description="HDF5 file, glob, or list of files that follow each other"
     )
+    data: DataConfig = Field(default_factory=DataConfig, description="see its section")
     memory_budget: ByteSize = Field(
         default=1_250_000_000, description="most bytes of raw features held at once, e.g. 1.25GB"
     )

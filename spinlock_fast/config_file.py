@@ -179,6 +179,13 @@ def load_config(path: str | Path, overrides: Sequence[str] | Mapping[str, Any] =
     return config
 
 
+def load_written_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """`load_config` of the file that a run wrote; one from before `feature_cleaning.nan_fill` was made with zero."""
+    # A run writes every setting into its file.
+    older = path.is_file() and not re.search(r"^ +nan_fill:", path.read_text("utf-8", "replace"), re.MULTILINE)
+    return load_config(path, [*(["feature_cleaning.nan_fill=zero"] if older else []), *overrides])
+
+
 def _is_section(key: str) -> bool:
     field = RunConfig.model_fields.get(key)
     return field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, Section)

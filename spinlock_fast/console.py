@@ -181,6 +181,9 @@ def print_summary(metrics: Metrics, console: Console | None = None) -> None:
         ("loss, all terms", f"{metrics['val_loss']:.4f}"),
         ("codes in use", f"{metrics['active_codes']} of {metrics['total_codes']}"),
     ]
+    if compared := metrics.get("compared_with_training"):
+        outside, usual = compared["outside_range"], compared["outside_range_in_training"]
+        rows.append(("outside training", f"{outside:.1%} of features ({usual:.1%} in training)"))
     if "parameters" in metrics:
         rows.append(("parameters", f"{metrics['parameters']:,}"))
     if "best_epoch" in metrics:
@@ -189,7 +192,7 @@ def print_summary(metrics: Metrics, console: Console | None = None) -> None:
         rows.append(("seconds", ", ".join(f"{name} {value:.1f}" for name, value in metrics["seconds"].items())))
     for name, value in rows:
         figures.add_row(f"  {name}", value)
-    console.print(f"\nMeasured on {metrics['val_rows']:,} samples")
+    console.print(f"\nMeasured on {describe_rows(metrics)}")
     console.print(figures)
 
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
@@ -212,3 +215,13 @@ def print_summary(metrics: Metrics, console: Console | None = None) -> None:
     console.print()
     console.print(table)
     console.print("MSE: own features from one codebook alone; levels in the order L0, L1, L2\n", style="dim")
+
+
+def describe_rows(metrics: Metrics) -> str:
+    """Which rows metrics rest on, such as "77 held-out samples"."""
+    count, trained = metrics["val_rows"], metrics.get("trained_rows")
+    names = {"heldout": "held-out ", "train": "training ", "validation": "validation ", "test": "test "}
+    text = f"{count:,} {names.get(metrics.get('rows', ''), '')}samples"
+    if metrics.get("rows") != "all":
+        return text
+    return f"all {text}" if trained is None else f"all {text}, of which {trained:,} were trained on"

@@ -1,10 +1,15 @@
 """Errors that a user can act on, each with the exit status of the command line."""
 
+from spinlock_fast.messages import printable
+
 
 class SpinlockFastError(Exception):
-    """Base of the errors below; its text is one line that says what to do."""
+    """Base of the errors below; its text is one printable line that says what to do."""
 
     exit_status = 1
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ConfigError(SpinlockFastError, ValueError):

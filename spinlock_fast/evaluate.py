@@ -6,15 +6,23 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from spinlock_fast.cli import exit_with, parser
+from spinlock_fast.cli import add_external, exit_with, parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
-    options = parser("evaluate", "Measures a checkpoint on all samples of a file.")
+    options = parser("evaluate", "Measures a checkpoint on held-out samples of a file.")
     options.add_argument("checkpoint", help="checkpoint directory")
     options.add_argument("data", help="HDF5 file or glob")
+    options.add_argument(
+        "--rows",
+        choices=["auto", "heldout", "all", "train", "validation", "test"],
+        default="auto",
+        help="heldout: not trained on; train, validation, test: of the run's split; auto: heldout where the file holds "
+        "training samples too, else all",
+    )
     options.add_argument("--json", metavar="FILE", help="write the metrics there")
+    add_external(options)
     options.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     options.add_argument("--quiet", action="store_true", help="print no table")
     chosen = options.parse_args(arguments)
@@ -22,11 +30,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _evaluate(chosen: argparse.Namespace) -> None:
-    from spinlock_fast.console import print_summary
+    from spinlock_fast.config import LoggingConfig
+    from spinlock_fast.console import RunDisplay, print_summary
     from spinlock_fast.evaluation import evaluate_file
     from spinlock_fast.files import write_json
 
-    metrics = evaluate_file(chosen.checkpoint, chosen.data, chosen.device)
+    with RunDisplay(chosen.quiet, LoggingConfig(level="warning")):
+        metrics = evaluate_file(
+            chosen.checkpoint, chosen.data, chosen.device, chosen.rows, allow_external=not chosen.no_external
+        )
     if chosen.json:
         write_json(Path(chosen.json), metrics)
     if not chosen.quiet:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from spinlock_fast.kernels.streams import MAIN
+from spinlock_fast.kernels.table_cache import captured_tables
 from spinlock_fast.step import StepKind
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,8 @@ class StepLauncher:
         self._capture = capture or _CudaCapture(device)
         self._done: Counter[StepKind] = Counter()
         self._replays: dict[tuple[StepKind, int], Replay] = {}
+        self._places: object = None
+        self._others: list[StepLauncher] = []
 
     def run(self, kind: StepKind, most: int) -> int:
         """Runs one step or several of a kind, at most `most`; returns how many."""
@@ -90,7 +93,16 @@ class StepLauncher:
         def again() -> None:
             launcher.run(_ONE_KIND, 1)
 
+        self._others.append(launcher)
         return again
+
+    def follow(self, places: object) -> None:
+        """Says where the tensors of the work lie now; where they have moved, its graphs are captured anew."""
+        if places != self._places:
+            self._replays.clear()
+        self._places = places
+        for other in self._others:
+            other.follow(places)
 
     def _captured(self, kind: StepKind, count: int) -> Replay | None:
         try:
@@ -131,6 +143,16 @@ class StepLauncher:
         log.warning("%s run one by one, not as CUDA graphs: %s", self._name, reason)
 
 
+class _Graph:
+    """A captured graph and the tables that it reads."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, tables: dict[int, Any]) -> None:
+        self._graph, self._tables = graph, tables
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
 class _CudaCapture:
     """Captures steps into graphs that share one pool of memory. No graph reads what another left there."""
 
@@ -141,9 +163,11 @@ class _CudaCapture:
     def __call__(self, step: Step, kind: StepKind, count: int) -> Replay:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
         try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=torch.cuda.current_stream(self._device)):
+            # What other threads do meanwhile (write a checkpoint, read rows) must not break the capture.
+            capture = torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local")
+            with captured_tables() as tables, capture:
                 for _ in range(count):
                     step(kind)
         except RuntimeError:
@@ -151,8 +175,7 @@ class _CudaCapture:
             generator = torch.cuda.default_generators[self._device.index]
             generator.graphsafe_set_state(generator.clone_state())
             raise
-        replay: Replay = graph.replay
-        return replay
+        return _Graph(graph, tables).replay
 
 
 @contextmanager

@@ -257,6 +257,7 @@ class TrainingRun:
         self.model.train()
         step = self.one_step
         step.begin_epoch(self._rows_of(self.epoch), learning_rates(self.training, step.count, self.epoch), self.step)
+        self.launcher.follow(step.places())  # an observer may have moved tensors
         while self.step < step.count:
             kind, most = self._next_steps()
             self.step += self.launcher.run(kind, most)

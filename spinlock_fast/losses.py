@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from spinlock_fast.config import TrainingConfig
 from spinlock_fast.kernels.code_decoders import partial_loss
 from spinlock_fast.kernels.streams import later, side_by_side
+from spinlock_fast.kernels.table_cache import TableCache
 from spinlock_fast.kernels.topo_loss import topographic_loss
 from spinlock_fast.model import CategoricalHierarchicalVQVAE
 from spinlock_fast.quantize import GroupedVectorQuantizer
@@ -19,10 +19,12 @@ from spinlock_fast.quantize import GroupedVectorQuantizer
 TOPO_PRE_SHARE = 0.3  # the rest is that of the second correlation
 
 
-@cache
+_weights: TableCache[Tensor] = TableCache(64)
+
+
 def _factors(weights: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(weights, dtype=dtype, device=device)
+    key = (weights, dtype, device)
+    return _weights.get(key, device, lambda: torch.tensor(weights, dtype=dtype, device=device))
 
 
 class LossTerms(NamedTuple):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import reprlib
 import unicodedata
-from collections.abc import Collection
 from typing import Any
 
 _MESSAGE_LIMIT = 1000
@@ -12,20 +11,18 @@ _MESSAGE_LIMIT = 1000
 _BIDIRECTIONAL_MARKS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
-def printable(text: str, keep: Collection[str] = "\n\t") -> str:
-    """The text with control characters, lone surrogates and bidirectional marks as escapes such as `\\x1b`.
+def printable(text: str) -> str:
+    """The text with control characters, line ends, lone surrogates and bidirectional marks as escapes such as \\x1b.
 
-    Args:
-        text: from a file or a command line; it may hold escape sequences of a terminal.
-        keep: control characters that stay.
+    What a file calls its datasets and columns must not reach a terminal, an SVG or an XML file as it is.
     """
     if text.isascii() and text.isprintable():
         return text
-    return "".join(_escaped(c) if c not in keep and _is_unsafe(c) else c for c in text)
+    return "".join(_escaped(c) if _is_unsafe(c) else c for c in text)
 
 
 def _is_unsafe(character: str) -> bool:
-    return unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") or character in _BIDIRECTIONAL_MARKS
+    return unicodedata.category(character) in ("Cc", "Cs", "Cn", "Zl", "Zp") or character in _BIDIRECTIONAL_MARKS
 
 
 def _escaped(character: str) -> str:
@@ -56,5 +53,5 @@ class _BoundedRepr(reprlib.Repr):
 
 def shown(value: Any, limit: int = 60) -> str:
     """`repr` of a value for a message: at most `limit` characters, in a time that does not depend on its size."""
-    text = printable(_BoundedRepr(limit).repr(value), keep="")
+    text = printable(_BoundedRepr(limit).repr(value))
     return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -44,6 +44,7 @@ class _Measured(NamedTuple):
     utilization: Tensor  # [G]
     perplexity: Tensor  # [G]
     active: Tensor  # codes in use
+    used: Tensor  # [codes] rows of each code
 
 
 def evaluate(
@@ -53,6 +54,17 @@ def evaluate(
     numbers: NDArray[np.int64] | None = None,
     what: str = "",
 ) -> Metrics:
+    """Metrics of a model on rows x [N, F]; see `evaluate_with_use`."""
+    return evaluate_with_use(model, x, training, numbers, what)[0]
+
+
+def evaluate_with_use(
+    model: CategoricalHierarchicalVQVAE,
+    x: Rows,
+    training: TrainingConfig,
+    numbers: NDArray[np.int64] | None = None,
+    what: str = "",
+) -> tuple[Metrics, Tensor]:
     """Metrics of a model on rows x [N, F], in eval mode.
 
     Rows of which no finite error or code exists would leave NaN of every mean: they are left out, counted in
@@ -69,7 +81,7 @@ def evaluate(
         quality, reconstruction_error, utilization, perplexity and perplexity_over_k (means over
         codebooks), val_rows, val_loss, topo_pre, topo_post (on the first min(1024, N) rows),
         active_codes, total_codes, and categories: name, features, partial_mse, utilization,
-        perplexity, codes and dims per level.
+        perplexity, codes and dims per level. And the rows of each code [codes], of all codebooks in order.
     """
     layout = model.quantizer.layout
     left_out: list[int] = []
@@ -78,8 +90,8 @@ def evaluate(
         if spoiled(float(packed[0]), packed.tolist(), x.shape):
             x, _, left_out = without_outliers(model, x, numbers, what)
             packed, found = _measured(model, x, training)
-    scalars, partial, used, entropy, active = packed.split([part.numel() for part in found])
-    return {
+    scalars, partial, used, entropy, active, rows_of_codes = packed.split([part.numel() for part in found])
+    metrics = {
         **_named(scalars.tolist()),
         "val_rows": x.shape[0],
         "total_codes": layout.total_codes,
@@ -87,6 +99,7 @@ def evaluate(
         "categories": _categories(model, partial.view(layout.groups, -1), used.tolist(), entropy.tolist()),
         **({"rows_left_out": left_out} if left_out else {}),
     }
+    return metrics, rows_of_codes
 
 
 def _measured(model: CategoricalHierarchicalVQVAE, x: Rows, training: TrainingConfig) -> tuple[Tensor, _Measured]:
@@ -196,7 +209,7 @@ def _measure(model: CategoricalHierarchicalVQVAE, x: Rows, weights: LossWeights)
         "topo_post": post,
     }
     packed = torch.stack([scalars[name].double() for name in _SCALARS])
-    return _Measured(packed, partial, share, entropy, (used > 0).sum())
+    return _Measured(packed, partial, share, entropy, (used > 0).sum(), used)
 
 
 def _categories(

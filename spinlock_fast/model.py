@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, cast
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
@@ -317,39 +319,34 @@ class CategoricalHierarchicalVQVAE(TransientBuffers):
     def to_codes(self, x: Tensor) -> tuple[dict[str, Tensor], Callable[[], None]]:
         """What `forward` returns without the reconstruction, and what is left to do: in training, to move the codes."""
         latents = self.encode(x)
-        codebook = self._codes_in_use(latents)
-        quantized, tokens, vq_loss, move_codes = self.quantizer.quantize(latents)
+        quantized, tokens, vq_loss, codebook, move_codes = self.quantizer.quantize_by(latents)
         out = {
             "tokens": tokens,
             "vq_loss": vq_loss,
             "latents": latents,
             "quantized": quantized,
-            "codebook": codebook,
+            "codebook": snapshot(codebook) if self.training else codebook,
         }
         return out, move_codes
 
-    def _codes_in_use(self, latents: Tensor) -> Tensor:
-        """The codes that the next call of the quantizer assigns."""
-        quantizer = self.quantizer
-        if not self.training:
-            return quantizer.embedding.detach()
-        if quantizer.needs_initialization:  # its first call would fit them to these latents and at once move them on
-            usable = torch.isfinite(latents).all(1)
-            if bool(usable.any()):
-                quantizer.initialize(latents.detach()[usable])
-        return snapshot(quantizer.embedding.detach())
+    @torch.no_grad()
+    def get_tokens(self, x: Tensor | ArrayLike) -> Tensor:
+        """Features [B, F] -> tokens [B, G] int64, without dropout, gradient or change of the codes.
+
+        Args:
+            x: numbers of any type, torch or numpy, on any device.
+        """
+        weight = self.encoder_layers.first.weight
+        with _evaluating(self):
+            rows = x if isinstance(x, Tensor) else torch.from_numpy(np.array(x, np.float32, order="C"))
+            return self.quantizer.assign(self.encode(rows.to(weight))).codes
 
     @torch.no_grad()
-    def get_tokens(self, x: Tensor) -> Tensor:
-        """Features [B, F] -> tokens [B, G] int64, without dropout, gradient or change of the codes."""
+    def decode_from_tokens(self, tokens: Tensor | ArrayLike) -> Tensor:
+        """Tokens [B, G], torch or numpy -> features [B, F], without dropout; raises IndexError outside a codebook."""
         with _evaluating(self):
-            return self.quantizer.assign(self.encode(x)).codes
-
-    @torch.no_grad()
-    def decode_from_tokens(self, tokens: Tensor) -> Tensor:
-        """Tokens [B, G] -> features [B, F], without dropout; raises IndexError outside a codebook."""
-        with _evaluating(self):
-            return self.decode(self.quantizer.lookup(tokens))
+            index = tokens if isinstance(tokens, Tensor) else torch.from_numpy(np.array(tokens, np.int64, order="C"))
+            return self.decode(self.quantizer.lookup(index.to(self.feature_order)))
 
     def get_category_tokens(self, tokens: Tensor, category: str) -> Tensor:
         """The tokens [..., L] of one category out of [..., G]."""

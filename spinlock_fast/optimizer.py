@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from spinlock_fast.kernels.backend import runs_triton
+from spinlock_fast.kernels.table_cache import TableCache
 
 _BETAS = (0.9, 0.999)
 _EPS = 1e-8
@@ -19,6 +21,9 @@ class FusedAdam:
 
     The arithmetic is that of `torch.optim.Adam(fused=True)`, and so is the form of `state_dict`. It is not used itself
     because making one imports torch's compiler, which takes longer than loading 10,000 rows.
+
+    Parameters may get other memory (`p.data = ...`) or other strides between steps. Gradients may have any strides and,
+    where a parameter's `grad_dtype` allows it, any real dtype.
 
     Args:
         parameters: to be moved; those without a gradient stay.
@@ -37,7 +42,9 @@ class FusedAdam:
         self.mean = [torch.zeros_like(p, memory_format=torch.preserve_format) for p in self.parameters]
         self.square = [torch.zeros_like(p, memory_format=torch.preserve_format) for p in self.parameters]
         self.count = torch.zeros((), device=self.parameters[0].device)  # steps done, of all parameters
-        self._launches: dict[tuple[int, ...], Any] = {}  # by the parameters that have a gradient
+        self._places: list[tuple[int, tuple[int, ...]]] = []
+        self._dense: list[bool] = []
+        self._launches: TableCache[Any] = TableCache(32)  # by the tensors' addresses, which they hold
 
     def zero_grad(self) -> None:
         """Forgets the gradients."""
@@ -46,32 +53,76 @@ class FusedAdam:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Moves the parameters against their gradients."""
-        used = tuple(i for i, p in enumerate(self.parameters) if p.grad is not None)
-        if used and runs_triton("auto", *self.parameters) and all(_dense(self.parameters[i]) for i in used):
-            self._move_by_triton(used)
+        """Moves the parameters against their gradients.
+
+        Raises:
+            RuntimeError: no parameter has a gradient.
+            ValueError: a parameter has another shape, dtype or device than its moments, or a sparse gradient.
+        """
+        used = [i for i, p in enumerate(self.parameters) if p.grad is not None]
+        if not used:
+            raise RuntimeError(
+                "no parameter has a gradient; an optimizer does not follow parameters that are replaced, as by"
+                " load_state_dict(assign=True): make it afterwards"
+            )
+        self._follow_parameters()
+        gradients = [self._gradient(i) for i in used]
+        if runs_triton("auto", *self.parameters) and all(self._dense[i] for i in used):
+            self._move_by_triton(used, gradients)
             return
         self.count += 1
-        parameters: list[Tensor] = [self.parameters[i] for i in used]
-        gradients = [p.grad for p in parameters if p.grad is not None]
+        # torch's operation reads memory entry by entry, whatever the strides: gaps are left out of what it is given.
+        targets: list[Tensor] = [self.parameters[i] for i in used]
+        parameters = [p if self._dense[i] else _laid_out_as(p, p) for i, p in zip(used, targets, strict=True)]
         self._move(parameters, gradients, *([ts[i] for i in used] for ts in self._moments))
+        for target, moved in zip(targets, parameters, strict=True):
+            if target is not moved:
+                target.copy_(moved)
 
-    def _move_by_triton(self, used: tuple[int, ...]) -> None:
+    def places(self) -> list[tuple[int, tuple[int, ...]]]:
+        """Where every parameter lies: its address and strides."""
+        return [(p.data_ptr(), p.stride()) for p in self.parameters]
+
+    def _follow_parameters(self) -> None:
+        """Gives moments the strides of parameters that have other memory than at the last step."""
+        places = self.places()
+        if places == self._places:
+            return
+        self._dense = []
+        for i, p in enumerate(self.parameters):
+            now, before = (f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in (p, self.mean[i]))
+            if now != before:
+                raise ValueError(
+                    f"parameter {i} is {now}, its moments are {before}: make an optimizer after the change"
+                )
+            strides = torch.empty_like(p).stride()
+            self._dense.append(strides == p.stride())
+            for moment in self._moments:
+                if moment[i].stride() != strides:
+                    moment[i] = _laid_out_as(p, moment[i])
+        self._places = places
+
+    def _gradient(self, i: int) -> Tensor:
+        """The gradient of a parameter, with the dtype and strides of its moments."""
+        gradient, like = self.parameters[i].grad, self.mean[i]
+        assert gradient is not None
+        if gradient.layout is not torch.strided:
+            raise ValueError(f"the gradient of parameter {i} is sparse")
+        if gradient.stride() == like.stride() and gradient.dtype == like.dtype:
+            return gradient
+        return _laid_out_as(like, gradient)
+
+    def _move_by_triton(self, used: list[int], gradients: list[Tensor]) -> None:
         """The update by our kernel, in as many launches as it takes to name all tensors."""
         from spinlock_fast.kernels.adam.triton import TENSORS, Adam
 
         for first in range(0, len(used), TENSORS):
             some = used[first : first + TENSORS]
-            parameters = [self.parameters[i] for i in some]
-            if some not in self._launches:
-                means, squares = ([moment[i] for i in some] for moment in self._moments)
-                self._launches[some] = Adam(parameters, means, squares, _BETAS, _EPS, self.weight_decay, self.decoupled)
-            gradients = [
-                p.grad if p.grad.stride() == p.stride() else torch.empty_like(p).copy_(p.grad)
-                for p in parameters
-                if p.grad is not None
-            ]
-            self._launches[some](gradients, self.count, self.rate)
+            tensors = [self.parameters[i] for i in some], [self.mean[i] for i in some], [self.square[i] for i in some]
+            key = tuple(t.data_ptr() for ts in tensors for t in ts)
+            make = partial(Adam, *tensors, _BETAS, _EPS, self.weight_decay, self.decoupled)
+            launch = self._launches.get(key, self.count.device, make)
+            launch(gradients[first : first + TENSORS], self.count, self.rate)
         self.count += 1
 
     def _move(
@@ -110,13 +161,31 @@ class FusedAdam:
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Copies a state into the tensors that are there; the rate stays."""
-        for i, saved in state_dict["state"].items():
+        """Copies a state into the tensors that are there; the rate stays. One without entries is that of no step.
+
+        Raises:
+            ValueError: the state is of other parameters, or of some that have made different numbers of steps. Then
+                nothing has changed.
+        """
+        state = state_dict["state"] or {
+            i: {"step": 0.0, "exp_avg": torch.zeros(()).expand_as(p), "exp_avg_sq": torch.zeros(()).expand_as(p)}
+            for i, p in enumerate(self.parameters)
+        }
+        if set(state) != set(range(len(self.parameters))):
+            raise ValueError(f"the state is of parameters {sorted(state)}, not of all {len(self.parameters)}")
+        for i, parameter in enumerate(self.parameters):
+            for name in ("exp_avg", "exp_avg_sq"):
+                if state[i][name].shape != parameter.shape:
+                    shapes = f"{tuple(state[i][name].shape)}, not {tuple(parameter.shape)}"
+                    raise ValueError(f"{name} of parameter {i} has the shape {shapes}")
+        if len({float(saved["step"]) for saved in state.values()}) > 1:
+            raise ValueError("the parameters have made different numbers of steps")
+        for i, saved in state.items():
             self.mean[i].copy_(saved["exp_avg"])
             self.square[i].copy_(saved["exp_avg_sq"])
-            self.count.copy_(saved["step"])
+        self.count.fill_(float(state[0]["step"]))
 
 
-def _dense(tensor: Tensor) -> bool:
-    """Whether fresh memory can have its strides: then its entries lie one after the other."""
-    return torch.empty_like(tensor).stride() == tensor.stride()
+def _laid_out_as(like: Tensor, values: Tensor) -> Tensor:
+    """Values in fresh memory with the dtype and, but for gaps, the strides of another tensor."""
+    return torch.empty_like(like).copy_(values)

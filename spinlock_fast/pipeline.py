@@ -23,24 +23,28 @@ from spinlock_fast.data.source import Source
 from spinlock_fast.errors import ConfigError, DataError, Interrupted
 from spinlock_fast.features.categories import MIN_ROWS, read_mapping
 from spinlock_fast.features.cleaning import FeatureCleaner, fit_cleaner
-from spinlock_fast.features.encode import FamilyEncoder, block_rows, encode, encode_seconds, make_encoders
+from spinlock_fast.features.encode import FamilyEncoder, block_rows, encode_rows, encode_seconds, make_encoders
 from spinlock_fast.features.normalize import Normalizer, fit_normalizer
 from spinlock_fast.features.statistics import mean_and_std
 from spinlock_fast.files import write_text
+from spinlock_fast.input_check import KnownRows, Spread, TrainingRange, outside_share, row_errors
 from spinlock_fast.metrics import Metrics
 from spinlock_fast.run_directory import RunDirectory
 from spinlock_fast.seeds import VERSION, streams_of
 from spinlock_fast.signals import handling
 from spinlock_fast.states import Display, StateKeeper, check_same_features, read_resumable
 from spinlock_fast.trainer import (
+    Split,
     Trainer,
     find_categories,
     resolve_device,
     split_rows,
+    units,
 )
 
 log = logging.getLogger(__name__)
 
+_RANGE_ROWS = 10_000  # that tell how many features lie outside the range of training
 _ESTIMATE_ROWS = 10_000  # from here on the time to encode is worth an estimate
 
 
@@ -56,6 +60,11 @@ class Prepared:
     feature_names: list[str]
     columns: int  # before cleaning
     seconds: dict[str, float]
+    known_rows: KnownRows
+    low: NDArray[np.float64]  # [F] range of the training rows before clipping, see `TrainingRange`
+    high: NDArray[np.float64]
+    outside: Spread
+    missing: dict[str, int]  # missing raw values by family
 
     def parts(self) -> dict[str, Any]:
         """The entries of a model file besides the model's."""
@@ -66,6 +75,7 @@ class Prepared:
             "feature_cleaning": cleaning,
             "normalization": self.normalizer.state(),
             "feature_names": self.feature_names,
+            "known_rows": self.known_rows.state(),
         }
 
 
@@ -113,16 +123,26 @@ def run(config: RunConfig, display: Display, resume: Path | None = None) -> Outc
                 prepared.x,
                 prepared.groups,
                 feature_names=prepared.feature_names,
+                normalize=False,
                 resume=state["run"] if state is not None else None,
             )
         display.training_finished()
         metrics = result.metrics
+        metrics |= {"missing_values": prepared.missing, "units": units(config.training)}
+        errors = Spread.of(row_errors(result.model, prepared.x, result.split.val))
+        known_range = TrainingRange(prepared.low, prepared.high, prepared.outside, errors)
         metrics["seconds"] = {**seconds(), "train": metrics["seconds"]["train"]}
         write_results(
             partial,
             config,
             result.model,
-            {**prepared.parts(), "streams": streams},
+            {
+                **prepared.parts(),
+                "streams": streams,
+                "training_range": known_range.state(),
+                "code_usage": result.model.quantizer.usage,
+                "code_usage_rows": int(result.model.quantizer.rows_seen),
+            },
             prepared.normalizer.by_category(result.model.config.group_indices),
             metrics,
             {"best_epoch": result.best_epoch, "epochs": [vars(record) for record in result.history]},
@@ -162,7 +182,7 @@ def open_source(config: RunConfig) -> Source:
     """The configuration's data; raises DataError, or ConfigError where dataset_path is not set."""
     if config.dataset_path is None:
         raise ConfigError("dataset_path: required, not given; name an HDF5 file, a glob or a list of files")
-    return Source(config.dataset_path, config.datasets())
+    return Source(config.dataset_path, config.datasets(), allow_external=config.data.allow_external)
 
 
 def prepare(source: Source, config: RunConfig, device: torch.device, display: Display) -> Prepared:
@@ -176,28 +196,65 @@ def prepare(source: Source, config: RunConfig, device: torch.device, display: Di
         read_mapping(config.training.mapping_file)
     for info in source.datasets.values():
         block_rows(info, config.memory_budget)
-    encoders = make_encoders(source, config.families, config.random_seed, config.memory_budget)
+    training_rows = split.train if config.feature_cleaning.nan_fill == "median" else None
+    encoders = make_encoders(source, config.families, config.random_seed, config.memory_budget, training_rows)
     size = sum(info.rows * info.row_bytes for info in source.datasets.values()) / 1e9
     text = f"encoding {source.rows:,} samples of {len(config.families)} families"
     if source.rows >= _ESTIMATE_ROWS:
         seconds = encode_seconds(source, encoders, config.memory_budget, device)
         text += f": {size:.3g} GB, about {seconds:.0f} s"
     display.stage(text)
-    columns = encode(source, encoders, config.memory_budget, device, display.encoded)
+    encoded = encode_rows(source, encoders, config.memory_budget, device, display.encoded, training_rows)
+    columns = encoded.columns
+    known_rows, missing = KnownRows.of(encoded.keys, split.val, split.test), encoded.missing
+    del encoded
     names = [name for family in encoders for name in family.names]
     clock.lap("load_encode")
     display.stage(f"cleaning {columns.shape[1]} columns")
     cleaner = fit_cleaner(columns[split.train], config.feature_cleaning)
-    cleaned = cleaner(columns)
+    kept = cleaner.kept(columns)
     width = columns.shape[1]
     del columns  # the raw matrix is no longer needed
-    kept = [name for name, keep in zip(names, cleaner.keep, strict=True) if keep]
+    low, high, outside = training_range(kept, split, cleaner)
+    cleaned = cleaner.clip(kept)
+    kept_names = [name for name, keep in zip(names, cleaner.keep, strict=True) if keep]
     clock.lap("clean")
-    display.stage(f"discovering categories of {len(kept)} features")
-    groups = find_categories(cleaned[split.train], kept, config)
+    display.stage(f"discovering categories of {len(kept_names)} features")
+    groups = find_categories(cleaned[split.train], kept_names, config)
     clock.lap("discover")
     normalizer = fit_normalizer(cleaned[split.train], config.training.normalization_method)
-    return Prepared(normalizer(cleaned), encoders, cleaner, normalizer, groups, kept, width, clock.seconds)
+    return Prepared(
+        x=normalizer(cleaned),
+        encoders=encoders,
+        cleaner=cleaner,
+        normalizer=normalizer,
+        groups=groups,
+        feature_names=kept_names,
+        columns=width,
+        seconds=clock.seconds,
+        known_rows=known_rows,
+        low=low,
+        high=high,
+        outside=outside,
+        missing=missing,
+    )
+
+
+def training_range(
+    kept: NDArray[np.float32], split: Split, cleaner: FeatureCleaner
+) -> tuple[NDArray[np.float64], NDArray[np.float64], Spread]:
+    """The range of the training rows, and the share outside of it; see `TrainingRange`.
+
+    Args:
+        kept: [N, F] features of all rows before clipping.
+    """
+    low, high = cleaner.low.copy(), cleaner.high.copy()
+    for bound, extreme in ((low, np.min), (high, np.max)):
+        for i in np.flatnonzero(~np.isfinite(bound)):
+            bound[i] = extreme(kept[split.train, i])
+    rows = np.sort(np.concatenate([split.train, split.val]))
+    some = rows[:: max(1, len(rows) // _RANGE_ROWS)]
+    return low, high, Spread.of(outside_share(kept[some], low, high))
 
 
 def fingerprint(prepared: Prepared) -> dict[str, Any]:

@@ -31,7 +31,8 @@ def print_plan(config: RunConfig) -> None:
     with open_source(config) as source:
         rows = source.rows
         split = split_rows(rows, config.training, config.random_seed)
-        encoders = make_encoders(source, config.families, config.random_seed, config.memory_budget)
+        training_rows = split.train if config.feature_cleaning.nan_fill == "median" else None
+        encoders = make_encoders(source, config.families, config.random_seed, config.memory_budget, training_rows)
         seconds = encode_seconds(source, encoders, config.memory_budget, device)
         for family in encoders:
             info = source.datasets[family.name]

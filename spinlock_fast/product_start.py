@@ -8,6 +8,7 @@ from torch import Tensor
 from spinlock_fast.config import LevelConfig
 from spinlock_fast.model import CategoricalHierarchicalVQVAE
 from spinlock_fast.refit import decoder_output, least_squares
+from spinlock_fast.single_thread import single_thread
 
 # The heads are fitted on rows with noise around them: their targets are linear, so any row can serve.
 _NOISE = 0.3
@@ -42,10 +43,12 @@ def product_start(model: CategoricalHierarchicalVQVAE, x: Tensor) -> None:
     was_training = model.training
     model.eval()
     try:
-        _fit_encoder(model, x)
-        _fit_heads(model, x)
+        with single_thread(x.device):
+            _fit_encoder(model, x)
+            _fit_heads(model, x)
         model.quantizer.initialize(model.encode(x), _ITERATIONS)
-        _fit_decoder(model, x)
+        with single_thread(x.device):
+            _fit_decoder(model, x)
     finally:
         model.train(was_training)
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from spinlock_fast.model import CategoricalHierarchicalVQVAE
 from spinlock_fast.rows import Rows
+from spinlock_fast.single_thread import single_thread
 
 _ROWS_AT_ONCE = 8192
 
@@ -33,13 +34,15 @@ def refit_decoder(model: CategoricalHierarchicalVQVAE, x: Rows, penalty: float) 
             hidden = decoder_inputs(model, rows)
             both = torch.cat([hidden, rows - last(hidden)], 1).double()
             both = torch.cat([both, both.new_ones(len(both), 1)], 1)
-            total = total + both.T @ both
+            with single_thread(x.device):
+                total = total + both.T @ both
             count += len(rows)
     finally:
         model.train(was_training)
     H, means = last.in_features, total[-1, :-1] / count
     moments = total[:-1, :-1] - count * torch.outer(means, means)
-    weights, constant = _solve(moments[:H, :H], moments[:H, H:], means[:H], means[H:], penalty)
+    with single_thread(x.device):
+        weights, constant = _solve(moments[:H, :H], moments[:H, H:], means[:H], means[H:], penalty)
     last.weight.add_(weights.T)
     last.bias.add_(constant)
 

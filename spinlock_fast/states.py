@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 # What may differ between a run and the one that resumes it.
 _FREE_TO_CHANGE = {
     "dataset_path",
+    "data",
     "output_dir",
     "memory_budget",
     "device",
@@ -195,6 +196,7 @@ def _known_states(directory: Path) -> list[str] | None:
 
 def _check_same_settings(saved: Mapping[str, Any], config: RunConfig) -> None:
     old, new = _flat(saved), _flat(config.model_dump(mode="json"))
+    old.setdefault("feature_cleaning.nan_fill", "zero")  # what runs did before there was the setting
     for key in old.keys() | new.keys():
         if old.get(key) != new.get(key) and not any(
             key == free or key.startswith(f"{free}.") for free in _FREE_TO_CHANGE

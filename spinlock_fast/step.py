@@ -101,6 +101,21 @@ class TrainingStep:
         if done == 0:
             self.values.zero_()
 
+    def places(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """Where every tensor of the model lies: its address and strides.
+
+        Raises:
+            RuntimeError: the model has other parameters than those that the optimizer moves.
+        """
+        parameters = list(self.model.parameters())
+        moved = self.optimizer.parameters
+        if len(parameters) != len(moved) or any(a is not b for a, b in zip(parameters, moved, strict=True)):
+            raise RuntimeError(
+                "parameters of the model were replaced, as by load_state_dict(assign=True), and would not be trained:"
+                " replace them before the training starts"
+            )
+        return tuple((t.data_ptr(), t.stride()) for t in (*parameters, *self.model.buffers()))
+
     def __call__(self, kind: StepKind) -> None:
         """The next step."""
         torch.index_select(self._plan, 0, self._position, out=self._now)

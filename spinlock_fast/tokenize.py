@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from spinlock_fast.cli import exit_with, parser
+from spinlock_fast.cli import add_external, exit_with, parser
 from spinlock_fast.config import parse_bytes
 from spinlock_fast.errors import ConfigError
 
@@ -19,6 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("data", help="HDF5 file or glob")
     options.add_argument("--output", required=True, metavar="TOKENS.h5", help="file to write; replaced if there")
     options.add_argument("--memory-budget", default="1.25GB", help="most bytes of raw features at once")
+    add_external(options)
     options.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     options.add_argument("--quiet", action="store_true", help="print nothing but errors")
     chosen = options.parse_args(arguments)
@@ -37,6 +38,7 @@ def _tokenize(chosen: argparse.Namespace) -> None:
     from spinlock_fast.trainer import resolve_device
 
     tokenizer = Tokenizer.from_checkpoint(chosen.checkpoint, resolve_device(chosen.device))
+    tokenizer.allow_external = not chosen.no_external
     output = Path(chosen.output)
     with RunDisplay(chosen.quiet, LoggingConfig()) as display:
         rows = write_tokens(

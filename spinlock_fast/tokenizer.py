@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import h5py
 import numpy as np
@@ -19,10 +20,14 @@ from spinlock_fast.errors import DataError, OutputError
 from spinlock_fast.features.cleaning import FeatureCleaner
 from spinlock_fast.features.encode import FamilyEncoder, block_rows
 from spinlock_fast.features.normalize import Normalizer
+from spinlock_fast.features.row_keys import row_keys
 from spinlock_fast.files import replacing
+from spinlock_fast.input_check import InputCheck, KnownRows, TrainingRange
 from spinlock_fast.kernels._common.guard import device_guard
 from spinlock_fast.locks import written_by_one
 from spinlock_fast.model import CategoricalHierarchicalVQVAE
+
+log = logging.getLogger(__name__)
 
 _DEFAULT_BUDGET = 1_250_000_000
 _ROWS_AT_ONCE = 4096
@@ -38,6 +43,9 @@ class Tokenizer:
     normalizer: Normalizer
     feature_names: list[str]
     checkpoint_hash: str = ""
+    allow_external: bool = True  # False: files that take values from outside of their directory are refused
+    known_rows: KnownRows | None = None  # None: made by an earlier version, or converted
+    training_range: TrainingRange | None = None
 
     @classmethod
     def from_checkpoint(cls, directory: str | Path, device: str | torch.device = "cpu") -> Tokenizer:
@@ -56,6 +64,8 @@ class Tokenizer:
             FeatureCleaner.from_state({"keep": payload["feature_mask"], **payload["feature_cleaning"]}),
             Normalizer.from_state(payload["normalization"]),
             list(payload["feature_names"]),
+            known_rows=KnownRows.from_state(payload["known_rows"]) if "known_rows" in payload else None,
+            training_range=TrainingRange.from_state(payload["training_range"]) if "training_range" in payload else None,
         )
 
     def to(self, device: str | torch.device) -> Tokenizer:
@@ -69,12 +79,60 @@ class Tokenizer:
     def device(self) -> torch.device:
         return self.model.feature_order.device
 
-    def features(self, raw: Mapping[str, Any]) -> NDArray[np.float32]:
-        """Raw families {name: [N, ...]} -> cleaned, normalised features [N, F].
+    def features(self, raw: Mapping[str, Any] | str | Path | list[str] | Any) -> NDArray[np.float32]:
+        """Cleaned, normalised features [N, F] of raw families, or of an HDF5 file; takes what `encode` takes.
 
         Raises:
             DataError: a family is missing or unknown, of another shape, or holds an infinite value.
         """
+        if _is_path(raw):
+            return np.concatenate([x for _, x in self.features_file(raw)])
+        return self._features(self._families_of(raw), None)
+
+    def encode(self, raw: Mapping[str, Any] | str | Path | list[str] | Any) -> Any:
+        """Tokens [N, G] int64 of raw families, or of an HDF5 file (path or glob).
+
+        A missing value (NaN) takes the value that it took in training: by default the median of the training rows.
+        Rows far outside of those of training are reported through `logging`.
+
+        Args:
+            raw: {family: [N, ...]} numpy or torch, or a path, a glob, a list of paths; an array alone where the
+                tokenizer has one family. Raw values: features that are cleaned and normalised already are for
+                `model.get_tokens`.
+
+        Returns:
+            A torch tensor where a torch tensor was given, else a numpy array.
+
+        Raises:
+            DataError: see `features`; for a file also what `Source` finds.
+        """
+        if _is_path(raw):
+            return np.concatenate([tokens for _, tokens in self.encode_file(raw)])
+        families = self._families_of(raw)
+        as_torch = any(isinstance(array, Tensor) for array in families.values())
+        check = InputCheck(self.training_range, max(map(len, families.values()), default=0))
+        tokens = self._tokens(self._features(families, check), check)
+        self._warn(check)
+        return torch.from_numpy(tokens) if as_torch else tokens
+
+    def _families_of(self, raw: Any) -> Mapping[str, Any]:
+        """{family: array} of what a caller gave; raises DataError that says what is wanted."""
+        if isinstance(raw, Mapping):
+            return raw
+        wanted = ", ".join(f'"{f.name}": {_shape_text(f.row_shape)}' for f in self.families)
+        if not isinstance(raw, (np.ndarray, Tensor)):
+            raise DataError(f"expected raw families {{{wanted}}} or the path of an HDF5 file, got {type(raw).__name__}")
+        if len(self.families) > 1:
+            hint = ""
+            if raw.ndim == 2 and raw.shape[1] == len(self.feature_names):
+                hint = "; for cleaned, normalised features: tokenizer.model.get_tokens(x)"
+            raise DataError(
+                f"expected raw families {{{wanted}}} or the path of an HDF5 file, "
+                f"got one array of shape {list(raw.shape)}{hint}"
+            )
+        return {self.families[0].name: raw}
+
+    def _features(self, raw: Mapping[str, Any], check: InputCheck | None) -> NDArray[np.float32]:
         names = [family.name for family in self.families]
         if set(raw) != set(names):
             raise DataError(f"expected the families {', '.join(names)}, got {', '.join(map(str, raw)) or 'none'}")
@@ -96,46 +154,40 @@ class Tokenizer:
                 with device_guard(self.device):
                     columns.append(family(arrays[family.name][rows].to(self.device), place))
             blocks.append(torch.cat(columns, 1))
-        return self._prepare(torch.cat(blocks).cpu().numpy(), lambda row: f"row {row}")
-
-    def encode(self, raw: Mapping[str, Any] | str | Path | list[str]) -> Any:
-        """Tokens [N, G] int64 of raw families, or of an HDF5 file (path or glob).
-
-        Args:
-            raw: {family: [N, ...]} numpy or torch, or a path, a glob, a list of paths.
-
-        Returns:
-            A torch tensor where a torch tensor was given, else a numpy array.
-
-        Raises:
-            DataError: see `features`; for a file also what `Source` finds.
-        """
-        if isinstance(raw, (str, Path, list)):
-            return np.concatenate([tokens for _, tokens in self.encode_file(raw)])
-        as_torch = any(isinstance(array, Tensor) for array in raw.values())
-        tokens = self._tokens(self.features(raw))
-        return torch.from_numpy(tokens) if as_torch else tokens
+        return self._prepare(torch.cat(blocks).cpu().numpy(), lambda row: f"row {row}", check)
 
     def encode_file(
         self, path: str | Path | list[str], memory_budget: int = _DEFAULT_BUDGET
     ) -> Iterator[tuple[int, NDArray[np.int64]]]:
-        """(first row, tokens [B, G]) of an HDF5 file, block by block."""
-        for start, x in self.features_file(path, memory_budget):
-            yield start, self._tokens(x)
+        """(first row, tokens [B, G]) of an HDF5 file, block by block; see `encode`."""
+        with self.source(path) as source:
+            check = InputCheck(self.training_range, source.rows)
+            for start, _, x in self.raw_and_features(source, memory_budget, check):
+                yield start, self._tokens(x, check, start)
+        self._warn(check)
 
     def features_file(
-        self, path: str | Path | list[str], memory_budget: int = _DEFAULT_BUDGET
+        self, path: str | Path | list[str], memory_budget: int = _DEFAULT_BUDGET, check: InputCheck | None = None
     ) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """(first row, cleaned and normalised features [B, F]) of an HDF5 file, block by block."""
-        paths = path if isinstance(path, list) else str(path)
-        with Source(paths, {family.name: family.dataset for family in self.families}) as source:
-            for start, _, x in self.raw_and_features(source, memory_budget):
+        with self.source(path) as source:
+            for start, _, x in self.raw_and_features(source, memory_budget, check):
                 yield start, x
 
+    def source(self, path: str | Path | list[str]) -> Source:
+        """The families of an HDF5 file, to read; a context manager."""
+        paths = [str(part) for part in path] if isinstance(path, list) else str(path)
+        return Source(
+            paths, {family.name: family.dataset for family in self.families}, allow_external=self.allow_external
+        )
+
     def raw_and_features(
-        self, source: Source, memory_budget: int = _DEFAULT_BUDGET
+        self, source: Source, memory_budget: int = _DEFAULT_BUDGET, check: InputCheck | None = None
     ) -> Iterator[tuple[int, dict[str, Tensor], NDArray[np.float32]]]:
         """(first row, raw families [B, ...] on the device, features [B, F]) of an open source, block by block.
+
+        Args:
+            check: is told the features before clipping.
 
         Raises:
             DataError: rows of another shape than in training, or what `features` refuses.
@@ -156,7 +208,12 @@ class Tokenizer:
                 columns = [family(raw[family.name], source.placing(family.name, start)) for family in self.families]
                 encoded = torch.cat(columns, 1).cpu().numpy()
             place = source.placing(self.families[0].name, start)
-            yield start, raw, self._prepare(encoded, place)
+            yield start, raw, self._prepare(encoded, place, check)
+
+    def row_keys(self, raw: Mapping[str, Tensor]) -> NDArray[np.int64]:
+        """[B] keys of raw families {name: [B, ...]}, as `known_rows` has them."""
+        keys: NDArray[np.int64] = sum(row_keys(raw[f.name], f.name) for f in self.families).cpu().numpy()  # type: ignore[union-attr]
+        return keys
 
     def decode(self, tokens: Any) -> Any:
         """Tokens [N, G] -> features [N, F] in the units of the cleaned features, see `feature_names`.
@@ -171,8 +228,13 @@ class Tokenizer:
         features = self.normalizer.inverse(np.concatenate(blocks))
         return torch.from_numpy(features) if as_torch else features
 
-    def _prepare(self, columns: NDArray[np.float32], place: Callable[[int], str]) -> NDArray[np.float32]:
-        x = self.normalizer(self.cleaner(columns))
+    def _prepare(
+        self, columns: NDArray[np.float32], place: Callable[[int], str], check: InputCheck | None
+    ) -> NDArray[np.float32]:
+        kept = self.cleaner.kept(columns)
+        if check is not None:
+            check.add_features(kept)
+        x = self.normalizer(self.cleaner.clip(kept))
         finite = np.isfinite(x).all(1)
         if not finite.all():
             row = int(np.argmin(finite))
@@ -180,7 +242,7 @@ class Tokenizer:
             raise DataError(f"{place(row)}: feature {name} is too large to normalise")
         return x
 
-    def _tokens(self, x: NDArray[np.float32]) -> NDArray[np.int64]:
+    def _tokens(self, x: NDArray[np.float32], check: InputCheck, start: int = 0) -> NDArray[np.int64]:
         with device_guard(self.device):
             tokens: NDArray[np.int64] = self.model.get_tokens(torch.from_numpy(x).to(self.device)).cpu().numpy()
         if (tokens < 0).any():
@@ -189,7 +251,16 @@ class Tokenizer:
                 f"row {row} of a block overflows in the encoder of {self.model.codebook_names[book]}: "
                 "its features are far outside those of training"
             )
+        if check.known is not None:
+            some = slice(-start % check.stride, None, check.stride)
+            decoded = self.model.decode_from_tokens(torch.from_numpy(tokens[some]).to(self.device)).cpu().numpy()
+            check.add_errors(np.square(decoded - x[some]).mean(1))
         return tokens
+
+    def _warn(self, check: InputCheck) -> None:
+        warning = check.warning()
+        if warning is not None:
+            log.warning("%s", warning)
 
 
 def write_tokens(
@@ -211,10 +282,9 @@ def write_tokens(
         OutputError: the file cannot be written, or is the input.
     """
     model = tokenizer.model
-    datasets = {family.name: family.dataset for family in tokenizer.families}
-    with Source(data, datasets) as source:
+    with tokenizer.source(data) as source:
         rows = source.rows
-        if any(output.exists() and output.samefile(file) for file in source.files):
+        if any(output.exists() and output.samefile(file) for file in source.all_files):
             raise OutputError(f"{output}: is the file that is read")
     if output.is_dir():
         raise OutputError(f"{output}: is a directory; name a file")
@@ -231,6 +301,14 @@ def write_tokens(
             if progress is not None:
                 progress(start + len(tokens), rows)
     return rows
+
+
+def _is_path(raw: Any) -> TypeGuard[str | Path | list[str]]:
+    return isinstance(raw, (str, Path)) or (isinstance(raw, list) and all(isinstance(p, (str, Path)) for p in raw))
+
+
+def _shape_text(row_shape: tuple[int, ...]) -> str:
+    return f"[N, {', '.join(str(size) if size >= 0 else 'any' for size in row_shape)}]"
 
 
 def _tensor(array: Any) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spinlock_fast.cli import exit_with, parser
-from spinlock_fast.config_file import help_text, load_config
+from spinlock_fast.config_file import help_text, load_config, load_written_config
 from spinlock_fast.run_directory import PARTIAL, config_to_resume, run_to_resume
 
 
@@ -42,13 +42,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _train(chosen: argparse.Namespace) -> None:
     resume = run_to_resume(Path(chosen.resume)) if chosen.resume else None
-    config_path = config_to_resume(resume) if resume and not chosen.config else Path(chosen.config)
     overrides = list(chosen.overrides)
     if chosen.device:
         overrides.append(f"device={json.dumps(chosen.device)}")
     if output := chosen.output or resume:
         overrides += [f"output_dir={json.dumps(str(output))}", "training.checkpoint_dir=null"]
-    config = load_config(config_path, overrides)
+    if resume and not chosen.config:
+        config = load_written_config(config_to_resume(resume), overrides)
+    else:
+        config = load_config(chosen.config, overrides)
 
     # What follows needs torch: after the checks that do not.
     if chosen.dry_run:

@@ -27,12 +27,13 @@ from spinlock_fast.features.categories import (
     max_off_diagonal,
     nearest_categories,
 )
+from spinlock_fast.features.matrix import MatrixNormalizer, fit_matrix_normalizer
 from spinlock_fast.features.selection import Selection
 from spinlock_fast.features.statistics import Blocks, mean_and_std
 from spinlock_fast.kernels._common.guard import device_guard
 from spinlock_fast.kernels.backend import resolve_backend
 from spinlock_fast.loop import EpochRecord, Observer, SilentObserver, TrainingRun
-from spinlock_fast.metrics import Metrics, complete, evaluate
+from spinlock_fast.metrics import Metrics, complete, evaluate, evaluate_with_use
 from spinlock_fast.model import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
 from spinlock_fast.refit import refit_decoder
 from spinlock_fast.rows import HostRows, Rows, free_memory, place_rows
@@ -54,7 +55,12 @@ class Split:
 
 @dataclass
 class TrainResult:
-    """What `Trainer.fit` returns; `model` is the one of the best validation, in eval mode."""
+    """What `Trainer.fit` returns.
+
+    `model` is the one of the best validation, in eval mode; its quantizer's `utilization()` and `perplexity()` are
+    those of the validation rows. It takes normalised rows: `normalizer` makes them of rows in the units of x (None: x
+    was taken as it is). `encode` and `decode` do both steps.
+    """
 
     model: CategoricalHierarchicalVQVAE
     metrics: Metrics
@@ -62,6 +68,32 @@ class TrainResult:
     best_epoch: int
     split: Split
     final_state: dict[str, Any] = field(repr=False)
+    normalizer: MatrixNormalizer | None = field(default=None, repr=False)
+
+    def encode(self, x: ArrayLike | Tensor) -> Any:
+        """Rows [N, F] in the units of the x that was fitted -> tokens [N, G] int64.
+
+        Returns:
+            A torch tensor where a torch tensor was given, else a numpy array.
+
+        Raises:
+            DataError: x is not a finite matrix of F columns.
+        """
+        data = _as_matrix(x)
+        if data.shape[1] != self.model.config.input_dim:
+            raise DataError(f"x must be [N, {self.model.config.input_dim}], got {list(data.shape)}")
+        rows = self.normalizer(data) if self.normalizer is not None else data.astype(np.float32, copy=False)
+        blocks = [self.model.get_tokens(part).cpu() for part in torch.from_numpy(rows).split(_ROWS_AT_ONCE)]
+        tokens = torch.cat(blocks)
+        return tokens if isinstance(x, Tensor) else tokens.numpy()
+
+    def decode(self, tokens: Any) -> Any:
+        """Tokens [N, G] -> rows [N, F] in the units of the x that was fitted; raises IndexError outside a codebook."""
+        index = tokens if isinstance(tokens, Tensor) else torch.from_numpy(np.array(tokens, np.int64))
+        blocks = [self.model.decode_from_tokens(part).cpu() for part in index.split(_ROWS_AT_ONCE)]
+        rows = torch.cat(blocks).numpy()
+        rows = self.normalizer.inverse(rows) if self.normalizer is not None else rows
+        return torch.from_numpy(rows) if isinstance(tokens, Tensor) else rows
 
 
 def split_rows(rows: int, config: TrainingConfig, seed: int, val_rows: ArrayLike | None = None) -> Split:
@@ -145,9 +177,10 @@ class Trainer:
         feature_names: Sequence[str] | None = None,
         val_rows: ArrayLike | None = None,
         *,
+        normalize: bool = True,
         resume: Mapping[str, Any] | None = None,
     ) -> TrainResult:
-        """Trains on cleaned, normalised features.
+        """Trains on a matrix of features.
 
         Args:
             x: [N, F] numbers without NaN or Inf. A contiguous float32 matrix is not copied as a whole; it may be a
@@ -156,6 +189,10 @@ class Trainer:
             levels: codebook sizes, see `CategoricalVQVAEConfig`; the configuration's when not given.
             feature_names: F names; "family::name" lets categories report their families.
             val_rows: rows to validate on; drawn by the seed when not given.
+            normalize: columns of an x that is not standardised (by the training rows; by features in a category where
+                `group_indices` is given) are clipped as `feature_cleaning` says, then normalised as
+                `training.normalization_method` says. Errors and quality are in those units, see metrics["units"], and
+                new rows are for `TrainResult.encode`. A standardised x, and any x with False, is taken as it is.
             resume: a state that an observer was given to save.
 
         Returns:
@@ -169,7 +206,7 @@ class Trainer:
         self._ended = False
         try:
             with streams_of(version() if resume is None else resume.get("streams", 1)):
-                return self._fit(x, group_indices, levels, feature_names, val_rows, resume)
+                return self._fit(x, group_indices, levels, feature_names, val_rows, normalize, resume)
         finally:
             self._ended, self._stop_signal = True, None
 
@@ -180,6 +217,7 @@ class Trainer:
         levels: Levels | Mapping[str, Any] | None,
         feature_names: Sequence[str] | None,
         val_rows: ArrayLike | None,
+        normalize: bool,
         resume: Mapping[str, Any] | None,
     ) -> TrainResult:
         started = time.perf_counter()
@@ -193,7 +231,12 @@ class Trainer:
         device = resolve_device(self.config.device)
         groups = group_indices
         discover_seconds = 0.0
-        train_rows = Selection(data, split.train)
+        normalizer = self._normalizer(data, split, groups) if normalize else None
+        transform = normalizer
+        if data.dtype != np.float32:
+            data = transform(data) if transform is not None else data.astype(np.float32)
+            transform = None
+        train_rows = Selection(data, split.train, transform)
         if groups is None:
             groups = find_categories(train_rows, names, self.config)
             discover_seconds = time.perf_counter() - started
@@ -219,7 +262,7 @@ class Trainer:
                     f"{split.train.size} training rows are fewer than the {largest} codes of the largest codebook"
                 )
             x_train = self._placed(train_rows, device)
-            x_val = self._placed(Selection(data, split.val), device)
+            x_val = self._placed(Selection(data, split.val, transform), device)
             run = TrainingRun(self.config, self.observer, self._asked_to_stop, model, x_train, x_val)
             run.began, run.train_numbers, run.val_numbers = started + discover_seconds, split.train, split.val
             if model_config.extra_inputs:
@@ -241,10 +284,12 @@ class Trainer:
             if training.decoder_refit:
                 refit_decoder(best_model, x_train, training.decoder_refit)
             self._stop_before_the_end(final_state)
-            metrics = evaluate(best_model, run.x_val, training, run.val_numbers, "validation")
+            metrics, code_use = evaluate_with_use(best_model, run.x_val, training, run.val_numbers, "validation")
+            best_model.quantizer.usage.copy_(code_use)
+            best_model.quantizer.rows_seen.fill_(metrics["val_rows"])
             if split.test.size:
                 self._stop_before_the_end(final_state)
-                x_test = self._placed(Selection(data, split.test), device)
+                x_test = self._placed(Selection(data, split.test, transform), device)
                 metrics["test"] = evaluate(best_model, x_test, training, split.test, "test")
         complete(metrics, best_model, names, correlation_max)
         idle = [c["name"] for c in metrics["categories"] if max(c["perplexity"]) < 1.0 + 1e-6]
@@ -254,11 +299,13 @@ class Trainer:
             "epochs": len(run.history),
             "best_epoch": run.best_epoch,
             "samples": N,
+            "rows": "heldout",
+            "units": units(training) if normalizer is not None else "those of x",
         }
         self._stop_before_the_end(final_state)
         total = run.seconds_before + time.perf_counter() - started
         metrics["seconds"] = {"discover": discover_seconds, "train": total - discover_seconds, "total": total}
-        return TrainResult(best_model, metrics, run.history, run.best_epoch, split, final_state)
+        return TrainResult(best_model, metrics, run.history, run.best_epoch, split, final_state, normalizer)
 
     def _stop_before_the_end(self, final_state: dict[str, Any]) -> None:
         """Ends a run that is asked to stop while it is measured: all epochs are in the state that is saved."""
@@ -266,6 +313,22 @@ class Trainer:
         if stopped_by is not None:
             self.observer.save(final_state)
             raise Interrupted("stopped after the last epoch, before the metrics", stopped_by)
+
+    def _normalizer(self, x: NDArray[Any], split: Split, groups: Groups | None) -> MatrixNormalizer | None:
+        training = self.config.training
+        columns = None if groups is None else [int(i) for members in groups.values() for i in members]
+        if columns is not None and not all(0 <= i < x.shape[1] for i in columns):
+            return None  # the model refuses such groups
+        found = fit_matrix_normalizer(
+            x, split.train, self.config.feature_cleaning, training.normalization_method, columns or None
+        )
+        if found is not None:
+            log.warning(
+                "x is not standardised: its columns are clipped and normalised by the training rows, and errors are in "
+                "%s; result.encode(x) takes rows as they are (normalize=False: train on x as it is)",
+                units(training),
+            )
+        return found
 
     def _placed(self, rows: Selection, device: torch.device) -> Rows:
         placed = place_rows(rows, device, self.config.training.data_on_device)
@@ -348,15 +411,35 @@ def _random_state_of_its_own(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _as_matrix(x: ArrayLike | Tensor) -> NDArray[np.float32]:
-    """x as contiguous float32, which a matrix that is so already stays, be it in memory or mapped into it."""
-    array = x.detach().cpu().to(torch.float32).numpy() if isinstance(x, Tensor) else np.asarray(x)
+def units(training: TrainingConfig) -> str:
+    """The units of normalised features, and so of their errors."""
+    return {
+        "standard": "standard deviations of the training rows",
+        "mad": "robust deviations (1.4826 MAD) of the training rows",
+    }[training.normalization_method]
+
+
+def _as_matrix(x: ArrayLike | Tensor) -> NDArray[Any]:
+    """x as a numeric matrix that is finite in float32.
+
+    A contiguous float32 matrix is returned as it is, be it in memory or mapped into it; other types keep their
+    precision until they are normalised.
+    """
+    if isinstance(x, Tensor):
+        x = x.detach().cpu()
+        array = (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x).numpy()
+    else:
+        array = np.asarray(x)
     if array.ndim != 2 or array.shape[1] == 0:
         raise DataError(f"x must be a matrix [N, F] with at least one column, got {list(array.shape)}")
-    data = np.ascontiguousarray(array, dtype=np.float32)
+    if array.dtype.kind not in "fiub":
+        raise DataError(f"x must hold numbers, got {array.dtype}")
+    data = np.ascontiguousarray(array, dtype=np.float32) if array.dtype == np.float32 else array
     for start in range(0, len(data), _ROWS_AT_ONCE):
-        finite = np.isfinite(data[start : start + _ROWS_AT_ONCE])
+        with np.errstate(over="ignore"):
+            values = data[start : start + _ROWS_AT_ONCE].astype(np.float32, copy=False)
+        finite = np.isfinite(values)
         if not finite.all():
             row, column = np.argwhere(~finite)[0] + (start, 0)
-            raise DataError(f"x[{row}, {column}] is {float(data[row, column])}; features must be finite")
+            raise DataError(f"x[{row}, {column}] is {float(data[row, column])}; features must be finite in float32")
     return data

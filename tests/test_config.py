@@ -109,9 +109,9 @@ def test_the_baseline_takes_the_top_level_keys(load):
 
 
 def test_the_baseline_is_kept_as_a_configuration(load):
-    """But for the places of the data and the scale of the MAD, which the original leaves out."""
+    """But for the places of the data, the scale of the MAD and the fill, which the original leaves out."""
     kept = load_config(ROOT / "configs" / "baseline-100k.yaml")
-    written = load(BASELINE + "feature_cleaning: {mad_scale: 1.0}\n")
+    written = load(BASELINE + "feature_cleaning: {mad_scale: 1.0, nan_fill: zero}\n")
     places = {"dataset_path": None, "output_dir": None}
     assert kept.model_copy(update=places) == written.model_copy(update=places)
 

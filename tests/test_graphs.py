@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +13,16 @@ import torch
 from spinlock_fast import loop
 from spinlock_fast.config import RunConfig
 from spinlock_fast.config_file import apply_overrides
-from spinlock_fast.graphs import WARM_UP, StepLauncher
+from spinlock_fast.graphs import WARM_UP, StepLauncher, _CudaCapture
+from spinlock_fast.kernels import layout as kernel_layout
+from spinlock_fast.kernels import table_cache
+from spinlock_fast.kernels._triton.tables import book_table
+from spinlock_fast.kernels.layout import CodebookLayout
 from spinlock_fast.kernels.precision import cuda_matmul
 from spinlock_fast.loop import SilentObserver, TrainingRun
+from spinlock_fast.losses import _factors
 from spinlock_fast.model import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
+from spinlock_fast.quantize.grouped import _over_dims
 from spinlock_fast.step import StepKind
 
 CPU = torch.device("cpu")
@@ -172,3 +180,124 @@ def test_the_precision_of_products_is_set_for_a_while(user: Callable[[], None]) 
     finally:
         torch.set_float32_matmul_precision("highest")
         by_newer("none")
+
+
+def test_steps_are_captured_anew_where_tensors_have_moved() -> None:
+    log = Log()
+    launcher = StepLauncher(log, CPU, capture=log.capture)
+    for places in ("here", "here", "there"):
+        launcher.follow(places)
+        for _ in range(WARM_UP + 1):
+            launcher.run(PLAIN, 1)
+    captures = [said for said in log.said if said == ("captured", PLAIN, 1)]
+    assert len(captures) == 2
+
+
+class FakeGraph:
+    """What stands for torch.cuda.CUDAGraph and torch.cuda.graph: notes what a capture was asked for."""
+
+    asked: dict[str, Any]
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        if arguments:
+            FakeGraph.asked = options
+
+    def __enter__(self) -> None: ...
+    def __exit__(self, *error: object) -> None: ...
+    def replay(self) -> None: ...
+
+
+@pytest.fixture
+def fake_capture(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Callable[[], None]]:
+    """Captures a step without a device."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(table_cache, "capturing", lambda device: True)
+    return lambda step: _CudaCapture(torch.device("cuda", 0))(lambda kind: step(), PLAIN, 1)
+
+
+def test_another_thread_cannot_abort_a_capture(fake_capture: Callable[..., Callable[[], None]]) -> None:
+    fake_capture(lambda: None)
+    assert FakeGraph.asked["capture_error_mode"] == "thread_local"
+
+
+def layouts(count: int) -> list[CodebookLayout]:
+    return [CodebookLayout.of([2 + i, 3], [1, 2]) for i in range(count)]
+
+
+def quantizer_shares(i: int) -> Any:
+    """Of the loss, by batch size."""
+    return _over_dims(layouts(1)[0], 0.25 / (i + 1), torch.float32, CPU)
+
+
+def loss_weights(i: int) -> Any:
+    return _factors((1.0, float(i)), torch.float32, CPU)
+
+
+def codebook_offsets(i: int) -> Any:
+    return book_table(CodebookLayout.of([i + 1], [4]), CPU)
+
+
+def network_offsets(i: int) -> Any:
+    pytest.importorskip("triton", reason="the package triton is not installed here")
+    from spinlock_fast.kernels.grouped_mlp.triton import offset_table
+
+    return offset_table((i + 1,), (i + 1,), CPU)
+
+
+def points_of_topography(i: int) -> Any:
+    pytest.importorskip("triton", reason="the package triton is not installed here")
+    from spinlock_fast.kernels.topo_loss.triton import point_sets
+
+    return point_sets(i + 1, CodebookLayout.of([4], [4]), CPU)
+
+
+@pytest.mark.parametrize(
+    "table", [quantizer_shares, loss_weights, codebook_offsets, network_offsets, points_of_topography]
+)
+def test_tables_that_a_graph_reads_live_as_long_as_it(
+    table: Callable[[int], Any], fake_capture: Callable[..., Callable[[], None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph has the address alone; 400 other sizes come after its own, and the caches are bounded."""
+    with monkeypatch.context() as warm_up:
+        warm_up.setattr(table_cache, "capturing", lambda device: False)
+        table(0)
+    seen = []
+    replay = fake_capture(lambda: seen.append(weakref.ref(table(0))))
+    monkeypatch.setattr(table_cache, "capturing", lambda device: False)
+    others = [weakref.ref(table(i)) for i in range(1, 401)]
+    gc.collect()
+    assert seen[0]() is not None
+    assert sum(other() is not None for other in others) < 300
+    del replay
+    gc.collect()
+    assert seen[0]() is None
+
+
+def test_a_capture_of_a_user_keeps_its_tables_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = weakref.ref(quantizer_shares(1000))
+    monkeypatch.setattr(table_cache, "capturing", lambda device: True)
+    assert quantizer_shares(1000) is kept()
+    monkeypatch.undo()
+    for i in range(400):
+        quantizer_shares(i)
+    assert kept() is not None
+
+
+def test_layouts_that_a_graph_reads_keep_their_indices(monkeypatch: pytest.MonkeyPatch) -> None:
+    def indices() -> Any:
+        return CodebookLayout.of([7, 5], [1, 3]).indices(CPU)
+
+    indices()
+    monkeypatch.setattr(kernel_layout, "capturing", lambda device: True)
+    with table_cache.captured_tables() as tables:
+        seen = weakref.ref(indices().code_book)
+    monkeypatch.undo()
+    layouts(400)
+    gc.collect()
+    assert seen() is not None
+    del tables
+    gc.collect()
+    assert seen() is None

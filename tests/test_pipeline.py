@@ -19,10 +19,20 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import ARCHITECTURE, SUMMARY, TEMPORAL, TRAJECTORIES, write_dataset, write_shards
+from helpers import (
+    ARCHITECTURE,
+    SUMMARY,
+    TEMPORAL,
+    TRAJECTORIES,
+    synthetic_arrays,
+    write_arrays,
+    write_dataset,
+    write_shards,
+)
 
 from spinlock_fast import Tokenizer, load_checkpoint
-from spinlock_fast.checkpoint import FILES, RESUME, load_torch
+from spinlock_fast.analyze import main as analyze_main
+from spinlock_fast.checkpoint import FILES, RESUME, load_run_config, load_torch
 from spinlock_fast.config_file import load_config
 from spinlock_fast.errors import DataError
 from spinlock_fast.evaluate import main as evaluate_main
@@ -188,12 +198,183 @@ def test_tokenize_refuses_to_overwrite_its_input(
     assert data.read_bytes() == before
 
 
-def test_evaluate_measures_every_row(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+def evaluated(checkpoint: Path, data: object, tmp_path: Path, *options: str) -> dict[str, Any]:
     output = tmp_path / "metrics.json"
-    assert run(evaluate_main, checkpoint, data, "--json", output, "--quiet") == 0
-    metrics = json.loads(output.read_text())
-    assert metrics["val_rows"] == metrics["samples"] == 160
-    assert 0 < metrics["quality"] <= 1
+    assert run(evaluate_main, checkpoint, data, "--json", output, "--quiet", "--device", "cpu", *options) == 0
+    metrics: dict[str, Any] = json.loads(output.read_text())
+    assert 0 <= metrics["quality"] <= 1
+    return metrics
+
+
+def test_evaluate_measures_the_held_out_rows_of_the_run(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    of_the_run = json.loads((checkpoint / "metrics.json").read_text())
+    held_out = evaluated(checkpoint, data, tmp_path)
+    assert held_out["rows"] == of_the_run["rows"] == "heldout"
+    assert held_out["val_rows"] == 16
+    assert held_out["reconstruction_error"] == pytest.approx(of_the_run["reconstruction_error"], rel=1e-5)
+    assert held_out["val_loss"] == pytest.approx(of_the_run["val_loss"], rel=1e-5)
+    everything = evaluated(checkpoint, data, tmp_path, "--rows", "all")
+    assert everything["rows"] == "all"
+    assert everything["val_rows"] == everything["samples"] == 160
+    assert everything["trained_rows"] == 144
+    train = evaluated(checkpoint, data, tmp_path, "--rows", "train")
+    errors = 16 * held_out["reconstruction_error"] + 144 * train["reconstruction_error"]
+    assert everything["reconstruction_error"] == pytest.approx(errors / 160, rel=1e-5)
+
+
+def test_evaluate_knows_training_rows_in_other_files(checkpoint: Path, tmp_path: Path) -> None:
+    """In another order, in shards, among new rows: what was not trained on is measured."""
+    arrays = synthetic_arrays(160, seed=3)
+    order = np.random.default_rng(0).permutation(160)
+    for i, rows in enumerate((order[:100], order[100:])):
+        write_arrays(tmp_path / f"own_{i}.h5", {name: values[rows] for name, values in arrays.items()})
+    shuffled = evaluated(checkpoint, tmp_path / "own_*.h5", tmp_path)
+    expected = json.loads((checkpoint / "metrics.json").read_text())["reconstruction_error"]
+    assert (shuffled["rows"], shuffled["val_rows"]) == ("heldout", 16)
+    assert shuffled["reconstruction_error"] == pytest.approx(expected, rel=1e-4)
+    new = write_dataset(tmp_path / "new.h5", 30, seed=4)
+    mixed = evaluated(checkpoint, tmp_path / "*.h5", tmp_path)
+    assert (mixed["rows"], mixed["val_rows"], mixed["trained_rows"]) == ("heldout", 46, 144)
+    alone = evaluated(checkpoint, new, tmp_path)
+    assert (alone["rows"], alone["val_rows"], alone["trained_rows"]) == ("all", 30, 0)
+    assert run(evaluate_main, checkpoint, new, "--rows", "test", "--quiet") == 3
+
+
+def test_evaluate_names_what_it_measured(
+    checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(evaluate_main, checkpoint, data) == 0
+    shown = capsys.readouterr()
+    assert "Measured on 16 held-out samples" in shown.out
+    assert "far outside" not in shown.err
+    assert run(evaluate_main, checkpoint, data, "--rows", "all") == 0
+    assert "Measured on all 160 samples, of which 144 were trained on" in shown_text(capsys)
+
+
+def shown_text(capsys: pytest.CaptureFixture[str]) -> str:
+    """What was printed, without line breaks."""
+    shown = capsys.readouterr()
+    return " ".join((shown.out + shown.err).split())
+
+
+def before_known_rows(checkpoint: Path, directory: Path) -> Path:
+    """A checkpoint as versions before `known_rows`, `training_range` and `nan_fill` wrote it."""
+    shutil.copytree(checkpoint, directory)
+    payload = torch.load(checkpoint / "best_model.pt", weights_only=True)
+    for key in ("known_rows", "training_range", "code_usage"):
+        payload.pop(key, None)
+    for family in payload["encoder_state_dicts"].values():
+        family.pop("fill", None)
+    torch.save(payload, directory / "best_model.pt")
+    text = (directory / "config.yaml").read_text()
+    (directory / "config.yaml").write_text(re.sub(r" +nan_fill: .*\n", "", text))
+    return directory
+
+
+def test_a_checkpoint_of_an_earlier_version_cannot_tell_its_rows(
+    checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    older = before_known_rows(checkpoint, tmp_path / "older")
+    metrics = evaluated(older, data, tmp_path)
+    assert (metrics["rows"], metrics["val_rows"], metrics["trained_rows"]) == ("all", 160, None)
+    assert run(evaluate_main, older, data) == 0
+    assert "does not say which rows it was trained on" in shown_text(capsys)
+    assert run(evaluate_main, older, data, "--rows", "heldout") == 3
+    tokenizer = Tokenizer.from_checkpoint(older)
+    with h5py.File(data) as file:
+        raw = {name: file[path][:] for name, path in zip(CONFIG["families"], FAMILIES, strict=True)}
+    zeros = {name: np.nan_to_num(values) for name, values in raw.items()}
+    assert np.array_equal(tokenizer.encode(raw), tokenizer.encode(zeros))
+    assert load_run_config(older).feature_cleaning.nan_fill == "zero"
+
+
+def test_rows_far_outside_of_training_are_reported(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    arrays = synthetic_arrays(60, seed=9)
+    for path in FAMILIES:
+        arrays[path] = 30.0 * arrays[path] + 100.0
+    foreign = write_arrays(tmp_path / "foreign.h5", arrays)
+    alike = write_dataset(tmp_path / "alike.h5", 60, seed=9)
+    for command, options in (
+        (evaluate_main, []),
+        (tokenize_main, ["--output", tmp_path / "tokens.h5"]),
+        (analyze_main, ["--output", tmp_path / "analysis"]),
+    ):
+        assert run(command, checkpoint, foreign, *options) == 0
+        assert "these rows lie far outside of what the tokenizer was trained on" in shown_text(capsys), command
+    metrics = evaluated(checkpoint, foreign, tmp_path)["compared_with_training"]
+    assert metrics["far_outside"]
+    assert metrics["outside_range"] > 0.5 > metrics["outside_range_in_training"]
+    Tokenizer.from_checkpoint(checkpoint).encode(foreign)
+    assert "far outside" in caplog.text
+    caplog.clear()
+    assert not evaluated(checkpoint, alike, tmp_path)["compared_with_training"]["far_outside"]
+    for path in (foreign, alike):
+        with h5py.File(path) as file:
+            raw = {name: file[place][:3] for name, place in zip(CONFIG["families"], FAMILIES, strict=True)}
+        Tokenizer.from_checkpoint(checkpoint).encode(raw)
+        assert ("far outside" in caplog.text) == (path == foreign)
+        caplog.clear()
+
+
+def test_code_use_of_a_loaded_model_is_that_of_the_run(checkpoint: Path, tmp_path: Path) -> None:
+    metrics = json.loads((checkpoint / "metrics.json").read_text())
+    quantizer = load_checkpoint(checkpoint).quantizer
+    used = [u for category in metrics["categories"] for u in category["utilization"]]
+    np.testing.assert_allclose(quantizer.utilization().numpy(), used, rtol=1e-5)
+    assert metrics["units"] == "standard deviations of the training rows"
+    older = load_checkpoint(before_known_rows(checkpoint, tmp_path / "older")).quantizer
+    assert float(older.utilization().max()) == 0.0
+
+
+def test_missing_values_tokenize_as_they_were_trained(checkpoint: Path, data: Path) -> None:
+    """The medians of the training rows put in by hand give the same tokens."""
+    tokenizer = Tokenizer.from_checkpoint(checkpoint)
+    payload = torch.load(checkpoint / "best_model.pt", weights_only=True)
+    with h5py.File(data) as file:
+        raw = {name: file[path][:] for name, path in zip(CONFIG["families"], FAMILIES, strict=True)}
+    filled = {}
+    for name, values in raw.items():
+        fill = payload["encoder_state_dicts"][name]["fill"].numpy()
+        known = values[~np.isin(np.arange(160), payload["known_rows"]["parts"].numpy().nonzero()[0])]
+        whole = ~np.isnan(known).all(0)
+        np.testing.assert_array_equal(fill[whole], np.nanmedian(known[:, whole], axis=0))
+        filled[name] = np.where(np.isnan(values), np.nan_to_num(fill), values)
+        assert not np.isnan(filled[name]).any()
+    assert np.isnan(raw["summary"]).any()
+    assert np.array_equal(tokenizer.encode(raw), tokenizer.encode(filled))
+    zeros = {name: np.nan_to_num(values) for name, values in raw.items()}
+    assert not np.array_equal(tokenizer.features(raw), tokenizer.features(zeros))
+
+
+def test_a_run_from_before_nan_fill_goes_on_with_zero(config: Path, data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    zero = ["--set", "feature_cleaning.nan_fill=zero", "--set", f"dataset_path={data}"]
+    assert run(train_main, config, "--quiet", *zero, "--output", output, "--set", "training.num_epochs=1") == 0
+    text = (output / "config.yaml").read_text()
+    (output / "config.yaml").write_text(re.sub(r" +nan_fill: .*\n", "", text))
+    payload = torch.load(output / "final_model.pt", weights_only=True)
+    del payload["run_state"]["config"]["feature_cleaning"]["nan_fill"]
+    torch.save(payload, output / "final_model.pt")
+    assert run(train_main, "--resume", output, "--quiet", "--set", "training.num_epochs=2") == 0
+    assert load_config(output / "config.yaml").feature_cleaning.nan_fill == "zero"
+
+
+def test_features_and_encode_take_paths_and_say_what_they_want(checkpoint: Path, data: Path) -> None:
+    tokenizer = Tokenizer.from_checkpoint(checkpoint)
+    with h5py.File(data) as file:
+        raw = {name: file[path][:] for name, path in zip(CONFIG["families"], FAMILIES, strict=True)}
+    expected = tokenizer.features(raw)
+    for path in (data, str(data), [data], [str(data)]):
+        np.testing.assert_allclose(tokenizer.features(path), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(DataError, match=r'"summary": \[N, 36\].*model.get_tokens'):
+        tokenizer.encode(expected)
+    for wrong in (np.zeros((3, 5)), torch.zeros(3), [[1.0]], None, 3):
+        with pytest.raises(DataError, match="expected raw families"):
+            tokenizer.encode(wrong)
+        with pytest.raises(DataError, match="expected raw families"):
+            tokenizer.features(wrong)
 
 
 def test_shards_train_like_one_file(config: Path, checkpoint: Path, tmp_path: Path) -> None:
@@ -583,3 +764,74 @@ def test_the_time_to_encode_is_estimated_before_it_is_spent(
     estimate = re.search(r"encoding 160 samples of 3 families: [\d.e-]+ GB, about \d+ s", text)
     assert estimate is not None
     assert estimate.start() < text.index("summary: 160 of 160 samples")
+
+
+@pytest.fixture
+def linking(data: Path, tmp_path: Path) -> Path:
+    """A file in another directory, whose families are links to those of `data`."""
+    path = tmp_path / "linking" / "linking.h5"
+    path.parent.mkdir()
+    with h5py.File(path, "w") as file:
+        file.create_dataset("decoy", data=np.random.default_rng(0).normal(size=(160, 400)).astype(np.float32))
+        for family in (SUMMARY, ARCHITECTURE):
+            file[family] = h5py.ExternalLink(str(data), family)
+        file[TEMPORAL.split("/")[0] + "/temporal"] = h5py.ExternalLink(str(data), TEMPORAL.rpartition("/")[0])
+    return path
+
+
+def test_linked_data_give_the_tokens_of_the_data_themselves(checkpoint: Path, data: Path, linking: Path) -> None:
+    tokenizer = Tokenizer.from_checkpoint(checkpoint)
+    np.testing.assert_array_equal(tokenizer.encode(linking), tokenizer.encode(data))
+
+
+def test_tokenize_refuses_to_overwrite_what_a_link_leads_to(checkpoint: Path, data: Path, linking: Path) -> None:
+    before = data.read_bytes()
+    assert run(tokenize_main, checkpoint, linking, "--output", data, "--quiet") == 4
+    assert data.read_bytes() == before
+
+
+def test_commands_can_refuse_data_from_outside(
+    checkpoint: Path, config: Path, linking: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [
+        (tokenize_main, checkpoint, linking, "--output", tmp_path / "t.h5", "--no-external"),
+        (evaluate_main, checkpoint, linking, "--no-external"),
+        (
+            train_main,
+            config,
+            *("--set", f"dataset_path={linking}", "--set", "data.allow_external=false", "--output", tmp_path / "out"),
+        ),
+    ]
+    for command, *arguments in runs:
+        assert run(command, *arguments, "--quiet") == 3
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "linking.h5: takes values from" in line
+        assert "allow_external" in line
+
+
+def test_packed_data_train_and_tokenize_as_what_they_stand_for(
+    config: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """int16 with a scale and a fill value, beside the same numbers as float32 with NaN."""
+    with h5py.File(data) as file:
+        values = file[SUMMARY][:]
+    scale = np.nanmax(np.abs(values)) / 30_000
+    stored = np.where(np.isnan(values), -32768, np.round(values / scale)).astype(np.int16)
+    stored[::7, 1] = -32768
+    tokens = []
+    for name in ("packed", "plain"):
+        path = tmp_path / f"{name}.h5"
+        shutil.copy(data, path)
+        with h5py.File(path, "a") as file:
+            del file[SUMMARY]
+            if name == "packed":
+                dataset = file.create_dataset(SUMMARY, data=stored, chunks=(8, 36), compression="gzip")
+                dataset.attrs.update(_FillValue=np.int16(-32768), scale_factor=scale)
+            else:
+                file[SUMMARY] = np.where(stored == -32768, np.nan, stored * scale).astype(np.float32)
+        output = tmp_path / name
+        assert run(train_main, config, "--set", f"dataset_path={path}", "--output", output) == 0
+        said = " ".join(capsys.readouterr().err.split())
+        assert ("counts as missing" in said and "scale_factor" in said) == (name == "packed")
+        tokens.append(Tokenizer.from_checkpoint(output).encode(path))
+    np.testing.assert_array_equal(*tokens)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import helpers
 import pytest
@@ -12,6 +15,8 @@ from torch import Tensor
 from spinlock_fast.config import LevelConfig
 from spinlock_fast.model import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
 from spinlock_fast.product_start import component_bits, deal, product_start
+from spinlock_fast.refit import refit_decoder
+from spinlock_fast.single_thread import single_thread
 
 
 def levels(*sizes: tuple[int, int]) -> list[LevelConfig]:
@@ -162,3 +167,52 @@ def test_few_rows_and_constant_features_give_a_finite_start(rows: int) -> None:
     model = made()
     product_start(model, x)
     assert all(bool(torch.isfinite(value).all()) for value in model.state_dict().values())
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_weights_do_not_depend_on_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eigenvectors and solutions of linear systems do in the last bit, and after some epochs weights in the first."""
+    used = []
+    for name in ("eigh", "solve", "qr"):
+        plain = getattr(torch.linalg, name)
+
+        def watched(*arguments: Tensor, plain: Callable[..., Any] = plain) -> Any:
+            used.append(torch.get_num_threads())
+            return plain(*arguments)
+
+        monkeypatch.setattr(torch.linalg, name, watched)
+    x, found = independent(300, 9), []
+    for count in (1, 2, 4):
+        with threads(count):
+            torch.manual_seed(1)
+            model = made()
+            product_start(model, x)
+            refit_decoder(model, x, 0.01)
+            assert torch.get_num_threads() == count
+        found.append(model.state_dict())
+    assert len(used) > 9
+    assert set(used) == {1}
+    for other in found[1:]:
+        for name, value in found[0].items():
+            assert torch.equal(value, other[name]), name
+
+
+def test_the_number_of_threads_is_given_back_after_an_error() -> None:
+    def fails() -> None:
+        with single_thread(torch.device("cpu")):
+            assert torch.get_num_threads() == 1
+            raise ValueError("no")
+
+    with threads(3):
+        with pytest.raises(ValueError, match="no"):
+            fails()
+        assert torch.get_num_threads() == 3

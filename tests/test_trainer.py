@@ -611,3 +611,34 @@ def test_a_loss_that_breaks_is_told_by_its_own_step(x: np.ndarray[Any, Any], mon
     run = trainer(training__num_epochs=6, training__val_every_n_epochs=5)
     with pytest.raises(TrainingError, match=r"reconstruction loss is not finite from step \d+ on \(epoch 2\)"):
         run.fit(x, GROUPS)
+
+
+def test_refit_and_evaluation_run_on_the_device_of_the_data(x: np.ndarray[Any, Any], monkeypatch: Any) -> None:
+    """What follows the steps of a run is inside a device guard of its own."""
+    from contextlib import contextmanager
+
+    from spinlock_fast import metrics
+    from spinlock_fast import trainer as module
+
+    depth, seen = [0], []
+
+    @contextmanager
+    def guard(device: torch.device) -> Any:
+        depth[0] += 1
+        yield
+        depth[0] -= 1
+
+    for name in ("refit_decoder", "evaluate"):
+        plain = getattr(module, name)
+
+        def called(*args: Any, name: str = name, plain: Any = plain) -> Any:
+            seen.append((name, depth[0]))
+            return plain(*args)
+
+        monkeypatch.setattr(module, name, called)
+    monkeypatch.setattr(module, "device_guard", guard)
+    monkeypatch.setattr(metrics, "device_guard", guard)
+    trainer(training__num_epochs=2, training__decoder_refit=0.1, training__test_fraction=0.1).fit(x, GROUPS)
+    assert [name for name, _ in seen] == ["refit_decoder", "evaluate", "evaluate"]
+    assert all(inside for _, inside in seen)
+    assert depth == [0]

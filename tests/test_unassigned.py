@@ -94,7 +94,7 @@ def test_tokens_of_every_way_agree(checkpoint: Path, data: Path, tmp_path: Path)
 
 
 def test_evaluation_counts_every_feature_alike(checkpoint: Path, data: Path, tmp_path: Path) -> None:
-    assert run(evaluate_main, checkpoint, data, "--json", tmp_path / "metrics.json", "--quiet") == 0
+    assert run(evaluate_main, checkpoint, data, "--rows", "all", "--json", tmp_path / "metrics.json", "--quiet") == 0
     found = json.loads((tmp_path / "metrics.json").read_text())
     tokenizer = Tokenizer.from_checkpoint(checkpoint)
     x = np.concatenate([block for _, block in tokenizer.features_file(data)])

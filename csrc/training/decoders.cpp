@@ -5,22 +5,16 @@
 #include <tuple>
 #include <vector>
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include "books.hpp"
 #include "checks.hpp"
+#include "entries.hpp"
 #include "kernels.hpp"
 #include "parallel.hpp"
-#include "training.hpp"
 #include "workspace.hpp"
 
-namespace py = pybind11;
+namespace spinlock_fast::training {
 
-namespace spinlock_fast {
 namespace {
-
-using namespace training;
 
 template <class Call>
 void for_each_decoder(DecoderTask task, const std::vector<Index>& num_codes, const std::vector<Index>& dims, int threads,
@@ -49,11 +43,12 @@ void for_each_decoder(DecoderTask task, const std::vector<Index>& num_codes, con
     });
 }
 
+}  // namespace
+
 double decoders_forward(std::uintptr_t x, std::uintptr_t mean, std::uintptr_t codes, std::uintptr_t codebook,
                         std::uintptr_t w1, std::uintptr_t b1, std::uintptr_t w2, std::uintptr_t b2,
                         const std::vector<Index>& num_codes, const std::vector<Index>& dims, Index B, Index F, Index H,
                         std::uintptr_t hidden, std::uintptr_t decoded, std::uintptr_t off, int threads) {
-    const py::gil_scoped_release release;
     DecoderTask task{};
     task.B = B, task.F = F, task.H = H;
     task.x = at<const float>(x), task.mean = at<const float>(mean), task.codes = at<const std::int64_t>(codes);
@@ -87,7 +82,6 @@ void decoders_backward(double scale, std::uintptr_t x, std::uintptr_t codes, std
                        Index F, Index H, std::uintptr_t hidden, std::uintptr_t decoded, std::uintptr_t off,
                        std::uintptr_t of_quantized, std::uintptr_t of_w1, std::uintptr_t of_b1, std::uintptr_t of_w2,
                        std::uintptr_t of_b2, int threads) {
-    const py::gil_scoped_release release;
     DecoderTask task{};
     task.B = B, task.F = F, task.H = H;
     task.x = at<const float>(x), task.codes = at<const std::int64_t>(codes), task.codebook = at<const float>(codebook);
@@ -101,11 +95,4 @@ void decoders_backward(double scale, std::uintptr_t x, std::uintptr_t codes, std
                      [&](const DecoderTask& t, const Workspace& w) { kernels().decoder_backward(t, w); });
 }
 
-}  // namespace
-
-void register_decoders(py::module_& module) {
-    module.def("decoders_forward", &decoders_forward);
-    module.def("decoders_backward", &decoders_backward);
-}
-
-}  // namespace spinlock_fast
+}  // namespace spinlock_fast::training

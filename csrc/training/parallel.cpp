@@ -4,7 +4,10 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
+#include <new>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -23,34 +26,67 @@ long process() {
 #endif
 }
 
+using Task = std::function<void(std::int64_t)>;
+
+// The tasks of one call. An exception must not leave a thread that did not call: it would end the process.
+class Loop {
+public:
+    Loop(std::int64_t tasks, const Task& task) : tasks_(tasks), task_(task) {}
+
+    // Does tasks until none is left; any number of threads at once.
+    void take_tasks() noexcept {
+        try {
+            for (std::int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < tasks_;) task_(i);
+        } catch (...) {
+            next_.store(tasks_, std::memory_order_relaxed);
+            const std::lock_guard lock(mutex_);
+            if (!error_) error_ = std::current_exception();
+        }
+    }
+
+    // After all threads are done.
+    void rethrow() const {
+        if (error_) std::rethrow_exception(error_);
+    }
+
+private:
+    const std::int64_t tasks_;
+    const Task& task_;
+    std::atomic<std::int64_t> next_ = 0;
+    std::mutex mutex_;
+    std::exception_ptr error_;
+};
+
 class Pool {
 public:
-    void run(std::int64_t tasks, int threads, const std::function<void(std::int64_t)>& task) {
-        while (static_cast<int>(workers_.size()) < threads - 1) {
-            const int worker = static_cast<int>(workers_.size()) + 1;
-            workers_.emplace_back([this, worker] { work(worker); });
-        }
+    // The loop on `threads` threads, or as many as could be started.
+    void run(Loop& loop, int threads) {
+        const int wanted = started(threads - 1);
         {
             const std::lock_guard lock(mutex_);
-            task_ = &task;
-            tasks_ = tasks;
-            next_.store(0, std::memory_order_relaxed);
-            wanted_ = threads - 1;
+            loop_ = &loop;
+            wanted_ = wanted;
             working_.store(wanted_, std::memory_order_relaxed);
             round_.fetch_add(1, std::memory_order_release);
         }
         wake_.notify_all();
-        take_tasks();
+        loop.take_tasks();
         while (working_.load(std::memory_order_acquire) != 0) std::this_thread::yield();
     }
 
 private:
-    void take_tasks() {
-        for (;;) {
-            const std::int64_t i = next_.fetch_add(1, std::memory_order_relaxed);
-            if (i >= tasks_) return;
-            (*task_)(i);
+    // How many of `wanted` workers there are, after those that are missing have been started.
+    int started(int wanted) {
+        try {
+            while (static_cast<int>(workers_.size()) < wanted) {
+                const int worker = static_cast<int>(workers_.size()) + 1;
+                workers_.reserve(workers_.size() + 1);  // a thread that is not kept would end the process
+                workers_.emplace_back([this, worker] { work(worker); });
+            }
+        } catch (const std::system_error&) {  // the system has no more threads
+        } catch (const std::bad_alloc&) {
         }
+        return std::min(wanted, static_cast<int>(workers_.size()));
     }
 
     // Threads look for the next loop for a moment before they sleep: a training step has a dozen in a row.
@@ -60,15 +96,15 @@ private:
             const auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(50);
             while (round_.load(std::memory_order_acquire) == seen && std::chrono::steady_clock::now() < until)
                 std::this_thread::yield();
-            bool mine;
+            Loop* mine;
             {
                 std::unique_lock lock(mutex_);
                 wake_.wait(lock, [&] { return round_.load(std::memory_order_relaxed) != seen; });
                 seen = round_.load(std::memory_order_relaxed);
-                mine = worker <= wanted_;
+                mine = worker <= wanted_ ? loop_ : nullptr;
             }
             if (!mine) continue;
-            take_tasks();
+            mine->take_tasks();
             working_.fetch_sub(1, std::memory_order_release);
         }
     }
@@ -76,10 +112,8 @@ private:
     std::mutex mutex_;
     std::condition_variable wake_;
     std::vector<std::thread> workers_;
-    const std::function<void(std::int64_t)>* task_ = nullptr;
-    std::int64_t tasks_ = 0;
+    Loop* loop_ = nullptr;
     int wanted_ = 0;
-    std::atomic<std::int64_t> next_ = 0;
     std::atomic<int> working_ = 0;
     std::atomic<std::uint64_t> round_ = 0;
 };
@@ -89,16 +123,7 @@ using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 std::atomic<GompParallel> gomp = nullptr;
 std::atomic<long> gomp_process = 0;  // a forked process has none of its threads
 
-struct Loop {
-    const std::function<void(std::int64_t)>& task;
-    std::int64_t tasks;
-    std::atomic<std::int64_t> next = 0;
-};
-
-void run_loop(void* p) {
-    Loop& loop = *static_cast<Loop*>(p);
-    for (std::int64_t i; (i = loop.next.fetch_add(1, std::memory_order_relaxed)) < loop.tasks;) loop.task(i);
-}
+void take_tasks_of(void* loop) { static_cast<Loop*>(loop)->take_tasks(); }
 
 }  // namespace
 
@@ -115,8 +140,9 @@ void parallel_for(std::int64_t tasks, int threads, const std::function<void(std:
     static long owner = 0;
     threads = static_cast<int>(std::min<std::int64_t>(threads, tasks));
     if (const GompParallel parallel = gomp.load(); parallel && threads > 1 && gomp_process.load() == process()) {
-        Loop loop{task, tasks};
-        parallel(run_loop, &loop, static_cast<unsigned>(threads), 0);
+        Loop loop(tasks, task);
+        parallel(take_tasks_of, &loop, static_cast<unsigned>(threads), 0);
+        loop.rethrow();
         return;
     }
     std::unique_lock lock(busy, std::defer_lock);
@@ -128,7 +154,9 @@ void parallel_for(std::int64_t tasks, int threads, const std::function<void(std:
         pool = new Pool;
         owner = process();
     }
-    pool->run(tasks, threads, task);
+    Loop loop(tasks, task);
+    pool->run(loop, threads);
+    loop.rethrow();
 }
 
 }  // namespace spinlock_fast

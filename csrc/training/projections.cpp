@@ -3,29 +3,20 @@
 #include <cstdint>
 #include <vector>
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include "checks.hpp"
+#include "entries.hpp"
 #include "kernels.hpp"
 #include "parallel.hpp"
 #include "products.hpp"
-#include "training.hpp"
 #include "workspace.hpp"
 
-namespace py = pybind11;
-
-namespace spinlock_fast {
-namespace {
-
-using namespace training;
+namespace spinlock_fast::training {
 
 // (x gain + shift) W^T + bias for x [G, B, in], gain and shift [G, in], W [sum n, in], to columns of out [B, sum n]:
 // gain and shift go into the weights. `scaled` [sum n, in] is what is left of them.
 void output_linear(std::uintptr_t x, std::uintptr_t gain, std::uintptr_t shift, std::uintptr_t weight,
                    std::uintptr_t bias, const std::vector<Index>& sizes, Index B, Index in, std::uintptr_t scaled,
                    std::uintptr_t out, int threads) {
-    const py::gil_scoped_release release;
     check_sizes(B, sizes);
     std::vector<Product> products;
     Index column = 0, total = 0;
@@ -60,7 +51,6 @@ void output_linear_backward(std::uintptr_t grad, std::uintptr_t x, std::uintptr_
                             std::uintptr_t weight, std::uintptr_t scaled, const std::vector<Index>& sizes, Index B,
                             Index in, std::uintptr_t of_x, std::uintptr_t of_gain, std::uintptr_t of_shift,
                             std::uintptr_t of_weight, std::uintptr_t of_bias, int threads) {
-    const py::gil_scoped_release release;
     check_sizes(B, sizes);
     std::vector<Product> products;
     Index column = 0, total = 0;
@@ -97,7 +87,6 @@ void output_linear_backward(std::uintptr_t grad, std::uintptr_t x, std::uintptr_
 constexpr Index kRowsOfATask = 64;
 
 void normalize(std::uintptr_t x, Index rows, Index n, double eps, std::uintptr_t deviation, int threads) {
-    const py::gil_scoped_release release;
     check_sizes(rows, {n});
     parallel_for((rows + kRowsOfATask - 1) / kRowsOfATask, threads, [&](Index i) {
         const Index first = i * kRowsOfATask;
@@ -108,7 +97,6 @@ void normalize(std::uintptr_t x, Index rows, Index n, double eps, std::uintptr_t
 
 void normalize_backward(std::uintptr_t grad, std::uintptr_t normed, std::uintptr_t deviation, Index rows, Index n,
                         std::uintptr_t of_x, int threads) {
-    const py::gil_scoped_release release;
     check_sizes(rows, {n});
     parallel_for((rows + kRowsOfATask - 1) / kRowsOfATask, threads, [&](Index i) {
         const Index first = i * kRowsOfATask;
@@ -121,7 +109,6 @@ void normalize_backward(std::uintptr_t grad, std::uintptr_t normed, std::uintptr
 void segments(std::uintptr_t x, Index B, const std::vector<Index>& sizes, std::uintptr_t weight, std::uintptr_t bias,
               double eps, double rate, std::uintptr_t seed, std::uintptr_t normed, std::uintptr_t deviation,
               std::uintptr_t out, int threads) {
-    const py::gil_scoped_release release;
     check_sizes(B, sizes);
     Index total = 0;
     for (const Index n : sizes) total += n;
@@ -138,7 +125,6 @@ void segments(std::uintptr_t x, Index B, const std::vector<Index>& sizes, std::u
 void segments_backward(std::uintptr_t grad, std::uintptr_t normed, std::uintptr_t deviation, Index B,
                        const std::vector<Index>& sizes, std::uintptr_t weight, double rate, std::uintptr_t seed,
                        std::uintptr_t of_x, std::uintptr_t of_weight, std::uintptr_t of_bias, int threads) {
-    const py::gil_scoped_release release;
     check_sizes(B, sizes);
     Index total = 0;
     for (const Index n : sizes) total += n;
@@ -154,15 +140,4 @@ void segments_backward(std::uintptr_t grad, std::uintptr_t normed, std::uintptr_
                                    at<float>(of_bias));
 }
 
-}  // namespace
-
-void register_projections(py::module_& module) {
-    module.def("output_linear", &output_linear);
-    module.def("output_linear_backward", &output_linear_backward);
-    module.def("normalize", &normalize);
-    module.def("normalize_backward", &normalize_backward);
-    module.def("segments", &segments);
-    module.def("segments_backward", &segments_backward);
-}
-
-}  // namespace spinlock_fast
+}  // namespace spinlock_fast::training

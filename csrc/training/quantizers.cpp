@@ -3,27 +3,18 @@
 #include <cstdint>
 #include <vector>
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include "books.hpp"
 #include "checks.hpp"
+#include "entries.hpp"
 #include "kernels.hpp"
 #include "parallel.hpp"
-#include "training.hpp"
 #include "workspace.hpp"
 
-namespace py = pybind11;
-
-namespace spinlock_fast {
-namespace {
-
-using namespace training;
+namespace spinlock_fast::training {
 
 void assign(std::uintptr_t z, Index z_row, Index N, std::uintptr_t codebook, std::uintptr_t mask, bool centred,
             const std::vector<Index>& num_codes, const std::vector<Index>& dims, std::uintptr_t codes,
             std::uintptr_t quantized, std::uintptr_t error, std::uintptr_t counts, std::uintptr_t sums, int threads) {
-    const py::gil_scoped_release release;
     const Kernels& k = kernels();
     const std::vector<Book> books = books_of(num_codes, dims);
     check_sizes(N, {z_row});
@@ -65,7 +56,6 @@ constexpr Index kRowsOfATask = 64;
 // grad + 2 of_error_g (z - quantized), without the second term where there is no code.
 void assign_backward(std::uintptr_t grad, std::uintptr_t of_error, std::uintptr_t z, std::uintptr_t quantized,
                      std::uintptr_t codes, Index N, const std::vector<Index>& dims, std::uintptr_t of_z, int threads) {
-    const py::gil_scoped_release release;
     check_sizes(N, dims);
     const Index G = static_cast<Index>(dims.size());
     Index total = 0;
@@ -86,11 +76,4 @@ void assign_backward(std::uintptr_t grad, std::uintptr_t of_error, std::uintptr_
     });
 }
 
-}  // namespace
-
-void register_quantizers(py::module_& module) {
-    module.def("assign", &assign);
-    module.def("assign_backward", &assign_backward);
-}
-
-}  // namespace spinlock_fast
+}  // namespace spinlock_fast::training

@@ -5,22 +5,15 @@
 #include <numeric>
 #include <vector>
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include "checks.hpp"
+#include "entries.hpp"
 #include "kernels.hpp"
 #include "parallel.hpp"
-#include "training.hpp"
 #include "workspace.hpp"
 
-namespace py = pybind11;
-
-namespace spinlock_fast {
+namespace spinlock_fast::training {
 
 namespace {
-
-using namespace training;
 
 constexpr Index kRowsOfATask = 512;
 
@@ -32,11 +25,12 @@ std::unique_ptr<T[]> uncleared(Index n) {
     return std::make_unique_for_overwrite<T[]>(static_cast<std::size_t>(n));
 }
 
+}  // namespace
+
 void residual_assign(std::uintptr_t x, Index x_row, Index N, Index D, std::uintptr_t codebook,
                      const std::vector<Index>& num_codes, std::uintptr_t mask, bool cosine, int gradient,
                      std::uintptr_t codes, std::uintptr_t quantized, std::uintptr_t errors, std::uintptr_t counts,
                      std::uintptr_t sums, int threads) {
-    const py::gil_scoped_release release;  // only memory that the caller holds is touched
     check_sizes(N, num_codes);
     check_sizes(D, {x_row});
     const Kernels& k = kernels();
@@ -78,7 +72,6 @@ void residual_assign(std::uintptr_t x, Index x_row, Index N, Index D, std::uintp
 void residual_backward(std::uintptr_t grad, std::uintptr_t of_errors, std::uintptr_t x, Index x_row, Index N, Index D,
                        std::uintptr_t codebook, const std::vector<Index>& num_codes, std::uintptr_t mask,
                        std::uintptr_t codes, bool cosine, int gradient, std::uintptr_t of_x, int threads) {
-    const py::gil_scoped_release release;
     check_sizes(N, {D, x_row});
     check_codes(at<const std::int64_t>(codes), N, num_codes, "residual_vq");
     const Kernels& k = kernels();
@@ -94,11 +87,4 @@ void residual_backward(std::uintptr_t grad, std::uintptr_t of_errors, std::uintp
     });
 }
 
-}  // namespace
-
-void register_residual(py::module_& module) {
-    module.def("residual_assign", &residual_assign);
-    module.def("residual_backward", &residual_backward);
-}
-
-}  // namespace spinlock_fast
+}  // namespace spinlock_fast::training

@@ -7,22 +7,16 @@
 #include <utility>
 #include <vector>
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include "books.hpp"
 #include "checks.hpp"
+#include "entries.hpp"
 #include "kernels.hpp"
 #include "parallel.hpp"
-#include "training.hpp"
 #include "workspace.hpp"
 
-namespace py = pybind11;
+namespace spinlock_fast::training {
 
-namespace spinlock_fast {
 namespace {
-
-using namespace training;
 
 constexpr Index kWidth = 32;  // a multiple of every instruction set's columns
 
@@ -88,6 +82,8 @@ void check_lookups(const std::int32_t* codes, Index S, const std::vector<Index>&
             if (*code < 0 || *code >= num_codes[g]) throw std::out_of_range("topographic_correlations: a code outside its codebook");
 }
 
+}  // namespace
+
 // Returns the correlations and, for the backward pass, the factors of d_x - mean, d_z - mean, d_e - mean in the
 // gradients of both correlations by d_z and by d_e, and the means. `distances` [3, S, wide] is written.
 std::tuple<double, double, std::vector<double>> topo_forward(std::uintptr_t x, Index F, std::uintptr_t z,
@@ -95,7 +91,6 @@ std::tuple<double, double, std::vector<double>> topo_forward(std::uintptr_t x, I
                                                              const std::vector<Index>& num_codes,
                                                              const std::vector<Index>& dims, std::uintptr_t distances,
                                                              std::uintptr_t tables, bool missing, int threads) {
-    const py::gil_scoped_release release;
     check_lookups(at<const std::int32_t>(codes), S, num_codes);
     const Kernels& k = kernels();
     const Index G = static_cast<Index>(dims.size()), wide = padded(S, kWidth);
@@ -170,7 +165,6 @@ void topo_backward(double of_pre, double of_post, const std::vector<double>& fac
                    std::uintptr_t codes, std::uintptr_t codebook, Index S, const std::vector<Index>& num_codes,
                    const std::vector<Index>& dims, std::uintptr_t distances, std::uintptr_t tables, std::uintptr_t of_z,
                    int threads) {
-    const py::gil_scoped_release release;
     check_lookups(at<const std::int32_t>(codes), S, num_codes);
     const Kernels& k = kernels();
     const Index G = static_cast<Index>(dims.size()), wide = padded(S, kWidth);
@@ -219,14 +213,4 @@ void topo_backward(double of_pre, double of_post, const std::vector<double>& fac
     });
 }
 
-}  // namespace
-
-void register_topo(py::module_& module) {
-    module.def("topo_forward", &topo_forward);
-    module.def("topo_backward", &topo_backward);
-    module.def("check_codes", [](std::uintptr_t codes, Index rows, const std::vector<Index>& num_codes, const std::string& name) {
-        return check_codes(at<const std::int64_t>(codes), rows, num_codes, name);
-    });
-}
-
-}  // namespace spinlock_fast
+}  // namespace spinlock_fast::training

@@ -3,27 +3,18 @@
 #include <cstdint>
 #include <vector>
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include "checks.hpp"
+#include "entries.hpp"
 #include "kernels.hpp"
 #include "parallel.hpp"
 #include "products.hpp"
-#include "training.hpp"
 #include "workspace.hpp"
 
-namespace py = pybind11;
-
-namespace spinlock_fast {
-namespace {
-
-using namespace training;
+namespace spinlock_fast::training {
 
 void mlp_forward(const PyOperand& x, const PyOperand& w1, std::uintptr_t b1, const PyOperand& w2, Index w2_group,
                  std::uintptr_t b2, const std::vector<Index>& sizes, Index B, Index H, Index E, double rate,
                  std::uintptr_t seed, std::uintptr_t hidden, std::uintptr_t out, int threads) {
-    const py::gil_scoped_release release;  // only memory that the caller holds is touched
     check_sizes(B, sizes);
     check_sizes(H, {E});
     const Dropout dropout = dropout_of(rate, seed);
@@ -50,6 +41,8 @@ void mlp_forward(const PyOperand& x, const PyOperand& w1, std::uintptr_t b1, con
     run(first, threads);
     run(second, threads);
 }
+
+namespace {
 
 // The networks of all groups, as the forward pass left them.
 struct Networks {
@@ -163,12 +156,13 @@ void backward_to_parameters(const Networks& n, const Gradients& to, int threads)
     }
 }
 
+}  // namespace
+
 // `of_hidden` and `of_x` are 0 where the inputs need no gradient. of_w1 lies by rows, or, with `of_x`, by columns.
 void mlp_backward(std::uintptr_t grad, const PyOperand& x, const PyOperand& w1, const PyOperand& w2, Index w2_group,
                   std::uintptr_t hidden, const std::vector<Index>& sizes, Index B, Index H, Index E, double rate,
                   std::uintptr_t of_hidden, std::uintptr_t of_x, const PyOperand& of_w1, std::uintptr_t of_b1,
                   std::uintptr_t of_w2, std::uintptr_t of_b2, int threads) {
-    const py::gil_scoped_release release;
     check_sizes(B, sizes);
     check_sizes(H, {E});
     const Networks networks{operand(x), operand(w1), operand(w2), w2_group, at<const float>(hidden), sizes, B, H, E,
@@ -182,11 +176,4 @@ void mlp_backward(std::uintptr_t grad, const PyOperand& x, const PyOperand& w1, 
         backward_to_parameters(networks, to, threads);
 }
 
-}  // namespace
-
-void register_two_layers(py::module_& module) {
-    module.def("mlp_forward", &mlp_forward);
-    module.def("mlp_backward", &mlp_backward);
-}
-
-}  // namespace spinlock_fast
+}  // namespace spinlock_fast::training

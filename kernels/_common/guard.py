@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,7 +23,11 @@ class Kind(NamedTuple):
 
 
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
-_INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
+_INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}) | {
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+}
 FLOAT = Kind("floating point", _FLOATS)
 SAME = Kind("of one type", _FLOATS)  # that of the first argument that says so; autocast makes them one
 INDEX = Kind("int64", frozenset({torch.int64}))
@@ -54,16 +58,16 @@ def check(operator: str, *arguments: Argument) -> None:
         if tensor is None:
             continue
         if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
-            _refuse(operator, argument, sizes)
+            _refuse(operator, argument, arguments)
         found = tensor.shape
         if tensor.dtype not in kind.dtypes or len(found) != len(shape):
-            _refuse(operator, argument, sizes)
+            _refuse(operator, argument, arguments)
         for size, expected in zip(found, shape, strict=True):
             if isinstance(expected, str):
                 if sizes.setdefault(expected, size) != size:
-                    _refuse(operator, argument, sizes)
+                    _refuse(operator, argument, arguments)
             elif size != expected:
-                _refuse(operator, argument, sizes)
+                _refuse(operator, argument, arguments)
         if device is None:
             device = tensor.device
         elif tensor.device != device:
@@ -75,13 +79,17 @@ def check(operator: str, *arguments: Argument) -> None:
                 _refuse_types(operator, arguments)
 
 
-def _refuse(operator: str, argument: Argument, sizes: dict[str, int]) -> None:
+def _refuse(operator: str, argument: Argument, arguments: Sequence[Argument]) -> None:
     """Raises what is wrong with one argument."""
     name, tensor, shape, kind = argument
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{operator}: {name} must be a tensor, got {type(tensor).__name__}")
     if tensor.layout is not torch.strided:
         raise ValueError(f"{operator}: {name} must be a dense tensor, got {tensor.layout}")
+    sizes: dict[str, int] = {}  # that earlier arguments have fixed
+    for _, given, names, _ in arguments[: next(i for i, other in enumerate(arguments) if other is argument)]:
+        if given is not None:
+            sizes.update({name: size for name, size in zip(names, given.shape, strict=True) if isinstance(name, str)})
     wanted = [str(sizes.get(size, size) if isinstance(size, str) else size) for size in shape]
     expected = f"[{', '.join(wanted)}]"
     if tensor.dtype not in kind.dtypes:

@@ -8,22 +8,23 @@ import torch
 from torch import Tensor
 
 from spinlock_fast.kernels.layout import CodebookLayout
+from spinlock_fast.kernels.table_cache import TableCache
 
-_tables: dict[tuple[tuple[int, ...], tuple[int, ...], torch.device], Tensor] = {}
+_tables: TableCache[Tensor] = TableCache(256)
 
 
 def book_table(layout: CodebookLayout, device: torch.device) -> Tensor:
     """[5, G] int32 on `device`: K_g, D_g, first code, first column, first entry. Made once per layout."""
-    key = (layout.num_codes, layout.dims, device)
-    table = _tables.get(key)
-    if table is None:
-        with torch.inference_mode(False):
-            codes = torch.tensor(layout.num_codes, device="cpu")
-            dims = torch.tensor(layout.dims, device="cpu")
-            entries = codes * dims
-            rows = [codes, dims, *(size.cumsum(0) - size for size in (codes, dims, entries))]
-            table = _tables[key] = torch.stack(rows).to(torch.int32).to(device)
-    return table
+
+    def make() -> Tensor:
+        check_offsets("the packed codebooks", layout.total_entries)
+        codes = torch.tensor(layout.num_codes, device="cpu")
+        dims = torch.tensor(layout.dims, device="cpu")
+        entries = codes * dims
+        rows = [codes, dims, *(size.cumsum(0) - size for size in (codes, dims, entries))]
+        return torch.stack(rows).to(torch.int32).to(device)
+
+    return _tables.get((layout.num_codes, layout.dims, device), device, make)
 
 
 @cache
@@ -33,6 +34,15 @@ def capability(device: torch.device) -> int:
         return 90
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def check_offsets(what: str, entries: int) -> None:
+    """Raises ValueError for memory whose places do not fit the 32 bits that kernels count the entries of weights in.
+
+    Rows are counted in 64 bits.
+    """
+    if entries >= 2**31:
+        raise ValueError(f"{what}: {entries:,} entries; Triton kernels serve fewer than 2**31")
 
 
 def power_of_two(n: int, least: int) -> int:

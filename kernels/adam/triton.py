@@ -85,8 +85,8 @@ class Adam:
     """Moves parameters by Adam or AdamW; see `optimizer.FusedAdam`, whose tensors these are.
 
     Args:
-        parameters, means, squares: float32, on one device, at most `TENSORS` of each, dense and equally strided. They
-            must stay where they are.
+        parameters, means, squares: float32, on one device, at most `TENSORS` of each, dense and equally strided. Their
+            addresses are taken now: tensors that get other memory need another `Adam`.
         beta1, beta2, eps, weight_decay, decoupled: of Adam.
     """
 

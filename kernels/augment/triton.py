@@ -55,10 +55,10 @@ def augment_kernel(
         there = here & ((other >= 0) & (other < N))[:, None]
         y = tl.load(x_ptr + (other * x_row)[:, None] + f[None, :], mask=there, other=float("nan"))
         x += u[:, None] * (y - x)
-    places = b[:, None] * F + f[None, :]
+    places = b.to(tl.int64)[:, None] * F + f[None, :]
     tl.store(target_ptr + places, x, mask=here)
     if NOISY:
-        tl.store(seen_ptr + places, x + noise * tl.randn(seed, places), mask=here)
+        tl.store(seen_ptr + places, x + noise * tl.randn(seed, b[:, None] * F + f[None, :]), mask=here)
 
 
 @launches

@@ -18,7 +18,7 @@ from torch import Tensor
 from spinlock_fast.kernels._common.guard import launches, rows_of
 from spinlock_fast.kernels._common.higher_order import needs_graph
 from spinlock_fast.kernels._triton.specimen import FEATURES, ROWS, SEED, Specimen
-from spinlock_fast.kernels._triton.tables import book_table, power_of_two
+from spinlock_fast.kernels._triton.tables import book_table, check_offsets, power_of_two
 from spinlock_fast.kernels.code_decoders.reference import gradients_of_loss
 from spinlock_fast.kernels.layout import CodebookLayout
 
@@ -375,6 +375,8 @@ class PartialLoss(torch.autograd.Function):
         w1, b1, w2, b2 = (parameter.contiguous() for parameter in (w1, b1, w2, b2))
         (B, F), (G, H) = x.shape, b1.shape
         config = DecoderConfig.of(layout, H)
+        check_offsets("hidden and decoded values of all codes", layout.total_codes * max(H, F))
+        check_offsets("the weights of a decoder", max(H * F, w1.numel()))
         factor = 1.0 / max(G * B * F, 1)
         f_tiles, k_tiles = triton.cdiv(F, config.block_f), triton.cdiv(layout.max_codes, config.block_k)
         options: dict[str, Any] = {"dtype": torch.float32, "device": x.device}

@@ -33,7 +33,7 @@ def ema_update(
     Args:
         counts: [sum K] rows of this batch, or parts of them [P, sum K].
         sums: [sum K D] latent sums of this batch, or parts of them [P, sum K D].
-        usage: [sum K] counts of a window; grows by `counts`.
+        usage: [sum K] int64 counts of a window; grows by `counts`.
         backend: "auto", "triton" or "reference", see `resolve_backend`.
     """
     E, K = layout.total_entries, layout.total_codes
@@ -116,7 +116,7 @@ def _ema_update(
     for target, value in zip((codebook, cluster_size, code_sum), new, strict=True):
         target.copy_(value)
     if usage is not None:
-        usage += counts
+        usage += counts.to(usage.dtype)
 
 
 def _fake_ema_update(*arguments: object) -> None:
@@ -129,6 +129,7 @@ torch.library.register_fake("spinlock_fast::ema_update", _fake_ema_update)
 def code_usage(counts: Tensor, layout: CodebookLayout, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """Utilization and perplexity [G] of counts [sum K]."""
     _check_counts("code_usage", counts, layout)
+    counts = counts.float() if counts.dtype.itemsize < 4 else counts
     if resolve_backend(backend, counts) == "triton":
         from spinlock_fast.kernels.ema_update import triton
 

@@ -118,13 +118,13 @@ def ema_update_kernel(
         tl.debug_barrier()
         tl.store(cluster_size_ptr + code, n, mask=mine)
         if WITH_USAGE:
-            used = tl.load(usage_ptr + code, mask=mine, other=0.0)
-            tl.store(usage_ptr + code, used + counts, mask=mine)
+            used = tl.load(usage_ptr + code, mask=mine, other=0)
+            tl.store(usage_ptr + code, used + counts.to(used.dtype), mask=mine)
 
 
 @triton.jit(do_not_specialize=["G"])
 def code_usage_kernel(
-    counts_ptr,  # [sum K]
+    counts_ptr,  # [sum K], integers or not
     table_ptr,  # [5, G] int32
     utilization_ptr,  # [G]
     perplexity_ptr,  # [G]
@@ -139,8 +139,8 @@ def code_usage_kernel(
     weighted = tl.zeros([BLOCK_K], dtype=tl.float64)  # sum of n log n
     for first in range(0, K, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
-        n = tl.load(counts_ptr + k, mask=k < K, other=0.0)
-        used += (n > 0.0).to(tl.float32)
+        n = tl.load(counts_ptr + k, mask=k < K, other=0)
+        used += (n > 0).to(tl.float32)
         n = n.to(tl.float64)
         total += n
         weighted += tl.where(n > 0.0, n * tl.log(tl.maximum(n, 1e-300)), 0.0)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from spinlock_fast.kernels.export import real_tensors
+from spinlock_fast.kernels.table_cache import capturing, keep
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class Ragged:
         if found is None:
             with real_tensors():
                 found = self._cache[device] = self._build(device)
+        if capturing(device):
+            keep(found)
         return found
 
     def _build(self, device: torch.device) -> _Indices:

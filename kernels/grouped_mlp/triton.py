@@ -18,14 +18,16 @@ from torch import Tensor
 from spinlock_fast.kernels._common.guard import launches, rows_of
 from spinlock_fast.kernels._common.higher_order import needs_graph
 from spinlock_fast.kernels._triton.specimen import FEATURES, ROWS, SEED, Specimen
+from spinlock_fast.kernels._triton.tables import check_offsets
 from spinlock_fast.kernels.grouped_mlp.ragged import Ragged
 from spinlock_fast.kernels.grouped_mlp.reference import mlp_gradients
 from spinlock_fast.kernels.precision import cuda_matmul
 from spinlock_fast.kernels.streams import later
+from spinlock_fast.kernels.table_cache import TableCache
 
 _PROGRAMS = 128  # what fills a device: below it, tiles are small
 
-_tables: dict[tuple[tuple[int, ...], tuple[int, ...], torch.device], Tensor] = {}
+_tables: TableCache[Tensor] = TableCache(256)
 
 
 @dataclass(frozen=True)
@@ -74,18 +76,17 @@ def tf32_or_exact() -> str:
 
 def offset_table(outer: tuple[int, ...], inner: tuple[int, ...], device: torch.device) -> Tensor:
     """int32 on `device`: size, start and first part of each of `outer`; size, start and group of each of `inner`."""
-    key = (outer, inner, device)
-    found = _tables.get(key)
-    if found is None:
-        with torch.inference_mode(False):
-            host: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}  # whatever the caller's defaults are
-            groups, parts = torch.tensor(outer, **host), torch.tensor(inner, **host)
-            starts, part_starts = groups.cumsum(0) - groups, parts.cumsum(0) - parts
-            first = torch.searchsorted(part_starts, torch.cat([starts, groups.sum()[None]]))
-            group_of_part = torch.searchsorted(first[1:], torch.arange(len(inner), **host), right=True)
-            table = torch.cat([groups, starts, first, parts, part_starts, group_of_part])
-            found = _tables[key] = table.to(torch.int32).to(device)
-    return found
+
+    def make() -> Tensor:
+        host: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}  # whatever the caller's defaults are
+        groups, parts = torch.tensor(outer, **host), torch.tensor(inner, **host)
+        starts, part_starts = groups.cumsum(0) - groups, parts.cumsum(0) - parts
+        first = torch.searchsorted(part_starts, torch.cat([starts, groups.sum()[None]]))
+        group_of_part = torch.searchsorted(first[1:], torch.arange(len(inner), **host), right=True)
+        table = torch.cat([groups, starts, first, parts, part_starts, group_of_part])
+        return table.to(torch.int32).to(device)
+
+    return _tables.get((outer, inner, device), device, make)
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -324,6 +325,7 @@ class GroupedMLP(torch.autograd.Function):
         (G, H, _), B = w2.shape, x.shape[0]
         x = rows_of(x)
         w1, b1 = _dense(w1), b1.contiguous()
+        check_offsets("the weights of a network", max(w1.numel(), w2[0].numel()))
         seed = draw_seed(x.device) if dropout > 0.0 else x
         hidden = torch.empty(G, B, H, dtype=x.dtype, device=x.device)
         precision = tf32_or_exact()

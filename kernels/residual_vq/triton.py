@@ -122,7 +122,7 @@ def residual_vq_fwd_kernel(
         e = tl.load(codebook_ptr + chosen[:, None] * D + d[None, :], mask=here & has[:, None], other=0.0)
         e = tl.where(here & (has == 0)[:, None], float("nan"), e)
         off = tl.where(here, y - e, 0.0)
-        tl.store(error_ptr + tl.program_id(0) * Q + q, tl.sum(tl.sum(off * off, axis=1), axis=0))
+        tl.store(error_ptr + tl.program_id(0).to(tl.int64) * Q + q, tl.sum(tl.sum(off * off, axis=1), axis=0))
         if ROTATION:  # rotating and scaling 0 gives 0
             zero = tl.where(tl.sum((residual != 0.0).to(tl.int32), axis=1) == 0, tl.minimum(zero, q), zero)
             e = tl.where((zero <= q)[:, None], 0.0, e)

@@ -60,7 +60,7 @@ def topo_weights_bwd_kernel(
         ri = i * BLOCK_S + tl.arange(0, BLOCK_S)
         rj = j * BLOCK_S + tl.arange(0, BLOCK_S)
         here = (ri < S)[:, None] & (rj < S)[None, :]
-        at = ri[:, None] * S + rj[None, :]
+        at = ri.to(tl.int64)[:, None] * S + rj[None, :]
         matrix = S.to(tl.int64) * S
         pre, post = tl.load(correlations_ptr), tl.load(correlations_ptr + 1)
         x_mean, z_mean, e_mean = tl.load(stats_ptr), tl.load(stats_ptr + 1), tl.load(stats_ptr + 2)
@@ -118,7 +118,7 @@ def topo_pull_bwd_kernel(
         limit = width
     if (width > ABOVE) & (width <= limit) & (mine < width):
         ri = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
-        norms_ptr += s * padded
+        norms_ptr += s.to(tl.int64) * padded
         c = mine + tl.arange(0, HEAD)
         a = load_tile(points_ptr, ri, here, c, width, columns)  # [BLOCK_I, HEAD]
         pulled = tl.zeros([BLOCK_I, HEAD], dtype=tl.float32)
@@ -187,14 +187,14 @@ def topo_pull_codes_bwd_kernel(
     width = tl.load(table_ptr + 3 * sets + s)
     K = tl.load(table_ptr + 4 * sets + s)
     ri = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
-    own_code = tl.load(codes_ptr + ri * G + g, mask=ri < S, other=-1).to(tl.int32)
-    own = tl.load(norms_ptr + s * padded + ri)
+    own_code = tl.load(codes_ptr + ri.to(tl.int64) * G + g, mask=ri < S, other=-1).to(tl.int32)
+    own = tl.load(norms_ptr + s.to(tl.int64) * padded + ri)
     for first_code in range(0, K, BLOCK_K):
         k = first_code + tl.arange(0, BLOCK_K)
         weights = tl.zeros([BLOCK_S, BLOCK_K], dtype=tl.float32)  # of row i to all rows of code k
         for start in range(0, padded, BLOCK_J):
             rj = start + tl.arange(0, BLOCK_J)
-            code = tl.load(codes_ptr + rj * G + g, mask=rj < S, other=-1).to(tl.int32)
+            code = tl.load(codes_ptr + rj.to(tl.int64) * G + g, mask=rj < S, other=-1).to(tl.int32)
             weight = tl.load(weight_ptr + (ri.to(tl.int64)[:, None] * padded + rj[None, :]))
             hot = (code[:, None] == k[None, :]).to(tl.float32)
             weights = tl.dot(weight, hot, weights, input_precision="tf32x3")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from spinlock_fast.kernels._triton.specimen import ROWS, SEED, Specimen
 from spinlock_fast.kernels.layout import CodebookLayout
+from spinlock_fast.kernels.table_cache import TableCache
 
 COLUMNS = 16  # of a tile; points are padded to whole tiles, so that loads need no mask and are aligned
 BLOCK_S = 64  # rows of a tile; points are padded to whole tiles as well
@@ -49,14 +50,13 @@ class PointSets:
         return self.table.shape[1]
 
 
-_sets: dict[tuple[int, tuple[int, ...], tuple[int, ...], torch.device], PointSets] = {}
+_sets: TableCache[PointSets] = TableCache(256)
 
 
 def point_sets(features: int, layout: CodebookLayout, device: torch.device) -> PointSets:
     """The sets of points of a layout, made once."""
-    key = (features, layout.num_codes, layout.dims, device)
-    found = _sets.get(key)
-    if found is None:
+
+    def make() -> PointSets:
         G = layout.groups
         dims = [features, *layout.dims, *layout.dims]
         padded = [-(-d // COLUMNS) * COLUMNS for d in dims]
@@ -65,14 +65,14 @@ def point_sets(features: int, layout: CodebookLayout, device: torch.device) -> P
         rows = [dims, source, _starts(padded), padded, [0, *layout.num_codes, *layout.num_codes]]
         cuts = _cuts(padded[1 : 1 + G], _SPLITS)
         splits = [0, *(1 + cut for cut in cuts), *(1 + G + cut for cut in cuts), 1 + 2 * G]
-        with torch.inference_mode(False):
-            found = _sets[key] = PointSets(
-                torch.tensor(rows, dtype=torch.int32, device="cpu").to(device),
-                torch.tensor(splits, dtype=torch.int32, device="cpu").to(device),
-                (1, len(cuts), len(cuts)),
-                sum(padded),
-            )
-    return found
+        return PointSets(
+            torch.tensor(rows, dtype=torch.int32, device="cpu").to(device),
+            torch.tensor(splits, dtype=torch.int32, device="cpu").to(device),
+            (1, len(cuts), len(cuts)),
+            sum(padded),
+        )
+
+    return _sets.get((features, layout.num_codes, layout.dims, device), device, make)
 
 
 def _starts(sizes: list[int]) -> list[int]:
@@ -116,7 +116,7 @@ def topo_points_fwd_kernel(
     here = tl.load(table_ptr + 2 * sets + s)
     width = tl.load(table_ptr + 3 * sets + s)
     first = tl.arange(0, BLOCK_S)  # the rows whose mean is the centre: any point among them all will do
-    mine = tl.program_id(0) * BLOCK_S + first
+    mine = tl.program_id(0).to(tl.int64) * BLOCK_S + first
     row, own = first * z_stride + source, mine * z_stride + source
     good, own_good = first >= 0, mine >= 0
     base = z_ptr
@@ -125,8 +125,8 @@ def topo_points_fwd_kernel(
         row, own = first * x_stride, mine * x_stride
     if s > G:
         base = codebook_ptr
-        code = tl.load(codes_ptr + first * G + (s - G - 1), mask=first < S, other=0).to(tl.int32)
-        own_code = tl.load(codes_ptr + mine * G + (s - G - 1), mask=mine < S, other=0).to(tl.int32)
+        code = tl.load(codes_ptr + first * G + (s - G - 1), mask=first < S, other=0)
+        own_code = tl.load(codes_ptr + mine * G + (s - G - 1), mask=mine < S, other=0)
         K = tl.load(table_ptr + 4 * sets + s)
         good, own_good = (code >= 0) & (code < K), (own_code >= 0) & (own_code < K)
         row, own = source + tl.where(good, code, 0) * D, source + tl.where(own_good, own_code, 0) * D
@@ -143,12 +143,12 @@ def topo_points_fwd_kernel(
         p = tl.where(inside, p - centre[None, :], 0.0)
         finite = tl.abs(p) < float("inf")
         norm += tl.where(finite, p * p, float("nan"))
-        out = mine.to(tl.int64)[:, None] * columns + (here + d)[None, :]
+        out = mine[:, None] * columns + (here + d)[None, :]
         tl.store(points_ptr + out, tl.where(finite, p, 0.0))
         if tl.program_id(0) == 0:
             tl.store(centre_ptr + here + d, centre)
     norms = tl.where(own_good, tl.sum(norm, axis=1), float("nan"))
-    tl.store(norms_ptr + s * tl.num_programs(0) * BLOCK_S + mine, norms)
+    tl.store(norms_ptr + s.to(tl.int64) * tl.num_programs(0) * BLOCK_S + mine, norms)
 
 
 @triton.jit
@@ -195,7 +195,7 @@ def topo_distances_fwd_kernel(
         for s in range(tl.load(splits_ptr + part), tl.load(splits_ptr + part + 1)):
             here = tl.load(table_ptr + 2 * sets + s)
             width = tl.load(table_ptr + 3 * sets + s)
-            norms = norms_ptr + s * tl.num_programs(0) * BLOCK_S
+            norms = norms_ptr + tl.cast(s, tl.int64) * tl.num_programs(0) * BLOCK_S
             both = tl.load(norms + ri)[:, None] + tl.load(norms + rj)[None, :]
             products = tl.zeros([BLOCK_S, BLOCK_S], dtype=tl.float32)
             products = products_of(points_ptr, products, ri, rj, here, width, columns, BLOCK_D)
@@ -204,7 +204,7 @@ def topo_distances_fwd_kernel(
         total = tl.where(ri[:, None] == rj[None, :], 0.0, total)
         out = distances_ptr + part.to(tl.int64) * S * S
         inside = (ri < S)[:, None] & (rj < S)[None, :]
-        tl.store(out + ri[:, None] * S + rj[None, :], total, mask=inside)
+        tl.store(out + ri.to(tl.int64)[:, None] * S + rj[None, :], total, mask=inside)
 
 
 @triton.jit(do_not_specialize=["S", "G", "parts"])
@@ -220,7 +220,7 @@ def topo_moments_fwd_kernel(
     ri = i * BLOCK_S + tl.arange(0, BLOCK_S)
     rj = j * BLOCK_S + tl.arange(0, BLOCK_S)
     here = (ri < S)[:, None] & (rj < tl.where(i <= j, S, 0))[None, :]
-    at = ri[:, None] * S + rj[None, :]
+    at = ri.to(tl.int64)[:, None] * S + rj[None, :]
     matrix = S.to(tl.int64) * S
     z_ptr = distances_ptr + matrix
     e_ptr = z_ptr + parts * matrix
@@ -237,7 +237,7 @@ def topo_moments_fwd_kernel(
     x = tl.where(pair, tl.load(distances_ptr + at, mask=here, other=0.0), 0.0).to(tl.float64)
     z = tl.where(pair, z, 0.0).to(tl.float64)
     e = tl.where(pair, e, 0.0).to(tl.float64)
-    out = moments_ptr + (i * tl.num_programs(1) + j) * 8
+    out = moments_ptr + (i.to(tl.int64) * tl.num_programs(1) + j) * 8
     tl.store(out, tl.sum(x))
     tl.store(out + 1, tl.sum(z))
     tl.store(out + 2, tl.sum(e))
@@ -273,7 +273,7 @@ def topo_stats_fwd_kernel(
     total = tl.zeros([BLOCK_T, 8], dtype=tl.float64)
     for first in range(0, tiles, BLOCK_T):
         t = first + tl.arange(0, BLOCK_T)
-        total += tl.load(moments_ptr + t[:, None] * 8 + k[None, :], mask=(t < tiles)[:, None], other=0.0)
+        total += tl.load(moments_ptr + t.to(tl.int64)[:, None] * 8 + k[None, :], mask=(t < tiles)[:, None], other=0.0)
     moments = tl.sum(total, axis=0)  # [8]
     pairs = tl.maximum(S.to(tl.float64) * (S - 1) / 2, 1.0)
     x, x_dev, x_counts = spread(pick(moments, k, 0), pick(moments, k, 3), pairs)

@@ -31,7 +31,7 @@ class Assignment:
     """
 
     codes: Tensor  # [N, G] int64, -1 where masked or not finite
-    quantized: Tensor  # [N, sum D], NaN where codes is -1
+    quantized: Tensor  # [N, sum D], 0 where masked, NaN where a row is not finite
     error_parts: Tensor  # [P, G]
     count_parts: Tensor  # [P, sum K]
     sum_parts: Tensor  # [P, sum K D]
@@ -74,7 +74,7 @@ def vq_assign(
         codebook: [sum K D] code vectors, computed with as float32, or as float64 where they or z are. They take no
             gradient here.
         layout: sizes of the group.
-        mask: [N] bool; rows that are False take no part (code -1).
+        mask: [N] bool; rows that are False take no part (code -1, zeros, no gradient).
         centred: subtract each codebook's mean code first: exact far from the origin, see
             `reference.nearest_codes`.
         gradient: how `quantized` passes its gradient to z (Bengio et al. 2013, or arXiv 2410.06424);
@@ -115,6 +115,8 @@ def vq_assign(
         resolve_backend(backend, codebook, z),
     )
     quantized, codes, error, counts, sums = found
+    if mask is not None:  # the operator gives NaN for every code of -1
+        quantized = quantized.masked_fill(~mask[:, None], 0.0)
     return Assignment(codes, quantized, error, counts.detach(), sums.detach())
 
 

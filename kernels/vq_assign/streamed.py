@@ -128,7 +128,7 @@ def vq_search_fwd_kernel(
         first_column = tl.multiple_of(first_column, 32)
         z_stride = tl.multiple_of(z_stride, 32)
     centres_ptr += first_column
-    norms_ptr += g * K_pad
+    norms_ptr += g.to(tl.int64) * K_pad
     centred_ptr += g.to(tl.int64) * K_pad * D_pad
     start = tl.program_id(0).to(tl.int64) * BLOCK_N
     r = tl.arange(0, BLOCK_N)
@@ -224,7 +224,7 @@ def vq_finish_fwd_kernel(
             out_tile + ((r * total_dims)[:, None] + d[None, :]), tl.where(valid[:, None], q, float("nan")), mask=in_tile
         )
         error += tl.sum((z - q) * (z - q), axis=1)
-    tl.store(error_ptr + tl.program_id(0) * G + g, tl.sum(error, axis=0))
+    tl.store(error_ptr + tl.program_id(0).to(tl.int64) * G + g, tl.sum(error, axis=0))
 
 
 @triton.jit(do_not_specialize=["G", "stride", "out_stride", "items", "limit"])

@@ -135,7 +135,7 @@ def vq_assign_fwd_kernel(
                 counts += tl.load(counts_out + k, mask=k < K, other=0.0)
             tl.store(counts_out + k, counts, mask=k < K)
 
-    tl.store(error_ptr + part * G + g, tl.sum(error, axis=0))
+    tl.store(error_ptr + part.to(tl.int64) * G + g, tl.sum(error, axis=0))
 
 
 @triton.jit(do_not_specialize=["N", "G", "total_dims", "z_stride", "grad_stride", "rows_per_part"])
@@ -161,7 +161,7 @@ def vq_assign_bwd_kernel(
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     D = tl.load(table_ptr + G + g)
     first_column = tl.load(table_ptr + 3 * G + g)
-    part = tl.program_id(0) * BLOCK_N // rows_per_part
+    part = tl.program_id(0).to(tl.int64) * BLOCK_N // rows_per_part
     grad_error = tl.load(grad_error_ptr + part * G + g)
     inside = n < N
     valid = tl.load(codes_ptr + n * G + g, mask=inside, other=-1) >= 0  # [BLOCK_N]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spinlock_fast.data.files import get_dataset, naming_damage, open_file
-from spinlock_fast.data.source import Source
+from spinlock_fast.data.source import Source, column_names, text_of
 from spinlock_fast.errors import DataError
+from spinlock_fast.input_check import InputCheck
 from spinlock_fast.kernels.layout import CodebookLayout
 from spinlock_fast.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 PARAMETERS = "parameters/params"
 LABELS = {
@@ -106,21 +109,25 @@ def observe(
     books = codebooks_of(tokenizer)
     notes: list[str] = []
     parts: list[_Block] = []
-    paths = data if isinstance(data, list) else str(data)
-    with Source(paths, {family.name: family.dataset for family in tokenizer.families}) as source:
+    with tokenizer.source(data) as source:
         total = source.rows
         rows = np.unique(np.linspace(0, total - 1, min(total, most_rows)).astype(np.int64))
         if len(rows) < total:
             notes.append(f"{len(rows):,} of {total:,} operators, spread evenly, were analysed")
         mixed = [family.name for family in tokenizer.families if family.encoder_name != "IdentityEncoder"]
         names = [name for family in mixed for name in measured_names(source, family)]
-        for start, raw, x in tokenizer.raw_and_features(source, memory_budget):
+        check = InputCheck(tokenizer.training_range, total)
+        for start, raw, x in tokenizer.raw_and_features(source, memory_budget, check):
             here = rows[np.searchsorted(rows, start) : np.searchsorted(rows, start + len(x))] - start
             if here.size:
-                parts.append(_block(tokenizer, books, {name: raw[name] for name in mixed}, x, here))
+                parts.append(_block(tokenizer, books, {name: raw[name] for name in mixed}, x, here, check))
             if progress is not None:
                 progress(start + len(x), total)
         parameters, labels = read_conditions(source, rows, notes)
+    warning = check.warning()
+    if warning is not None:
+        notes.insert(0, warning)
+        log.warning("%s", warning)
     tokens, distance, margin, features, measured = (np.concatenate(part) for part in zip(*parts, strict=True))
     return Observations(
         books,
@@ -157,7 +164,12 @@ _Block = tuple[NDArray[np.int64], Floats, Floats, Floats, Floats]
 
 
 def _block(
-    tokenizer: Tokenizer, books: Codebooks, raw: Mapping[str, Tensor], x: Floats, here: NDArray[np.int64]
+    tokenizer: Tokenizer,
+    books: Codebooks,
+    raw: Mapping[str, Tensor],
+    x: Floats,
+    here: NDArray[np.int64],
+    check: InputCheck,
 ) -> _Block:
     model = tokenizer.model
     index = torch.from_numpy(here)
@@ -166,6 +178,8 @@ def _block(
         tokens = model.get_tokens(rows)
         if bool((tokens < 0).any()):
             raise DataError("an operator overflows in the encoder: its features are far outside those of training")
+        some = slice(None, None, check.stride)
+        check.add_errors((model.decode_from_tokens(tokens[some]) - rows[some]).square().mean(1).cpu().numpy())
         distance, margin = distances(model.encode(rows), model.quantizer.embedding, tokens, model.quantizer.layout)
     columns = []
     for values in raw.values():
@@ -203,13 +217,8 @@ def measured_names(source: Source, family: str) -> list[str]:
     info = source.datasets[family]
     width = info.row_shape[-1]
     prefix = f"{family} mean over time" if len(info.row_shape) > 1 else family
-    with open_file(source.files[0]) as handle, naming_damage(source.files[0], info.path):
-        node = get_dataset(source.files[0], handle, info.path)
-        for _ in range(3):
-            names = node.attrs.get("feature_names")
-            if isinstance(names, np.ndarray) and names.shape == (width,):
-                return [f"{prefix}: {_text(name)}" for name in names]
-            node = node.parent
+    if (names := column_names(source.files[0], info.path, (width,), groups=2)) is not None:
+        return [f"{prefix}: {name}" for name in names]
     return [f"{prefix}: column {i}" for i in range(width)]
 
 
@@ -230,7 +239,7 @@ def read_conditions(
         if found is not None:
             if found.ndim != 1 or found.dtype.kind not in "OSfiub":
                 raise _unfit(source, path, "texts or numbers [N]", found)
-            labels[name] = np.array([_text(v) for v in found]) if found.dtype.kind in "OS" else found
+            labels[name] = np.array([text_of(v) for v in found]) if found.dtype.kind in "OS" else found
     return parameters, labels
 
 
@@ -239,35 +248,17 @@ def _unfit(source: Source, path: str, expected: str, found: NDArray[Any]) -> Dat
 
 
 def _parameter_names(source: Source, width: int) -> list[str]:
-    with open_file(source.files[0]) as handle, naming_damage(source.files[0], PARAMETERS):
-        node = get_dataset(source.files[0], handle, PARAMETERS)
-        for _ in range(2):
-            names = node.attrs.get("feature_names")
-            if isinstance(names, np.ndarray) and names.shape == (width,):
-                return [_text(name) for name in names]
-            node = node.parent
+    if (names := column_names(source.files[0], PARAMETERS, (width,), groups=1)) is not None:
+        return names
     return [f"theta[{i}]" for i in range(width)]
 
 
 def _read(source: Source, path: str, rows: NDArray[np.int64], notes: list[str]) -> NDArray[Any] | None:
-    parts = []
-    for values in _shards(source, path):
-        if values is None:
-            notes.append(f"the data have no {path}")
-            return None
-        parts.append(values)
-    whole = np.concatenate(parts)
+    whole = source.read_whole(path)
+    if whole is None:
+        notes.append(f"the data have no {path}")
+        return None
     if len(whole) != source.rows:
         raise DataError(f"{source.files[0]}: {path}: has {len(whole)} rows, but the features have {source.rows}")
     found: NDArray[Any] = whole[rows]
     return found
-
-
-def _shards(source: Source, path: str) -> Iterator[NDArray[Any] | None]:
-    for file in source.files:
-        with open_file(file) as handle, naming_damage(file, path):
-            yield get_dataset(file, handle, path)[()] if path in handle else None
-
-
-def _text(value: Any) -> str:
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)

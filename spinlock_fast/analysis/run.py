@@ -61,6 +61,8 @@ def analyze(
     memory_budget: int = 1_250_000_000,
     stage: Stage = lambda text: None,
     progress: Progress | None = None,
+    *,
+    allow_external: bool = True,
 ) -> Analysis:
     """Analyses the tokens that a checkpoint gives to the operators of a file.
 
@@ -70,6 +72,7 @@ def analyze(
         compare: further checkpoint directories, whose tokens of the same data are compared.
         stage: is told what happens next.
         progress: is told (operators done, all).
+        allow_external: False refuses data files that take values from outside of their directory.
 
     Raises:
         DataError: checkpoint or data cannot serve.
@@ -78,6 +81,8 @@ def analyze(
     began = time.perf_counter()
     tokenizer = Tokenizer.from_checkpoint(checkpoint, device)
     others = [Tokenizer.from_checkpoint(directory, device) for directory in compare]
+    for each in (tokenizer, *others):
+        each.allow_external = allow_external
     stage("Encoding")
     observed = observe(tokenizer, data, config.rows, memory_budget, progress)
     encoded = time.perf_counter()

@@ -78,7 +78,7 @@ def _texts(column: NDArray[Any]) -> list[Any]:
 
 def _as_text(value: str) -> str:
     """The value without control characters; a spreadsheet takes one that begins with =, +, - or @ for a formula."""
-    text = printable(value, keep="")
+    text = printable(value)
     return f"'{text}" if text.startswith(("=", "+", "-", "@")) and not _NUMBERS.fullmatch(text) else text
 
 

@@ -406,6 +406,7 @@ def _run_config(settings: Mapping[str, Any], families: list[FamilyEncoder], mode
             training[key] = value
     data: dict[str, Any] = {
         "random_seed": int(settings.get("random_seed", 42)),
+        "feature_cleaning": {"nan_fill": "zero"},
         "families": {
             family.name: {
                 "encoder": family.encoder_name,

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spinlock_fast.kernels.ema_update import ema_update
 from spinlock_fast.kernels.layout import CodebookLayout
 from spinlock_fast.kernels.snapshot import snapshot
-from spinlock_fast.kernels.vq_assign import quantize, vq_assign
+from spinlock_fast.kernels.vq_assign import Assignment, quantize, vq_assign
+from spinlock_fast.module_state import keep_wide
+from spinlock_fast.processes import Processes
+from spinlock_fast.recomputation import kept, once
 
 
 class VectorQuantizer(nn.Module):
@@ -17,7 +23,8 @@ class VectorQuantizer(nn.Module):
 
     Loads the original's state dict: `embedding.weight`, `ema_cluster_size`, `ema_w`. With `use_ema` the
     codes follow the inputs by moving average with Laplace smoothing (`epsilon`); as in the original they
-    are a parameter all the same, and `commitment_loss` gives them a gradient.
+    are a parameter all the same, and `commitment_loss` gives them a gradient. Unlike there, processes of
+    `torch.distributed` share the moving average: those of `process_group` (None for all), as of each call.
 
     forward(z [..., D]) returns
 
@@ -42,6 +49,8 @@ class VectorQuantizer(nn.Module):
         decay: float = 0.99,
         epsilon: float = 1e-5,
         use_ema: bool = True,
+        *,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         self.num_embeddings = num_embeddings
@@ -50,35 +59,40 @@ class VectorQuantizer(nn.Module):
         self.decay = decay
         self.epsilon = epsilon
         self.use_ema = use_ema
+        self.processes = Processes(process_group)
         self._layout = CodebookLayout.of([num_embeddings], [embedding_dim])
         self.embedding = nn.Embedding(num_embeddings, embedding_dim)
         nn.init.uniform_(self.embedding.weight, -1.0 / num_embeddings, 1.0 / num_embeddings)
         if use_ema:
-            self.register_buffer("ema_cluster_size", torch.zeros(num_embeddings))
-            self.register_buffer("ema_w", self.embedding.weight.detach().clone())
+            wide = torch.promote_types(self.embedding.weight.dtype, torch.float32)
+            self.register_buffer("ema_cluster_size", torch.zeros(num_embeddings, dtype=wide))
+            self.register_buffer("ema_w", self.embedding.weight.detach().to(wide, copy=True))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VectorQuantizer:
+        return keep_wide(self, ("ema_cluster_size", "ema_w"), lambda: super(VectorQuantizer, self)._apply(fn, recurse))  # type: ignore[no-untyped-call]
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """The processes that share the moving average; None for all."""
+        return self.processes.group
+
+    @process_group.setter
+    def process_group(self, group: dist.ProcessGroup | None) -> None:
+        self.processes.set(group)
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         if inputs.shape[-1] != self.embedding_dim:
             raise ValueError(f"inputs must be [..., {self.embedding_dim}], got {list(inputs.shape)}")
         flat = inputs.reshape(-1, self.embedding_dim)
-        found = vq_assign(flat, self.embedding.weight.detach().flatten(), self._layout, centred=False)
+        weight = kept(self, self.embedding.weight) if self.training else self.embedding.weight
+        found = vq_assign(flat, weight.detach().flatten(), self._layout, centred=False)
         codes = found.codes[:, 0]
         # The losses see the codes that the inputs were assigned to: taken before they move.
         valid = codes >= 0
-        chosen = F.embedding(codes.clamp(min=0), snapshot(self.embedding.weight))
+        chosen = F.embedding(codes.clamp(min=0), snapshot(weight))
         chosen = torch.where(valid[:, None], chosen, torch.nan)
         if self.training and self.use_ema:
-            ema_update(
-                self.embedding.weight.detach().view(-1),
-                self.ema_cluster_size,
-                self.ema_w.view(-1),
-                found.counts,
-                found.sums,
-                self._layout,
-                self.decay,
-                "laplace",
-                self.epsilon,
-            )
+            once(self, lambda: self._move_codes(found), self.ema_cluster_size)
         encodings = F.one_hot(codes.clamp(min=0), self.num_embeddings).to(torch.float32) * valid[:, None]
         codebook_loss = F.mse_loss(chosen.detach(), flat)
         commitment_loss = F.mse_loss(chosen, flat.detach())
@@ -89,6 +103,23 @@ class VectorQuantizer(nn.Module):
         }
         quantized = quantize(flat, chosen.detach(), self._layout)
         return quantized.view(inputs.shape), encodings.view(*inputs.shape[:-1], self.num_embeddings), losses
+
+    @torch.no_grad()
+    def _move_codes(self, found: Assignment) -> None:
+        counts, sums = found.counts, found.sums
+        if self.processes.size() > 1:
+            counts, sums = self.processes.sum_(torch.cat([counts, sums])).split([len(counts), len(sums)])
+        ema_update(
+            self.embedding.weight.detach().view(-1),
+            self.ema_cluster_size,
+            self.ema_w.view(-1),
+            counts,
+            sums,
+            self._layout,
+            self.decay,
+            "laplace",
+            self.epsilon,
+        )
 
     def get_codebook_entry(self, indices: Tensor) -> Tensor:
         """Code vectors [..., D] of indices [...]."""

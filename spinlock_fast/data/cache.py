@@ -26,8 +26,9 @@ _NAME = "rows"
 def decoded_once(tables: Tables, directory: Path, threads: int, verify_checksums: bool) -> Tables:
     """The same rows from uncompressed files in `directory`, which are written first where they are missing.
 
-    A copy belongs to one dataset of one file as it is now (device, inode, size, time of change); it is written under
-    another name and renamed when it is whole. What is stored uncompressed already is read where it is.
+    A copy belongs to one dataset of one file as it is now (device, inode, size, time of change; those of linked
+    and virtual sources as well); it is written under another name and renamed when it is whole. What is stored
+    uncompressed already is read where it is.
 
     Raises:
         DataError: rows cannot be read.
@@ -43,7 +44,8 @@ def decoded_once(tables: Tables, directory: Path, threads: int, verify_checksums
             one = Tables(
                 (tables.files[i],), (tables.identities[i],), (tables.shard_rows[i],), (replace(table, shards=(shard,)),)
             )
-            shards.append(_copy(one, directory, threads, verify_checksums))
+            copy = _copy(one, directory, threads, verify_checksums)
+            shards.append(replace(copy, packing=shard.packing))
         copies.append(replace(table, shards=tuple(shards)))
     return replace(tables, tables=tuple(copies))
 
@@ -51,7 +53,8 @@ def decoded_once(tables: Tables, directory: Path, threads: int, verify_checksums
 def _copy(tables: Tables, directory: Path, threads: int, verify_checksums: bool) -> ShardIndex:
     (table,) = tables.tables
     (shard,) = table.shards
-    key = "\0".join(map(str, (shard.file.name, shard.identity, shard.path, table.dtype.str, shard.shape)))
+    of_files = shard.identities if shard.backing else shard.identity
+    key = "\0".join(map(str, (shard.file.name, of_files, shard.path, table.dtype.str, shard.shape)))
     path = directory / f"{shard.file.stem}.{hashlib.sha256(key.encode(errors='replace')).hexdigest()[:16]}.h5"
     if path.exists():
         try:

@@ -1,9 +1,7 @@
-"""Where the bytes of a dataset lie in its file, or why only libhdf5 can tell."""
+"""What is known of one dataset in one file: shape, type, where its values lie."""
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import os
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -14,37 +12,16 @@ from typing import Any
 
 import h5py
 import numpy as np
-from numpy.typing import NDArray
 
-from spinlock_fast import _native
-from spinlock_fast.data.files import Identity, get_dataset, identify, naming_damage, open_file
+from spinlock_fast.data.backing import BackingFile, passed_files, sources_of
+from spinlock_fast.data.files import Identity, identify, naming_damage, open_file
+from spinlock_fast.data.links import Boundary, Trace, get_dataset
+from spinlock_fast.data.native_layout import NotNativeError, check_filters, native_layout
+from spinlock_fast.data.packing import Packing, read_packing
 from spinlock_fast.errors import DataError
 
-_MISSING = np.iinfo(np.uint64).max
-_FILTERS = {
-    h5py.h5z.FILTER_DEFLATE: "deflate",
-    h5py.h5z.FILTER_SHUFFLE: "shuffle",
-    h5py.h5z.FILTER_FLETCHER32: "fletcher32",
-}
-_OTHER_FILTERS = {
-    4: "szip",
-    5: "nbit",
-    6: "scaleoffset",
-    32000: "lzf",
-    32001: "blosc",
-    32004: "lz4",
-    32008: "bitshuffle",
-    32015: "zstd",
-    32026: "blosc2",
-}
-_MOST_CHUNKS = 1 << 24
-_CONTIGUOUS_BYTES = 1 << 20  # read at once
-_ITEM_SIZES = {"f": (2, 4, 8), "i": (1, 2, 4, 8), "u": (1, 2, 4, 8)}
+_ITEM_SIZES = {"f": (2, 4, 8), "i": (1, 2, 4, 8), "u": (1, 2, 4, 8), "b": (1,)}
 _REMEMBERED = 256
-
-
-class NotNativeError(Exception):
-    """Why a dataset is read through h5py; the text follows "because of"."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,34 +32,56 @@ class ShardIndex:
     identity: Identity
     path: str
     shape: tuple[int, ...]
-    dtype: np.dtype[Any]  # in native byte order
+    dtype: np.dtype[Any]  # in native byte order; uint8 for booleans
     chunk_rows: int  # rows that are decoded together; 1 where not chunked
     chunk_bytes: int  # decoded size of a chunk; 0 where not chunked
     native: dict[str, Any] | None  # for `_native.RowReader`; None where h5py must read
     reason: str  # why h5py must read
     growing: bool  # a writer has it open for others to read: it may change
+    home: Path  # the file that holds the dataset: another one behind an external link
+    home_identity: Identity
+    backing: tuple[BackingFile, ...]  # other files that links and sources lead to
+    packing: Packing | None  # what stored numbers stand for
+    matlab: bool  # written by MATLAB, which reverses the axes
+
+    @property
+    def identities(self) -> tuple[Identity, ...]:
+        """Of all files that it takes values from."""
+        return (self.identity, *(other.identity for other in self.backing))
+
+    def check_unchanged(self, low: int = 0, high: int | None = None) -> None:
+        """Raises DataError where a file that holds values of rows [low, high) is not what it was."""
+        if self.growing:
+            return
+        if identify(self.file) != self.identity:
+            raise DataError("the file has changed since it was opened")
+        for other in self.backing:
+            if other.holds(low, self.shape[0] if high is None else high) and identify(other.path) != other.identity:
+                raise DataError(f"{other.path}, which it takes values from, has changed since it was opened")
 
 
-_known: OrderedDict[tuple[str, Identity, str], ShardIndex] = OrderedDict()
+_known: OrderedDict[tuple[str, Identity, str, bool], ShardIndex] = OrderedDict()
 _known_lock = Lock()
 
 
-def index_file(file: Path, paths: list[str]) -> dict[str, ShardIndex]:
-    """Indexes of datasets of one file, by path; remembered while the file stays as it is.
+def index_file(file: Path, paths: list[str], boundary: Boundary | None = None) -> dict[str, ShardIndex]:
+    """Indexes of datasets of one file, by path; remembered while the files stay as they are.
 
     Raises:
-        DataError: the file cannot be read, a dataset is missing or holds no rows of numbers.
+        DataError: the file cannot be read, a dataset is missing or holds no rows of numbers, or takes values from
+            outside of the boundary.
     """
+    boundary = boundary or Boundary()
     identity = identify(file)
-    keys = {path: (str(file.absolute()), identity, path) for path in paths}
+    keys = {path: (str(file.absolute()), identity, path, boundary.external) for path in paths}
     with _known_lock:
         found = {path: _known[key] for path, key in keys.items() if key in _known}
-    missing = [path for path in paths if path not in found]
+    missing = [path for path in paths if path not in found or not _up_to_date(found[path])]
     if missing:
         with open_file(file) as handle:
             for path in missing:
                 with naming_damage(file, path):
-                    found[path] = _index(file, identity, handle, path)
+                    found[path] = _index(file, identity, handle, path, boundary)
             growing = handle.swmr_mode
         if identify(file) != identity and not growing:
             raise DataError(f"{file}: the file changed while it was opened")
@@ -95,10 +94,20 @@ def index_file(file: Path, paths: list[str]) -> dict[str, ShardIndex]:
     return {path: found[path] for path in paths}
 
 
-def _index(file: Path, identity: Identity, handle: h5py.File, path: str) -> ShardIndex:
-    dataset = get_dataset(file, handle, path)
+def _up_to_date(index: ShardIndex) -> bool:
+    try:
+        return all(identify(other.path) == other.identity for other in index.backing)
+    except DataError:
+        return False
+
+
+def _index(file: Path, identity: Identity, handle: h5py.File, path: str, boundary: Boundary) -> ShardIndex:
+    trace = Trace()
+    dataset = get_dataset(file, handle, path, boundary, trace)
+    home = trace.passed[-1] if trace.passed else file
+    backing = passed_files(trace) + sources_of(home, dataset, boundary)
     dtype, shape = dataset.dtype, dataset.shape
-    if dtype.kind not in "fiu":
+    if dtype.kind not in _ITEM_SIZES:
         raise DataError(f"{file}: {path}: expected numbers, got {dtype}")
     if dtype.itemsize not in _ITEM_SIZES[dtype.kind]:
         raise DataError(f"{file}: {path}: numbers of type {dtype} have no torch type")
@@ -106,11 +115,11 @@ def _index(file: Path, identity: Identity, handle: h5py.File, path: str) -> Shar
         raise DataError(f"{file}: {path}: no rows (shape {shape})")
     if 0 in shape[1:]:
         raise DataError(f"{file}: {path}: no columns (shape {shape})")
-    _check_filters(file, dataset)
+    check_filters(file, dataset)
     chunks = dataset.chunks
     native, reason = None, ""
     try:
-        native = _native_layout(handle, dataset)
+        native = native_layout(dataset.file, dataset)
     except NotNativeError as why:
         reason = str(why)
     return ShardIndex(
@@ -118,142 +127,23 @@ def _index(file: Path, identity: Identity, handle: h5py.File, path: str) -> Shar
         identity,
         path,
         shape,
-        np.dtype(dtype.str).newbyteorder("="),  # without the metadata of enumerations
+        np.dtype("u1" if dtype.kind == "b" else dtype.str).newbyteorder("="),  # without the metadata of enumerations
         chunks[0] if chunks else 1,
         prod(chunks) * dtype.itemsize if chunks else 0,
         native,
         reason,
-        handle.swmr_mode,
+        dataset.file.swmr_mode,
+        home,
+        identify(home),
+        tuple(backing),
+        read_packing(dataset) if dtype.kind != "b" else None,
+        "MATLAB_class" in dataset.attrs,
     )
 
 
-def _native_layout(handle: h5py.File, dataset: h5py.Dataset) -> dict[str, Any]:
-    """What the native reader must know; raises NotNativeError where it would read other bytes than libhdf5."""
-    plist = dataset.id.get_create_plist()
-    if dataset.shape[0] == 0:
-        return {"rows": 0, "swapped": False, "offset": 0, "chunk_rows": 1}  # an empty shard, of whatever layout
-    if handle.swmr_mode:
-        raise NotNativeError("a writer that has the file open")
-    if handle.driver != "sec2":
-        raise NotNativeError(f"the file driver {handle.driver}")  # its offsets are not those of one file
-    if handle.userblock_size and h5py.version.hdf5_version_tuple < (1, 14, 3):
-        raise NotNativeError("the user block")  # older libraries give offsets without it
-    if dataset.is_virtual:
-        raise NotNativeError("its virtual layout")
-    if plist.get_external_count() > 0:
-        raise NotNativeError("its external files")
-    if not dataset.id.get_type().equal(h5py.h5t.py_create(dataset.dtype)):
-        raise NotNativeError("its number type")  # libhdf5 converts what it reads
-    common = {"rows": dataset.shape[0], "swapped": not dataset.dtype.isnative}
-    layout = plist.get_layout()
-    if layout == h5py.h5d.CONTIGUOUS:
-        offset = dataset.id.get_offset()
-        if offset is None or dataset.id.get_storage_size() != dataset.size * dataset.dtype.itemsize:
-            raise NotNativeError("values that were never written")
-        row_bytes = prod(dataset.shape[1:]) * dataset.dtype.itemsize
-        return {**common, "offset": offset, "chunk_rows": max(1, _CONTIGUOUS_BYTES // row_bytes)}
-    if layout == h5py.h5d.CHUNKED:
-        return {**common, **_chunks(dataset, plist)}
-    raise NotNativeError("its compact layout")
-
-
-def _chunks(dataset: h5py.Dataset, plist: Any) -> dict[str, Any]:
-    filters = _pipeline(plist)
-    grid = tuple(-(-size // chunk) for size, chunk in zip(dataset.shape, dataset.chunks, strict=True))
-    if prod(grid) > _MOST_CHUNKS:
-        raise NotNativeError(f"a grid of {prod(grid):,} chunks")
-    offsets, sizes, masks, partial = _walk(dataset, grid)
-    fill = np.zeros((), dataset.dtype.newbyteorder("="))
-    if (offsets == _MISSING).any():
-        if plist.fill_value_defined() == h5py.h5d.FILL_VALUE_UNDEFINED or (
-            plist.get_fill_time() == h5py.h5d.FILL_TIME_NEVER
-        ):
-            raise NotNativeError("chunks without values")
-        plist.get_fill_value(fill)
-    chunk_bytes = prod(dataset.chunks) * dataset.dtype.itemsize
-    # A writer may leave chunks at the edges unfiltered (H5D_CHUNK_DONT_FILTER_PARTIAL_CHUNKS), which h5py cannot
-    # see. All of them then have the size of a raw chunk; one of another size shows that they were filtered.
-    if filters and partial.any() and (sizes[partial] == chunk_bytes).all():
-        raise NotNativeError("edge chunks that may be stored unfiltered")
-    return {
-        "chunk_rows": dataset.chunks[0],
-        "chunk_shape": list(dataset.chunks[1:]),
-        "filters": filters,
-        "fill": fill.tobytes(),
-        "offsets": offsets,
-        "sizes": sizes,
-        "masks": masks,
-    }
-
-
-def _check_filters(file: Path, dataset: h5py.Dataset) -> None:
-    """Raises DataError where libhdf5 lacks a filter and hdf5plugin, which brings the common ones, does not help."""
-    plist = dataset.id.get_create_plist()
-    for i in range(plist.get_nfilters()):
-        code = plist.get_filter(i)[0]
-        if h5py.h5z.filter_avail(code):
-            continue
-        with contextlib.suppress(ImportError):
-            importlib.import_module("hdf5plugin")
-        if not h5py.h5z.filter_avail(code):
-            raise DataError(
-                f"{file}: {dataset.name.lstrip('/')}: compressed with the filter {_OTHER_FILTERS.get(code, code)}, "
-                "which this installation of HDF5 lacks; pip install hdf5plugin may bring it"
-            )
-
-
-def _pipeline(plist: Any) -> list[tuple[str, int]]:
-    """(name, item size) of each filter in the order of writing."""
-    filters: list[tuple[str, int]] = []
-    for i in range(plist.get_nfilters()):
-        code, _, values, _ = plist.get_filter(i)
-        name = _FILTERS.get(code)
-        if name is None:
-            raise NotNativeError(f"the filter {_OTHER_FILTERS.get(code, code)}")
-        if name == "deflate" and _native.inflate_library() == "none":
-            raise NotNativeError("the filter deflate: this build has neither libdeflate nor zlib")
-        size = (values[0] if values else 0) if name == "shuffle" else 1
-        if size == 0 or name in (used for used, _ in filters):
-            raise NotNativeError("an unusual pipeline of filters")
-        filters.append((name, int(size)))
-    return filters
-
-
-def _walk(
-    dataset: h5py.Dataset, grid: tuple[int, ...]
-) -> tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint32], NDArray[np.bool_]]:
-    """Offset, stored size and filter mask of every chunk of the grid, and which are present and overhang."""
-    cells = prod(grid)
-    found: list[tuple[tuple[int, ...], int, int, int]] = []
-
-    def note(info: Any) -> bool | None:
-        found.append((info.chunk_offset, info.byte_offset, info.size, info.filter_mask))
-        return True if len(found) > cells else None  # a damaged index may lead in circles
-
-    offsets = np.full(cells, _MISSING, np.uint64)
-    sizes = np.zeros(cells, np.uint64)
-    masks = np.zeros(cells, np.uint32)
-    partial = np.zeros(cells, bool)
-    if cells:
-        dataset.id.chunk_iter(note)
-    if not found:
-        return offsets, sizes, masks, partial
-    origin = np.array([entry[0] for entry in found], np.int64)  # [chunks, dimensions]
-    if len(found) > cells or (origin % dataset.chunks).any() or (origin >= dataset.shape).any() or (origin < 0).any():
-        raise ValueError("its index names chunks outside the dataset")
-    cell = np.ravel_multi_index(tuple((origin // dataset.chunks).T), grid)
-    if len(np.unique(cell)) != len(cell):
-        raise ValueError("its index names a chunk twice")
-    offsets[cell] = [entry[1] for entry in found]
-    sizes[cell] = [entry[2] for entry in found]
-    masks[cell] = [entry[3] for entry in found]
-    partial[cell] = (origin + dataset.chunks > dataset.shape).any(1)
-    return offsets, sizes, masks, partial
-
-
-def file_description(file: Path, identity: Identity) -> dict[str, Any]:
-    """A file as `_native.RowReader` takes it."""
-    label = str(file).encode(errors="backslashreplace").decode()
+def file_description(file: Path, identity: Identity, label: str) -> dict[str, Any]:
+    """A file as `_native.RowReader` takes it; messages call it `label`."""
+    label = label.encode(errors="backslashreplace").decode()
     return {
         "path": os.fsencode(file),
         "label": label,

@@ -9,14 +9,18 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
+import h5py
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from spinlock_fast import _native
 from spinlock_fast.config import parse_bytes
+from spinlock_fast.data.backing import descriptor_limit
 from spinlock_fast.data.cache import decoded_once
+from spinlock_fast.data.epochs import SharedPosition
 from spinlock_fast.data.files import Identity, find_files
+from spinlock_fast.data.links import Boundary
 from spinlock_fast.data.memory import BatchMemory
 from spinlock_fast.data.order import RowOrder
 from spinlock_fast.data.reading import LoaderPass, PassStats, batch_memory
@@ -34,10 +38,15 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
 
     Chunks are read and decoded by threads of its own, without the GIL and without libhdf5, at least one window of
     rows ahead. What that reader does not know (other compressions, virtual layouts, ...) is read through h5py: the
-    same values, slower; `stats()["paths"]` tells. Use it as it is, or in a `DataLoader(loader, batch_size=None)`;
-    worker processes add nothing, and share the rows among them where they are asked for.
+    same values, slower; `stats()["paths"]` tells.
 
     A pass is one epoch. The order of rows depends on the data, seed, epoch, rank, world_size and window_rows alone.
+
+    Use it as it is, or in a `DataLoader(loader, batch_size=None)`. Worker processes add no speed. With them a pass has
+    the same batches, and each worker gives a run of them. `set_epoch` and `load_state_dict` reach the workers, also
+    persistent ones. Every pass is the next epoch, also after one that was left early. The main process cannot know the
+    position of the workers, so `state_dict` raises ConfigError there; torchdata's StatefulDataLoader asks the workers.
+    One loader serves one DataLoader at a time.
 
     Args:
         paths: a file, a glob, or a list of those: shards whose rows follow each other.
@@ -59,10 +68,15 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
         cache_dir: a directory for uncompressed copies of what is stored compressed or in chunks. The first pass writes
             them and takes longer; later ones read as fast as memory or disk allow. A file that changes gets new
             copies; old ones are for the user to delete.
+        unpack: whether numbers that stand for others are replaced (the CF conventions of netCDF): those equal to the
+            attributes `_FillValue` or `missing_value` by NaN, others by number * `scale_factor` + `add_offset`; such a
+            dataset becomes float32 or float64. False gives the numbers as they are stored.
+        allow_external: False refuses links, virtual and external sources that lead out of the directory of the file
+            that names them.
 
     Yields:
-        {dataset path: tensor [b, ...] of the dataset's type, "index": [b] int64 row numbers over all shards}.
-        Batches are the caller's: their memory is not used again while a tensor of it exists.
+        {dataset path: tensor [b, ...] of the dataset's type (booleans: uint8), "index": [b] int64 row numbers over
+        all shards}. Batches are the caller's: their memory is not used again while a tensor of it exists.
 
     Raises:
         ConfigError: an impossible setting; a memory_budget that does not hold two windows, naming the one that does.
@@ -87,9 +101,11 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
         drop_last: bool = False,
         verify_checksums: bool = True,
         cache_dir: str | os.PathLike[str] | None = None,
+        unpack: bool = True,
+        allow_external: bool = True,
     ) -> None:
-        self.paths = _list(paths)
-        self.datasets = _list(datasets)
+        self.paths = _paths(paths)
+        self.datasets = _names(datasets)
         self.batch_size = _count("batch_size", batch_size)
         if shuffle not in (True, False, "exact"):
             raise ConfigError(f"shuffle: {shuffle!r}, expected True, False or 'exact'")
@@ -111,16 +127,23 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         if not self.datasets or len(set(self.datasets)) < len(self.datasets) or "index" in self.datasets:
             raise ConfigError(f"datasets: {self.datasets}, expected different names, none of them 'index'")
+        self.unpack = unpack
+        self.allow_external = allow_external
         self._epoch = 0
         self._batch = 0  # delivered of this epoch
-        self._resume_at = 0
+        self._resume_at: int | None = None
+        self._shared = SharedPosition()
+        self._end: int | None = None  # in a DataLoader worker: the first batch that is not its own
         self._open()
 
     def _open(self) -> None:
         self._stats = PassStats()
         self._memory: list[BatchMemory] = []  # of the first pass, and of all that follow
-        self._tables = Tables.open(find_files(self.paths), self.datasets)
-        self._plan(self.rank, self.world_size)
+        boundary = Boundary(self.allow_external)
+        self._tables = Tables.open(find_files(self.paths), self.datasets, boundary=boundary)
+        self._plan()
+        if self.unpack:
+            log_peculiarities(self._tables)
         for table in self._tables.tables:
             said = (self._tables.files[0], table.path, table.reason)
             if table.reason and said not in _said:
@@ -136,17 +159,17 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
                     self.window_rows,
                 )
 
-    def _plan(self, rank: int, world_size: int) -> tuple[RowOrder, Windows]:
+    def _plan(self) -> tuple[RowOrder, Windows]:
         """Order and sizes of a pass; raises ConfigError where the budget or the rows do not suffice."""
         tables = self._tables
-        if tables.rows < world_size:
-            raise ConfigError(f"world_size: {world_size} parts, but there are {tables.rows} rows")
+        if tables.rows < self.world_size:
+            raise ConfigError(f"world_size: {self.world_size} parts, but there are {tables.rows} rows")
         if self.batch_size == 1 and not self.drop_last and tables.rows % self.world_size:
             raise ConfigError(
                 f"batch_size: with 1, {tables.rows} rows on {self.world_size} ranks make different numbers of batches; "
                 "take 2 or drop_last"
             )
-        rows = -(-tables.rows // world_size)
+        rows = -(-tables.rows // self.world_size)
         if self.shuffle:
             windows = shuffled_windows(
                 tables, self.batch_size, self.window_rows, rows, self.num_threads, self.memory_budget
@@ -160,8 +183,8 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
             self.batch_size,
             self.shuffle,
             self.seed,
-            rank,
-            world_size,
+            self.rank,
+            self.world_size,
             self.drop_last,
         )
         if (needed := order.bytes) > self.memory_budget:
@@ -190,29 +213,53 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
         return self._tables.identities
 
     @property
+    def origins(self) -> dict[str, tuple[Identity, ...]]:
+        """Of all files that a dataset takes values from, linked and virtual ones included, by its path."""
+        return self._tables.origins
+
+    @property
     def epoch(self) -> int:
         """The pass that is under way, or the next one."""
         return self._epoch
 
     def set_epoch(self, epoch: int) -> None:
-        """The next pass is this one, from its beginning."""
-        self._epoch, self._batch, self._resume_at = _count("epoch", epoch, least=0), 0, 0
+        """The next pass is this one, from its beginning; in DataLoader workers as well."""
+        self._epoch, self._batch, self._resume_at = _count("epoch", epoch, least=0), 0, None
+        self._shared.set(self._epoch)
 
     def __len__(self) -> int:
         """Batches of a pass."""
-        return len(self._plan(self.rank, self.world_size)[0].batch_ends)
+        return len(self._plan()[0].batch_ends)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """One epoch, or what `load_state_dict` left of it. A pass that was left early is begun anew."""
-        rank, world_size = self.rank, self.world_size
-        if (worker := get_worker_info()) is not None:
-            rank, world_size = rank * worker.num_workers + worker.id, world_size * worker.num_workers
-        first, self._resume_at = self._resume_at, 0
+        worker = get_worker_info()
+        if worker is not None:
+            return self._worker_pass(worker.id, worker.num_workers)
+        if self._shared.workers_began:
+            self.set_epoch(self._shared.next_epoch)
+        epoch, first, self._resume_at = self._epoch, self._resume_at or 0, None
         self._batch = first
-        return self._pass(rank, world_size, self._epoch, first)
+        self._shared.set(epoch)
+        return self._main_pass(epoch, first)
 
-    def _pass(self, rank: int, world_size: int, epoch: int, first: int) -> Iterator[dict[str, Tensor]]:
-        order, windows = self._plan(rank, world_size)
+    def _main_pass(self, epoch: int, first: int) -> Iterator[dict[str, Tensor]]:
+        yield from self._pass(epoch, first, len(self))
+        self._epoch, self._batch = epoch + 1, 0
+        self._shared.set(self._epoch)
+
+    def _worker_pass(self, worker: int, workers: int) -> Iterator[dict[str, Tensor]]:
+        """The worker's run of the batches of the next epoch, or what `load_state_dict` left of it."""
+        epoch, first = self._shared.begin(worker, workers)
+        left = len(self) - first
+        first, stop = (first + left * i // workers for i in (worker, worker + 1))
+        if self._resume_at is not None and self._end is not None:  # a state of this worker
+            first, stop = self._resume_at, self._end
+        self._epoch, self._batch, self._end, self._resume_at = epoch, first, stop, None
+        return self._pass(epoch, first, stop)
+
+    def _pass(self, epoch: int, first: int, stop: int) -> Iterator[dict[str, Tensor]]:
+        order, windows = self._plan()
         tables = self._tables
         if self.cache_dir is not None:  # the order is still that of the files
             tables = decoded_once(tables, self.cache_dir, windows.threads, self.verify_checksums)
@@ -224,6 +271,7 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
             order,
             epoch,
             first,
+            stop,
             ahead=windows.ahead,
             threads=windows.threads,
             verify_checksums=self.verify_checksums,
@@ -233,22 +281,39 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
         with closing(batches):
             for number, batch in enumerate(batches, start=first + 1):
                 self._epoch, self._batch = epoch, number
-                yield batch
-        self._epoch, self._batch = epoch + 1, 0
+                yield tables.unpacked(batch) if self.unpack else batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values from which a loader of the same data and settings goes on after the last batch it gave."""
-        return {"epoch": self._epoch, "batch": self._batch, **self._settings()}
+        """Plain values from which a loader of the same data and settings goes on after the last batch it gave.
+
+        Raises:
+            ConfigError: DataLoader workers gave batches since the last `set_epoch` or `load_state_dict`.
+        """
+        if get_worker_info() is None and self._shared.workers_began:
+            raise ConfigError(
+                "state_dict: DataLoader workers gave the batches, and the main process does not know their position: "
+                "use num_workers=0 or torchdata's StatefulDataLoader, or call set_epoch between epochs"
+            )
+        state = {"epoch": self._epoch, "batch": self._batch, **self._settings()}
+        if (share := _worker_share()) is not None:
+            state |= {"worker": share, "end": self._end}
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The next pass goes on where `state` was taken; raises ConfigError where a setting differs."""
-        for name, value in self._settings().items():
+        expected = {**self._settings(), "worker": _worker_share()}
+        for name, value in expected.items():
             if (given := state.get(name)) != value:
                 raise ConfigError(f"{name}: {value!r}, but the state to go on from has {given!r}")
-        self.set_epoch(state["epoch"])
-        self._batch = self._resume_at = _count("batch", state["batch"], least=0)
-        if self._batch >= len(self):
-            self.set_epoch(self._epoch + 1)
+        epoch, batch = _count("epoch", state["epoch"], least=0), _count("batch", state["batch"], least=0)
+        if (worker := get_worker_info()) is not None:
+            self._end = _count("end", state["end"], least=0)
+            self._shared.resume(worker.id, worker.num_workers, epoch)
+        elif batch >= len(self):
+            epoch, batch = epoch + 1, 0
+        self._epoch, self._batch, self._resume_at = epoch, batch, batch
+        if worker is None:
+            self._shared.set(epoch, batch)
 
     def _settings(self) -> dict[str, Any]:
         """What the order of rows depends on."""
@@ -268,10 +333,56 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
         }
 
 
-def _list(names: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[str]:
-    if isinstance(names, (str, os.PathLike)):
-        return [os.fspath(names)]
-    return [os.fspath(name) for name in names]
+def _worker_share() -> list[int] | None:
+    """In a DataLoader worker: its number, and of how many."""
+    worker = get_worker_info()
+    return None if worker is None else [worker.id, worker.num_workers]
+
+
+def log_peculiarities(tables: Tables) -> None:
+    """Logs once what a user would not expect of the numbers of a dataset, or of the files that hold them."""
+    for table in tables.tables:
+        for shard in table.shards:
+            found = []
+            if shard.packing is not None:
+                found.append(str(shard.packing))
+            if shard.matlab and len(shard.shape) > 1 and shard.shape[0] < shard.shape[-1]:
+                found.append(
+                    f"written by MATLAB, which reverses axes: shape {shard.shape} is read as {shard.shape[0]} rows; "
+                    "where these are the columns, save the transposed array"
+                )
+            sources = len({other.path for other in shard.backing if other.opened})
+            if 2 * sources > (limit := descriptor_limit()):
+                found.append(
+                    f"takes values from {sources} files, but this process may have {limit} open; `ulimit -n` raises "
+                    "the limit"
+                )
+            for text in found:
+                key = (shard.file, table.path, text)
+                # Shards mostly say the same: the first speaks for all.
+                if (shard is table.shards[0] or shard.packing != table.shards[0].packing) and key not in _said:
+                    _said.add(key)
+                    log.warning("%s: %s: %s", shard.file, table.path, text)
+
+
+def _paths(paths: Any) -> list[str]:
+    """Paths as texts; raises ConfigError for what is no path."""
+    given = [paths] if isinstance(paths, (str, bytes, os.PathLike, h5py.HLObject)) else paths
+    found = []
+    for path in given if isinstance(given, Sequence) else [given]:
+        if isinstance(path, h5py.HLObject):
+            name = path.file.filename if path else "the path of its file"
+            raise ConfigError(
+                f"paths: an open h5py {type(path).__name__} was given; close it and pass its path, {name!r}"
+            )
+        if not isinstance(path, (str, bytes, os.PathLike)):
+            raise ConfigError(f"paths: {type(path).__name__} was given, expected a path, a glob, or a list of those")
+        found.append(os.fsdecode(path))
+    return found
+
+
+def _names(names: str | Sequence[str]) -> list[str]:
+    return [names] if isinstance(names, str) else [str(name) for name in names]
 
 
 def _count(name: str, value: int, least: int = 1) -> int:

@@ -65,7 +65,7 @@ def batch_memory(tables: Tables, order: Order, ahead: int, pin: bool) -> list[Ba
 
 
 class LoaderPass:
-    """Batches from `first_batch` to the end of an epoch. To be closed: it holds threads and open files.
+    """Batches from `first_batch` to `stop_batch` or the end of an epoch. To be closed: it holds threads and open files.
 
     Args:
         ahead: windows that are decoded or delivered at a time.
@@ -78,6 +78,7 @@ class LoaderPass:
         order: Order,
         epoch: int,
         first_batch: int,
+        stop_batch: int | None = None,
         *,
         ahead: int,
         threads: int,
@@ -86,7 +87,7 @@ class LoaderPass:
         stats: PassStats,
     ) -> None:
         self._tables = tables
-        self._ends = order.batch_ends
+        self._ends = order.batch_ends[:stop_batch]
         self._next_batch = first_batch
         self._start = int(self._ends[first_batch - 1]) if first_batch else 0
         self._windows = order.windows(epoch)
@@ -139,6 +140,8 @@ class LoaderPass:
     def _submit(self, needed: int) -> None:
         """Windows ahead, and those that a batch up to position `needed` reaches into."""
         while len(self._running) < self._ahead or self._submitted < needed:
+            if not len(self._ends) or self._submitted >= self._ends[-1]:
+                return
             if (window := next(self._windows, None)) is None:
                 return
             first, rows = window

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -13,13 +14,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spinlock_fast.data.files import find_files, get_dataset, naming_damage, open_file
-from spinlock_fast.data.loader import HDF5Loader
+from spinlock_fast.data.backing import sources_of
+from spinlock_fast.data.files import find_files, naming_damage, open_file
+from spinlock_fast.data.links import Boundary, Trace, find_dataset, get_dataset
+from spinlock_fast.data.loader import HDF5Loader, log_peculiarities
 from spinlock_fast.data.order import GivenRows
+from spinlock_fast.data.packing import read_packing
 from spinlock_fast.data.reading import LoaderPass, PassStats, batch_memory
 from spinlock_fast.data.table import Tables
 from spinlock_fast.data.windows import processors
 from spinlock_fast.errors import DataError
+from spinlock_fast.messages import printable
 
 
 @dataclass(frozen=True)
@@ -46,29 +51,36 @@ class Source:
     Args:
         paths: a file, a glob, or a list of those. The shards of a glob follow each other in natural
             order (shard_10 after shard_9).
-        datasets: dataset path in the file by family name; 2-D or 3-D, numeric.
+        datasets: dataset path in the file by family name; 2-D or 3-D, numeric. Numbers that stand for others are
+            unpacked: netCDF's fill values become NaN, scale and offset are applied.
+        allow_external: False refuses links, virtual and external sources that lead out of the directory of a file.
 
     Raises:
         DataError: one line naming the file, the dataset and what is wrong.
     """
 
-    def __init__(self, paths: str | Sequence[str], datasets: Mapping[str, str]) -> None:
+    def __init__(self, paths: str | Sequence[str], datasets: Mapping[str, str], *, allow_external: bool = True) -> None:
         self.files = find_files(paths)
+        self.allow_external = allow_external
         self._running: list[Generator[Any, None, None]] = []
+        boundary = Boundary(allow_external)
         with open_file(self.files[0]) as handle:
             for family, path in datasets.items():
                 with naming_damage(self.files[0], path):
-                    shape = get_dataset(self.files[0], handle, path).shape
+                    shape = get_dataset(self.files[0], handle, path, boundary).shape
                 if shape is None or len(shape) not in (2, 3):
                     raise DataError(
                         f"{self.files[0]}: {path}: family {family!r} needs a 2-D or 3-D dataset, got shape {shape}"
                     )
-        self._tables = Tables.open(self.files, list(dict.fromkeys(datasets.values())), called="families")
+        self._tables = Tables.open(
+            self.files, list(dict.fromkeys(datasets.values())), called="families", boundary=boundary
+        )
+        log_peculiarities(self._tables)
         self._ends = np.cumsum(self._tables.shard_rows).tolist()
         tables = {table.path: table for table in self._tables.tables}
         self.datasets = {
             family: DatasetInfo(
-                path, self.rows, tables[path].row_shape, tables[path].chunk_rows, tables[path].dtype.itemsize
+                path, self.rows, tables[path].row_shape, tables[path].chunk_rows, tables[path].unpacked_dtype.itemsize
             )
             for family, path in datasets.items()
         }
@@ -114,8 +126,8 @@ class Source:
             stats=PassStats(),
         )
         with closing(batches):
-            values = next(iter(batches))[info.path]
-        return _as_float32(values).numpy()
+            values = tables.unpacked(next(iter(batches)))[info.path]
+        return as_float32(values, lambda i: self.place(family, int(rows[i]))).numpy()
 
     def batches(
         self, families: Sequence[str], rows: int, memory_budget: int, device: torch.device
@@ -142,13 +154,20 @@ class Source:
             shuffle=False,
             memory_budget=memory_budget,
             pin_memory=device.type == "cuda",
+            allow_external=self.allow_external,
         )
-        if loader.identities != self._tables.identities:
+        if any(self._tables.origins[path] != origin for path, origin in loader.origins.items()):
             raise DataError(f"{self.files[0]}: the data set has changed since it was opened")
         start = 0
         for batch in loader:
             raw = {family: batch[self.datasets[family].path] for family in families}
-            yield start, {family: _as_float32(x.to(device, non_blocking=True)) for family, x in raw.items()}
+            yield (
+                start,
+                {
+                    family: as_float32(x.to(device, non_blocking=True), self.placing(family, start))
+                    for family, x in raw.items()
+                },
+            )
             start += len(batch["index"])
 
     def place(self, family: str, row: int) -> str:
@@ -164,15 +183,65 @@ class Source:
     def feature_names(self, family: str) -> list[str] | None:
         """Names of a family's columns, where the dataset or its group has an attribute `feature_names`."""
         path = self.datasets[family].path
-        with open_file(self.files[0]) as handle, naming_damage(self.files[0], path):
-            dataset = get_dataset(self.files[0], handle, path)
-            for node in (dataset, dataset.parent):
-                names = node.attrs.get("feature_names")
-                if isinstance(names, np.ndarray) and names.shape == dataset.shape[1:]:
-                    return [name.decode() if isinstance(name, bytes) else str(name) for name in names]
-        return None
+        return column_names(self.files[0], path, self.datasets[family].row_shape, groups=1)
+
+    def read_whole(self, path: str) -> NDArray[Any] | None:
+        """Another dataset of all files, of any type; None where a file has none. Packed numbers are unpacked.
+
+        Raises:
+            DataError: a link leads nowhere, or the file is damaged.
+        """
+        parts = []
+        boundary = Boundary(self.allow_external)
+        for file in self.files:
+            trace = Trace()
+            with open_file(file) as handle, naming_damage(file, path):
+                if (dataset := find_dataset(file, handle, path, boundary, trace)) is None:
+                    return None
+                sources_of(trace.passed[-1] if trace.passed else file, dataset, boundary)  # none may be missing
+                packing = read_packing(dataset) if dataset.dtype.kind in "fiu" else None
+                values = dataset[()]
+                parts.append(np.atleast_1d(values if packing is None else packing(values)))
+        return np.concatenate(parts)
+
+    @property
+    def all_files(self) -> tuple[Path, ...]:
+        """Every file that values come from, linked and virtual ones included."""
+        return self._tables.all_files
 
 
-def _as_float32(values: Tensor) -> Tensor:
-    """Values beyond float32 become Inf, which the encoders report with its place."""
-    return values.to(torch.float32)
+def column_names(file: Path, path: str, shape: tuple[int, ...], groups: int) -> list[str] | None:
+    """The attribute `feature_names` of a dataset or of a group above it, where it has this shape.
+
+    Args:
+        groups: how many groups upwards are asked.
+    """
+    with open_file(file) as handle, naming_damage(file, path):
+        nodes = [get_dataset(file, handle, path)]
+        above = path.strip("/")
+        for _ in range(groups):
+            above = above.rpartition("/")[0]
+            nodes.append(handle[above or "/"])
+        for node in nodes:
+            names = node.attrs.get("feature_names")
+            if isinstance(names, np.ndarray) and names.shape == shape:
+                return [text_of(name) for name in names]
+    return None
+
+
+def text_of(value: Any) -> str:
+    """A text of a file, safe to be shown."""
+    return printable(value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value))
+
+
+def as_float32(values: Tensor, place: Callable[[int], str]) -> Tensor:
+    """Values as float32; raises DataError for a finite one that does not fit, at `place` of its row."""
+    if values.dtype != torch.float64:  # the only type with larger numbers
+        return values.to(torch.float32)
+    out = values.to(torch.float32)
+    beyond = torch.isinf(out) & ~torch.isinf(values)
+    if bool(beyond.any()):
+        row, *position = (int(i) for i in beyond.nonzero()[0])
+        where = ", ".join(map(str, position))
+        raise DataError(f"{place(row)}, position [{where}]: {float(values[(row, *position)]):g} does not fit float32")
+    return out

@@ -10,6 +10,10 @@ from spinlock_fast.dropin.codebook import OPTIONAL_STATISTICS
 _LEAST_VARIANCE = 1e-5
 
 
+Statistics = tuple[Tensor | None, ...]  # batch mean and variance, codebook mean and variance, each [H, 1, D]
+NO_STATISTICS: Statistics = (None,) * 4
+
+
 class Affine:
     """Moving means and variances of codes and batches, kept as buffers of the codebook under their usual names."""
 
@@ -21,27 +25,42 @@ class Affine:
             codebook.register_buffer(f"{name}_needs_init", torch.tensor(True))
             codebook.register_buffer(name, torch.zeros(H, 1, D))
 
-    def observe(self, codebook: nn.Module, rows: Tensor, embed: Tensor, mask: Tensor | None) -> None:
-        """Moves the statistics: those of the codes in training and where there are none, those of the batch always."""
+    @staticmethod
+    def statistics(codebook: nn.Module) -> Statistics:
+        """Those that there are."""
+        names = ("batch_mean", "batch_variance", "codebook_mean", "codebook_variance")
+        return tuple(codebook._buffers[name] for name in names)
+
+    def observe(self, codebook: nn.Module, rows: Tensor, embed: Tensor, mask: Tensor | None) -> Statistics:
+        """Moves the statistics: those of the codes in training and where there are none, those of the batch always.
+
+        A batch without a row does not count.
+        """
         with torch.no_grad():
             rows = rows if mask is None else rows[:, mask]
             if codebook.training or bool(codebook.codebook_mean_needs_init):
                 self._move(codebook, "codebook_mean", embed.mean(1, keepdim=True), self.codebook_decay)
                 self._move(codebook, "codebook_variance", _variance(embed), self.codebook_decay)
-            self._move(codebook, "batch_mean", rows.mean(1, keepdim=True), self.batch_decay)
-            self._move(codebook, "batch_variance", _variance(rows), self.batch_decay)
+            if rows.shape[1] > 0:
+                self._move(codebook, "batch_mean", rows.mean(1, keepdim=True), self.batch_decay)
+                self._move(codebook, "batch_variance", _variance(rows), self.batch_decay)
+        return self.statistics(codebook)
 
-    def apply(self, codebook: nn.Module, embed: Tensor) -> Tensor:
+    @staticmethod
+    def apply(statistics: Statistics, embed: Tensor) -> Tensor:
         """Codes [H, K, D] moved to where the latents are; as they are before the first batch."""
-        if codebook._buffers["batch_mean"] is None:
+        mean, variance, code_mean, code_variance = statistics
+        if mean is None or variance is None or code_mean is None or code_variance is None:
             return embed
-        scale = _deviation(codebook, "batch_variance") / _deviation(codebook, "codebook_variance")
-        return (embed - _statistic(codebook, "codebook_mean")) * scale + _statistic(codebook, "batch_mean")
+        return (embed - code_mean) * (_deviation(variance) / _deviation(code_variance)) + mean
 
-    def undo(self, codebook: nn.Module, rows: Tensor) -> Tensor:
-        """Latents [H, N, D] moved to where the codes are."""
-        scale = _deviation(codebook, "codebook_variance") / _deviation(codebook, "batch_variance")
-        return (rows - _statistic(codebook, "batch_mean")) * scale + _statistic(codebook, "codebook_mean")
+    @staticmethod
+    def undo(statistics: Statistics, rows: Tensor) -> Tensor:
+        """Latents [H, N, D] moved to where the codes are; as they are before the first batch."""
+        mean, variance, code_mean, code_variance = statistics
+        if mean is None or variance is None or code_mean is None or code_variance is None:
+            return rows
+        return (rows - mean) * (_deviation(code_variance) / _deviation(variance)) + code_mean
 
     @staticmethod
     def _move(codebook: nn.Module, name: str, value: Tensor, decay: float) -> None:
@@ -57,10 +76,5 @@ def _variance(x: Tensor) -> Tensor:
     return x.var(1, keepdim=True, unbiased=False)
 
 
-def _statistic(codebook: nn.Module, name: str) -> Tensor:
-    value: Tensor = getattr(codebook, name)
-    return value
-
-
-def _deviation(codebook: nn.Module, name: str) -> Tensor:
-    return _statistic(codebook, name).clamp(min=_LEAST_VARIANCE).sqrt()
+def _deviation(variance: Tensor) -> Tensor:
+    return variance.clamp(min=_LEAST_VARIANCE).sqrt()

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from spinlock_fast.buffers import TransientBuffers
 from spinlock_fast.dropin.shapes import widened
 from spinlock_fast.dropin.start import laplace, start_codes
+from spinlock_fast.kernels.export import exporting
 from spinlock_fast.kernels.residual_vq.reference import tally, unit
+from spinlock_fast.module_state import FirstBatch, keep_wide
+from spinlock_fast.processes import Processes
+from spinlock_fast.recomputation import kept
 
 # Buffers of `affine.Affine` that have no value before the first batch.
 OPTIONAL_STATISTICS = ("batch_mean", "batch_variance")
@@ -25,7 +28,8 @@ class Codebook(TransientBuffers):
     """H codebooks of K codes.
 
     Buffers: embed [H, K, D] the codes (a parameter where learnable), embed_avg [H, K, D] moving sums, cluster_size
-    [H, K] moving counts, initted bool scalar.
+    [H, K] moving counts, initted bool scalar. The moving sums and counts stay float32 where the module is cast to
+    half precision: 1 - decay of a count would round to nothing.
     """
 
     embed: Tensor
@@ -46,7 +50,8 @@ class Codebook(TransientBuffers):
         decay: float = 0.8,
         eps: float = 1e-5,
         threshold_ema_dead_code: float = 0,
-        use_ddp: bool = False,
+        use_ddp: bool | None = None,
+        processes: Processes | None = None,
         learnable_codebook: bool = False,
         ema_update: bool = True,
         manual_ema_update: bool = False,
@@ -63,6 +68,7 @@ class Codebook(TransientBuffers):
         self.threshold_ema_dead_code = self.reset_cluster_size = threshold_ema_dead_code
         self.has_dead_code_replacement = threshold_ema_dead_code > 0
         self.use_ddp, self.learnable_codebook = use_ddp, learnable_codebook
+        self.processes = Processes() if processes is None else processes
         self.ema_update, self.manual_ema_update = ema_update, manual_ema_update
         self.use_cosine_sim, self.corrections = use_cosine_sim, corrections
         self.vq_bridge = vq_bridge
@@ -72,14 +78,15 @@ class Codebook(TransientBuffers):
             nn.init.kaiming_uniform_(start)
             start = unit(start) if use_cosine_sim else start
         self.register_buffer("initted", torch.tensor(not kmeans_init))
-        self.register_buffer("cluster_size", torch.ones(num_codebooks, codebook_size))
-        self.register_buffer("embed_avg", start.clone())
+        wide = torch.promote_types(start.dtype, torch.float32)
+        self.register_buffer("cluster_size", torch.ones(num_codebooks, codebook_size, dtype=wide))
+        self.register_buffer("embed_avg", start.to(wide, copy=True))
         if learnable_codebook:
             self.embed = nn.Parameter(start)
         else:
             self.register_buffer("embed", start)
         self.register_transient_buffers()
-        self._needs_start = kmeans_init
+        self._first_batch = FirstBatch(kmeans_init, self.processes)
         self._pending: tuple[Tensor, Tensor] | None = None
 
     def transient_buffers(self) -> dict[str, Tensor]:
@@ -100,7 +107,7 @@ class Codebook(TransientBuffers):
         self.cluster_size.clamp_(min=1.0)
         self.embed_avg.copy_(codes.to(self.embed_avg) * self.cluster_size[..., None])
         self.initted.fill_(True)
-        self._needs_start, self._pending = False, None
+        self._first_batch.awaited, self._pending = False, None
 
     def transform_input(self, x: Tensor) -> Tensor:
         """x [..., D], of unit length where codes are compared by cosine."""
@@ -108,18 +115,28 @@ class Codebook(TransientBuffers):
 
     @property
     def shared(self) -> bool:
-        """Whether counts and sums are those of all processes."""
-        return self.use_ddp and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        """Whether counts and sums are those of all processes of the group, as of now."""
+        return self.use_ddp is not False and self.processes.size() > 1
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        return keep_wide(self, ("cluster_size", "embed_avg"), lambda: super(Codebook, self)._apply(fn, recurse))
 
     def codes(self, dtype: torch.dtype) -> Tensor:
         """[H, K, D], with their gradient where learnable."""
-        return (self.embed if self.learnable_codebook else self.embed.detach()).to(dtype)
+        return (self.used if self.learnable_codebook else self.used.detach()).to(dtype)
+
+    @property
+    def used(self) -> Tensor:
+        """The codes [H, K, D] that this pass compares with: a recomputation takes those of its first run."""
+        return kept(self, self.embed) if self.training else self.embed
 
     @torch.no_grad()
     def start(self, rows: Tensor, mask: Tensor | None) -> None:
         """Fits the codes to rows [H, N, D] by k-means, once."""
-        if not self._needs_start:
+        if not self.needs_start:
             return
+        if exporting():
+            raise ValueError("k-means has not fitted the codes: before an export, call the layer once, not compiled")
         start_codes(
             rows.detach(),
             mask,
@@ -127,18 +144,17 @@ class Codebook(TransientBuffers):
             self.embed_avg,
             self.cluster_size,
             self.initted,
+            first=self._first_batch,
             iterations=self.kmeans_iters,
             cosine=self.use_cosine_sim,
             eps=self.eps,
             sync=self.shared and self.sync_kmeans,
             keep_empty="kmeans_scale" in self.corrections,
         )
-        # Reading `initted` waits for the device and cannot be compiled.
-        self._needs_start = torch.compiler.is_compiling() or not bool(self.initted)
 
     @property
     def needs_start(self) -> bool:
-        return self._needs_start
+        return self._first_batch.awaited
 
     @torch.no_grad()
     def update_ema(self, active: Tensor | None = None) -> None:
@@ -204,7 +220,7 @@ class Codebook(TransientBuffers):
         self._expect_statistics(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
         if not self.initted.is_meta:
-            self._needs_start = not bool(self.initted)
+            self._first_batch.awaited = not bool(self.initted)
         self._pending = None  # sums that belong to other codes
 
     def _expect_statistics(self, state_dict: dict[str, Tensor], prefix: str) -> None:
@@ -257,7 +273,10 @@ class Piece:
 def update(
     pieces: Sequence[Piece], weight: Weight = None, accumulate: bool = False, ema_update: bool | None = None
 ) -> None:
-    """Moves averages and codes, then replaces dead codes: one collective for all codebooks, of a fixed size."""
+    """Moves averages and codes, then replaces dead codes: one collective for all codebooks, of a fixed size.
+
+    The pieces are of codebooks that the same processes share.
+    """
     shared = [piece for piece in pieces if piece.codebook.shared]
     given = _reduced(shared, accumulate) if shared else {}
     for piece in pieces:
@@ -286,8 +305,7 @@ def _reduced(pieces: Sequence[Piece], accumulate: bool) -> dict[int, tuple[Tenso
             flat += [piece.counts.float().flatten(), piece.sums.float().flatten()]
         if book.has_dead_code_replacement and not accumulate:
             flat += [_my_candidates(piece).flatten()]
-    packed = torch.cat(flat)
-    dist.all_reduce(packed)
+    packed = pieces[0].codebook.processes.sum_(torch.cat(flat))
     parts = iter(packed.split([len(part) for part in flat]))
     given = {}
     for piece in pieces:
@@ -306,7 +324,8 @@ def _my_candidates(piece: Piece) -> Tensor:
     """[H, K, D + 1] rows for every world-th place, and a last column of ones where there is one; else 0."""
     H, K, D = piece.codebook.embed.shape
     device = piece.codebook.embed.device
-    mine = torch.arange(K, device=device) % dist.get_world_size() == dist.get_rank()
+    processes = piece.codebook.processes
+    mine = torch.arange(K, device=device) % processes.size() == processes.rank()
     out = torch.zeros(H, K, D + 1, dtype=torch.float32, device=device)
     if piece.rows == 0:
         return out

@@ -114,5 +114,6 @@ def gumbel(like: Tensor) -> Tensor:
 
 
 def cross_entropy(distances: Tensor, codes: Tensor) -> Tensor:
-    """Of the softmax of distances [H, N, K] with codes [H, N]; those of -1 do not count."""
-    return F.cross_entropy(distances.flatten(0, 1), codes.flatten(), ignore_index=-1)
+    """Of the softmax of distances [H, N, K] with codes [H, N]; those of -1 do not count. 0 where none does."""
+    total = F.cross_entropy(distances.flatten(0, 1), codes.flatten(), ignore_index=-1, reduction="sum")
+    return total / (codes != -1).sum().clamp(min=1)

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from spinlock_fast.dropin.residual import ResidualVQ, shared_seed, skip_seed
+from spinlock_fast.recomputation import once
 
 
 class GroupedResidualVQ(nn.Module):
@@ -39,6 +41,17 @@ class GroupedResidualVQ(nn.Module):
         """[groups, q, K, D], or [K_q, D] of each group and stage where stages differ in size."""
         books: list[Any] = [rvq.codebooks for rvq in self.rvqs]
         return torch.stack(books) if isinstance(books[0], Tensor) else tuple(books)
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """The processes that share updates; None for all."""
+        group: dist.ProcessGroup | None = self.rvqs[0].process_group  # type: ignore[assignment]
+        return group
+
+    @process_group.setter
+    def process_group(self, group: dist.ProcessGroup | None) -> None:
+        for rvq in self.rvqs:
+            rvq.process_group = group  # type: ignore[assignment]
 
     @property
     def split_dim(self) -> int:
@@ -95,7 +108,12 @@ class GroupedResidualVQ(nn.Module):
         dropped = self.training and any(rvq.quantize_dropout for rvq in self.rvqs)
         seed: int | Tensor | None = None
         if dropped:
-            seed = self.rvqs[0].draw_stages(x.device) if torch.compiler.is_compiling() else shared_seed(x.device)  # type: ignore[operator]
+            first = self.rvqs[0]
+            assert isinstance(first, ResidualVQ)
+            if torch.compiler.is_compiling():
+                seed = first.draw_stages(x.device)
+            else:
+                seed = once(self, lambda: shared_seed(x.device, first._processes))
         if self.training and not dropped:
             skip_seed(x.device)
         results = [

@@ -62,7 +62,9 @@ def orthogonality(codes: Tensor, corrected: bool) -> Tensor:
 
 
 def negative_diversity(distances: Tensor, temperature: float) -> Tensor:
-    """Minus the entropy of the mean assignment at each position, for distances [..., n, K]."""
+    """Minus the entropy of the mean assignment at each position, for distances [..., n, K]; 0 without a row."""
+    if distances.numel() == 0:
+        return distances.sum()
     share = (distances * temperature).softmax(-1).flatten(0, -3).mean(0)
     return (share * share.clamp(min=1e-5).log()).sum(-1).mean()
 
@@ -93,12 +95,12 @@ def straight_through(source: Tensor, target: Tensor) -> Tensor:
 
 
 def squared_error(codes: Tensor, rows: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean over entries of (codes - rows)^2; over rows where mask [...] is True."""
+    """Mean over entries of (codes - rows)^2; over rows where mask [...] is True. 0 where there is no row."""
     if mask is None:
-        return F.mse_loss(codes, rows)
+        return F.mse_loss(codes, rows) if rows.numel() else (codes - rows).square().sum()
     weight = mask[..., None].to(rows.dtype)
     error = torch.where(mask[..., None], codes - rows, 0.0).square()
-    return error.sum() / (weight.expand_as(error)).sum()
+    return error.sum() / (weight.expand_as(error)).sum().clamp(min=1.0)
 
 
 __all__ = [

@@ -21,13 +21,16 @@ from spinlock_fast.dropin.shapes import InputShape, projected
 from spinlock_fast.dropin.stages import by_beam, by_stages, fused, stages_fuse, with_cross_entropy
 from spinlock_fast.dropin.usage import perplexity, utilization
 from spinlock_fast.dropin.vector_quantize import VectorQuantize
+from spinlock_fast.processes import Processes
+from spinlock_fast.recomputation import once
 
 
 class ResidualVQ(TransientBuffers):
     """Quantizes vectors, then what each stage leaves over (Zeghidour et al. 2021, algorithm 1).
 
     Arguments, `forward` and returns are those of vector-quantize-pytorch 1.32 and documented there; docs/drop-in.md
-    says how each is served. Further arguments, `corrections` among them, are those of `VectorQuantize`.
+    says how each is served. Further arguments, `corrections` and `process_group` among them, are those of
+    `VectorQuantize`.
 
     Shapes:
         x [b, n, dim] (or [b, dim]; images [b, dim, h, w]) -> quantized like x; codes [b, n, q] int64, -1 where masked
@@ -148,6 +151,20 @@ class ResidualVQ(TransientBuffers):
             warn_reference("quant_grad_frac", "takes one operator a stage")
 
     @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """The processes that share updates; None for all."""
+        return self._processes.group
+
+    @process_group.setter
+    def process_group(self, group: dist.ProcessGroup | None) -> None:
+        for q in range(self.num_quantizers):
+            self.layer(q).process_group = group
+
+    @property
+    def _processes(self) -> Processes:
+        return self.layer(0)._codebook.processes
+
+    @property
     def codebook_size(self) -> int:
         return self.layer(0).codebook_size
 
@@ -171,7 +188,7 @@ class ResidualVQ(TransientBuffers):
             if not self.quantize_dropout:
                 raise ValueError(f"without quantize_dropout, indices are of {self.num_quantizers} stages, got {given}")
             indices = F.pad(indices, (0, self.num_quantizers - given), value=-1)
-        flat = indices.reshape(len(indices), -1, self.num_quantizers)  # [b, n, q]
+        flat = indices.reshape(indices.shape[0], -1, self.num_quantizers)  # [b, n, q]
         codes: list[Tensor] = []
         for q, index in enumerate(flat.unbind(-1)):
             book = self.layer(q).codes_in_use()[0]
@@ -242,7 +259,7 @@ class ResidualVQ(TransientBuffers):
             total, loss = with_cross_entropy(self, shape, rows, given, mask, sample_codebook_temp, freeze_codebook)
             return shape.restore(self._masked(projected(self.project_out, total), origin, mask)), loss
         beam = beam_size or (self.beam_size if self.training else self.eval_beam_size) or 1
-        plain = beam == 1 and stages_fuse(self, mask)
+        plain = beam == 1 and once(self, lambda: stages_fuse(self, mask))
         seed, limit, stages = rand_quantize_dropout_fixed_seed, None, self.num_quantizers
         if self.training and self.quantize_dropout:
             if isinstance(seed, Tensor) or (plain and seed is None and torch.compiler.is_compiling()):
@@ -274,27 +291,27 @@ class ResidualVQ(TransientBuffers):
 
     def _stages(self, device: torch.device, seed: int | None) -> int:
         """Stages that take part: a random number of them under dropout, the same in all processes."""
-        seed = shared_seed(device) if seed is None else seed
+        seed = once(self, lambda: shared_seed(device, self._processes)) if seed is None else seed
         last = random.Random(seed).randrange(self.quantize_dropout_cutoff_index, self.num_quantizers)
         multiple = self.quantize_dropout_multiple_of
         return min(ceil((last + 1) / multiple) * multiple, self.num_quantizers)
 
     def draw_stages(self, device: torch.device) -> Tensor:
         """As `_stages`, as a tensor that a compiled graph can draw: on the CPU, where reading it waits for nothing."""
-        shared = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        shared = self._processes.size() > 1
         place = device if shared else torch.device("cpu")
         last = torch.randint(self.quantize_dropout_cutoff_index, self.num_quantizers, (), device=place)
         if shared:
-            dist.all_reduce(last, op=dist.ReduceOp.MAX)
+            self._processes.max_(last)
         multiple = self.quantize_dropout_multiple_of
         return ((last // multiple + 1) * multiple).clamp(max=self.num_quantizers)
 
 
-def shared_seed(device: torch.device) -> int:
+def shared_seed(device: torch.device, processes: Processes) -> int:
     """A random number that all processes share."""
     seed = torch.randint(0, 10_000, (), device=device)
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(seed)
+    if processes.size() > 1:
+        processes.sum_(seed)
     return int(seed)
 
 

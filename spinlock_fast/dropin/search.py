@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from spinlock_fast.dropin import dense, losses
+from spinlock_fast.dropin.affine import NO_STATISTICS, Statistics
 from spinlock_fast.dropin.codebook import Piece, Weight, update
 from spinlock_fast.kernels.residual_vq import residual_vq
 from spinlock_fast.kernels.residual_vq.op import Gradient
 from spinlock_fast.kernels.residual_vq.reference import tally
 from spinlock_fast.kernels.snapshot import snapshot
+from spinlock_fast.recomputation import once
 
 if TYPE_CHECKING:
     from spinlock_fast.dropin.vector_quantize import VectorQuantize
@@ -53,7 +56,7 @@ class Found:
 def search(vq: VectorQuantize, rows: Tensor, call: Call) -> Found:
     """Chooses codes for rows [H, N, D] and, in training, updates the codebook."""
     book = vq._codebook
-    book.start(rows, call.row_mask)
+    once(book, lambda: book.start(rows, call.row_mask))
     plain = call.topk is None and call.transform is None and not call.with_distances
     return _fused(vq, rows, call) if plain and vq.is_plain else _by_steps(vq, rows, call)
 
@@ -67,11 +70,11 @@ def gradient_mode(vq: VectorQuantize, input_grad: bool) -> Gradient:
 
 def _fused(vq: VectorQuantize, rows: Tensor, call: Call) -> Found:
     book, H = vq._codebook, rows.shape[0]
-    updating = vq.training and not call.frozen
+    updating, used = vq.training and not call.frozen, book.used
     parts = [
         residual_vq(
             rows[h],
-            [book.embed[h]],
+            [used[h]],
             call.row_mask,
             cosine=vq.use_cosine_sim,
             gradient=gradient_mode(vq, call.input_grad),
@@ -83,7 +86,7 @@ def _fused(vq: VectorQuantize, rows: Tensor, call: Call) -> Found:
     quantized = parts[0].quantized[None] if H == 1 else torch.stack([part.quantized for part in parts])
     if gradient_mode(vq, call.input_grad) == "none":
         quantized = quantized.detach()  # of the operator's one node: the errors may still need the input's gradient
-    valid = rows.shape[1] if call.row_mask is None else call.row_mask.sum()
+    valid = max(rows.shape[1], 1) if call.row_mask is None else call.row_mask.sum().clamp(min=1)
     commitment = torch.stack([part.errors[0] for part in parts]).sum() / (valid * H * rows.shape[2])
     if updating:
         counts, sums = torch.stack([p.counts for p in parts]), torch.stack([p.sums for p in parts])
@@ -98,25 +101,22 @@ def _learn(vq: VectorQuantize, rows: Tensor, counts: Tensor, sums: Tensor, call:
         return book.transform_input(rows[h].detach()[index])
 
     piece = Piece(book, counts, sums, take, rows.shape[1], call.row_mask)
-    update([piece], call.weight, call.accumulate, call.ema_update)
+    once(book, lambda: update([piece], call.weight, call.accumulate, call.ema_update), book.usage)
 
 
 def _by_steps(vq: VectorQuantize, rows: Tensor, call: Call) -> Found:
     book = vq._codebook
     y = book.transform_input(rows)
-    if vq._affine is not None:
-        vq._affine.observe(book, y, book.embed, call.row_mask)
-    choice = _choose(vq, y, call)
-    if vq.training and not call.frozen and call.topk is None:
-        seen = y if vq._affine is None else vq._affine.undo(book, y)
-        _learn(vq, seen, *_tally(vq, seen.detach(), choice.codes, call), call)
+    affine, statistics = vq._affine, NO_STATISTICS
+    if affine is not None:
+        statistics = once(book, lambda: affine.observe(book, y, book.embed, call.row_mask))
     in_place_loss = None
     if vq.in_place_codebook_optimizer is not None and vq.training and not call.frozen:
-        in_place_loss = losses.squared_error(choice.values, y.detach(), _per_head(call, y))
-        in_place_loss.backward()
-        if not vq.manual_in_place_optimizer_update:
-            vq.update_in_place_optimizer()
-        choice = _choose(vq, y, call)
+        in_place_loss = once(book, lambda: _step_in_place(vq, y.detach(), call, statistics))
+        choice = _choose(vq, y, call, statistics)
+    else:
+        choice = _choose(vq, y, call, statistics)
+        _learn_by_steps(vq, y, choice, call, statistics)
     target = y if call.topk is None else y[:, :, None].expand_as(choice.values)
     quantized = _pass_gradient(vq, target, choice.values, call)
     learns = vq.learnable_codebook and not call.frozen
@@ -130,11 +130,32 @@ def _by_steps(vq: VectorQuantize, rows: Tensor, call: Call) -> Found:
     return Found(choice.codes, quantized, commitment, choice.distances, in_place_loss)
 
 
+def _learn_by_steps(vq: VectorQuantize, y: Tensor, choice: dense.Choice, call: Call, statistics: Statistics) -> None:
+    if vq.training and not call.frozen and call.topk is None:
+        seen = y if vq._affine is None else vq._affine.undo(statistics, y)
+        _learn(vq, seen, *_tally(vq, seen.detach(), choice.codes, call), call)
+
+
+def _step_in_place(vq: VectorQuantize, y: Tensor, call: Call, statistics: Statistics) -> Tensor:
+    """The loss of the codes that rows y [H, N, D] choose, after a step of the optimizer that makes it less.
+
+    Its graph is one of its own: checkpointing around the quantizer neither sees nor recomputes it.
+    """
+    with torch.enable_grad(), saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
+        choice = _choose(vq, y, call, statistics)
+        _learn_by_steps(vq, y, choice, call, statistics)
+        loss = losses.squared_error(choice.values, y, _per_head(call, y))
+        loss.backward()
+    if not vq.manual_in_place_optimizer_update:
+        vq.update_in_place_optimizer()
+    return loss.detach()
+
+
 def _per_head(call: Call, y: Tensor) -> Tensor | None:
     return None if call.row_mask is None else call.row_mask.expand(y.shape[:2])
 
 
-def _choose(vq: VectorQuantize, y: Tensor, call: Call) -> dense.Choice:
+def _choose(vq: VectorQuantize, y: Tensor, call: Call, statistics: Statistics) -> dense.Choice:
     book = vq._codebook
     codes = book.codes(y.dtype)
     if vq.training:
@@ -142,7 +163,7 @@ def _choose(vq: VectorQuantize, y: Tensor, call: Call) -> dense.Choice:
     if book.vq_bridge is not None:
         codes = book.vq_bridge(codes)
     if vq._affine is not None:
-        codes = vq._affine.apply(book, codes)
+        codes = vq._affine.apply(statistics, codes)
     if call.transform is not None:
         codes = book.transform_input(call.transform(codes).flatten(1, 2))  # [H, N, K, D]
     noisy = vq.training and vq.stochastic_sample_codes and call.temperature > 0

@@ -13,6 +13,7 @@ from spinlock_fast.dropin.codebook import Piece, update
 from spinlock_fast.dropin.search import gradient_mode
 from spinlock_fast.dropin.shapes import InputShape, widened
 from spinlock_fast.kernels.residual_vq import ResidualAssignment, residual_vq
+from spinlock_fast.recomputation import once, takes_gradient
 
 if TYPE_CHECKING:
     from spinlock_fast.dropin.residual import ResidualVQ
@@ -42,23 +43,24 @@ def fused(
     row_mask = None if mask is None else mask.flatten()
     frozen = frozen or first.freeze_codebook
     updating = rvq.training and not frozen
+    gradient = gradient_mode(first, rvq.training and takes_gradient(rvq, rows))
     found = residual_vq(
         flat,
-        [layer._codebook.embed[0] for layer in layers],
+        [layer._codebook.used[0] for layer in layers],
         row_mask,
         limit=limit,
         cosine=first.use_cosine_sim,
-        gradient=gradient_mode(first, rows.requires_grad),
+        gradient=gradient,
         with_sums=updating,
     )
-    valid = flat.shape[0] if row_mask is None else row_mask.sum()
+    valid = max(flat.shape[0], 1) if row_mask is None else row_mask.sum().clamp(min=1)
     weight = first.commitment_weight if rvq.training and first.has_commitment_loss else 0.0
     loss = found.errors * weight / (valid * flat.shape[1]) if weight else torch.zeros_like(found.errors)
     if updating:
-        _learn(rvq, layers, flat.detach(), found, row_mask, limit)
+        once(rvq, lambda: _learn(rvq, layers, flat.detach(), found, row_mask, limit), first._codebook.usage)
     loss = loss.to(torch.promote_types(loss.dtype, rows.dtype))
     quantized = found.quantized
-    if gradient_mode(first, rows.requires_grad) == "none":
+    if gradient == "none":
         quantized = quantized.detach()  # of the operator's one node: the errors may still need the input's gradient
     return quantized.view(rows.shape), found.codes.view(*rows.shape[:-1], stages), loss
 
@@ -138,10 +140,14 @@ def _finish_shared(rvq: ResidualVQ, inputs: Tensor, mask: Tensor | None, stages:
     first = rvq.layer(0)
     if not (rvq.training and rvq.shared_codebook) or frozen or first.freeze_codebook:
         return
-    if rvq.vq_is_ema_updating:
-        first._codebook.update_ema()
-        first.update_in_place_optimizer()
-    first.expire_codes_(inputs, None if mask is None else mask.repeat(1, stages))
+
+    def finish() -> None:
+        if rvq.vq_is_ema_updating:
+            first._codebook.update_ema()
+            first.update_in_place_optimizer()
+        first.expire_codes_(inputs, None if mask is None else mask.repeat(1, stages))
+
+    once(rvq, finish)
 
 
 def by_beam(
@@ -176,10 +182,11 @@ def by_beam(
         codes = codes.masked_fill(~mask[..., None], -1)
         loss = errors.masked_fill(~mask[..., None], 0.0).sum((0, 1)) / mask.sum().clamp(min=1e-4)
     else:
-        loss = errors.mean((0, 1))
+        loss = errors.mean((0, 1)) if errors.numel() else errors.sum((0, 1))
     if rvq.training and not frozen:
         learning = stages if "beam_update" in rvq.layer(0).corrections else 1
-        update_stages([rvq.layer(q) for q in range(learning)], inputs.detach(), codes, mask)
+        layers = [rvq.layer(q) for q in range(learning)]
+        once(rvq, lambda: update_stages(layers, inputs.detach(), codes, mask))
     _finish_shared(rvq, inputs.detach().transpose(1, 2).flatten(1, 2), mask, stages, frozen)
     return quantized, codes, loss
 

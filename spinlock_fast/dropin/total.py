@@ -68,15 +68,18 @@ def _commitment(vq: VectorQuantize, found: Found, origin: Tensor, call: Call) ->
 
 def per_position(error: Tensor, call: Call) -> Tensor:
     """[b, n, k] of errors [1, N, k]; 0 where masked."""
-    error = error.view(*call.positions, -1)
+    error = error.view(*call.positions, error.shape[-1])
     return error if call.mask is None else error * call.mask[..., None]
 
 
 def _orthogonality(vq: VectorQuantize, codes: Tensor) -> Tensor:
-    book = snapshot(vq._codebook.embed)  # the next call moves it in place, maybe before the backward pass
+    book = snapshot(vq._codebook.used)  # the next call moves it in place, maybe before the backward pass
     if vq.orthogonal_reg_active_codes_only:
         refuse_contradictions(active_codes_per_head=vq._codebook.num_codebooks > 1)
-        book = book[:, codes.unique()]
+        active = codes.unique()
+        book = book[:, active[active >= 0]]  # a row that is not finite has no code
+        if book.shape[1] == 0:
+            return book.sum()
     most = vq.orthogonal_reg_max_codes
     if most is not None and book.shape[1] > most:
         book = book[:, torch.randperm(book.shape[1], device=book.device)[:most]]

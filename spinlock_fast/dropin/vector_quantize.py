@@ -19,6 +19,8 @@ from spinlock_fast.dropin.search import Call, search
 from spinlock_fast.dropin.shapes import InputShape, beside, lengths_to_mask, projected, widened
 from spinlock_fast.dropin.total import cross_entropy_of, per_position, total_loss
 from spinlock_fast.dropin.usage import CodeUsage
+from spinlock_fast.processes import Processes
+from spinlock_fast.recomputation import takes_gradient
 
 
 class VectorQuantize(CodeUsage, TransientBuffers):
@@ -30,6 +32,8 @@ class VectorQuantize(CodeUsage, TransientBuffers):
     Args:
         corrections: names in `arguments.CORRECTIONS`, or "all": what the original does that looks unintended is
             repeated unless named here.
+        process_group: of `torch.distributed`: the processes that share updates and k-means; None for all. Whether
+            they do is decided in each call of `forward`: `sync_codebook=None` if there are several by then.
 
     Shapes:
         x [b, n, dim] (or [b, dim]; `channel_last=False` [b, dim, n]; images [b, dim, h, w]; videos [b, dim, d, h, w])
@@ -91,6 +95,7 @@ class VectorQuantize(CodeUsage, TransientBuffers):
         route_gradients_to_input: bool = True,
         *,
         corrections: Iterable[str] | str = (),
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         by_gradient = directional_reparam or vq_bridge is not None
@@ -145,8 +150,6 @@ class VectorQuantize(CodeUsage, TransientBuffers):
         self.route_gradients_to_input = route_gradients_to_input
         self.manual_in_place_optimizer_update = manual_in_place_optimizer_update
         self.corrections = checked_corrections(corrections)
-        if sync_codebook is None:
-            sync_codebook = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         self._codebook = Codebook(
             codebook_dim,
             codebook_size,
@@ -158,6 +161,7 @@ class VectorQuantize(CodeUsage, TransientBuffers):
             eps=eps,
             threshold_ema_dead_code=threshold_ema_dead_code,
             use_ddp=sync_codebook,
+            processes=Processes(process_group),
             learnable_codebook=self.has_codebook_orthogonal_loss or learnable_codebook,
             ema_update=ema_update,
             manual_ema_update=manual_ema_update,
@@ -189,6 +193,15 @@ class VectorQuantize(CodeUsage, TransientBuffers):
         for name in ("directional_reparam", "in_place_codebook_optimizer"):
             if getattr(self, name):
                 warn_reference(name, "quantizes with separate operations")
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """The processes that share updates; None for all."""
+        return self._codebook.processes.group
+
+    @process_group.setter
+    def process_group(self, group: dist.ProcessGroup | None) -> None:
+        self._codebook.processes.set(group)
 
     @property
     def ema_update(self) -> bool:
@@ -253,7 +266,7 @@ class VectorQuantize(CodeUsage, TransientBuffers):
         book = self._codebook
         codes = book.codes(book.embed.dtype)
         codes = codes if book.vq_bridge is None else book.vq_bridge(codes)
-        return codes if self._affine is None else self._affine.apply(book, codes)
+        return codes if self._affine is None else self._affine.apply(self._affine.statistics(book), codes)
 
     def _channels_as_in_input(self, values: Tensor) -> Tensor:
         last = self.channel_last and not (self.accept_image_fmap or self.accept_3d_fmap)
@@ -325,7 +338,7 @@ class VectorQuantize(CodeUsage, TransientBuffers):
             positions=tuple(origin.shape[:2]),
             frozen=frozen,
             temperature=self.sample_codebook_temp if sample_codebook_temp is None else sample_codebook_temp,
-            input_grad=x.requires_grad,
+            input_grad=takes_gradient(self._codebook, x) if self.training else x.requires_grad,
             topk=topk,
             with_distances=indices is not None,
             transform=codebook_transform_fn,
@@ -367,14 +380,14 @@ class VectorQuantize(CodeUsage, TransientBuffers):
             positions=tuple(rows.shape[:2]),
             frozen=True,
             temperature=self.sample_codebook_temp if temperature is None else temperature,
-            input_grad=rows.requires_grad,
+            input_grad=takes_gradient(self._codebook, rows) if self.training else rows.requires_grad,
             topk=min(k, self.codebook_size),
             with_distances=False,
             transform=transform,
         )
         found = search(self, widened(rows.reshape(1, -1, rows.shape[-1])), call)
-        codes = found.codes.view(*rows.shape[:2], -1)
-        quantized = found.quantized.view(*codes.shape, -1).to(rows.dtype)
+        codes = found.codes.view(*rows.shape[:2], found.codes.shape[-1])
+        quantized = found.quantized.view(*codes.shape, rows.shape[-1]).to(rows.dtype)
         weight = self.commitment_weight if self.has_commitment_loss else 0.0 if self.training else 1.0
         assert found.commitment is not None
         errors = per_position(found.commitment, call) * weight
@@ -420,9 +433,10 @@ class VectorQuantize(CodeUsage, TransientBuffers):
         if self.in_place_codebook_optimizer is None:
             return
         if self._codebook.shared:
+            processes = self._codebook.processes
             for parameter in self._codebook.parameters():
-                if parameter.grad is not None:
-                    dist.all_reduce(parameter.grad)
-                    parameter.grad /= dist.get_world_size()
+                if parameter.grad is None:  # here; it may be there in other processes
+                    parameter.grad = torch.zeros_like(parameter)
+                processes.sum_(parameter.grad).div_(processes.size())
         self.in_place_codebook_optimizer.step()
         self.in_place_codebook_optimizer.zero_grad()

@@ -36,11 +36,19 @@ class FeatureCleaner:
 
     def __call__(self, x: Matrix) -> NDArray[np.float32]:
         """Columns [N, C] -> cleaned features [N, F]."""
+        return self.clip(self.kept(x))
+
+    def kept(self, x: Matrix) -> NDArray[np.float32]:
+        """Columns [N, C] -> those that stay [N, F], missing values replaced; a copy."""
         if x.ndim != 2 or x.shape[1] != self.keep.size:
             raise DataError(f"expected {self.keep.size} columns to clean, got shape {x.shape}")
         kept: NDArray[np.float32] = x[:, self.keep].astype(np.float32, copy=False)
         rows, columns = np.nonzero(np.isnan(kept))
         kept[rows, columns] = self.fill[self.keep].astype(np.float32)[columns]
+        return kept
+
+    def clip(self, kept: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Clips kept columns [N, F] in place."""
         return np.clip(kept, self.low.astype(np.float32), self.high.astype(np.float32), out=kept)
 
     def state(self) -> dict[str, Any]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,13 +14,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spinlock_fast.config import ENCODER_PARAMS, FamilyConfig
-from spinlock_fast.data.source import DatasetInfo, Source
+from spinlock_fast.data.source import DatasetInfo, Source, as_float32
 from spinlock_fast.errors import ConfigError, DataError
 from spinlock_fast.features.encoders import Encoder, build_encoder, seeded_encoder
-from spinlock_fast.features.statistics import robust_scale
+from spinlock_fast.features.missing import column_medians, missing_report, raw_statistics
+from spinlock_fast.features.row_keys import row_keys
+
+log = logging.getLogger(__name__)
 
 _BLOCK_ROWS = 512
 _STANDARDIZE_CLIP = 10.0
+_LITTLE_BUDGET = 1 << 26  # for medians that no row of this data set needs
 
 ANY_LENGTH = -1  # in a row shape: a length that the encoder does not depend on
 
@@ -39,6 +44,7 @@ class FamilyEncoder:
     center: Tensor | None = None  # [D] or [T, D] broadcast, when standardised
     scale: Tensor | None = None
     column_names: list[str] | None = None
+    fill: Tensor | None = None  # [*row_shape], replaces missing values; NaN: the column counts as 0 throughout
 
     @classmethod
     def seeded(cls, name: str, config: FamilyConfig, info: DatasetInfo, seed: int) -> FamilyEncoder:
@@ -66,11 +72,21 @@ class FamilyEncoder:
         self.encoder.to(device)
         if self.center is not None and self.scale is not None:
             self.center, self.scale = self.center.to(device), self.scale.to(device)
+        if self.fill is not None:
+            self.fill = self.fill.to(device)
+
+    @property
+    def dropped(self) -> Tensor:
+        """[D] columns of the last axis that had no value in the training rows: they count as 0, in new data as well."""
+        if self.fill is None:
+            return torch.zeros(self.row_shape[-1], dtype=torch.bool)
+        return self.fill.reshape(-1, self.row_shape[-1]).isnan().any(0)
 
     def __call__(self, raw: Tensor, place: Callable[[int], str] | None = None) -> Tensor:
         """Raw values [B, *row_shape] -> columns [B, output_dim] on the encoder's device.
 
-        NaN counts as 0. Raises DataError naming row and position of an infinite value.
+        A missing value (NaN) takes the place of `fill`, or 0 where there is none. Raises DataError naming row and
+        position of an infinite value.
 
         Args:
             place: describes row i of `raw` in messages.
@@ -79,13 +95,7 @@ class FamilyEncoder:
             raise DataError(
                 f"family {self.name!r}: expected rows of shape {self.row_shape}, got {tuple(raw.shape[1:])}"
             )
-        raw = raw.to(torch.float32)
-        infinite = torch.isinf(raw)
-        if bool(infinite.any()):
-            row, *position = (int(i) for i in infinite.nonzero()[0])
-            where = ", ".join(str(i) for i in position)
-            raise DataError(f"{self._place(place, row)}, position [{where}] is infinite")
-        values = torch.nan_to_num(raw, nan=0.0)
+        values = self._known(as_float32(raw, lambda row: self._place(place, row)), place)
         with torch.no_grad():
             if self.center is not None and self.scale is not None:
                 clip = _STANDARDIZE_CLIP
@@ -98,6 +108,27 @@ class FamilyEncoder:
                 f"families.{self.name}.standardize: true may help"
             )
         return columns
+
+    def _known(self, raw: Tensor, place: Callable[[int], str] | None) -> Tensor:
+        """The values with missing ones replaced."""
+        dropped = bool(self.dropped.any())  # such a column may hold values in new data
+        rows = torch.arange(len(raw), device=raw.device) if dropped else _rows_to_look_at(raw)
+        if not len(rows):
+            return raw
+        values = raw[rows]
+        infinite = torch.isinf(values)
+        if bool(infinite.any()):
+            row, *position = (int(i) for i in infinite.nonzero()[0])
+            where = ", ".join(str(i) for i in position)
+            raise DataError(f"{self._place(place, int(rows[row]))}, position [{where}] is infinite")
+        if self.fill is None:
+            values = torch.nan_to_num(values, nan=0.0)
+        else:
+            missing = torch.isnan(values)
+            if dropped:
+                missing |= self.fill.isnan()
+            values = torch.where(missing, torch.nan_to_num(self.fill, nan=0.0), values)
+        return values if len(rows) == len(raw) else raw.index_copy(0, rows, values)
 
     def _place(self, place: Callable[[int], str] | None, row: int) -> str:
         return place(row) if place is not None else f"family {self.name!r}: row {row}"
@@ -113,6 +144,7 @@ class FamilyEncoder:
             "center": self.center,
             "scale": self.scale,
             "column_names": self.column_names,
+            "fill": self.fill,
         }
 
     @classmethod
@@ -131,36 +163,40 @@ class FamilyEncoder:
             state["center"],
             state["scale"],
             state["column_names"],
+            state.get("fill"),  # checkpoints before `nan_fill` have none: a missing value counts as 0
         )
 
 
 def make_encoders(
-    source: Source, families: Mapping[str, FamilyConfig], seed: int, memory_budget: int
+    source: Source,
+    families: Mapping[str, FamilyConfig],
+    seed: int,
+    memory_budget: int,
+    training_rows: NDArray[np.int64] | None = None,
 ) -> list[FamilyEncoder]:
-    """Seeded encoders of all families, standardised where the family asks for it."""
+    """Seeded encoders of all families, standardised where the family asks for it.
+
+    Args:
+        training_rows: standardise by the known values of these rows; None: by all rows, a missing value counts as 0.
+    """
     encoders = []
     for name, config in families.items():
         family = FamilyEncoder.seeded(name, config, source.datasets[name], seed)
         if config.encoder == "IdentityEncoder":
             family.column_names = source.feature_names(name)
         if config.standardize:
-            family.center, family.scale = _raw_statistics(source, name, memory_budget)
+            family.center, family.scale = raw_statistics(source, name, training_rows, memory_budget)
         encoders.append(family)
     return encoders
 
 
-def _raw_statistics(source: Source, family: str, memory_budget: int) -> tuple[Tensor, Tensor]:
-    """Median and robust scale per last-axis column, from rows spread evenly over the data set."""
-    info = source.datasets[family]
-    # The sample, its copy without NaN and its deviations from the median exist together.
-    rows = max(1, min(info.rows, 8192, memory_budget // (4 * info.row_bytes)))
-    chunk = rows if rows == info.rows else max(1, min(info.chunk_rows, rows))
-    starts = np.linspace(0, info.rows - chunk, max(1, rows // chunk)).astype(int)
-    chosen = (starts[:, None] + np.arange(chunk)).ravel()
-    values = np.nan_to_num(source.read_rows(family, chosen), nan=0.0).reshape(-1, info.row_shape[-1])
-    center, scale = robust_scale(values)
-    scale = np.where(scale > 0, scale, 1.0)
-    return torch.from_numpy(center).float(), torch.from_numpy(scale).float()
+@dataclass(frozen=True)
+class Encoded:
+    """All rows of a data set as columns."""
+
+    columns: NDArray[np.float32]  # [N, sum of output_dim]
+    keys: NDArray[np.int64]  # [N], see `row_keys`
+    missing: dict[str, int]  # missing values by family
 
 
 def encode(
@@ -170,24 +206,59 @@ def encode(
     device: torch.device,
     progress: Progress | None = None,
 ) -> NDArray[np.float32]:
-    """Columns [N, sum of output_dim] of all rows, in the order of `encoders`.
+    """Columns [N, sum of output_dim] of all rows, see `encode_rows`."""
+    return encode_rows(source, encoders, memory_budget, device, progress).columns
 
-    Holds at most `memory_budget` bytes of raw values at once.
+
+def encode_rows(
+    source: Source,
+    encoders: list[FamilyEncoder],
+    memory_budget: int,
+    device: torch.device,
+    progress: Progress | None = None,
+    training_rows: NDArray[np.int64] | None = None,
+) -> Encoded:
+    """Columns of all rows, in the order of `encoders`.
+
+    Holds at most `memory_budget` bytes of raw values at once, and an eighth of it for medians.
+
+    Args:
+        training_rows: sets the `fill` of every family to the medians of these rows; None leaves it as it is.
 
     Raises:
         DataError: an infinite value, a damaged file, or a budget below one row.
     """
     width = sum(family.encoder.output_dim for family in encoders)
     out = np.empty((source.rows, width), dtype=np.float32)
+    keys = np.zeros(source.rows, dtype=np.int64)
+    missing = {}
     column = 0
     for family in encoders:
         family.to(device)
         columns = slice(column, column + family.encoder.output_dim)
-        for start, block in encode_blocks(source, family, memory_budget, device, progress):
-            out[start : start + len(block), columns] = block
+        counts = np.zeros(family.row_shape[-1], dtype=np.int64)
+        for block in encode_blocks(source, family, memory_budget, device, progress, training_rows):
+            rows = slice(block.start, block.start + len(block.columns))
+            out[rows, columns] = block.columns
+            keys[rows] += block.keys
+            counts += block.missing
         family.to(torch.device("cpu"))
+        missing[family.name] = int(counts.sum())
+        if counts.any():
+            filling = "0" if family.fill is None else "the median of the training rows"
+            names = source.feature_names(family.name)
+            log.info("%s", missing_report(family.name, counts, family.dropped.numpy(), names, filling))
         column = columns.stop
-    return out
+    return Encoded(out, keys, missing)
+
+
+class EncodedBlock(NamedTuple):
+    """Some rows of one family."""
+
+    start: int  # the first row
+    columns: NDArray[np.float32]  # [B, output_dim]
+    keys: NDArray[np.int64]  # [B], see `row_keys`
+    missing: NDArray[np.int64]  # [D] missing values of each column of the last axis
 
 
 def encode_blocks(
@@ -196,16 +267,38 @@ def encode_blocks(
     memory_budget: int,
     device: torch.device,
     progress: Progress | None = None,
-) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """(first row, columns [B, output_dim]) of one family, block by block."""
+    training_rows: NDArray[np.int64] | None = None,
+) -> Iterator[EncodedBlock]:
+    """One family, block by block; see `encode_rows`."""
     info = source.datasets[family.name]
     rows = block_rows(info, memory_budget)
     left = memory_budget - rows * info.row_bytes  # beside the copy without NaN
     for start, raw in source.batches([family.name], rows, left, device):
-        block = family(raw[family.name], source.placing(family.name, start)).cpu().numpy()
-        yield start, block
+        values = raw[family.name]
+        counts = _missing_by_column(values)
+        if counts.any() and training_rows is not None and family.fill is None:
+            family.fill = column_medians(source, family.name, training_rows, memory_budget).to(device)
+        columns = family(values, source.placing(family.name, start)).cpu().numpy()
+        yield EncodedBlock(start, columns, row_keys(values, family.name).cpu().numpy(), counts)
         if progress is not None:
-            progress(family.name, start + len(block), info.rows)
+            progress(family.name, start + len(columns), info.rows)
+    if training_rows is not None and family.fill is None:  # nothing is missing here, but may be in new data
+        fill = column_medians(source, family.name, training_rows, min(memory_budget, _LITTLE_BUDGET))
+        family.fill = fill.to(device)
+
+
+def _rows_to_look_at(values: Tensor) -> Tensor:
+    """[m] rows of values [B, ...] that may hold NaN or Inf, in one quick pass: a finite sum has finite parts."""
+    rows: Tensor = (~torch.isfinite(values.flatten(1).sum(1))).nonzero()[:, 0]
+    return rows
+
+
+def _missing_by_column(values: Tensor) -> NDArray[np.int64]:
+    """[D] missing values of each column of the last axis."""
+    D = values.shape[-1]
+    missing = torch.isnan(values[_rows_to_look_at(values)])
+    counts: NDArray[np.int64] = missing.reshape(-1, D).sum(0).cpu().numpy()
+    return counts
 
 
 def encode_seconds(

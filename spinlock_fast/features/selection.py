@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,11 +16,18 @@ class Selection:
     Args:
         matrix: [N, F] float32, contiguous; may be a memory map.
         numbers: [n] of rows, all of them when not given.
+        transform: what is read of rows [m, F] becomes transform(rows) [m, F], float32.
     """
 
-    def __init__(self, matrix: NDArray[np.float32], numbers: NDArray[np.int64] | None = None) -> None:
+    def __init__(
+        self,
+        matrix: NDArray[np.float32],
+        numbers: NDArray[np.int64] | None = None,
+        transform: Callable[[NDArray[np.float32]], NDArray[np.float32]] | None = None,
+    ) -> None:
         self._matrix = np.asarray(matrix)  # of a memory map the plain view, which is quicker to index
         self._numbers = np.arange(len(matrix)) if numbers is None else numbers
+        self._transform = transform
         self.shape = (len(self._numbers), matrix.shape[1])
 
     def __getitem__(self, places: slice | NDArray[np.int64]) -> NDArray[np.float32]:
@@ -39,3 +48,5 @@ class Selection:
     def _read(self, numbers: NDArray[np.int64], out: NDArray[np.float32]) -> None:
         # The mode that checks every number first copies to a buffer: half as fast.
         np.take(self._matrix, numbers, axis=0, out=out, mode="clip")
+        if self._transform is not None:
+            out[...] = self._transform(out)

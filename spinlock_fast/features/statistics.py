@@ -1,4 +1,7 @@
-"""Column statistics shared by cleaning, discovery and normalisation; float64, without NaN."""
+"""Column statistics shared by cleaning, discovery and normalisation; float64.
+
+Those of "known" values leave missing ones (NaN) out; the others take no NaN.
+"""
 
 from __future__ import annotations
 
@@ -74,6 +77,35 @@ def robust_scale(x: Matrix, mad_scale: float = MAD_TO_SIGMA) -> tuple[Vector, Ve
     """Per column: the median, and mad_scale * MAD; where MAD = 0 the standard deviation takes its place."""
     median, mad = median_and_mad(x)
     return median, np.where(mad > 0, mad_scale * mad, mean_and_std(x)[1])
+
+
+def known_median(x: Matrix) -> Vector:
+    """Per column of x [N, F]: the median of the values that are not NaN; NaN where there is none."""
+    median = np.full(x.shape[1], np.nan)
+
+    def fill(columns: slice, block: Matrix) -> None:
+        found = median[columns]  # a view
+        middle = [(block.shape[1] - 1) // 2, block.shape[1] // 2]
+        block.partition([*middle, block.shape[1] - 1], axis=1)  # NaN goes to the end; np.median takes twice as long
+        found[:] = block[:, middle].mean(axis=1)
+        for i in np.flatnonzero(np.isnan(block[:, -1])):
+            known = block[i, ~np.isnan(block[i])]
+            found[i] = np.median(known) if known.size else np.nan
+
+    for_column_blocks(x, fill)
+    return median
+
+
+def known_robust_scale(x: Matrix) -> tuple[Vector, Vector]:
+    """`robust_scale` of the values that are not NaN; NaN where there is none."""
+    center, scale = np.full(x.shape[1], np.nan), np.full(x.shape[1], np.nan)
+    missing = np.isnan(x)
+    some = missing.any(axis=0)
+    if not some.all():
+        center[~some], scale[~some] = robust_scale(x[:, ~some])
+    for i in np.flatnonzero(some & ~missing.all(axis=0)):
+        (center[i],), (scale[i],) = robust_scale(x[~missing[:, i], i : i + 1])
+    return center, scale
 
 
 def correlation(x: Blocks, columns: NDArray[np.int64] | None = None) -> NDArray[np.float64]:

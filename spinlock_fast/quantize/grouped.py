@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
-from typing import Literal
+from functools import partial
+from typing import Any, Literal, Self
 
 import torch
 import torch.distributed as dist
@@ -13,19 +13,26 @@ from torch import Tensor, nn
 from spinlock_fast.buffers import TransientBuffers
 from spinlock_fast.kernels.backend import Backend, check_backend, resolve_backend
 from spinlock_fast.kernels.ema_update import code_usage, ema_update, reset_dead_codes
-from spinlock_fast.kernels.export import exporting, real_tensors
+from spinlock_fast.kernels.export import exporting
 from spinlock_fast.kernels.layout import CodebookLayout
+from spinlock_fast.kernels.table_cache import TableCache
 from spinlock_fast.kernels.vq_assign import Assignment, lookup, vq_assign
+from spinlock_fast.module_state import FirstBatch, keep_wide
+from spinlock_fast.processes import Processes
 from spinlock_fast.quantize.kmeans import initialize_codes, kmeans
+from spinlock_fast.recomputation import kept, once
 
 Gradient = Literal["straight_through", "rotation"] | None
 
 
-@lru_cache(maxsize=256)
+# By batch size: a graph that was captured with one keeps it, whatever sizes come after.
+_shares: TableCache[Tensor] = TableCache(256)
+
+
 def _over_dims(layout: CodebookLayout, factor: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """factor / D_g of every codebook [G]."""
-    with real_tensors():
-        return factor / layout.indices(device).dims.to(dtype)
+    key = (layout, factor, dtype, device)
+    return _shares.get(key, device, lambda: factor / layout.indices(device).dims.to(dtype))
 
 
 def _nothing() -> None:
@@ -47,8 +54,10 @@ class GroupedVectorQuantizer(TransientBuffers):
         rotation_trick: gradient by rotation instead of straight through (arXiv 2410.06424).
         centred: subtract each codebook's mean code before distances are formed, which keeps codes of data
             far from the origin exact. LayerNorm-ed latents do not need it.
-        sync: with `torch.distributed` initialised, counts and sums are those of all processes: one
-            all-reduce a step, of a size that does not depend on the data.
+        sync: counts, sums and the start by k-means are those of all processes: one all-reduce a step, of a size
+            that does not depend on the data. Decided in each call: `init_process_group` may come after construction.
+        process_group: of `torch.distributed`: the processes that share updates; None for all. A copy has the same
+            group; it cannot be pickled, so that after unpickling it must be set again.
         smoothing: "none" leaves idle codes in place, "laplace" is the rule of the 2017 paper.
         backend: "auto", "triton" or "reference". "auto" takes the environment variable
             SPINLOCK_FAST_BACKEND where it is set, else Triton on CUDA devices.
@@ -57,7 +66,10 @@ class GroupedVectorQuantizer(TransientBuffers):
         z [..., sum D] -> quantized [..., sum D], codes [..., G] int64, loss scalar.
 
     A row that is not finite in a codebook gets code -1 and NaN there, has no part in the loss and in any
-    average, and is counted in `nonfinite_rows`.
+    average, and is counted in `nonfinite_rows`. A masked row gets code -1 and zeros, and no gradient.
+
+    The moving averages stay float32 where the module is cast to half precision, and counts of use are int64. Under
+    activation checkpointing (`torch.utils.checkpoint`) a recomputation takes the codes of the first run and moves none.
 
     Raises:
         ValueError: sizes that make no group, or shapes that do not fit it.
@@ -83,6 +95,8 @@ class GroupedVectorQuantizer(TransientBuffers):
         centred: bool = True,
         sync: bool = True,
         backend: Backend = "auto",
+        *,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         if not 0.0 <= decay < 1.0:
@@ -101,6 +115,7 @@ class GroupedVectorQuantizer(TransientBuffers):
         self.smoothing = smoothing
         self.centred = centred
         self.sync = sync
+        self.processes = Processes(process_group)
         self.requested_backend = backend
         self.frozen = False
 
@@ -113,14 +128,36 @@ class GroupedVectorQuantizer(TransientBuffers):
             self.register_buffer("embedding", start)
         else:
             self.embedding = nn.Parameter(start)
-        self.register_buffer("cluster_size", torch.ones(layout.total_codes))
-        self.register_buffer("embedding_sum", start.clone())
+        wide = torch.promote_types(start.dtype, torch.float32)
+        self.register_buffer("cluster_size", torch.ones(layout.total_codes, dtype=wide))
+        self.register_buffer("embedding_sum", start.to(wide, copy=True))
         self.register_buffer("initialized", torch.tensor(codebook_init == "uniform"))
         self.register_transient_buffers()
-        self._needs_init = codebook_init == "kmeans"
+        self._first_batch = FirstBatch(codebook_init == "kmeans", self.processes)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        wide = ("cluster_size", "embedding_sum")
+        return keep_wide(self, wide, lambda: super(GroupedVectorQuantizer, self)._apply(fn, recurse))
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """The processes that share updates; None for all."""
+        return self.processes.group
+
+    @process_group.setter
+    def process_group(self, group: dist.ProcessGroup | None) -> None:
+        self.processes.set(group)
+
+    @property
+    def shared(self) -> bool:
+        """Whether counts and sums are those of several processes, as of now."""
+        return self.sync and self.processes.size() > 1
 
     def transient_buffers(self) -> dict[str, Tensor]:
-        return {"usage": torch.zeros(self.layout.total_codes, device="cpu"), "rows_seen": torch.zeros((), device="cpu")}
+        return {
+            "usage": torch.zeros(self.layout.total_codes, dtype=torch.int64, device="cpu"),
+            "rows_seen": torch.zeros((), dtype=torch.int64, device="cpu"),
+        }
 
     @property
     def backend(self) -> str:
@@ -130,14 +167,14 @@ class GroupedVectorQuantizer(TransientBuffers):
     @property
     def needs_initialization(self) -> bool:
         """Whether the next call in training mode fits the codes to its latents first."""
-        return self._needs_init
+        return self._first_batch.awaited
 
     @property
     def nonfinite_rows(self) -> Tensor:
         """Rows of training since `reset_usage` that some codebook could not code: the most of any codebook."""
         coded = self.usage.new_zeros(self.layout.groups)
         coded.index_add_(0, self.layout.indices(self.usage.device).code_book, self.usage)
-        return (self.rows_seen - coded).max().clamp(min=0.0).to(torch.int64)
+        return (self.rows_seen - coded).max().clamp(min=0)
 
     @property
     def num_codes(self) -> tuple[int, ...]:
@@ -156,7 +193,7 @@ class GroupedVectorQuantizer(TransientBuffers):
 
         Args:
             z: [..., sum D] latents.
-            mask: [...] bool; where False a row gives code -1 and NaN and takes no part in the loss.
+            mask: [...] bool; where False a row gives code -1 and zeros and takes no part in the loss.
 
         Returns:
             quantized [..., sum D], codes [..., G], and the loss: the sum over codebooks of
@@ -169,17 +206,28 @@ class GroupedVectorQuantizer(TransientBuffers):
 
     def quantize(self, z: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Callable[[], None]]:
         """What `forward` returns, and the update of the codes that is left to do, if any."""
+        found = self.quantize_by(z, mask)
+        return found[0], found[1], found[2], found[4]
+
+    def quantize_by(
+        self, z: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Callable[[], None]]:
+        """As `quantize`, with the codes [sum K D] that this pass compares with before the update, without gradient.
+
+        They move in place with the update.
+        """
         flat = z.reshape(-1, z.shape[-1])
         rows = mask.reshape(-1) if mask is not None else None
         updating = self.training and not self.frozen
-        if self.training and self._needs_init:
-            self._initialize_from(flat, rows)
+        if self.training:
+            once(self, lambda: self._initialize_from(flat, rows))
+        embedding = kept(self, self.embedding) if self.training else self.embedding
         gradient: Gradient = "rotation" if self.rotation_trick else "straight_through"
         if not self.training and exporting():
             gradient = None
         found = vq_assign(
             flat,
-            self.embedding,
+            embedding,
             self.layout,
             rows,
             self.centred,
@@ -187,32 +235,37 @@ class GroupedVectorQuantizer(TransientBuffers):
             with_sums=updating or (gradient is not None and not self.use_ema),
             backend=self.requested_backend,
         )
-        loss = self._loss(found, flat.shape[0] if rows is None else rows.sum().clamp(min=1))
-        move_codes = partial(self._update, found, flat.shape[0] if rows is None else rows.sum())
+        loss = self._loss(found, flat.shape[0] if rows is None else rows.sum().clamp(min=1), embedding)
+        update = partial(self._update, found, flat.shape[0] if rows is None else rows.sum())
         quantized = found.quantized.to(z.dtype).view(z.shape)
         codes = found.codes.view(*z.shape[:-1], self.layout.groups)
-        return quantized, codes, loss, move_codes if updating else _nothing
+        move_codes = partial(once, self, update, self.usage) if updating else _nothing
+        return quantized, codes, loss, embedding.detach(), move_codes
 
     def assign(self, z: Tensor, mask: Tensor | None = None) -> Assignment:
         """Nearest codes of z [N, sum D] without gradient or update."""
         return vq_assign(z, self.embedding, self.layout, mask, self.centred, backend=self.requested_backend)
 
-    def _loss(self, found: Assignment, rows: Tensor | int) -> Tensor:
+    def _loss(self, found: Assignment, rows: Tensor | int, embedding: Tensor) -> Tensor:
         errors = found.error_parts
-        count = 1 if isinstance(rows, Tensor) else max(rows, 1)
+        if not isinstance(rows, Tensor):
+            rows = torch.sym_max(rows, 1)
+        # The shares are kept for each number of rows, but an exported graph serves them all.
+        divided_at_end = isinstance(rows, Tensor) or exporting()
+        count: Any = 1 if divided_at_end else rows
         shares = partial(_over_dims, self.layout, dtype=errors.dtype, device=errors.device)
         loss = (errors * shares(self.commitment_weight / count)).sum()
         if not self.use_ema:
-            loss = loss + self._learned_error(found, shares(1.0 / count))
-        return loss / rows if isinstance(rows, Tensor) else loss
+            loss = loss + self._learned_error(found, embedding, shares(1.0 / count))
+        return loss / rows if divided_at_end else loss
 
-    def _learned_error(self, found: Assignment, shares: Tensor) -> Tensor:
+    def _learned_error(self, found: Assignment, embedding: Tensor, shares: Tensor) -> Tensor:
         """Sum over rows and codebooks of shares [G] * ||sg(z) - e||^2, whose gradient to e is 2 (n e - s) * share."""
         index = self.layout.indices(found.codes.device)
         counts, sums = found.counts, found.sums
         if not sums.numel():
             return (found.squared_error * shares).sum()
-        codes = self.embedding.to(sums.dtype)
+        codes = embedding.to(sums.dtype)
         entries = counts[index.entry_code] * codes.square() - 2.0 * codes * sums
         moving = (entries * shares[index.code_book[index.entry_code]]).sum()
         return (found.squared_error.detach() * shares).sum() + (moving - moving.detach())
@@ -220,6 +273,8 @@ class GroupedVectorQuantizer(TransientBuffers):
     @torch.no_grad()
     def _initialize_from(self, z: Tensor, rows: Tensor | None) -> None:
         """k-means on the first batch of training, inside one operator so that it can be compiled."""
+        if not self.needs_initialization:
+            return
         usable = torch.isfinite(z).all(1)
         initialize_codes(
             z.detach(),
@@ -229,20 +284,18 @@ class GroupedVectorQuantizer(TransientBuffers):
             self.embedding_sum,
             self.initialized,
             self.layout,
+            self._first_batch,
             self.sync,
         )
-        # Reading `initialized` waits for the device and cannot be compiled.
-        self._needs_init = not torch.compiler.is_compiling() and not bool(self.initialized)
 
     @torch.no_grad()
     def _update(self, found: Assignment, rows: Tensor | int) -> None:
         counts, sums = found.count_parts, found.sum_parts
-        if self.sync and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if self.shared:
             seen = torch.as_tensor(rows, dtype=counts.dtype, device=counts.device)
-            packed = torch.cat([found.counts, found.sums, seen[None]])
-            dist.all_reduce(packed)
+            packed = self.processes.sum_(torch.cat([found.counts, found.sums, seen[None]]))
             counts, sums, seen = packed.split([counts.shape[1], sums.shape[1], 1])
-            rows = seen[0]
+            rows = seen[0].to(torch.int64)
         self.rows_seen += rows
         if self.use_ema:
             ema_update(
@@ -259,19 +312,23 @@ class GroupedVectorQuantizer(TransientBuffers):
             )
         else:
             counts = counts.sum(0) if counts.ndim == 2 else counts
-            self.usage += counts
+            self.usage += counts.to(torch.int64)
             self.cluster_size.mul_(self.decay).add_(counts, alpha=1.0 - self.decay)
 
     @torch.no_grad()
     def initialize(self, z: Tensor, iterations: int = 10, generator: torch.Generator | None = None) -> None:
-        """Fits the codes to rows z [N, sum D] by k-means; moving counts start as the rows of each code."""
-        codebook, counts = kmeans(z.detach(), self.layout, iterations, generator)
+        """Fits the codes to rows z [N, sum D] by k-means; moving counts start as the rows of each code.
+
+        Where several processes share the quantizer, each of them calls this, and the rows of all are fitted.
+        """
+        processes = self.processes if self.shared else None
+        codebook, counts = kmeans(z.detach(), self.layout, iterations, generator, processes)
         index = self.layout.indices(z.device)
         self.embedding.data.copy_(codebook)
         self.cluster_size.copy_(counts)
         self.embedding_sum.copy_(codebook * counts[index.entry_code])
         self.initialized.fill_(True)
-        self._needs_init = False
+        self._first_batch.awaited = False
 
     def codebook(self, g: int) -> Tensor:
         """Codes of codebook g [K_g, D_g], a view."""
@@ -332,4 +389,4 @@ class GroupedVectorQuantizer(TransientBuffers):
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         if not self.initialized.is_meta:
-            self._needs_init = not bool(self.initialized)
+            self._first_batch.awaited = not bool(self.initialized)

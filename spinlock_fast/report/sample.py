@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +15,13 @@ from spinlock_fast.errors import DataError
 from spinlock_fast.features.categories import category_correlation, max_off_diagonal
 from spinlock_fast.features.selection import Selection
 from spinlock_fast.features.statistics import correlation
+from spinlock_fast.input_check import InputCheck, row_errors
 from spinlock_fast.metrics import complete, evaluate
 from spinlock_fast.report.contents import Contents
 from spinlock_fast.rows import place_rows
 from spinlock_fast.trainer import split_rows
+
+log = logging.getLogger(__name__)
 
 # Of a correlation: features are kept in float32, normalised.
 _ROUNDING = 1e-4
@@ -53,9 +57,15 @@ def measure_sample(contents: Contents, data: str | list[str]) -> Sample:
         DataError: the file cannot serve, or does not fit the checkpoint.
     """
     tokenizer = contents.tokenizer
-    x = np.concatenate([block for _, block in tokenizer.features_file(data)])
+    with tokenizer.source(data) as source:
+        check = InputCheck(tokenizer.training_range, source.rows)
+        x = np.concatenate([block for _, _, block in tokenizer.raw_and_features(source, check=check)])
     if not len(x):
         raise DataError(f"{_name(data)}: no rows")
+    check.add_errors(row_errors(tokenizer.model, x, np.arange(len(x))))
+    warning = check.warning()
+    if warning is not None:
+        log.warning("%s", warning)
     tokens = np.concatenate(
         [
             tokenizer.model.get_tokens(part.to(tokenizer.device)).cpu().numpy()

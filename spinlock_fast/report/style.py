@@ -90,7 +90,7 @@ def shorten(text: str, most: int) -> str:
 
     Control characters become escapes, and a $ does not begin a formula.
     """
-    text = printable(text, keep="")
+    text = printable(text)
     if len(text) > most:
         tail = (most - 1) // 2
         text = f"{text[: most - 1 - tail]}…{text[len(text) - tail :]}"

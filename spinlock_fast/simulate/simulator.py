@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing import get_context, parent_process
@@ -29,6 +28,7 @@ from spinlock_fast.simulate.features.trajectory import trajectory_features
 from spinlock_fast.simulate.noise import Purpose, generator
 from spinlock_fast.simulate.parameters import Theta, ThetaSequence
 from spinlock_fast.simulate.rollout import TILE, Rollout
+from spinlock_fast.single_thread import single_thread
 
 Array = NDArray[np.float32]
 _TILES_A_WORKER = 8  # starting a process takes as long as simulating a few
@@ -96,7 +96,7 @@ class Simulator:
 
     def _here(self, firsts: range, stopped: Callable[[], bool]) -> Iterator[tuple[int, Rows]]:
         tile = TILE[self.device.type]
-        with _one_thread():
+        with single_thread(torch.device("cpu")):
             for first in firsts:
                 if stopped():
                     return
@@ -170,16 +170,6 @@ def _array(tensor: Tensor) -> Array:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 _worker: Simulator | None = None  # of this process, where it is a worker

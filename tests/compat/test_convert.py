@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spinlock_fast import Tokenizer, load_checkpoint
+from spinlock_fast.checkpoint import load_run_config
 from spinlock_fast.config import MLPEncoderParams, TemporalCNNEncoderParams
 from spinlock_fast.convert import main as convert_main
 from spinlock_fast.features.encoders import build_encoder
@@ -200,6 +201,7 @@ def test_tokens_and_reconstructions_agree_with_the_original(original: Original, 
 
 def test_the_whole_pipeline_agrees_when_the_data_are_given(original: Original, tmp_path: Path) -> None:
     convert(original.directory, "--output", tmp_path / "ours", "--data", original.data)
+    assert load_run_config(tmp_path / "ours").feature_cleaning.nan_fill == "zero"
     tokenizer = Tokenizer.from_checkpoint(tmp_path / "ours")
     x = np.concatenate([block for _, block in tokenizer.features_file(original.data)])
     np.testing.assert_allclose(x, original.x.numpy(), rtol=1e-4, atol=1e-4)

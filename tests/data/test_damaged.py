@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from spinlock_fast import _native
-from spinlock_fast.data import HDF5Loader, index
+from spinlock_fast.data import HDF5Loader, index, native_layout
 from spinlock_fast.errors import DataError
 
 ROWS, CHUNK = 64, 8
@@ -144,7 +144,7 @@ def test_batches_without_a_damaged_row_are_given(tmp_path: Path, shuffle: Any) -
     path = write(tmp_path / "a.h5")
     overwrite(path, place(path, 32)[0] + 5, b"\xff" * 9)
     loader = load(path, shuffle=shuffle)
-    order = np.concatenate([rows for _, rows in loader._plan(0, 1)[0].windows(0)])
+    order = np.concatenate([rows for _, rows in loader._plan()[0].windows(0)])
     first = next(i for i in range(8) if ((order[8 * i : 8 * i + 8] // 8) == 4).any())
     count = 0
     with helpers.raises_one_line(DataError, "rows 32..39"):
@@ -279,7 +279,7 @@ def twice(infos: list[Any], note: Any) -> None:
 @pytest.mark.parametrize(("tell", "words"), [(circles, "outside"), (twice, "twice")])
 def test_an_index_that_is_no_grid(tmp_path: Path, tell: Any, words: str) -> None:
     with h5py.File(write(tmp_path / "a.h5")) as file, pytest.raises(ValueError, match=words):
-        index._walk(Walked(file["x"], tell), (8, 1))
+        native_layout._walk(Walked(file["x"], tell), (8, 1))
 
 
 def test_a_file_that_changes_while_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from spinlock_fast.data import HDF5Loader
+from spinlock_fast.data import HDF5Loader, native_layout
 from spinlock_fast.errors import DataError
 
 hdf5plugin = pytest.importorskip("hdf5plugin", reason="pip install hdf5plugin")
@@ -80,7 +80,8 @@ def layouts(draw: st.DrawFn) -> dict[str, Any]:
         if draw(st.booleans()):
             sizes[1:] = row_shape  # whole rows, as real files have them
         options["chunks"] = tuple(sizes)
-        options["maxshape"] = (None,) * len(sizes)
+        options["maxshape"] = draw(st.sampled_from(["fixed", "rows", "all", "mixed"]))
+        options["growing"] = [draw(st.sampled_from([0, 1, 2])) for _ in sizes]
         options["compression"] = draw(st.sampled_from([None, "gzip", "gzip", "lzf"]))
         options["shuffle"] = draw(st.booleans())
         options["fletcher32"] = draw(st.booleans())
@@ -100,7 +101,24 @@ def layouts(draw: st.DrawFn) -> dict[str, Any]:
 
 def write(file: h5py.File, path: str, rows: int, layout: dict[str, Any], seed: int) -> None:
     shape = (rows, *layout["row_shape"])
-    dataset = file.create_dataset(path, shape, layout["dtype"], **layout["options"])
+    options = dict(layout["options"])
+    if growing := options.pop("growing", None):
+        most = {0: lambda size: size, 1: lambda size: 2 * size + 1, 2: lambda size: None}
+        kind = options["maxshape"]
+        options["maxshape"] = {
+            "fixed": tuple(max(pair) for pair in zip(shape, options["chunks"], strict=True)),
+            "rows": (None, *shape[1:]),
+            "all": (None,) * len(shape),
+            "mixed": tuple(
+                None if size is None else max(size, chunk)
+                for size, chunk in zip(
+                    (most[kind](size) for kind, size in zip(growing, shape, strict=True)),
+                    options["chunks"],
+                    strict=True,
+                )
+            ),
+        }[kind]
+    dataset = file.create_dataset(path, shape, layout["dtype"], **options)
     values = random_values(shape, layout["dtype"], seed, layout["constant"])
     if layout["written"] == "all":
         dataset[...] = values
@@ -116,17 +134,18 @@ def write(file: h5py.File, path: str, rows: int, layout: dict[str, Any], seed: i
     shard_rows=st.lists(st.integers(0, 40), min_size=1, max_size=3).filter(any),
     batch_size=st.integers(1, 50),
     window_rows=st.integers(1, 60),
+    libver=st.sampled_from(["earliest", "v108", "v110", "latest"]),
     shuffle=st.sampled_from([True, False, "exact"]),
     num_threads=st.integers(1, 3),
 )
 def test_any_layout_gives_the_bytes_that_h5py_gives(
-    first: dict[str, Any], second: dict[str, Any], shard_rows: list[int], **options: Any
+    first: dict[str, Any], second: dict[str, Any], shard_rows: list[int], libver: str, **options: Any
 ) -> None:
     with tempfile.TemporaryDirectory() as directory:
         files = []
         for shard, rows in enumerate(shard_rows):
             files.append(f"{directory}/shard_{shard}.h5")
-            with h5py.File(files[-1], "w") as file:
+            with h5py.File(files[-1], "w", libver=(libver, "latest")) as file:
                 write(file, "a", rows, first, seed=shard)
                 write(file, "b/c", rows, second, seed=10 + shard)
         check(files, ["a", "b/c"], **options)
@@ -304,3 +323,73 @@ def test_a_dataset_that_shrank_and_grew(tmp_path: Path) -> None:
         dataset.resize(50, axis=0)
         dataset[45:] = 1.0
     check([str(tmp_path / "a.h5")], ["x"], "native")
+
+
+@pytest.mark.parametrize("libver", ["earliest", "v110", "latest"])
+@pytest.mark.parametrize(
+    ("chunks", "maxshape", "way"),
+    [
+        ((4, 4), (8, None), "h5py, because of one growing dimension that is not the first"),
+        ((4, 4), (16, None), "h5py, because of one growing dimension that is not the first"),
+        ((3, 5), (8, None), "h5py, because of one growing dimension that is not the first"),
+        ((4, 4), (None, 12), "native"),
+        ((4, 4), (None, None), "native"),
+        ((4, 4), (16, 24), "native"),
+    ],
+)
+def test_one_growing_dimension(tmp_path: Path, libver: Any, chunks: Any, maxshape: Any, way: str) -> None:
+    """libhdf5 lists the chunks of an extensible array under wrong coordinates where the rows do not grow."""
+    with h5py.File(tmp_path / "a.h5", "w", libver=libver) as file:
+        data = np.arange(96, dtype=np.float32).reshape(8, 12)
+        file.create_dataset("x", data=data, chunks=chunks, maxshape=maxshape, compression="gzip")
+    check([str(tmp_path / "a.h5")], ["x"], way)
+
+
+def test_a_listing_that_contradicts_libhdf5_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever kind of index a coming version gets wrong: chunks are compared with what it finds by coordinates."""
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("x", data=random_values((40, 6), "<f4"), chunks=(8, 3), compression="gzip")
+    walk = native_layout._walk
+
+    def misplacing(dataset: Any, grid: Any) -> Any:
+        offsets, sizes, masks, partial = walk(dataset, grid)
+        swapped = np.arange(len(offsets)).reshape(grid).T.ravel()
+        return offsets[swapped], sizes[swapped], masks, partial
+
+    monkeypatch.setattr(native_layout, "_walk", misplacing)
+    check([str(tmp_path / "a.h5")], ["x"], "h5py, because of a listing of its chunks that contradicts libhdf5")
+
+
+@pytest.mark.parametrize("filters", [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("extra", [4, 190, 5000])
+def test_streams_that_hold_more_than_a_chunk(tmp_path: Path, filters: tuple[bool, bool], extra: int) -> None:
+    """libhdf5 takes the first bytes of what the filters give."""
+    import zlib
+
+    from spinlock_fast import _native
+
+    shuffle, fletcher32 = filters
+    values = random_values((32, 6), "<f4", constant=True)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        dataset = file.create_dataset(
+            "x", data=values, chunks=(8, 6), compression="gzip", shuffle=shuffle, fletcher32=fletcher32
+        )
+        content = values[8:16].tobytes() + np.random.default_rng(0).bytes(extra)
+        if shuffle:
+            content = np.frombuffer(content, np.uint8).reshape(-1, 4).T.tobytes() if extra % 4 == 0 else content
+        content = zlib.compress(content)
+        if fletcher32:
+            content += _native.fletcher32(content).to_bytes(4, "little")
+        dataset.id.write_direct_chunk((8, 0), content)
+    check([str(tmp_path / "a.h5")], ["x"], "native")
+
+
+def test_a_stream_far_longer_than_its_chunk_is_damage(tmp_path: Path) -> None:
+    """Memory is not taken without limit."""
+    import zlib
+
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        dataset = file.create_dataset("x", data=random_values((32, 6), "<f4"), chunks=(8, 6), compression="gzip")
+        dataset.id.write_direct_chunk((8, 0), zlib.compress(bytes(40 << 20)))
+    with helpers.raises_one_line(DataError, "chunk [8, 0]", "longer than the chunk"):
+        list(HDF5Loader(str(tmp_path / "a.h5"), "x"))

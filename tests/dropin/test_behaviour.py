@@ -1,5 +1,6 @@
 """What users of vector-quantize-pytorch ask for beside equal numbers; see docs/drop-in.md."""
 
+import copy
 import subprocess
 import sys
 import warnings
@@ -312,3 +313,97 @@ def test_calls_that_do_not_fit_are_refused():
         quantizer(torch.randn(2, 2, 5, 8))
     with pytest.raises(TypeError, match="colour"):
         VectorQuantize(8, 16, colour="blue")
+
+
+@pytest.mark.filterwarnings("ignore:.*is not fused")
+def test_a_share_without_rows_has_a_loss_of_zero():
+    options = {
+        "plain": {},
+        "projection": {"codebook_dim": 4, "heads": 2},
+        "learned": {"learnable_codebook": True, "ema_update": False},
+        "affine": {"affine_param": True},
+        "cross entropy": {"commitment_use_cross_entropy_loss": True},
+        "orthogonal": {"orthogonal_reg_weight": 1.0, "orthogonal_reg_active_codes_only": True},
+        "cosine": {"use_cosine_sim": True, "threshold_ema_dead_code": 2},
+        "diversity": {"codebook_diversity_loss_weight": 1.0},
+    }
+    layers = {name: VectorQuantize(8, 16, **more) for name, more in options.items()}
+    layers["stages"] = ResidualVQ(dim=8, codebook_size=16, num_quantizers=3)
+    layers["k-means"] = ResidualVQ(dim=8, codebook_size=16, num_quantizers=3, kmeans_init=True)
+    layers["beam"] = ResidualVQ(dim=8, codebook_size=16, num_quantizers=3, beam_size=2)
+    for name, layer in layers.items():
+        for n, masked in ((5, True), (0, False)):
+            x = torch.randn(2, n, 8, requires_grad=True)
+            mask = torch.zeros(2, n, dtype=torch.bool) if masked else None
+            quantized, _, loss = layer(x, mask=mask)
+            assert loss.isfinite().all(), name
+            assert name in ("orthogonal", "diversity") or not loss.any(), name
+            (quantized.sum() + loss.sum()).backward()
+            assert x.grad is None or x.grad.isfinite().all(), name
+        assert all(value.isfinite().all() for value in layer.state_dict().values() if value is not None), name
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("kind", ["vector", "stages", "grouped"])
+@pytest.mark.filterwarnings("ignore")
+def test_k_means_waits_for_a_batch_with_rows(kind, compiled):
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append([node for node in graph.graph.nodes if "start" in str(node.target) or "init" in str(node.target)])
+        return graph
+
+    make = {
+        "vector": lambda: VectorQuantize(8, 4, kmeans_init=True),
+        "stages": lambda: ResidualVQ(dim=8, codebook_size=4, num_quantizers=2, kmeans_init=True),
+        "grouped": lambda: spinlock_fast.GroupedVectorQuantizer([4, 3], [5, 3]),
+    }
+    layer = make[kind]()
+    call = torch.compile(layer, backend=backend) if compiled else layer
+    x = 50.0 + torch.randn(2, 40, 8)
+    nothing, everything = torch.zeros(2, 40, dtype=torch.bool), torch.ones(2, 40, dtype=torch.bool)
+    for mask in (nothing, nothing):
+        assert not call(x, mask=mask)[2].any()
+    first = layer.layers[0] if kind == "stages" else layer
+    started = first.initialized if kind == "grouped" else first._codebook.initted
+    assert not started
+    quantized, _, loss = call(x, mask=everything)
+    assert started
+    assert loss.sum() < 10.0
+    assert (quantized - x).abs().mean() < 5.0
+    for _ in range(2):
+        call(x, mask=everything)
+    copied = copy.deepcopy(layer)
+    copied(x)
+    if compiled:  # the graph in use has no operator that waits for the device
+        assert len(graphs) == 2
+        assert graphs[0]
+        assert not graphs[1]
+
+
+def test_averages_stay_wide_in_half_precision():
+    layer = make("plain").bfloat16()
+    assert layer._codebook.embed.dtype == torch.bfloat16
+    assert layer._codebook.cluster_size.dtype == layer._codebook.embed_avg.dtype == torch.float32
+    x = torch.zeros(1, 131_073, 8).bfloat16()
+    for _ in range(2):
+        layer(x)
+    assert layer._codebook.usage.sum() == 262_146
+
+
+@pytest.mark.parametrize("options", [{"commitment_use_cross_entropy_loss": True}, {"orthogonal_reg_weight": 1.0}])
+@pytest.mark.filterwarnings("ignore:.*is not fused")
+def test_gradients_are_those_of_the_codes_before_the_update(options):
+    torch.manual_seed(0)
+    moving = VectorQuantize(8, 16, **options)
+    frozen = copy.deepcopy(moving)
+    frozen._codebook.decay = 1.0  # averages, and so codes, stay: up to smoothing
+    moving._codebook.embed_avg.copy_(moving._codebook.embed.detach())
+    grads = []
+    for layer, manual in ((moving, False), (frozen, True)):
+        layer._codebook.manual_ema_update = manual
+        x = torch.randn(1, 200, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        layer(x)[2].backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(*grads)

@@ -13,6 +13,7 @@ OPTIONS = {
     "resets": {"threshold_ema_dead_code": 2},
     "cosine": {"use_cosine_sim": True, "threshold_ema_dead_code": 2},
 }
+CASES = ((False, "resets"), (False, "k-means"), (True, "plain"), (True, "cosine"))
 
 
 def latents(step):
@@ -26,12 +27,17 @@ def make(residual, options, **more):
     return VectorQuantize(dim=4, codebook_size=6, **OPTIONS[options], **more)
 
 
-def worker(rank, world, file, residual, options):
+def worker(rank, world, file):
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
-    quantizer = make(residual, options)
     calls = []
     plain = dist.all_reduce
     dist.all_reduce = lambda *arguments, **named: calls.append(1) or plain(*arguments, **named)
+    for case, (residual, options) in enumerate(CASES):
+        train(rank, make(residual, options), calls, f"{file}.{case}.{rank}")
+    dist.destroy_process_group()
+
+
+def train(rank, quantizer, calls, file):
     torch.manual_seed(rank)
     for step in range(4):
         if step == 1:
@@ -41,18 +47,18 @@ def worker(rank, world, file, residual, options):
         quantizer(share)
     assert len(calls) == 3, "one collective a step"
     usage = quantizer.perplexity()
-    torch.save({**quantizer.state_dict(), "perplexity": usage}, f"{file}.{rank}")
-    dist.destroy_process_group()
+    torch.save({**quantizer.state_dict(), "perplexity": usage}, file)
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(
-    ("residual", "options"), [(False, "resets"), (False, "k-means"), (True, "plain"), (True, "cosine")]
-)
-def test_processes_share_one_update(tmp_path, residual, options):
+def test_processes_share_one_update(tmp_path):
     file = tmp_path / "rendezvous"
-    mp.spawn(worker, (2, str(file), residual, options), nprocs=2)
-    first, second = (torch.load(f"{file}.{rank}", weights_only=True) for rank in range(2))
+    mp.spawn(worker, (2, str(file)), nprocs=2)
+    for case, (residual, options) in enumerate(CASES):
+        check(*(torch.load(f"{file}.{case}.{rank}", weights_only=True) for rank in range(2)), residual, options)
+
+
+def check(first, second, residual, options):
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
     assert all(torch.isfinite(value).all() for value in first.values())

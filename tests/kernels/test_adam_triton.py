@@ -105,3 +105,80 @@ def test_states_are_those_of_torch():
     state["param_groups"][0] |= {key: reference.param_groups[0][key] for key in reference.defaults}
     reference.load_state_dict(state)
     assert torch.equal(reference.state[theirs[0]]["exp_avg"], adam.mean[0])
+
+
+def follows(change):
+    """Whether steps after a change of the parameters are those of torch's Adam: its moments, the parameters' memory."""
+    (ours,) = parameters([(6, 8)])
+    theirs = nn.Parameter(ours.detach().clone())
+    adam = FusedAdam([ours], torch.full((1,), 0.1, device=DEVICE))
+    reference = torch.optim.Adam([theirs], lr=0.1)
+    old = ours.data
+    for step in range(4):
+        if step == 2:
+            change(ours)
+            untouched = old.clone()
+        theirs.grad = torch.randn(6, 8, device=DEVICE)
+        ours.grad = torch.empty_like(ours).copy_(theirs.grad)
+        adam.step()
+        reference.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    return torch.equal(old, untouched)
+
+
+def test_it_follows_parameters_that_get_other_memory():
+    def cloned(p):
+        p.data = p.data.clone()
+
+    assert follows(cloned)  # and leaves the old memory alone
+
+
+def test_it_follows_parameters_that_get_other_strides():
+    def turned(p):
+        p.data = p.data.t().contiguous().t()
+
+    assert follows(turned)
+
+
+def test_it_follows_parameters_that_get_gaps():
+    def gappy(p):
+        p.data = p.data.repeat_interleave(2, 1)[:, ::2]
+
+    assert follows(gappy)
+
+
+def test_gradients_of_half_precision():
+    (ours,) = parameters([(100,)])
+    full = copy.deepcopy(ours)
+    grad = torch.randn(100, device=DEVICE).bfloat16()
+    if not hasattr(ours, "grad_dtype"):
+        pytest.skip("this torch gives no gradient another dtype than its parameter's")
+    ours.grad_dtype = torch.bfloat16
+    ours.grad, full.grad = grad, grad.float()
+    for p in (ours, full):
+        FusedAdam([p], torch.full((1,), 0.1, device=DEVICE)).step()
+    assert torch.equal(ours, full)
+
+
+def test_a_copy_of_an_optimizer_moves_its_own_parameters():
+    (ours,) = parameters([(5,)])
+    adam = FusedAdam([ours], torch.full((1,), 0.1, device=DEVICE))
+    ours.grad = torch.ones_like(ours)
+    adam.step()
+    before, other = ours.detach().clone(), copy.deepcopy(adam)
+    other.parameters[0].grad = torch.ones_like(ours)
+    other.step()
+    assert torch.equal(ours, before)
+    assert not torch.equal(other.parameters[0], before)
+
+
+def test_tables_do_not_pile_up():
+    (ours,) = parameters([(5,)])
+    adam = FusedAdam([ours], torch.full((1,), 0.1, device=DEVICE))
+    places = []
+    for _ in range(40):
+        ours.data = ours.data.clone()
+        places.append(ours.data)  # so that all differ
+        ours.grad = torch.ones_like(ours)
+        adam.step()
+    assert len(adam._launches) < 40

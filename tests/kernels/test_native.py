@@ -2,6 +2,8 @@
 
 import contextlib
 import multiprocessing
+import subprocess
+import sys
 
 import helpers
 import numpy as np
@@ -327,3 +329,40 @@ def test_a_forked_process_has_threads_of_its_own():
 def _forked(arrays):
     torch.set_num_threads(2)
     return grouped_mlp(*(torch.from_numpy(a) for a in arrays), Ragged.of([4, 16, 15])).numpy()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits address space by what /proc tells")
+def test_missing_memory_of_a_thread_is_an_exception():
+    """A workspace of 17 MB that cannot be had, on two threads: a MemoryError, and the process goes on."""
+    code = """
+import resource
+import numpy as np
+from spinlock_fast import _native as library
+
+K, D, N = 2**19, 8, 1024
+rows, codebook = np.zeros((N, 2 * D), "f4"), np.zeros(2 * K * D, "f4")
+codes, quantized, error = np.full((N, 2), -9), np.zeros((N, 2 * D), "f4"), np.zeros(2, "f4")
+at = [a.ctypes.data for a in (rows, codebook, codes, quantized, error)]
+
+def assign(num_codes):
+    library.assign(at[0], 2 * D, N, at[1], 0, False, [num_codes] * 2, [D, D], *at[2:], 0, 0, 2)
+
+library.use_openmp(0)
+assign(2)  # starts the threads
+assert (codes == 0).all()
+pages = int(open("/proc/self/statm").read().split()[0])
+_, most = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**22, most))
+failed = 0
+for _ in range(300):  # so that the other thread has its share of them
+    try:
+        assign(K)
+    except MemoryError:
+        failed += 1
+print(failed, "MemoryErrors")
+codes[:] = -9
+assign(2)
+assert (codes == 0).all()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "300 MemoryErrors\n"), done.stderr

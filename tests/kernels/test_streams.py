@@ -1,9 +1,13 @@
 """Work side by side: the same values as one after the other, also where memory is reused at once."""
 
+import itertools
+import threading
+from contextlib import contextmanager
+
 import pytest
 import torch
 
-from spinlock_fast.kernels.streams import joined, later, side_by_side
+from spinlock_fast.kernels.streams import BESIDE, LATER, joined, later, side_by_side
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
@@ -111,3 +115,158 @@ def test_an_error_ends_the_time_of_later_work():
     with joined(x.device):
         total = later(x.sum, [x])
     assert total == x.sum()
+
+
+class FakeStream:
+    """A stream that notes which others it waits for; all of them know what they have waited for."""
+
+    made = 0
+
+    def __init__(self, device=None, priority=0):
+        FakeStream.made += 1
+        self.number, self.device, self.waited = FakeStream.made, torch.device("cuda", 0), []
+
+    def wait_stream(self, other):
+        self.waited.append(other)
+
+
+class FakeTensor:
+    """A tensor on a CUDA device, as far as streams are concerned."""
+
+    device = torch.device("cuda", 0)
+
+    def record_stream(self, stream):
+        pass
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """torch.cuda with streams of each thread, without a device; returns how to make a stream the current one."""
+    current = threading.local()
+
+    @contextmanager
+    def use(stream):
+        before = current.stream
+        current.stream = stream
+        try:
+            yield
+        finally:
+            current.stream = before
+
+    def current_stream(device):
+        if not hasattr(current, "stream"):
+            current.stream = FakeStream()
+        return current.stream
+
+    def start(stream):
+        current.stream = stream
+
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
+    monkeypatch.setattr(torch.cuda, "stream", use)
+    start(FakeStream())
+    return start
+
+
+def stream_of_later():
+    """The stream that work put off now runs on."""
+    return later(lambda: torch.cuda.current_stream(FakeTensor.device), [FakeTensor()])
+
+
+def test_nested_times_of_later_work_each_wait_for_theirs(cuda):
+    caller = torch.cuda.current_stream(FakeTensor.device)
+    with joined(FakeTensor.device):
+        outer = stream_of_later()
+        with joined(FakeTensor.device):
+            inner = stream_of_later()
+            assert inner not in caller.waited
+        assert inner in caller.waited
+        after = stream_of_later()
+        assert after not in (outer, caller)
+    assert {outer, after} <= set(caller.waited)
+    assert stream_of_later() is caller  # at once: nothing is joined
+
+
+def test_an_error_in_nested_later_work_is_the_one_that_arrives(cuda):
+    caller = torch.cuda.current_stream(FakeTensor.device)
+
+    def fails():
+        raise ValueError("no")
+
+    put_off = []
+
+    def nested():
+        with joined(FakeTensor.device):
+            put_off.append(stream_of_later())
+            with joined(FakeTensor.device):
+                later(fails, [FakeTensor()])
+
+    with pytest.raises(ValueError, match="no"):
+        nested()
+    assert put_off[0] in caller.waited
+    with joined(FakeTensor.device):
+        inner = stream_of_later()
+    assert inner in caller.waited
+
+
+def test_threads_put_off_their_own_work(cuda):
+    """Two callers on streams of their own: each waits for its own work alone, whoever ends first."""
+    meeting, found = threading.Barrier(2, timeout=30), {}
+
+    def trains(name):
+        mine = FakeStream()
+        cuda(mine)
+        with joined(FakeTensor.device):
+            meeting.wait()
+            streams = {stream_of_later() for _ in range(3)}
+            meeting.wait()
+        found[name] = mine, streams
+
+    threads = [threading.Thread(target=trains, args=(name,)) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (first, of_first), (second, of_second) = found["a"], found["b"]
+    assert set(first.waited) == of_first
+    assert set(second.waited) == of_second
+    assert len(of_first) == len(of_second) == 3
+    assert not of_first & of_second
+
+
+def test_a_backward_pass_in_another_thread_puts_work_off(cuda):
+    """Autograd's thread has the stream of the forward pass: what it puts off belongs to that caller."""
+    caller = torch.cuda.current_stream(FakeTensor.device)
+    found = []
+
+    def backward(stream):
+        cuda(stream)
+        found.append(stream_of_later())
+
+    def branch():
+        return torch.cuda.current_stream(FakeTensor.device)
+
+    with joined(FakeTensor.device):
+        streams = side_by_side([branch, branch, branch], [FakeTensor()])
+        assert streams[0] is caller
+        for stream in streams:
+            thread = threading.Thread(target=backward, args=(stream,))
+            thread.start()
+            thread.join()
+    assert len({*streams, *found}) == 6
+    assert set(found) <= set(caller.waited)
+
+
+def test_many_callers_share_the_streams_that_there_are(cuda, monkeypatch):
+    """torch makes 32 streams of a priority and then gives out the same ones: a run uses those of runs that ended."""
+    pools = {priority: itertools.cycle([FakeStream() for _ in range(32)]) for priority in (BESIDE, LATER)}
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: next(pools[priority]))
+    for _ in range(40):
+        caller = FakeStream()
+        cuda(caller)
+        with joined(FakeTensor.device):
+            work = [lambda: torch.cuda.current_stream(FakeTensor.device)] * 4
+            assert len(set(side_by_side(work, [FakeTensor()]))) == 4
+            put_off = {stream_of_later() for _ in range(3)}
+        assert len(put_off) == 3
+        assert put_off <= set(caller.waited)

@@ -262,7 +262,7 @@ def test_masked_rows_take_no_part_in_values_loss_and_update():
     quantized, codes, loss = masked(z, mask=mask)
     expected = alone(z[mask])
     assert (codes[~mask] == -1).all()
-    assert quantized[~mask].isnan().all()
+    assert not quantized[~mask].any()
     assert torch.equal(codes[mask], expected[1])
     torch.testing.assert_close(loss, expected[2])
     for name, value in snapshot(alone).items():
@@ -381,3 +381,45 @@ def test_a_first_use_under_inference_mode_leaves_training_possible():
     z = torch.randn(4, 9, requires_grad=True)
     quantizer.train()(z)[2].backward()
     assert z.grad.isfinite().all()
+
+
+def test_counts_go_on_beyond_what_a_float_holds():
+    quantizer = make().to(torch.bfloat16)
+    quantizer.usage += 1 << 24
+    quantizer.rows_seen += (1 << 24) * 8
+    before = quantizer.usage.clone()
+    quantizer(latents(3).to(torch.bfloat16))
+    assert quantizer.usage.dtype == quantizer.rows_seen.dtype == torch.int64
+    assert (quantizer.usage - before).sum() == 9
+    assert quantizer.rows_seen == (1 << 24) * 8 + 3
+    quantizer.reset_usage()
+    for _ in range(2):
+        quantizer(torch.zeros(131_073, 9, dtype=torch.bfloat16))
+    assert quantizer.rows_seen == 262_146
+    assert quantizer.nonfinite_rows == 0
+
+
+@pytest.mark.parametrize("cast", [torch.nn.Module.half, torch.nn.Module.bfloat16])
+def test_averages_stay_wide_in_half_precision(cast):
+    quantizer, wide = make(decay=0.999), make(decay=0.999)
+    cast(quantizer)
+    assert quantizer.embedding.dtype in (torch.float16, torch.bfloat16)
+    for _ in range(20):
+        for module in (quantizer, wide):
+            module(latents().to(module.embedding.dtype))
+    assert quantizer.cluster_size.dtype == quantizer.embedding_sum.dtype == torch.float32
+    torch.testing.assert_close(quantizer.cluster_size, wide.cluster_size, rtol=0.02, atol=0.02)
+    assert quantizer.double().cluster_size.dtype == torch.float64
+
+
+def test_masked_rows_leave_the_next_layer_without_nan():
+    quantizer, after = make(), torch.nn.Linear(9, 2)
+    z = latents(6).requires_grad_()
+    mask = torch.tensor([True, False, True, True, False, True])
+    quantized, codes, loss = quantizer(z, mask=mask)
+    (after(quantized).square().mean(1)[mask].sum() + loss).backward()
+    assert not quantized[~mask].any()
+    assert (codes[~mask] == -1).all()
+    assert not z.grad[~mask].any()
+    assert all(p.grad.isfinite().all() for p in [z, *after.parameters()])
+    assert quantizer(z, mask=torch.zeros(6, dtype=torch.bool))[2] == 0.0

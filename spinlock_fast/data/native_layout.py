@@ -1,0 +1,200 @@
+"""Where the bytes of a dataset lie in its file, or why only libhdf5 can tell."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from spinlock_fast import _native
+from spinlock_fast.data.files import H5PY_ERRORS
+from spinlock_fast.errors import DataError
+
+_MISSING = np.iinfo(np.uint64).max
+_FILTERS = {
+    h5py.h5z.FILTER_DEFLATE: "deflate",
+    h5py.h5z.FILTER_SHUFFLE: "shuffle",
+    h5py.h5z.FILTER_FLETCHER32: "fletcher32",
+}
+_OTHER_FILTERS = {
+    4: "szip",
+    5: "nbit",
+    6: "scaleoffset",
+    32000: "lzf",
+    32001: "blosc",
+    32004: "lz4",
+    32008: "bitshuffle",
+    32015: "zstd",
+    32026: "blosc2",
+}
+_MOST_CHUNKS = 1 << 24
+_CONTIGUOUS_BYTES = 1 << 20  # read at once
+_COMPARED = 4  # chunks of a dataset that are compared with what libhdf5 finds
+_MOST_COMPARED = 16 << 20  # bytes of a chunk that is compared
+
+
+class NotNativeError(Exception):
+    """Why a dataset is read through h5py; the text follows "because of"."""
+
+
+def native_layout(handle: h5py.File, dataset: h5py.Dataset) -> dict[str, Any]:
+    """What the native reader must know; raises NotNativeError where it would read other bytes than libhdf5.
+
+    Args:
+        handle: the file that holds the dataset.
+    """
+    plist = dataset.id.get_create_plist()
+    if dataset.shape[0] == 0:
+        return {"rows": 0, "swapped": False, "offset": 0, "chunk_rows": 1}  # an empty shard, of whatever layout
+    if handle.swmr_mode:
+        raise NotNativeError("a writer that has the file open")
+    if handle.driver != "sec2":
+        raise NotNativeError(f"the file driver {handle.driver}")  # its offsets are not those of one file
+    if handle.userblock_size and h5py.version.hdf5_version_tuple < (1, 14, 3):
+        raise NotNativeError("the user block")  # older libraries give offsets without it
+    if dataset.is_virtual:
+        raise NotNativeError("its virtual layout")
+    if plist.get_external_count() > 0:
+        raise NotNativeError("its external files")
+    if not dataset.id.get_type().equal(h5py.h5t.py_create(dataset.dtype)):
+        raise NotNativeError("its number type")  # libhdf5 converts what it reads
+    common = {"rows": dataset.shape[0], "swapped": not dataset.dtype.isnative}
+    layout = plist.get_layout()
+    if layout == h5py.h5d.CONTIGUOUS:
+        offset = dataset.id.get_offset()
+        if offset is None or dataset.id.get_storage_size() != dataset.size * dataset.dtype.itemsize:
+            raise NotNativeError("values that were never written")
+        row_bytes = prod(dataset.shape[1:]) * dataset.dtype.itemsize
+        return {**common, "offset": offset, "chunk_rows": max(1, _CONTIGUOUS_BYTES // row_bytes)}
+    if layout == h5py.h5d.CHUNKED:
+        return {**common, **_chunks(dataset, plist)}
+    raise NotNativeError("its compact layout")
+
+
+def _chunks(dataset: h5py.Dataset, plist: Any) -> dict[str, Any]:
+    filters = _pipeline(plist)
+    grid = tuple(-(-size // chunk) for size, chunk in zip(dataset.shape, dataset.chunks, strict=True))
+    if prod(grid) > _MOST_CHUNKS:
+        raise NotNativeError(f"a grid of {prod(grid):,} chunks")
+    if dataset.maxshape[0] is not None and dataset.maxshape.count(None) == 1:
+        # Up to 2.0 libhdf5 lists such chunks under the coordinates of others: its index for one growing dimension
+        # (an extensible array) puts that dimension first, and the listing does not put it back.
+        raise NotNativeError("one growing dimension that is not the first, where libhdf5 misplaces chunks")
+    offsets, sizes, masks, partial = _walk(dataset, grid)
+    _check_places(dataset, offsets, grid)
+    fill = np.zeros((), dataset.dtype.newbyteorder("="))
+    if (offsets == _MISSING).any():
+        if plist.fill_value_defined() == h5py.h5d.FILL_VALUE_UNDEFINED or (
+            plist.get_fill_time() == h5py.h5d.FILL_TIME_NEVER
+        ):
+            raise NotNativeError("chunks without values")
+        plist.get_fill_value(fill)
+    chunk_bytes = prod(dataset.chunks) * dataset.dtype.itemsize
+    # A writer may leave chunks at the edges unfiltered (H5D_CHUNK_DONT_FILTER_PARTIAL_CHUNKS), which h5py cannot
+    # see. All of them then have the size of a raw chunk; one of another size shows that they were filtered.
+    if filters and partial.any() and (sizes[partial] == chunk_bytes).all():
+        raise NotNativeError("edge chunks that may be stored unfiltered")
+    return {
+        "chunk_rows": dataset.chunks[0],
+        "chunk_shape": list(dataset.chunks[1:]),
+        "filters": filters,
+        "fill": fill.tobytes(),
+        "offsets": offsets,
+        "sizes": sizes,
+        "masks": masks,
+    }
+
+
+def _check_places(dataset: h5py.Dataset, offsets: NDArray[np.uint64], grid: tuple[int, ...]) -> None:
+    """Raises NotNativeError where libhdf5 finds a chunk by its coordinates elsewhere than its listing says.
+
+    A few chunks are compared as they are stored: the last ones of the grid and some between, since a listing that
+    mixes up dimensions is right in its first chunks alone.
+    """
+    present = np.flatnonzero(offsets != _MISSING)
+    chunk_bytes = prod(dataset.chunks) * dataset.dtype.itemsize
+    if len(present) < 2 or chunk_bytes > _MOST_COMPARED:
+        return
+    descriptor = dataset.file.id.get_vfd_handle()
+    for cell in {int(present[i * (len(present) - 1) // _COMPARED]) for i in range(1, _COMPARED + 1)}:
+        origin = tuple(int(i) * size for i, size in zip(np.unravel_index(cell, grid), dataset.chunks, strict=True))
+        try:
+            stored = dataset.id.read_direct_chunk(origin)[1]
+            listed = os.pread(descriptor, len(stored), int(offsets[cell]))
+        except (*H5PY_ERRORS, OverflowError):
+            continue  # damage is told where the rows are read
+        if len(listed) == len(stored) and listed != stored:
+            raise NotNativeError("a listing of its chunks that contradicts libhdf5")
+
+
+def check_filters(file: Path, dataset: h5py.Dataset) -> None:
+    """Raises DataError where libhdf5 lacks a filter and hdf5plugin, which brings the common ones, does not help."""
+    plist = dataset.id.get_create_plist()
+    for i in range(plist.get_nfilters()):
+        code = plist.get_filter(i)[0]
+        if h5py.h5z.filter_avail(code):
+            continue
+        with contextlib.suppress(ImportError):
+            importlib.import_module("hdf5plugin")
+        if not h5py.h5z.filter_avail(code):
+            name = _OTHER_FILTERS.get(code, code)
+            raise DataError(
+                f"{file}: {dataset.name.lstrip('/')}: compressed with the filter {name}, which "
+                "this installation of HDF5 lacks; pip install hdf5plugin may bring it"
+            )
+
+
+def _pipeline(plist: Any) -> list[tuple[str, int]]:
+    """(name, item size) of each filter in the order of writing."""
+    filters: list[tuple[str, int]] = []
+    for i in range(plist.get_nfilters()):
+        code, _, values, _ = plist.get_filter(i)
+        name = _FILTERS.get(code)
+        if name is None:
+            raise NotNativeError(f"the filter {_OTHER_FILTERS.get(code, code)}")
+        if name == "deflate" and _native.inflate_library() == "none":
+            raise NotNativeError("the filter deflate: this build has neither libdeflate nor zlib")
+        size = (values[0] if values else 0) if name == "shuffle" else 1
+        if size == 0 or name in (used for used, _ in filters):
+            raise NotNativeError("an unusual pipeline of filters")
+        filters.append((name, int(size)))
+    return filters
+
+
+def _walk(
+    dataset: h5py.Dataset, grid: tuple[int, ...]
+) -> tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint32], NDArray[np.bool_]]:
+    """Offset, stored size and filter mask of every chunk of the grid, and which are present and overhang."""
+    cells = prod(grid)
+    found: list[tuple[tuple[int, ...], int, int, int]] = []
+
+    def note(info: Any) -> bool | None:
+        found.append((info.chunk_offset, info.byte_offset, info.size, info.filter_mask))
+        return True if len(found) > cells else None  # a damaged index may lead in circles
+
+    offsets = np.full(cells, _MISSING, np.uint64)
+    sizes = np.zeros(cells, np.uint64)
+    masks = np.zeros(cells, np.uint32)
+    partial = np.zeros(cells, bool)
+    if cells:
+        dataset.id.chunk_iter(note)
+    if not found:
+        return offsets, sizes, masks, partial
+    origin = np.array([entry[0] for entry in found], np.int64)  # [chunks, dimensions]
+    if len(found) > cells or (origin % dataset.chunks).any() or (origin >= dataset.shape).any() or (origin < 0).any():
+        raise ValueError("its index names chunks outside the dataset")
+    cell = np.ravel_multi_index(tuple((origin // dataset.chunks).T), grid)
+    if len(np.unique(cell)) != len(cell):
+        raise ValueError("its index names a chunk twice")
+    offsets[cell] = [entry[1] for entry in found]
+    sizes[cell] = [entry[2] for entry in found]
+    masks[cell] = [entry[3] for entry in found]
+    partial[cell] = (origin + dataset.chunks > dataset.shape).any(1)
+    return offsets, sizes, masks, partial

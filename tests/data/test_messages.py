@@ -1,0 +1,111 @@
+"""What a file that cannot be opened, or a path that is none, is called."""
+
+from __future__ import annotations
+
+import errno
+import io
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import h5py
+import helpers
+import numpy as np
+import pytest
+
+from spinlock_fast.data import HDF5Loader, files
+from spinlock_fast.data.source import Source
+from spinlock_fast.errors import ConfigError, DataError
+
+ESCAPE = "\x1b[31mred\x1b[0m\x07"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    return str(helpers.write_arrays(tmp_path / "a.h5", {"x": np.zeros((20, 3), np.float32)}))
+
+
+@pytest.mark.parametrize("path", ["s3://bucket/a.h5", "https://example.org/a.h5", "gs://bucket/*.h5"])
+def test_a_remote_address(path: str) -> None:
+    with helpers.raises_one_line(DataError, path, "are not read; copy the file"):
+        HDF5Loader(path, "x")
+
+
+def test_an_open_file_as_path(file: str) -> None:
+    with h5py.File(file) as handle:
+        for given in (handle, handle["x"], [handle]):
+            with helpers.raises_one_line(ConfigError, "an open h5py", "pass its path", file):
+                HDF5Loader(given, "x")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("given", [None, 3, io.BytesIO(), [None]])
+def test_what_is_no_path(given: Any) -> None:
+    with helpers.raises_one_line(ConfigError, "paths:", "expected a path"):
+        HDF5Loader(given, "x")
+
+
+def test_a_path_of_bytes(file: str) -> None:
+    assert HDF5Loader(os.fsencode(file), "x").rows == 20  # type: ignore[arg-type]
+
+
+def test_a_path_with_nul() -> None:
+    with helpers.raises_one_line(DataError, "NUL"):
+        HDF5Loader("a\0.h5", "x")
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, number: int, unlocked: bool) -> None:
+    """Files open as on a file system whose locks fail with an error; without locks they open where `unlocked`."""
+    opened = h5py.File
+
+    def locked(name: Any, mode: str = "r", locking: Any = None, **options: Any) -> h5py.File:
+        if locking is False and unlocked:
+            return opened(name, mode, **options)
+        raise OSError(
+            f"Unable to synchronously open file (unable to lock file, errno = {number}, error message = '...')"
+        )
+
+    monkeypatch.setattr(files.h5py, "File", locked)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EACCES])
+def test_a_file_system_without_locks(
+    file: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    monkeypatch.setattr(files, "_said_unlocked", set())
+    refuse(monkeypatch, number, unlocked=True)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            files.open_file(Path(file)).close()
+    (message,) = caplog.messages
+    assert "refuses locks" in message
+    assert os.strerror(number) in message
+    assert "HDF5_USE_FILE_LOCKING" in message
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EIO])
+def test_locks_that_cannot_be_left_out(file: str, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    refuse(monkeypatch, number, unlocked=False)
+    with helpers.raises_one_line(DataError, file, os.strerror(number), "HDF5_USE_FILE_LOCKING"):
+        files.open_file(Path(file))
+
+
+def test_a_lock_of_a_writer(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse(monkeypatch, errno.EAGAIN, unlocked=True)
+    with helpers.raises_one_line(DataError, file, "another program is writing to it"):
+        files.open_file(Path(file))
+
+
+def test_names_with_escape_sequences_reach_no_terminal(tmp_path: Path) -> None:
+    path = tmp_path / "a.h5"
+    with h5py.File(path, "w") as file:
+        file.create_dataset(ESCAPE, data=np.zeros((2, 2), "S3"))
+        file["link"] = h5py.SoftLink(f"/{ESCAPE}none")
+        file["outside"] = h5py.ExternalLink(f"{ESCAPE}.h5", f"/{ESCAPE}")
+        file.create_dataset("x", data=np.zeros((4, 2), np.float32)).attrs["feature_names"] = [ESCAPE, "b"]
+    for name in (ESCAPE, "link", "outside", ESCAPE + "x", "zzz"):
+        with pytest.raises(DataError) as caught:
+            HDF5Loader(str(path), name)
+        assert str(caught.value).isprintable(), name
+    with Source(str(path), {"family": "x"}) as source:
+        assert source.feature_names("family") == [r"\x1b[31mred\x1b[0m\x07", "b"]
