@@ -19,6 +19,7 @@ from spinlock_fast.input_check import InputCheck, row_errors
 from spinlock_fast.metrics import complete, evaluate
 from spinlock_fast.report.contents import Contents
 from spinlock_fast.rows import place_rows
+from spinlock_fast.seeds import VERSION, streams_of
 from spinlock_fast.trainer import split_rows
 
 log = logging.getLogger(__name__)
@@ -120,10 +121,12 @@ def _correlated_rows(contents: Contents, x: NDArray[np.float32]) -> tuple[NDArra
     """The training rows, where these are the data of the run, else all rows."""
     config, metrics = contents.config, contents.metrics
     if config is not None and metrics.get("samples") == len(x) and "category_correlation_max" in metrics:
-        train = x[split_rows(len(x), config.training, config.random_seed).train]
-        found = max_off_diagonal(category_correlation(train, contents.model.config.group_indices))
-        if abs(found - metrics["category_correlation_max"]) < _ROUNDING:
-            return train, f"the {len(train):,} training rows"
+        for streams in (VERSION, 1):  # runs of earlier versions drew other rows
+            with streams_of(streams):
+                train = x[split_rows(len(x), config.training, config.random_seed).train]
+            found = max_off_diagonal(category_correlation(train, contents.model.config.group_indices))
+            if abs(found - metrics["category_correlation_max"]) < _ROUNDING:
+                return train, f"the {len(train):,} training rows"
     return x, f"all {len(x):,} rows"
 
 
