@@ -192,7 +192,7 @@ class Late:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize(("place", "name"), [(trainer_module, "evaluate"), (pipeline, "write_results")])
+@pytest.mark.parametrize(("place", "name"), [(trainer_module, "evaluate_with_use"), (pipeline, "write_results")])
 def test_a_signal_after_the_last_step_is_not_lost(
     config: Path,
     whole: Path,
@@ -241,7 +241,7 @@ def test_a_signal_that_is_ignored_stays_ignored(
 def test_a_resumed_run_adds_up_its_time(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "out"
     with monkeypatch.context() as patch:
-        Late(signal.SIGTERM, patch, trainer_module, "evaluate")
+        Late(signal.SIGTERM, patch, trainer_module, "evaluate_with_use")
         assert train(config, output) == 143
     state = load_torch(output / PARTIAL / RESUME)
     stages = state["seconds"]
@@ -317,7 +317,7 @@ def test_identical_runs_have_one_hash(config: Path, whole: Path, tmp_path: Path)
 def interrupted(config: Path, output: Path) -> None:
     """A run that was stopped after its last step, with two states."""
     with pytest.MonkeyPatch.context() as patch:
-        Late(signal.SIGTERM, patch, trainer_module, "evaluate")
+        Late(signal.SIGTERM, patch, trainer_module, "evaluate_with_use")
         assert train(config, output) == 143
     assert (output / PARTIAL / RESUME_BEFORE).exists()
 
