@@ -125,7 +125,7 @@ def topo_points_fwd_kernel(
         row, own = first * x_stride, mine * x_stride
     if s > G:
         base = codebook_ptr
-        code = tl.load(codes_ptr + first * G + (s - G - 1), mask=first < S, other=0)
+        code = tl.load(codes_ptr + first * G + (s - G - 1), mask=first < S, other=0).to(tl.int32)
         own_code = tl.load(codes_ptr + mine * G + (s - G - 1), mask=mine < S, other=0)
         K = tl.load(table_ptr + 4 * sets + s)
         good, own_good = (code >= 0) & (code < K), (own_code >= 0) & (own_code < K)

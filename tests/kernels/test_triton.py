@@ -61,7 +61,9 @@ def assert_agrees(found, z, codebook, layout, mask=None):
     for g, part in enumerate(helpers.split_columns(z, layout)):
         rows = expected_valid[:, g]
         assert torch.equal(quantized[g][rows], books[g][codes[rows, g]])
-        assert quantized[g][~rows].isnan().all()
+        masked = torch.zeros_like(rows) if mask is None else ~mask.cpu()
+        assert quantized[g][~rows & ~masked].isnan().all()
+        assert (quantized[g][masked] == 0.0).all()
         hot = torch.nn.functional.one_hot(codes[rows, g], layout.num_codes[g]).double()
         counts.append(hot.sum(0))
         sums.append((hot.t() @ part[rows].double()).flatten())
