@@ -159,7 +159,7 @@ class InputCheck:
 
     def summary(self) -> dict[str, Any] | None:
         """Means of these rows and of those of the run, and whether these are far outside; None: not known."""
-        if self.known is None or not self._outside:
+        if self.known is None or not sum(map(len, self._outside)):
             return None
         outside = np.concatenate(self._outside)
         found: dict[str, Any] = {

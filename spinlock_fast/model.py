@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
+from spinlock_fast.arrays import real_numbers
 from spinlock_fast.buffers import TransientBuffers
 from spinlock_fast.config import LevelConfig, ModelConfig, PositiveInt
 from spinlock_fast.kernels.code_decoders import Decoders
@@ -334,12 +335,15 @@ class CategoricalHierarchicalVQVAE(TransientBuffers):
         """Features [B, F] -> tokens [B, G] int64, without dropout, gradient or change of the codes.
 
         Args:
-            x: numbers of any type, torch or numpy, on any device.
+            x: real numbers of any type, torch or numpy, on any device.
+
+        Raises:
+            DataError: x holds no real numbers.
         """
         weight = self.encoder_layers.first.weight
         with _evaluating(self):
-            rows = x if isinstance(x, Tensor) else torch.from_numpy(np.array(x, np.float32, order="C"))
-            return self.quantizer.assign(self.encode(rows.to(weight))).codes
+            rows = real_numbers(x, "x").to(weight)
+            return self.quantizer.assign(self.encode(rows)).codes
 
     @torch.no_grad()
     def decode_from_tokens(self, tokens: Tensor | ArrayLike) -> Tensor:

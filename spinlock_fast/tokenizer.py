@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from spinlock_fast.arrays import real_numbers
 from spinlock_fast.checkpoint import checkpoint_hash, load_payload, model_from_payload
 from spinlock_fast.data.source import Source
 from spinlock_fast.errors import DataError, OutputError
@@ -87,12 +88,13 @@ class Tokenizer:
         """
         if _is_path(raw):
             return np.concatenate([x for _, x in self.features_file(raw)])
-        return self._features(self._families_of(raw), None)
+        return self._features(self._arrays(self._families_of(raw)), None)
 
     def encode(self, raw: Mapping[str, Any] | str | Path | list[str] | Any) -> Any:
         """Tokens [N, G] int64 of raw families, or of an HDF5 file (path or glob).
 
-        A missing value (NaN) takes the value that it took in training: by default the median of the training rows.
+        A missing value (NaN, or masked in a numpy.ma array) takes the value that it took in training: by default the
+        median of the training rows.
         Rows far outside of those of training are reported through `logging`.
 
         Args:
@@ -110,8 +112,9 @@ class Tokenizer:
             return np.concatenate([tokens for _, tokens in self.encode_file(raw)])
         families = self._families_of(raw)
         as_torch = any(isinstance(array, Tensor) for array in families.values())
-        check = InputCheck(self.training_range, max(map(len, families.values()), default=0))
-        tokens = self._tokens(self._features(families, check), check)
+        arrays = self._arrays(families)
+        check = InputCheck(self.training_range, len(arrays[self.families[0].name]))
+        tokens = self._tokens(self._features(arrays, check), check)
         self._warn(check)
         return torch.from_numpy(tokens) if as_torch else tokens
 
@@ -132,18 +135,25 @@ class Tokenizer:
             )
         return {self.families[0].name: raw}
 
-    def _features(self, raw: Mapping[str, Any], check: InputCheck | None) -> NDArray[np.float32]:
+    def _arrays(self, raw: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Raw families as tensors with the same number of rows; raises DataError."""
         names = [family.name for family in self.families]
         if set(raw) != set(names):
             raise DataError(f"expected the families {', '.join(names)}, got {', '.join(map(str, raw)) or 'none'}")
-        arrays = {name: _tensor(raw[name]) for name in names}
+        arrays = {name: real_numbers(raw[name], f"family {name!r}") for name in names}
+        for family in self.families:
+            if arrays[family.name].ndim == 0:
+                raise DataError(f"family {family.name!r}: expected {_shape_text(family.row_shape)}, got one number")
         if len({array.shape[0] for array in arrays.values()}) > 1:
             raise DataError(
                 "families differ in rows: "
                 + ", ".join(f"{name} has {array.shape[0]}" for name, array in arrays.items())
             )
+        return arrays
+
+    def _features(self, arrays: Mapping[str, Tensor], check: InputCheck | None) -> NDArray[np.float32]:
         blocks = []
-        for start in range(0, max(arrays[names[0]].shape[0], 1), _ROWS_AT_ONCE):
+        for start in range(0, max(len(arrays[self.families[0].name]), 1), _ROWS_AT_ONCE):
             rows = slice(start, start + _ROWS_AT_ONCE)
             columns = []
             for family in self.families:
@@ -219,10 +229,14 @@ class Tokenizer:
         """Tokens [N, G] -> features [N, F] in the units of the cleaned features, see `feature_names`.
 
         Raises:
+            DataError: tokens are no whole numbers.
             IndexError: a token outside its codebook.
         """
         as_torch = isinstance(tokens, Tensor)
-        index = _tensor(tokens).to(self.device, torch.int64)
+        given = real_numbers(tokens, "tokens")
+        index = given.to(self.device, torch.int64)
+        if given.is_floating_point() and not torch.equal(index.to(given.dtype), given.to(self.device)):
+            raise DataError("tokens: expected whole numbers")
         with device_guard(self.device):
             blocks = [self.model.decode_from_tokens(part).cpu().numpy() for part in index.split(_ROWS_AT_ONCE)]
         features = self.normalizer.inverse(np.concatenate(blocks))
@@ -309,7 +323,3 @@ def _is_path(raw: Any) -> TypeGuard[str | Path | list[str]]:
 
 def _shape_text(row_shape: tuple[int, ...]) -> str:
     return f"[N, {', '.join(str(size) if size >= 0 else 'any' for size in row_shape)}]"
-
-
-def _tensor(array: Any) -> Tensor:
-    return array.detach() if isinstance(array, Tensor) else torch.from_numpy(np.ascontiguousarray(array))

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import ValidationError
 from torch import Tensor
 
+from spinlock_fast.arrays import without_mask
 from spinlock_fast.config import Levels, RunConfig, TrainingConfig
 from spinlock_fast.config_file import apply_overrides, load_config
 from spinlock_fast.errors import ConfigError, DataError, Interrupted, TrainingError
@@ -429,7 +430,7 @@ def _as_matrix(x: ArrayLike | Tensor) -> NDArray[Any]:
         x = x.detach().cpu()
         array = (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x).numpy()
     else:
-        array = np.asarray(x)
+        array = without_mask(x)
     if array.ndim != 2 or array.shape[1] == 0:
         raise DataError(f"x must be a matrix [N, F] with at least one column, got {list(array.shape)}")
     if array.dtype.kind not in "fiub":

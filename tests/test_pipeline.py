@@ -24,6 +24,7 @@ from helpers import (
     SUMMARY,
     TEMPORAL,
     TRAJECTORIES,
+    raises_one_line,
     synthetic_arrays,
     write_arrays,
     write_dataset,
@@ -33,6 +34,7 @@ from helpers import (
 from spinlock_fast import Tokenizer, load_checkpoint
 from spinlock_fast.analyze import main as analyze_main
 from spinlock_fast.checkpoint import FILES, RESUME, load_run_config, load_torch
+from spinlock_fast.config import DEFAULT_DATASETS
 from spinlock_fast.config_file import load_config
 from spinlock_fast.errors import DataError
 from spinlock_fast.evaluate import main as evaluate_main
@@ -738,6 +740,70 @@ def test_encode_takes_a_list_of_files(checkpoint: Path, data: Path) -> None:
 
 def test_tokens_into_a_directory_are_refused_at_once(checkpoint: Path, data: Path, tmp_path: Path) -> None:
     assert run(tokenize_main, checkpoint, data, "--output", tmp_path, "--quiet") == 4
+
+
+@pytest.fixture
+def raw_rows(data: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """Four rows of every family of the data."""
+    with h5py.File(data) as file:
+        return {family: file[dataset][:4].astype(np.float32) for family, dataset in DEFAULT_DATASETS.items()}
+
+
+def test_encode_takes_any_layout_of_numbers(checkpoint: Path, raw_rows: dict[str, np.ndarray[Any, Any]]) -> None:
+    tokenizer = Tokenizer.from_checkpoint(checkpoint)
+    expected = tokenizer.encode(raw_rows)
+    read_only = {name: x.copy() for name, x in raw_rows.items()}
+    for x in read_only.values():
+        x.flags.writeable = False
+    holes = {name: x.copy() for name, x in raw_rows.items()}
+    for x in holes.values():
+        x[1, ..., 2] = np.nan
+    masked = {name: np.ma.masked_array(np.nan_to_num(x, nan=1e20), np.isnan(x)) for name, x in holes.items()}
+    for given in (
+        read_only,
+        {name: x.astype(">f4") for name, x in raw_rows.items()},
+        {name: x.astype(np.longdouble) for name, x in raw_rows.items()},
+        {name: np.asfortranarray(x) for name, x in raw_rows.items()},
+        {name: x.tolist() for name, x in raw_rows.items()},
+        {name: np.ma.masked_array(x) for name, x in raw_rows.items()},
+    ):
+        np.testing.assert_array_equal(tokenizer.encode(given), expected)
+    np.testing.assert_array_equal(tokenizer.features(masked), tokenizer.features(holes))
+
+
+def test_encode_no_rows(
+    checkpoint: Path, raw_rows: dict[str, np.ndarray[Any, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    tokens = Tokenizer.from_checkpoint(checkpoint).encode({name: x[:0] for name, x in raw_rows.items()})
+    assert tokens.shape[0] == 0
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x: x.astype(complex), "expected real numbers, got complex128"),
+        (lambda x: torch.from_numpy(x).to(torch.complex64), "expected real numbers, got torch.complex64"),
+        (lambda x: x.astype(str), "expected real numbers"),
+        (lambda x: x.astype(object), "expected real numbers"),
+        (lambda x: [[1.0], [1.0, 2.0]], "rows of one length"),
+        (lambda x: 1.0, "got one number"),
+    ],
+)
+def test_encode_refuses_what_are_no_real_numbers(
+    checkpoint: Path, raw_rows: dict[str, np.ndarray[Any, Any]], change: Any, words: str
+) -> None:
+    raw_rows["summary"] = change(raw_rows["summary"])
+    with raises_one_line(DataError, "'summary'", words):
+        Tokenizer.from_checkpoint(checkpoint).encode(raw_rows)
+
+
+def test_tokens_that_are_no_whole_numbers_are_refused(checkpoint: Path) -> None:
+    tokenizer = Tokenizer.from_checkpoint(checkpoint)
+    tokens = np.zeros((2, tokenizer.model.num_codebooks))
+    np.testing.assert_array_equal(tokenizer.decode(tokens), tokenizer.decode(tokens.astype(np.int64)))
+    with pytest.raises(DataError, match="tokens: expected whole numbers"):
+        tokenizer.decode(tokens + 0.7)
 
 
 def test_encode_names_missing_families(checkpoint: Path) -> None:

@@ -146,6 +146,22 @@ def test_a_matrix_of_no_numbers_is_refused(x: Any) -> None:
         fit(x)
 
 
+def test_values_under_a_mask_are_not_taken_for_data(raw: np.ndarray[Any, Any], result: TrainResult) -> None:
+    x = np.ma.masked_array(raw)
+    np.testing.assert_array_equal(result.encode(x), result.encode(raw))
+    x[7, 3] = np.ma.masked
+    with pytest.raises(ValueError, match=r"x\[7, 3\] is nan"):
+        fit(x)
+    with pytest.raises(ValueError, match=r"x\[0, 1\] is nan"):
+        fit(np.ma.masked_array(np.arange(6000).reshape(300, 20), np.arange(6000).reshape(300, 20) == 1))
+
+
+def test_the_model_refuses_complex_numbers(result: TrainResult) -> None:
+    for x in (np.zeros((2, 20), complex), torch.zeros(2, 20, dtype=torch.complex64)):
+        with pytest.raises(ValueError, match="x: expected real numbers, got"):
+            result.model.get_tokens(x)
+
+
 def test_model_takes_numpy_and_any_precision(result: TrainResult, raw: np.ndarray[Any, Any]) -> None:
     assert result.normalizer is not None
     z = result.normalizer(raw)

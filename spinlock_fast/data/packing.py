@@ -12,8 +12,18 @@ from numpy.typing import NDArray
 from spinlock_fast.data.files import one_line
 from spinlock_fast.errors import DataError
 
-# What netCDF writes where nothing was written, without an attribute that says so.
-_NETCDF_DEFAULT_FILL = 9.969209968386869e36
+# What netCDF writes where nothing was written, without an attribute that says so. Bytes have no such value: all 256 of
+# them are data.
+_NETCDF_DEFAULT_FILLS: dict[str, int | float] = {
+    "i2": -(2**15) + 1,
+    "u2": 2**16 - 1,
+    "i4": -(2**31) + 1,
+    "u4": 2**32 - 1,
+    "i8": -(2**63) + 2,
+    "u8": 2**64 - 2,
+    "f4": 9.969209968386869e36,
+    "f8": 9.969209968386869e36,
+}
 
 
 @dataclass(frozen=True)
@@ -71,8 +81,8 @@ def read_packing(dataset: h5py.Dataset) -> Packing | None:
         if name in attributes
         for number in _numbers(attributes[name])
     ]
-    if kind.kind == "f" and _has_netcdf_default_fill(dataset):
-        candidates.append(_NETCDF_DEFAULT_FILL)
+    if (default := _netcdf_default_fill(dataset, kind)) is not None:
+        candidates.append(default)
     missing = [number for candidate in candidates if (number := _as_stored(candidate, kind, compared)) is not None]
     scale, scale_type = _one_number(dataset, "scale_factor", 1.0)
     offset, offset_type = _one_number(dataset, "add_offset", 0.0)
@@ -89,12 +99,13 @@ def read_packing(dataset: h5py.Dataset) -> Packing | None:
     return Packing(tuple(dict.fromkeys(missing)), scale, offset, unsigned, dtype)
 
 
-def _has_netcdf_default_fill(dataset: h5py.Dataset) -> bool:
-    if "_NCProperties" not in dataset.file.attrs and "_Netcdf4Dimid" not in dataset.attrs:
-        return False
-    return dataset.fillvalue is not None and bool(
-        dataset.fillvalue == np.asarray(_NETCDF_DEFAULT_FILL).astype(dataset.dtype)
-    )
+def _netcdf_default_fill(dataset: h5py.Dataset, kind: np.dtype[Any]) -> int | float | None:
+    """The default fill value of a netCDF variable; None where it has another one, or the file is not netCDF's."""
+    default = _NETCDF_DEFAULT_FILLS.get(kind.str[1:])
+    if default is None or ("_NCProperties" not in dataset.file.attrs and "_Netcdf4Dimid" not in dataset.attrs):
+        return None
+    stored = dataset.fillvalue
+    return default if stored is not None and bool(stored == np.asarray(default, kind)) else None
 
 
 def _as_stored(candidate: float | int, kind: np.dtype[Any], compared: np.dtype[Any]) -> int | float | None:

@@ -109,6 +109,35 @@ def test_netcdf_marks_what_was_never_written(tmp_path: Path) -> None:
     assert found[4:].isnan().all()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "default"),
+    [("i2", -32767), (">i2", -32767), ("u2", 65535), ("i4", -2147483647), ("i8", -9223372036854775806)],
+)
+@pytest.mark.parametrize("scale", [None, 0.5])
+def test_netcdf_marks_integers_that_were_never_written(
+    tmp_path: Path, dtype: str, default: int, scale: float | None
+) -> None:
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.attrs["_NCProperties"] = "version=2,netcdf=4.9.2,hdf5=1.14.2"
+        dataset = file.create_dataset("x", (8, 3), dtype, chunks=(4, 3), fillvalue=default)
+        dataset[:4] = 6
+        dataset[0, 1] = default
+        if scale is not None:
+            dataset.attrs["scale_factor"] = scale
+    found = loaded(str(tmp_path / "a.h5"))
+    wanted = np.full((8, 3), 6 * (scale or 1.0))
+    wanted[4:] = wanted[0, 1] = np.nan
+    np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize(("dtype", "default"), [("i1", -127), ("u1", 255)])
+def test_every_byte_of_netcdf_is_data(tmp_path: Path, dtype: str, default: int) -> None:
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.attrs["_NCProperties"] = "version=2,netcdf=4.9.2,hdf5=1.14.2"
+        file.create_dataset("x", (8, 3), dtype, chunks=(4, 3), fillvalue=default)
+    assert (loaded(str(tmp_path / "a.h5")) == default).all()
+
+
 def test_packing_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write(tmp_path / "a.h5", STORED, _FillValue=-99, scale_factor=0.5)
     with caplog.at_level(logging.INFO):
