@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -28,6 +28,11 @@ def cuda_matmul(tf32: bool) -> Iterator[None]:
         if everywhere == "medium":  # which the line above cannot say
             torch.set_float32_matmul_precision("medium")
         matmul.fp32_precision = newer
+
+
+def full_float32(device: torch.device) -> AbstractContextManager[None]:
+    """`cuda_matmul(tf32=False)` for an operator on `device`; on a CPU nothing, which costs nothing."""
+    return nullcontext() if device.type == "cpu" else cuda_matmul(tf32=False)
 
 
 def _read(setting: Callable[[], Any]) -> Any:

@@ -8,12 +8,16 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+# What `to_empty` applies to all tensors.
+_TO_EMPTY = "Module.to_empty.<locals>.<lambda>"
+
 
 class TransientBuffers(nn.Module):
     """A module with non-persistent buffers.
 
     Under `torch.device("meta")` they have no values. `to_empty` leaves theirs undefined, `load_state_dict` does not set
-    them, and with `assign=True` they stay on the meta device. Here both set them as the constructor does.
+    them, and with `assign=True` they stay on the meta device. Here both set them as the constructor does: `to_empty`
+    also where they had values, since it meets a module that several others share once for each of them.
     """
 
     def transient_buffers(self) -> dict[str, Tensor]:
@@ -37,7 +41,8 @@ class TransientBuffers(nn.Module):
         return [name for name in self._non_persistent_buffers_set if _is_meta(self._buffers[name])]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        hidden = self._without_values()
+        emptied = getattr(fn, "__qualname__", "") == _TO_EMPTY
+        hidden = list(self._non_persistent_buffers_set) if emptied else self._without_values()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._restore(hidden)
         return self

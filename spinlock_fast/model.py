@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from spinlock_fast.arrays import real_numbers
 from spinlock_fast.buffers import TransientBuffers
 from spinlock_fast.config import LevelConfig, ModelConfig, PositiveInt
+from spinlock_fast.kernels._common.guard import check_dense
 from spinlock_fast.kernels.code_decoders import Decoders
 from spinlock_fast.kernels.grouped_mlp import Ragged, grouped_mlp, project
 from spinlock_fast.kernels.snapshot import snapshot
@@ -218,6 +219,7 @@ class CategoricalHierarchicalVQVAE(TransientBuffers):
 
     def encode(self, x: Tensor) -> Tensor:
         """Features [B, F] -> latents [B, sum D]."""
+        check_dense("x", x)
         if x.ndim != 2 or x.shape[1] != self.config.input_dim:
             raise ValueError(f"x must be [B, {self.config.input_dim}], got {list(x.shape)}")
         layers = self.encoder_layers

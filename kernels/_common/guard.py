@@ -114,6 +114,14 @@ def _refuse_types(operator: str, arguments: Iterable[Argument]) -> None:
     raise TypeError(f"{operator}: {name} must be of the type of {first}, {a.dtype}, got {b.dtype}")
 
 
+def check_dense(name: str, x: Tensor) -> None:
+    """Raises TypeError unless x is a tensor, ValueError unless it is a dense one: before anything reads its shape."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.layout is not torch.strided:
+        raise ValueError(f"{name} must be a dense tensor, got {x.layout}")
+
+
 def check_codes(operator: str, codes: Tensor, layout: CodebookLayout) -> None:
     """Raises IndexError where codes [N, G] lie outside their codebooks; -1 stands for none.
 

@@ -15,7 +15,7 @@ from spinlock_fast.kernels._common.higher_order import gradients, in_transform, 
 from spinlock_fast.kernels.backend import resolve_backend
 from spinlock_fast.kernels.export import exporting
 from spinlock_fast.kernels.native import serves
-from spinlock_fast.kernels.precision import cuda_matmul
+from spinlock_fast.kernels.precision import full_float32
 from spinlock_fast.kernels.residual_vq import native, reference
 from spinlock_fast.kernels.residual_vq.reference import Result
 from spinlock_fast.kernels.snapshot import snapshot
@@ -156,7 +156,7 @@ def _residual_vq(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     # Half precision and TF32 would pick other codes.
-    with torch.autocast(x.device.type, enabled=False), cuda_matmul(tf32=False):
+    with torch.autocast(x.device.type, enabled=False), full_float32(x.device):
         assign = _assign_of(backend, x, codebook)
         if limit is None:
             return assign(x, codebook, num_codes, mask, cosine, gradient, with_sums)

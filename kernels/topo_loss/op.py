@@ -18,7 +18,7 @@ from spinlock_fast.kernels._common.higher_order import in_transform, needs_graph
 from spinlock_fast.kernels.backend import resolve_backend
 from spinlock_fast.kernels.layout import CodebookLayout
 from spinlock_fast.kernels.native import serves
-from spinlock_fast.kernels.precision import cuda_matmul
+from spinlock_fast.kernels.precision import full_float32
 from spinlock_fast.kernels.topo_loss import native, reference
 from spinlock_fast.kernels.topo_loss.reference import rounding, varies
 
@@ -56,7 +56,7 @@ def topographic_correlations(
     else:
         check_codes("topographic_correlations", codes, layout)
     # Distances need all of float32: TF32 keeps ten bits of fraction.
-    with cuda_matmul(tf32=False):
+    with full_float32(x.device):
         pre, post = function.apply(x.detach(), latents, codes, codebook.detach(), layout)
     return pre, post
 
@@ -129,7 +129,7 @@ class _Correlations(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None, None, None, None]:
-        with cuda_matmul(tf32=False):
+        with full_float32(ctx.saved_tensors[0].device):
             return None, _gradient(ctx, *grads), None, None, None
 
 

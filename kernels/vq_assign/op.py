@@ -15,7 +15,7 @@ from spinlock_fast.kernels.backend import resolve_backend
 from spinlock_fast.kernels.export import exporting
 from spinlock_fast.kernels.layout import CodebookLayout
 from spinlock_fast.kernels.native import serves
-from spinlock_fast.kernels.precision import cuda_matmul
+from spinlock_fast.kernels.precision import full_float32
 from spinlock_fast.kernels.vq_assign import native, reference
 
 # Codebooks up to this size are held whole in a tile by the kernels.
@@ -162,7 +162,7 @@ def _vq_assign(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     layout = CodebookLayout.cached(tuple(num_codes), tuple(dims))
     # Autocast would form the distances in half precision, TF32 in ten bits of fraction: both pick other codes.
-    with torch.autocast(z.device.type, enabled=False), cuda_matmul(tf32=False):
+    with torch.autocast(z.device.type, enabled=False), full_float32(z.device):
         if backend == "triton":
             from spinlock_fast.kernels.vq_assign import dispatch
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spinlock_fast.kernels._common.guard import check_dense
 from spinlock_fast.kernels.ema_update import ema_update
 from spinlock_fast.kernels.layout import CodebookLayout
 from spinlock_fast.kernels.snapshot import snapshot
@@ -81,7 +82,8 @@ class VectorQuantizer(nn.Module):
         self.processes.set(group)
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        if inputs.shape[-1] != self.embedding_dim:
+        check_dense("inputs", inputs)
+        if not inputs.ndim or inputs.shape[-1] != self.embedding_dim:
             raise ValueError(f"inputs must be [..., {self.embedding_dim}], got {list(inputs.shape)}")
         flat = inputs.reshape(-1, self.embedding_dim)
         weight = kept(self, self.embedding.weight) if self.training else self.embedding.weight
@@ -94,8 +96,8 @@ class VectorQuantizer(nn.Module):
         if self.training and self.use_ema:
             once(self, lambda: self._move_codes(found), self.ema_cluster_size)
         encodings = F.one_hot(codes.clamp(min=0), self.num_embeddings).to(torch.float32) * valid[:, None]
-        codebook_loss = F.mse_loss(chosen.detach(), flat)
-        commitment_loss = F.mse_loss(chosen, flat.detach())
+        codebook_loss = _mean_squared(chosen.detach(), flat)
+        commitment_loss = _mean_squared(chosen, flat.detach())
         losses = {
             "loss": codebook_loss + self.commitment_cost * commitment_loss,
             "codebook_loss": codebook_loss,
@@ -125,3 +127,8 @@ class VectorQuantizer(nn.Module):
         """Code vectors [..., D] of indices [...]."""
         entries: Tensor = self.embedding(indices)
         return entries
+
+
+def _mean_squared(a: Tensor, b: Tensor) -> Tensor:
+    """0 without a row, with a gradient."""
+    return F.mse_loss(a, b) if a.shape[0] else F.mse_loss(a, b, reduction="sum")

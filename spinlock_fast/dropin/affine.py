@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from spinlock_fast.dropin.codebook import OPTIONAL_STATISTICS
+from spinlock_fast.kernels._common.higher_order import in_transform
 
 _LEAST_VARIANCE = 1e-5
+_STATISTICS = ("batch_mean", "batch_variance", "codebook_mean", "codebook_variance")
 
 
 Statistics = tuple[Tensor | None, ...]  # batch mean and variance, codebook mean and variance, each [H, 1, D]
@@ -28,23 +30,30 @@ class Affine:
     @staticmethod
     def statistics(codebook: nn.Module) -> Statistics:
         """Those that there are."""
-        names = ("batch_mean", "batch_variance", "codebook_mean", "codebook_variance")
-        return tuple(codebook._buffers[name] for name in names)
+        return tuple(codebook._buffers[name] for name in _STATISTICS)
 
     def observe(self, codebook: nn.Module, rows: Tensor, embed: Tensor, mask: Tensor | None) -> Statistics:
         """Moves the statistics: those of the codes in training and where there are none, those of the batch always.
 
-        A batch without a row does not count.
+        A batch without a row does not count. Under a transform of torch.func the moved statistics are returned, but not
+        kept: a transformed function changes no buffer.
         """
+        moved: dict[str, Tensor] = {}
         with torch.no_grad():
             rows = rows if mask is None else rows[:, mask]
             if codebook.training or bool(codebook.codebook_mean_needs_init):
-                self._move(codebook, "codebook_mean", embed.mean(1, keepdim=True), self.codebook_decay)
-                self._move(codebook, "codebook_variance", _variance(embed), self.codebook_decay)
+                moved["codebook_mean"] = self._moved(
+                    codebook, "codebook_mean", embed.mean(1, keepdim=True), self.codebook_decay
+                )
+                moved["codebook_variance"] = self._moved(
+                    codebook, "codebook_variance", _variance(embed), self.codebook_decay
+                )
             if rows.shape[1] > 0:
-                self._move(codebook, "batch_mean", rows.mean(1, keepdim=True), self.batch_decay)
-                self._move(codebook, "batch_variance", _variance(rows), self.batch_decay)
-        return self.statistics(codebook)
+                moved["batch_mean"] = self._moved(codebook, "batch_mean", rows.mean(1, keepdim=True), self.batch_decay)
+                moved["batch_variance"] = self._moved(codebook, "batch_variance", _variance(rows), self.batch_decay)
+            if not in_transform():
+                self._keep(codebook, moved)
+        return tuple(moved.get(name, old) for name, old in zip(_STATISTICS, self.statistics(codebook), strict=True))
 
     @staticmethod
     def apply(statistics: Statistics, embed: Tensor) -> Tensor:
@@ -63,13 +72,19 @@ class Affine:
         return (rows - mean) * (_deviation(code_variance) / _deviation(variance)) + code_mean
 
     @staticmethod
-    def _move(codebook: nn.Module, name: str, value: Tensor, decay: float) -> None:
-        old = getattr(codebook, name)
-        first = getattr(codebook, f"{name}_needs_init", None)
-        if first is not None and bool(first):
-            first.fill_(False)
-            old = None
-        codebook.register_buffer(name, value if old is None else old * decay + value * (1.0 - decay))
+    def _moved(codebook: nn.Module, name: str, value: Tensor, decay: float) -> Tensor:
+        """The moving average after `value`, which it starts with."""
+        old: Tensor | None = getattr(codebook, name)
+        first: Tensor | None = getattr(codebook, f"{name}_needs_init", None)
+        return value if old is None or (first is not None and bool(first)) else old * decay + value * (1.0 - decay)
+
+    @staticmethod
+    def _keep(codebook: nn.Module, moved: dict[str, Tensor]) -> None:
+        for name, value in moved.items():
+            first: Tensor | None = getattr(codebook, f"{name}_needs_init", None)
+            if first is not None:
+                first.fill_(False)
+            codebook.register_buffer(name, value)
 
 
 def _variance(x: Tensor) -> Tensor:

@@ -130,13 +130,17 @@ class Codebook(TransientBuffers):
         """The codes [H, K, D] that this pass compares with: a recomputation takes those of its first run."""
         return kept(self, self.embed) if self.training else self.embed
 
-    @torch.no_grad()
     def start(self, rows: Tensor, mask: Tensor | None) -> None:
         """Fits the codes to rows [H, N, D] by k-means, once."""
-        if not self.needs_start:
-            return
-        if exporting():
-            raise ValueError("k-means has not fitted the codes: before an export, call the layer once, not compiled")
+        if self.needs_start:  # else no region without gradients: `torch.export.load` refuses one that is empty
+            if exporting():
+                raise ValueError(
+                    "k-means has not fitted the codes: before an export, call the layer once, not compiled"
+                )
+            self._fit(rows, mask)
+
+    @torch.no_grad()
+    def _fit(self, rows: Tensor, mask: Tensor | None) -> None:
         start_codes(
             rows.detach(),
             mask,

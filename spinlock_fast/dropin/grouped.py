@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from spinlock_fast.dropin.residual import ResidualVQ, shared_seed, skip_seed
+from spinlock_fast.kernels._common.guard import check_dense
 from spinlock_fast.recomputation import once
 
 
@@ -96,7 +97,8 @@ class GroupedResidualVQ(nn.Module):
         mask: Tensor | None = None,
     ) -> Any:
         """As `ResidualVQ.forward`, with results stacked over groups; `indices` are those of each group."""
-        if x.shape[self.split_dim] != self.dim:
+        check_dense("the input", x)
+        if x.ndim < 2 or x.shape[self.split_dim] != self.dim:
             raise ValueError(
                 f"the input must have {self.dim} channels in dimension {self.split_dim}, got {list(x.shape)}"
             )

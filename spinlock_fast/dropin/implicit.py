@@ -27,12 +27,12 @@ class CodeNetwork(nn.Module):
         self.l2norm_output = l2norm_output
 
     def forward(self, codes: Tensor, condition: Tensor) -> Tensor:
-        """Codes [..., K, D] and a condition [b, n, D] or [b, D] -> [..., b, n, K, D]."""
+        """Codes [..., K, D] and a condition [b, n, D] or [b, D] -> [..., b, n, K, D] of the type of the codes."""
         if condition.ndim == 2:
             condition = condition[:, None]
         shape = (*codes.shape[:-2], *condition.shape[:2], *codes.shape[-2:])
         x = torch.cat([condition[:, :, None].expand(shape), codes[..., None, None, :, :].expand(shape)], -1)
-        x = self.proj_in(x)
+        x = self.proj_in(x.to(self.proj_in.weight.dtype))
         for layer in self.layers:
             x = layer(x) + x
-        return F.normalize(x, dim=-1) if self.l2norm_output else x
+        return (F.normalize(x, dim=-1) if self.l2norm_output else x).to(codes.dtype)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spinlock_fast.kernels._common.higher_order import in_transform
 from spinlock_fast.kernels.residual_vq.reference import SHORT, lengths, unit
 
 # Requires a gradient, and never gets one. No value is read from it.
@@ -29,7 +30,7 @@ class _WithBackward(torch.autograd.Function):
 
 def with_backward(loss: Tensor) -> Tensor:
     """`loss`, where `loss.backward()` is no error, even if neither the input nor a parameter takes a gradient."""
-    if loss.requires_grad:
+    if loss.requires_grad or in_transform():  # whose gradients are formed without `backward`
         return loss
     if torch.compiler.is_compiling():  # `requires_grad_` breaks the graph
         result: Tensor = _WithBackward.apply(loss, _ROOT)  # type: ignore[no-untyped-call]

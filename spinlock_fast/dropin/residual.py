@@ -76,6 +76,7 @@ class ResidualVQ(TransientBuffers):
             raise ValueError(f"quantize_dropout_cutoff_index must be 0 or more, got {quantize_dropout_cutoff_index}")
         if eval_beam_size is not None and beam_size is None:
             raise ValueError("eval_beam_size needs beam_size")
+        self.dim = dim
         self.codebook_dim = dim if codebook_dim is None else codebook_dim
         self.has_projections = self.codebook_dim != dim
         self.project_in: nn.Module = nn.Linear(dim, self.codebook_dim) if self.has_projections else nn.Identity()
@@ -248,7 +249,7 @@ class ResidualVQ(TransientBuffers):
             beam_size: candidates a row, in place of that of the constructor.
             rand_quantize_dropout_fixed_seed: of the number of stages that dropout leaves; a tensor is that number.
         """
-        shape = InputShape.of(x, self.channel_last, self.accept_image_fmap, False)
+        shape = InputShape.of(x, self.dim, self.channel_last, self.accept_image_fmap, False)
         if mask is not None and shape.layout in ("token", "image"):
             raise ValueError(f"mask does not go with an input of shape {list(x.shape)}")
         origin = shape.rows(x)

@@ -14,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from spinlock_fast.dropin import dense, losses
 from spinlock_fast.dropin.affine import NO_STATISTICS, Statistics
 from spinlock_fast.dropin.codebook import Piece, Weight, update
+from spinlock_fast.dropin.shapes import projected
 from spinlock_fast.kernels.residual_vq import residual_vq
 from spinlock_fast.kernels.residual_vq.op import Gradient
 from spinlock_fast.kernels.residual_vq.reference import tally
@@ -161,7 +162,7 @@ def _choose(vq: VectorQuantize, y: Tensor, call: Call, statistics: Statistics) -
     if vq.training:
         codes = snapshot(codes)  # the update moves them in place, before the backward pass
     if book.vq_bridge is not None:
-        codes = book.vq_bridge(codes)
+        codes = projected(book.vq_bridge, codes).to(codes.dtype)
     if vq._affine is not None:
         codes = vq._affine.apply(statistics, codes)
     if call.transform is not None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from spinlock_fast.kernels._common.guard import check_dense
+
 Layout = str  # "sequence" [b, n, d], "token" [b, d], "channels_first" [b, d, n], "image" [b, d, h, w], "video"
 
 
@@ -18,20 +20,27 @@ class InputShape:
     space: tuple[int, ...]  # of images and videos
 
     @staticmethod
-    def of(x: Tensor, channel_last: bool, image: bool, video: bool) -> InputShape:
-        """How to read x.
+    def of(x: Tensor, dim: int, channel_last: bool, image: bool, video: bool) -> InputShape:
+        """How to read x, which has `dim` channels.
 
         Raises:
-            ValueError: x has not as many dimensions as it should, or is not of a floating-point type.
+            TypeError: x is no tensor.
+            ValueError: x has other dimensions or channels than it should, or is not dense floating point.
         """
+        check_dense("the input", x)
         if not x.is_floating_point():
             raise ValueError(f"the input must be of a floating-point type, got {x.dtype}")
         layout = "video" if video else "image" if image else "sequence" if channel_last else "channels_first"
         wanted = {"video": 5, "image": 4}.get(layout, 3)
-        if x.ndim == 2 and wanted == 3:
-            return InputShape("token", ())
-        if x.ndim != wanted:
+        token = x.ndim == 2 and wanted == 3
+        if x.ndim != wanted and not token:
             raise ValueError(f"the input must have {wanted} dimensions, got {list(x.shape)}")
+        place = -1 if token or layout == "sequence" else 1
+        if x.shape[place] != dim:
+            where = "in its last dimension" if place == -1 else "in dimension 1"
+            raise ValueError(f"the input must have {dim} channels {where}, got {list(x.shape)}")
+        if token:
+            return InputShape("token", ())
         return InputShape(layout, tuple(x.shape[2:]) if wanted > 3 else ())
 
     def rows(self, x: Tensor) -> Tensor:

@@ -265,7 +265,7 @@ class VectorQuantize(CodeUsage, TransientBuffers):
         """[H, K, D] what inputs are compared with: the codebook, as `vq_bridge` and `affine_param` change it."""
         book = self._codebook
         codes = book.codes(book.embed.dtype)
-        codes = codes if book.vq_bridge is None else book.vq_bridge(codes)
+        codes = codes if book.vq_bridge is None else projected(book.vq_bridge, codes).to(codes.dtype)
         return codes if self._affine is None else self._affine.apply(self._affine.statistics(book), codes)
 
     def _channels_as_in_input(self, values: Tensor) -> Tensor:
@@ -318,7 +318,7 @@ class VectorQuantize(CodeUsage, TransientBuffers):
             accum_ema_update: keep counts and sums for the next update: of gradient accumulation.
             ema_update: overrides that of the constructor.
         """
-        shape = InputShape.of(x, self.channel_last, self.accept_image_fmap, self.accept_3d_fmap)
+        shape = InputShape.of(x, self.dim, self.channel_last, self.accept_image_fmap, self.accept_3d_fmap)
         origin = shape.rows(x)
         if lens is not None:
             refuse_contradictions(mask_and_lens=mask is not None)
@@ -409,7 +409,7 @@ class VectorQuantize(CodeUsage, TransientBuffers):
     @torch.no_grad()
     def update_indices(self, x: Tensor, indices: Tensor, mask: Tensor | None = None) -> None:
         """Moves the averages by the codes that rows were given, as `forward` does by the nearest."""
-        shape = InputShape.of(x, self.channel_last, self.accept_image_fmap, self.accept_3d_fmap)
+        shape = InputShape.of(x, self.dim, self.channel_last, self.accept_image_fmap, self.accept_3d_fmap)
         self.update_rows(projected(self.project_in, shape.rows(x)), shape.flatten_positions(indices), mask)
 
     update_ema_indices = update_indices

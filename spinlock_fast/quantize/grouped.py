@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from spinlock_fast.buffers import TransientBuffers
+from spinlock_fast.kernels._common.guard import check_dense
 from spinlock_fast.kernels.backend import Backend, check_backend, resolve_backend
 from spinlock_fast.kernels.ema_update import code_usage, ema_update, reset_dead_codes
 from spinlock_fast.kernels.export import exporting
@@ -216,8 +217,11 @@ class GroupedVectorQuantizer(TransientBuffers):
 
         They move in place with the update.
         """
-        flat = z.reshape(-1, z.shape[-1])
-        rows = mask.reshape(-1) if mask is not None else None
+        check_dense("z", z)
+        flat = z.reshape(-1, z.shape[-1]) if z.ndim else z
+        rows = None if mask is None else mask.reshape(-1)
+        if mask is not None and mask.shape != z.shape[:-1]:
+            raise ValueError(f"mask must be {list(z.shape[:-1])}, got {list(mask.shape)}")
         updating = self.training and not self.frozen
         if self.training:
             once(self, lambda: self._initialize_from(flat, rows))

@@ -264,3 +264,13 @@ def test_unused_states_load_into_used_layers():
     assert used.state_dict().keys() == state.keys()
     with pytest.raises(RuntimeError, match="Missing key"):
         used.load_state_dict({name: value for name, value in state.items() if "embed_avg" not in name})
+
+
+def test_counts_of_a_codebook_that_stages_share_are_zero_after_to_empty(monkeypatch):
+    real = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: real(*a, **k).fill_(1))
+    with torch.device("meta"):
+        module = vq.ResidualVQ(dim=8, codebook_size=16, num_quantizers=3, shared_codebook=True)
+    module.to_empty(device="cpu")
+    assert not module.layer(0)._codebook.usage.any()
+    assert torch.nn.Sequential(module).to_empty(device="cpu")[0].layer(0)._codebook.usage.sum() == 0

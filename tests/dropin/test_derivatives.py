@@ -7,11 +7,15 @@ import torch
 
 import spinlock_fast as vq
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* is not fused:UserWarning")
+
 QUANTIZERS = {
     "vector": lambda: vq.VectorQuantize(dim=4, codebook_size=6, rotation_trick=False),
     "heads": lambda: vq.VectorQuantize(dim=4, codebook_size=6, heads=2, separate_codebook_per_head=True),
     "cosine": lambda: vq.VectorQuantize(dim=4, codebook_size=6, use_cosine_sim=True, rotation_trick=True),
     "residual": lambda: vq.ResidualVQ(dim=4, codebook_size=6, num_quantizers=2),
+    "no commitment": lambda: vq.VectorQuantize(dim=4, codebook_size=6, commitment_weight=0.0),
+    "affine": lambda: vq.VectorQuantize(dim=4, codebook_size=6, affine_param=True),
 }
 NAMES = pytest.mark.parametrize("name", QUANTIZERS)
 
@@ -57,7 +61,8 @@ def test_torch_func(name):
     x = torch.randn(2, 3, 4)
 
     def value(rows):
-        found, _, loss, *_ = layer(rows, freeze_codebook=True)
+        # A copy each: `affine_param` moves its statistics in every call.
+        found, _, loss, *_ = copy.deepcopy(layer)(rows, freeze_codebook=True)
         return found.square().sum() + loss.sum()
 
     leaf = x.clone().requires_grad_()
@@ -73,3 +78,14 @@ def test_gradient_penalty_through_the_grouped_quantizer_and_model():
     (grad,) = torch.autograd.grad(quantized.square().sum() + loss, z, create_graph=True)
     (second,) = torch.autograd.grad(grad.square().sum(), z)
     assert second.abs().max() > 0
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_transform_keeps_no_statistics_of_affine_param(training):
+    layer = QUANTIZERS["affine"]()
+    layer(torch.randn(2, 3, 4))
+    layer.train(training)
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    torch.func.grad(lambda rows: layer(rows, freeze_codebook=True)[0].sum())(torch.randn(2, 3, 4))
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, before[name]), name

@@ -1,5 +1,7 @@
 """Quantizers and the tokenizer's model in other runtimes: exported graphs hold PyTorch's own operations alone."""
 
+import io
+
 import pytest
 import torch
 from torch import nn
@@ -69,6 +71,7 @@ KINDS = {
     "decoder": lambda: Decoder(vq.VectorQuantize(8, 16, heads=2, codebook_dim=3, separate_codebook_per_head=True)),
     "decoder of stages": lambda: Decoder(vq.ResidualVQ(**STAGES, codebook_dim=4)),
 }
+SAVED = ("plain", "learned", "stages", "packed", "model")
 MASKED = ("plain", "projected heads", "stages", "projected stages")
 
 
@@ -113,6 +116,11 @@ def test_exported_graphs_need_no_operator_of_ours(kind):
     rows = torch.export.Dim("rows", min=2, max=4096)
     program = torch.export.export(module, (x,), dynamic_shapes=((rows, None),) if kind != "tokens" else None)
     assert not any("spinlock" in str(node.target) for node in program.graph.nodes)
+    if kind in SAVED:
+        file = io.BytesIO()
+        torch.export.save(program, file)
+        file.seek(0)
+        program = torch.export.load(file)
     run = program.module()
     for size in (12,) if kind == "tokens" else (12, 31):
         other = torch.randn(size, 8)

@@ -109,3 +109,23 @@ def test_audio_codecs_compute_float64_in_float64():
     quantized, codes, losses = module(x)
     assert quantized.dtype == losses.dtype == torch.float64
     torch.testing.assert_close(module.get_output_from_indices(codes), quantized, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: vq.VectorQuantize(8, 16, vq_bridge=torch.nn.Linear(8, 8)),
+        lambda: vq.ResidualVQ(dim=8, codebook_size=16, num_quantizers=2, implicit_neural_codebook=True),
+    ],
+    ids=["bridge", "implicit"],
+)
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+def test_networks_of_codes_run_in_the_type_of_their_weights(make, kind, training):
+    module = make().to(kind).train(training)
+    x = torch.randn(2, 5, 8, dtype=kind, requires_grad=True)
+    quantized, codes, loss = module(x)
+    assert quantized.dtype == kind
+    (quantized.sum() + loss.sum()).backward()
+    torch.testing.assert_close(module.eval().get_output_from_indices(codes).shape, x.shape)

@@ -6,10 +6,11 @@ import helpers
 import pytest
 import torch
 
-from spinlock_fast.kernels import backend
+from spinlock_fast.kernels import backend, precision
 from spinlock_fast.kernels.backend import resolve_backend
 from spinlock_fast.kernels.ema_update import ema_update
 from spinlock_fast.kernels.layout import CodebookLayout
+from spinlock_fast.kernels.residual_vq import residual_vq
 from spinlock_fast.kernels.vq_assign import vq_assign
 from spinlock_fast.quantize import GroupedVectorQuantizer
 
@@ -138,3 +139,10 @@ def test_the_choice_is_logged_once(caplog):
         for _ in range(3):
             resolve_backend("auto", torch.zeros(1))
     assert [record.getMessage() for record in caplog.records] == ["backend reference on cpu"]
+
+
+def test_operators_on_a_cpu_leave_the_precision_of_cuda_alone(monkeypatch):
+    """Setting it takes longer than a small operator, and other threads see it."""
+    monkeypatch.setattr(precision, "allow_tf32", lambda tf32: pytest.fail("set for a CPU"))
+    residual_vq(torch.randn(5, 4), [torch.randn(6, 4)])
+    vq_assign(torch.randn(5, 4), torch.randn(24), CodebookLayout.of([6], [4]))
