@@ -9,7 +9,7 @@ import struct
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -60,13 +60,39 @@ _KEYS = (
 _ALIGNMENT = 16
 
 
+class _Sink:
+    """What torch.save writes to; keeps the error of a write, of which torch's own message says nothing."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Writes; raises OSError."""
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        """Flushes."""
+        self._file.flush()
+
+
 def save_torch(path: Path, payload: Mapping[str, Any]) -> None:
     """A file that `torch.load(weights_only=True)` reads, the same for the same payload; raises OutputError."""
 
     def write(temporary: Path) -> None:
         # Given a name, torch would put it into the archive, and so into the file's hash.
         with open(temporary, "wb") as file:
-            torch.save(dict(payload), file)
+            sink = _Sink(file)
+            try:
+                torch.save(dict(payload), sink)  # type: ignore[arg-type]
+            except RuntimeError:
+                if sink.error is None:
+                    raise
+                raise sink.error from None
 
     write_atomically(path, write)
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-import h5py
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -21,7 +20,7 @@ from spinlock_fast.features.cleaning import FeatureCleaner
 from spinlock_fast.features.encode import FamilyEncoder, block_rows
 from spinlock_fast.features.normalize import Normalizer
 from spinlock_fast.features.row_keys import row_keys
-from spinlock_fast.files import replacing
+from spinlock_fast.hdf5_output import replacing_hdf5
 from spinlock_fast.input_check import InputCheck, KnownRows, TrainingRange
 from spinlock_fast.kernels._common.guard import device_guard
 from spinlock_fast.locks import written_by_one
@@ -290,14 +289,14 @@ def write_tokens(
         raise OutputError(f"{output}: is a directory; name a file")
     largest = max(model.quantizer.num_codes)
     dtype = next(kind for kind in (np.uint8, np.uint16, np.uint32) if largest - 1 <= np.iinfo(kind).max)
-    with written_by_one(output), replacing(output) as temporary, h5py.File(temporary, "w") as file:
+    with written_by_one(output), replacing_hdf5(output) as writer:
         chunk = (min(rows, 8192), model.num_codebooks)
-        out = file.create_dataset("tokens", (rows, model.num_codebooks), dtype, chunks=chunk, compression="gzip")
+        out = writer.file.create_dataset("tokens", (rows, model.num_codebooks), dtype, chunks=chunk, compression="gzip")
         out.attrs["codebook_names"] = model.codebook_names
         out.attrs["codebook_sizes"] = np.array(model.quantizer.num_codes)
         out.attrs["checkpoint_sha256"] = tokenizer.checkpoint_hash
         for start, tokens in tokenizer.encode_file(data, memory_budget):
-            out[start : start + len(tokens)] = tokens
+            writer.write(out, start, tokens.astype(dtype))
             if progress is not None:
                 progress(start + len(tokens), rows)
     return rows
