@@ -38,6 +38,7 @@ _FREE_TO_CHANGE = {
     "device",
     "logging",
     "training.num_epochs",
+    "training.on_divergence",
     "training.save_every",
     "training.save_minutes",
     "training.early_stopping_patience",
@@ -45,6 +46,13 @@ _FREE_TO_CHANGE = {
     "training.cuda_graphs",
     "training.data_on_device",
     "training.checkpoint_dir",
+}
+# What may differ besides where the run has diverged.
+_FREE_AFTER_DIVERGENCE = {
+    "training.learning_rate",
+    "training.scheduler",
+    "training.warmup_epochs",
+    "training.weight_decay",
 }
 _NEXT = f".{RESUME}"  # a state that is whole, but not yet in its place
 
@@ -167,7 +175,8 @@ def read_resumable(directory: Path, config: RunConfig) -> dict[str, Any]:
             if before is None:
                 raise
             log.warning("%s; going on from the state before, %s", error, before)
-    _check_same_settings(state["config"], config)
+    free = _FREE_TO_CHANGE | (_FREE_AFTER_DIVERGENCE if "diverged_at" in state["run"] else set())
+    _check_same_settings(state["config"], config, free)
     return state
 
 
@@ -194,12 +203,12 @@ def _known_states(directory: Path) -> list[str] | None:
     return [str(value) for value in known] if isinstance(known, list) else None
 
 
-def _check_same_settings(saved: Mapping[str, Any], config: RunConfig) -> None:
+def _check_same_settings(saved: Mapping[str, Any], config: RunConfig, free_to_change: set[str]) -> None:
     old, new = _flat(saved), _flat(config.model_dump(mode="json"))
     old.setdefault("feature_cleaning.nan_fill", "zero")  # what runs did before there was the setting
     for key in old.keys() | new.keys():
         if old.get(key) != new.get(key) and not any(
-            key == free or key.startswith(f"{free}.") for free in _FREE_TO_CHANGE
+            key == free or key.startswith(f"{free}.") for free in free_to_change
         ):
             raise ConfigError(f"{key}: {new.get(key)!r}, but the run to resume was started with {old.get(key)!r}")
 
