@@ -384,7 +384,7 @@ class TrainingRun:
             if largest_value(self.x_val)[1] > LARGEST:
                 raise TrainingError(message + "validation rows hold values far outside those of training")
             step = self.epoch * self.one_step.count
-            raise DivergenceError(message + "validation rows are far outside those of training, or the weights grow", step)
+            raise DivergenceError(message + "the weights have grown too large for validation rows", step)
         if kept["val_loss"] < self.counted_loss - self.training.early_stopping_min_delta:
             self.counted_loss = kept["val_loss"]
             self.stale = 0

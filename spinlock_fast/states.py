@@ -25,6 +25,7 @@ from spinlock_fast.manifest import (
     read_manifest,
     write_state_manifest,
 )
+from spinlock_fast.payload import reading
 from spinlock_fast.run_directory import FINAL, PARTIAL, check_integrity, find
 
 log = logging.getLogger(__name__)
@@ -187,7 +188,8 @@ def _checked_state(directory: Path, path: Path) -> dict[str, Any]:
         raise DataError(f"{path}: is damaged: its SHA-256 is not in {MANIFEST}")
     state = load_torch(path)
     state = state.get("run_state", {}) if path.name == FINAL else state
-    if not {"run", "features", "config"} <= state.keys() or "values" not in state["run"]:
+    parts = [state.get(name) for name in ("run", "features", "config")] if isinstance(state, Mapping) else [None]
+    if not all(isinstance(part, Mapping) for part in parts) or "values" not in state["run"]:
         raise DataError(f"{path}: the saved state is incomplete, or of another version")
     return state
 
@@ -215,10 +217,13 @@ def _check_same_settings(saved: Mapping[str, Any], config: RunConfig, free_to_ch
 
 def check_same_features(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raises DataError where a run that is resumed sees other features; warns where they differ in rounding."""
-    same_kind = all(saved[key] == now[key] for key in ("shape", "feature_names", "group_indices"))
-    if not same_kind or not all(np.allclose(saved[key], now[key], rtol=1e-3, atol=1e-4) for key in ("mean", "std")):
+    with reading({}, "the saved state"):
+        same = all(saved[key] == now[key] for key in ("shape", "feature_names", "group_indices"))
+        same = same and all(np.allclose(saved[key], now[key], rtol=1e-3, atol=1e-4) for key in ("mean", "std"))
+        rounded = saved["fletcher32"] != now["fletcher32"]
+    if not same:
         raise DataError("the features are not those of the interrupted run: the data or the encoders have changed")
-    if saved["fletcher32"] != now["fletcher32"]:
+    if rounded:
         log.warning(
             "features differ in rounding from the interrupted run (another processor, thread count or library?): "
             "the result will not be bit-identical to an unbroken run"

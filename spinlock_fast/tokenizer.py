@@ -25,6 +25,7 @@ from spinlock_fast.input_check import InputCheck, KnownRows, TrainingRange
 from spinlock_fast.kernels._common.guard import device_guard
 from spinlock_fast.locks import written_by_one
 from spinlock_fast.model import CategoricalHierarchicalVQVAE
+from spinlock_fast.payload import reading, texts
 
 log = logging.getLogger(__name__)
 
@@ -56,16 +57,32 @@ class Tokenizer:
 
     @classmethod
     def from_payload(cls, payload: Mapping[str, Any]) -> Tokenizer:
-        """The tokenizer of the contents of a model file."""
-        return cls(
-            model_from_payload(payload),
-            [FamilyEncoder.from_state(name, state) for name, state in payload["encoder_state_dicts"].items()],
-            FeatureCleaner.from_state({"keep": payload["feature_mask"], **payload["feature_cleaning"]}),
-            Normalizer.from_state(payload["normalization"]),
-            list(payload["feature_names"]),
-            known_rows=KnownRows.from_state(payload["known_rows"]) if "known_rows" in payload else None,
-            training_range=TrainingRange.from_state(payload["training_range"]) if "training_range" in payload else None,
-        )
+        """The tokenizer of the contents of a model file.
+
+        Raises:
+            DataError: a part is of the wrong type or shape, or does not fit the others; says what wrote it.
+        """
+        model = model_from_payload(payload)
+        F = model.config.input_dim
+        with reading(payload, "encoder_state_dicts"):
+            families = [FamilyEncoder.from_state(name, state) for name, state in payload["encoder_state_dicts"].items()]
+        with reading(payload, "feature_cleaning"):
+            cleaner = FeatureCleaner.from_state({"keep": payload["feature_mask"], **payload["feature_cleaning"]}, F)
+            columns = sum(family.encoder.output_dim for family in families)
+            if cleaner.keep.size != columns:
+                raise DataError(f"feature_mask has {cleaner.keep.size} columns, but the encoders give {columns}")
+        with reading(payload, "normalization"):
+            normalizer = Normalizer.from_state(payload["normalization"], F)
+        known_rows = training_range = None
+        with reading(payload, "known_rows"):
+            if "known_rows" in payload:
+                known_rows = KnownRows.from_state(payload["known_rows"])
+        with reading(payload, "training_range"):
+            if "training_range" in payload:
+                training_range = TrainingRange.from_state(payload["training_range"], F)
+        with reading(payload, "feature_names"):
+            names = texts(payload["feature_names"], "feature_names", F)
+        return cls(model, families, cleaner, normalizer, names, known_rows=known_rows, training_range=training_range)
 
     def to(self, device: str | torch.device) -> Tokenizer:
         """The same tokenizer with its networks on a device."""

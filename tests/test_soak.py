@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from pathlib import Path
@@ -15,6 +16,8 @@ from spinlock_fast.loop import EpochRecord, SilentObserver
 from spinlock_fast.trainer import Trainer
 
 STEPS = 10_000
+
+log = logging.getLogger(__name__)
 
 
 class Memory(SilentObserver):
@@ -55,8 +58,12 @@ def test_memory_is_flat_and_the_loss_finite() -> None:
     early, late = (
         float(np.median(part)) for part in (memory.resident[quarter : 2 * quarter], memory.resident[-quarter:])
     )
-    print(
-        f"\nsoak: {len(result.history) * per_epoch} steps, {early / 2**20:.1f} MiB early, {late / 2**20:.1f} MiB late, "
-        f"loss {memory.losses[0]:.4f} -> {memory.losses[-1]:.4f}"
+    log.info(
+        "%d steps, %.1f MiB early, %.1f MiB late, loss %.4f -> %.4f",
+        len(result.history) * per_epoch,
+        early / 2**20,
+        late / 2**20,
+        memory.losses[0],
+        memory.losses[-1],
     )
     assert late - early < 4 * 2**20, f"{(late - early) / 2**20:.1f} MiB more"
