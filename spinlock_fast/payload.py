@@ -90,7 +90,7 @@ def shapes(state: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in state.items()}
 
 
-def finite(values: NDArray[np.floating[Any]], name: str) -> NDArray[np.floating[Any]]:
+def finite(values: NDArray[Any], name: str) -> NDArray[Any]:
     """The values; raises DataError where one is not finite."""
     if not np.isfinite(values).all():
         raise DataError(f"{name} must be finite")

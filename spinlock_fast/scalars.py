@@ -6,7 +6,9 @@ import os
 import socket
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from spinlock_fast.errors import OutputError
 
@@ -30,6 +32,7 @@ class ScalarFile:
         self._event, self._summary = Event, Summary
         now = time.time()
         self.path = directory / f"events.out.tfevents.{int(now)}.{socket.gethostname()}.{os.getpid()}.0"
+        self._file: BinaryIO | None = None
         try:
             directory.mkdir(parents=True, exist_ok=True)
             self._file = open(self.path, "ab")  # noqa: SIM115 - open as long as the run
@@ -48,11 +51,15 @@ class ScalarFile:
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
-    def _write(self, event: object) -> None:
-        self._records.write(event.SerializeToString())  # type: ignore[attr-defined]
-        self._file.flush()
+    def _write(self, event: Any) -> None:
+        self._records.write(event.SerializeToString())
+        self._records.flush()
 
     def _failed(self, error: OSError) -> OutputError:
+        if self._file is not None:
+            with suppress(OSError):  # what is left in its buffer cannot be written either
+                self._file.close()
         return OutputError(f"{self.path}: cannot be written: {error.strerror}; logging.tensorboard=false does without")
