@@ -17,12 +17,14 @@ from torch import Tensor
 
 from spinlock_fast.config import RunConfig
 from spinlock_fast.divergence import MOST_REWINDS, DivergenceError, cloned, is_finite
-from spinlock_fast.errors import ConfigError, Interrupted, TrainingError
+from spinlock_fast.errors import ConfigError, DataError, Interrupted, TrainingError
 from spinlock_fast.graphs import StepLauncher, own_stream
 from spinlock_fast.losses import LossTerms
+from spinlock_fast.messages import shown
 from spinlock_fast.metrics import Validation
 from spinlock_fast.model import CategoricalHierarchicalVQVAE
 from spinlock_fast.outliers import LARGEST, largest_value, spoiled, without_outliers
+from spinlock_fast.payload import shape_difference, shapes
 from spinlock_fast.product_start import product_start
 from spinlock_fast.rows import Rows
 from spinlock_fast.seeds import Stream, generator, version
@@ -460,7 +462,25 @@ class TrainingRun:
             "epoch_seconds": time.perf_counter() - self._epoch_began if self.step else 0.0,
         }
 
+    def _check_figures(self, state: Mapping[str, Any]) -> None:
+        """Raises DataError where figures or weights of validations are not those that `state` gives."""
+        for name in ("epoch", "step", "best_epoch", "stale"):
+            if name in state and (not isinstance(state[name], int) or not 0 <= state[name] < 2**62):
+                raise DataError(f"{name} must be a number from 0 on, got {shown(state[name])}")
+        for name in ("best_loss", "counted_loss"):
+            if not isinstance(state[name], (int, float)):
+                raise DataError(f"{name} must be a number, got {shown(state[name])}")
+        best = shapes(state["best_state_dict"])
+        if best and (problem := shape_difference(best, shapes(self.model.state_dict()))):
+            raise DataError(f"best_state_dict: {problem}")
+
     def load(self, state: Mapping[str, Any]) -> None:
+        """Goes back to what `state` gave; raises DataError, or what a wrong entry raises (see `payload.reading`)."""
+        self._check_figures(state)
+        if state.get("before_last") is not None:
+            self._check_figures(state["before_last"])
+        if state["epoch"] >= self.training.num_epochs and not state["best_state_dict"]:
+            raise DataError("best_state_dict is empty, but all epochs are done")
         self.model.load_state_dict(state["model_state_dict"])
         self.model.quantizer.usage.copy_(state["usage"])
         self.one_step.load(state)
