@@ -8,7 +8,7 @@ DEFLATE := deflate==0.9.0 --hash=sha256:962e0a6f1ea3a94b900a8ea0ce138fa92bfcbafd
 LIBDEFLATE := $(CURDIR)/build/libdeflate
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help setup train test test-all sanitize bench docs lint format clean
+.PHONY: help setup train test test-all sanitize fuzz bench docs lint format clean
 
 help:
 	@echo "make setup     create .venv and build the package in it"
@@ -16,6 +16,7 @@ help:
 	@echo "make test      fast tests"
 	@echo "make test-all  all tests that need no GPU"
 	@echo "make sanitize  C++ tests under the address, undefined and thread sanitizers"
+	@echo "make fuzz      libFuzzer on the chunk decoders (clang; FUZZ_SECONDS=600)"
 	@echo "make bench     benchmarks"
 	@echo "make docs      build the pages of docs/ into site/"
 	@echo "make lint      ruff and mypy --strict"
@@ -67,6 +68,20 @@ sanitize: $(READY)
 		$(BIN)/cmake --build build/sanitize-$$kind && \
 		$(BIN)/ctest --test-dir build/sanitize-$$kind --output-on-failure || exit 1; \
 	done
+
+# What it finds stays in build/fuzz/corpus; an input that fails is written to build/fuzz.
+CLANG ?= clang
+CLANGXX ?= clang++
+FUZZ_SECONDS ?= 600
+fuzz: $(READY)
+	@command -v $(CLANGXX) >/dev/null || \
+		{ echo "clang is needed: apt-get install clang; or make CLANG=clang-14 CLANGXX=clang++-14 fuzz"; exit 1; }
+	$(BIN)/cmake -S tests/native -B build/fuzz -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DFUZZ=ON \
+		-DCMAKE_C_COMPILER=$(CLANG) -DCMAKE_CXX_COMPILER=$(CLANGXX) -DSANITIZE=address,undefined -DLIBDEFLATE_SOURCE_DIR=$(LIBDEFLATE) >/dev/null
+	$(BIN)/cmake --build build/fuzz --target fuzz_decoder
+	mkdir -p build/fuzz/corpus
+	build/fuzz/fuzz_decoder -max_total_time=$(FUZZ_SECONDS) -max_len=20000 -artifact_prefix=build/fuzz/ \
+		-print_final_stats=1 build/fuzz/corpus
 
 docs: $(READY)
 	$(BIN)/python -c 'import material' 2>/dev/null || $(BIN)/python -m pip install --quiet "mkdocs-material>=9.5"

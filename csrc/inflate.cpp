@@ -27,6 +27,7 @@ Inflater::Inflater() : state_(std::make_unique<State>()) {
 }
 
 std::optional<std::size_t> Inflater::inflate(std::span<const std::byte> in, std::span<std::byte> out) {
+    if (in.empty()) throw DecodeError("the compressed data are empty");  // libdeflate adds to the pointer, here null
     std::size_t used = 0, made = 0;
     const libdeflate_result result = libdeflate_zlib_decompress_ex(
         state_->decompressor.get(), in.data(), in.size(), out.data(), out.size(), &used, &made);

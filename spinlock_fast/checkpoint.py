@@ -9,7 +9,7 @@ import struct
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from spinlock_fast.manifest import RESUME, file_sha256, write_manifest
 from spinlock_fast.messages import one_line, shown
 from spinlock_fast.metrics import Metrics
 from spinlock_fast.model import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
+from spinlock_fast.payload import array, reading, shape_difference, shapes, written_by
 from spinlock_fast.run_directory import (
     BEST,
     CARD,
@@ -60,13 +61,39 @@ _KEYS = (
 _ALIGNMENT = 16
 
 
+class _Sink:
+    """What torch.save writes to; keeps the error of a write, of which torch's own message says nothing."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Writes; raises OSError."""
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        """Flushes."""
+        self._file.flush()
+
+
 def save_torch(path: Path, payload: Mapping[str, Any]) -> None:
     """A file that `torch.load(weights_only=True)` reads, the same for the same payload; raises OutputError."""
 
     def write(temporary: Path) -> None:
         # Given a name, torch would put it into the archive, and so into the file's hash.
         with open(temporary, "wb") as file:
-            torch.save(dict(payload), file)
+            sink = _Sink(file)
+            try:
+                torch.save(dict(payload), sink)  # type: ignore[arg-type]
+            except RuntimeError:
+                if sink.error is None:
+                    raise
+                raise sink.error from None
 
     write_atomically(path, write)
 
@@ -128,25 +155,29 @@ def model_from_payload(payload: Mapping[str, Any]) -> CategoricalHierarchicalVQV
     """
     settings, weights = payload["model_config"], payload["model_state_dict"]
     if not isinstance(settings, Mapping) or not isinstance(weights, Mapping):
-        raise DataError(f"model_config and model_state_dict must be mappings{_written_by(payload)}")
+        raise DataError(f"model_config and model_state_dict must be mappings{written_by(payload)}")
     try:
         config = CategoricalVQVAEConfig(**settings)
     except (ValidationError, TypeError) as error:
-        raise DataError(f"model_config: {_first_problem(error)}{_written_by(payload)}") from None
-    sizes = {name: tuple(value.shape) for name, value in weights.items() if isinstance(value, torch.Tensor)}
+        raise DataError(f"model_config: {_first_problem(error)}{written_by(payload)}") from None
+    with reading(payload, "model_state_dict"):
+        sizes = shapes(weights)
     # A model that is much larger than its weights would take memory for nothing.
     if config.parameter_count() > sum(map(math.prod, sizes.values())):
         raise DataError(
             f"model_config describes {config.parameter_count():,} parameters, but model_state_dict holds "
-            f"{sum(map(math.prod, sizes.values())):,} numbers{_written_by(payload)}"
+            f"{sum(map(math.prod, sizes.values())):,} numbers{written_by(payload)}"
         )
     model = CategoricalHierarchicalVQVAE(config)
-    if problem := _difference(sizes, {name: tuple(value.shape) for name, value in model.state_dict().items()}):
-        raise DataError(f"model_state_dict: {problem}{_written_by(payload)}")
-    model.load_state_dict(weights)
+    if problem := shape_difference(sizes, {name: tuple(value.shape) for name, value in model.state_dict().items()}):
+        raise DataError(f"model_state_dict: {problem}{written_by(payload)}")
+    with reading(payload, "model_state_dict"):
+        model.load_state_dict(weights)
     if "code_usage" in payload:  # earlier versions did not keep it
-        model.quantizer.usage.copy_(payload["code_usage"])
-        model.quantizer.rows_seen.fill_(payload["code_usage_rows"])
+        with reading(payload, "code_usage"):
+            usage = array(payload["code_usage"], "code_usage", "fiu", model.quantizer.usage.shape)
+            model.quantizer.usage.copy_(torch.from_numpy(usage))
+            model.quantizer.rows_seen.fill_(int(payload["code_usage_rows"]))
     return model.eval()
 
 
@@ -156,23 +187,6 @@ def _first_problem(error: ValidationError | TypeError) -> str:
     problem = error.errors(include_url=False)[0]
     place = ".".join(map(str, problem["loc"]))
     return f"{place}: {problem['msg']}, got {shown(problem['input'])}" if place else one_line(problem["msg"])
-
-
-def _difference(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> str:
-    """The first difference between the shapes of two state dicts; empty where there is none."""
-    for name, shape in expected.items():
-        if name not in found:
-            return f"{name} is missing"
-        if found[name] != shape:
-            return f"{name} is {list(found[name])}, expected {list(shape)}"
-    return next((f"{shown(name)} is unknown" for name in found if name not in expected), "")
-
-
-def _written_by(payload: Mapping[str, Any]) -> str:
-    """Who wrote a checkpoint, for the end of an error message."""
-    writer = payload.get("written_by")
-    version = shown(writer, 40) if isinstance(writer, str) else "an earlier or unknown version"
-    return f" (written by {version}, read by spinlock-fast {__version__})"
 
 
 def load_checkpoint(directory: str | Path) -> CategoricalHierarchicalVQVAE:

@@ -287,6 +287,11 @@ class TrainingConfig(Section):
     save_minutes: PositiveFloat = Field(
         default=5.0, description="minutes after which a resumable checkpoint is written at the latest"
     )
+    on_divergence: Literal["stop", "rewind"] = Field(
+        default="stop",
+        description="a loss that is not finite ends the run (stop), or takes it back to the last good state with half "
+        "the learning rate, 5 times at most (rewind)",
+    )
     data_on_device: Literal["auto", "always", "never"] = Field(
         default="auto",
         description="rows lie on the device (always), or in main memory and follow as steps need them (never); "

@@ -26,6 +26,7 @@ from spinlock_fast.config import LoggingConfig
 from spinlock_fast.loop import EpochRecord
 from spinlock_fast.metrics import Metrics
 from spinlock_fast.run_directory import TENSORBOARD
+from spinlock_fast.scalars import ScalarFile
 
 _PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal
 
@@ -49,7 +50,7 @@ class RunDisplay:
         self._latest: dict[str, float] = {}
         self._directory = directory
         self._logging = logging_config
-        self._writer: Any = None
+        self._writer: ScalarFile | None = None
         self._logger = logging.getLogger("spinlock_fast")
         self._handler = RichHandler(console=self.console, show_time=False, show_path=False)
         self._before = (self._logger.level, self._logger.propagate)
@@ -104,7 +105,7 @@ class RunDisplay:
         elif record.epoch == self._epochs or self._line_due():
             self._line(f"  epoch {record.epoch}/{self._epochs}  {text}")
         if self._writer is not None:
-            self._write_scalars(record)
+            self._write_scalars(self._writer, record)
 
     def training_finished(self) -> None:
         """No epoch follows: the bar ends, and the TensorBoard file is closed."""
@@ -146,26 +147,24 @@ class RunDisplay:
         if not self.quiet:
             self.console.print(text, soft_wrap=True)
 
-    def _write_scalars(self, record: EpochRecord) -> None:
+    def _write_scalars(self, writer: ScalarFile, record: EpochRecord) -> None:
         values = {"train/loss": record.train_loss, "train/utilization": record.utilization}
         values |= {f"train/{name}": value for name, value in record.terms.items()}
         values |= {f"validation/{name}": value for name, value in (record.validation or {}).items()}
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, record.epoch)
+        writer.add(values, record.epoch)
 
 
-def _tensorboard(directory: Path | None, config: LoggingConfig) -> Any:
+def _tensorboard(directory: Path | None, config: LoggingConfig) -> ScalarFile | None:
     if directory is None or config.tensorboard is False:
         return None
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        return ScalarFile(directory / TENSORBOARD)
     except ImportError:
         if config.tensorboard:
             logging.getLogger(__name__).warning(
                 "logging.tensorboard is true, but it is not installed: pip install 'spinlock-fast[tensorboard]'"
             )
         return None
-    return SummaryWriter(str(directory / TENSORBOARD))
 
 
 def print_summary(metrics: Metrics, console: Console | None = None) -> None:

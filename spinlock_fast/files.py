@@ -207,6 +207,17 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def reserve(path: Path, start: int, size: int) -> None:
+    """Takes the disk space of `size` bytes of a file from `start` on; raises OSError where the disk is full.
+
+    HDF5 must never meet a full disk: after a write that fails, it crashes when it closes the file or the process ends.
+    No effect on systems without posix_fallocate.
+    """
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), start, size)
+
+
 def check_writable(directory: Path) -> None:
     """Raises OutputError where no file can be made in the directory; leaves nothing behind, not even an empty one."""
     missing: list[Path] = []

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from spinlock_fast.model import CategoricalHierarchicalVQVAE
+from spinlock_fast.payload import array
 
 Floats = NDArray[np.floating]
 
@@ -62,7 +63,9 @@ class KnownRows:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> KnownRows:
-        return cls(state["keys"].numpy(), state["parts"].numpy())
+        """What `state` gave; raises DataError."""
+        keys = array(state["keys"], "keys", "i", [None])
+        return cls(keys, array(state["parts"], "parts", "u", keys.shape))
 
 
 class Spread(NamedTuple):
@@ -71,6 +74,12 @@ class Spread(NamedTuple):
     rows: int
     mean: float
     std: float
+
+    @classmethod
+    def from_state(cls, state: Any) -> Spread:
+        """Of a list of its three figures."""
+        rows, mean, std = state
+        return cls(int(rows), float(mean), float(std))
 
     @classmethod
     def of(cls, values: Floats) -> Spread:
@@ -109,9 +118,11 @@ class TrainingRange:
         }
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> TrainingRange:
-        spreads = (Spread(*state[name]) for name in ("outside", "error"))
-        return cls(state["low"].numpy(), state["high"].numpy(), *spreads)
+    def from_state(cls, state: Mapping[str, Any], features: int | None = None) -> TrainingRange:
+        """What `state` gave, of so many features (None: any number); raises DataError."""
+        spreads = [Spread.from_state(state[name]) for name in ("outside", "error")]
+        low, high = (array(state[name], name, "f", [features]) for name in ("low", "high"))
+        return cls(low, high, *spreads)
 
 
 def outside_share(features: Floats, low: Floats, high: Floats) -> NDArray[np.float64]:

@@ -16,12 +16,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spinlock_fast.config import RunConfig
-from spinlock_fast.errors import ConfigError, Interrupted, TrainingError
+from spinlock_fast.divergence import MOST_REWINDS, DivergenceError, cloned, is_finite
+from spinlock_fast.errors import ConfigError, DataError, Interrupted, TrainingError
 from spinlock_fast.graphs import StepLauncher, own_stream
 from spinlock_fast.losses import LossTerms
+from spinlock_fast.messages import shown
 from spinlock_fast.metrics import Validation
 from spinlock_fast.model import CategoricalHierarchicalVQVAE
 from spinlock_fast.outliers import LARGEST, largest_value, spoiled, without_outliers
+from spinlock_fast.payload import shape_difference, shapes
 from spinlock_fast.product_start import product_start
 from spinlock_fast.rows import Rows
 from spinlock_fast.seeds import Stream, generator, version
@@ -45,6 +48,7 @@ class EpochRecord:
     seconds: float
     resets: int | None = None
     validation: dict[str, float] | None = None
+    diverged_at: list[int] | None = None  # steps at which a loss was not finite, before the run went back to this epoch
 
 
 class Observer(Protocol):
@@ -127,6 +131,9 @@ class TrainingRun:
         self._reset_left_out = False  # dead codes stay after the last epoch, as there is nothing to train them
         self._before_last: dict[str, Any] | None = None  # the best so far, where only the last epoch's end validates
         self._epochs_before: int | None = None  # num_epochs of the run that this one goes on with
+        self._good: dict[str, Any] | None = None  # a copy of the last state that was finite
+        self.rewinds = 0  # times that the run went back to it; each halves the learning rate
+        self._diverged_at: list[int] = []  # steps, since the last epoch of the history
         self.train_numbers: NDArray[np.int64] | None = None  # of the rows in the data, for messages
         self.val_numbers: NDArray[np.int64] | None = None
 
@@ -167,8 +174,12 @@ class TrainingRun:
             )
         observer.training_started(training.num_epochs, self.epoch, self.x_train.shape[0])
         with own_stream(self.device):
+            self._keep_good()
             while self.epoch < training.num_epochs and not self._stopped_early():
-                self._train_epoch()
+                try:
+                    self._train_epoch()
+                except DivergenceError as error:
+                    self._go_back(error)
         stopped_by = self.stop_signal()
         if stopped_by is not None:
             self.observer.save(self.state())
@@ -192,6 +203,40 @@ class TrainingRun:
         if self._reset_left_out:
             self._reset_left_out = False
             self.history[-1].resets = self._reset()
+
+    def _keep_good(self) -> None:
+        """Keeps a copy of the state, unless it is spoiled already: what a run that diverges goes back to."""
+        if is_finite(self.model.state_dict()):
+            self._good = cloned(self.state())
+
+    def _go_back(self, error: DivergenceError) -> None:
+        """Goes back to the last good state, or saves it and raises, as `training.on_divergence` says."""
+        good, self._unread = self._good, None
+        if good is None:
+            raise error
+        rewinds = self.rewinds + 1
+        if self.training.on_divergence == "stop" or rewinds > MOST_REWINDS:
+            begun = good["epoch"] > 0 or good["step"] > 0
+            if begun:
+                self.observer.save({**good, "diverged_at": error.step})
+            kept = f"; the state after epoch {good['epoch']} is kept, to resume with another rate" if begun else ""
+            tried = f", also after {self.rewinds} halvings of it" if self.rewinds else ""
+            raise DivergenceError(f"{error}{tried}{kept}", error.step)
+        diverged_at, seconds = [*self._diverged_at, error.step], self.seconds_before
+        self.load(good)
+        self.rewinds, self._diverged_at, self.seconds_before, self._epoch_seconds = rewinds, diverged_at, seconds, 0.0
+        log.warning(
+            "%s: back to the state after epoch %d, with a learning rate of %g (%d of at most %d times)",
+            error,
+            self.epoch,
+            self.training.learning_rate * self._rate_scale,
+            rewinds,
+            MOST_REWINDS,
+        )
+
+    @property
+    def _rate_scale(self) -> float:
+        return 0.5**self.rewinds
 
     def _train_epoch(self) -> None:
         training = self.training
@@ -219,10 +264,13 @@ class TrainingRun:
         if resets and not last:
             record.resets = self._reset()
         self.observer.epoch_finished(record)
+        if validates and not (last or saves):
+            self._keep_good()
         if saves:
             self._save()
 
     def _save(self) -> None:
+        self._keep_good()
         self.observer.save(self.state())
         self._saved_at = time.perf_counter()
 
@@ -256,7 +304,8 @@ class TrainingRun:
         """The steps of an epoch that are not done yet. Nothing here waits for the device."""
         self.model.train()
         step = self.one_step
-        step.begin_epoch(self._rows_of(self.epoch), learning_rates(self.training, step.count, self.epoch), self.step)
+        rates = self._rate_scale * learning_rates(self.training, step.count, self.epoch)
+        step.begin_epoch(self._rows_of(self.epoch), rates, self.step)
         self.launcher.follow(step.places())  # an observer may have moved tensors
         while self.step < step.count:
             kind, most = self._next_steps()
@@ -292,24 +341,36 @@ class TrainingRun:
         if found.first_bad is not None:
             step, term = epoch * self.one_step.count + found.first_bad[0], found.first_bad[1]
             row, largest = largest_value(self.x_train)
-            why = "a smaller training.learning_rate may help"
-            if largest > LARGEST or step == 0:
-                number = row if self.train_numbers is None else int(self.train_numbers[row])
-                why = f"the features are too large: row {number} holds a value of size {largest:.3g}"
+            text = f"the {LossTerms._fields[term]} loss is not finite from step {step} on (epoch {epoch + 1})"
+            if largest <= LARGEST and step > 0:
+                raise DivergenceError(f"{text}; a smaller training.learning_rate may help", step)
+            number = row if self.train_numbers is None else int(self.train_numbers[row])
             raise TrainingError(
-                f"the {LossTerms._fields[term]} loss is not finite from step {step} on (epoch {epoch + 1}); {why}"
+                f"{text}; the features are too large: row {number} holds a value of size {largest:.3g}"
+                f"{self._category_of_largest(row)}"
             )
         return found
 
+    def _category_of_largest(self, row: int) -> str:
+        """ ", in category C" of the largest value of a training row; empty where it is in none."""
+        values = self.x_train[torch.tensor([row])] if isinstance(self.x_train, Tensor) else None
+        if values is None:
+            return ""
+        column = int(values.abs().argmax())
+        names = [name for name, members in self.model.config.group_indices.items() if column in members]
+        return f", in category {names[0]}" if names else ""
+
     def _record(self, found: EpochSummary, epoch: int, seconds: float) -> EpochRecord:
         steps = self.one_step.count
+        diverged_at, self._diverged_at = self._diverged_at or None, []
         return EpochRecord(
             epoch=epoch + 1,
             train_loss=found.loss,
             terms=dict(zip(LossTerms._fields, found.terms, strict=True)),
             utilization=found.utilization,
-            learning_rate=learning_rate(self.training, steps, (epoch + 1) * steps - 1),
+            learning_rate=self._rate_scale * learning_rate(self.training, steps, (epoch + 1) * steps - 1),
             seconds=seconds,
+            diverged_at=diverged_at,
         )
 
     def _validate(self) -> dict[str, float]:
@@ -321,10 +382,11 @@ class TrainingRun:
             self._run_validation()
             kept = self.validation.result()
         if not math.isfinite(kept["val_loss"]):
-            raise TrainingError(
-                f"the validation loss is not finite after epoch {self.epoch}: "
-                "validation rows hold values far outside those of training"
-            )
+            message = f"the validation loss is not finite after epoch {self.epoch}: "
+            if largest_value(self.x_val)[1] > LARGEST:
+                raise TrainingError(message + "validation rows hold values far outside those of training")
+            step = self.epoch * self.one_step.count
+            raise DivergenceError(message + "the weights have grown too large for validation rows", step)
         if kept["val_loss"] < self.counted_loss - self.training.early_stopping_min_delta:
             self.counted_loss = kept["val_loss"]
             self.stale = 0
@@ -394,11 +456,31 @@ class TrainingRun:
             "streams": version(),
             "reset_left_out": self._reset_left_out,
             "before_last": self._before_last,
+            "rewinds": self.rewinds,
+            "rewound_at": self._diverged_at,
             "seconds": self.seconds_before + time.perf_counter() - self.began,
             "epoch_seconds": time.perf_counter() - self._epoch_began if self.step else 0.0,
         }
 
+    def _check_figures(self, state: Mapping[str, Any]) -> None:
+        """Raises DataError where figures or weights of validations are not those that `state` gives."""
+        for name in ("epoch", "step", "best_epoch", "stale"):
+            if name in state and (not isinstance(state[name], int) or not 0 <= state[name] < 2**62):
+                raise DataError(f"{name} must be a number from 0 on, got {shown(state[name])}")
+        for name in ("best_loss", "counted_loss"):
+            if not isinstance(state[name], (int, float)):
+                raise DataError(f"{name} must be a number, got {shown(state[name])}")
+        best = shapes(state["best_state_dict"])
+        if best and (problem := shape_difference(best, shapes(self.model.state_dict()))):
+            raise DataError(f"best_state_dict: {problem}")
+
     def load(self, state: Mapping[str, Any]) -> None:
+        """Goes back to what `state` gave; raises DataError, or what a wrong entry raises (see `payload.reading`)."""
+        self._check_figures(state)
+        if state.get("before_last") is not None:
+            self._check_figures(state["before_last"])
+        if state["epoch"] >= self.training.num_epochs and not state["best_state_dict"]:
+            raise DataError("best_state_dict is empty, but all epochs are done")
         self.model.load_state_dict(state["model_state_dict"])
         self.model.quantizer.usage.copy_(state["usage"])
         self.one_step.load(state)
@@ -408,6 +490,8 @@ class TrainingRun:
         self._epochs_before = state.get("num_epochs")
         self._reset_left_out = state.get("reset_left_out", False)
         self._before_last = state.get("before_last")
+        if "diverged_at" not in state:  # else the run was ended, and its learning rate counts from anew
+            self.rewinds, self._diverged_at = state.get("rewinds", 0), list(state.get("rewound_at", []))
         # States of earlier versions have the seconds of their epochs alone.
         self.seconds_before = state.get("seconds", sum(record.seconds for record in self.history))
         self._epoch_seconds = state.get("epoch_seconds", 0.0)

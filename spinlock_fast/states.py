@@ -25,6 +25,7 @@ from spinlock_fast.manifest import (
     read_manifest,
     write_state_manifest,
 )
+from spinlock_fast.payload import reading
 from spinlock_fast.run_directory import FINAL, PARTIAL, check_integrity, find
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ _FREE_TO_CHANGE = {
     "device",
     "logging",
     "training.num_epochs",
+    "training.on_divergence",
     "training.save_every",
     "training.save_minutes",
     "training.early_stopping_patience",
@@ -45,6 +47,13 @@ _FREE_TO_CHANGE = {
     "training.cuda_graphs",
     "training.data_on_device",
     "training.checkpoint_dir",
+}
+# What may differ besides where the run has diverged.
+_FREE_AFTER_DIVERGENCE = {
+    "training.learning_rate",
+    "training.scheduler",
+    "training.warmup_epochs",
+    "training.weight_decay",
 }
 _NEXT = f".{RESUME}"  # a state that is whole, but not yet in its place
 
@@ -167,7 +176,8 @@ def read_resumable(directory: Path, config: RunConfig) -> dict[str, Any]:
             if before is None:
                 raise
             log.warning("%s; going on from the state before, %s", error, before)
-    _check_same_settings(state["config"], config)
+    free = _FREE_TO_CHANGE | (_FREE_AFTER_DIVERGENCE if "diverged_at" in state["run"] else set())
+    _check_same_settings(state["config"], config, free)
     return state
 
 
@@ -178,7 +188,8 @@ def _checked_state(directory: Path, path: Path) -> dict[str, Any]:
         raise DataError(f"{path}: is damaged: its SHA-256 is not in {MANIFEST}")
     state = load_torch(path)
     state = state.get("run_state", {}) if path.name == FINAL else state
-    if not {"run", "features", "config"} <= state.keys() or "values" not in state["run"]:
+    parts = [state.get(name) for name in ("run", "features", "config")] if isinstance(state, Mapping) else [None]
+    if not all(isinstance(part, Mapping) for part in parts) or "values" not in state["run"]:
         raise DataError(f"{path}: the saved state is incomplete, or of another version")
     return state
 
@@ -194,22 +205,25 @@ def _known_states(directory: Path) -> list[str] | None:
     return [str(value) for value in known] if isinstance(known, list) else None
 
 
-def _check_same_settings(saved: Mapping[str, Any], config: RunConfig) -> None:
+def _check_same_settings(saved: Mapping[str, Any], config: RunConfig, free_to_change: set[str]) -> None:
     old, new = _flat(saved), _flat(config.model_dump(mode="json"))
     old.setdefault("feature_cleaning.nan_fill", "zero")  # what runs did before there was the setting
     for key in old.keys() | new.keys():
         if old.get(key) != new.get(key) and not any(
-            key == free or key.startswith(f"{free}.") for free in _FREE_TO_CHANGE
+            key == free or key.startswith(f"{free}.") for free in free_to_change
         ):
             raise ConfigError(f"{key}: {new.get(key)!r}, but the run to resume was started with {old.get(key)!r}")
 
 
 def check_same_features(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raises DataError where a run that is resumed sees other features; warns where they differ in rounding."""
-    same_kind = all(saved[key] == now[key] for key in ("shape", "feature_names", "group_indices"))
-    if not same_kind or not all(np.allclose(saved[key], now[key], rtol=1e-3, atol=1e-4) for key in ("mean", "std")):
+    with reading({}, "the saved state"):
+        same = all(saved[key] == now[key] for key in ("shape", "feature_names", "group_indices"))
+        same = same and all(np.allclose(saved[key], now[key], rtol=1e-3, atol=1e-4) for key in ("mean", "std"))
+        rounded = saved["fletcher32"] != now["fletcher32"]
+    if not same:
         raise DataError("the features are not those of the interrupted run: the data or the encoders have changed")
-    if saved["fletcher32"] != now["fletcher32"]:
+    if rounded:
         log.warning(
             "features differ in rounding from the interrupted run (another processor, thread count or library?): "
             "the result will not be bit-identical to an unbroken run"

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-import h5py
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -22,11 +21,12 @@ from spinlock_fast.features.cleaning import FeatureCleaner
 from spinlock_fast.features.encode import FamilyEncoder, block_rows
 from spinlock_fast.features.normalize import Normalizer
 from spinlock_fast.features.row_keys import row_keys
-from spinlock_fast.files import replacing
+from spinlock_fast.hdf5_output import replacing_hdf5
 from spinlock_fast.input_check import InputCheck, KnownRows, TrainingRange
 from spinlock_fast.kernels._common.guard import device_guard
 from spinlock_fast.locks import written_by_one
 from spinlock_fast.model import CategoricalHierarchicalVQVAE
+from spinlock_fast.payload import reading, texts
 
 log = logging.getLogger(__name__)
 
@@ -58,16 +58,32 @@ class Tokenizer:
 
     @classmethod
     def from_payload(cls, payload: Mapping[str, Any]) -> Tokenizer:
-        """The tokenizer of the contents of a model file."""
-        return cls(
-            model_from_payload(payload),
-            [FamilyEncoder.from_state(name, state) for name, state in payload["encoder_state_dicts"].items()],
-            FeatureCleaner.from_state({"keep": payload["feature_mask"], **payload["feature_cleaning"]}),
-            Normalizer.from_state(payload["normalization"]),
-            list(payload["feature_names"]),
-            known_rows=KnownRows.from_state(payload["known_rows"]) if "known_rows" in payload else None,
-            training_range=TrainingRange.from_state(payload["training_range"]) if "training_range" in payload else None,
-        )
+        """The tokenizer of the contents of a model file.
+
+        Raises:
+            DataError: a part is of the wrong type or shape, or does not fit the others; says what wrote it.
+        """
+        model = model_from_payload(payload)
+        F = model.config.input_dim
+        with reading(payload, "encoder_state_dicts"):
+            families = [FamilyEncoder.from_state(name, state) for name, state in payload["encoder_state_dicts"].items()]
+        with reading(payload, "feature_cleaning"):
+            cleaner = FeatureCleaner.from_state({"keep": payload["feature_mask"], **payload["feature_cleaning"]}, F)
+            columns = sum(family.encoder.output_dim for family in families)
+            if cleaner.keep.size != columns:
+                raise DataError(f"feature_mask has {cleaner.keep.size} columns, but the encoders give {columns}")
+        with reading(payload, "normalization"):
+            normalizer = Normalizer.from_state(payload["normalization"], F)
+        known_rows = training_range = None
+        with reading(payload, "known_rows"):
+            if "known_rows" in payload:
+                known_rows = KnownRows.from_state(payload["known_rows"])
+        with reading(payload, "training_range"):
+            if "training_range" in payload:
+                training_range = TrainingRange.from_state(payload["training_range"], F)
+        with reading(payload, "feature_names"):
+            names = texts(payload["feature_names"], "feature_names", F)
+        return cls(model, families, cleaner, normalizer, names, known_rows=known_rows, training_range=training_range)
 
     def to(self, device: str | torch.device) -> Tokenizer:
         """The same tokenizer with its networks on a device."""
@@ -304,14 +320,14 @@ def write_tokens(
         raise OutputError(f"{output}: is a directory; name a file")
     largest = max(model.quantizer.num_codes)
     dtype = next(kind for kind in (np.uint8, np.uint16, np.uint32) if largest - 1 <= np.iinfo(kind).max)
-    with written_by_one(output), replacing(output) as temporary, h5py.File(temporary, "w") as file:
+    with written_by_one(output), replacing_hdf5(output) as writer:
         chunk = (min(rows, 8192), model.num_codebooks)
-        out = file.create_dataset("tokens", (rows, model.num_codebooks), dtype, chunks=chunk, compression="gzip")
+        out = writer.file.create_dataset("tokens", (rows, model.num_codebooks), dtype, chunks=chunk, compression="gzip")
         out.attrs["codebook_names"] = model.codebook_names
         out.attrs["codebook_sizes"] = np.array(model.quantizer.num_codes)
         out.attrs["checkpoint_sha256"] = tokenizer.checkpoint_hash
         for start, tokens in tokenizer.encode_file(data, memory_budget):
-            out[start : start + len(tokens)] = tokens
+            writer.write(out, start, tokens.astype(dtype))
             if progress is not None:
                 progress(start + len(tokens), rows)
     return rows

@@ -36,6 +36,7 @@ from spinlock_fast.kernels.backend import resolve_backend
 from spinlock_fast.loop import EpochRecord, Observer, SilentObserver, TrainingRun
 from spinlock_fast.metrics import Metrics, complete, evaluate, evaluate_with_use
 from spinlock_fast.model import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
+from spinlock_fast.payload import reading
 from spinlock_fast.refit import refit_decoder
 from spinlock_fast.rows import HostRows, Rows, free_memory, place_rows
 from spinlock_fast.seeds import Stream, generator, seed_torch, streams_of, version
@@ -269,7 +270,8 @@ class Trainer:
             if model_config.extra_inputs:
                 model.fit_extra_inputs(*(torch.from_numpy(values) for values in mean_and_std(train_rows)))
             if resume is not None:
-                run.load(resume)
+                with reading(resume, "the saved state"):
+                    run.load(resume)
             else:
                 run.initialize_codes()
             try:

@@ -53,7 +53,7 @@ def renamed(weights, old, new):
             lambda p: p.update(model_state_dict=renamed(p["model_state_dict"], "heads.0.bias", "\x1b[31m")),
             "heads.0.bias is missing",
         ),
-        (lambda p: p["model_state_dict"].update({"heads.0.bias": [1.0]}), "heads.0.bias is missing"),
+        (lambda p: p["model_state_dict"].update({"heads.0.bias": [1.0]}), "'heads.0.bias' must be a tensor"),
     ],
 )
 def test_another_versions_contents_are_named_with_their_writer(payload, tmp_path, change, expected):

@@ -8,14 +8,12 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-import h5py
-
 from spinlock_fast.data.index import ShardIndex, index_file
 from spinlock_fast.data.order import RowOrder
 from spinlock_fast.data.reading import LoaderPass, PassStats, batch_memory
 from spinlock_fast.data.table import Table, Tables
 from spinlock_fast.errors import DataError
-from spinlock_fast.files import replacing
+from spinlock_fast.hdf5_output import replacing_hdf5
 
 log = logging.getLogger(__name__)
 
@@ -84,10 +82,10 @@ def _write(tables: Tables, table: Table, path: Path, threads: int, verify_checks
         memory=batch_memory(tables, order, 2, pin=False),
         stats=PassStats(),
     )
-    with replacing(path) as temporary, h5py.File(temporary, "w") as file, closing(batches):
-        rows = file.create_dataset(_NAME, (tables.rows, *table.row_shape), table.dtype)
+    with replacing_hdf5(path) as writer, closing(batches):
+        rows = writer.file.create_dataset(_NAME, (tables.rows, *table.row_shape), table.dtype)
         first = 0
         for batch in batches:
             values = batch[table.path].numpy()
-            rows[first : first + len(values)] = values
+            writer.write(rows, first, values)
             first += len(values)

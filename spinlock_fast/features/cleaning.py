@@ -20,6 +20,7 @@ from spinlock_fast.features.statistics import (
     median_and_mad,
     on_threads,
 )
+from spinlock_fast.payload import array
 
 _ENTROPY_BINS = 50
 _SCORED_AT_ONCE = 16  # columns
@@ -56,8 +57,17 @@ class FeatureCleaner:
         return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in vars(self).items()}
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> FeatureCleaner:
-        return cls(**{name: state[name].numpy() for name in ("keep", "fill", "low", "high")})
+    def from_state(cls, state: Mapping[str, Any], features: int | None = None) -> FeatureCleaner:
+        """The cleaner of what `state` gave, which keeps so many features (None: any number); raises DataError."""
+        keep = array(state["keep"], "keep", "b", [None])
+        features = int(keep.sum()) if features is None else features
+        if keep.sum() != features:
+            raise DataError(f"keep has {keep.sum()} features, expected {features}")
+        fill = array(state["fill"], "fill", "f", keep.shape)
+        low, high = (array(state[name], name, "f", [features]) for name in ("low", "high"))
+        if not (low <= high).all():  # as NaN is not
+            raise DataError("low must be at most high")
+        return cls(keep, fill, low, high)
 
 
 def fit_cleaner(x: Matrix, config: FeatureCleaningConfig) -> FeatureCleaner:

@@ -19,6 +19,8 @@ from spinlock_fast.errors import ConfigError, DataError
 from spinlock_fast.features.encoders import Encoder, build_encoder, seeded_encoder
 from spinlock_fast.features.missing import column_medians, missing_report, raw_statistics
 from spinlock_fast.features.row_keys import row_keys
+from spinlock_fast.messages import shown
+from spinlock_fast.payload import shape_difference, shapes, texts
 
 log = logging.getLogger(__name__)
 
@@ -149,10 +151,23 @@ class FamilyEncoder:
 
     @classmethod
     def from_state(cls, name: str, state: Mapping[str, Any]) -> FamilyEncoder:
+        """The encoder of what `state` gave; raises DataError, or what a wrong entry raises (see `payload.reading`)."""
         params = ENCODER_PARAMS[state["encoder_name"]].model_validate(state["encoder_params"])
-        shape = tuple(state["row_shape"])
+        shape = tuple(int(size) for size in state["row_shape"])
+        if not isinstance(state["dataset"], str) or not isinstance(name, str):
+            raise DataError(f"{shown(name)}: names of families and datasets must be texts")
+        found = shapes(state["state_dict"])
+        with torch.device("meta"):  # a network that is larger than its weights would take memory for nothing
+            expected = shapes(build_encoder(shape, params).state_dict())
+        if problem := shape_difference(found, expected):
+            raise DataError(f"{name}: {problem}")
         encoder = build_encoder(shape, params)
         encoder.load_state_dict(state["state_dict"])
+        columns = state["column_names"]
+        for entry in ("center", "scale", "fill"):
+            value = state.get(entry)  # checkpoints before `nan_fill` have no fill: missing values count as 0
+            if value is not None and not _broadcasts(tuple(value.shape), shape):
+                raise DataError(f"{name}: {entry} is {list(value.shape)}, expected {list(shape)}")
         return cls(
             name,
             state["encoder_name"],
@@ -162,9 +177,17 @@ class FamilyEncoder:
             encoder,
             state["center"],
             state["scale"],
-            state["column_names"],
-            state.get("fill"),  # checkpoints before `nan_fill` have none: a missing value counts as 0
+            texts(columns, "column_names", encoder.output_dim) if columns is not None else None,
+            state.get("fill"),
         )
+
+
+def _broadcasts(shape: tuple[int, ...], row_shape: tuple[int, ...]) -> bool:
+    """Whether an array can be broadcast to rows of a shape, in which any length is ANY_LENGTH."""
+    if len(shape) > len(row_shape):
+        return False
+    last = row_shape[len(row_shape) - len(shape) :]
+    return all(found in (1, size) or size == ANY_LENGTH for found, size in zip(shape, last, strict=True))
 
 
 def make_encoders(

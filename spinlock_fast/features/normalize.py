@@ -10,7 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from spinlock_fast.errors import DataError
 from spinlock_fast.features.statistics import Matrix, mean_and_std, robust_scale
+from spinlock_fast.messages import shown
+from spinlock_fast.payload import array, finite
 
 _ROWS_AT_ONCE = 8192
 
@@ -59,8 +62,14 @@ class Normalizer:
         }
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> Normalizer:
-        return cls(state["method"], state["center"].numpy(), state["scale"].numpy())
+    def from_state(cls, state: Mapping[str, Any], features: int | None = None) -> Normalizer:
+        """The normaliser of what `state` gave, for so many features (None: any number); raises DataError."""
+        if state["method"] not in ("standard", "mad"):
+            raise DataError(f"method must be standard or mad, got {shown(state['method'])}")
+        center, scale = (finite(array(state[name], name, "f", [features]), name) for name in ("center", "scale"))
+        if not (scale > 0).all():
+            raise DataError("scale must be positive")
+        return cls(state["method"], center, scale)
 
 
 def fit_normalizer(x: Matrix, method: Literal["standard", "mad"]) -> Normalizer:

@@ -1,8 +1,9 @@
 """The HDF5 file: written row by row under another name, readable after a kill, renamed when complete.
 
-The unfinished file is written in HDF5's single-writer mode, whose order of writes leaves it readable at
-any moment; `metadata/finished` says which rows are whole. To resume, those are copied, still compressed,
-into a fresh file, so that nothing half-written is ever built upon.
+The unfinished file gets its name when it can be resumed: with all that is known before a step is simulated, and the
+rows of the run that it goes on with. From then on it is written in HDF5's single-writer mode, whose order of writes
+leaves it readable at any moment; `metadata/finished` says which rows are whole. To resume, those are copied, still
+compressed, into a fresh file, so that nothing half-written is ever built upon.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import numpy as np
 
 from spinlock_fast.config import DEFAULT_DATASETS
 from spinlock_fast.errors import ConfigError, DataError, OutputError
-from spinlock_fast.files import check_no_link, check_regular, check_writable, sync_directory
+from spinlock_fast.files import check_no_link, check_regular, check_writable, reserve, sync_directory
+from spinlock_fast.hdf5_output import new_file
 from spinlock_fast.locks import locked
 from spinlock_fast.simulate.config import GeneratorConfig
 from spinlock_fast.simulate.features.registry import (
@@ -84,7 +86,8 @@ class Writer:
     ) -> None:
         self.output = _regular_target(output)
         self.partial = self.output.with_name(self.output.name + ".partial")
-        self._older = self.output.with_name(self.output.name + ".partial.old")  # while a resumed file is being copied
+        self._head = self.output.with_name(self.output.name + ".partial.new")  # until it can be resumed
+        self._older = self.output.with_name(self.output.name + ".partial.old")  # of earlier versions
         self._config, self._sequence, self._span, self._provenance = config, sequence, span, dict(provenance)
         self.finished = 0
         self._file: h5py.File | None = None
@@ -97,6 +100,7 @@ class Writer:
         try:
             self._start(overwrite, resume)
         except BaseException:
+            self._head.unlink(missing_ok=True)
             self._close()
             raise
 
@@ -104,6 +108,7 @@ class Writer:
         output = self.output
         if not overwrite and not resume:
             self._refuse_existing()  # again, now that no other process can make them
+        self._head.unlink(missing_ok=True)  # of a run that was killed before its file could be resumed
         for path in (self.partial, self._older):
             if overwrite and path.is_symlink():
                 path.unlink()
@@ -156,12 +161,9 @@ class Writer:
         dataset.flush()
 
     def _reserve(self, size: int) -> None:
-        """Takes disk space behind the file's content before HDF5 needs it: HDF5 crashes where a write fails."""
+        """Takes disk space behind the file's content before HDF5 needs it."""
         assert self._file is not None
-        if not hasattr(os, "posix_fallocate"):
-            return
-        with open(self.partial, "r+b") as file:
-            os.posix_fallocate(file.fileno(), self._file.id.get_filesize(), size + _METADATA_BYTES)
+        reserve(self.partial, self._file.id.get_filesize(), size + _METADATA_BYTES)
 
     def finish(self) -> None:
         """Gives the complete file its name; raises DataError where rows are missing."""
@@ -189,26 +191,24 @@ class Writer:
             )
 
     def _open(self, resume: bool) -> None:
-        old = self._older
-        if resume and self.partial.exists():
-            # A kill during the last resume leaves both: the older one has every row that counts.
-            if not old.exists():
-                self._check_resumable(self.partial)
-                os.replace(self.partial, old)
-        elif not resume:
-            old.unlink(missing_ok=True)
-        kept = self.finished = self._check_resumable(old) if old.exists() else 0
-        self._file = h5py.File(self.partial, "w", libver=_FORMAT)
-        self._reserve(self.rows * _KNOWN_BYTES + (old.stat().st_size if kept else 0))
+        partial = self.partial
+        if resume and self._older.exists():  # earlier versions moved the file there while they copied it
+            os.replace(self._older, partial)
+        self._older.unlink(missing_ok=True)
+        resumed = resume and partial.exists()
+        kept = self.finished = self._check_resumable(partial) if resumed else 0
+        size = self.rows * _KNOWN_BYTES + (partial.stat().st_size if kept else 0)
+        self._file = new_file(self._head, size + _METADATA_BYTES, _FORMAT)
         self._create(self._file)
         if kept:
-            with _reading(old) as source:
+            with _reading(partial) as source:
                 for path in self._row_datasets():
                     _copy_chunks(source[path], self._file[path], kept)
             self._file[_FINISHED][:kept] = 1
         self._file.swmr_mode = True
         self._file.flush()
-        old.unlink(missing_ok=True)
+        os.replace(self._head, partial)
+        sync_directory(partial.parent)
 
     def _create(self, file: h5py.File) -> None:
         """Every dataset at its full size, and all that is known before a step is simulated."""

@@ -1,0 +1,220 @@
+"""SIGKILL at random moments of `train`, `generate` and `tokenize`: nothing is lost, and the work can be gone on with.
+
+The processes are forked from a server that has imported everything, so that most of their time is work.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import time
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+import yaml
+from helpers import planted_matrix, write_arrays
+
+from spinlock_fast.checkpoint import load_checkpoint, load_torch
+from spinlock_fast.run_directory import FINAL, unfinished
+
+MANY, SOME = 50, 20
+PRELOADED = (
+    "spinlock_fast.console",
+    "spinlock_fast.pipeline",
+    "spinlock_fast.simulate.run",
+    "spinlock_fast.tokenizer",
+    "spinlock_fast.train",
+    "scipy.cluster.hierarchy",  # and what is imported when it is needed
+    "torch.fx.experimental.symbolic_shapes",
+    "torch._subclasses.fake_tensor",
+)
+CONFIG: dict[str, Any] = {
+    "device": "cpu",
+    "families": {"mine": {"encoder": "IdentityEncoder", "dataset": "x"}},
+    "training": {
+        "batch_size": 32,
+        "topo_samples": 32,
+        "num_epochs": 12,
+        "val_every_n_epochs": 3,
+        "save_every": 1,
+        "orthogonality_target": 10.0,
+    },
+    "logging": {"tensorboard": False},
+}
+GENERATOR = {"operators": 16, "grid_size": 32, "num_timesteps": 64, "num_realizations": 1, "workers": 1}
+
+
+def command(verb: str, arguments: list[str]) -> None:
+    """The body of a process."""
+    torch.set_num_threads(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    import_module(f"spinlock_fast.{verb}").main(arguments)
+
+
+class Killer:
+    """Starts commands, and kills them after a random part of the time that a whole one takes."""
+
+    def __init__(self, seed: int) -> None:
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(list(PRELOADED))
+        server = self._context.Process(target=time.sleep, args=(0.0,))  # its start is not part of a command's time
+        server.start()
+        server.join()
+        self._random = random.Random(seed)
+        self._seconds: dict[str, float] = {}
+        self.kills = 0
+
+    def whole(self, verb: str, *arguments: object) -> int | None:
+        """Runs a command to its end; its exit status."""
+        began = time.perf_counter()
+        process = self._started(verb, arguments)
+        process.join(300)
+        self._seconds[verb] = time.perf_counter() - began
+        return process.exitcode
+
+    def kill(self, verb: str, *arguments: object) -> None:
+        """Runs a command and kills it."""
+        process = self._started(verb, arguments)
+        process.join(self._random.uniform(0.0, 1.1 * self._seconds[verb]))
+        process.kill()
+        process.join(60)
+        assert process.exitcode in (0, -9), process.exitcode
+        self.kills += process.exitcode == -9
+
+    def _started(self, verb: str, arguments: tuple[object, ...]) -> Any:
+        process = self._context.Process(target=command, args=(verb, [str(argument) for argument in arguments]))
+        process.start()
+        return process
+
+
+def until(kills: int, killer: Killer, attempt: Callable[[], None]) -> None:
+    for _ in range(4 * kills):
+        if killer.kills >= kills:
+            return
+        attempt()
+    raise AssertionError(f"{killer.kills} kills of {kills}: the others came after the end")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    x = planted_matrix(400, [6, 6], seed=5)
+    return write_arrays(tmp_path_factory.mktemp("data") / "x.h5", {"x": x})
+
+
+@pytest.fixture(scope="module")
+def config(data: Path) -> Path:
+    path = data.with_name("run.yaml")
+    path.write_text(yaml.safe_dump({"dataset_path": str(data), **CONFIG}))
+    return path
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return dict(load_torch(directory / FINAL)["model_state_dict"])
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def kill_training(config: Path, place: Path, kills: int) -> None:
+    """A run is killed and resumed many times: results are whole, with the weights of unbroken runs."""
+    killer, output = Killer(1), place / "out"
+    expected = {}
+    for seed in (1, 2):
+        alone = place / f"alone{seed}"
+        assert killer.whole("train", config, "--quiet", "--set", f"random_seed={seed}", "--output", alone) == 0
+        expected[seed] = weights(alone)
+    assert killer.whole("train", config, "--quiet", "--set", "random_seed=1", "--output", output) == 0
+
+    def attempt() -> None:
+        where = ["--resume", output] if unfinished(output) else ["--output", output]
+        killer.kill("train", config, "--quiet", "--set", "random_seed=2", *where)
+        load_checkpoint(output)  # the finished result is whole
+        found = weights(output)
+        assert same(found, expected[1]) or same(found, expected[2])
+
+    until(kills, killer, attempt)
+    where = ["--resume", output] if unfinished(output) else ["--output", output]
+    assert killer.whole("train", config, "--quiet", "--set", "random_seed=2", *where) == 0
+    assert same(weights(output), expected[2])
+
+
+def contents(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    with h5py.File(path) as file:
+        file.visititems(lambda name, part: found.update({name: part[:]}) if isinstance(part, h5py.Dataset) else None)
+    return found
+
+
+def assert_same_contents(a: Path, b: Path) -> None:
+    first, second = contents(a), contents(b)
+    assert first.keys() == second.keys()
+    for name, values in first.items():
+        np.testing.assert_array_equal(values, second[name], err_msg=name)
+
+
+def kill_simulation(place: Path, kills: int) -> None:
+    killer, config, output = Killer(2), place / "generate.yaml", place / "killed.h5"
+    config.write_text(yaml.safe_dump(GENERATOR))
+    assert killer.whole("generate", "--config", config, "--output", place / "whole.h5", "--quiet") == 0
+
+    def attempt() -> None:
+        killer.kill("generate", "--config", config, "--output", output, "--quiet", "--resume")
+        if output.exists():
+            assert_same_contents(output, place / "whole.h5")
+            output.unlink()
+
+    until(kills, killer, attempt)
+    assert killer.whole("generate", "--config", config, "--output", output, "--quiet", "--resume") == 0
+    assert_same_contents(output, place / "whole.h5")
+    assert not [path.name for path in place.iterdir() if ".partial" in path.name]
+
+
+def kill_tokenization(config: Path, data: Path, place: Path, kills: int) -> None:
+    killer, run = Killer(3), place / "run"
+    assert killer.whole("train", config, "--quiet", "--output", run) == 0
+    many = write_arrays(place / "many.h5", {"x": planted_matrix(30_000, [6, 6], seed=6)}, chunk_rows=1000)
+    output = place / "tokens" / "t.h5"
+    arguments = ["--memory-budget", "1MB", "--quiet", "--output", output]
+    assert killer.whole("tokenize", run, data, *arguments) == 0
+    old = output.read_bytes()
+    assert killer.whole("tokenize", run, many, *arguments) == 0
+    new = output.read_bytes()
+
+    def attempt() -> None:
+        output.write_bytes(old)
+        killer.kill("tokenize", run, many, *arguments)
+        assert output.read_bytes() in (old, new)
+
+    until(kills, killer, attempt)
+    assert killer.whole("tokenize", run, many, *arguments) == 0
+    assert output.read_bytes() == new
+    assert os.listdir(output.parent) == [output.name]
+
+
+def test_three_kills(config: Path, data: Path, tmp_path: Path) -> None:
+    kill_tokenization(config, data, tmp_path, 1)
+    kill_simulation(tmp_path, 1)
+    kill_training(config, tmp_path, 1)
+
+
+@pytest.mark.slow
+def test_many_kills_of_train(config: Path, tmp_path: Path) -> None:
+    kill_training(config, tmp_path, MANY)
+
+
+@pytest.mark.slow
+def test_many_kills_of_generate(tmp_path: Path) -> None:
+    kill_simulation(tmp_path, SOME)
+
+
+@pytest.mark.slow
+def test_many_kills_of_tokenize(config: Path, data: Path, tmp_path: Path) -> None:
+    kill_tokenization(config, data, tmp_path, SOME)
