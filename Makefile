@@ -51,11 +51,15 @@ train: $(READY) data/quickstart.h5
 data/quickstart.h5: | $(READY)
 	$(BIN)/python -m spinlock_fast.generate --config configs/data/quickstart.yaml --output $@ --resume
 
+# A process for each core, with one thread each: tests that need more threads set their number themselves.
+PARALLEL := -n auto --dist worksteal
+test test-all: export OMP_NUM_THREADS ?= 1
+
 test: $(READY)
-	$(PYTEST) -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu" $(PARALLEL)
 
 test-all: $(READY)
-	$(PYTEST) -m "not gpu"
+	$(PYTEST) -m "not gpu" $(PARALLEL)
 
 bench: $(READY)
 	$(PYTEST) benchmarks --benchmark-only

@@ -131,7 +131,8 @@ def run(config: RunConfig, display: Display, resume: Path | None = None) -> Outc
         metrics |= {"missing_values": prepared.missing, "units": units(config.training)}
         errors = Spread.of(row_errors(result.model, prepared.x, result.split.val))
         known_range = TrainingRange(prepared.low, prepared.high, prepared.outside, errors)
-        metrics["seconds"] = {**seconds(), "train": metrics["seconds"]["train"]}
+        spent = {**seconds(), "train": metrics["seconds"]["train"]}
+        metrics["seconds"] = {**spent, "total": spent.pop("total")}
         write_results(
             partial,
             config,
