@@ -131,8 +131,9 @@ def run(config: RunConfig, display: Display, resume: Path | None = None) -> Outc
         metrics |= {"missing_values": prepared.missing, "units": units(config.training)}
         errors = Spread.of(row_errors(result.model, prepared.x, result.split.val))
         known_range = TrainingRange(prepared.low, prepared.high, prepared.outside, errors)
-        spent = {**seconds(), "train": metrics["seconds"]["train"]}
-        metrics["seconds"] = {**spent, "total": spent.pop("total")}
+        spent = seconds()
+        total = spent.pop("total")
+        metrics["seconds"] = {**spent, "train": metrics["seconds"]["train"], "total": total}
         write_results(
             partial,
             config,
