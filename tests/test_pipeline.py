@@ -268,6 +268,7 @@ def before_known_rows(checkpoint: Path, directory: Path) -> Path:
     for family in payload["encoder_state_dicts"].values():
         family.pop("fill", None)
     torch.save(payload, directory / "best_model.pt")
+    (directory / "manifest.json").unlink()
     text = (directory / "config.yaml").read_text()
     (directory / "config.yaml").write_text(re.sub(r" +nan_fill: .*\n", "", text))
     return directory
@@ -359,6 +360,7 @@ def test_a_run_from_before_nan_fill_goes_on_with_zero(config: Path, data: Path, 
     payload = torch.load(output / "final_model.pt", weights_only=True)
     del payload["run_state"]["config"]["feature_cleaning"]["nan_fill"]
     torch.save(payload, output / "final_model.pt")
+    (output / "manifest.json").unlink()  # earlier versions wrote none
     assert run(train_main, "--resume", output, "--quiet", "--set", "training.num_epochs=2") == 0
     assert load_config(output / "config.yaml").feature_cleaning.nan_fill == "zero"
 

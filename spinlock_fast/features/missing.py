@@ -14,14 +14,14 @@ Rows = NDArray[np.int64]
 
 _MOST_ROWS = 50_000
 _MOST_BYTES = 1 << 27  # 2,080 rows of the TEMPORAL family: the standard error of a median is 3 % of the spread
-_ROWS_WITHOUT_GAPS = 128  # for a position where no training row misses a value, but new data may
+_ROWS_WITHOUT_GAPS = 512  # for a position where no training row misses a value, but new data may
 _STANDARDIZE_ROWS = 8192
 
 
 def column_medians(source: Source, family: str, training_rows: Rows, memory_budget: int) -> Tensor:
     """What replaces the missing values of a family: float32 of a row's shape.
 
-    The median of each position over the training rows (over 128 of them at most where none misses a value); where no
+    The median of each position over the training rows (over 512 of them at most where none misses a value); where no
     training row has a value, that of the last axis's column over all positions; NaN where the column has no value at
     all. Where the family takes more than 50,000 rows or 128 MiB, the medians are those of training rows in chunks
     spread evenly over the data set.
