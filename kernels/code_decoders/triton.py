@@ -122,11 +122,12 @@ def code_decoders_fwd_kernel(
             inside = r < B - first
             row = tl.cast(first, tl.int64)
             in_x = inside[:, None] & (f < F)[None, :]
-            code = tl.load(codes_ptr + row * G + g + r * G, mask=inside, other=K).to(tl.int32)
+            code = tl.load(codes_ptr + row * G + g + r * G, mask=inside, other=-2147483648).to(tl.int32)
             x = tl.load(x_ptr + row * x_stride + ((r * x_stride)[:, None] + f[None, :]), mask=in_x, other=0.0)
             x = tl.where(in_x, x - centre[None, :], 0.0)
             hot = ((code[None, :] == k[:, None]) & (k < K)[:, None]).to(tl.float32)  # [BLOCK_K, BLOCK_N]
-            bad = bad | (inside & ((code < 0) | (code >= K))).to(tl.int32)
+            # Unsigned, a negative code is above K; the least int32 stands for rows beyond the last.
+            bad = bad | ((code.to(tl.uint32) >= K) & (code != -2147483648)).to(tl.int32)
             counts = tl.dot(hot, ones, counts, input_precision="tf32")  # exact
             sums = tl.dot(hot, x, sums, input_precision="tf32x3")
             squares += x * x
