@@ -15,7 +15,7 @@ from timing import environment
 
 from spinlock_fast.analysis import AnalysisConfig, analyze_observations
 from spinlock_fast.analysis.observations import Codebooks, Observations
-from spinlock_fast.config import LevelConfig
+from spinlock_fast.config.schema import LevelConfig
 from spinlock_fast.quantize.sizing import size_codebooks
 
 SIZES = [4, 16, 15, 13, 32, 28, 20, 10, 11, 14, 9]

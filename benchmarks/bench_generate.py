@@ -9,10 +9,10 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from spinlock_fast.descriptors.per_step import StepFeatures, StepSeries, joined
+from spinlock_fast.descriptors.spectral import Wavenumbers
+from spinlock_fast.descriptors.trajectory import trajectory_features
 from spinlock_fast.simulate.config import GeneratorConfig, load_generator_config
-from spinlock_fast.simulate.features.spectral import Wavenumbers
-from spinlock_fast.simulate.features.steps import StepFeatures, StepSeries, joined
-from spinlock_fast.simulate.features.trajectory import trajectory_features
 from spinlock_fast.simulate.noise import NoiseSource
 from spinlock_fast.simulate.parameters import Theta, ThetaSequence
 from spinlock_fast.simulate.rollout import Rollout

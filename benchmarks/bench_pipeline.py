@@ -36,18 +36,20 @@ from make_100k import expand
 from timing import exponent, percentiles, write
 
 from spinlock_fast.benchmark import SEED_FEATURES, step_seconds, training_run
-from spinlock_fast.config import RunConfig
-from spinlock_fast.config_file import load_config
+from spinlock_fast.config.loading import load_config
+from spinlock_fast.config.schema import RunConfig
+from spinlock_fast.data.split import split_rows
+from spinlock_fast.device import resolve_device
 from spinlock_fast.features.cleaning import fit_cleaner
 from spinlock_fast.features.encode import encode, make_encoders
 from spinlock_fast.features.normalize import fit_normalizer
-from spinlock_fast.graphs import WARM_UP, own_stream
-from spinlock_fast.loop import SilentObserver
-from spinlock_fast.metrics import Validation
-from spinlock_fast.model import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
-from spinlock_fast.pipeline import open_source, prepare
+from spinlock_fast.models.metrics import Validation
+from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
 from spinlock_fast.tokenizer import Tokenizer
-from spinlock_fast.trainer import find_categories, resolve_device, split_rows
+from spinlock_fast.training.cuda_graphs import WARM_UP, own_stream
+from spinlock_fast.training.observer import SilentObserver
+from spinlock_fast.training.run import open_source, prepare
+from spinlock_fast.training.trainer import find_categories
 
 COLUMNS, COPIES = 268, 60  # raw columns; those among them that say what another one says
 SET_UP = ("clean", "discover", "normalise")

@@ -36,8 +36,8 @@ from layer_times import ours, step
 from timing import exponent, peak_memory, percentiles, time_calls, write
 
 from spinlock_fast.benchmark import SEED_FEATURES, step_seconds, training_run
+from spinlock_fast.device import resolve_device
 from spinlock_fast.kernels.layout import CodebookLayout
-from spinlock_fast.trainer import resolve_device
 
 WIDTH, CODES = 990, 16  # of the codebooks axis: summed over codebooks, and of each
 LEVELS = 3  # codebooks of a category

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from spinlock_fast import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
-from spinlock_fast.config import TrainingConfig
-from spinlock_fast.losses import LossWeights, loss_terms
+from spinlock_fast.config.schema import TrainingConfig
+from spinlock_fast.models.losses import LossWeights, loss_terms
 
 SIZES = [4, 16, 15, 13, 32, 28, 20, 10, 11, 14, 9]
 ROWS = 512

@@ -28,9 +28,9 @@ from timing import write
 from torch import Tensor
 
 from spinlock_fast.benchmark import SEED_FEATURES, training_run
-from spinlock_fast.graphs import WARM_UP, own_stream
-from spinlock_fast.loop import TrainingRun
-from spinlock_fast.trainer import resolve_device
+from spinlock_fast.device import resolve_device
+from spinlock_fast.training.cuda_graphs import WARM_UP, own_stream
+from spinlock_fast.training.loop import TrainingRun
 
 WAYS = {"resident": "always", "streamed": "never"}
 

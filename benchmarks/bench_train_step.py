@@ -29,8 +29,8 @@ from baseline_model import BaselineModel, baseline_of, translate
 from timing import environment, percentiles
 
 from spinlock_fast.benchmark import step_seconds, training_run
-from spinlock_fast.losses import LossWeights, loss_terms
-from spinlock_fast.model import CategoricalHierarchicalVQVAE
+from spinlock_fast.models.losses import LossWeights, loss_terms
+from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE
 
 # Names that the profiler gives the parts of a step.
 PARTS = {

@@ -13,12 +13,13 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from spinlock_fast.checkpoint import Staging, save_torch
-from spinlock_fast.config import RunConfig
-from spinlock_fast.config_file import apply_overrides
-from spinlock_fast.graphs import WARM_UP, own_stream
-from spinlock_fast.loop import SilentObserver, TrainingRun
-from spinlock_fast.model import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
+from spinlock_fast.checkpoints.directory import Staging, save_torch
+from spinlock_fast.config.loading import apply_overrides
+from spinlock_fast.config.schema import RunConfig
+from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
+from spinlock_fast.training.cuda_graphs import WARM_UP, own_stream
+from spinlock_fast.training.loop import TrainingRun
+from spinlock_fast.training.observer import SilentObserver
 
 _TOP = 25
 _EPOCHS = 5

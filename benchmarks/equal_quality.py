@@ -32,13 +32,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 from baseline_model import BaselineModel, baseline_of
 from timing import environment
 
-from spinlock_fast.config import RunConfig
-from spinlock_fast.config_file import load_config
-from spinlock_fast.loop import SilentObserver, TrainingRun
-from spinlock_fast.model import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
-from spinlock_fast.seeds import Stream, generator
-from spinlock_fast.step import learning_rates
-from spinlock_fast.trainer import resolve_device
+from spinlock_fast.config.loading import load_config
+from spinlock_fast.config.random_streams import Stream, generator
+from spinlock_fast.config.schema import RunConfig
+from spinlock_fast.device import resolve_device
+from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
+from spinlock_fast.training.loop import TrainingRun
+from spinlock_fast.training.observer import SilentObserver
+from spinlock_fast.training.step import learning_rates
 
 RECIPE = Path(__file__).parents[1] / "configs" / "baseline-100k.yaml"
 

@@ -27,10 +27,10 @@ from typing import Any
 import torch
 from epoch_profile import measured
 
-from spinlock_fast.checkpoint import load_payload, load_run_config
-from spinlock_fast.metrics import device_name, versions
-from spinlock_fast.model import CategoricalVQVAEConfig
-from spinlock_fast.trainer import resolve_device
+from spinlock_fast.checkpoints.directory import load_payload, load_run_config
+from spinlock_fast.device import resolve_device
+from spinlock_fast.models.metrics import device_name, versions
+from spinlock_fast.models.vqvae import CategoricalVQVAEConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -32,10 +32,10 @@ import torch
 from study_quality import Array, Run, _start_worker, append, load_frame, rows_of, say, train
 from study_variants import VARIANTS
 
-from spinlock_fast.config import LevelConfig
-from spinlock_fast.product_start import component_bits
+from spinlock_fast.config.schema import LevelConfig
+from spinlock_fast.models.decoder_refit import least_squares
+from spinlock_fast.models.pq_init import component_bits
 from spinlock_fast.quantize import resolve_levels
-from spinlock_fast.refit import least_squares
 
 LEVELS = (2, 3, 4, 5)
 FACTORS = (1, 2, 4)

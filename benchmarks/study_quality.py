@@ -38,10 +38,10 @@ import torch
 from study_variants import COMBINATIONS, COMMON, VARIANTS
 
 from spinlock_fast import Trainer
-from spinlock_fast.config import RunConfig
+from spinlock_fast.config.schema import RunConfig
 from spinlock_fast.errors import SpinlockFastError
-from spinlock_fast.metrics import evaluate
-from spinlock_fast.refit import refit_decoder
+from spinlock_fast.models.decoder_refit import refit_decoder
+from spinlock_fast.models.metrics import evaluate
 
 Array = np.ndarray[Any, np.dtype[Any]]
 SELECT_SHARE = 0.1

@@ -8,26 +8,26 @@ from typing import TYPE_CHECKING, Any
 from spinlock_fast._native import __version__
 
 if TYPE_CHECKING:
-    from spinlock_fast.checkpoint import load_checkpoint
+    from spinlock_fast.checkpoints.directory import load_checkpoint
     from spinlock_fast.compat.pretrained import from_pretrained_codebook
     from spinlock_fast.dropin import GroupedResidualVQ, ResidualVQ, VectorQuantize
-    from spinlock_fast.model import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
+    from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
     from spinlock_fast.quantize import GroupedVectorQuantizer
     from spinlock_fast.tokenizer import Tokenizer
-    from spinlock_fast.trainer import Trainer, TrainResult
+    from spinlock_fast.training.trainer import Trainer, TrainResult
 
 _HOME = {
-    "CategoricalHierarchicalVQVAE": "model",
-    "CategoricalVQVAEConfig": "model",
+    "CategoricalHierarchicalVQVAE": "models.vqvae",
+    "CategoricalVQVAEConfig": "models.vqvae",
     "GroupedResidualVQ": "dropin",
     "GroupedVectorQuantizer": "quantize",
     "ResidualVQ": "dropin",
     "Tokenizer": "tokenizer",
-    "Trainer": "trainer",
-    "TrainResult": "trainer",
+    "Trainer": "training.trainer",
+    "TrainResult": "training.trainer",
     "VectorQuantize": "dropin",
     "from_pretrained_codebook": "compat.pretrained",
-    "load_checkpoint": "checkpoint",
+    "load_checkpoint": "checkpoints.directory",
 }
 # Served by vector-quantize-pytorch itself, where it is installed, so that one import line is enough.
 _ELSEWHERE = frozenset(

@@ -1,5 +1,5 @@
 """`python -m spinlock_fast <verb>`."""
 
-from spinlock_fast.cli import main
+from spinlock_fast.commands.main import main
 
 main()

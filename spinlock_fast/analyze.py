@@ -7,8 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from spinlock_fast.cli import add_external, exit_with, parser
-from spinlock_fast.config import parse_bytes
+from spinlock_fast.commands.arguments import add_external, parser
+from spinlock_fast.commands.exit_status import exit_with
+from spinlock_fast.config.schema import parse_bytes
 from spinlock_fast.errors import ConfigError
 
 _SETTINGS = ("bins", "alpha", "rows", "samples", "neighbours", "queries", "seed")
@@ -51,11 +52,11 @@ def _analyze(chosen: argparse.Namespace) -> None:
     from spinlock_fast.analysis import AnalysisConfig, analyze, write_tables
     from spinlock_fast.analysis.tables import parquet_available
     from spinlock_fast.analysis.words import print_analysis
-    from spinlock_fast.config import LoggingConfig
-    from spinlock_fast.console import RunDisplay
-    from spinlock_fast.files import check_writable, write_json
-    from spinlock_fast.locks import directory_written_by_one
-    from spinlock_fast.trainer import resolve_device
+    from spinlock_fast.commands.console import RunDisplay
+    from spinlock_fast.config.schema import LoggingConfig
+    from spinlock_fast.device import resolve_device
+    from spinlock_fast.output.atomic_files import check_writable, write_json
+    from spinlock_fast.output.locks import directory_written_by_one
 
     given = {name: getattr(chosen, name) for name in _SETTINGS if getattr(chosen, name) is not None}
     try:

@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spinlock_fast.config import RunConfig
-from spinlock_fast.config_file import apply_overrides
-from spinlock_fast.features.selection import Selection
-from spinlock_fast.graphs import own_stream
-from spinlock_fast.loop import SilentObserver, TrainingRun
-from spinlock_fast.model import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
-from spinlock_fast.rows import place_rows
-from spinlock_fast.seeds import seed_torch
-from spinlock_fast.step import learning_rates
-from spinlock_fast.trainer import resolve_device
+from spinlock_fast.config.loading import apply_overrides
+from spinlock_fast.config.random_streams import seed_torch
+from spinlock_fast.config.schema import RunConfig
+from spinlock_fast.data.host_rows import place_rows
+from spinlock_fast.data.row_view import RowView
+from spinlock_fast.device import resolve_device
+from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
+from spinlock_fast.training.cuda_graphs import own_stream
+from spinlock_fast.training.loop import TrainingRun
+from spinlock_fast.training.observer import SilentObserver
+from spinlock_fast.training.step import learning_rates
 
 SEED_FEATURES = (4, 16, 15, 13, 32, 28, 20, 10, 11, 14, 9)
 
@@ -81,7 +82,7 @@ def training_run(
         seed_torch(config.random_seed, place)
         model = CategoricalHierarchicalVQVAE(model_config).to(place)
         matrix, where = x.numpy(), config.training.data_on_device
-        x_train, x_val = (place_rows(Selection(rows), place, where) for rows in (matrix, matrix[:1]))
+        x_train, x_val = (place_rows(RowView(rows), place, where) for rows in (matrix, matrix[:1]))
         run = TrainingRun(config, SilentObserver(), lambda: None, model, x_train, x_val)
         run.initialize_codes()
     model.train()

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from spinlock_fast.cli import exit_with, parser
+from spinlock_fast.commands.arguments import parser
+from spinlock_fast.commands.exit_status import exit_with
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

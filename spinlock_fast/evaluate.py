@@ -6,7 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from spinlock_fast.cli import add_external, exit_with, parser
+from spinlock_fast.commands.arguments import add_external, parser
+from spinlock_fast.commands.exit_status import exit_with
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -30,10 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _evaluate(chosen: argparse.Namespace) -> None:
-    from spinlock_fast.config import LoggingConfig
-    from spinlock_fast.console import RunDisplay, print_summary
-    from spinlock_fast.evaluation import evaluate_file
-    from spinlock_fast.files import write_json
+    from spinlock_fast.commands.console import RunDisplay, print_summary
+    from spinlock_fast.config.schema import LoggingConfig
+    from spinlock_fast.output.atomic_files import write_json
+    from spinlock_fast.training.evaluation import evaluate_file
 
     with RunDisplay(chosen.quiet, LoggingConfig(level="warning")):
         metrics = evaluate_file(

@@ -8,7 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from spinlock_fast.cli import exit_with, parser
+from spinlock_fast.commands.arguments import parser
+from spinlock_fast.commands.exit_status import exit_with
 from spinlock_fast.errors import ConfigError
 from spinlock_fast.simulate.config import load_generator_config
 

@@ -7,8 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from spinlock_fast.cli import add_external, exit_with, parser
-from spinlock_fast.config import parse_bytes
+from spinlock_fast.commands.arguments import add_external, parser
+from spinlock_fast.commands.exit_status import exit_with
+from spinlock_fast.config.schema import parse_bytes
 from spinlock_fast.errors import ConfigError
 
 
@@ -32,10 +33,10 @@ def _tokenize(chosen: argparse.Namespace) -> None:
     except ValueError as error:
         raise ConfigError(f"--memory-budget: {error}, got {chosen.memory_budget!r}") from None
 
-    from spinlock_fast.config import LoggingConfig
-    from spinlock_fast.console import RunDisplay
+    from spinlock_fast.commands.console import RunDisplay
+    from spinlock_fast.config.schema import LoggingConfig
+    from spinlock_fast.device import resolve_device
     from spinlock_fast.tokenizer import Tokenizer, write_tokens
-    from spinlock_fast.trainer import resolve_device
 
     tokenizer = Tokenizer.from_checkpoint(chosen.checkpoint, resolve_device(chosen.device))
     tokenizer.allow_external = not chosen.no_external

@@ -13,20 +13,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spinlock_fast.arrays import real_numbers
-from spinlock_fast.checkpoint import checkpoint_hash, load_payload, model_from_payload
+from spinlock_fast.checkpoints.directory import checkpoint_hash, load_payload, model_from_payload
+from spinlock_fast.data.arrays import real_numbers
 from spinlock_fast.data.source import Source
+from spinlock_fast.data.untrusted import reading, texts
 from spinlock_fast.errors import DataError, OutputError
 from spinlock_fast.features.cleaning import FeatureCleaner
 from spinlock_fast.features.encode import FamilyEncoder, block_rows
 from spinlock_fast.features.normalize import Normalizer
 from spinlock_fast.features.row_keys import row_keys
-from spinlock_fast.hdf5_output import replacing_hdf5
-from spinlock_fast.input_check import InputCheck, KnownRows, TrainingRange
 from spinlock_fast.kernels._common.guard import device_guard
-from spinlock_fast.locks import written_by_one
-from spinlock_fast.model import CategoricalHierarchicalVQVAE
-from spinlock_fast.payload import reading, texts
+from spinlock_fast.models.input_check import InputCheck, KnownRows, TrainingRange
+from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE
+from spinlock_fast.output.hdf5_files import replacing_hdf5
+from spinlock_fast.output.locks import written_by_one
 
 log = logging.getLogger(__name__)
 

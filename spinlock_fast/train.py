@@ -8,9 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from spinlock_fast.cli import exit_with, parser
-from spinlock_fast.config_file import help_text, load_config, load_written_config
-from spinlock_fast.run_directory import PARTIAL, config_to_resume, run_to_resume
+from spinlock_fast.checkpoints.run_directory import PARTIAL, config_to_resume, run_to_resume
+from spinlock_fast.commands.arguments import parser
+from spinlock_fast.commands.exit_status import exit_with
+from spinlock_fast.config.loading import help_text, load_config, load_written_config
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -54,12 +55,12 @@ def _train(chosen: argparse.Namespace) -> None:
 
     # What follows needs torch: after the checks that do not.
     if chosen.dry_run:
-        from spinlock_fast.plan import print_plan
+        from spinlock_fast.commands.dry_run import print_plan
 
         print_plan(config)
         return
-    from spinlock_fast.console import RunDisplay, print_summary
-    from spinlock_fast.pipeline import output_directory, run
+    from spinlock_fast.commands.console import RunDisplay, print_summary
+    from spinlock_fast.training.run import output_directory, run
 
     with RunDisplay(chosen.quiet, config.logging, output_directory(config) / PARTIAL) as display:
         outcome = run(config, display, resume)

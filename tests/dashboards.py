@@ -18,9 +18,9 @@ from matplotlib.patches import FancyBboxPatch
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-from spinlock_fast.config_file import load_config
-from spinlock_fast.console import RunDisplay
-from spinlock_fast.pipeline import run
+from spinlock_fast.commands.console import RunDisplay
+from spinlock_fast.config.loading import load_config
+from spinlock_fast.training.run import run
 
 LONG = "radially_averaged_power_spectrum_of_the_final_state_in_band"
 SHORT = ("summary", "temporal", "architecture")

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spinlock_fast.kernels.layout import CodebookLayout
-from spinlock_fast.step import StepKind, TrainingStep
-from spinlock_fast.trainer import Trainer
+from spinlock_fast.training.step import StepKind, TrainingStep
+from spinlock_fast.training.trainer import Trainer
 
 SUMMARY = "features/summary/aggregated/features"
 TRAJECTORIES = "features/summary/per_trajectory/features"

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from spinlock_fast.step import StepKind, TrainingStep
+from spinlock_fast.training.step import StepKind, TrainingStep
 
 # Operations whose result has a shape, or is a number of the host, that only the values decide.
 _WAITING = {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from spinlock_fast.manifest import write_manifest
-from spinlock_fast.run_directory import BEST, CONFIG, FINAL, METRICS, TENSORBOARD, RunDirectory
+from spinlock_fast.checkpoints.integrity import write_manifest
+from spinlock_fast.checkpoints.run_directory import BEST, CONFIG, FINAL, METRICS, TENSORBOARD, RunDirectory
 
 NAMES = (BEST, FINAL, CONFIG, METRICS)
 

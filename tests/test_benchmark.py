@@ -9,11 +9,11 @@ import torch
 from helpers import planted_matrix
 
 from spinlock_fast.benchmark import step_seconds, train_step, training_run
-from spinlock_fast.config import RunConfig
-from spinlock_fast.config_file import apply_overrides
-from spinlock_fast.seeds import Stream, generator
-from spinlock_fast.step import learning_rates
-from spinlock_fast.trainer import Trainer
+from spinlock_fast.config.loading import apply_overrides
+from spinlock_fast.config.random_streams import Stream, generator
+from spinlock_fast.config.schema import RunConfig
+from spinlock_fast.training.step import learning_rates
+from spinlock_fast.training.trainer import Trainer
 
 SIZES = [4, 6]
 SETTINGS = {"training.batch_size": 32, "training.topo_samples": 16, "training.num_epochs": 2, "model.dropout": 0.0}

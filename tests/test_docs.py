@@ -22,7 +22,7 @@ import pytest
 import torch
 from helpers import write_dataset
 
-from spinlock_fast.cli import VERBS
+from spinlock_fast.commands.main import VERBS
 from spinlock_fast.data.loader import HDF5Loader
 from spinlock_fast.train import main as train_main
 
@@ -134,7 +134,7 @@ def test_no_text_of_a_page_is_taken_for_a_tag(page: Path) -> None:
 
 
 def test_formulas_are_shown_as_they_are_written() -> None:
-    from spinlock_fast.simulate.features.registry import PER_TRAJECTORY, TEMPORAL
+    from spinlock_fast.descriptors.registry import PER_TRAJECTORY, TEMPORAL
 
     markdown = pytest.importorskip("markdown", reason="comes with mkdocs, an optional extra")
     page = (ROOT / "docs" / "features.md").read_text(encoding="utf-8")

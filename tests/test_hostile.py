@@ -15,15 +15,15 @@ from helpers import planted_matrix, write_arrays
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from spinlock_fast import pipeline
-from spinlock_fast.checkpoint import BEST, FINAL, load_torch
-from spinlock_fast.config import LoggingConfig, RunConfig
-from spinlock_fast.config_file import load_config
-from spinlock_fast.console import RunDisplay
+from spinlock_fast.checkpoints.directory import BEST, FINAL, load_torch
+from spinlock_fast.commands.console import RunDisplay
+from spinlock_fast.config.loading import load_config
+from spinlock_fast.config.schema import LoggingConfig, RunConfig
 from spinlock_fast.errors import ConfigError, DataError, SpinlockFastError
 from spinlock_fast.messages import shown
 from spinlock_fast.tokenizer import Tokenizer
-from spinlock_fast.trainer import Trainer
+from spinlock_fast.training import run as pipeline
+from spinlock_fast.training.trainer import Trainer
 
 X = planted_matrix(120, [6, 6], seed=4)
 EXAMPLES = 200

@@ -21,13 +21,13 @@ import torch
 import yaml
 from helpers import planted_matrix, write_arrays
 
-from spinlock_fast.checkpoint import load_checkpoint, load_torch
-from spinlock_fast.run_directory import FINAL, unfinished
+from spinlock_fast.checkpoints.directory import load_checkpoint, load_torch
+from spinlock_fast.checkpoints.run_directory import FINAL, unfinished
 
 MANY, SOME = 50, 20
 PRELOADED = (
-    "spinlock_fast.console",
-    "spinlock_fast.pipeline",
+    "spinlock_fast.commands.console",
+    "spinlock_fast.training.run",
     "spinlock_fast.simulate.run",
     "spinlock_fast.tokenizer",
     "spinlock_fast.train",

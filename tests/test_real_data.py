@@ -13,7 +13,7 @@ import torch
 
 from spinlock_fast.compat.original import convert
 from spinlock_fast.tokenizer import Tokenizer
-from spinlock_fast.trainer import Trainer
+from spinlock_fast.training.trainer import Trainer
 
 FOLDER = os.environ.get("SPINLOCK_FAST_REAL_DATA", "")
 ROOT = Path(__file__).parents[1]
@@ -53,7 +53,7 @@ def test_an_original_checkpoint_converts_to_the_same_tokens() -> None:
 
 
 def _payload(converted: Any) -> dict[str, Any]:
-    from spinlock_fast.checkpoint import model_payload
+    from spinlock_fast.checkpoints.directory import model_payload
 
     return model_payload(converted.model, converted.model.state_dict(), converted.epoch, converted.parts)
 

@@ -19,8 +19,8 @@ from spinlock_fast.analysis.observations import Observations, Progress, observe
 from spinlock_fast.analysis.refinement import refinement_table
 from spinlock_fast.analysis.stability import stability_table
 from spinlock_fast.analysis.tables import Table
+from spinlock_fast.config.random_streams import Stream, generator
 from spinlock_fast.errors import DataError
-from spinlock_fast.seeds import Stream, generator
 from spinlock_fast.tokenizer import Tokenizer
 
 _FEWEST_ROWS = 20

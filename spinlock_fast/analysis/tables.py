@@ -12,8 +12,8 @@ from typing import Any
 from numpy.typing import NDArray
 
 from spinlock_fast.errors import ConfigError
-from spinlock_fast.files import write_atomically
 from spinlock_fast.messages import printable
+from spinlock_fast.output.atomic_files import write_atomically
 
 Table = dict[str, NDArray[Any]]
 

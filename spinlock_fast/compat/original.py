@@ -13,8 +13,11 @@ import torch
 import yaml
 from torch import Tensor
 
-from spinlock_fast.checkpoint import load_restricted, model_payload, save_torch, write_normalization
-from spinlock_fast.config import (
+from spinlock_fast.checkpoints.directory import load_restricted, model_payload, save_torch, write_normalization
+from spinlock_fast.checkpoints.integrity import write_manifest
+from spinlock_fast.checkpoints.run_directory import BEST, CONFIG, NORMALIZATION, SAFETENSORS, RunDirectory
+from spinlock_fast.config.loading import BoundedLoader, check_config, dump_config, parse_yaml, read_text_file
+from spinlock_fast.config.schema import (
     ENCODER_PARAMS,
     FamilyConfig,
     FeatureCleaningConfig,
@@ -22,18 +25,15 @@ from spinlock_fast.config import (
     RunConfig,
     TrainingConfig,
 )
-from spinlock_fast.config_file import BoundedLoader, check_config, dump_config, parse_yaml, read_text_file
 from spinlock_fast.data.source import Source
 from spinlock_fast.errors import ConfigError, DataError
 from spinlock_fast.features.cleaning import FeatureCleaner, clip_bounds
 from spinlock_fast.features.encode import ANY_LENGTH, FamilyEncoder, encode
 from spinlock_fast.features.encoders import build_encoder
 from spinlock_fast.features.normalize import Normalizer
-from spinlock_fast.files import write_atomically, write_text
-from spinlock_fast.manifest import write_manifest
 from spinlock_fast.messages import one_line
-from spinlock_fast.model import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
-from spinlock_fast.run_directory import BEST, CONFIG, NORMALIZATION, SAFETENSORS, RunDirectory
+from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
+from spinlock_fast.output.atomic_files import write_atomically, write_text
 
 _MODEL_FILES = ("best_model.pt", "final_model.pt")
 

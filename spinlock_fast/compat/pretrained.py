@@ -236,7 +236,7 @@ def _spinlock(weights: Weights, wanted: int | None, options: Mapping[str, Any]) 
 
 def _spinlock_config(payload: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of the quantizer in a checkpoint of this package; nothing where there is no configuration."""
-    from spinlock_fast.model import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
+    from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
 
     config = payload.get("model_config")
     if not isinstance(config, Mapping):

@@ -14,9 +14,9 @@ from spinlock_fast.kernels.ema_update import ema_update
 from spinlock_fast.kernels.layout import CodebookLayout
 from spinlock_fast.kernels.snapshot import snapshot
 from spinlock_fast.kernels.vq_assign import Assignment, quantize, vq_assign
-from spinlock_fast.module_state import keep_wide
-from spinlock_fast.processes import Processes
-from spinlock_fast.recomputation import kept, once
+from spinlock_fast.quantize.activation_checkpointing import kept, once
+from spinlock_fast.quantize.module_state import keep_wide
+from spinlock_fast.quantize.process_group import Processes
 
 
 class VectorQuantizer(nn.Module):

@@ -160,8 +160,8 @@ def _some(keys: Any) -> str:
 
 def read_weights(path: Path, format: Format | None) -> Mapping[str, Any]:
     """The contents of a file or a checkpoint directory; raises DataError."""
-    from spinlock_fast.checkpoint import BEST, FINAL, SAFETENSORS, load_restricted
-    from spinlock_fast.run_directory import check_integrity, find
+    from spinlock_fast.checkpoints.directory import BEST, FINAL, SAFETENSORS, load_restricted
+    from spinlock_fast.checkpoints.run_directory import check_integrity, find
 
     if path.is_dir():
         names = (BEST, FINAL, SAFETENSORS, "diffusion_pytorch_model.safetensors")

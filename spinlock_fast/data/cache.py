@@ -13,7 +13,7 @@ from spinlock_fast.data.order import RowOrder
 from spinlock_fast.data.reading import LoaderPass, PassStats, batch_memory
 from spinlock_fast.data.table import Table, Tables
 from spinlock_fast.errors import DataError
-from spinlock_fast.hdf5_output import replacing_hdf5
+from spinlock_fast.output.hdf5_files import replacing_hdf5
 
 log = logging.getLogger(__name__)
 

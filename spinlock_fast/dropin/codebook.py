@@ -9,14 +9,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from spinlock_fast.buffers import TransientBuffers
 from spinlock_fast.dropin.shapes import widened
 from spinlock_fast.dropin.start import laplace, start_codes
 from spinlock_fast.kernels.export import exporting
 from spinlock_fast.kernels.residual_vq.reference import tally, unit
-from spinlock_fast.module_state import FirstBatch, keep_wide
-from spinlock_fast.processes import Processes
-from spinlock_fast.recomputation import kept
+from spinlock_fast.quantize.activation_checkpointing import kept
+from spinlock_fast.quantize.buffers import TransientBuffers
+from spinlock_fast.quantize.module_state import FirstBatch, keep_wide
+from spinlock_fast.quantize.process_group import Processes
 
 # Buffers of `affine.Affine` that have no value before the first batch.
 OPTIONAL_STATISTICS = ("batch_mean", "batch_variance")

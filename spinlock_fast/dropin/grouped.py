@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from spinlock_fast.dropin.residual import ResidualVQ, shared_seed, skip_seed
 from spinlock_fast.kernels._common.guard import check_dense
-from spinlock_fast.recomputation import once
+from spinlock_fast.quantize.activation_checkpointing import once
 
 
 class GroupedResidualVQ(nn.Module):

@@ -12,7 +12,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spinlock_fast.buffers import TransientBuffers
 from spinlock_fast.dropin import losses
 from spinlock_fast.dropin.arguments import check_mask, warn_reference
 from spinlock_fast.dropin.decoding import checked_indices, code_vectors, hide_missing
@@ -21,8 +20,9 @@ from spinlock_fast.dropin.shapes import InputShape, projected
 from spinlock_fast.dropin.stages import by_beam, by_stages, fused, stages_fuse, with_cross_entropy
 from spinlock_fast.dropin.usage import perplexity, utilization
 from spinlock_fast.dropin.vector_quantize import VectorQuantize
-from spinlock_fast.processes import Processes
-from spinlock_fast.recomputation import once
+from spinlock_fast.quantize.activation_checkpointing import once
+from spinlock_fast.quantize.buffers import TransientBuffers
+from spinlock_fast.quantize.process_group import Processes
 
 
 class ResidualVQ(TransientBuffers):

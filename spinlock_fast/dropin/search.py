@@ -19,7 +19,7 @@ from spinlock_fast.kernels.residual_vq import residual_vq
 from spinlock_fast.kernels.residual_vq.op import Gradient
 from spinlock_fast.kernels.residual_vq.reference import tally
 from spinlock_fast.kernels.snapshot import snapshot
-from spinlock_fast.recomputation import once
+from spinlock_fast.quantize.activation_checkpointing import once
 
 if TYPE_CHECKING:
     from spinlock_fast.dropin.vector_quantize import VectorQuantize

@@ -13,7 +13,7 @@ from spinlock_fast.dropin.codebook import Piece, update
 from spinlock_fast.dropin.search import gradient_mode
 from spinlock_fast.dropin.shapes import InputShape, widened
 from spinlock_fast.kernels.residual_vq import ResidualAssignment, residual_vq
-from spinlock_fast.recomputation import once, takes_gradient
+from spinlock_fast.quantize.activation_checkpointing import once, takes_gradient
 
 if TYPE_CHECKING:
     from spinlock_fast.dropin.residual import ResidualVQ

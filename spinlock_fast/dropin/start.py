@@ -9,8 +9,8 @@ from torch import Tensor
 
 from spinlock_fast.kernels.residual_vq import residual_vq
 from spinlock_fast.kernels.residual_vq.reference import unit
-from spinlock_fast.module_state import FirstBatch
-from spinlock_fast.processes import Processes
+from spinlock_fast.quantize.module_state import FirstBatch
+from spinlock_fast.quantize.process_group import Processes
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from spinlock_fast.buffers import TransientBuffers
 from spinlock_fast.dropin.affine import Affine
 from spinlock_fast.dropin.arguments import check_mask, checked_corrections, refuse_contradictions, warn_reference
 from spinlock_fast.dropin.codebook import Codebook, Weight
@@ -19,8 +18,9 @@ from spinlock_fast.dropin.search import Call, search
 from spinlock_fast.dropin.shapes import InputShape, beside, lengths_to_mask, projected, widened
 from spinlock_fast.dropin.total import cross_entropy_of, per_position, total_loss
 from spinlock_fast.dropin.usage import CodeUsage
-from spinlock_fast.processes import Processes
-from spinlock_fast.recomputation import takes_gradient
+from spinlock_fast.quantize.activation_checkpointing import takes_gradient
+from spinlock_fast.quantize.buffers import TransientBuffers
+from spinlock_fast.quantize.process_group import Processes
 
 
 class VectorQuantize(CodeUsage, TransientBuffers):

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spinlock_fast.config import TrainingConfig
-from spinlock_fast.config_file import read_text_file
+from spinlock_fast.config.loading import read_text_file
+from spinlock_fast.config.random_streams import Stream, generator
+from spinlock_fast.config.schema import TrainingConfig
 from spinlock_fast.errors import ConfigError, DataError
 from spinlock_fast.features.names import family_of
 from spinlock_fast.features.statistics import Blocks, correlation
 from spinlock_fast.messages import one_line, shown
-from spinlock_fast.seeds import Stream, generator
 
 log = logging.getLogger(__name__)
 

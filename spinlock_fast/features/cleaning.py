@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from spinlock_fast.config import FeatureCleaningConfig
+from spinlock_fast.config.schema import FeatureCleaningConfig
+from spinlock_fast.data.untrusted import array
 from spinlock_fast.errors import DataError
 from spinlock_fast.features.statistics import (
     Matrix,
@@ -20,7 +21,6 @@ from spinlock_fast.features.statistics import (
     median_and_mad,
     on_threads,
 )
-from spinlock_fast.payload import array
 
 _ENTROPY_BINS = 50
 _SCORED_AT_ONCE = 16  # columns

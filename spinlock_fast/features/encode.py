@@ -13,14 +13,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spinlock_fast.config import ENCODER_PARAMS, FamilyConfig
+from spinlock_fast.config.schema import ENCODER_PARAMS, FamilyConfig
 from spinlock_fast.data.source import DatasetInfo, Source, as_float32
+from spinlock_fast.data.untrusted import shape_difference, shapes, texts
 from spinlock_fast.errors import ConfigError, DataError
 from spinlock_fast.features.encoders import Encoder, build_encoder, seeded_encoder
 from spinlock_fast.features.missing import column_medians, missing_report, raw_statistics
 from spinlock_fast.features.row_keys import row_keys
 from spinlock_fast.messages import shown
-from spinlock_fast.payload import shape_difference, shapes, texts
 
 log = logging.getLogger(__name__)
 

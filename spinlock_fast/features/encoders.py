@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from spinlock_fast.config import (
+from spinlock_fast.config.random_streams import seed_torch
+from spinlock_fast.config.schema import (
     EncoderParams,
     IdentityEncoderParams,
     MLPEncoderParams,
     TemporalCNNEncoderParams,
 )
-from spinlock_fast.seeds import seed_torch
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,

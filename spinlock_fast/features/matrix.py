@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from spinlock_fast.config import FeatureCleaningConfig
+from spinlock_fast.config.schema import FeatureCleaningConfig
 from spinlock_fast.features.cleaning import clip_bounds
 from spinlock_fast.features.normalize import Normalizer, fit_normalizer
 from spinlock_fast.features.statistics import mean_and_std, robust_scale

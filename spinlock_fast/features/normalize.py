@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from spinlock_fast.config.schema import TrainingConfig
+from spinlock_fast.data.untrusted import array, finite
 from spinlock_fast.errors import DataError
 from spinlock_fast.features.statistics import Matrix, mean_and_std, robust_scale
 from spinlock_fast.messages import shown
-from spinlock_fast.payload import array, finite
 
 _ROWS_AT_ONCE = 8192
 
@@ -79,3 +80,11 @@ def fit_normalizer(x: Matrix, method: Literal["standard", "mad"]) -> Normalizer:
     else:
         center, scale = mean_and_std(x)
     return Normalizer(method, center.astype(np.float64), np.where(scale > 0, scale, 1.0))
+
+
+def units(training: TrainingConfig) -> str:
+    """The units of normalised features, and so of their errors."""
+    return {
+        "standard": "standard deviations of the training rows",
+        "mad": "robust deviations (1.4826 MAD) of the training rows",
+    }[training.normalization_method]

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from spinlock_fast.features.selection import Selection
+from spinlock_fast.data.row_view import RowView
 
 Matrix = NDArray[np.float32] | NDArray[np.float64]
 Vector = NDArray[np.float64]
-Blocks = Matrix | Selection  # what can be read a few rows at a time
+Blocks = Matrix | RowView  # what can be read a few rows at a time
 Item = TypeVar("Item")
 
 MAD_TO_SIGMA = 1.4826  # standard deviations per MAD of a normal distribution

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from spinlock_fast.kernels.layout import CodebookLayout
 from spinlock_fast.kernels.vq_assign import vq_assign
-from spinlock_fast.module_state import FirstBatch
-from spinlock_fast.processes import Processes
+from spinlock_fast.quantize.module_state import FirstBatch
+from spinlock_fast.quantize.process_group import Processes
 
 # Seeding by k-means++ takes one pass over the rows per code; above this, codes start from distinct rows.
 _PLUS_PLUS_LIMIT = 1024

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from spinlock_fast.config import LevelConfig, Levels, parse_ratios
+from spinlock_fast.config.schema import LevelConfig, Levels, parse_ratios
 
 
 def size_codebooks(num_features: int, ratios: Sequence[float], uniform: bool = False) -> list[LevelConfig]:

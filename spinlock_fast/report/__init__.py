@@ -1,6 +1,5 @@
 """Dashboards of a checkpoint: engineering, topological, semantic. Needs the extra `report`."""
 
-from spinlock_fast.report.command import main
 from spinlock_fast.report.write import KINDS, write_report
 
-__all__ = ["KINDS", "main", "write_report"]
+__all__ = ["KINDS", "write_report"]

@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from spinlock_fast.checkpoint import CONFIG, HISTORY, METRICS, load_run_config
-from spinlock_fast.config import RunConfig
+from spinlock_fast.checkpoints.directory import CONFIG, HISTORY, METRICS, load_run_config
+from spinlock_fast.checkpoints.run_directory import find
+from spinlock_fast.config.schema import RunConfig
 from spinlock_fast.errors import ConfigError, DataError
 from spinlock_fast.features.names import count_families, family_of
-from spinlock_fast.metrics import Metrics
-from spinlock_fast.model import CategoricalHierarchicalVQVAE
+from spinlock_fast.models.metrics import Metrics
+from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE
 from spinlock_fast.report.run_files import read_history, read_metrics
-from spinlock_fast.run_directory import find
 from spinlock_fast.tokenizer import Tokenizer
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from spinlock_fast.config_file import read_text_file
+from spinlock_fast.config.loading import read_text_file
 from spinlock_fast.errors import ConfigError, DataError
 from spinlock_fast.messages import one_line, shown
 

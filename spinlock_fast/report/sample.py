@@ -10,17 +10,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from spinlock_fast.config import TrainingConfig
+from spinlock_fast.config.random_streams import VERSION, streams_of
+from spinlock_fast.config.schema import TrainingConfig
+from spinlock_fast.data.host_rows import place_rows
+from spinlock_fast.data.row_view import RowView
+from spinlock_fast.data.split import split_rows
 from spinlock_fast.errors import DataError
 from spinlock_fast.features.categories import category_correlation, max_off_diagonal
-from spinlock_fast.features.selection import Selection
 from spinlock_fast.features.statistics import correlation
-from spinlock_fast.input_check import InputCheck, row_errors
-from spinlock_fast.metrics import complete, evaluate
+from spinlock_fast.models.input_check import InputCheck, row_errors
+from spinlock_fast.models.metrics import complete, evaluate
 from spinlock_fast.report.contents import Contents
-from spinlock_fast.rows import place_rows
-from spinlock_fast.seeds import VERSION, streams_of
-from spinlock_fast.trainer import split_rows
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ def measure_sample(contents: Contents, data: str | list[str]) -> Sample:
     )
     if not contents.metrics:
         training = contents.config.training if contents.config else TrainingConfig()
-        contents.metrics = evaluate(tokenizer.model, place_rows(Selection(x), tokenizer.device), training)
+        contents.metrics = evaluate(tokenizer.model, place_rows(RowView(x), tokenizer.device), training)
         complete(
             contents.metrics,
             tokenizer.model,

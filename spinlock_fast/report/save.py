@@ -6,7 +6,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from spinlock_fast.files import write_atomically
+from spinlock_fast.output.atomic_files import write_atomically
 
 _METADATA = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}
 

@@ -48,12 +48,12 @@ def write_report(
         import sklearn  # noqa: F401 - here, to fail before the work
     except ImportError as error:
         raise SpinlockFastError(f"{error.name} is not installed: pip install 'spinlock-fast[report]'") from None
-    from spinlock_fast.files import check_writable
-    from spinlock_fast.locks import directory_written_by_one
+    from spinlock_fast.device import resolve_device
+    from spinlock_fast.output.atomic_files import check_writable
+    from spinlock_fast.output.locks import directory_written_by_one
     from spinlock_fast.report.contents import read_contents
     from spinlock_fast.report.save import save_figure
     from spinlock_fast.report.style import RC
-    from spinlock_fast.trainer import resolve_device
 
     contents = read_contents(checkpoint, resolve_device(device))
     check_writable(Path(output))

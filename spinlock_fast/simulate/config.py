@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from spinlock_fast.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
-from spinlock_fast.config_file import read_yaml
+from spinlock_fast.config.loading import read_yaml
+from spinlock_fast.config.schema import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 from spinlock_fast.errors import ConfigError
 from spinlock_fast.messages import shown
 

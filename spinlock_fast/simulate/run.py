@@ -11,13 +11,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from spinlock_fast.device import resolve_device
 from spinlock_fast.errors import ConfigError, Interrupted
-from spinlock_fast.signals import handling
+from spinlock_fast.interrupts import handling
 from spinlock_fast.simulate.config import GeneratorConfig
 from spinlock_fast.simulate.progress import ProgressDisplay
 from spinlock_fast.simulate.simulator import Rows, Simulator, concatenated
 from spinlock_fast.simulate.writer import CHUNK_ROWS, Writer
-from spinlock_fast.trainer import resolve_device
 
 
 def generate(

@@ -18,17 +18,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from spinlock_fast.descriptors.per_step import StepFeatures, joined
+from spinlock_fast.descriptors.registry import PER_TRAJECTORY
+from spinlock_fast.descriptors.sensitivity import sensitivity_features
+from spinlock_fast.descriptors.spectral import Wavenumbers
+from spinlock_fast.descriptors.trajectory import trajectory_features
 from spinlock_fast.errors import SpinlockFastError
+from spinlock_fast.kernels._common.single_thread import single_thread
 from spinlock_fast.simulate.config import GeneratorConfig
-from spinlock_fast.simulate.features.registry import PER_TRAJECTORY
-from spinlock_fast.simulate.features.sensitivity import sensitivity_features
-from spinlock_fast.simulate.features.spectral import Wavenumbers
-from spinlock_fast.simulate.features.steps import StepFeatures, joined
-from spinlock_fast.simulate.features.trajectory import trajectory_features
 from spinlock_fast.simulate.noise import Purpose, generator
 from spinlock_fast.simulate.parameters import Theta, ThetaSequence
 from spinlock_fast.simulate.rollout import TILE, Rollout
-from spinlock_fast.single_thread import single_thread
 
 Array = NDArray[np.float32]
 _TILES_A_WORKER = 8  # starting a process takes as long as simulating a few

@@ -20,18 +20,13 @@ from typing import Any
 import h5py
 import numpy as np
 
-from spinlock_fast.config import DEFAULT_DATASETS
+from spinlock_fast.config.schema import DEFAULT_DATASETS
+from spinlock_fast.descriptors.registry import aggregated_names, registry, temporal_names, trajectory_names
 from spinlock_fast.errors import ConfigError, DataError, OutputError
-from spinlock_fast.files import check_no_link, check_regular, check_writable, reserve, sync_directory
-from spinlock_fast.hdf5_output import new_file
-from spinlock_fast.locks import locked
+from spinlock_fast.output.atomic_files import check_no_link, check_regular, check_writable, reserve, sync_directory
+from spinlock_fast.output.hdf5_files import new_file
+from spinlock_fast.output.locks import locked
 from spinlock_fast.simulate.config import GeneratorConfig
-from spinlock_fast.simulate.features.registry import (
-    aggregated_names,
-    registry,
-    temporal_names,
-    trajectory_names,
-)
 from spinlock_fast.simulate.parameters import PARAMETER_NAMES, ThetaSequence
 from spinlock_fast.simulate.simulator import Rows, aggregate
 

@@ -22,7 +22,7 @@ from spinlock_fast.analysis import AnalysisConfig, analyze_observations, write_t
 from spinlock_fast.analysis.observations import distances, observe
 from spinlock_fast.analysis.words import association_grid, code_lines, mute_codebooks, print_analysis, unused_codes
 from spinlock_fast.analyze import main as analyze_main
-from spinlock_fast.cli import main as dispatch
+from spinlock_fast.commands.main import main as dispatch
 from spinlock_fast.errors import ConfigError
 from spinlock_fast.train import main as train_main
 

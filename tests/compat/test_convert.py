@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spinlock_fast import Tokenizer, load_checkpoint
-from spinlock_fast.checkpoint import load_run_config
-from spinlock_fast.config import MLPEncoderParams, TemporalCNNEncoderParams
+from spinlock_fast.checkpoints.directory import load_run_config
+from spinlock_fast.config.schema import MLPEncoderParams, TemporalCNNEncoderParams
 from spinlock_fast.convert import main as convert_main
 from spinlock_fast.features.encoders import build_encoder
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from spinlock_fast import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig, from_pretrained_codebook
-from spinlock_fast.checkpoint import BEST, model_payload, save_torch
+from spinlock_fast.checkpoints.directory import BEST, model_payload, save_torch
 from spinlock_fast.compat import VectorQuantizer
 from spinlock_fast.errors import DataError
 

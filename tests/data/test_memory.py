@@ -18,7 +18,7 @@ _PEAK = """
 import sys
 import numpy as np
 import torch
-from spinlock_fast.config import FamilyConfig, IdentityEncoderParams
+from spinlock_fast.config.schema import FamilyConfig, IdentityEncoderParams
 from spinlock_fast.data import HDF5Loader
 from spinlock_fast.data.source import Source
 from spinlock_fast.features.encode import encode_blocks, make_encoders

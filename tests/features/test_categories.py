@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import silhouette_score
 
-from spinlock_fast.config import TrainingConfig
+from spinlock_fast.config.schema import TrainingConfig
 from spinlock_fast.errors import ConfigError, DataError
 from spinlock_fast.features import categories
 from spinlock_fast.features.categories import (

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from spinlock_fast.config import FeatureCleaningConfig
+from spinlock_fast.config.schema import FeatureCleaningConfig
 from spinlock_fast.errors import DataError
 from spinlock_fast.features.cleaning import FeatureCleaner, clip_bounds, fit_cleaner, informativeness
 

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from spinlock_fast.config import FamilyConfig, MLPEncoderParams, TemporalCNNEncoderParams
+from spinlock_fast.config.schema import FamilyConfig, MLPEncoderParams, TemporalCNNEncoderParams
 from spinlock_fast.data.memory import BatchMemory
 from spinlock_fast.data.source import DatasetInfo, Source
 from spinlock_fast.errors import ConfigError, DataError

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from spinlock_fast.config import IdentityEncoderParams, MLPEncoderParams, TemporalCNNEncoderParams
+from spinlock_fast.config.schema import IdentityEncoderParams, MLPEncoderParams, TemporalCNNEncoderParams
 from spinlock_fast.features.encoders import build_encoder, seeded_encoder
 
 KINDS = [

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from spinlock_fast.config import FamilyConfig, FeatureCleaningConfig, MLPEncoderParams
+from spinlock_fast.config.schema import FamilyConfig, FeatureCleaningConfig, MLPEncoderParams
 from spinlock_fast.data.source import Source
 from spinlock_fast.features import missing as module
 from spinlock_fast.features.cleaning import fit_cleaner

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from spinlock_fast.optimizer import FusedAdam
+from spinlock_fast.training.optimizer import FusedAdam
 
 pytest.importorskip("triton", reason="the package triton is not installed here")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spinlock_fast.config import LevelConfig, parse_ratios
+from spinlock_fast.config.schema import LevelConfig, parse_ratios
 from spinlock_fast.quantize import resolve_levels, size_codebooks
 
 GOLDEN = [4, 16, 15, 13, 32, 28, 20, 10, 11, 14, 9]

@@ -14,8 +14,9 @@ import torch
 from dashboards import synthetic_checkpoint
 from helpers import write_dataset
 
-from spinlock_fast.cli import main as spinlock_fast_main
-from spinlock_fast.report import KINDS, main, write_report
+from spinlock_fast.commands.main import main as spinlock_fast_main
+from spinlock_fast.report import KINDS, write_report
+from spinlock_fast.report.__main__ import main
 from spinlock_fast.report.contents import read_contents
 from spinlock_fast.report.sample import measure_sample
 

@@ -20,9 +20,9 @@ import pytest
 import torch
 
 from spinlock_fast.data.source import Source
+from spinlock_fast.descriptors.registry import aggregated_names, temporal_names, trajectory_names
 from spinlock_fast.errors import ConfigError, DataError, Interrupted, OutputError
 from spinlock_fast.simulate.config import GeneratorConfig
-from spinlock_fast.simulate.features.registry import aggregated_names, temporal_names, trajectory_names
 from spinlock_fast.simulate.run import generate
 from spinlock_fast.simulate.simulator import Rows, Simulator, aggregate, concatenated
 from spinlock_fast.simulate.writer import Writer

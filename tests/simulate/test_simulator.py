@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from spinlock_fast.descriptors.registry import temporal_names, trajectory_names
 from spinlock_fast.errors import SpinlockFastError
 from spinlock_fast.simulate import simulator as simulator_module
 from spinlock_fast.simulate.config import GeneratorConfig
-from spinlock_fast.simulate.features.registry import temporal_names, trajectory_names
 from spinlock_fast.simulate.operators import OperatorTile, draw_weights
 from spinlock_fast.simulate.parameters import Theta
 from spinlock_fast.simulate.rollout import Rollout

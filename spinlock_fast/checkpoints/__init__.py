@@ -1,0 +1,1 @@
+"""Checkpoint directories: what a run leaves on disk, how it is written, checked and read back."""

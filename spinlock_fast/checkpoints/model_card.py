@@ -1,0 +1,153 @@
+"""The model card that a run leaves beside its checkpoint: README.md."""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+
+from spinlock_fast.config.schema import RunConfig
+from spinlock_fast.messages import printable
+from spinlock_fast.models.metrics import Metrics
+
+
+def model_card(metrics: Metrics, config: RunConfig) -> str:
+    """What the tokenizer is, what it was fitted to, how good it is, how it is used, and where it ends.
+
+    Sections as Mitchell et al. (2019) ask for; only what the run measured or was told.
+    """
+    categories = metrics["categories"]
+    tokens = sum(len(category["codes"]) for category in categories)
+    versions = metrics["versions"]
+    return f"""---
+library_name: spinlock-fast
+tags: [vector-quantization, vq-vae, tokenizer, dynamical-systems]
+---
+
+# Behavioural tokenizer
+
+Turns the features of a simulated dynamical system into {tokens} discrete tokens: {len(categories)} categories of
+correlated features, each with codebooks from coarse to fine, {metrics["total_codes"]} codes in all. A categorical
+hierarchical VQ-VAE with {metrics["parameters"]:,} parameters, made by spinlock-fast {versions["spinlock_fast"]}.
+
+## Use
+
+```python
+from spinlock_fast import Tokenizer
+
+tokenizer = Tokenizer.from_checkpoint("this directory")
+tokens = tokenizer.encode("data.h5")  # [N, {tokens}], from raw HDF5
+features = tokenizer.decode(tokens)  # [N, {metrics["features"]}], named by tokenizer.feature_names
+```
+
+```bash
+python -m spinlock_fast.tokenize CKPT_DIR data.h5 --output tokens.h5
+python -m spinlock_fast.evaluate CKPT_DIR data.h5
+python -m spinlock_fast.analyze CKPT_DIR data.h5 --output analysis   # what each token means
+```
+
+## Data
+
+{metrics["samples"]:,} operators of {_data(config)}, of which {metrics["val_rows"]:,} were held out for validation.
+Seed {config.random_seed}. Each family of raw features goes through a network with frozen random weights, or stays as
+it is:
+
+| family | encoder | columns standardised first |
+|---|---|---|
+{_families(config)}
+
+Cleaning (constant and duplicate columns dropped, outliers clipped), categories and normalisation were fitted to the
+training rows alone. `config.yaml` holds every setting and trains the same model again.
+
+## Quality
+
+On the {metrics["val_rows"]:,} held-out operators, at epoch {metrics["best_epoch"]} of {metrics["epochs"]}, which was
+chosen by their loss:
+
+| metric | value | means |
+|---|---|---|
+| quality | {metrics["quality"]:.4f} | 1 - reconstruction error, 0 at least |
+| reconstruction error | {metrics["reconstruction_error"]:.4f} | mean squared error; 1: always the mean |
+| utilization | {metrics["utilization"]:.3f} | share of codes in use, mean over codebooks |
+| perplexity / K | {metrics["perplexity_over_k"]:.3f} | 1 where all codes are used equally |
+| codes in use | {metrics["active_codes"]} of {metrics["total_codes"]} | |
+| distances kept | {metrics["topo_pre"]:.3f}, {metrics["topo_post"]:.3f} | correlation of distances between operators: \
+features with latents, latents with codes |
+| category correlation | {metrics["category_correlation_max"]:.3f} | largest mean absolute one of two \
+categories' features |
+
+## Categories
+
+| category | features | families | error from one codebook alone | utilization by level | codes by level |
+|---|---|---|---|---|---|
+{_categories(metrics)}
+{_outside(metrics)}
+Tokens are in this order, level by level: {_token_names(metrics)}.
+
+## Limits
+
+- It knows operators like those it was fitted to. Features far outside their range are clipped and get the nearest
+  code, whatever that means. `evaluate`, `tokenize` and `analyze` warn of such data; look at `evaluate` first.
+- Tokens are numbers of this checkpoint. Those of another run, even of another seed, are other numbers.
+- A code that few operators have is little tested: {metrics["total_codes"] - metrics["active_codes"]} of the codes were
+  used by no held-out operator.
+- What a token stands for is not known until it is measured; names such as cluster_1 carry no meaning.
+
+Trained on {metrics["device"]} in {metrics["seconds"]["total"]:.0f} s with torch {versions["torch"]}. All figures:
+`metrics.json`; by epoch: `training_history.json`.
+"""
+
+
+def _data(config: RunConfig) -> str:
+    paths = config.dataset_path
+    if paths is None:
+        return "a matrix given in Python"
+    names = [f"`{_code(Path(path).name)}`" for path in ([paths] if isinstance(paths, str) else paths)]
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more files" if len(names) > 4 else "")
+
+
+def _families(config: RunConfig) -> str:
+    return "\n".join(
+        f"| {_text(name)} | {family.encoder} | {'yes' if family.standardize else 'no'} |"
+        for name, family in config.families.items()
+    )
+
+
+def _categories(metrics: Metrics) -> str:
+    return "\n".join(
+        f"| {_text(c['name'])} | {c['features']} | "
+        f"{', '.join(f'{_text(name)} {n}' for name, n in c.get('families', {}).items())} | "
+        f"{c['partial_mse']:.4f} | {' / '.join(f'{u:.2f}' for u in c['utilization'])} | "
+        f"{' / '.join(str(k) for k in c['codes'])} |"
+        for c in metrics["categories"]
+    )
+
+
+def _outside(metrics: Metrics) -> str:
+    """A paragraph on features in no category; empty where there are none."""
+    categories = metrics["categories"]
+    count = metrics["features"] - sum(category["features"] for category in categories)
+    if not count:
+        return ""
+    readers = [f"{_text(c['name'])} reads {len(c['also_reads'])}" for c in categories if c["also_reads"]]
+    read = f" ({', '.join(readers)} of them as well)" if readers else ""
+    return f"\n{count} more of the features are in no category{read}: they are reconstructed from all codes.\n"
+
+
+def _token_names(metrics: Metrics) -> str:
+    names = [f"{_text(c['name'])}/L{level}" for c in metrics["categories"] for level in range(len(c["codes"]))]
+    return ", ".join(names if len(names) <= 6 else [*names[:4], "...", names[-1]])
+
+
+_MARKDOWN = str.maketrans({c: f"\\{c}" for c in "\\`*[]|~#$"})
+
+
+def _code(name: str) -> str:
+    """A name between backticks, where Markdown interprets nothing but a backtick."""
+    return printable(name).replace("`", "'")
+
+
+def _text(name: str, most: int = 80) -> str:
+    """A name from the data or the settings, so that no character of it is markup."""
+    name = printable(name)
+    name = name if len(name) <= most else f"{name[: most // 2]}...{name[-most // 2 :]}"
+    return escape(name.translate(_MARKDOWN))

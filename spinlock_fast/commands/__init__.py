@@ -1,0 +1,1 @@
+"""What the commands share: arguments, terminal output, exit statuses, the dry run."""

@@ -1,0 +1,226 @@
+"""What a person sees in the terminal: progress, messages, the summary."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from spinlock_fast.checkpoints.run_directory import TENSORBOARD
+from spinlock_fast.commands.tensorboard import ScalarFile
+from spinlock_fast.config.schema import LoggingConfig
+from spinlock_fast.models.metrics import Metrics
+from spinlock_fast.training.observer import EpochRecord
+
+_PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal
+
+
+class RunDisplay:
+    """Shows a run: bars in a terminal, a line every ten seconds elsewhere, nothing when quiet.
+
+    A context manager. With a directory it also writes TensorBoard scalars, where `tensorboard` is
+    installed or asked for.
+    """
+
+    def __init__(self, quiet: bool, logging_config: LoggingConfig, directory: Path | None = None) -> None:
+        self.quiet = quiet
+        self.console = Console(stderr=True, highlight=False)
+        self._live = self.console.is_terminal and not quiet
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._last_line = 0.0
+        self._rows = 0
+        self._epochs = 0
+        self._latest: dict[str, float] = {}
+        self._directory = directory
+        self._logging = logging_config
+        self._writer: ScalarFile | None = None
+        self._logger = logging.getLogger("spinlock_fast")
+        self._handler = RichHandler(console=self.console, show_time=False, show_path=False)
+        self._before = (self._logger.level, self._logger.propagate)
+
+    def __enter__(self) -> RunDisplay:
+        self._logger.addHandler(self._handler)
+        self._logger.setLevel("ERROR" if self.quiet else self._logging.level.upper())
+        self._logger.propagate = False
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.training_finished()
+        self._logger.removeHandler(self._handler)
+        self._logger.setLevel(self._before[0])
+        self._logger.propagate = self._before[1]
+
+    def stage(self, text: str) -> None:
+        """Names what happens next."""
+        self._end_bar()
+        if not self.quiet:
+            self.console.print(text)
+
+    def encoded(self, family: str, done: int, rows: int) -> None:
+        """Progress of reading and encoding one family."""
+        if self._live:
+            if self._progress is None or self._progress.tasks[-1].description != family:
+                self._start_bar(family, rows, "")
+            self._update(done, "")
+        elif done == rows or self._line_due():
+            self._line(f"  {family}: {done:,} of {rows:,} samples")
+
+    def training_started(self, epochs: int, first_epoch: int, rows: int) -> None:
+        """The loop begins (or goes on) at an epoch."""
+        self._rows, self._epochs = rows, epochs
+        self._writer = _tensorboard(self._directory, self._logging)
+        if self._live:
+            self._start_bar("epochs", epochs, "")
+            self._update(first_epoch, "")
+
+    def epoch_finished(self, record: EpochRecord) -> None:
+        """One more epoch."""
+        if record.validation is not None:
+            self._latest = record.validation
+        text = f"loss {record.train_loss:.4f}"
+        if self._latest:
+            text += f"  quality {self._latest['quality']:.4f}  utilization {self._latest['utilization']:.3f}"
+        text += f"  {self._rows / max(record.seconds, 1e-9):,.0f} samples/s"
+        if self._live:
+            self._update(record.epoch, text)
+        elif record.epoch == self._epochs or self._line_due():
+            self._line(f"  epoch {record.epoch}/{self._epochs}  {text}")
+        if self._writer is not None:
+            self._write_scalars(self._writer, record)
+
+    def training_finished(self) -> None:
+        """No epoch follows: the bar ends, and the TensorBoard file is closed."""
+        self._end_bar()
+        if self._writer is not None:
+            writer, self._writer = self._writer, None
+            writer.close()
+
+    def save(self, state: dict[str, Any]) -> None:
+        """States are kept elsewhere."""
+
+    def _start_bar(self, text: str, total: int, fields: str) -> None:
+        self._end_bar()
+        self._progress = Progress(
+            TextColumn("  {task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[text]}"),
+            console=self.console,
+        )
+        self._task = self._progress.add_task(text, total=total, text=fields)
+        self._progress.start()
+
+    def _update(self, done: int, text: str) -> None:
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=done, text=text)
+
+    def _end_bar(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        self._progress = self._task = None
+
+    def _line_due(self) -> bool:
+        return time.monotonic() - self._last_line >= _PLAIN_SECONDS
+
+    def _line(self, text: str) -> None:
+        self._last_line = time.monotonic()
+        if not self.quiet:
+            self.console.print(text, soft_wrap=True)
+
+    def _write_scalars(self, writer: ScalarFile, record: EpochRecord) -> None:
+        values = {"train/loss": record.train_loss, "train/utilization": record.utilization}
+        values |= {f"train/{name}": value for name, value in record.terms.items()}
+        values |= {f"validation/{name}": value for name, value in (record.validation or {}).items()}
+        writer.add(values, record.epoch)
+
+
+def _tensorboard(directory: Path | None, config: LoggingConfig) -> ScalarFile | None:
+    if directory is None or config.tensorboard is False:
+        return None
+    try:
+        return ScalarFile(directory / TENSORBOARD)
+    except ImportError:
+        if config.tensorboard:
+            logging.getLogger(__name__).warning(
+                "logging.tensorboard is true, but it is not installed: pip install 'spinlock-fast[tensorboard]'"
+            )
+        return None
+
+
+def print_summary(metrics: Metrics, console: Console | None = None) -> None:
+    """The figures of a run and a row per category, on standard output."""
+    console = console or Console(highlight=False, width=None if sys.stdout.isatty() else 80)
+    figures = Table.grid(padding=(0, 2))
+    rows = [
+        ("quality", f"{metrics['quality']:.4f}"),
+        ("reconstruction error", f"{metrics['reconstruction_error']:.4f}"),
+        ("utilization", f"{metrics['utilization']:.3f}"),
+        ("perplexity / K", f"{metrics['perplexity_over_k']:.3f}"),
+        ("distances kept", f"{metrics['topo_pre']:.3f} by latents, {metrics['topo_post']:.3f} by codes"),
+        ("loss, all terms", f"{metrics['val_loss']:.4f}"),
+        ("codes in use", f"{metrics['active_codes']} of {metrics['total_codes']}"),
+    ]
+    if compared := metrics.get("compared_with_training"):
+        outside, usual = compared["outside_range"], compared["outside_range_in_training"]
+        rows.append(("outside training", f"{outside:.1%} of features ({usual:.1%} in training)"))
+    if "parameters" in metrics:
+        rows.append(("parameters", f"{metrics['parameters']:,}"))
+    if "best_epoch" in metrics:
+        rows.append(("epochs", f"{metrics['epochs']}, best {metrics['best_epoch']}"))
+    if "seconds" in metrics:
+        rows.append(("seconds", ", ".join(f"{name} {value:.1f}" for name, value in metrics["seconds"].items())))
+    for name, value in rows:
+        figures.add_row(f"  {name}", value)
+    console.print(f"\nMeasured on {describe_rows(metrics)}")
+    console.print(figures)
+
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column("category", no_wrap=True)
+    table.add_column("features", justify="right")
+    table.add_column("families")
+    for name in ("purity", "MSE", "utilization", "codes"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for category in metrics["categories"]:
+        families = category.get("families", {})
+        table.add_row(
+            escape(category["name"]),
+            str(category["features"]),
+            escape(", ".join(f"{name[:3].upper()} {count}" for name, count in families.items())),
+            f"{category['purity']:.0%}" if "purity" in category else "",
+            f"{category['partial_mse']:.4f}",
+            " ".join(f"{value:.2f}" for value in category["utilization"]),
+            " ".join(f"{k:2d}" for k in category["codes"]),
+        )
+    console.print()
+    console.print(table)
+    console.print("MSE: own features from one codebook alone; levels in the order L0, L1, L2\n", style="dim")
+
+
+def describe_rows(metrics: Metrics) -> str:
+    """Which rows metrics rest on, such as "77 held-out samples"."""
+    count, trained = metrics["val_rows"], metrics.get("trained_rows")
+    names = {"heldout": "held-out ", "train": "training ", "validation": "validation ", "test": "test "}
+    text = f"{count:,} {names.get(metrics.get('rows', ''), '')}samples"
+    if metrics.get("rows") != "all":
+        return text
+    return f"all {text}" if trained is None else f"all {text}, of which {trained:,} were trained on"

@@ -1,0 +1,355 @@
+"""Reading a run's settings from YAML, with errors that name the key."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import stat
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from spinlock_fast.config.schema import ENCODER_PARAMS, FamilyConfig, LevelConfig, RunConfig, Section
+from spinlock_fast.errors import ConfigError
+from spinlock_fast.messages import one_line, shown
+
+# Of the file, and of the tree of values that its aliases expand to.
+_MAX_BYTES = 16_000_000
+_MAX_NODES = 1_000_000
+
+
+class BoundedLoader(yaml.SafeLoader):
+    """SafeLoader that bounds what aliases expand to.
+
+    A value that Python cannot hold (a date without such a month, an integer of 5,000 digits) is a ConstructorError.
+    """
+
+    def get_single_node(self) -> yaml.Node | None:
+        node: yaml.Node | None = super().get_single_node()
+        if node is not None:
+            _check_expansion(node)
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except ValueError as error:
+            raise yaml.constructor.ConstructorError(None, None, one_line(error), node.start_mark) from None
+
+
+class _Loader(BoundedLoader):
+    """A loader that reads 1e-8 as a number (YAML 1.2) and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable) and key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+            if isinstance(key, Hashable):
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _check_expansion(root: yaml.Node) -> None:
+    """Raises where an alias refers to a value that contains it, or where aliases expand to too many values."""
+    sizes: dict[int, int] = {}  # values of the tree under a node, by its id
+    open_nodes: set[int] = set()
+    stack = [root]
+    while stack:
+        node = stack[-1]
+        children = _children(node)
+        if id(node) in sizes:
+            stack.pop()
+        elif id(node) in open_nodes:
+            stack.pop()
+            open_nodes.discard(id(node))
+            sizes[id(node)] = 1 + sum(sizes[id(child)] for child in children)
+            if sizes[id(node)] > _MAX_NODES:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"aliases expand to more than {_MAX_NODES:,} values", node.start_mark
+                )
+        else:
+            open_nodes.add(id(node))
+            if any(id(child) in open_nodes for child in children):
+                raise yaml.constructor.ConstructorError(
+                    None, None, "an alias refers to a value that contains it", node.start_mark
+                )
+            stack += children
+
+
+def _children(node: yaml.Node) -> list[yaml.Node]:
+    if isinstance(node, yaml.MappingNode):
+        return [part for pair in node.value for part in pair]
+    return list(node.value) if isinstance(node, yaml.SequenceNode) else []
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes a text which `_Loader` would read as a number."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+        list("-+.0123456789"),
+    )
+
+
+def parse_yaml(text: str, loader: type[BoundedLoader] = _Loader) -> Any:
+    """The value of a YAML text; raises yaml.YAMLError."""
+    try:
+        return yaml.load(text, Loader=loader)
+    except RecursionError:
+        raise yaml.YAMLError("values are nested too deeply") from None
+
+
+def read_text_file(path: Path, what: str = "file") -> str:
+    """The text of a settings file.
+
+    Raises:
+        ConfigError: no such `what`, not a regular file (a pipe, a device), too large, or not UTF-8.
+    """
+    try:
+        mode = path.stat()
+        if stat.S_ISDIR(mode.st_mode):
+            raise ConfigError(f"{path}: is a directory, not a file")
+        if not stat.S_ISREG(mode.st_mode):
+            raise ConfigError(f"{path}: is not a regular file")
+        if mode.st_size > _MAX_BYTES:
+            raise ConfigError(
+                f"{path}: holds {mode.st_size:,} bytes, more than the {_MAX_BYTES:,} of any settings file"
+            )
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such {what}") from None
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a path with a null character
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else one_line(error)
+        raise ConfigError(f"{one_line(path)}: cannot be read: {reason}") from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys of a YAML file, none for an empty one; raises ConfigError with one line."""
+    text = read_text_file(path, "configuration file")
+    try:
+        data = parse_yaml(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {one_line(error)}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected sections and keys, got a {type(data).__name__}")
+    return data
+
+
+def load_config(path: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -> RunConfig:
+    """Reads a YAML file and applies overrides.
+
+    Args:
+        path: YAML file with the sections of `RunConfig`.
+        overrides: texts such as "training.num_epochs=5" (the right side is YAML), or a mapping
+            from dotted key to value.
+
+    Returns:
+        The checked settings; `output_dir` is filled in from the file's name when absent.
+
+    Raises:
+        ConfigError: one line naming the key, what was given and what is allowed.
+    """
+    path = Path(path)
+    data = read_yaml(path)
+    # A section with nothing under it is an empty one.
+    data = {key: {} if value is None and _is_section(key) else value for key, value in data.items()}
+    pairs = _parse_overrides(overrides)
+    if "families" not in data and any(key.startswith("families.") for key, _ in pairs):
+        data["families"] = RunConfig().model_dump(mode="json")["families"]
+    for key, value in pairs:
+        _set_dotted(data, key, value)
+    config = check_config(data, source=str(path))
+    if config.output_dir is None:
+        output = config.training.checkpoint_dir or f"checkpoints/{path.stem}"
+        config = config.model_copy(update={"output_dir": output})
+    return config
+
+
+def load_written_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """`load_config` of the file that a run wrote; one from before `feature_cleaning.nan_fill` was made with zero."""
+    # A run writes every setting into its file.
+    older = path.is_file() and not re.search(r"^ +nan_fill:", path.read_text("utf-8", "replace"), re.MULTILINE)
+    return load_config(path, [*(["feature_cleaning.nan_fill=zero"] if older else []), *overrides])
+
+
+def _is_section(key: str) -> bool:
+    field = RunConfig.model_fields.get(key)
+    return field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+
+
+def check_config(data: Mapping[str, Any], source: str = "configuration") -> RunConfig:
+    """`RunConfig` from plain data; raises ConfigError with one line."""
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        # A misspelt key also leaves its proper form missing: name the misspelling.
+        problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ConfigError(f"{source}: {_describe(problems[0], data)}{more}") from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """YAML text that `load_config` reads back to the same settings."""
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def apply_overrides(config: RunConfig, overrides: Sequence[str] | Mapping[str, Any]) -> RunConfig:
+    """The settings with some of them replaced; raises ConfigError."""
+    data = config.model_dump(mode="json")
+    for key, value in _parse_overrides(overrides):
+        _set_dotted(data, key, value)
+    return check_config(data)
+
+
+def help_text() -> str:
+    """Every key with its type, default and description."""
+    lines: list[str] = []
+    _help_section(RunConfig, "", lines)
+    for name, params in ENCODER_PARAMS.items():
+        lines.append(f"\nfamilies.<name>.encoder_params of {name}:")
+        _help_section(params, "  ", lines)
+    return "\n".join(lines)
+
+
+def _help_section(section: type[BaseModel], indent: str, lines: list[str]) -> None:
+    for key, field in section.model_fields.items():
+        inner = field.annotation
+        nested = inner if isinstance(inner, type) and issubclass(inner, Section) else None
+        family = get_args(inner)[1] if get_origin(inner) is dict and key == "families" else None
+        if nested is not None or family is not None:
+            lines.append(f"\n{indent}{key}:{'  # ' + (field.description or '')}")
+            if nested is not None:
+                _help_section(nested, indent + "  ", lines)
+            elif family is not None:
+                lines.append(f"{indent}  <name>:")
+                _help_section(family, indent + "    ", lines)
+            continue
+        default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
+        if isinstance(default, str) and default.endswith("Params()"):
+            default = "{}"
+        lines.append(f"{indent}{key}  ({_type_name(inner)}, default {default})")
+        lines.append(f"{indent}    {field.description}")
+
+
+def _type_name(annotation: Any) -> str:
+    origin = get_origin(annotation)
+    if annotation is type(None):
+        return "null"
+    if origin is None:
+        return getattr(annotation, "__name__", str(annotation))
+    args = get_args(annotation)
+    if str(origin) == "typing.Literal":
+        return " | ".join(str(arg) for arg in args)
+    if str(origin) in ("typing.Annotated",):
+        return _type_name(args[0])
+    if origin in (list, dict, tuple):
+        return f"{origin.__name__}[{', '.join(_type_name(arg) for arg in args)}]"
+    return " | ".join(_type_name(arg) for arg in args)
+
+
+def _parse_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> list[tuple[str, Any]]:
+    if isinstance(overrides, Mapping):
+        return list(overrides.items())
+    pairs: list[tuple[str, Any]] = []
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"--set {text}: expected key=value, such as training.num_epochs=5")
+        try:
+            # A leading * is a glob here, not a YAML alias.
+            pairs.append((key.strip(), value if value.lstrip().startswith("*") else parse_yaml(value)))
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {text}: not valid YAML: {one_line(error)}") from None
+    return pairs
+
+
+def _set_dotted(data: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        child = data.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"{dotted}: {parent} holds a value, not a section")
+        data = child
+    data[last] = value
+
+
+def _describe(problem: ErrorDetails, data: Mapping[str, Any]) -> str:
+    keys = _keys(problem["loc"], data, problem["type"] == "missing")
+    place = ".".join(keys)
+    if problem["type"] == "extra_forbidden":
+        return f"{place}: unknown key{_suggest(keys, data)}"
+    if problem["type"] == "missing":
+        return f"{place}: required, not given"
+    message = problem["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:] if message.startswith(("Input", "Value")) else message
+    if problem["type"] == "value_error" and not place:
+        return message
+    given = problem["input"]
+    nearest = ""
+    if problem["type"] == "literal_error" and isinstance(given, str):
+        allowed = re.findall(r"'([^']+)'", problem.get("ctx", {}).get("expected", ""))
+        close = difflib.get_close_matches(given, allowed, 1)
+        nearest = f"; did you mean {close[0]!r}?" if close else ""
+    if problem["type"] == "value_error":
+        return f"{place}: {message}" + ("" if isinstance(given, dict) else f", got {shown(given)}")
+    return f"{place}: {message}, got {shown(given)} ({type(given).__name__}){nearest}"
+
+
+_ABSENT = object()
+
+
+def _keys(loc: tuple[int | str, ...], data: Any, missing: bool) -> list[str]:
+    """The user's keys in a path; pydantic mixes the names of union members into it."""
+    keys: list[str] = []
+    for part in loc:
+        child = _child(data, part)
+        if child is not _ABSENT:
+            data = child
+        elif not (missing and part == loc[-1]):
+            continue
+        keys.append(str(part))
+    return keys
+
+
+def _child(data: Any, part: int | str) -> Any:
+    if isinstance(data, Mapping):
+        return data.get(part, _ABSENT)
+    if isinstance(data, list) and isinstance(part, int) and part < len(data):
+        return data[part]
+    return _ABSENT
+
+
+def _suggest(keys: list[str], data: Mapping[str, Any]) -> str:
+    """What an unknown key may have been meant to be."""
+    allowed = list(_section_at(keys[:-1], data).model_fields)
+    close = difflib.get_close_matches(keys[-1], allowed, 1)
+    if close:
+        return f"; did you mean {close[0]!r}? (--help-config lists all)"
+    return f"; allowed: {', '.join(allowed) or 'no keys at all'}"
+
+
+def _section_at(keys: list[str], data: Mapping[str, Any]) -> type[BaseModel]:
+    match keys:
+        case ["families", _]:
+            return FamilyConfig
+        case ["families", name, "encoder_params"]:
+            return ENCODER_PARAMS[data["families"][name]["encoder"]]
+        case ["model", "levels", *_]:
+            return LevelConfig
+        case [name] if isinstance(section := RunConfig.model_fields[name].annotation, type):
+            return section
+    return RunConfig

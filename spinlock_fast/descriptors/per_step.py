@@ -1,0 +1,127 @@
+"""What is kept of every state: the 63 TEMPORAL features and the series that the trajectory features need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spinlock_fast.descriptors.cross_channel import cross_channel_features
+from spinlock_fast.descriptors.registry import SCALES, SPATIAL
+from spinlock_fast.descriptors.spatial import spatial_features, total_variation
+from spinlock_fast.descriptors.spectral import TINY, Wavenumbers, spectral_features
+
+_MEAN_ABS, _GRADIENT_MEAN = (
+    [feature.name for feature in SPATIAL].index(name) for name in ("mean_abs", "gradient_mean")
+)
+_BOUND_SHARE = 0.01  # of the values at the clipping bound that make a step count as diverged
+
+PROBES = 8  # points along a side where series in time are taken
+
+
+@dataclass(frozen=True)
+class StepSeries:
+    """Series over steps of trajectories; S steps, B trajectories (realizations times operators)."""
+
+    features: Tensor  # [S, B, 63]
+    energy: Tensor  # [S, B] mean square of the state
+    activity: Tensor  # [S, B] root mean square of the change from the step before
+    velocity: Tensor  # [S, B, 2] of the best translation from the step before, px/step
+    norms: Tensor  # [S, B, 9] L1, L2, total variation at each scale
+    probes: Tensor  # [S, B, 3, 64] values at fixed points
+    at_bound: Tensor  # [S, B] whether a percent of the values lies at the clipping bound
+
+
+def joined(parts: list[StepSeries]) -> StepSeries:
+    """Consecutive blocks as one."""
+    return StepSeries(**{name: torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])})
+
+
+class StepFeatures:
+    """Features of consecutive blocks of states of the same trajectories.
+
+    Args:
+        initial: u_0 of every trajectory [B, 3, G, G].
+        clip: bound at which fields are clipped.
+        waves: wavenumbers of the grid.
+    """
+
+    def __init__(self, initial: Tensor, clip: float, waves: Wavenumbers) -> None:
+        self._waves, self._clip = waves, clip
+        self._last = initial
+        self._last_modes = waves.transform(initial.flatten(0, 1))
+
+    def block(self, states: Tensor) -> StepSeries:
+        """The next S states [S, B, 3, G, G]."""
+        S, B, C, G, _ = states.shape
+        fields = states.view(S * B * C, G, G)
+        real, imag = self._waves.transform(fields)
+        power = real.square().addcmul_(imag, imag)
+        sums = self._waves.sums(power)
+        velocity = self._velocity(real, imag, sums, S * B)
+        energy = (sums["total"] + power[:, 0]).view(S, B, C).mean(2)
+        spatial = spatial_features(fields, sums).view(S, B, C, -1).mean(2)
+        re, im = (part.view(S * B, C, -1) for part in (real, imag))
+        cross = cross_channel_features(re, im, sums, self._waves).view(S, B, -1)
+        spectral = spectral_features(power, sums, self._waves).view(S, B, C, -1).mean(2)
+        stride = G // PROBES
+        series = StepSeries(
+            features=torch.cat([spatial, spectral, cross], 2),
+            energy=energy,
+            activity=self._activity(states),
+            velocity=velocity.view(S, B, 2),
+            norms=_norms(states, energy, spatial),
+            probes=states[..., stride // 2 :: stride, stride // 2 :: stride].flatten(3).clone(),
+            at_bound=self._at_bound(states),
+        )
+        self._last = states[-1].clone()
+        self._last_modes = (real[-B * C :].clone(), imag[-B * C :].clone())
+        return series
+
+    def _activity(self, states: Tensor) -> Tensor:
+        out = torch.empty(states.shape[:2], device=states.device)
+        change = torch.empty_like(states[0])
+        for t, (now, before) in enumerate(zip(states, [self._last, *states[:-1]], strict=True)):
+            torch.sub(now, before, out=change)
+            out[t] = change.square_().mean((1, 2, 3)).sqrt_()
+        return out
+
+    def _velocity(self, real: Tensor, imag: Tensor, sums: dict[str, Tensor], count: int) -> Tensor:
+        """Least-squares translation between consecutive states, by the phases of their modes: [count, 2]."""
+        rows = len(self._last_modes[0])
+        turned = torch.empty_like(real)
+        now, before = (real[rows:], imag[rows:]), (real[:-rows], imag[:-rows])
+        for out, (a, b), (c, d) in (
+            (turned[:rows], (real[:rows], imag[:rows]), self._last_modes),
+            (turned[rows:], now, before),
+        ):
+            # the imaginary part of F_t conj(F_(t-1)), which is |F|^2 exp(-i k.v) for a translation by v
+            torch.mul(b, c, out=out).addcmul_(a, d, value=-1.0)
+        pull = -(turned @ self._waves.flow_weights).view(count, -1, 2).sum(1).double()
+        xx, yy, xy = (sums[name].view(count, -1).sum(1).double() for name in ("flow_xx", "flow_yy", "flow_xy"))
+        determinant = xx * yy - xy.square() + TINY
+        vx = (yy * pull[:, 0] - xy * pull[:, 1]) / determinant
+        vy = (xx * pull[:, 1] - xy * pull[:, 0]) / determinant
+        return torch.stack([vx, vy], 1).clamp_(-self._waves.grid, self._waves.grid).float()
+
+    def _at_bound(self, states: Tensor) -> Tensor:
+        least, greatest = states.aminmax()
+        if states.device.type == "cpu" and max(-float(least), float(greatest)) < self._clip:
+            return torch.zeros(states.shape[:2], dtype=torch.bool)
+        flat = states.flatten(2)
+        return (flat.abs() >= self._clip).float().mean(2) >= _BOUND_SHARE
+
+
+def _norms(states: Tensor, energy: Tensor, spatial: Tensor) -> Tensor:
+    """L1, L2 and total variation of block means over each of SCALES: [S, B, 9]."""
+    S, B = states.shape[:2]
+    fields = states.flatten(0, 1)
+    # At one pixel they are known already.
+    columns = [spatial[..., _MEAN_ABS].flatten(), energy.flatten().sqrt(), spatial[..., _GRADIENT_MEAN].flatten()]
+    for scale in SCALES[1:]:
+        blocks = F.avg_pool2d(fields, scale)
+        columns += [blocks.abs().mean((1, 2, 3)), blocks.square().mean((1, 2, 3)).sqrt_()]
+        columns.append(total_variation(blocks.flatten(0, 1)).view(S * B, -1).mean(1))
+    return torch.stack(columns, 1).view(S, B, -1)

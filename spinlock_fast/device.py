@@ -1,0 +1,22 @@
+"""The device that a name stands for."""
+
+from __future__ import annotations
+
+import torch
+
+from spinlock_fast.errors import ConfigError
+from spinlock_fast.kernels.backend import resolve_backend
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of "auto", "cpu", "cuda" or "cuda:N"; raises ConfigError where it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise ConfigError(f"device: {name} is not available; {torch.cuda.device_count()} CUDA devices were found")
+    try:
+        resolve_backend("auto", torch.empty(0, device=device))
+    except (ValueError, RuntimeError) as error:  # of the environment variable
+        raise ConfigError(str(error)) from None
+    return device

@@ -1,0 +1,1 @@
+"""The categorical hierarchical VQ-VAE: layers, losses, initialisation and metrics."""

@@ -1,0 +1,375 @@
+"""The categorical hierarchical VQ-VAE."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple, cast
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor, nn
+
+from spinlock_fast.config.schema import LevelConfig, ModelConfig, PositiveInt
+from spinlock_fast.data.arrays import real_numbers
+from spinlock_fast.kernels._common.guard import check_dense
+from spinlock_fast.kernels.code_decoders import Decoders
+from spinlock_fast.kernels.grouped_mlp import Ragged, grouped_mlp, project
+from spinlock_fast.kernels.snapshot import snapshot
+from spinlock_fast.models.layers import (
+    GroupedLayerNorm,
+    GroupedLinear,
+    RaggedInputLinear,
+    RaggedLayerNorm,
+    RaggedOutputLinear,
+)
+from spinlock_fast.quantize import GroupedVectorQuantizer, resolve_levels
+from spinlock_fast.quantize.buffers import TransientBuffers
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode for a while; every part gets its own mode back."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+class EncoderLayers(NamedTuple):
+    """What encodes all categories, in its order."""
+
+    first: RaggedInputLinear
+    hidden_dropout: nn.Dropout
+    second: GroupedLinear
+    norm: GroupedLayerNorm
+    head: RaggedOutputLinear
+    dropout: nn.Dropout
+    head_norm: RaggedLayerNorm
+
+
+def _rate(dropout: nn.Dropout) -> float:
+    return dropout.p if dropout.training else 0.0
+
+
+_ROUNDING = 1e-6  # of a float32 mean
+_PARTIAL_HIDDEN = 128
+_SHARED_HIDDEN = 256
+
+
+class CategoricalVQVAEConfig(ModelConfig):
+    """What builds a model: `ModelConfig` plus the features and their categories.
+
+    Args:
+        input_dim: F, number of features.
+        group_indices: features of each category; a feature belongs to at most one. The order of the
+            categories is the order of the tokens. A feature in no category is still reconstructed, from all codes.
+        extra_inputs: features in no category that the encoder of a category reads after its own, standardised.
+        levels: None or [] sizes the codebooks from the number of features; a list serves all
+            categories; a mapping gives each its own.
+
+    Raises:
+        pydantic.ValidationError (a ValueError): features doubled or out of range, extra inputs of no category.
+    """
+
+    input_dim: PositiveInt = Field(description="features")
+    group_indices: dict[str, list[int]] = Field(min_length=1, description="features of each category")
+    extra_inputs: dict[str, list[int]] = Field(default={}, description="features in no category, by their reader")
+
+    @field_validator("levels", mode="before")
+    @classmethod
+    def _none_is_auto(cls, value: Any) -> Any:
+        return [] if value is None else value
+
+    @model_validator(mode="after")
+    def _features_partitioned(self) -> CategoricalVQVAEConfig:
+        seen = [i for part in (self.group_indices, self.extra_inputs) for members in part.values() for i in members]
+        for name, members in self.group_indices.items():
+            if not members:
+                raise ValueError(f"group_indices.{name}: a category needs at least 1 feature")
+        outside = [i for i in seen if not 0 <= i < self.input_dim]
+        if outside:
+            raise ValueError(f"group_indices: feature {outside[0]} is outside 0..{self.input_dim - 1}")
+        unknown = [name for name in self.extra_inputs if name not in self.group_indices]
+        if unknown:
+            raise ValueError(f"extra_inputs: no category {unknown[0]!r}")
+        if len(set(seen)) != len(seen):
+            twice = next(i for i in seen if seen.count(i) > 1)
+            raise ValueError(f"group_indices: feature {twice} is in two places")
+        resolve_levels(self.group_sizes, self.levels, self.compression_ratios)
+        return self
+
+    @property
+    def group_sizes(self) -> dict[str, int]:
+        return {name: len(members) for name, members in self.group_indices.items()}
+
+    @property
+    def inputs(self) -> dict[str, list[int]]:
+        """What the encoder of each category reads: its features, then its extra inputs."""
+        return {name: [*members, *self.extra_inputs.get(name, [])] for name, members in self.group_indices.items()}
+
+    def resolved_levels(self) -> dict[str, list[LevelConfig]]:
+        """Codebooks of every category, coarse to fine."""
+        return resolve_levels(self.group_sizes, self.levels, self.compression_ratios, self.uniform_codebook_init)
+
+    def parameter_count(self) -> int:
+        """Weights and code entries of the model, without building it."""
+        levels = [level for category in self.resolved_levels().values() for level in category]
+        D, G = sum(level.latent_dim for level in levels), len(levels)
+        F, E, H, C = self.input_dim, self.group_embedding_dim, self.group_hidden_dim, len(self.group_indices)
+        inputs = sum(len(members) for members in self.inputs.values())
+        category_mlp = inputs * H + C * H + C * H * E + 3 * C * E
+        heads = E * D + 3 * D
+        shared_decoder = D * _SHARED_HIDDEN + _SHARED_HIDDEN + _SHARED_HIDDEN * F + F
+        partial_decoders = D * _PARTIAL_HIDDEN + G * _PARTIAL_HIDDEN + G * _PARTIAL_HIDDEN * F + G * F
+        codes = sum(level.num_tokens * level.latent_dim for level in levels)
+        return category_mlp + heads + shared_decoder + partial_decoders + codes
+
+
+class CategoricalHierarchicalVQVAE(TransientBuffers):
+    """Features [B, F] -> G tokens and back.
+
+    Per category an MLP (n -> hidden -> embedding, LayerNorm), per codebook a projection with
+    LayerNorm and a nearest code; one decoder from all codes, and one partial decoder per codebook.
+
+    Tokens are ordered category by category, level by level: cluster_1 L0, L1, L2, cluster_2 L0, ...
+    """
+
+    feature_order: Tensor
+    input_mean: Tensor
+    input_scale: Tensor
+    error_weight: Tensor
+
+    def __init__(self, config: CategoricalVQVAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.levels = config.resolved_levels()
+        self.categories = list(config.group_indices)
+        books = [level for name in self.categories for level in self.levels[name]]
+        num_codes = [book.num_tokens for book in books]
+        dims = [book.latent_dim for book in books]
+        inputs = config.inputs
+        sizes = [len(members) for members in inputs.values()]
+        category_dims = [sum(level.latent_dim for level in self.levels[name]) for name in self.categories]
+        total = sum(dims)
+        F, E, H = config.input_dim, config.group_embedding_dim, config.group_hidden_dim
+
+        if config.extra_inputs:
+            self.register_buffer("input_mean", torch.zeros(sum(sizes)))
+            self.register_buffer("input_scale", torch.ones(sum(sizes)))
+        self.register_transient_buffers()
+        self.category_mlp = nn.Sequential(
+            RaggedInputLinear(sizes, H),
+            nn.ReLU(),
+            nn.Dropout(config.dropout),
+            GroupedLinear(len(sizes), H, E),
+            GroupedLayerNorm(len(sizes), E),
+        )
+        self.heads = nn.Sequential(
+            RaggedOutputLinear(E, category_dims), nn.Dropout(config.dropout), RaggedLayerNorm(dims)
+        )
+        self.quantizer = GroupedVectorQuantizer(
+            num_codes,
+            dims,
+            decay=config.decay,
+            commitment_weight=config.commitment_cost,
+            codebook_init="uniform" if config.codebook_init == "uniform" else "kmeans",
+            use_ema=config.use_ema,
+            rotation_trick=config.rotation_trick,
+            centred=False,  # LayerNorm bounds the latents
+        )
+        self.shared_decoder = nn.Sequential(
+            nn.Linear(total, _SHARED_HIDDEN),
+            nn.ReLU(),
+            nn.Dropout(config.dropout if config.decoder_dropout is None else config.decoder_dropout),
+            nn.Linear(_SHARED_HIDDEN, F),
+        )
+        self.partial_decoders = nn.Sequential(
+            RaggedInputLinear(dims, _PARTIAL_HIDDEN), nn.ReLU(), GroupedLinear(len(dims), _PARTIAL_HIDDEN, F)
+        )
+
+    def transient_buffers(self) -> dict[str, Tensor]:
+        order = [i for members in self.config.inputs.values() for i in members]
+        values = {"feature_order": torch.tensor(order, device="cpu")}
+        if self.config.extra_inputs:
+            values["error_weight"] = torch.ones(self.config.input_dim, device="cpu")
+        return values
+
+    @property
+    def num_codebooks(self) -> int:
+        return self.quantizer.layout.groups
+
+    @property
+    def codebook_names(self) -> list[str]:
+        """ "<category>/L<level>" of every token."""
+        return [f"{name}/L{level}" for name in self.categories for level in range(len(self.levels[name]))]
+
+    def category_slice(self, category: str) -> slice:
+        """Tokens of a category; raises KeyError with the known names."""
+        if category not in self.levels:
+            raise KeyError(f"no category {category!r}; there are {', '.join(self.categories)}")
+        before = self.categories[: self.categories.index(category)]
+        start = sum(len(self.levels[name]) for name in before)
+        return slice(start, start + len(self.levels[category]))
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Features [B, F] -> latents [B, sum D]."""
+        check_dense("x", x)
+        if x.ndim != 2 or x.shape[1] != self.config.input_dim:
+            raise ValueError(f"x must be [B, {self.config.input_dim}], got {list(x.shape)}")
+        layers = self.encoder_layers
+        embedding = grouped_mlp(
+            self.encoder_inputs(x),
+            layers.first.weight,
+            layers.first.bias,
+            layers.second.weight,
+            layers.second.bias,
+            layers.first.inputs,
+            _rate(layers.hidden_dropout),
+        )  # [C, B, E]
+        norm, head, head_norm = layers.norm, layers.head, layers.head_norm
+        return project(
+            embedding,
+            norm.weight,
+            norm.bias,
+            head.weight,
+            head.bias,
+            head_norm.weight,
+            head_norm.bias,
+            head.outputs,
+            head_norm.segments,
+            norm.eps,
+            head_norm.eps,
+            _rate(layers.dropout),
+        )
+
+    def encoder_inputs(self, x: Tensor) -> Tensor:
+        """Features [B, F] -> what the encoders read [B, sum n], category by category; extra inputs standardised."""
+        ordered = x[:, self.feature_order]
+        return (ordered - self.input_mean) * self.input_scale if self.config.extra_inputs else ordered
+
+    @torch.no_grad()
+    def fit_extra_inputs(self, mean: Tensor, std: Tensor) -> None:
+        """Standardises the extra inputs by mean [F] and std [F] of the training rows; other features stay as they are.
+
+        Sets `error_weight` [F] as well: the squared error of an extra input of standard deviation s > 1 counts 1 / s in
+        training, so that a few unscaled features do not decide alone what the networks learn.
+        """
+        extra = [i for members in self.config.extra_inputs.values() for i in members]
+        if not extra:
+            return
+        centre, spread = torch.zeros_like(mean), torch.ones_like(std)
+        centre[extra] = mean[extra]
+        spread[extra] = torch.where(std > _ROUNDING * mean.abs(), std, 1.0)[extra]  # a constant has none
+        order = self.feature_order.cpu()
+        self.input_mean.copy_(centre[order])
+        self.input_scale.copy_(spread[order].reciprocal())
+        self.error_weight.copy_(spread.clamp(min=1.0).reciprocal())
+
+    def quantize(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents [B, sum D] -> quantized [B, sum D], tokens [B, G], commitment loss."""
+        quantized, tokens, loss = self.quantizer(latents)
+        return quantized, tokens, loss
+
+    def decode(self, quantized: Tensor) -> Tensor:
+        """Quantized latents [B, sum D] -> features [B, F]."""
+        first, _, dropout, second = cast(tuple[nn.Linear, nn.ReLU, nn.Dropout, nn.Linear], tuple(self.shared_decoder))
+        features = grouped_mlp(
+            quantized,
+            first.weight.t(),
+            first.bias[None],
+            second.weight.t()[None],
+            second.bias[None],
+            Ragged.of([first.in_features]),
+            _rate(dropout),
+        )
+        return features.squeeze(0)  # its gradient is a view: that of an index is a copy into zeros
+
+    @property
+    def code_decoders(self) -> Decoders:
+        """The parameters of the partial decoders."""
+        first, _, second = cast(tuple[RaggedInputLinear, nn.ReLU, GroupedLinear], tuple(self.partial_decoders))
+        return Decoders(first.weight, first.bias, second.weight, second.bias)
+
+    @property
+    def encoder_layers(self) -> EncoderLayers:
+        """The layers of encoder and heads."""
+        parts: list[Any] = [*self.category_mlp, *self.heads]
+        first, _, hidden_dropout, second, norm, head, dropout, head_norm = parts
+        return EncoderLayers(first, hidden_dropout, second, norm, head, dropout, head_norm)
+
+    def partial_reconstructions(self, quantized: Tensor) -> Tensor:
+        """Features from each codebook alone: [B, sum D] -> [G, B, F]."""
+        features: Tensor = self.partial_decoders(quantized)
+        return features
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Features [B, F] -> what training and evaluation need.
+
+        Returns:
+            reconstruction [B, F], tokens [B, G], vq_loss, latents and quantized [B, sum D], and codebook
+            [sum K D]: the codes that the tokens stand for, which training moves on within this call.
+        """
+        out, move_codes = self.to_codes(x)
+        move_codes()
+        return {"reconstruction": self.decode(out["quantized"]), **out}
+
+    def to_codes(self, x: Tensor) -> tuple[dict[str, Tensor], Callable[[], None]]:
+        """What `forward` returns without the reconstruction, and what is left to do: in training, to move the codes."""
+        latents = self.encode(x)
+        quantized, tokens, vq_loss, codebook, move_codes = self.quantizer.quantize_by(latents)
+        out = {
+            "tokens": tokens,
+            "vq_loss": vq_loss,
+            "latents": latents,
+            "quantized": quantized,
+            "codebook": snapshot(codebook) if self.training else codebook,
+        }
+        return out, move_codes
+
+    @torch.no_grad()
+    def get_tokens(self, x: Tensor | ArrayLike) -> Tensor:
+        """Features [B, F] -> tokens [B, G] int64, without dropout, gradient or change of the codes.
+
+        Args:
+            x: real numbers of any type, torch or numpy, on any device.
+
+        Raises:
+            DataError: x holds no real numbers.
+        """
+        weight = self.encoder_layers.first.weight
+        with _evaluating(self):
+            rows = real_numbers(x, "x").to(weight)
+            return self.quantizer.assign(self.encode(rows)).codes
+
+    @torch.no_grad()
+    def decode_from_tokens(self, tokens: Tensor | ArrayLike) -> Tensor:
+        """Tokens [B, G], torch or numpy -> features [B, F], without dropout; raises IndexError outside a codebook."""
+        with _evaluating(self):
+            index = tokens if isinstance(tokens, Tensor) else torch.from_numpy(np.array(tokens, np.int64, order="C"))
+            return self.decode(self.quantizer.lookup(index.to(self.feature_order)))
+
+    def get_category_tokens(self, tokens: Tensor, category: str) -> Tensor:
+        """The tokens [..., L] of one category out of [..., G]."""
+        return tokens[..., self.category_slice(category)]
+
+    def reset_dead_codes(
+        self,
+        threshold: float = 0.05,
+        strategy: Literal["perturb", "sample"] = "perturb",
+        max_fraction: float = 0.25,
+        latents: Tensor | None = None,
+    ) -> Tensor:
+        """Replaces hardly used codes; [G] how many. See `GroupedVectorQuantizer.reset_dead_codes`."""
+        return self.quantizer.reset_dead_codes(threshold, strategy, max_fraction, latents)
+
+    def num_parameters(self) -> tuple[int, int]:
+        """Trainable parameters besides the codes, and code entries."""
+        codes = self.quantizer.layout.total_entries
+        trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        return trainable - (0 if self.quantizer.use_ema else codes), codes

@@ -1,0 +1,1 @@
+"""Writing files: atomic replacement, locks, HDF5 on reserved space."""

@@ -1,0 +1,218 @@
+"""The start from product quantization."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import helpers
+import pytest
+import torch
+from torch import Tensor
+
+from spinlock_fast.config.schema import LevelConfig
+from spinlock_fast.kernels._common.single_thread import single_thread
+from spinlock_fast.models.decoder_refit import refit_decoder
+from spinlock_fast.models.pq_init import component_bits, deal, product_start
+from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
+
+
+def levels(*sizes: tuple[int, int]) -> list[LevelConfig]:
+    return [LevelConfig(num_tokens=codes, latent_dim=dims) for codes, dims in sizes]
+
+
+def independent(rows: int, features: int) -> Tensor:
+    """Uniform features of variance 1 that know nothing of each other."""
+    return (torch.rand(rows, features) - 0.5) * math.sqrt(12.0)
+
+
+def made() -> CategoricalHierarchicalVQVAE:
+    config = CategoricalVQVAEConfig(
+        input_dim=9,
+        group_indices={"a": [0, 2, 4, 6, 8, 7], "b": [1, 3, 5]},
+        levels={"a": levels((16, 8), (8, 8), (4, 6)), "b": levels((8, 4), (4, 4), (3, 2))},
+        group_hidden_dim=64,
+        group_embedding_dim=32,
+        dropout=0.5,
+    )
+    return CategoricalHierarchicalVQVAE(config)
+
+
+def error(model: CategoricalHierarchicalVQVAE, x: Tensor) -> float:
+    model.eval()
+    with torch.no_grad():
+        return float((model(x)["reconstruction"] - x).square().mean())
+
+
+def test_bits_are_those_of_reverse_water_filling() -> None:
+    variance = torch.tensor([1.0, 16.0, 4.0, 1e-9], dtype=torch.float64)
+    # A level of 1/4: 1, 3 and 2 bits.
+    torch.testing.assert_close(component_bits(variance, 6.0), torch.tensor([1.0, 3.0, 2.0, 0.0], dtype=torch.float64))
+    # A level of 4: only the second is above.
+    torch.testing.assert_close(component_bits(variance, 1.0), torch.tensor([0.0, 1.0, 0.0, 0.0], dtype=torch.float64))
+    assert component_bits(torch.zeros(3, dtype=torch.float64), 3.0).tolist() == [0.0, 0.0, 0.0]
+
+
+def test_components_go_where_bits_are_left() -> None:
+    assert deal([1.0, 3.0, 2.0, 0.0], levels((16, 8), (8, 8), (4, 8))) == [[1], [2], [0]]
+
+
+def test_a_level_takes_no_more_components_than_it_has_room_for() -> None:
+    assert deal([2.0, 2.0, 2.0, 2.0], levels((256, 4), (2, 3))) == [[0, 1], [2]]
+
+
+def test_it_codes_better_than_k_means_and_uses_every_code() -> None:
+    x, fresh = independent(1500, 9), independent(500, 9)
+    plain = made()
+    torch.manual_seed(1)
+    plain.eval()
+    plain.quantizer.initialize(plain.encode(x))
+    start = made()
+    product_start(start, x)
+    assert error(start, fresh) < 0.45  # 1.5 bits a feature; the mean of the rows alone has 1
+    start.eval()
+    plain.eval()
+    known = {}
+    for name, model in (("plain", plain), ("start", start)):
+        tokens = model.get_tokens(torch.cat([x, fresh]))
+        inputs = torch.cat([torch.nn.functional.one_hot(column).float() for column in tokens.T], 1)
+        weights = torch.linalg.lstsq(inputs[:1500].double(), x.double(), driver="gelsd").solution
+        known[name] = float((inputs[1500:].double() @ weights - fresh).square().mean())
+    assert known["start"] < 0.75 * known["plain"]  # the same linear decoder for both
+    counts = start.quantizer.cluster_size
+    assert bool((counts > 0).all())
+
+
+def test_levels_share_out_what_they_code() -> None:
+    """A level tells its own components, and nothing of those of another level."""
+    x = independent(3000, 9) * torch.tensor([3.0, 1, 1, 1, 2.0, 1, 1, 1, 1])
+    model = made()
+    product_start(model, x)
+    tokens = model.get_tokens(x)
+    explained = torch.stack([_explained(tokens[:, g], x[:, [0, 4]]) for g in range(3)])  # [3, 2]
+    assert (explained.max(0).values > 0.6).all()
+    assert (explained.sort(0).values[:2] < 0.2).all()
+
+
+@torch.no_grad()
+def test_networks_are_linear_where_no_code_is_between() -> None:
+    x, fresh = independent(1500, 9), independent(500, 9)
+    model = made()
+    product_start(model, x)
+    embeddings = model.eval().category_mlp(model.encoder_inputs(torch.cat([x, fresh])))
+    for embedding, members in zip(embeddings, model.config.inputs.values(), strict=True):
+        known, wanted = (torch.cat([e, torch.ones(len(e), 1)], 1) for e in (embedding[:1500], embedding[1500:]))
+        solution = torch.linalg.lstsq(known.double(), x[:, members].double(), driver="gelsd").solution
+        assert float((wanted.double() @ solution - fresh[:, members]).square().mean()) < 0.01
+    quantized = model.quantize(model.encode(x))[0]
+    middle = 0.5 * (quantized[:100] + quantized[100:200])
+    between = 0.5 * (model.decode(quantized[:100]) + model.decode(quantized[100:200]))
+    torch.testing.assert_close(model.decode(middle), between, atol=1e-4, rtol=1e-4)
+
+
+def test_an_unscaled_feature_in_no_category_gets_codes() -> None:
+    x, fresh = independent(1500, 9), independent(500, 9)
+    errors = {}
+    for read in (False, True):
+        config = made().config.model_dump() | {"group_indices": {"a": [0, 2, 4, 6, 8, 7], "b": [1, 3]}}
+        model = CategoricalHierarchicalVQVAE(
+            CategoricalVQVAEConfig(**config | {"extra_inputs": {"b": [5]} if read else {}})
+        )
+        scale = torch.ones(9)
+        scale[5] = 20.0
+        model.fit_extra_inputs(*helpers.mean_and_std_of(x * scale))
+        product_start(model, x * scale)
+        with torch.no_grad():
+            squared = (model.eval()(fresh * scale)["reconstruction"] - fresh * scale).square().mean(0)
+        errors[read] = float(squared[5])
+    assert errors[False] > 300.0
+    assert errors[True] < 20.0
+
+
+@pytest.mark.parametrize(("hidden", "embedding"), [(1, 1), (2, 3), (3, 5)])
+def test_narrow_networks_start_too(hidden: int, embedding: int) -> None:
+    config = made().config.model_dump() | {"group_hidden_dim": hidden, "group_embedding_dim": embedding}
+    model = CategoricalHierarchicalVQVAE(CategoricalVQVAEConfig(**config))
+    product_start(model, independent(200, 9))
+    assert all(bool(value.isfinite().all()) for value in model.state_dict().values())
+
+
+def _explained(tokens: Tensor, x: Tensor) -> Tensor:
+    """[columns] share of the variance that the means of the codes explain."""
+    hot = torch.nn.functional.one_hot(tokens).to(x.dtype)
+    means = hot.T @ x / hot.sum(0).clamp(min=1.0)[:, None]
+    return 1.0 - (hot @ means - x).square().mean(0) / x.var(0)
+
+
+def test_the_mode_of_the_model_stays_and_the_seed_decides() -> None:
+    x = independent(200, 9)
+    models = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        model = made().train()
+        product_start(model, x)
+        assert model.training
+        assert model.shared_decoder.training
+        models.append(model)
+    for a, b in zip(models[0].state_dict().values(), models[1].state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("rows", [20, 2])
+def test_few_rows_and_constant_features_give_a_finite_start(rows: int) -> None:
+    x = independent(rows, 9)
+    x[:, [1, 3, 5]] = 0.5
+    model = made()
+    product_start(model, x)
+    assert all(bool(torch.isfinite(value).all()) for value in model.state_dict().values())
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_weights_do_not_depend_on_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eigenvectors and solutions of linear systems do in the last bit, and after some epochs weights in the first."""
+    used = []
+    for name in ("eigh", "solve", "qr"):
+        plain = getattr(torch.linalg, name)
+
+        def watched(*arguments: Tensor, plain: Callable[..., Any] = plain) -> Any:
+            used.append(torch.get_num_threads())
+            return plain(*arguments)
+
+        monkeypatch.setattr(torch.linalg, name, watched)
+    x, found = independent(300, 9), []
+    for count in (1, 2, 4):
+        with threads(count):
+            torch.manual_seed(1)
+            model = made()
+            product_start(model, x)
+            refit_decoder(model, x, 0.01)
+            assert torch.get_num_threads() == count
+        found.append(model.state_dict())
+    assert len(used) > 9
+    assert set(used) == {1}
+    for other in found[1:]:
+        for name, value in found[0].items():
+            assert torch.equal(value, other[name]), name
+
+
+def test_the_number_of_threads_is_given_back_after_an_error() -> None:
+    def fails() -> None:
+        with single_thread(torch.device("cpu")):
+            assert torch.get_num_threads() == 1
+            raise ValueError("no")
+
+    with threads(3):
+        with pytest.raises(ValueError, match="no"):
+            fails()
+        assert torch.get_num_threads() == 3

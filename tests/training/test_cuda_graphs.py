@@ -1,0 +1,304 @@
+"""When steps are captured, how many run at a launch, and what happens where they cannot be captured."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from spinlock_fast.config.loading import apply_overrides
+from spinlock_fast.config.schema import RunConfig
+from spinlock_fast.kernels import layout as kernel_layout
+from spinlock_fast.kernels import table_cache
+from spinlock_fast.kernels._triton.tables import book_table
+from spinlock_fast.kernels.layout import CodebookLayout
+from spinlock_fast.kernels.precision import cuda_matmul
+from spinlock_fast.models.losses import _factors
+from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
+from spinlock_fast.quantize.grouped import _over_dims
+from spinlock_fast.training import loop
+from spinlock_fast.training.cuda_graphs import WARM_UP, StepLauncher, _CudaCapture
+from spinlock_fast.training.loop import TrainingRun
+from spinlock_fast.training.observer import SilentObserver
+from spinlock_fast.training.step import StepKind
+
+CPU = torch.device("cpu")
+PLAIN, RESET, LAST = StepKind(False, False), StepKind(False, True), StepKind(True, False)
+
+
+class Log:
+    """A step, and a capture, that write down what is asked of them."""
+
+    def __init__(self) -> None:
+        self.said: list[Any] = []
+
+    def __call__(self, kind: StepKind) -> None:
+        self.said.append(kind)
+
+    def capture(self, step: Callable[[StepKind], None], kind: StepKind, count: int) -> Callable[[], None]:
+        self.said.append(("captured", kind, count))
+        return lambda: self.said.append((kind, count))
+
+
+def test_steps_are_captured_once_when_warm_and_then_replayed() -> None:
+    log = Log()
+    launcher = StepLauncher(log, CPU, capture=log.capture)
+    assert [launcher.run(PLAIN, 100) for _ in range(WARM_UP)] == [1] * WARM_UP
+    assert [launcher.run(PLAIN, most) for most in (100, 4, 3, 1)] == [4, 4, 1, 1]
+    assert log.said == [
+        *[PLAIN] * WARM_UP,
+        ("captured", PLAIN, 4),
+        (PLAIN, 4),
+        (PLAIN, 4),
+        ("captured", PLAIN, 1),
+        (PLAIN, 1),
+        (PLAIN, 1),
+    ]
+
+
+def test_each_kind_warms_up_by_itself() -> None:
+    log = Log()
+    launcher = StepLauncher(log, CPU, capture=log.capture)
+    for kind in [PLAIN, LAST] * WARM_UP:
+        launcher.run(kind, 1)
+    launcher.run(LAST, 1)
+    assert log.said == [*[PLAIN, LAST] * WARM_UP, ("captured", LAST, 1), (LAST, 1)]
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_a_cpu_and_a_run_without_graphs_make_every_step_alone(graphs: bool) -> None:
+    log = Log()
+    launcher = StepLauncher(log, CPU, graphs, capture=None if graphs else log.capture)
+    assert [launcher.run(PLAIN, 100) for _ in range(6)] == [1] * 6
+    assert log.said == [PLAIN] * 6
+
+
+def test_a_failed_capture_is_said_once_and_training_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    log = Log()
+
+    def capture(*args: Any) -> Callable[[], None]:
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
+        finally:
+            raise RuntimeError("capture was invalidated")
+
+    launcher = StepLauncher(log, CPU, capture=capture)
+    assert [launcher.run(PLAIN, 100) for _ in range(WARM_UP + 3)] == [1] * (WARM_UP + 3)
+    assert log.said == [PLAIN] * (WARM_UP + 3)
+    (record,) = caplog.records
+    assert "not as CUDA graphs: operation not permitted when stream is capturing more lines" in record.message
+
+
+def test_other_work_beside_the_steps_is_done_each_time() -> None:
+    log = Log()
+    launcher = StepLauncher(log, CPU, capture=log.capture)
+    done: list[str] = []
+    again = launcher.beside(lambda: done.append("work"), "validations")
+    for _ in range(WARM_UP + 2):
+        again()
+    assert done == ["work"] * (WARM_UP + 2)
+    assert log.said == []
+
+
+class Kinds(StepLauncher):
+    """Takes as many steps as it may, and notes them."""
+
+    seen: list[tuple[StepKind, int]]
+
+    def run(self, kind: StepKind, most: int) -> int:
+        self.seen.append((kind, most))
+        return most
+
+
+@pytest.mark.parametrize(
+    ("rows", "interval", "expected"),
+    [
+        (70, 0, [(PLAIN, 4), (LAST, 1)] * 2),
+        (64, 0, [(PLAIN, 4)] * 2),
+        (10, 0, [(PLAIN, 1)] * 2),
+        (64, 3, [(PLAIN, 2), (RESET, 1), (PLAIN, 1), (PLAIN, 1), (RESET, 1), (PLAIN, 2)]),
+        (70, 5, [(PLAIN, 4), (StepKind(True, True), 1)] * 2),
+        (64, 1, [(RESET, 1)] * 8),
+    ],
+)
+def test_the_loop_asks_for_runs_of_steps_alike(
+    rows: int, interval: int, expected: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "StepLauncher", Kinds)
+    monkeypatch.setattr(Kinds, "seen", [], raising=False)
+    config = apply_overrides(
+        RunConfig(), {"training.batch_size": 16, "training.dead_code_reset_steps": interval, "training.num_epochs": 2}
+    )
+    settings = CategoricalVQVAEConfig(input_dim=4, group_indices={"a": [0, 1, 2, 3]}, codebook_init="uniform")
+    x = torch.randn(rows, 4)
+    run = TrainingRun(config, SilentObserver(), lambda: None, CategoricalHierarchicalVQVAE(settings), x, x[:8])
+    run.train()
+    assert Kinds.seen == expected
+
+
+def numbers() -> tuple[Any, ...]:
+    """What torch says of CUDA products, by both of its interfaces."""
+    found: list[Any] = [torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision]  # type: ignore[attr-defined]
+    for read in (torch.get_float32_matmul_precision, lambda: torch.backends.cuda.matmul.allow_tf32):
+        try:
+            found.append(read())
+        except RuntimeError:
+            found.append("mixed")
+    return tuple(found)
+
+
+def by_newer(value: str) -> None:
+    torch.backends.cuda.matmul.fp32_precision = value
+
+
+@pytest.mark.parametrize(
+    "user",
+    [
+        lambda: None,
+        lambda: torch.set_float32_matmul_precision("high"),
+        lambda: torch.set_float32_matmul_precision("medium"),
+        lambda: by_newer("tf32"),
+        lambda: by_newer("ieee"),
+    ],
+)
+def test_the_precision_of_products_is_set_for_a_while(user: Callable[[], None]) -> None:
+    by_newer("none")
+    user()
+    before = numbers()
+    try:
+        with cuda_matmul(tf32=True):
+            assert torch.backends.cuda.matmul.allow_tf32
+            assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+            with cuda_matmul(tf32=False):
+                assert not torch.backends.cuda.matmul.allow_tf32
+                assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+            assert torch.backends.cuda.matmul.allow_tf32
+        assert numbers() == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        by_newer("none")
+
+
+def test_steps_are_captured_anew_where_tensors_have_moved() -> None:
+    log = Log()
+    launcher = StepLauncher(log, CPU, capture=log.capture)
+    for places in ("here", "here", "there"):
+        launcher.follow(places)
+        for _ in range(WARM_UP + 1):
+            launcher.run(PLAIN, 1)
+    captures = [said for said in log.said if said == ("captured", PLAIN, 1)]
+    assert len(captures) == 2
+
+
+class FakeGraph:
+    """What stands for torch.cuda.CUDAGraph and torch.cuda.graph: notes what a capture was asked for."""
+
+    asked: dict[str, Any]
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        if arguments:
+            FakeGraph.asked = options
+
+    def __enter__(self) -> None: ...
+    def __exit__(self, *error: object) -> None: ...
+    def replay(self) -> None: ...
+
+
+@pytest.fixture
+def fake_capture(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Callable[[], None]]:
+    """Captures a step without a device."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(table_cache, "capturing", lambda device: True)
+    return lambda step: _CudaCapture(torch.device("cuda", 0))(lambda kind: step(), PLAIN, 1)
+
+
+def test_another_thread_cannot_abort_a_capture(fake_capture: Callable[..., Callable[[], None]]) -> None:
+    fake_capture(lambda: None)
+    assert FakeGraph.asked["capture_error_mode"] == "thread_local"
+
+
+def layouts(count: int) -> list[CodebookLayout]:
+    return [CodebookLayout.of([2 + i, 3], [1, 2]) for i in range(count)]
+
+
+def quantizer_shares(i: int) -> Any:
+    """Of the loss, by batch size."""
+    return _over_dims(layouts(1)[0], 0.25 / (i + 1), torch.float32, CPU)
+
+
+def loss_weights(i: int) -> Any:
+    return _factors((1.0, float(i)), torch.float32, CPU)
+
+
+def codebook_offsets(i: int) -> Any:
+    return book_table(CodebookLayout.of([i + 1], [4]), CPU)
+
+
+def network_offsets(i: int) -> Any:
+    pytest.importorskip("triton", reason="the package triton is not installed here")
+    from spinlock_fast.kernels.grouped_mlp.triton import offset_table
+
+    return offset_table((i + 1,), (i + 1,), CPU)
+
+
+def points_of_topography(i: int) -> Any:
+    pytest.importorskip("triton", reason="the package triton is not installed here")
+    from spinlock_fast.kernels.topo_loss.triton import point_sets
+
+    return point_sets(i + 1, CodebookLayout.of([4], [4]), CPU)
+
+
+@pytest.mark.parametrize(
+    "table", [quantizer_shares, loss_weights, codebook_offsets, network_offsets, points_of_topography]
+)
+def test_tables_that_a_graph_reads_live_as_long_as_it(
+    table: Callable[[int], Any], fake_capture: Callable[..., Callable[[], None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph has the address alone; 400 other sizes come after its own, and the caches are bounded."""
+    with monkeypatch.context() as warm_up:
+        warm_up.setattr(table_cache, "capturing", lambda device: False)
+        table(0)
+    seen = []
+    replay = fake_capture(lambda: seen.append(weakref.ref(table(0))))
+    monkeypatch.setattr(table_cache, "capturing", lambda device: False)
+    others = [weakref.ref(table(i)) for i in range(1, 401)]
+    gc.collect()
+    assert seen[0]() is not None
+    assert sum(other() is not None for other in others) < 300
+    del replay
+    gc.collect()
+    assert seen[0]() is None
+
+
+def test_a_capture_of_a_user_keeps_its_tables_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = weakref.ref(quantizer_shares(1000))
+    monkeypatch.setattr(table_cache, "capturing", lambda device: True)
+    assert quantizer_shares(1000) is kept()
+    monkeypatch.undo()
+    for i in range(400):
+        quantizer_shares(i)
+    assert kept() is not None
+
+
+def test_layouts_that_a_graph_reads_keep_their_indices(monkeypatch: pytest.MonkeyPatch) -> None:
+    def indices() -> Any:
+        return CodebookLayout.of([7, 5], [1, 3]).indices(CPU)
+
+    indices()
+    monkeypatch.setattr(kernel_layout, "capturing", lambda device: True)
+    with table_cache.captured_tables() as tables:
+        seen = weakref.ref(indices().code_book)
+    monkeypatch.undo()
+    layouts(400)
+    gc.collect()
+    assert seen() is not None
+    del tables
+    gc.collect()
+    assert seen() is None

@@ -1,0 +1,647 @@
+"""The training loop, on small planted matrices."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import math
+import signal
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import planted_matrix, raises_one_line, stopped_after
+
+from spinlock_fast.config.loading import apply_overrides
+from spinlock_fast.config.schema import RunConfig
+from spinlock_fast.data.split import split_rows
+from spinlock_fast.device import resolve_device
+from spinlock_fast.errors import ConfigError, DataError, Interrupted, TrainingError
+from spinlock_fast.training import trainer as trainer_module
+from spinlock_fast.training.cuda_graphs import StepLauncher
+from spinlock_fast.training.loop import TrainingRun
+from spinlock_fast.training.observer import EpochRecord, SilentObserver
+from spinlock_fast.training.step import StepKind, TrainingStep
+from spinlock_fast.training.trainer import Trainer, TrainResult
+
+SIZES = [6, 9, 5]
+GROUPS = {"cluster_2": list(range(6)), "cluster_10": list(range(6, 15)), "cluster_1": list(range(15, 20))}
+SMALL = {
+    "device": "cpu",
+    "training.batch_size": 64,
+    "training.topo_samples": 64,
+    "training.num_epochs": 4,
+    "training.val_every_n_epochs": 2,
+    "training.orthogonality_target": 1.0,
+}
+
+
+@pytest.fixture(scope="module")
+def x() -> np.ndarray[Any, Any]:
+    return planted_matrix(300, SIZES, seed=0)
+
+
+def trainer(observer: SilentObserver | None = None, **overrides: Any) -> Trainer:
+    dotted = {key.replace("__", "."): value for key, value in overrides.items()}
+    return Trainer.from_config(RunConfig(), {**SMALL, **dotted}, observer)
+
+
+def weights(result: TrainResult) -> dict[str, torch.Tensor]:
+    return dict(result.final_state["model_state_dict"])
+
+
+def assert_same_weights(a: TrainResult, b: TrainResult) -> None:
+    for key, value in weights(a).items():
+        torch.testing.assert_close(value, weights(b)[key], rtol=0, atol=0)
+
+
+def test_training_reduces_the_error_and_reports_every_metric(x: np.ndarray[Any, Any]) -> None:
+    result = trainer(training__num_epochs=20).fit(x, GROUPS)
+    m = result.metrics
+    first = result.history[1].validation
+    assert first is not None
+    assert m["reconstruction_error"] < 0.6 * first["reconstruction_error"]
+    assert m["quality"] == pytest.approx(1 - m["reconstruction_error"])
+    assert 0 < m["utilization"] <= 1
+    assert 0 < m["perplexity_over_k"] <= 1
+    assert m["val_rows"] == 30
+    assert m["samples"] == 300
+    assert m["epochs"] == 20
+    assert m["parameters"] == m["trainable_parameters"] + m["code_entries"]
+    assert [c["name"] for c in m["categories"]] == list(GROUPS)
+    assert [c["features"] for c in m["categories"]] == SIZES
+    for category in m["categories"]:
+        assert all(0 <= u <= 1 for u in category["utilization"])
+        assert len(category["utilization"]) == len(category["perplexity"]) == len(category["codes"]) == 3
+    json.dumps(m, allow_nan=False)
+
+
+def test_the_returned_model_is_the_best_validated_one(x: np.ndarray[Any, Any]) -> None:
+    result = trainer(training__num_epochs=8).fit(x, GROUPS)
+    losses = {r.epoch: r.validation["val_loss"] for r in result.history if r.validation}
+    assert result.best_epoch == min(losses, key=losses.__getitem__)
+    assert result.metrics["val_loss"] == pytest.approx(losses[result.best_epoch], rel=1e-6)
+    assert not result.model.training
+
+
+def test_two_runs_with_one_seed_are_identical(x: np.ndarray[Any, Any]) -> None:
+    a, b = trainer().fit(x, GROUPS), trainer().fit(x, GROUPS)
+    assert_same_weights(a, b)
+    assert {**a.metrics, "seconds": 0} == {**b.metrics, "seconds": 0}
+
+
+def test_another_seed_gives_another_model(x: np.ndarray[Any, Any]) -> None:
+    a, b = trainer().fit(x, GROUPS), trainer(random_seed=7).fit(x, GROUPS)
+    assert a.metrics["reconstruction_error"] != b.metrics["reconstruction_error"]
+
+
+def test_the_seed_decides_the_first_weights(x: np.ndarray[Any, Any]) -> None:
+    """With the same rows in one batch, nothing but the first weights is left to the seed."""
+    settings = {
+        "training__num_epochs": 1,
+        "training__batch_size": 300,
+        "training__topo_samples": 2,
+        "model__dropout": 0.0,
+    }
+    a, b = (
+        trainer(random_seed=seed, training__learning_rate=1e-9, **settings).fit(x, GROUPS, val_rows=range(30))
+        for seed in (1, 2)
+    )
+    name = "shared_decoder.0.weight"
+    assert (weights(a)[name] - weights(b)[name]).abs().mean() > 0.01
+
+
+def test_the_callers_random_state_is_untouched(x: np.ndarray[Any, Any]) -> None:
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    trainer(training__num_epochs=1).fit(x, GROUPS)
+    assert torch.equal(torch.rand(3), expected)
+
+
+class KeepState(SilentObserver):
+    """Keeps a copy of the saved state."""
+
+    def __init__(self) -> None:
+        self.state: dict[str, Any] = {}
+
+    def save(self, state: dict[str, Any]) -> None:
+        self.state = {
+            key: torch.clone(value) if isinstance(value, torch.Tensor) else value for key, value in state.items()
+        }
+
+
+@pytest.mark.parametrize("stop_after", [1, 7, 12])
+def test_a_resumed_run_ends_like_an_unbroken_one(x: np.ndarray[Any, Any], stop_after: int) -> None:
+    settings = {"training__dead_code_reset_interval": 1, "training__dead_code_threshold": 0.5}
+    whole = trainer(**settings).fit(x, GROUPS)
+
+    observer = KeepState()
+    broken = trainer(observer, **settings)
+    with stopped_after(stop_after, broken), pytest.raises(Interrupted) as stopped:
+        broken.fit(x, GROUPS)
+    assert stopped.value.exit_status == 143
+    resumed = trainer(**settings).fit(x, GROUPS, resume=observer.state)
+    assert_same_weights(whole, resumed)
+    assert {**whole.metrics, "seconds": 0} == {**resumed.metrics, "seconds": 0}
+    assert [r.train_loss for r in whole.history] == [r.train_loss for r in resumed.history]
+
+
+def test_a_state_is_not_changed_by_the_run_that_goes_on_from_it(x: np.ndarray[Any, Any]) -> None:
+    done = trainer().fit(x, GROUPS).final_state
+    before = copy.deepcopy(done)
+    resumed = trainer(training__num_epochs=8).fit(x, GROUPS, resume=done)
+    assert resumed.best_epoch > 4
+    for part in ("model_state_dict", "best_state_dict"):
+        assert all(torch.equal(done[part][name], value) for name, value in before[part].items())
+
+
+def test_given_validation_rows_are_used(x: np.ndarray[Any, Any]) -> None:
+    rows = [3, 1, 200, 77]
+    result = trainer(training__num_epochs=1).fit(x, GROUPS, val_rows=rows)
+    assert result.split.val.tolist() == sorted(rows)
+    assert not set(rows) & set(result.split.train.tolist())
+    assert result.metrics["val_rows"] == 4
+
+
+@pytest.mark.parametrize("rows", [[1, 1], [-1], [300], []])
+def test_impossible_validation_rows_are_refused(x: np.ndarray[Any, Any], rows: list[int]) -> None:
+    with pytest.raises(DataError, match="val_rows"):
+        trainer().fit(x, GROUPS, val_rows=rows)
+
+
+def test_test_rows_are_kept_out_of_training_and_reported(x: np.ndarray[Any, Any]) -> None:
+    result = trainer(training__num_epochs=1, training__test_fraction=0.2).fit(x, GROUPS)
+    split = result.split
+    assert (split.train.size, split.val.size, split.test.size) == (210, 30, 60)
+    assert sorted(np.concatenate([split.train, split.val, split.test])) == list(range(300))
+    assert result.metrics["test"]["val_rows"] == 60
+
+
+def test_split_depends_on_the_seed_alone() -> None:
+    config = RunConfig().training
+    assert np.array_equal(split_rows(100, config, 1).val, split_rows(100, config, 1).val)
+    assert not np.array_equal(split_rows(100, config, 1).val, split_rows(100, config, 2).val)
+
+
+def test_categories_are_discovered_when_not_given(x: np.ndarray[Any, Any]) -> None:
+    result = trainer(training__num_epochs=1).fit(torch.from_numpy(x))
+    found = {frozenset(members) for members in result.model.config.group_indices.values()}
+    assert found == {frozenset(members) for members in GROUPS.values()}
+
+
+def test_families_are_counted_from_feature_names(x: np.ndarray[Any, Any]) -> None:
+    names = [f"{'a' if i % 2 else 'b'}::{i}" for i in range(20)]
+    result = trainer(training__num_epochs=1).fit(x, GROUPS, feature_names=names)
+    assert result.metrics["categories"][0]["families"] == {"b": 3, "a": 3}
+
+
+def test_levels_of_the_call_win_over_the_configuration(x: np.ndarray[Any, Any]) -> None:
+    level = {"num_tokens": 8, "latent_dim": 4}
+    result = trainer(training__num_epochs=1).fit(x, GROUPS, levels={name: [level] for name in GROUPS})
+    assert result.metrics["total_codes"] == 24
+    assert result.model.num_codebooks == 3
+
+
+def test_a_feature_in_no_category_is_still_reconstructed(x: np.ndarray[Any, Any]) -> None:
+    groups = {name: members[1:] for name, members in GROUPS.items()}
+    result = trainer(training__num_epochs=1).fit(x, groups)
+    assert result.model(torch.from_numpy(x))["reconstruction"].shape == x.shape
+    assert not result.model.config.extra_inputs
+
+
+def test_a_feature_in_no_category_can_be_read_by_the_nearest(x: np.ndarray[Any, Any]) -> None:
+    groups = {name: members[1:] for name, members in GROUPS.items()}
+    setting = {"model__unassigned_features": "nearest", "training__num_epochs": 2}
+    result = trainer(**setting).fit(x, groups)
+    assert result.model.config.extra_inputs == {"cluster_2": [0], "cluster_10": [6], "cluster_1": [15]}
+    assert result.model.config.group_indices == groups
+    observer = KeepState()
+    broken = trainer(observer, **setting)
+    broken.stop(signal.SIGTERM)
+    with pytest.raises(Interrupted):
+        broken.fit(x, groups)
+    resumed = trainer(**setting).fit(x, groups, resume=observer.state)
+    assert_same_weights(resumed, result)
+
+
+@pytest.mark.parametrize(
+    ("settings", "groups"),
+    [({"model__levels": {"other": [{"num_tokens": 4, "latent_dim": 4}]}}, GROUPS), ({}, {"a": [0, 20]})],
+)
+def test_impossible_models_are_configuration_errors(
+    x: np.ndarray[Any, Any], settings: dict[str, Any], groups: dict[str, list[int]]
+) -> None:
+    with pytest.raises(ConfigError):
+        trainer(**settings).fit(x, groups)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_value_that_is_not_finite_is_named(x: np.ndarray[Any, Any], value: float) -> None:
+    bad = x.copy()
+    bad[17, 3] = value
+    with pytest.raises(DataError, match=r"x\[17, 3\]"):
+        trainer().fit(bad, GROUPS)
+
+
+@pytest.mark.parametrize("shape", [(300,), (300, 0), (10, 2, 3), (1, 20), (20, 20)])
+def test_data_of_the_wrong_size_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(DataError):
+        trainer().fit(np.ones(shape, np.float32), GROUPS)
+
+
+def test_a_loss_that_explodes_is_raised_with_step_and_term(x: np.ndarray[Any, Any]) -> None:
+    with pytest.raises(TrainingError, match=r"the \w+ loss is not finite from step \d+"):
+        trainer(training__learning_rate=1e30).fit(x, GROUPS)
+
+
+def test_early_stopping_counts_validations(x: np.ndarray[Any, Any]) -> None:
+    result = trainer(
+        training__num_epochs=50,
+        training__val_every_n_epochs=2,
+        training__early_stopping_patience=2,
+        training__early_stopping_min_delta=1e9,
+    ).fit(x, GROUPS)
+    assert len(result.history) == 2 + 2 * 2  # the first validation always counts as better
+
+
+def test_validation_runs_at_its_interval_and_at_the_end(x: np.ndarray[Any, Any]) -> None:
+    result = trainer(training__num_epochs=5, training__val_every_n_epochs=2).fit(x, GROUPS)
+    assert [r.epoch for r in result.history if r.validation] == [2, 4, 5]
+
+
+@pytest.mark.parametrize("strategy", ["perturb", "sample"])
+def test_dead_codes_are_reset_at_their_interval_but_not_at_the_end(x: np.ndarray[Any, Any], strategy: str) -> None:
+    result = trainer(
+        training__num_epochs=4,
+        training__dead_code_reset_interval=2,
+        training__dead_code_threshold=0.9,
+        training__dead_code_strategy=strategy,
+    ).fit(x, GROUPS)
+    assert [r.epoch for r in result.history if r.resets is not None] == [2]
+    assert result.history[1].resets
+
+
+def test_learning_rate_warms_up_and_follows_the_cosine(x: np.ndarray[Any, Any]) -> None:
+    result = trainer(
+        training__num_epochs=4, training__warmup_epochs=1, training__scheduler="cosine", training__batch_size=270
+    ).fit(x, GROUPS)
+    rates = [r.learning_rate for r in result.history]
+    cosine = [1e-3 * 0.5 * (1 + math.cos(math.pi * k / 3)) for k in range(3)]
+    assert rates == pytest.approx([1e-3, *cosine])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model__use_ema": False},
+        {"model__rotation_trick": True},
+        {"model__codebook_init": "uniform"},
+        {"model__codebook_init": "product"},
+        {"training__input_noise": 0.3, "training__mixing": 0.2},
+        {"training__optimizer": "adamw", "training__weight_decay": 0.01},
+        {"training__topo_weight": 0.0, "training__informativeness_weight": 0.0},
+        {"training__dead_code_reset_steps": 2, "training__dead_code_strategy": "sample"},
+        {"training__batch_size": 10_000},
+    ],
+)
+def test_options_train_to_a_finite_model(x: np.ndarray[Any, Any], settings: dict[str, Any]) -> None:
+    result = trainer(training__num_epochs=2, **settings).fit(x, GROUPS)
+    assert math.isfinite(result.metrics["val_loss"])
+
+
+def test_overrides_are_checked() -> None:
+    with pytest.raises(ConfigError, match="batch_size"):
+        apply_overrides(RunConfig(), {"training.batch_size": 0})
+
+
+def test_history_terms_add_up_to_the_loss(x: np.ndarray[Any, Any]) -> None:
+    record: EpochRecord = trainer(training__num_epochs=1).fit(x, GROUPS).history[0]
+    w = {"reconstruction": 1.0, "vq": 1.0, "orthogonality": 0.1, "informativeness": 0.1, "topographic": 0.3}
+    assert sum(w[name] * value for name, value in record.terms.items()) == pytest.approx(record.train_loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("value", [1e11, 1e20, 1e30, 3e38])
+@pytest.mark.parametrize("where", ["validation", "test", "host"])
+def test_a_huge_row_is_named_and_left_out_of_the_metrics(
+    x: np.ndarray[Any, Any], caplog: pytest.LogCaptureFixture, where: str, value: float
+) -> None:
+    kind = "test" if where == "test" else "validation"
+    settings: dict[str, Any] = {"training__num_epochs": 1, "training__test_fraction": 0.1}
+    if where == "host":
+        settings["training__data_on_device"] = "never"
+    rows = split_rows(300, trainer(**settings).config.training, 42)
+    number = int((rows.test if kind == "test" else rows.val)[4])
+    bad = x.copy()
+    bad[number, 3] = value
+    found = trainer(**settings).fit(bad, GROUPS).metrics
+    json.dumps(found, allow_nan=False)
+    measured = found["test"] if kind == "test" else found
+    assert f"{kind} row {number}: the features are too large" in caplog.text
+    assert measured["reconstruction_error"] < 10
+    if kind == "test":
+        assert measured["rows_left_out"] == [number]
+        kept = np.setdiff1d(rows.test, number)
+        expected = trainer(**settings).fit(x, GROUPS, val_rows=rows.val)  # another split of the rest
+        assert measured["val_rows"] == kept.size
+        assert expected.metrics["test"]["val_rows"] == kept.size + 1
+    else:
+        assert found["val_rows"] == rows.val.size - 1
+
+
+def test_a_huge_training_row_is_named(x: np.ndarray[Any, Any]) -> None:
+    bad = x.copy()
+    bad[9, 3] = 1e30
+    with raises_one_line(TrainingError, "row 9 holds a value of size 1e+30"):
+        trainer().fit(bad, GROUPS, val_rows=[3, 100], normalize=False)
+
+
+def test_a_stopped_trainer_can_be_used_again(x: np.ndarray[Any, Any]) -> None:
+    again = trainer()
+    again.stop(signal.SIGINT)
+    with pytest.raises(Interrupted):
+        again.fit(x, GROUPS)
+    assert len(again.fit(x, GROUPS).history) == 4
+    again.stop(signal.SIGINT)  # too late for the fit above, and not meant for the next
+    assert len(again.fit(x, GROUPS).history) == 4
+
+
+@pytest.mark.parametrize("moment", ["best_model", "evaluate"])
+def test_a_signal_after_the_last_step_is_obeyed(
+    x: np.ndarray[Any, Any], monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """It comes while the run is measured, from `stop` or from who is asked for signals."""
+    expected = trainer().fit(x, GROUPS)
+    for by_call in (True, False):
+        signals: list[int] = []
+        listener = Listener()
+        run = Trainer(trainer().config, listener, lambda signals=signals: signals[0] if signals else None)  # type: ignore[misc]
+
+        def late(*_: object, run: Trainer = run, signals: list[int] = signals, by_call: bool = by_call) -> None:
+            run.stop(15) if by_call else signals.append(15)
+
+        with monkeypatch.context() as patch:
+            if moment == "evaluate":
+                measured = trainer_module.evaluate_with_use
+                patch.setattr(trainer_module, "evaluate_with_use", lambda *a: (late(), measured(*a))[1])  # noqa: B023
+            else:
+                best = TrainingRun.best_model
+                patch.setattr(TrainingRun, "best_model", lambda self: (late(), best(self))[1])  # noqa: B023
+            with pytest.raises(Interrupted, match="after the last epoch") as stopped:
+                run.fit(x, GROUPS)
+        assert stopped.value.exit_status == 143
+        found = trainer().fit(x, GROUPS, resume=listener.states[-1])
+        assert_same_weights(found, expected)
+        assert found.metrics["reconstruction_error"] == expected.metrics["reconstruction_error"]
+
+
+def test_a_resumed_run_adds_up_its_time(x: np.ndarray[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    listener = Listener()
+    run = trainer(listener)
+    with stopped_after(6, run), pytest.raises(Interrupted):  # in the second epoch
+        run.fit(x, GROUPS)
+    state = listener.states[-1]
+    assert state["seconds"] > sum(record["seconds"] for record in state["history"]) > 0
+    assert state["epoch_seconds"] > 0
+    state["seconds"], state["epoch_seconds"] = 1000.0, 400.0
+    found = trainer().fit(x, GROUPS, resume=state)
+    assert 1000 < found.metrics["seconds"]["train"] <= found.metrics["seconds"]["total"] < 1100
+    assert [record.seconds > 400 for record in found.history] == [False, True, False, False]
+    again = trainer(training__num_epochs=5).fit(x, GROUPS, resume=found.final_state)
+    assert again.metrics["seconds"]["train"] > 1000
+    old = {key: value for key, value in found.final_state.items() if "seconds" not in key}
+    assert trainer().fit(x, GROUPS, resume=old).metrics["seconds"]["train"] > 400  # of the epochs, in old states
+
+
+LONGER = {
+    "training__dead_code_reset_interval": 2,
+    "training__dead_code_threshold": 5.0,
+    "training__dead_code_strategy": "sample",
+    "training__val_every_n_epochs": 3,
+    "model__dropout": 0.2,
+}
+
+
+@pytest.mark.parametrize("first", [2, 3, 4])
+def test_a_finished_run_trained_longer_is_the_long_run(x: np.ndarray[Any, Any], first: int) -> None:
+    whole = trainer(training__num_epochs=7, **LONGER).fit(x, GROUPS)
+    torch.manual_seed(7)  # the caller's random state must not matter
+    short = trainer(training__num_epochs=first, **LONGER).fit(x, GROUPS)
+    torch.manual_seed(8)
+    state = copy.deepcopy(short.final_state)
+    longer = trainer(training__num_epochs=7, **LONGER).fit(x, GROUPS, resume=state)
+    assert_same_weights(longer, whole)
+    for a, b in zip(longer.history, whole.history, strict=True):
+        assert vars(a) | {"seconds": 0.0} == vars(b) | {"seconds": 0.0}
+    assert longer.best_epoch == whole.best_epoch
+    for key, value in whole.model.state_dict().items():
+        assert torch.equal(value, longer.model.state_dict()[key])
+
+
+def test_a_cosine_that_becomes_longer_is_mentioned(x: np.ndarray[Any, Any], caplog: pytest.LogCaptureFixture) -> None:
+    done = trainer(training__scheduler="cosine").fit(x, GROUPS).final_state
+    trainer(training__scheduler="cosine", training__num_epochs=5).fit(x, GROUPS, resume=done)
+    assert "will differ from those of a run that had 5 from the start" in caplog.text
+
+
+def test_states_are_saved_by_minutes_too(x: np.ndarray[Any, Any]) -> None:
+    listener = Listener()
+    expected = trainer(listener, training__save_minutes=1e-9).fit(x, GROUPS)
+    steps = -(-expected.split.train.size // 64)
+    assert len(listener.states) == 4 * steps  # after every step
+    assert {state["step"] for state in listener.states} == set(range(1, steps + 1))
+    for state in (listener.states[0], listener.states[-3]):
+        assert_same_weights(trainer().fit(x, GROUPS, resume=state), expected)
+
+
+def test_small_steady_gains_are_gains(x: np.ndarray[Any, Any]) -> None:
+    """Early stopping compares with the last loss that counted, so that gains below min_delta add up."""
+    plain = trainer(training__num_epochs=12).fit(x, GROUPS)
+    losses = [r.validation["val_loss"] for r in plain.history if r.validation]
+    gains = -np.diff(losses)
+    assert (gains > 0).all()
+    patient = trainer(
+        training__num_epochs=12,
+        training__early_stopping_patience=2,
+        training__early_stopping_min_delta=float(gains.max() * 1.01),
+    ).fit(x, GROUPS)
+    counted, stale, expected = losses[0], 0, 2
+    for loss in losses[1:]:
+        if stale == 2:
+            break
+        expected += 2
+        counted, stale = (loss, 0) if loss < counted - gains.max() * 1.01 else (counted, stale + 1)
+    assert len(patient.history) == expected
+    assert expected > 6  # comparing with the best loss alone would have stopped here
+
+
+def test_fewer_epochs_than_done_cannot_be_resumed(x: np.ndarray[Any, Any]) -> None:
+    done = trainer().fit(x, GROUPS).final_state
+    with pytest.raises(ConfigError, match="has done 4 epochs"):
+        trainer(training__num_epochs=3).fit(x, GROUPS, resume=done)
+
+
+def test_a_complete_run_says_so(x: np.ndarray[Any, Any], caplog: pytest.LogCaptureFixture) -> None:
+    done = trainer().fit(x, GROUPS).final_state
+    trainer().fit(x, GROUPS, resume=done)
+    assert "the run is complete" in caplog.text
+
+
+def test_fewer_categories_than_asked_are_mentioned(x: np.ndarray[Any, Any], caplog: pytest.LogCaptureFixture) -> None:
+    trainer(training__num_epochs=1, training__num_categories_auto=15).fit(x)
+    assert "instead of num_categories_auto 15" in caplog.text
+
+
+def test_a_category_with_one_code_in_use_is_mentioned(
+    x: np.ndarray[Any, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    level = {"num_tokens": 1, "latent_dim": 4}
+    levels = {name: [level if name == "cluster_1" else {"num_tokens": 8, "latent_dim": 4}] for name in GROUPS}
+    trainer(training__num_epochs=1).fit(x, GROUPS, levels=levels)
+    assert "cluster_1: one code serves every sample" in caplog.text
+
+
+def test_a_term_of_weight_zero_may_be_anything(x: np.ndarray[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from spinlock_fast.models import losses
+
+    monkeypatch.setattr(losses, "topographic_loss", lambda x, latents, *rest: latents.sum() * torch.nan)
+    trainer(training__num_epochs=1, training__topo_weight=0.0).fit(x, GROUPS)
+    with pytest.raises(TrainingError, match="topographic"):
+        trainer(training__num_epochs=1).fit(x, GROUPS)
+
+
+@pytest.mark.parametrize("name", ["tritn", "triton"])
+def test_a_backend_that_cannot_serve_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("SPINLOCK_FAST_BACKEND", name)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with raises_one_line(ConfigError, "triton"):
+        resolve_device("cpu")
+
+
+class Listener(SilentObserver):
+    """Writes down what it hears, and stops a run after some epochs."""
+
+    def __init__(self) -> None:
+        self.heard: list[Any] = []
+        self.states: list[dict[str, Any]] = []
+
+    def epoch_finished(self, record: EpochRecord) -> None:
+        self.heard.append((record.epoch, record.train_loss, record.validation, record.resets))
+
+    def save(self, state: dict[str, Any]) -> None:
+        self.heard.append("saved")
+        self.states.append(copy.deepcopy(state))
+
+
+@pytest.fixture
+def _late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are read as on a device that works by itself."""
+    started = TrainingRun.__init__
+
+    def late(self: TrainingRun, *args: Any) -> None:
+        started(self, *args)
+        self._reads_late = True
+
+    monkeypatch.setattr(TrainingRun, "__init__", late)
+
+
+EPOCHS_APART = {
+    "training__num_epochs": 11,
+    "training__val_every_n_epochs": 4,
+    "training__dead_code_reset_interval": 3,
+    "training__save_every": 5,
+}
+
+
+def heard(x: np.ndarray[Any, Any]) -> tuple[Listener, TrainResult]:
+    listener = Listener()
+    return listener, trainer(listener, **EPOCHS_APART).fit(x, GROUPS)
+
+
+def test_late_figures_are_those_of_their_epochs(x: np.ndarray[Any, Any], request: pytest.FixtureRequest) -> None:
+    early, expected = heard(x)
+    request.getfixturevalue("_late")
+    late, found = heard(x)
+    assert late.heard == early.heard
+    assert [item[0] for item in late.heard if item != "saved"] == list(range(1, 12))
+    assert late.heard.count("saved") == 2
+    for a, b in zip(found.history, expected.history, strict=True):
+        assert vars(a) | {"seconds": 0.0} == vars(b) | {"seconds": 0.0}
+        assert a.seconds > 0.0
+
+
+@pytest.mark.usefixtures("_late")
+def test_an_interruption_keeps_the_epoch_that_was_not_read(x: np.ndarray[Any, Any]) -> None:
+    whole, expected = heard(x)
+    listener = Listener()
+    run = trainer(listener, **EPOCHS_APART)
+    steps = -(-expected.split.train.size // 64)
+    launched, calls = StepLauncher.run, itertools.count()
+
+    def stops(self: StepLauncher, kind: StepKind, most: int) -> int:
+        if next(calls) == 7 * steps + 2:  # with one validation, in the eighth epoch; the seventh is not read by then
+            run.stop(2)
+        return launched(self, kind, most)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StepLauncher, "run", stops)
+        with pytest.raises(Interrupted):
+            run.fit(x, GROUPS)
+    state = listener.states[-1]
+    assert (state["epoch"], state["step"]) == (7, 2)
+    assert [record["epoch"] for record in state["history"]] == list(range(1, 8))
+    found = run.fit(x, GROUPS, resume=state)
+    assert [r.train_loss for r in found.history] == [r.train_loss for r in expected.history]
+    assert_same_weights(found, expected)
+    assert [item for item in listener.heard if item != "saved"] == [item for item in whole.heard if item != "saved"]
+
+
+@pytest.mark.usefixtures("_late")
+def test_a_loss_that_breaks_is_told_by_its_own_step(x: np.ndarray[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    made = TrainingStep.__call__
+    steps = 0
+
+    def breaks(self: TrainingStep, kind: Any) -> None:
+        nonlocal steps
+        steps += 1
+        made(self, kind)
+        if steps == self.count + 2:  # the second step of the second epoch
+            self.values[1, 1] = torch.nan
+
+    monkeypatch.setattr(TrainingStep, "__call__", breaks)
+    run = trainer(training__num_epochs=6, training__val_every_n_epochs=5)
+    with pytest.raises(TrainingError, match=r"reconstruction loss is not finite from step \d+ on \(epoch 2\)"):
+        run.fit(x, GROUPS)
+
+
+def test_refit_and_evaluation_run_on_the_device_of_the_data(x: np.ndarray[Any, Any], monkeypatch: Any) -> None:
+    """What follows the steps of a run is inside a device guard of its own."""
+    from contextlib import contextmanager
+
+    from spinlock_fast.models import metrics
+    from spinlock_fast.training import trainer as module
+
+    depth, seen = [0], []
+
+    @contextmanager
+    def guard(device: torch.device) -> Any:
+        depth[0] += 1
+        yield
+        depth[0] -= 1
+
+    for name in ("refit_decoder", "evaluate_with_use", "evaluate"):
+        plain = getattr(module, name)
+
+        def called(*args: Any, name: str = name, plain: Any = plain) -> Any:
+            seen.append((name, depth[0]))
+            return plain(*args)
+
+        monkeypatch.setattr(module, name, called)
+    monkeypatch.setattr(module, "device_guard", guard)
+    monkeypatch.setattr(metrics, "device_guard", guard)
+    trainer(training__num_epochs=2, training__decoder_refit=0.1, training__test_fraction=0.1).fit(x, GROUPS)
+    assert [name for name, _ in seen] == ["refit_decoder", "evaluate_with_use", "evaluate"]
+    assert all(inside for _, inside in seen)
+    assert depth == [0]
