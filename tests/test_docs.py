@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ import pytest
 import torch
 from helpers import write_dataset
 
-from spinlock_fast.commands.main import VERBS
+from spinlock_fast.commands.main import VERBS, command_of
 from spinlock_fast.data.loader import HDF5Loader
 from spinlock_fast.train import main as train_main
 
@@ -195,7 +194,7 @@ def command(words: list[str]) -> int:
     assert package == "spinlock_fast"
     assert verb in VERBS, words
     try:
-        import_module(f"spinlock_fast.{verb}").main(words[3:])
+        command_of(verb)(words[3:])
     except SystemExit as end:
         return int(end.code or 0)
     return 0

@@ -10,7 +10,6 @@ import os
 import random
 import time
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from helpers import planted_matrix, write_arrays
 
 from spinlock_fast.checkpoints.directory import load_checkpoint, load_torch
 from spinlock_fast.checkpoints.run_directory import FINAL, unfinished
+from spinlock_fast.commands.main import command_of
 
 MANY, SOME = 50, 20
 PRELOADED = (
@@ -55,7 +55,7 @@ def command(verb: str, arguments: list[str]) -> None:
     """The body of a process."""
     torch.set_num_threads(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    import_module(f"spinlock_fast.{verb}").main(arguments)
+    command_of(verb)(arguments)
 
 
 class Killer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import NoReturn
 
@@ -21,6 +21,13 @@ VERBS = {
 }
 
 
+def command_of(verb: str) -> Callable[[Sequence[str] | None], None]:
+    """The function of `python -m spinlock_fast.<verb>`, which takes the command line without the verb."""
+    module = "report.__main__" if verb == "report" else verb
+    command: Callable[[Sequence[str] | None], None] = import_module(f"spinlock_fast.{module}").main
+    return command
+
+
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """`spinlock-fast <verb> ...`."""
     top = Parser(prog="spinlock-fast", description="Turns simulated dynamical systems into discrete tokens.")
@@ -32,6 +39,5 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     )
     top.add_argument("arguments", nargs=argparse.REMAINDER, help="see spinlock-fast <verb> --help")
     chosen = top.parse_args(arguments)
-    module = "report.__main__" if chosen.verb == "report" else chosen.verb
-    import_module(f"spinlock_fast.{module}").main(chosen.arguments)
+    command_of(chosen.verb)(chosen.arguments)
     sys.exit(0)

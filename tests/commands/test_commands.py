@@ -1,9 +1,8 @@
 import signal
-from importlib import import_module
 
 import pytest
 
-from spinlock_fast.commands.main import VERBS
+from spinlock_fast.commands.main import VERBS, command_of
 
 ARGUMENTS = {
     "generate": ["--output", "x.h5"],
@@ -28,7 +27,7 @@ def test_a_command_started_by_torchrun_is_refused(verb, tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit) as ended:
-        import_module(f"spinlock_fast.{verb}" + ".__main__" * (verb == "report")).main(ARGUMENTS[verb])
+        command_of(verb)(ARGUMENTS[verb])
     assert ended.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: WORLD_SIZE is 2")
