@@ -16,7 +16,6 @@ import triton.language as tl
 from torch import Tensor
 
 from spinlock_fast.kernels._common.guard import launches
-from spinlock_fast.kernels._triton.specimen import Specimen
 
 TENSORS = 32  # in one launch
 _BLOCK = 1024
@@ -108,7 +107,7 @@ class Adam:
         padded = [row + [none] * (TENSORS - len(row)) for row in rows]
         self.table = torch.tensor(padded, dtype=torch.int64, device="cpu").to(parameters[0].device)
         self._aligned = all(address % 16 == 0 for row in rows[:3] for address in row)
-        self._options = _options(betas, eps, weight_decay, decoupled)
+        self._options = launch_options(betas, eps, weight_decay, decoupled)
 
     @launches
     def __call__(self, gradients: Sequence[Tensor], count: Tensor, rate: Tensor) -> None:
@@ -117,7 +116,7 @@ class Adam:
         adam_kernel[(self.blocks,)](tuple(gradients), self.table, count, rate, ALIGNED=aligned, **self._options)
 
 
-def _options(betas: tuple[float, float], eps: float, weight_decay: float, decoupled: bool) -> dict[str, Any]:
+def launch_options(betas: tuple[float, float], eps: float, weight_decay: float, decoupled: bool) -> dict[str, Any]:
     return {
         "BETA1": betas[0],
         "BETA2": betas[1],
@@ -128,17 +127,3 @@ def _options(betas: tuple[float, float], eps: float, weight_decay: float, decoup
         "DECOUPLED": decoupled,
         **_OPTIONS,
     }
-
-
-def specimens(capability: int) -> list[Specimen]:
-    """Launches for the report: the model of the 100K run."""
-    tensors, entries = 18, 3_300_000
-    return [
-        Specimen.launched(
-            adam_kernel, f"{tensors} tensors, {entries:,} entries",
-            {**_options((0.9, 0.999), 1e-8, decay, decoupled), "ALIGNED": True},
-            num_bytes=4 * 7 * entries, float_ops=16 * entries, dot_ops=0,
-            types={"gradients": ("*fp32",) * tensors, "addresses_ptr": "*i64"},
-        )
-        for decay, decoupled in ((0.0, False), (1.0, True))
-    ]  # fmt: skip

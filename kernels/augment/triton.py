@@ -14,12 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from spinlock_fast.kernels._common.guard import launches, rows_of
-from spinlock_fast.kernels._triton.specimen import FEATURES, ROWS, Specimen
 
-_TILES: dict[str, Any] = {"BLOCK_B": 8, "BLOCK_F": 128, "num_warps": 4, "num_stages": 1}
+TILES: dict[str, Any] = {"BLOCK_B": 8, "BLOCK_F": 128, "num_warps": 4, "num_stages": 1}
 
 
-@triton.jit(do_not_specialize=["N", "B", "F", "x_row", "mixing", "noise"])
+@triton.jit(do_not_specialize=["N", "B", "F", "x_row", "mixup_scale", "noise_std"])
 def augment_kernel(
     x_ptr,  # [N, F], row stride x_row
     order_ptr,  # [B] int64
@@ -31,8 +30,8 @@ def augment_kernel(
     B,
     F,
     x_row,
-    mixing,
-    noise,
+    mixup_scale,
+    noise_std,
     MIXED: tl.constexpr,
     FADED: tl.constexpr,
     NOISY: tl.constexpr,
@@ -48,9 +47,9 @@ def augment_kernel(
     x = tl.load(x_ptr + (row * x_row)[:, None] + f[None, :], mask=there, other=float("nan"))
     if MIXED:
         other = tl.load(order_ptr + tl.where(b + 1 < B, b + 1, 0), mask=b < B, other=0)
-        share = mixing
+        share = mixup_scale
         if FADED:
-            share = mixing * tl.load(fade_ptr)
+            share = mixup_scale * tl.load(fade_ptr)
         u = share * (2.0 * tl.rand(seed ^ 0x2545F491, b) - 1.0)
         there = here & ((other >= 0) & (other < N))[:, None]
         y = tl.load(x_ptr + (other * x_row)[:, None] + f[None, :], mask=there, other=float("nan"))
@@ -58,7 +57,7 @@ def augment_kernel(
     places = b.to(tl.int64)[:, None] * F + f[None, :]
     tl.store(target_ptr + places, x, mask=here)
     if NOISY:
-        tl.store(seen_ptr + places, x + noise * tl.randn(seed, b[:, None] * F + f[None, :]), mask=here)
+        tl.store(seen_ptr + places, x + noise_std * tl.randn(seed, b[:, None] * F + f[None, :]), mask=here)
 
 
 @launches
@@ -71,22 +70,10 @@ def augmented_rows(x: Tensor, rows: Tensor, mixing: float, noise: float, fade: T
     seen = torch.empty_like(target) if noise else target
     seed = torch.empty((), dtype=torch.int64, device=x.device).random_()
     if B:
-        grid = (triton.cdiv(B, _TILES["BLOCK_B"]), triton.cdiv(F, _TILES["BLOCK_F"]))
+        grid = (triton.cdiv(B, TILES["BLOCK_B"]), triton.cdiv(F, TILES["BLOCK_F"]))
         augment_kernel[grid](
             x, rows, fade.to(torch.float32) if fade is not None else x, seed, target, seen,
             x.shape[0], B, F, x.stride(0), mixing, noise,
-            MIXED=mixing != 0.0, FADED=fade is not None, NOISY=noise != 0.0, **_TILES,
+            MIXED=mixing != 0.0, FADED=fade is not None, NOISY=noise != 0.0, **TILES,
         )  # fmt: skip
     return target, seen
-
-
-def specimens(capability: int) -> list[Specimen]:
-    """Launches for the report: the batch of the 100K run."""
-    B, F = ROWS, sum(FEATURES)
-    options = {"MIXED": True, "FADED": True, "NOISY": True}
-    return [
-        Specimen.launched(
-            augment_kernel, f"{B} rows, {F} features", {**options, **_TILES},
-            num_bytes=4 * 4 * B * F + 8 * B, float_ops=60 * B * F, dot_ops=0,
-        )
-    ]  # fmt: skip

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from spinlock_fast.kernels._common.guard import launches, rows_of
 from spinlock_fast.kernels._common.higher_order import needs_graph
-from spinlock_fast.kernels._triton.specimen import FEATURES, ROWS, SEED, Specimen
 from spinlock_fast.kernels._triton.tables import book_table, check_offsets, power_of_two
 from spinlock_fast.kernels.code_decoders.reference import gradients_of_loss
 from spinlock_fast.kernels.layout import CodebookLayout
@@ -414,28 +413,3 @@ class PartialLoss(torch.autograd.Function):
             **config.backward,
         )  # fmt: skip
         return None, of_quantized, None, None, of_w1, of_b1, of_w2, of_b2, None
-
-
-def specimens(capability: int) -> list[Specimen]:
-    """Launches for the report: a training step of the 100K run."""
-    B, F, H, G, D = ROWS, sum(FEATURES), 128, SEED.groups, SEED.total_dims
-    codes, entries = SEED.total_codes, SEED.total_entries
-    config = DecoderConfig.of(SEED, H)
-    shape = f"{B} rows, {F} features, {G} codebooks"
-    parameters = D * H + G * H * F
-    inner = codes * (H + 2 * F)  # hidden, decoded, off
-    return [
-        Specimen.launched(
-            code_decoders_fwd_kernel, shape, config.forward,
-            num_bytes=4 * (B * F + entries + parameters + G * (H + F) + inner) + 8 * B * G,
-            float_ops=3 * B * F + codes * (2 * H + 9 * F),
-            dot_ops=2 * (B * codes * F + entries * H + codes * H * F),
-        ),
-        Specimen.launched(
-            code_decoders_bwd_kernel, shape, config.backward,
-            num_bytes=4 * (B * F + entries + 2 * parameters + inner + B * D + G * (H + F)) + 8 * B * G,
-            float_ops=G * B * (F + H) + codes * (2 * F + 2 * H),
-            dot_ops=2 * (B * G * F * H + B * D * H + 2 * codes * H * F + entries * H),
-            passes=1,
-        ),
-    ]  # fmt: skip

@@ -144,7 +144,7 @@ TABLE = [
              {"codebook": CODEBOOK, **DECODERS}),
     Operator("topographic_correlations", lambda **a: topographic_correlations(**a, layout=LAYOUT), TOPO, ("latents",),
              ("x",)),
-    Operator("topographic_loss", lambda **a: _tuple(topographic_loss(**a, layout=LAYOUT, pre_share=0.3)), TOPO,
+    Operator("topographic_loss", lambda **a: _tuple(topographic_loss(**a, layout=LAYOUT, pre_weight=0.3)), TOPO,
              ("latents",), ("x",)),
     Operator("ema_update", _updated, {**STATE, **BATCH}),
     Operator("reset_dead_codes", _reset, STATE),
