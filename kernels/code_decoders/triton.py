@@ -17,7 +17,7 @@ from torch import Tensor
 
 from spinlock_fast.kernels._common.guard import launches, rows_of
 from spinlock_fast.kernels._common.higher_order import needs_graph
-from spinlock_fast.kernels._triton.tables import book_table, check_offsets, power_of_two
+from spinlock_fast.kernels._common.launch_sizes import check_int32_offsets, codebook_offsets, next_power_of_two
 from spinlock_fast.kernels.code_decoders.reference import gradients_of_loss
 from spinlock_fast.kernels.layout import CodebookLayout
 
@@ -41,12 +41,12 @@ class DecoderConfig:
     def of(cls, layout: CodebookLayout, hidden: int) -> DecoderConfig:
         return cls(
             block_n=64,
-            block_k=min(32, power_of_two(layout.max_codes, 16)),
-            block_d=min(32, power_of_two(layout.max_dims, 16)),
+            block_k=min(32, next_power_of_two(layout.max_codes, 16)),
+            block_d=min(32, next_power_of_two(layout.max_dims, 16)),
             block_f=32,
-            block_h=min(32, power_of_two(hidden, 16)),
+            block_h=min(32, next_power_of_two(hidden, 16)),
             pull_n=64,
-            pull_h=min(128, power_of_two(hidden, 16)),
+            pull_h=min(128, next_power_of_two(hidden, 16)),
         )
 
     @property
@@ -77,7 +77,7 @@ def code_decoders_fwd_kernel(
     b1_ptr,  # [G, H]
     w2_ptr,  # [G, H, F]
     b2_ptr,  # [G, F]
-    table_ptr,  # [5, G] int32, see book_table
+    table_ptr,  # [5, G] int32, see codebook_offsets
     hidden_ptr,  # [sum K, H]
     decoded_ptr,  # [sum K, F]
     off_ptr,  # [sum K, F] rows of the code times (decoded - mean of the rows)
@@ -375,8 +375,8 @@ class PartialLoss(torch.autograd.Function):
         w1, b1, w2, b2 = (parameter.contiguous() for parameter in (w1, b1, w2, b2))
         (B, F), (G, H) = x.shape, b1.shape
         config = DecoderConfig.of(layout, H)
-        check_offsets("hidden and decoded values of all codes", layout.total_codes * max(H, F))
-        check_offsets("the weights of a decoder", max(H * F, w1.numel()))
+        check_int32_offsets("hidden and decoded values of all codes", layout.total_codes * max(H, F))
+        check_int32_offsets("the weights of a decoder", max(H * F, w1.numel()))
         factor = 1.0 / max(G * B * F, 1)
         f_tiles, k_tiles = triton.cdiv(F, config.block_f), triton.cdiv(layout.max_codes, config.block_k)
         options: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
@@ -384,7 +384,7 @@ class PartialLoss(torch.autograd.Function):
         decoded, off = (torch.empty(layout.total_codes, F, **options) for _ in range(2))
         parts = torch.empty(G, k_tiles, f_tiles, **options)
         code_decoders_fwd_kernel[(f_tiles, k_tiles, G)](
-            x, codes, codebook, w1, b1, w2, b2, book_table(layout, x.device), hidden, decoded, off, parts,
+            x, codes, codebook, w1, b1, w2, b2, codebook_offsets(layout, x.device), hidden, decoded, off, parts,
             B, G, F, H, x.stride(0), factor, **config.forward,
         )  # fmt: skip
         ctx.layout, ctx.config, ctx.factor = layout, config, factor
@@ -407,7 +407,7 @@ class PartialLoss(torch.autograd.Function):
         tiles = triton.cdiv(B, config.pull_n) if of_quantized is not None else 0
         seconds = triton.cdiv(F, config.block_f) * triton.cdiv(H, config.pull_h)
         code_decoders_bwd_kernel[(tiles + seconds + triton.cdiv(H, config.block_h), G)](
-            grads[0], x, codes, codebook, w1, w2, hidden, decoded, off, book_table(layout, x.device),
+            grads[0], x, codes, codebook, w1, w2, hidden, decoded, off, codebook_offsets(layout, x.device),
             of_quantized if of_quantized is not None else of_w1, of_w1, of_b1, of_w2, of_b2,
             tiles, B, G, F, H, x.stride(0), layout.total_dims, 2.0 * ctx.factor,
             **config.backward,

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from spinlock_fast.kernels._common.guard import FLOAT, SAME, check, check_rate
 from spinlock_fast.kernels._common.higher_order import gradients, in_transform, needs_graph
+from spinlock_fast.kernels._common.ragged import Ragged
 from spinlock_fast.kernels.backend import Backend, runs_triton
 from spinlock_fast.kernels.grouped_mlp import native, reference
-from spinlock_fast.kernels.grouped_mlp.ragged import Ragged
 from spinlock_fast.kernels.native import serves
 
 

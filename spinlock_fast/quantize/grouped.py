@@ -11,11 +11,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from spinlock_fast.kernels._common.guard import check_dense
+from spinlock_fast.kernels._common.table_cache import TableCache
 from spinlock_fast.kernels.backend import Backend, check_backend, resolve_backend
 from spinlock_fast.kernels.ema_update import code_usage, ema_update, reset_dead_codes
 from spinlock_fast.kernels.export import exporting
 from spinlock_fast.kernels.layout import CodebookLayout
-from spinlock_fast.kernels.table_cache import TableCache
 from spinlock_fast.kernels.vq_assign import Assignment, lookup, vq_assign
 from spinlock_fast.quantize.activation_checkpointing import kept, once
 from spinlock_fast.quantize.buffers import TransientBuffers

@@ -16,7 +16,7 @@ from triton.runtime import interpreter
 
 from spinlock_fast.kernels._triton import tables
 from spinlock_fast.kernels._triton.tables import book_table
-from spinlock_fast.kernels.augment.triton import augment_kernel
+from spinlock_fast.kernels.augment.triton_forward import augment_fwd_kernel
 from spinlock_fast.kernels.layout import CodebookLayout
 from spinlock_fast.kernels.topo_loss import pull
 from spinlock_fast.kernels.topo_loss import triton as topo
@@ -87,7 +87,7 @@ def test_points(memory):
         seen = memory((last, s), (last + 1, sets.count), sets.table, codebook)
         topo.topo_points_fwd_kernel[(1, 1)](
             x, z, codebook, codes.to(torch.int64), sets.table, points, norms, centre, S, 1, WIDE, WIDE, sets.columns,
-            **topo._POINTS,
+            **topo.POINTS_TILES,
         )  # fmt: skip
         row = (last + 1) * topo.BLOCK_S - 1
         if s < 2:
@@ -101,7 +101,17 @@ def test_distances(memory):
     tile = S // topo.BLOCK_S - 1
     seen = memory((tile, tile, 0), (tile + 1, tile + 1, 3), sets.table, sets.splits)
     topo.topo_distances_fwd_kernel[(1, 1, 1)](
-        points, norms, sets.table, sets.splits, distances, S, sets.count, sets.columns, 1e-6, 1e-6, **topo._DISTANCES
+        points,
+        norms,
+        sets.table,
+        sets.splits,
+        distances,
+        S,
+        sets.count,
+        sets.columns,
+        1e-6,
+        1e-6,
+        **topo.DISTANCES_TILES,
     )
     row = (tile + 1) * topo.BLOCK_S - 1
     seen.check(distances, row * S + row)
@@ -134,9 +144,9 @@ def test_rows_of_a_batch(memory):
     x, target, seed = some(), some(), torch.zeros((), dtype=torch.int64)
     order, tile = torch.zeros(64, dtype=torch.int64), S // 8 - 1
     seen = memory((tile, WIDE // 128 - 1), (tile + 1, WIDE // 128), seed)
-    augment_kernel[(1, 1)](
-        x, order, x, seed, target, x, S, S, WIDE, WIDE, 0.0, 0.0, MIXED=False, FADED=False, NOISY=False, BLOCK_B=8,
-        BLOCK_F=128,
+    augment_fwd_kernel[(1, 1)](
+        x, order, x, seed, target, x, S, S, WIDE, WIDE, 0.0, 0.0, HAS_MIXUP=False, HAS_DECAY=False,
+        HAS_NOISE=False, BLOCK_B=8, BLOCK_F=128,
     )  # fmt: skip
     seen.check(target, (S - 1) * WIDE + WIDE // 128 * 128 - 1)
 
