@@ -23,10 +23,10 @@ from spinlock_fast.kernels._triton.specimen import Specimen
 
 CAPABILITIES = (80, 90, 100)
 MODULES = (
-    "vq_assign.triton",
-    "vq_assign.streamed",
-    "residual_vq.triton",
-    "ema_update.triton",
+    "vq_assign.triton_forward",
+    "vq_assign.triton_streaming",
+    "residual_vq.triton_forward",
+    "ema_update.triton_update",
     "augment.triton",
     "adam.triton",
     "topo_loss.triton",

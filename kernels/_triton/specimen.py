@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from spinlock_fast.kernels.layout import CodebookLayout
+from spinlock_fast.kernels._common.layout import CodebookLayout
 
 # The 33 codebooks of the 100K run, and its batch.
 _CODES = "15 7 6 28 14 7 24 13 6 24 12 6 32 17 8 32 16 8 28 15 7 20 11 6 24 12 6 24 13 6 20 11 6"
@@ -26,14 +26,14 @@ _TYPES = {
     "item_code_ptr": "*i64",
     "item_first_ptr": "*i64",
     "item_last_ptr": "*i64",
-    "code_book_ptr": "*i64",
+    "codebook_of_code_ptr": "*i64",
     "first_entries_ptr": "*i64",
     "moments_ptr": "*fp64",
     "rounding": "fp32",
     "x_rounding": "fp32",
     "splits_ptr": "*i32",
     "decay": "fp32",
-    "rest": "fp32",
+    "one_minus_decay": "fp32",
     "epsilon": "fp32",
     "idle_share": "fp32",
     "factor": "fp32",

@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from spinlock_fast.kernels.layout import CodebookLayout
+from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels.table_cache import TableCache
 
 _tables: TableCache[Tensor] = TableCache(256)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spinlock_fast.kernels._common.backend import Backend, runs_triton
 from spinlock_fast.kernels._common.guard import FLOAT, INDEX, check
-from spinlock_fast.kernels.backend import Backend, runs_triton
 
 
 def augmented_rows(

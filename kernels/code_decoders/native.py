@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from spinlock_fast.kernels._common.higher_order import needs_graph
+from spinlock_fast.kernels._common.layout import CodebookLayout
+from spinlock_fast.kernels._common.native import address, library
 from spinlock_fast.kernels.code_decoders.reference import gradients_of_loss
-from spinlock_fast.kernels.layout import CodebookLayout
-from spinlock_fast.kernels.native import address, library
 
 
 class PartialLoss(torch.autograd.Function):

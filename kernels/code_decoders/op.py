@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spinlock_fast.kernels._common.backend import Backend, runs_triton
 from spinlock_fast.kernels._common.guard import FLOAT, INDEX, SAME, check, check_codes
 from spinlock_fast.kernels._common.higher_order import in_transform, needs_graph
-from spinlock_fast.kernels.backend import Backend, runs_triton
+from spinlock_fast.kernels._common.layout import CodebookLayout
+from spinlock_fast.kernels._common.native import native_supports
 from spinlock_fast.kernels.code_decoders import native, reference
 from spinlock_fast.kernels.code_decoders.reference import Decoders
-from spinlock_fast.kernels.layout import CodebookLayout
-from spinlock_fast.kernels.native import serves
 
 # Rows enter the sums over codes in blocks, so that this many entries of the one-hot matrix exist at once.
 _ONE_HOT_AT_ONCE = 1 << 24
@@ -66,7 +66,7 @@ def partial_loss(
         return reference.loss_of_codes(x.detach(), quantized, codes, decoders, layout)
     tensors = (x, quantized, codebook, *decoders)
     function: type[torch.autograd.Function] = _PartialLoss
-    if backend == "auto" and serves(*tensors):
+    if backend == "auto" and native_supports(*tensors):
         function = native.PartialLoss
     elif runs_triton(backend, *tensors):
         from spinlock_fast.kernels.code_decoders import triton

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from spinlock_fast.kernels._common.guard import launches, rows_of
 from spinlock_fast.kernels._common.higher_order import needs_graph
+from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels._triton.specimen import FEATURES, ROWS, SEED, Specimen
 from spinlock_fast.kernels._triton.tables import book_table, check_offsets, power_of_two
 from spinlock_fast.kernels.code_decoders.reference import gradients_of_loss
-from spinlock_fast.kernels.layout import CodebookLayout
 
 
 @dataclass(frozen=True)

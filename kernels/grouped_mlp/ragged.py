@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spinlock_fast.kernels.export import real_tensors
+from spinlock_fast.kernels._common.export import real_tensors
 from spinlock_fast.kernels.table_cache import capturing, keep
 
 

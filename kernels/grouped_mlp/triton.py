@@ -17,11 +17,11 @@ from torch import Tensor
 
 from spinlock_fast.kernels._common.guard import launches, rows_of
 from spinlock_fast.kernels._common.higher_order import needs_graph
+from spinlock_fast.kernels._common.precision import cuda_matmul
 from spinlock_fast.kernels._triton.specimen import FEATURES, ROWS, SEED, Specimen
 from spinlock_fast.kernels._triton.tables import check_offsets
 from spinlock_fast.kernels.grouped_mlp.ragged import Ragged
 from spinlock_fast.kernels.grouped_mlp.reference import mlp_gradients
-from spinlock_fast.kernels.precision import cuda_matmul
 from spinlock_fast.kernels.streams import later
 from spinlock_fast.kernels.table_cache import TableCache
 

@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels._triton.specimen import ROWS, SEED, Specimen
 from spinlock_fast.kernels._triton.tables import power_of_two
-from spinlock_fast.kernels.layout import CodebookLayout
 from spinlock_fast.kernels.streams import side_by_side
 from spinlock_fast.kernels.topo_loss.triton import BLOCK_PAIRS, COLUMNS, Points, PointSets, load_tile, products_of
 

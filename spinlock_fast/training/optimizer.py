@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spinlock_fast.kernels.backend import runs_triton
+from spinlock_fast.kernels._common.backend import runs_triton
 from spinlock_fast.kernels.table_cache import TableCache
 
 _BETAS = (0.9, 0.999)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from spinlock_fast.config.schema import TrainingConfig
 from spinlock_fast.data.host_rows import Rows
+from spinlock_fast.kernels._common.precision import cuda_matmul
 from spinlock_fast.kernels.augment import augmented_rows
-from spinlock_fast.kernels.precision import cuda_matmul
 from spinlock_fast.kernels.streams import joined, later
 from spinlock_fast.models.losses import LossTerms, LossWeights, loss_terms
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE
