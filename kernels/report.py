@@ -24,7 +24,12 @@ from spinlock_fast.kernels._compile_report.launch import KernelLaunch
 CAPABILITIES = (80, 90, 100)
 OPERATIONS = ("augment", "adam", "topo_loss", "code_decoders", "grouped_mlp", "input_projection")
 # Modules whose launches have not moved to `_compile_report`.
-_OTHERS = ("vq_assign.triton", "vq_assign.streamed", "residual_vq.triton", "ema_update.triton")
+_OTHERS = (
+    "vq_assign.triton_forward",
+    "vq_assign.triton_streaming",
+    "residual_vq.triton_forward",
+    "ema_update.triton_update",
+)
 # H100 SXM data sheet: bytes per second, operations per second.
 _MEMORY, _FLOAT32, _TF32 = 3.35e12, 67e12, 495e12
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from spinlock_fast.kernels.layout import CodebookLayout
+from spinlock_fast.kernels._common.layout import CodebookLayout
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

@@ -6,8 +6,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from spinlock_fast.kernels.backend import Backend, runs_triton
-from spinlock_fast.kernels.native import serves
+from spinlock_fast.kernels._common.backend import Backend, runs_triton
+from spinlock_fast.kernels._common.native import native_supports
 
 Implementation = Literal["cpu", "triton", "pytorch"]
 
@@ -19,6 +19,6 @@ def choose_implementation(backend: Backend, *tensors: Tensor) -> Implementation:
         backend: "auto", "triton" or "reference" (PyTorch operations), see `resolve_backend`.
         tensors: floating-point arguments of the operator.
     """
-    if backend == "auto" and serves(*tensors):
+    if backend == "auto" and native_supports(*tensors):
         return "cpu"
     return "triton" if runs_triton(backend, *tensors) else "pytorch"

@@ -7,8 +7,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels._common.table_cache import TableCache
-from spinlock_fast.kernels.layout import CodebookLayout
 
 _offsets: TableCache[Tensor] = TableCache(256)
 

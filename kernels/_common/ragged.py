@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spinlock_fast.kernels._common.export import real_tensors
 from spinlock_fast.kernels._common.table_cache import is_capturing, retain
-from spinlock_fast.kernels.export import real_tensors
 
 
 @dataclass(frozen=True)

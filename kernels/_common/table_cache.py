@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from spinlock_fast.kernels.export import real_tensors
+from spinlock_fast.kernels._common.export import real_tensors
 
 Value = TypeVar("Value")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spinlock_fast.kernels._common.backend import Backend, runs_triton
 from spinlock_fast.kernels._common.guard import FLOAT, INDEX, check
 from spinlock_fast.kernels.augment import reference
-from spinlock_fast.kernels.backend import Backend, runs_triton
 
 
 def augmented_rows(

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from spinlock_fast.kernels._common.layout import CodebookLayout
+from spinlock_fast.kernels._common.native import address, library
 from spinlock_fast.kernels.code_decoders.reference import Decoders
-from spinlock_fast.kernels.layout import CodebookLayout
-from spinlock_fast.kernels.native import address, library
 
 
 def forward(

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spinlock_fast.kernels._common.backend import Backend
 from spinlock_fast.kernels._common.guard import FLOAT, INDEX, SAME, check, check_codes
 from spinlock_fast.kernels._common.higher_order import in_transform, needs_graph
 from spinlock_fast.kernels._common.implementation import Implementation, choose_implementation
-from spinlock_fast.kernels.backend import Backend
+from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels.code_decoders import cpu, pytorch, reference
 from spinlock_fast.kernels.code_decoders.reference import Decoders
-from spinlock_fast.kernels.layout import CodebookLayout
 
 
 def partial_loss(

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels.code_decoders.reference import Decoders
-from spinlock_fast.kernels.layout import CodebookLayout
 
 # Entries of the one-hot matrix of codes that exist at once: rows are processed in blocks.
 _ONE_HOT_ENTRIES = 1 << 24

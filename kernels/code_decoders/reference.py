@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from spinlock_fast.kernels._common.higher_order import gradients
-from spinlock_fast.kernels.layout import CodebookLayout
+from spinlock_fast.kernels._common.layout import CodebookLayout
 
 
 class Decoders(NamedTuple):

@@ -18,11 +18,11 @@ from torch import Tensor
 from spinlock_fast.kernels._common.guard import launches, rows_of
 from spinlock_fast.kernels._common.higher_order import needs_graph
 from spinlock_fast.kernels._common.launch_sizes import check_int32_offsets
+from spinlock_fast.kernels._common.precision import cuda_matmul
 from spinlock_fast.kernels._common.ragged import Ragged
 from spinlock_fast.kernels._common.streams import defer
 from spinlock_fast.kernels._common.table_cache import TableCache
 from spinlock_fast.kernels.grouped_mlp.reference import mlp_gradients
-from spinlock_fast.kernels.precision import cuda_matmul
 
 _PROGRAMS = 128  # what fills a device: below it, tiles are small
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from spinlock_fast.kernels._common.guard import launches, rows_of
 from spinlock_fast.kernels._common.higher_order import needs_graph
-from spinlock_fast.kernels.layout import CodebookLayout
+from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels.topo_loss import pull, triton
 from spinlock_fast.kernels.topo_loss.reference import correlation_gradient
 

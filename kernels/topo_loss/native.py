@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from spinlock_fast.kernels._common.higher_order import needs_graph
-from spinlock_fast.kernels.layout import CodebookLayout
-from spinlock_fast.kernels.native import address, library
+from spinlock_fast.kernels._common.layout import CodebookLayout
+from spinlock_fast.kernels._common.native import address, library
 from spinlock_fast.kernels.topo_loss.reference import correlation_gradient
 
 _WIDTH = 32  # rows of the distance matrices are padded to a multiple of it

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spinlock_fast.kernels._common.backend import resolve_backend
 from spinlock_fast.kernels._common.guard import FLOAT, INDEX, check, check_codes
 from spinlock_fast.kernels._common.higher_order import in_transform, needs_graph
-from spinlock_fast.kernels.backend import resolve_backend
-from spinlock_fast.kernels.layout import CodebookLayout
-from spinlock_fast.kernels.native import serves
-from spinlock_fast.kernels.precision import full_float32
+from spinlock_fast.kernels._common.layout import CodebookLayout
+from spinlock_fast.kernels._common.native import native_supports
+from spinlock_fast.kernels._common.precision import full_float32
 from spinlock_fast.kernels.topo_loss import native, reference
 from spinlock_fast.kernels.topo_loss.reference import rounding, varies
 
@@ -47,7 +47,7 @@ def topographic_correlations(
     if in_transform():
         return reference.correlations_of_codes(x.detach(), latents, codes, codebook, layout)
     function: type[torch.autograd.Function] = _Correlations
-    if serves(x, latents, codebook):
+    if native_supports(x, latents, codebook):
         function = native.Correlations
     elif _runs_triton(x, latents, codebook):
         from spinlock_fast.kernels.topo_loss import cuda
@@ -66,7 +66,7 @@ def topographic_loss(
 ) -> Tensor:
     """1 - pre_weight * pre - (1 - pre_weight) * post of `topographic_correlations`, which says what the rest is."""
     x, latents, codebook = _checked("topographic_loss", x, latents, codes, codebook, layout)
-    if not in_transform() and not serves(x, latents, codebook) and _runs_triton(x, latents, codebook):
+    if not in_transform() and not native_supports(x, latents, codebook) and _runs_triton(x, latents, codebook):
         from spinlock_fast.kernels.topo_loss import cuda
 
         loss: Tensor = cuda.Loss.apply(x.detach(), latents, codes, codebook.detach(), layout, pre_weight)  # type: ignore[no-untyped-call]

@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from spinlock_fast.kernels._common.launch_sizes import next_power_of_two
+from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels._common.streams import run_on_side_streams
-from spinlock_fast.kernels.layout import CodebookLayout
 from spinlock_fast.kernels.topo_loss.triton import BLOCK_PAIRS, COLUMNS, Points, PointSets, load_tile, products_of
 
 # By the width of a codebook: as narrow as it is, for most of a wide tile would be zeros. A width between two powers of

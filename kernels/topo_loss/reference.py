@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from spinlock_fast.kernels._common.higher_order import gradients
-from spinlock_fast.kernels.layout import CodebookLayout
+from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels.vq_assign import quantize
 from spinlock_fast.kernels.vq_assign.reference import gather_codes
 

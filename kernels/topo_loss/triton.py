@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels._common.table_cache import TableCache
-from spinlock_fast.kernels.layout import CodebookLayout
 
 COLUMNS = 16  # of a tile; points are padded to whole tiles, so that loads need no mask and are aligned
 BLOCK_S = 64  # rows of a tile; points are padded to whole tiles as well

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spinlock_fast.kernels._common.backend import runs_triton
 from spinlock_fast.kernels._common.table_cache import TableCache
-from spinlock_fast.kernels.backend import runs_triton
 
 _BETAS = (0.9, 0.999)
 _EPS = 1e-8

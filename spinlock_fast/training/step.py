@@ -12,9 +12,9 @@ from torch import Tensor
 
 from spinlock_fast.config.schema import TrainingConfig
 from spinlock_fast.data.host_rows import Rows
+from spinlock_fast.kernels._common.precision import cuda_matmul
 from spinlock_fast.kernels._common.streams import defer, deferred_scope
 from spinlock_fast.kernels.augment import augmented_rows
-from spinlock_fast.kernels.precision import cuda_matmul
 from spinlock_fast.models.losses import LossTerms, LossWeights, loss_terms
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE
 from spinlock_fast.training.optimizer import FusedAdam

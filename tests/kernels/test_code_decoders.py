@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels.code_decoders import (
     Decoders,
     code_statistics,
@@ -14,7 +15,6 @@ from spinlock_fast.kernels.code_decoders import (
     pytorch,
     reference,
 )
-from spinlock_fast.kernels.layout import CodebookLayout
 from spinlock_fast.kernels.vq_assign import quantize, vq_assign
 
 LAYOUT = CodebookLayout.of([15, 1, 8], [4, 3, 7])

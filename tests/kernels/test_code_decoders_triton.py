@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels.code_decoders import Decoders, partial_loss
-from spinlock_fast.kernels.layout import CodebookLayout
 from spinlock_fast.kernels.vq_assign import vq_assign
 
 pytest.importorskip("triton", reason="the package triton is not installed here")

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spinlock_fast.kernels.ema_update import ema_update, perplexity, reset_dead_codes, utilization
-from spinlock_fast.kernels.layout import CodebookLayout
+from spinlock_fast.kernels._common.layout import CodebookLayout
+from spinlock_fast.kernels.ema_update import code_usage, ema_update, reset_dead_codes
 from spinlock_fast.kernels.vq_assign import vq_assign
 
 LAYOUT = CodebookLayout.of([5, 1, 8, 12], [3, 4, 1, 6])
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 def expand(per_code: torch.Tensor, layout: CodebookLayout) -> torch.Tensor:
     """[sum K] -> [sum K D]."""
-    return per_code[layout.indices(CPU).entry_code]
+    return per_code[layout.indices(CPU).code_of_entry]
 
 
 def start(layout, seed=0, dtype=torch.float32):
@@ -119,7 +119,7 @@ def test_a_codebook_without_valid_rows_stays_while_others_move():
 @given(st.lists(st.integers(0, 50), min_size=LAYOUT.total_codes, max_size=LAYOUT.total_codes))
 def test_utilization_and_perplexity_against_the_definition(counts):
     counts = np.array(counts, dtype=np.float64)
-    ours = utilization(torch.tensor(counts), LAYOUT), perplexity(torch.tensor(counts), LAYOUT)
+    ours = code_usage(torch.tensor(counts), LAYOUT)
     for g in range(LAYOUT.groups):
         part = counts[LAYOUT.code_slice(g)]
         share = part[part > 0] / max(part.sum(), 1.0)
@@ -135,8 +135,9 @@ def test_utilization_and_perplexity_against_the_definition(counts):
 )
 def test_known_utilization_and_perplexity(counts, used, effective):
     layout = CodebookLayout.of([4], [2])
-    assert utilization(torch.tensor(counts, dtype=torch.float32), layout).item() == used
-    assert perplexity(torch.tensor(counts, dtype=torch.float32), layout).item() == pytest.approx(effective)
+    utilization, perplexity = code_usage(torch.tensor(counts, dtype=torch.float32), layout)
+    assert utilization.item() == used
+    assert perplexity.item() == pytest.approx(effective)
 
 
 def with_dead_codes(dead: int, K: int = 12, D: int = 3):
@@ -269,7 +270,7 @@ def test_a_codebook_nobody_used_is_left_alone():
 def test_perplexity_of_fractional_counts():
     layout = CodebookLayout.of([4, 2], [1, 1])
     counts = torch.tensor([0.1, 0.1, 0.0, 0.0, 1e-6, 0.0])
-    torch.testing.assert_close(perplexity(counts, layout), torch.tensor([2.0, 1.0]))
+    torch.testing.assert_close(code_usage(counts, layout)[1], torch.tensor([2.0, 1.0]))
 
 
 def test_perturbed_codes_are_copies_of_living_ones_alone():

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spinlock_fast.kernels.layout import CodebookLayout
+from spinlock_fast.kernels._common.layout import CodebookLayout
 
 CPU = torch.device("cpu")
 SIZES = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 7)), min_size=1, max_size=6)
@@ -54,12 +54,12 @@ def test_padding_codebooks_places_each_code_and_fills_with_zero(sizes):
 def test_index_tensors_name_the_owner_of_every_entry(sizes):
     layout = make(sizes)
     index = layout.indices(CPU)
-    code_book = [g for g, (k, _) in enumerate(sizes) for _ in range(k)]
-    column_book = [g for g, (_, d) in enumerate(sizes) for _ in range(d)]
+    codebook_of_code = [g for g, (k, _) in enumerate(sizes) for _ in range(k)]
+    codebook_of_column = [g for g, (_, d) in enumerate(sizes) for _ in range(d)]
     dims_of_code = [d for k, d in sizes for _ in range(k)]
-    assert index.code_book.tolist() == code_book
-    assert index.column_book.tolist() == column_book
-    assert index.entry_code.tolist() == [c for c, d in enumerate(dims_of_code) for _ in range(d)]
+    assert index.codebook_of_code.tolist() == codebook_of_code
+    assert index.codebook_of_column.tolist() == codebook_of_column
+    assert index.code_of_entry.tolist() == [c for c, d in enumerate(dims_of_code) for _ in range(d)]
     assert index.code_offsets.tolist() == [layout.code_slice(g).start for g in range(layout.groups)]
     assert index.code_mask.sum(1).tolist() == index.num_codes.tolist() == [k for k, _ in sizes]
     assert index.column_mask.sum(1).tolist() == index.dims.tolist() == [d for _, d in sizes]

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from spinlock_fast import _native
-from spinlock_fast.kernels import native
+from spinlock_fast.kernels._common import native
+from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels.code_decoders import Decoders, partial_loss
 from spinlock_fast.kernels.grouped_mlp import Ragged, grouped_mlp, normalize_, ragged_layer_norm, scaled_output_linear
-from spinlock_fast.kernels.layout import CodebookLayout
 from spinlock_fast.kernels.topo_loss import topographic_correlations
 from spinlock_fast.kernels.vq_assign import quantize, vq_assign
 

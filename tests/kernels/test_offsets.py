@@ -14,13 +14,13 @@ if torch.cuda.is_available():
 
 from triton.runtime import interpreter
 
+from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels._triton import tables
 from spinlock_fast.kernels._triton.tables import book_table
 from spinlock_fast.kernels.augment.triton_forward import augment_fwd_kernel
-from spinlock_fast.kernels.layout import CodebookLayout
 from spinlock_fast.kernels.topo_loss import pull
 from spinlock_fast.kernels.topo_loss import triton as topo
-from spinlock_fast.kernels.vq_assign.triton import vq_assign_bwd_kernel, vq_assign_fwd_kernel
+from spinlock_fast.kernels.vq_assign.triton_forward import vq_assign_bwd_kernel, vq_assign_fwd_kernel
 
 CPU = torch.device("cpu")
 S = 60_000  # rows of which S * S is between 2**31 and 2**32

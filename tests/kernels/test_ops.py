@@ -6,10 +6,10 @@ import helpers
 import pytest
 import torch
 
-from spinlock_fast.kernels import backend, precision
-from spinlock_fast.kernels.backend import resolve_backend
+from spinlock_fast.kernels._common import backend, precision
+from spinlock_fast.kernels._common.backend import resolve_backend
+from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels.ema_update import ema_update
-from spinlock_fast.kernels.layout import CodebookLayout
 from spinlock_fast.kernels.residual_vq import residual_vq
 from spinlock_fast.kernels.vq_assign import vq_assign
 from spinlock_fast.quantize import GroupedVectorQuantizer

@@ -205,5 +205,5 @@ def test_rotation_of_a_zero_row_is_zero():
 def test_reference_in_blocks(monkeypatch):
     x, books, _ = inputs(50, 6, [9])
     whole = reference.nearest(x, books[0], False)
-    monkeypatch.setattr(reference, "_DISTANCES_AT_ONCE", 40)
+    monkeypatch.setattr(reference, "_MAX_DISTANCES", 40)
     assert torch.equal(reference.nearest(x, books[0], False), whole)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spinlock_fast.kernels.layout import CodebookLayout
+from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels.topo_loss import op, reference, topographic_correlations
 from spinlock_fast.kernels.topo_loss.reference import pair_correlation, pairwise_distances
 from spinlock_fast.kernels.vq_assign import vq_assign

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels.ema_update import code_usage, ema_update
-from spinlock_fast.kernels.layout import CodebookLayout
 from spinlock_fast.kernels.vq_assign import vq_assign
 
 pytest.importorskip("triton", reason="the package triton is not installed here")
@@ -235,7 +235,7 @@ def random_state(layout, seed):
     counts = torch.randint(0, 6, (layout.total_codes,), generator=generator).float()
     counts[layout.code_slice(layout.groups - 1)] = 0.0  # a codebook without rows
     s, sums = (torch.randn(layout.total_entries, generator=generator) for _ in range(2))
-    sums *= (counts > 0)[layout.indices(torch.device("cpu")).entry_code]
+    sums *= (counts > 0)[layout.indices(torch.device("cpu")).code_of_entry]
     return codebook, n, s, torch.full((layout.total_codes,), 1 << 24), counts, sums
 
 

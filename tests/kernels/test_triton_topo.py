@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spinlock_fast.kernels.layout import CodebookLayout
+from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels.topo_loss import reference
 from spinlock_fast.kernels.topo_loss.op import _Correlations
 from spinlock_fast.kernels.vq_assign import vq_assign

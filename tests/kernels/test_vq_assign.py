@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spinlock_fast.kernels.layout import CodebookLayout
+from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels.vq_assign import lookup, quantize, reference, vq_assign
 
 RAGGED = CodebookLayout.of([15, 7, 6, 28, 1, 13], [4, 16, 24, 8, 5, 1])
@@ -58,9 +58,9 @@ def test_float64_codes_are_the_brute_force_codes():
 def test_rows_are_the_same_in_blocks(monkeypatch):
     z, codebook = helpers.random_group(RAGGED, 50, seed=0, dtype=torch.float64)
     whole = reference.nearest_codes(z, codebook, RAGGED)
-    monkeypatch.setattr(reference, "_DISTANCES_AT_ONCE", 7 * RAGGED.groups * RAGGED.max_codes)
+    monkeypatch.setattr(reference, "_MAX_DISTANCES", 7 * RAGGED.groups * RAGGED.max_codes)
     assert torch.equal(reference.nearest_codes(z, codebook, RAGGED), whole)
-    monkeypatch.setattr(reference, "_DISTANCES_AT_ONCE", 1)
+    monkeypatch.setattr(reference, "_MAX_DISTANCES", 1)
     assert torch.equal(reference.nearest_codes(z, codebook, RAGGED), whole)
 
 

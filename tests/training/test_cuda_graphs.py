@@ -12,10 +12,10 @@ import torch
 
 from spinlock_fast.config.loading import apply_overrides
 from spinlock_fast.config.schema import RunConfig
-from spinlock_fast.kernels import layout as kernel_layout
 from spinlock_fast.kernels._common import launch_sizes, table_cache
-from spinlock_fast.kernels.layout import CodebookLayout
-from spinlock_fast.kernels.precision import cuda_matmul
+from spinlock_fast.kernels._common import layout as kernel_layout
+from spinlock_fast.kernels._common.layout import CodebookLayout
+from spinlock_fast.kernels._common.precision import cuda_matmul
 from spinlock_fast.models.losses import _factors
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
 from spinlock_fast.quantize.grouped import _over_dims
@@ -293,7 +293,7 @@ def test_layouts_that_a_graph_reads_keep_their_indices(monkeypatch: pytest.Monke
     indices()
     monkeypatch.setattr(kernel_layout, "is_capturing", lambda device: True)
     with table_cache.retained_tables() as tables:
-        seen = weakref.ref(indices().code_book)
+        seen = weakref.ref(indices().codebook_of_code)
     monkeypatch.undo()
     layouts(400)
     gc.collect()

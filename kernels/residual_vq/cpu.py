@@ -1,4 +1,4 @@
-"""`reference` on a CPU: rows in blocks through all stages, no distances in memory."""
+"""`reference` by the native CPU kernels: blocks of rows pass all stages, and no [N, K] distances are stored."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from spinlock_fast.kernels._common.guard import rows_of
-from spinlock_fast.kernels.native import address, library
-from spinlock_fast.kernels.residual_vq.reference import Result
-
-_GRADIENTS = {"none": 0, "straight_through": 1, "rotation": 2}
+from spinlock_fast.kernels._common.native import address, library
+from spinlock_fast.kernels.residual_vq.reference import GRADIENTS, Result
 
 
 def assign(
@@ -33,7 +31,7 @@ def assign(
     counts, sums = x.new_empty(total), x.new_empty(total, D)
     library.residual_assign(
         x.data_ptr(), x.stride(0), N, D, address(codebook), list(num_codes), address(mask), cosine,
-        _GRADIENTS[gradient], address(codes), address(quantized), address(errors),
+        GRADIENTS[gradient], address(codes), address(quantized), address(errors),
         address(counts) if with_sums else 0, address(sums),
         torch.get_num_threads(),
     )  # fmt: skip
@@ -55,10 +53,10 @@ def backward(
     x = rows_of(x)
     grad, grad_errors, codebook, codes = (t.contiguous() for t in (grad, grad_errors, codebook, codes))
     mask = mask.contiguous() if mask is not None else None
-    of_x = x.new_empty(x.shape)
+    grad_x = x.new_empty(x.shape)
     library.residual_backward(
         address(grad), address(grad_errors), x.data_ptr(), x.stride(0), x.shape[0], x.shape[1], address(codebook),
-        list(num_codes), address(mask), address(codes), cosine, _GRADIENTS[gradient], address(of_x),
+        list(num_codes), address(mask), address(codes), cosine, GRADIENTS[gradient], address(grad_x),
         torch.get_num_threads(),
     )  # fmt: skip
-    return of_x
+    return grad_x

@@ -1,7 +1,9 @@
-"""Triton kernels of the moving-average update and of usage figures.
+"""Triton kernels of the moving-average update and of usage statistics.
 
-`ema_totals_kernel` sums the counts of a codebook, `ema_update_kernel` moves blocks of its codes. A codebook
-of at most `MAX_FUSED` codes takes one program of the second kernel alone, which forms the totals itself.
+n <- decay n + (1 - decay) counts; s <- decay s + (1 - decay) sums; e_k = s_k / n_k, see `reference.ema_update`.
+
+`ema_totals_kernel` sums the counts of a codebook, `ema_update_kernel` updates blocks of its codes. A codebook of at
+most `MAX_FUSED` codes needs one program of the second kernel only, which computes the totals itself.
 """
 
 from __future__ import annotations
@@ -12,16 +14,16 @@ import triton.language as tl
 from torch import Tensor
 
 from spinlock_fast.kernels._common.guard import launches
+from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels._triton.specimen import SEED, Specimen
 from spinlock_fast.kernels._triton.tables import book_table, power_of_two
-from spinlock_fast.kernels.layout import CodebookLayout
 
 MAX_FUSED = 64
 
 
 @triton.jit
 def add_parts(parts_ptr, offsets, mask, parts, stride, total):
-    """`total` plus the entries at `offsets` of every part, in their order."""
+    """`total` plus the entries at `offsets` of all partial sums, added in order."""
     for part in range(parts):
         total += tl.load(parts_ptr + tl.cast(part, tl.int64) * stride + offsets, mask=mask, other=0.0)
     return total
@@ -29,7 +31,7 @@ def add_parts(parts_ptr, offsets, mask, parts, stride, total):
 
 @triton.jit
 def sum_counts(cluster_size_ptr, counts_ptr, K, parts, total_codes, BLOCK_K: tl.constexpr):
-    """Sums over the K codes of a codebook: the moving counts, and the rows of this batch."""
+    """Sums over the K codes of a codebook: of the moving counts, and of the counts of this batch."""
     old = tl.zeros([BLOCK_K], dtype=tl.float32)
     new = tl.zeros([BLOCK_K], dtype=tl.float32)
     for first in range(0, K, BLOCK_K):
@@ -44,7 +46,7 @@ def ema_totals_kernel(
     cluster_size_ptr,  # [sum K]
     counts_ptr,  # [parts, sum K]
     table_ptr,  # [5, G] int32
-    totals_ptr,  # [2, G] sums of the two
+    totals_ptr,  # [2, G] sums of both
     G,
     parts,
     total_codes,
@@ -63,13 +65,13 @@ def ema_update_kernel(
     codebook_ptr,  # [sum K D], changed
     cluster_size_ptr,  # [sum K], changed
     code_sum_ptr,  # [sum K D], changed
-    usage_ptr,  # [sum K], changed: counts of the window
+    usage_ptr,  # [sum K], changed where WITH_USAGE: accumulated counts
     counts_ptr,  # [parts, sum K]
     sums_ptr,  # [parts, sum K D]
     table_ptr,  # [5, G] int32
-    totals_ptr,  # [2, G], or not read
+    totals_ptr,  # [2, G]; read unless FUSED
     decay,
-    rest,  # 1 - decay, rounded from float64
+    one_minus_decay,  # computed in float64
     epsilon,
     idle_share,
     G,
@@ -92,39 +94,39 @@ def ema_update_kernel(
     else:
         old = tl.load(totals_ptr + g)
         new = tl.load(totals_ptr + G + g)
-    if new > 0.0:  # a codebook without rows stays as it is
-        total = decay * old + rest * new
+    if new > 0.0:  # a codebook without rows is kept
+        total = decay * old + one_minus_decay * new
         k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-        mine = k < K
+        in_codes = k < K
         code = first_code + k
-        counts = add_parts(counts_ptr, code, mine, parts, total_codes, tl.zeros([BLOCK_K], dtype=tl.float32))
-        n = decay * tl.load(cluster_size_ptr + code, mask=mine, other=0.0) + rest * counts  # [BLOCK_K]
+        counts = add_parts(counts_ptr, code, in_codes, parts, total_codes, tl.zeros([BLOCK_K], dtype=tl.float32))
+        n = decay * tl.load(cluster_size_ptr + code, mask=in_codes, other=0.0) + one_minus_decay * counts  # [BLOCK_K]
         if LAPLACE:
             n = (n + epsilon) / (total + K * epsilon) * total
-            moves = mine
+            updated = in_codes
         else:
-            moves = mine & (n > idle_share * total / K)
-        divisor = tl.where(moves, n, 1.0)
+            updated = in_codes & (n > idle_share * total / K)
+        divisor = tl.where(updated, n, 1.0)
         for first in range(0, D, BLOCK_D):
             d = first + tl.arange(0, BLOCK_D)
             entry = first_entry + k.to(tl.int64)[:, None] * D + d[None, :]  # [BLOCK_K, BLOCK_D]
-            here = mine[:, None] & (d < D)[None, :]
-            fresh = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
-            fresh = add_parts(sums_ptr, entry, here, parts, total_entries, fresh)
-            s = decay * tl.load(code_sum_ptr + entry, mask=here, other=0.0) + rest * fresh
-            tl.store(code_sum_ptr + entry, s, mask=here)
-            tl.store(codebook_ptr + entry, s / divisor[:, None], mask=here & moves[:, None])
-        # Every thread has read the counts of the whole codebook before any of them changes.
+            in_tile = in_codes[:, None] & (d < D)[None, :]
+            batch_sum = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
+            batch_sum = add_parts(sums_ptr, entry, in_tile, parts, total_entries, batch_sum)
+            s = decay * tl.load(code_sum_ptr + entry, mask=in_tile, other=0.0) + one_minus_decay * batch_sum
+            tl.store(code_sum_ptr + entry, s, mask=in_tile)
+            tl.store(codebook_ptr + entry, s / divisor[:, None], mask=in_tile & updated[:, None])
+        # All threads read the counts of the whole codebook before any thread writes them.
         tl.debug_barrier()
-        tl.store(cluster_size_ptr + code, n, mask=mine)
+        tl.store(cluster_size_ptr + code, n, mask=in_codes)
         if WITH_USAGE:
-            used = tl.load(usage_ptr + code, mask=mine, other=0)
-            tl.store(usage_ptr + code, used + counts.to(used.dtype), mask=mine)
+            used = tl.load(usage_ptr + code, mask=in_codes, other=0)
+            tl.store(usage_ptr + code, used + counts.to(used.dtype), mask=in_codes)
 
 
 @triton.jit(do_not_specialize=["G"])
 def code_usage_kernel(
-    counts_ptr,  # [sum K], integers or not
+    counts_ptr,  # [sum K], of any number type
     table_ptr,  # [5, G] int32
     utilization_ptr,  # [G]
     perplexity_ptr,  # [G]
@@ -145,7 +147,7 @@ def code_usage_kernel(
         total += n
         weighted += tl.where(n > 0.0, n * tl.log(tl.maximum(n, 1e-300)), 0.0)
     N = tl.sum(total, axis=0)
-    # -sum p log p with p = n / N is log N - (sum n log n) / N.
+    # -sum p log p with p = n / N equals log N - (sum n log n) / N.
     entropy = tl.log(tl.maximum(N, 1e-300)) - tl.sum(weighted, axis=0) / tl.maximum(N, 1e-300)
     tl.store(utilization_ptr + g, tl.sum(used, axis=0) / K)
     tl.store(perplexity_ptr + g, tl.where(N > 0.0, tl.exp(entropy), 0.0).to(tl.float32))
@@ -165,7 +167,7 @@ def ema_update(
     epsilon: float,
     idle_share: float,
 ) -> None:
-    """`reference.ema_update` in place, and usage += counts: one launch, or two for large codebooks."""
+    """`reference.ema_update` in place, and usage += counts. One launch, or two for large codebooks."""
     table = book_table(layout, codebook.device)
     counts, sums = counts.contiguous(), sums.contiguous()
     fused = layout.max_codes <= MAX_FUSED
@@ -205,14 +207,14 @@ def ema_update(
         LAPLACE=laplace,
         WITH_USAGE=usage is not None,
         BLOCK_K=block_k,
-        BLOCK_D=32 if block_k == 32 else 16,  # what does not spill
+        BLOCK_D=32 if block_k == 32 else 16,  # larger tiles spill registers
         num_warps=4,
     )
 
 
 @launches
 def code_usage(counts: Tensor, layout: CodebookLayout) -> tuple[Tensor, Tensor]:
-    """`reference.utilization` and `reference.perplexity`, one launch."""
+    """`reference.code_usage` in one launch."""
     utilization = torch.empty(layout.groups, dtype=torch.float32, device=counts.device)
     perplexity = torch.empty_like(utilization)
     code_usage_kernel[(layout.groups,)](

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spinlock_fast.kernels.export import exporting
+from spinlock_fast.kernels._common.export import exporting
 
 
 def snapshot(codes: Tensor) -> Tensor:

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spinlock_fast.kernels._common.export import real_tensors
 from spinlock_fast.kernels._common.table_cache import is_capturing, retain
-from spinlock_fast.kernels.export import real_tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,13 +30,13 @@ class LayoutIndices:
     columns: Tensor  # [G, D_max] column of z, sum D where padded
     column_mask: Tensor  # [G, D_max] bool
     packed_columns: Tensor  # [sum D] position in the flattened [G * D_max]
-    column_book: Tensor  # [sum D] codebook of a column
+    codebook_of_column: Tensor  # [sum D] codebook of a column
     entries: Tensor  # [G, K_max, D_max] entry of the packed code vectors, their number where padded
     packed_entries: Tensor  # [sum K D] position in the flattened [G * K_max * D_max]
     code_mask: Tensor  # [G, K_max] bool
     packed_codes: Tensor  # [sum K] position in the flattened [G * K_max]
-    code_book: Tensor  # [sum K] codebook of a code
-    entry_code: Tensor  # [sum K D] code (0 .. sum K) of a packed entry
+    codebook_of_code: Tensor  # [sum K] codebook of a code
+    code_of_entry: Tensor  # [sum K D] code (0 .. sum K) of a packed entry
     code_offsets: Tensor  # [G] first code of each codebook
     first_entries: Tensor  # [sum K] first packed entry of a code
     num_codes: Tensor  # [G] K_g, float32
@@ -154,13 +154,13 @@ class CodebookLayout:
             columns=columns,
             column_mask=column_mask,
             packed_columns=column_mask.flatten().nonzero().flatten(),
-            column_book=torch.repeat_interleave(torch.arange(G, **host), d),
+            codebook_of_column=torch.repeat_interleave(torch.arange(G, **host), d),
             entries=entries,
             packed_entries=entry_mask.flatten().nonzero().flatten(),
             code_mask=code_mask,
             packed_codes=code_mask.flatten().nonzero().flatten(),
-            code_book=torch.repeat_interleave(torch.arange(G, **host), k),
-            entry_code=code_ids[:, :, None].expand(G, K, D)[entry_mask],
+            codebook_of_code=torch.repeat_interleave(torch.arange(G, **host), k),
+            code_of_entry=code_ids[:, :, None].expand(G, K, D)[entry_mask],
             code_offsets=torch.cumsum(k, 0) - k,
             first_entries=(torch.repeat_interleave(d, k).cumsum(0) - torch.repeat_interleave(d, k)),
             num_codes=k.to(torch.float32),

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from spinlock_fast import _native as library
-from spinlock_fast.kernels.backend import VARIABLE
+from spinlock_fast.kernels._common.backend import VARIABLE
 
-__all__ = ["address", "draw_seed", "library", "operand", "serves"]
+__all__ = ["address", "draw_seed", "library", "native_supports", "operand"]
 
 
 def _share_threads_of_torch() -> None:
@@ -25,7 +25,7 @@ def _share_threads_of_torch() -> None:
 _share_threads_of_torch()
 
 
-def serves(*tensors: Tensor) -> bool:
+def native_supports(*tensors: Tensor) -> bool:
     """Whether all tensors are float32 on the CPU with memory of their own, outside of torch.compile and dispatch modes.
 
     Subclasses (FakeTensor, DTensor) and lazily negated tensors hold no memory that could be read as it is. A backend
