@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from spinlock_fast.kernels._common.export import real_tensors
-from spinlock_fast.kernels.table_cache import capturing, keep
+from spinlock_fast.kernels._common.table_cache import is_capturing, retain
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,8 +132,8 @@ class CodebookLayout:
         if found is None:
             with real_tensors():
                 found = self._cache[device] = self._build(device)
-        if capturing(device):
-            keep(found)
+        if is_capturing(device):
+            retain(found)
         return found
 
     def _build(self, device: torch.device) -> LayoutIndices:

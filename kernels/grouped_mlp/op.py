@@ -13,8 +13,8 @@ from spinlock_fast.kernels._common.backend import Backend, runs_triton
 from spinlock_fast.kernels._common.guard import FLOAT, SAME, check, check_rate
 from spinlock_fast.kernels._common.higher_order import gradients, in_transform, needs_graph
 from spinlock_fast.kernels._common.native import native_supports
+from spinlock_fast.kernels._common.ragged import Ragged
 from spinlock_fast.kernels.grouped_mlp import native, reference
-from spinlock_fast.kernels.grouped_mlp.ragged import Ragged
 
 
 def grouped_mlp(

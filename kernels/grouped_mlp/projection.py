@@ -18,20 +18,18 @@ from torch.autograd.function import once_differentiable
 
 from spinlock_fast.kernels._common.guard import launches
 from spinlock_fast.kernels._common.higher_order import gradients, needs_graph
-from spinlock_fast.kernels._triton.specimen import ROWS, SEED, Specimen
-from spinlock_fast.kernels._triton.tables import power_of_two
+from spinlock_fast.kernels._common.launch_sizes import next_power_of_two
+from spinlock_fast.kernels._common.ragged import Ragged
+from spinlock_fast.kernels._common.streams import defer
 from spinlock_fast.kernels.grouped_mlp import reference
-from spinlock_fast.kernels.grouped_mlp.ragged import Ragged
 from spinlock_fast.kernels.grouped_mlp.triton import (
     draw_seed,
     drop_below,
     keep,
     keep_scale,
     offset_table,
-    passes,
     tf32_or_exact,
 )
-from spinlock_fast.kernels.streams import later
 
 # Columns of a part and of an embedding that a program can hold without spills: both, or few of one.
 _COLUMNS_AT_MOST = 256
@@ -49,8 +47,8 @@ class ProjectConfig:
 
     @classmethod
     def of(cls, columns: int, outputs: Ragged, parts: Ragged, precision: str) -> ProjectConfig:
-        part, group = power_of_two(parts.widest, 16), min(64, power_of_two(outputs.widest, 16))
-        return cls(power_of_two(columns, 16), part, group, precision)
+        part, group = next_power_of_two(parts.widest, 16), min(64, next_power_of_two(outputs.widest, 16))
+        return cls(next_power_of_two(columns, 16), part, group, precision)
 
     @property
     def forward(self) -> dict[str, Any]:
@@ -421,53 +419,12 @@ def _project_gradients(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         of_gain, of_shift = of_scale.sum(0) if tiles > 1 else of_scale[0]
         return of_gain, of_shift, of_weight, of_bias, of_part_weight, of_part_bias
 
-    return of_x, *later(of_parameters, [grad, x, statistics, normed, of_linear]), *[None] * 5
+    return of_x, *defer(of_parameters, [grad, x, statistics, normed, of_linear]), *[None] * 5
 
 
 def fits(x: Tensor, outputs: Ragged, parts: Ragged) -> bool:
     """Whether `Project` serves: groups made of whole parts, and rows and parts that a program can hold."""
     ends = set(accumulate(parts.sizes))
     whole = parts.total == outputs.total and ends.issuperset(accumulate(outputs.sizes)) and min(outputs.sizes) > 0
-    part, columns = power_of_two(parts.widest, 16), power_of_two(x.shape[-1], 16)
+    part, columns = next_power_of_two(parts.widest, 16), next_power_of_two(x.shape[-1], 16)
     return whole and (max(part, columns) <= _COLUMNS_AT_MOST or (part <= 64 and part * columns <= _WEIGHTS_AT_MOST))
-
-
-def specimens(capability: int) -> list[Specimen]:
-    """Launches for the report: a training step of the 100K run, and of wider parts."""
-    return [
-        specimen
-        for precision in ("tf32", "tf32x3")
-        for parts in (Ragged.of(SEED.dims), _WIDE, _WIDER)
-        for specimen in _projection(256, parts, precision)
-    ]
-
-
-_WIDE = Ragged.of([32, 64, 96, 40, 80, 120])  # three levels of 64 and of 80 features
-_WIDER = Ragged.of([52, 100, 152])
-
-
-def _projection(E: int, parts: Ragged, precision: str) -> list[Specimen]:
-    B, S, total, levels = ROWS, parts.groups, parts.total, 3
-    G = S // levels
-    outputs = Ragged.of([sum(parts.sizes[g * levels : (g + 1) * levels]) for g in range(G)])
-    config = ProjectConfig.of(E, outputs, parts, precision)
-    shape = f"{B} rows, {G} of {E} to {total}, {precision}"
-    x, out, weight, statistics = G * B * E, B * total, total * E, 2 * G * B
-    dots: dict[str, Any] = {"dot_ops": 2 * out * E, "passes": passes(precision)}
-    return [
-        Specimen.launched(
-            project_fwd_kernel, shape, {"DROPOUT": True, **config.forward},
-            num_bytes=4 * (x + 2 * G * E + weight + 3 * total + statistics + 2 * out + S * B),
-            float_ops=8 * x + 9 * out, **dots,
-        ),
-        Specimen.launched(
-            project_bwd_rows_kernel, shape, {"DROPOUT": True, **config.rows},
-            num_bytes=4 * (2 * x + G * E + weight + total + statistics + 3 * out + S * B),
-            float_ops=10 * x + 9 * out, **dots,
-        ),
-        Specimen.launched(
-            project_bwd_weights_kernel, shape, config.weights,
-            num_bytes=4 * (x + 4 * G * E + 2 * weight + 3 * total + statistics + 3 * out),
-            float_ops=2 * x + 4 * out + 7 * weight, **dots,
-        ),
-    ]  # fmt: skip

@@ -17,13 +17,12 @@ from torch import Tensor
 
 from spinlock_fast.kernels._common.guard import launches, rows_of
 from spinlock_fast.kernels._common.higher_order import needs_graph
+from spinlock_fast.kernels._common.launch_sizes import check_int32_offsets
 from spinlock_fast.kernels._common.precision import cuda_matmul
-from spinlock_fast.kernels._triton.specimen import FEATURES, ROWS, SEED, Specimen
-from spinlock_fast.kernels._triton.tables import check_offsets
-from spinlock_fast.kernels.grouped_mlp.ragged import Ragged
+from spinlock_fast.kernels._common.ragged import Ragged
+from spinlock_fast.kernels._common.streams import defer
+from spinlock_fast.kernels._common.table_cache import TableCache
 from spinlock_fast.kernels.grouped_mlp.reference import mlp_gradients
-from spinlock_fast.kernels.streams import later
-from spinlock_fast.kernels.table_cache import TableCache
 
 _PROGRAMS = 128  # what fills a device: below it, tiles are small
 
@@ -325,7 +324,7 @@ class GroupedMLP(torch.autograd.Function):
         (G, H, _), B = w2.shape, x.shape[0]
         x = rows_of(x)
         w1, b1 = _dense(w1), b1.contiguous()
-        check_offsets("the weights of a network", max(w1.numel(), w2[0].numel()))
+        check_int32_offsets("the weights of a network", max(w1.numel(), w2[0].numel()))
         seed = draw_seed(x.device) if dropout > 0.0 else x
         hidden = torch.empty(G, B, H, dtype=x.dtype, device=x.device)
         precision = tf32_or_exact()
@@ -358,7 +357,7 @@ class GroupedMLP(torch.autograd.Function):
         # Before cuBLAS, which warns in a thread of autograd where nothing has been launched yet.
         of_hidden = _grouped_product(grad, w2.transpose(1, 2), ctx.precision, hidden=hidden, scale=ctx.scale)
         with cuda_matmul(tf32=ctx.precision == "tf32"):
-            of_w2, of_b2 = later(of_second, [grad, hidden])
+            of_w2, of_b2 = defer(of_second, [grad, hidden])
         of_x, of_w1, of_b1 = _of_first(x, w1, of_hidden, ctx.inputs, ctx.precision, ctx.needs_input_grad[0])
         return of_x, of_w1, of_b1, of_w2, of_b2, None, None
 
@@ -381,59 +380,3 @@ def _of_first(
         B, G, H, x.stride(0), *w1.stride(), inputs.total, inputs.widest, OF_X=of_x is not None, **config.tiles,
     )  # fmt: skip
     return of_x, of_w1, of_b1
-
-
-def specimens(capability: int) -> list[Specimen]:
-    """Launches for the report: a training step of the 100K run; of those with the same tiles, the longer."""
-    categories, decoder = (FEATURES, 512), ((SEED.total_dims,), 256)
-    return [
-        *_networks_forward(*categories, "tf32"),
-        *_networks_forward(*decoder, "tf32"),
-        *_networks_forward(*decoder, "tf32x3"),
-        *_networks_backward(*categories, "tf32", of_x=False),
-        *_networks_backward(*decoder, "tf32", of_x=True),
-        *_networks_backward(*decoder, "tf32x3", of_x=True),
-        *(
-            _second_layer(len(FEATURES), *sizes, precision, bias)
-            for precision in ("tf32", "tf32x3")
-            for sizes, bias in (((512, 256), True), ((256, 512), False))
-        ),
-    ]
-
-
-def _second_layer(G: int, K: int, N: int, precision: str, bias: bool) -> Specimen:
-    B = ROWS
-    return Specimen.launched(
-        grouped_product_kernel, f"{B} rows, {G} of {K} to {N}, {precision}",
-        {"BIAS": bias, **ProductConfig.of_second(precision).tiles},
-        num_bytes=4 * G * (B * K + K * N + (1 + (not bias)) * B * N), float_ops=G * B * N,
-        dot_ops=2 * G * B * K * N, passes=passes(precision),
-    )  # fmt: skip
-
-
-def _networks_forward(sizes: tuple[int, ...], H: int, precision: str) -> list[Specimen]:
-    G, B, total = len(sizes), ROWS, sum(sizes)
-    return [
-        Specimen.launched(
-            grouped_mlp_fwd_first_kernel, f"{B} rows, {G} of {total} to {H}, {precision}",
-            {"DROPOUT": True, **ProductConfig.of(G, B, H, precision).tiles},
-            num_bytes=4 * (B * total + total * H + G * H + G * B * H), float_ops=2 * G * B * H,
-            dot_ops=2 * B * total * H, passes=passes(precision),
-        )
-    ]  # fmt: skip
-
-
-def _networks_backward(sizes: tuple[int, ...], H: int, precision: str, of_x: bool) -> list[Specimen]:
-    G, B, total = len(sizes), ROWS, sum(sizes)
-    return [
-        Specimen.launched(
-            grouped_mlp_bwd_first_kernel, f"{B} rows, {G} of {total} to {H}, {precision}",
-            {"OF_X": of_x, **ProductConfig.of_weights(precision).tiles},
-            num_bytes=4 * ((B + H) * total * (1 + of_x) + G * H * (B + 1)), float_ops=G * B * H,
-            dot_ops=2 * B * total * H * (1 + of_x), passes=passes(precision),
-        )
-    ]  # fmt: skip
-
-
-def passes(precision: str) -> int:
-    return 1 if precision == "tf32" else 3

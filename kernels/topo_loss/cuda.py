@@ -46,10 +46,10 @@ class Loss(torch.autograd.Function):
     @staticmethod
     @launches
     def forward(
-        ctx: Any, x: Tensor, latents: Tensor, codes: Tensor, codebook: Tensor, layout: CodebookLayout, pre_share: float
+        ctx: Any, x: Tensor, latents: Tensor, codes: Tensor, codebook: Tensor, layout: CodebookLayout, pre_weight: float
     ) -> Tensor:
-        ctx.factors = (-pre_share, pre_share - 1.0)
-        return _found(ctx, x, latents, codes, codebook, layout, pre_share)[1]
+        ctx.factors = (-pre_weight, pre_weight - 1.0)
+        return _found(ctx, x, latents, codes, codebook, layout, pre_weight)[1]
 
     @staticmethod
     @launches
@@ -58,7 +58,7 @@ class Loss(torch.autograd.Function):
 
 
 def _found(
-    ctx: Any, x: Tensor, latents: Tensor, codes: Tensor, codebook: Tensor, layout: CodebookLayout, pre_share: float
+    ctx: Any, x: Tensor, latents: Tensor, codes: Tensor, codebook: Tensor, layout: CodebookLayout, pre_weight: float
 ) -> tuple[Tensor, Tensor]:
     """Both correlations [2] and the loss; keeps what their gradient needs."""
     given = x, latents, codes, codebook
@@ -68,7 +68,7 @@ def _found(
     sets = triton.point_sets(F, layout, x.device)
     points = triton.gather(x, latents, codes, codebook, layout)
     distances = triton.distances(points, sets, S, _rounding(layout.max_dims), _rounding(F))
-    found, loss, stats = triton.correlations(distances, sets, layout.groups, pre_share)
+    found, loss, stats = triton.correlations(distances, sets, layout.groups, pre_weight)
     ctx.layout, ctx.sets = layout, sets
     ctx.save_for_backward(*given, found, stats, distances, *points)
     return found, loss

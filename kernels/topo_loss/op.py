@@ -62,17 +62,17 @@ def topographic_correlations(
 
 
 def topographic_loss(
-    x: Tensor, latents: Tensor, codes: Tensor, codebook: Tensor, layout: CodebookLayout, pre_share: float
+    x: Tensor, latents: Tensor, codes: Tensor, codebook: Tensor, layout: CodebookLayout, pre_weight: float
 ) -> Tensor:
-    """1 - pre_share * pre - (1 - pre_share) * post of `topographic_correlations`, which says what the rest is."""
+    """1 - pre_weight * pre - (1 - pre_weight) * post of `topographic_correlations`, which says what the rest is."""
     x, latents, codebook = _checked("topographic_loss", x, latents, codes, codebook, layout)
     if not in_transform() and not native_supports(x, latents, codebook) and _runs_triton(x, latents, codebook):
         from spinlock_fast.kernels.topo_loss import cuda
 
-        loss: Tensor = cuda.Loss.apply(x.detach(), latents, codes, codebook.detach(), layout, pre_share)  # type: ignore[no-untyped-call]
+        loss: Tensor = cuda.Loss.apply(x.detach(), latents, codes, codebook.detach(), layout, pre_weight)  # type: ignore[no-untyped-call]
         return loss
     pre, post = topographic_correlations(x, latents, codes, codebook, layout)
-    return 1.0 - torch.lerp(post, pre, pre_share)
+    return 1.0 - torch.lerp(post, pre, pre_weight)
 
 
 def _checked(

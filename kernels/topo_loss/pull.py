@@ -16,10 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from spinlock_fast.kernels._common.launch_sizes import next_power_of_two
 from spinlock_fast.kernels._common.layout import CodebookLayout
-from spinlock_fast.kernels._triton.specimen import ROWS, SEED, Specimen
-from spinlock_fast.kernels._triton.tables import power_of_two
-from spinlock_fast.kernels.streams import side_by_side
+from spinlock_fast.kernels._common.streams import run_on_side_streams
 from spinlock_fast.kernels.topo_loss.triton import BLOCK_PAIRS, COLUMNS, Points, PointSets, load_tile, products_of
 
 # By the width of a codebook: as narrow as it is, for most of a wide tile would be zeros. A width between two powers of
@@ -279,7 +278,7 @@ def gradient(
 
     used = [config for config in _PULL if any(_serves(config, d) for d in layout.dims)]
     works: list[Callable[[], Tensor]] = [*(partial(of_latents, config) for config in used), of_codes]
-    *_, through_codes = side_by_side(
+    *_, through_codes = run_on_side_streams(
         works,
         [codes, codebook, of_z, of_e, found.points, found.norms, found.centre, through_latents],
     )
@@ -297,36 +296,7 @@ def _columns(config: dict[str, Any]) -> int:
 
 def _pull_codes(codes: int) -> dict[str, Any]:
     """Tiles for codebooks of so many codes at most."""
-    block_k = min(64, power_of_two(codes, 16))
+    block_k = min(64, next_power_of_two(codes, 16))
     block_j = 64 if block_k < 64 else 32  # both of 64 spill
     tiles = {"BLOCK_S": 32, "BLOCK_J": block_j, "BLOCK_K": block_k, "BLOCK_D": COLUMNS}
     return {**tiles, "num_warps": 4, "num_stages": 1}
-
-
-def specimens(capability: int) -> list[Specimen]:
-    """Launches for the report: the batch of the 100K run."""
-    S, G, width, entries = ROWS, SEED.groups, SEED.total_dims, SEED.total_entries
-    pairs = S * S
-    shape = f"{S} rows, {G} codebooks"
-    found = [
-        Specimen(topo_weights_bwd_kernel, shape, {"BLOCK_S": BLOCK_PAIRS}, 4 * 7 * pairs // 2, 14 * pairs // 2, 0),
-    ]  # fmt: skip
-    for config in _PULL:
-        D = sum(d for d in SEED.dims if _serves(config, d)) or _columns(config)
-        books = sum(_serves(config, d) for d in SEED.dims) or 1
-        found.append(
-            Specimen.launched(
-                topo_pull_bwd_kernel, f"{S} rows, {books} codebooks of {D}", config,
-                num_bytes=4 * (2 * S * D + pairs), float_ops=6 * pairs * books, dot_ops=4 * pairs * D,
-            )
-        )  # fmt: skip
-    for codes in (16, 32, 64):
-        found.append(
-            Specimen.launched(
-                topo_pull_codes_bwd_kernel, f"{shape}, K <= {codes}", _pull_codes(codes),
-                num_bytes=4 * (2 * S * width + entries + pairs) + 8 * S * G,
-                float_ops=6 * S * SEED.total_codes,
-                dot_ops=2 * pairs * SEED.total_codes + 4 * S * entries,
-            )
-        )  # fmt: skip
-    return found

@@ -17,15 +17,14 @@ import triton.language as tl
 from torch import Tensor
 
 from spinlock_fast.kernels._common.layout import CodebookLayout
-from spinlock_fast.kernels._triton.specimen import ROWS, SEED, Specimen
-from spinlock_fast.kernels.table_cache import TableCache
+from spinlock_fast.kernels._common.table_cache import TableCache
 
 COLUMNS = 16  # of a tile; points are padded to whole tiles, so that loads need no mask and are aligned
 BLOCK_S = 64  # rows of a tile; points are padded to whole tiles as well
 BLOCK_PAIRS = 32  # of rows by rows, where moments and weights are formed
-_DISTANCES: dict[str, Any] = {"BLOCK_S": BLOCK_S, "BLOCK_D": COLUMNS, "num_warps": 4, "num_stages": 1}
-_POINTS: dict[str, Any] = {"BLOCK_S": BLOCK_S, "BLOCK_D": COLUMNS, "num_warps": 4}
-_SPLITS = 8  # runs of codebooks whose distances are added up side by side; a constant, so that sums are the same
+DISTANCES_TILES: dict[str, Any] = {"BLOCK_S": BLOCK_S, "BLOCK_D": COLUMNS, "num_warps": 4, "num_stages": 1}
+POINTS_TILES: dict[str, Any] = {"BLOCK_S": BLOCK_S, "BLOCK_D": COLUMNS, "num_warps": 4}
+SPLITS = 8  # runs of codebooks whose distances are added up side by side; a constant, so that sums are the same
 
 
 class Points(NamedTuple):
@@ -63,7 +62,7 @@ def point_sets(features: int, layout: CodebookLayout, device: torch.device) -> P
         entries = [k * d for k, d in zip(layout.num_codes, layout.dims, strict=True)]
         source = [0, *_starts(list(layout.dims)), *_starts(entries)]
         rows = [dims, source, _starts(padded), padded, [0, *layout.num_codes, *layout.num_codes]]
-        cuts = _cuts(padded[1 : 1 + G], _SPLITS)
+        cuts = _cuts(padded[1 : 1 + G], SPLITS)
         splits = [0, *(1 + cut for cut in cuts), *(1 + G + cut for cut in cuts), 1 + 2 * G]
         return PointSets(
             torch.tensor(rows, dtype=torch.int32, device="cpu").to(device),
@@ -266,7 +265,7 @@ def topo_stats_fwd_kernel(
     stats_ptr,  # [16] float32: means, deviations, whether they count
     S,
     tiles,
-    pre_share,
+    pre_weight,
     BLOCK_T: tl.constexpr,
 ):
     k = tl.arange(0, 8)
@@ -285,7 +284,7 @@ def topo_stats_fwd_kernel(
     post = tl.where(post_counts, (pick(moments, k, 7) / pairs - z * e) / (z_dev * e_dev), 0.0)
     tl.store(correlations_ptr, pre.to(tl.float32))
     tl.store(correlations_ptr + 1, post.to(tl.float32))
-    tl.store(loss_ptr, (1.0 - pre_share * pre - (1.0 - pre_share) * post).to(tl.float32))
+    tl.store(loss_ptr, (1.0 - pre_weight * pre - (1.0 - pre_weight) * post).to(tl.float32))
     tl.store(stats_ptr, x.to(tl.float32))
     tl.store(stats_ptr + 1, z.to(tl.float32))
     tl.store(stats_ptr + 2, e.to(tl.float32))
@@ -313,7 +312,7 @@ def gather(x: Tensor, latents: Tensor, codes: Tensor, codebook: Tensor, layout: 
     centre = torch.empty(sets.columns, **options)
     topo_points_fwd_kernel[(tiles, sets.count)](
         x, latents, codebook, codes, sets.table, points, norms, centre,
-        S, layout.groups, x.stride(0), latents.stride(0), sets.columns, **_POINTS,
+        S, layout.groups, x.stride(0), latents.stride(0), sets.columns, **POINTS_TILES,
     )  # fmt: skip
     return Points(points, norms, centre)
 
@@ -324,12 +323,12 @@ def distances(found: Points, sets: PointSets, rows: int, rounding: float, x_roun
     out = torch.empty(sum(sets.parts), rows, rows, dtype=torch.float32, device=found.points.device)
     topo_distances_fwd_kernel[(tiles, tiles, sum(sets.parts))](
         found.points, found.norms, sets.table, sets.splits, out, rows, sets.count, sets.columns, rounding, x_rounding,
-        **_DISTANCES,
+        **DISTANCES_TILES,
     )  # fmt: skip
     return out
 
 
-def correlations(found: Tensor, sets: PointSets, groups: int, pre_share: float) -> tuple[Tensor, Tensor, Tensor]:
+def correlations(found: Tensor, sets: PointSets, groups: int, pre_weight: float) -> tuple[Tensor, Tensor, Tensor]:
     """The two correlations [2], the loss [] and the figures [16] that the gradient needs.
 
     Distances become means over codebooks.
@@ -341,27 +340,5 @@ def correlations(found: Tensor, sets: PointSets, groups: int, pre_share: float) 
     loss = torch.empty((), dtype=torch.float32, device=found.device)
     stats = torch.empty(16, dtype=torch.float32, device=found.device)
     topo_moments_fwd_kernel[(tiles, tiles)](found, moments, S, groups, sets.parts[1], BLOCK_S=BLOCK_PAIRS, num_warps=4)
-    topo_stats_fwd_kernel[(1,)](moments, both, loss, stats, S, tiles * tiles, pre_share, BLOCK_T=128, num_warps=4)
+    topo_stats_fwd_kernel[(1,)](moments, both, loss, stats, S, tiles * tiles, pre_weight, BLOCK_T=128, num_warps=4)
     return both, loss, stats
-
-
-def specimens(capability: int) -> list[Specimen]:
-    """Launches for the report: the batch of the 100K run."""
-    S, G, width, entries, F = ROWS, SEED.groups, SEED.total_dims, SEED.total_entries, 172
-    pairs = S * S
-    shape = f"{S} rows, {G} codebooks, {F} features"
-    parts = 1 + 2 * _SPLITS
-    points = S * (F + 2 * width)
-    return [
-        Specimen.launched(
-            topo_points_fwd_kernel, shape, {**_POINTS, "num_stages": 1},
-            num_bytes=4 * (S * (F + width) + entries + points) + 8 * S * G, float_ops=4 * points, dot_ops=0,
-        ),
-        Specimen.launched(
-            topo_distances_fwd_kernel, shape, _DISTANCES,
-            num_bytes=4 * (points + parts * pairs // 2), float_ops=2 * pairs * G, dot_ops=pairs * (F + 2 * width),
-        ),
-        Specimen(topo_moments_fwd_kernel, shape, {"BLOCK_S": BLOCK_PAIRS},
-                 4 * (parts + 2) * pairs // 2, (parts + 12) * pairs // 2, 0),
-        Specimen(topo_stats_fwd_kernel, shape, {"BLOCK_T": 128}, 8 * 8 * 256, 8 * 256, 0),
-    ]  # fmt: skip

@@ -143,7 +143,7 @@ TABLE = [
              {"codebook": CODEBOOK, **DECODERS}),
     Operator("topographic_correlations", lambda **a: topographic_correlations(**a, layout=LAYOUT), TOPO, ("latents",),
              ("x",)),
-    Operator("topographic_loss", lambda **a: _tuple(topographic_loss(**a, layout=LAYOUT, pre_share=0.3)), TOPO,
+    Operator("topographic_loss", lambda **a: _tuple(topographic_loss(**a, layout=LAYOUT, pre_weight=0.3)), TOPO,
              ("latents",), ("x",)),
     Operator("ema_update", _updated, {**STATE, **BATCH}),
     Operator("reset_dead_codes", _reset, STATE),
@@ -552,11 +552,11 @@ def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch):
     large = CodebookLayout.of([70], [3])
     vq_assign(normal(B, 3), normal(210), large)
     residual_vq(normal(B, 150), [normal(5, 150)])
-    augmented_rows(normal(B, F), CODES[:, 0], mixing=0.5, noise=0.1)
-    from spinlock_fast.kernels.adam.triton import Adam
+    augmented_rows(normal(B, F), CODES[:, 0], mixup_scale=0.5, noise_std=0.1)
+    from spinlock_fast.kernels.adam.triton_update import AdamLauncher
 
     p, m, v = normal(4), torch.zeros(4), torch.zeros(4)
-    Adam([p], [m], [v], (0.9, 0.999), 1e-8, 0.0, False)([normal(4)], torch.zeros(()), torch.ones(1))
+    AdamLauncher([p], [m], [v], (0.9, 0.999), 1e-8, 0.0, False)([normal(4)], torch.zeros(()), torch.ones(1))
     assert depth == [0]
     assert not outside
     assert len(set(launched)) >= 20

@@ -1,4 +1,4 @@
-"""Every kernel, compiled ahead of time for three generations of GPUs, in a process without the interpreter."""
+"""Compiles every kernel for three generations of GPUs, in a process without the interpreter."""
 
 import ast
 import json
@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from spinlock_fast.kernels import report
-from spinlock_fast.kernels._triton.specimen import SEED
+from spinlock_fast.kernels._compile_report.launch import CATEGORY_SIZES, LAYOUT
 from spinlock_fast.quantize import resolve_levels
 
 pytest.importorskip("triton", reason="the package triton is not installed here")
 KERNELS = Path(report.__file__).parent
-# Operations whose codes or distances must be those of float32; networks may use TF32, as the baseline does.
+# Codes and distances need float32 precision; networks may use TF32, as the baseline does.
 EXACT = ("vq_", "topo_", "ema_", "residual_")
 
 
@@ -35,38 +35,39 @@ def rows(tmp_path_factory):
     return json.loads(file.read_text())
 
 
-def test_nothing_spills(rows):
+def test_no_kernel_spills(rows):
     assert not [row for row in rows if row["stack"] or row["local"]]
     assert {row["capability"] for row in rows} == {80, 90, 100}
     assert all(0 < row["registers"] <= 255 for row in rows)
 
 
 def test_every_kernel_is_compiled(rows):
-    """A kernel is a function with grid indices; helpers are compiled inside of those."""
-    written = set()
-    for name in report.MODULES:
-        for node in ast.parse((KERNELS / (name.replace(".", "/") + ".py")).read_text()).body:
-            if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
-                written.add(node.name)
+    """A kernel is a function named `*_kernel`; other functions under `triton.jit` are inlined into kernels."""
+    written = {
+        node.name
+        for file in KERNELS.rglob("*.py")
+        for node in ast.parse(file.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
+    }
     assert written == {row["kernel"] for row in rows}
 
 
-def test_codes_and_distances_are_never_computed_in_plain_tf32(rows):
+def test_codes_and_distances_are_not_computed_in_plain_tf32(rows):
     exact = [row for row in rows if row["kernel"].startswith(EXACT) and row["dots"]]
     assert len(exact) > 20
     for row in exact:
         assert set(row["precisions"]) <= {"tf32x3", "ieee"}, row["kernel"]
-        # Three instructions at least for each product: high times high, high times low, low times high.
+        # At least three instructions per product: high x high, high x low, low x high.
         assert row["matrix_instructions"] >= 3 * row["dots"], row["kernel"]
 
 
-def test_work_is_counted(rows):
+def test_bytes_and_operations_are_counted(rows):
     assert all(row["bytes"] > 0 and row["h100_least_us"] > 0 for row in rows)
     (search, *_) = [row for row in rows if row["kernel"] == "vq_search_fwd_kernel"]
     assert search["dot_ops"] == 2 * 65536 * 1024 * 256
 
 
-def test_spills_are_a_failure(monkeypatch, capsys):
+def test_a_spill_exits_with_status_1(monkeypatch, capsys):
     row = {
         "kernel": "k", "shape": "s", "capability": 90, "num_warps": 4, "registers": 9, "shared": 0, "stack": 8,
         "local": 0, "matrix_instructions": 0, "bytes": 1, "float_ops": 0, "dot_ops": 0, "h100_least_us": 1.0,
@@ -79,16 +80,15 @@ def test_spills_are_a_failure(monkeypatch, capsys):
     assert "compiled ahead of time" in capsys.readouterr().out
 
 
-def test_interpreted_kernels_cannot_be_compiled(monkeypatch, capsys):
+def test_interpreter_mode_is_refused(monkeypatch, capsys):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(SystemExit):
         report.main([])
     assert "TRITON_INTERPRET" in capsys.readouterr().err
 
 
-def test_the_seed_shape_is_that_of_the_100k_run():
-    features = (4, 16, 15, 13, 32, 28, 20, 10, 11, 14, 9)
-    levels = resolve_levels({f"c{i}": n for i, n in enumerate(features)}, [], "0.5:1:1.5")
-    books = [book for level in levels.values() for book in level]
-    assert SEED.num_codes == tuple(book.num_tokens for book in books)
-    assert SEED.dims == tuple(book.latent_dim for book in books)
+def test_layout_is_that_of_the_100k_run():
+    levels = resolve_levels({f"c{i}": n for i, n in enumerate(CATEGORY_SIZES)}, [], "0.5:1:1.5")
+    codebooks = [codebook for level in levels.values() for codebook in level]
+    assert LAYOUT.num_codes == tuple(codebook.num_tokens for codebook in codebooks)
+    assert LAYOUT.dims == tuple(codebook.latent_dim for codebook in codebooks)
