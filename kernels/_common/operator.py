@@ -60,7 +60,7 @@ def operator(
             if torch.compiler.is_compiling() or not _plain(arguments):
                 return overload(*arguments)
             if function is not None and torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
-                return function.apply(*arguments)  # type: ignore[no-untyped-call]
+                return function.apply(*arguments)
             return implementation(*arguments)  # type: ignore[call-arg]
 
         return cast(Callable[P, R], call)
@@ -100,7 +100,7 @@ def _plain(arguments: Sequence[Any]) -> bool:
         and torch._C._len_torch_function_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch._C._is_tracing()
-        and not torch.autograd._profiler_enabled()
+        and not torch._C._autograd._profiler_enabled()
         and all(_is_plain(x) for x in arguments if isinstance(x, Tensor))
     )
 

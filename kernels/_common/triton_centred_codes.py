@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from spinlock_fast.kernels._common.launch_sizes import codebook_offsets
 from spinlock_fast.kernels._common.layout import CodebookLayout
-from spinlock_fast.kernels._triton.tables import book_table
 
 _PAD_D = 32  # padded dimensions are a multiple, which aligns the rows
 
@@ -75,7 +75,7 @@ def centred_codes(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes minus the mean code [G, K_pad, D_pad], their squared norms [G, K_pad], and the mean codes [sum D]."""
     G, device = layout.groups, codebook.device
-    table = book_table(layout, device)
+    table = codebook_offsets(layout, device)
     K_pad = triton.cdiv(layout.max_codes, block_k) * block_k
     D_pad = triton.cdiv(layout.max_dims, _PAD_D) * _PAD_D
     centres = torch.empty(layout.total_dims, dtype=torch.float32, device=device)

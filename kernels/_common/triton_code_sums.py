@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from spinlock_fast.kernels._common.launch_sizes import codebook_offsets, next_power_of_two
 from spinlock_fast.kernels._common.layout import CodebookLayout
-from spinlock_fast.kernels._triton.tables import book_table, power_of_two
 
 SEGMENT_ROWS = 32
 
@@ -83,7 +83,7 @@ def sum_by_code(codes: Tensor, layout: CodebookLayout, sum_segments: Callable[..
     bounds = torch.searchsorted(ids, torch.arange(total + 1, dtype=torch.int32, device=device))  # [sum K + 1]
     lengths = bounds.diff()
     # A segment has at most `length` rows; a code of many rows has several segments.
-    length = power_of_two(4 * N * G // total, 128)
+    length = next_power_of_two(4 * N * G // total, 128)
     needed = (lengths + length - 1) // length
     ends = needed.cumsum(0)
     items = total + N * G // length
@@ -93,14 +93,14 @@ def sum_by_code(codes: Tensor, layout: CodebookLayout, sum_segments: Callable[..
     first = bounds[safe] + (item - (ends[safe] - needed[safe])) * length
     last = torch.minimum(first + length, bounds[safe + 1])
     width = layout.max_dims
-    block_d = min(64, power_of_two(width, 16))
+    block_d = min(64, next_power_of_two(width, 16))
     blocks = triton.cdiv(width, block_d)
     parts = torch.empty(items, width, dtype=torch.float32, device=device)
     sums = torch.zeros(layout.total_entries, dtype=torch.float32, device=device)
     sum_segments((order, code, first, last), parts, blocks, SEGMENT_ROWS, block_d)
     codes_once = torch.arange(total, device=device)
     segment_sum_kernel[(total, blocks)](
-        parts, order, codes_once, ends - needed, ends, index.codebook_of_code, book_table(layout, device),
+        parts, order, codes_once, ends - needed, ends, index.codebook_of_code, codebook_offsets(layout, device),
         index.first_entries, sums, G, width, 0, total, total, LEVEL=1, BLOCK_R=SEGMENT_ROWS, BLOCK_D=block_d,
         num_warps=4,
     )  # fmt: skip

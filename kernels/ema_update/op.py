@@ -94,14 +94,11 @@ def _ema_update(
         from spinlock_fast.kernels.ema_update import triton_update
 
         # The kernels update contiguous memory in place: strided tensors are copied there and back.
-        state = [codebook, cluster_size, code_sum, *([] if usage is None else [usage])]
-        dense = [tensor.contiguous() for tensor in state]
-        dense_usage = None if usage is None else dense[3]
-        triton_update.ema_update(
-            *dense[:3], dense_usage, counts, sums, layout, decay, laplace, epsilon, reference.IDLE_SHARE
-        )
-        for target, value in zip(state, dense, strict=True):
-            if value is not target:
+        dense = codebook.contiguous(), cluster_size.contiguous(), code_sum.contiguous()
+        dense_usage = None if usage is None else usage.contiguous()
+        triton_update.ema_update(*dense, dense_usage, counts, sums, layout, decay, laplace, epsilon)
+        for target, value in zip((codebook, cluster_size, code_sum, usage), (*dense, dense_usage), strict=True):
+            if target is not None and value is not None and value is not target:
                 target.copy_(value)
         return
     smoothing: Literal["none", "laplace"] = "laplace" if laplace else "none"

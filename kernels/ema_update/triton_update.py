@@ -14,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from spinlock_fast.kernels._common.guard import launches
+from spinlock_fast.kernels._common.launch_sizes import codebook_offsets, next_power_of_two
 from spinlock_fast.kernels._common.layout import CodebookLayout
-from spinlock_fast.kernels._triton.specimen import SEED, Specimen
-from spinlock_fast.kernels._triton.tables import book_table, power_of_two
+from spinlock_fast.kernels.ema_update.reference import IDLE_SHARE
 
 MAX_FUSED = 64
 
@@ -165,13 +165,12 @@ def ema_update(
     decay: float,
     laplace: bool,
     epsilon: float,
-    idle_share: float,
 ) -> None:
     """`reference.ema_update` in place, and usage += counts. One launch, or two for large codebooks."""
-    table = book_table(layout, codebook.device)
+    table = codebook_offsets(layout, codebook.device)
     counts, sums = counts.contiguous(), sums.contiguous()
     fused = layout.max_codes <= MAX_FUSED
-    block_k = power_of_two(layout.max_codes, 32) if fused else 16
+    block_k = next_power_of_two(layout.max_codes, 32) if fused else 16
     totals = table
     if not fused:
         totals = torch.empty(2, layout.groups, dtype=torch.float32, device=codebook.device)
@@ -198,7 +197,7 @@ def ema_update(
         decay,
         1.0 - decay,
         epsilon,
-        idle_share,
+        IDLE_SHARE,
         layout.groups,
         counts.shape[0],
         layout.total_codes,
@@ -219,41 +218,11 @@ def code_usage(counts: Tensor, layout: CodebookLayout) -> tuple[Tensor, Tensor]:
     perplexity = torch.empty_like(utilization)
     code_usage_kernel[(layout.groups,)](
         counts.contiguous(),
-        book_table(layout, counts.device),
+        codebook_offsets(layout, counts.device),
         utilization,
         perplexity,
         layout.groups,
-        BLOCK_K=min(1024, power_of_two(layout.max_codes, 32)),
+        BLOCK_K=min(1024, next_power_of_two(layout.max_codes, 32)),
         num_warps=4,
     )
     return utilization, perplexity
-
-
-def specimens(capability: int) -> list[Specimen]:
-    """Launches for the report."""
-    entries, codes = SEED.total_entries, SEED.total_codes
-    found = [Specimen(ema_totals_kernel, "K = 8,192", {"BLOCK_K": 1024}, 8 * 8192, 2 * 8192, 0)]
-    for block_k in (32, 64):
-        found.append(
-            Specimen(
-                ema_update_kernel,
-                f"33 codebooks, K <= {block_k}, 8 parts",
-                {
-                    "FUSED": True,
-                    "LAPLACE": False,
-                    "WITH_USAGE": True,
-                    "BLOCK_K": block_k,
-                    "BLOCK_D": 16 if block_k == 64 else 32,
-                },
-                4 * (3 * entries + 2 * codes + 8 * (entries + codes) + 2 * codes),
-                12 * entries,
-                0,
-            )
-        )
-    constants = {"FUSED": False, "LAPLACE": True, "WITH_USAGE": True, "BLOCK_K": 16, "BLOCK_D": 16}
-    found.append(Specimen(ema_update_kernel, "8,192 x 64", constants, 20 * 8192 * 64, 4 * 8192 * 64, 0))
-    for block_k in (32, 1024):
-        found.append(
-            Specimen(code_usage_kernel, f"33 codebooks, K <= {block_k}", {"BLOCK_K": block_k}, 4 * codes, 9 * codes, 0)
-        )
-    return found

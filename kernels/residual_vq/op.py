@@ -154,7 +154,8 @@ def _assign_backward(
 
             backward = triton.backward if x.shape[1] <= triton.MAX_DIMS else reference.backward
         else:
-            backward = (cpu if native_supports(grad, grad_errors, x, codebook) else reference).backward
+            native = native_supports(grad, grad_errors, x, codebook)
+            backward = cpu.backward if native else reference.backward
         return backward(grad, grad_errors, x, codebook, codes, used, mask, cosine, gradient)
 
 
@@ -209,6 +210,6 @@ def _assign(
 
             assign = triton.assign
         else:
-            assign = (cpu if native_supports(x, codebook) else reference).assign
+            assign = cpu.assign if native_supports(x, codebook) else reference.assign
         outputs = assign(x, codebook, used, mask, cosine, gradient, with_sums)
     return _pad_stages(outputs, num_codes, used, with_sums)

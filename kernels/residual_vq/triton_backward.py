@@ -14,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from spinlock_fast.kernels._common.guard import launches, rows_of
+from spinlock_fast.kernels._common.launch_sizes import codebook_offsets, next_power_of_two
 from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels._common.triton_rotation import rotation_transpose
-from spinlock_fast.kernels._triton.tables import book_table, power_of_two
 from spinlock_fast.kernels.residual_vq.reference import GRADIENTS, MIN_LENGTH
 
 # A program holds whole rows; wider rows are computed stage by stage.
@@ -121,10 +121,10 @@ def backward(
     if N == 0:
         return grad_x
     layout = CodebookLayout.of(num_codes, [D] * Q)
-    block_d = power_of_two(D, 32)
+    block_d = next_power_of_two(D, 32)
     block_n = row_block(block_d)
     residual_vq_bwd_kernel[(triton.cdiv(N, block_n),)](
-        grad.contiguous(), grad_errors.contiguous(), x, codebook.contiguous(), book_table(layout, x.device),
+        grad.contiguous(), grad_errors.contiguous(), x, codebook.contiguous(), codebook_offsets(layout, x.device),
         x if mask is None else mask, codes.contiguous(), grad_x, N, Q, D, x.stride(0), COSINE=cosine,
         GRADIENT=GRADIENTS[gradient], HAS_MASK=mask is not None, BLOCK_N=block_n, BLOCK_D=block_d, num_warps=4,
     )  # fmt: skip

@@ -16,14 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 from spinlock_fast.kernels._common.guard import launches, rows_of
+from spinlock_fast.kernels._common.launch_sizes import codebook_offsets, compute_capability, next_power_of_two
 from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels._common.triton_centred_codes import centred_codes
 from spinlock_fast.kernels._common.triton_code_sums import sum_by_code
-from spinlock_fast.kernels._triton.specimen import Specimen
-from spinlock_fast.kernels._triton.tables import book_table, capability, power_of_two
 from spinlock_fast.kernels.residual_vq import triton_stagewise
 from spinlock_fast.kernels.residual_vq.reference import Result
-from spinlock_fast.kernels.residual_vq.triton_backward import MAX_DIMS, lengths, residual_vq_bwd_kernel, row_block
+from spinlock_fast.kernels.residual_vq.triton_backward import MAX_DIMS, lengths, row_block
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class ResidualConfig:
     @classmethod
     def of(cls, dims: int, capability: int) -> ResidualConfig:
         """For a device of compute capability `capability` (80, 90, 100): as many rows as fit without spills."""
-        block_d = power_of_two(dims, 32)
+        block_d = next_power_of_two(dims, 32)
         block_n = 16 if block_d > 64 else 64 if capability >= 90 else 32
         return cls(block_n=block_n, block_k=64, block_d=block_d, num_warps=8)
 
@@ -231,21 +230,21 @@ def assign(
     total = len(codebook) if with_sums else 0
     if N == 0:
         return quantized, codes, x.new_zeros(Q), x.new_zeros(total), x.new_zeros(total, D)
-    config = ResidualConfig.of(D, capability(x.device))
+    config = ResidualConfig.of(D, compute_capability(x.device))
     centred, norms, centres = centred_codes(codebook, layout, not cosine, config.block_k)
     residual_lengths = x.new_empty(N, Q if cosine else 0)
     zero = torch.empty(N, dtype=torch.int32, device=x.device)
     tiles = triton.cdiv(N, config.block_n)
     errors = x.new_empty(tiles, Q)
     residual_vq_fwd_kernel[(tiles,)](
-        x, codebook, book_table(layout, x.device), centres, centred, norms, x if mask is None else mask, codes,
+        x, codebook, codebook_offsets(layout, x.device), centres, centred, norms, x if mask is None else mask, codes,
         residual_lengths, zero, errors, N, Q, D, centred.shape[1], centred.shape[2], x.stride(0), COSINE=cosine,
         ROTATION=gradient == "rotation", HAS_MASK=mask is not None, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         BLOCK_D=config.block_d, num_warps=config.num_warps, num_stages=1,
     )  # fmt: skip
     block_n = row_block(config.block_d)
     residual_gather_kernel[(triton.cdiv(N, block_n),)](
-        codebook, book_table(layout, x.device), x if mask is None else mask, codes, zero, quantized, N, Q, D,
+        codebook, codebook_offsets(layout, x.device), x if mask is None else mask, codes, zero, quantized, N, Q, D,
         HAS_MASK=mask is not None, BLOCK_N=block_n, BLOCK_D=config.block_d, num_warps=4,
     )  # fmt: skip
     errors = errors.sum(0)
@@ -256,38 +255,9 @@ def assign(
         index = layout.indices(x.device)
         residual_sum_kernel[(len(parts), blocks)](
             x, codebook, codes, residual_lengths, zero, *segments, index.codebook_of_code,
-            book_table(layout, x.device), parts, Q, D, x.stride(0), total, COSINE=cosine, BLOCK_R=block_r,
+            codebook_offsets(layout, x.device), parts, Q, D, x.stride(0), total, COSINE=cosine, BLOCK_R=block_r,
             BLOCK_D=block_d, num_warps=4,
         )  # fmt: skip
 
     counts, sums = sum_by_code(codes, layout, sum_segments)
     return quantized, codes, errors, counts, sums.view(-1, D)
-
-
-def specimens(capability: int) -> list[Specimen]:
-    """Launches for the report: 65,536 rows, 8 stages of 1,024 codes."""
-    N, Q, K = 65536, 8, 1024
-    found = []
-    for D, variants in ((64, ((False, True), (True, True), (False, False))), (128, ((True, True),))):
-        config = ResidualConfig.of(D, capability)
-        shape = f"65,536 x {D}, 8 x 1,024"
-        tile = {"BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "BLOCK_D": config.block_d}
-        block = {"BLOCK_N": row_block(config.block_d), "BLOCK_D": config.block_d}
-        books = 4 * Q * K * D
-        for cosine, rotation in variants:
-            named = shape + (", cosine" if cosine else "") + (", rotation" if rotation else "")
-            options = {"COSINE": cosine, "ROTATION": rotation, "HAS_MASK": cosine, **tile}
-            options |= {"num_warps": config.num_warps, "num_stages": 1}
-            num_bytes, operations = 4 * N * D + books + 8 * N * Q, 2 * N * Q * K
-            found.append(
-                Specimen.launched(residual_vq_fwd_kernel, named, options, num_bytes, operations, operations * D)
-            )
-            constants = {"COSINE": cosine, "GRADIENT": 2 if rotation else 1, "HAS_MASK": cosine, **block}
-            num_bytes = 12 * N * D + books + 8 * N * Q
-            found.append(Specimen(residual_vq_bwd_kernel, named, constants, num_bytes, 20 * N * Q * D, 0))
-        constants = {"HAS_MASK": True, **block}
-        found.append(Specimen(residual_gather_kernel, shape, constants, num_bytes, N * Q * D, 0))
-        constants = {"COSINE": True, "BLOCK_R": 32, "BLOCK_D": 64}
-        num_bytes = 4 * N * D + 2 * books + 28 * N * Q
-        found.append(Specimen(residual_sum_kernel, shape, constants, num_bytes, N * Q * Q * D, 0))
-    return found

@@ -203,8 +203,8 @@ def _assign(
             from spinlock_fast.kernels.vq_assign import triton_forward
 
             return triton_forward.assign(z, codebook, layout, mask, centred, with_sums)
-        implementation = cpu if native_supports(z, codebook) else reference
-        return implementation.assign(z, codebook, layout, mask, centred, with_sums)
+        assign = cpu.assign if native_supports(z, codebook) else reference.assign
+        return assign(z, codebook, layout, mask, centred, with_sums)
 
 
 class _StraightThrough(torch.autograd.Function):

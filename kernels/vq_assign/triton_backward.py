@@ -12,9 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from spinlock_fast.kernels._common.guard import launches, rows_of
+from spinlock_fast.kernels._common.launch_sizes import codebook_offsets, next_power_of_two
 from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels._common.triton_rotation import rotation_transpose
-from spinlock_fast.kernels._triton.tables import book_table, power_of_two
 from spinlock_fast.kernels.vq_assign.reference import PART_ROWS
 
 
@@ -117,7 +117,7 @@ def backward(
     z, grad_quantized = rows_of(z), rows_of(grad_quantized)
     grad_z = torch.empty(N, layout.total_dims, dtype=z.dtype, device=z.device)
     if N:
-        block_d = min(64, power_of_two(layout.max_dims, 16))
+        block_d = min(64, next_power_of_two(layout.max_dims, 16))
         block_n = 1024 // block_d
         parts = grad_error.shape[0]
         tiles = triton.cdiv(triton.cdiv(N, PART_ROWS), parts)
@@ -127,7 +127,7 @@ def backward(
             codes,
             grad_quantized,
             grad_error.contiguous(),
-            book_table(layout, z.device),
+            codebook_offsets(layout, z.device),
             grad_z,
             N,
             layout.groups,

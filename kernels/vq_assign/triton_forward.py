@@ -15,12 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from spinlock_fast.kernels._common.guard import launches, rows_of
+from spinlock_fast.kernels._common.launch_sizes import codebook_offsets, compute_capability, next_power_of_two
 from spinlock_fast.kernels._common.layout import CodebookLayout
-from spinlock_fast.kernels._triton.specimen import ROWS, SEED, Specimen
-from spinlock_fast.kernels._triton.tables import book_table, capability, power_of_two
 from spinlock_fast.kernels.vq_assign import triton_streaming
 from spinlock_fast.kernels.vq_assign.reference import MAX_TILE_CODES, PART_ROWS, Result, row_parts
-from spinlock_fast.kernels.vq_assign.triton_backward import vq_assign_bwd_kernel
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class AssignConfig:
     def of(cls, layout: CodebookLayout, capability: int) -> AssignConfig:
         """For a device of compute capability `capability` (80, 90, 100)."""
         # Tiles of 32 codes spill registers on sm_100.
-        return cls(PART_ROWS, power_of_two(layout.max_codes, 64 if capability >= 100 else 16), block_d=16)
+        return cls(PART_ROWS, next_power_of_two(layout.max_codes, 64 if capability >= 100 else 16), block_d=16)
 
 
 @triton.jit(do_not_specialize=["N", "G", "total_codes", "total_dims", "total_entries", "z_stride", "tiles"])
@@ -148,7 +146,7 @@ def assign(
     """`reference.assign`; errors, counts and sums of small codebooks are `row_parts` partial sums."""
     if layout.max_codes > MAX_TILE_CODES:
         return triton_streaming.assign(z, codebook, layout, mask, centred, with_sums)
-    config = AssignConfig.of(layout, capability(z.device))
+    config = AssignConfig.of(layout, compute_capability(z.device))
     N, G = z.shape[0], layout.groups
     z, codebook = rows_of(z), codebook.contiguous()
     parts = row_parts(N, G)
@@ -164,7 +162,7 @@ def assign(
         z,
         codebook,
         mask if mask is not None else z,
-        book_table(layout, z.device),
+        codebook_offsets(layout, z.device),
         codes,
         quantized,
         error,
@@ -187,47 +185,3 @@ def assign(
         num_stages=config.num_stages,
     )
     return quantized, codes, error, counts, sums
-
-
-def specimens(capability: int) -> list[Specimen]:
-    """Launches for the report."""
-    found = []
-    width, entries, codes = SEED.total_dims, SEED.total_entries, SEED.total_codes
-    for largest in (16, 32, 64):
-        config = AssignConfig.of(CodebookLayout.cached((largest,), (16,)), capability)
-        for centred in (False, True):
-            for with_sums in (True, False):
-                found.append(
-                    Specimen(
-                        vq_assign_fwd_kernel,
-                        f"512 rows, 33 codebooks, K <= {largest}"
-                        + (", centred" if centred else "")
-                        + ("" if with_sums else ", codes only"),
-                        {
-                            "HAS_MASK": True,
-                            "WITH_SUMS": with_sums,
-                            "CENTRED": centred,
-                            "BLOCK_N": config.block_n,
-                            "BLOCK_K": config.block_k,
-                            "BLOCK_D": config.block_d,
-                        },
-                        num_bytes=4 * (2 * ROWS * width + entries + (codes + entries) * with_sums) + 8 * ROWS * 33,
-                        float_ops=4 * ROWS * width,
-                        dot_ops=2 * ROWS * entries * (1 + with_sums),
-                        num_warps=config.num_warps,
-                        num_stages=config.num_stages,
-                    )
-                )
-    for block_d in (16, 32, 64):
-        for rotate in (False, True):
-            found.append(
-                Specimen(
-                    vq_assign_bwd_kernel,
-                    f"512 rows, 33 codebooks, D <= {block_d}" + (", rotation" if rotate else ""),
-                    {"ROTATE": rotate, "BLOCK_N": 1024 // block_d, "BLOCK_D": block_d},
-                    num_bytes=4 * 4 * ROWS * width + 8 * ROWS * 33,
-                    float_ops=(18 if rotate else 3) * ROWS * width,
-                    dot_ops=0,
-                )
-            )
-    return found

@@ -15,11 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from spinlock_fast.kernels._common.guard import launches, rows_of
+from spinlock_fast.kernels._common.launch_sizes import codebook_offsets, compute_capability
 from spinlock_fast.kernels._common.layout import CodebookLayout
-from spinlock_fast.kernels._common.triton_centred_codes import centre_codes_kernel, centred_codes, code_centres_kernel
-from spinlock_fast.kernels._common.triton_code_sums import SEGMENT_ROWS, segment_sum_kernel, sum_by_code
-from spinlock_fast.kernels._triton.specimen import Specimen
-from spinlock_fast.kernels._triton.tables import book_table, capability
+from spinlock_fast.kernels._common.triton_centred_codes import centred_codes
+from spinlock_fast.kernels._common.triton_code_sums import segment_sum_kernel, sum_by_code
 from spinlock_fast.kernels.vq_assign.reference import Result
 
 # Programs that fill a large GPU. The number of shares depends on this constant alone, never on the device.
@@ -194,7 +193,7 @@ def assign(
         z,
         codebook,
         mask if mask is not None else z,
-        book_table(layout, z.device),
+        codebook_offsets(layout, z.device),
         best,
         code,
         codes,
@@ -220,8 +219,8 @@ def assign(
 def _search(z: Tensor, codebook: Tensor, layout: CodebookLayout, centred: bool) -> tuple[Tensor, Tensor]:
     """Distances (without |z|^2) and indices [splits, G, N] of the nearest code in each share of the codes."""
     N, G = z.shape[0], layout.groups
-    table = book_table(layout, z.device)
-    config = SearchConfig.of(capability(z.device))
+    table = codebook_offsets(layout, z.device)
+    config = SearchConfig.of(compute_capability(z.device))
     tiles = triton.cdiv(N, config.block_n)
     code_tiles = triton.cdiv(layout.max_codes, config.block_k)
     codes, norms, centres = centred_codes(codebook, layout, centred, config.block_k)
@@ -258,7 +257,7 @@ def _search(z: Tensor, codebook: Tensor, layout: CodebookLayout, centred: bool) 
 
 def _accumulate(z: Tensor, codes: Tensor, layout: CodebookLayout) -> tuple[Tensor, Tensor]:
     """`reference.accumulate` in a fixed order."""
-    index, table = layout.indices(z.device), book_table(layout, z.device)
+    index, table = layout.indices(z.device), codebook_offsets(layout, z.device)
 
     def sum_segments(segments: tuple[Tensor, ...], parts: Tensor, blocks: int, block_r: int, block_d: int) -> None:
         order, code, first, last = segments
@@ -268,46 +267,3 @@ def _accumulate(z: Tensor, codes: Tensor, layout: CodebookLayout) -> tuple[Tenso
         )  # fmt: skip
 
     return sum_by_code(codes, layout, sum_segments)
-
-
-def specimens(capability: int) -> list[Specimen]:
-    """Launches for the report: 65,536 rows of 256 dimensions, 1,024 codes."""
-    N, K, D = 65536, 1024, 256
-    shape = "65,536 x 256, K = 1,024"
-    config = SearchConfig.of(capability)
-    constants: dict[str, object] = {"HAS_MASK": True, "BLOCK_N": 32, "BLOCK_D": 32}
-    found = [
-        Specimen(code_centres_kernel, shape, {"BLOCK_K": 32, "BLOCK_D": 32}, 4 * (K + 1) * D, 2 * K * D, 0),
-        Specimen(vq_finish_fwd_kernel, shape, constants, 4 * (2 * N * D + K * D + 2 * N) + 8 * N, 4 * N * D, 0),
-    ]
-    for centred in (False, True):
-        with_centre = shape + (", centred" if centred else "")
-        constants = {"CENTRED": centred, "BLOCK_K": 32, "BLOCK_D": 32}
-        found.append(Specimen(centre_codes_kernel, with_centre, constants, 4 * (2 * K * D + K), 3 * K * D, 0))
-        for aligned in (False, True):
-            found.append(
-                Specimen(
-                    vq_search_fwd_kernel,
-                    with_centre + (", aligned" if aligned else ""),
-                    {
-                        "CENTRED": centred,
-                        "ALIGNED": aligned,
-                        "BLOCK_N": config.block_n,
-                        "BLOCK_K": config.block_k,
-                        "BLOCK_D": config.block_d,
-                    },
-                    4 * (N * D + K * D + 2 * N),
-                    2 * N * K,
-                    2 * N * K * D,
-                    num_warps=config.num_warps,
-                    num_stages=config.num_stages,
-                )
-            )
-    for level in (0, 1):
-        for block_d in (16, 64):
-            constants = {"LEVEL": level, "BLOCK_R": SEGMENT_ROWS, "BLOCK_D": block_d}
-            rows = N if level == 0 else 2 * K
-            found.append(
-                Specimen(segment_sum_kernel, f"{rows:,} x {block_d}", constants, 4 * rows * block_d, rows * block_d, 0)
-            )
-    return found

@@ -14,13 +14,13 @@ if torch.cuda.is_available():
 
 from triton.runtime import interpreter
 
+from spinlock_fast.kernels._common.launch_sizes import check_int32_offsets, codebook_offsets
 from spinlock_fast.kernels._common.layout import CodebookLayout
-from spinlock_fast.kernels._triton import tables
-from spinlock_fast.kernels._triton.tables import book_table
 from spinlock_fast.kernels.augment.triton_forward import augment_fwd_kernel
 from spinlock_fast.kernels.topo_loss import triton_backward as topo_backward
 from spinlock_fast.kernels.topo_loss import triton_forward as topo
-from spinlock_fast.kernels.vq_assign.triton_forward import vq_assign_bwd_kernel, vq_assign_fwd_kernel
+from spinlock_fast.kernels.vq_assign.triton_backward import vq_assign_bwd_kernel
+from spinlock_fast.kernels.vq_assign.triton_forward import vq_assign_fwd_kernel
 
 CPU = torch.device("cpu")
 S = 60_000  # rows of which S * S is between 2**31 and 2**32
@@ -155,7 +155,7 @@ def test_rows_of_a_batch(memory):
 def test_latents(memory, rows):
     """2**31 rows of a few columns, and fewer of many."""
     z, quantized, grad, out = (some() for _ in range(4))
-    codes, table = torch.zeros(64, dtype=torch.int64), book_table(LAYOUT, CPU)
+    codes, table = torch.zeros(64, dtype=torch.int64), codebook_offsets(LAYOUT, CPU)
     wide = WIDE if rows == S else 4
     tile = rows // 16 - 1
     seen = memory((tile, 0), (tile + 1, 1), table)
@@ -168,7 +168,7 @@ def test_latents(memory, rows):
 
 def test_nearest_codes(memory):
     z, codebook, quantized, codes, table = some(), some(), some(), torch.zeros(64, dtype=torch.int64), None
-    table = book_table(LAYOUT, CPU)
+    table = codebook_offsets(LAYOUT, CPU)
     tile = S // 16 - 1
     seen = memory((tile, 0), (tile + 1, 1), table, codebook)
     vq_assign_fwd_kernel[(1, 1)](
@@ -181,5 +181,5 @@ def test_nearest_codes(memory):
 
 def test_weights_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="packed codebooks: 4,294,967,296 entries"):
-        book_table(CodebookLayout.of([2**20], [4096]), CPU)
-    tables.check_offsets("codes", 2**31 - 1)
+        codebook_offsets(CodebookLayout.of([2**20], [4096]), CPU)
+    check_int32_offsets("codes", 2**31 - 1)

@@ -95,7 +95,7 @@ def test_assignment_at_the_edges_of_tiles(K, D, rows):
 def test_many_rows_are_added_up_in_parts(layout, monkeypatch):
     from spinlock_fast.kernels.vq_assign import reference
 
-    monkeypatch.setattr(reference, "_PARTS_AT_MOST", 2 * layout.groups)
+    monkeypatch.setattr(reference, "_MAX_PARTS", 2 * layout.groups)
     z, codebook = helpers.random_group(layout, 333, seed=1)
     found = by_kernel(z, codebook, layout)
     assert_agrees(found, z, codebook, layout)
