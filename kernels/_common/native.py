@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from spinlock_fast import _native as library
 from spinlock_fast.kernels._common.backend import VARIABLE
 
-__all__ = ["address", "draw_seed", "library", "native_supports", "operand"]
+__all__ = ["address", "library", "native_supports", "operand"]
 
 
 def _share_threads_of_torch() -> None:
@@ -55,8 +55,3 @@ def address(tensor: Tensor | None) -> int:
 def operand(matrix: Tensor) -> tuple[int, int, int]:
     """Address and strides of a matrix, in any order of dimensions."""
     return matrix.data_ptr(), matrix.stride(0), matrix.stride(1)
-
-
-def draw_seed() -> Tensor:
-    """A seed for dropout from torch's generator, so that its state determines the masks."""
-    return torch.empty((), dtype=torch.int64, device="cpu").random_()
