@@ -17,7 +17,7 @@ ROWS = 512
 # Types of kernel parameters by name. Other names that end in _ptr are float32 pointers, all others int32 numbers.
 _TYPES = {
     **dict.fromkeys(("mask_ptr",), "*i1"),
-    **dict.fromkeys(("table_ptr", "offsets_ptr", "code_ptr", "zero_ptr", "splits_ptr"), "*i32"),
+    **dict.fromkeys(("table_ptr", "offsets_ptr", "sets_ptr", "code_ptr", "zero_ptr", "splits_ptr"), "*i32"),
     **dict.fromkeys(
         (
             "codes_ptr", "order_ptr", "rows_ptr", "seed_ptr", "item_code_ptr", "item_first_ptr", "item_last_ptr",

@@ -17,8 +17,8 @@ from triton.runtime import interpreter
 from spinlock_fast.kernels._common.launch_sizes import check_int32_offsets, codebook_offsets
 from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels.augment.triton_forward import augment_fwd_kernel
-from spinlock_fast.kernels.topo_loss import pull
-from spinlock_fast.kernels.topo_loss import triton as topo
+from spinlock_fast.kernels.topo_loss import triton_backward as topo_backward
+from spinlock_fast.kernels.topo_loss import triton_forward as topo
 from spinlock_fast.kernels.vq_assign.triton_backward import vq_assign_bwd_kernel
 from spinlock_fast.kernels.vq_assign.triton_forward import vq_assign_fwd_kernel
 
@@ -129,12 +129,12 @@ def test_moments(memory):
 
 def test_weights_of_pairs(memory):
     scalars, distances, of_z, of_e = torch.ones(64), some(), some(), some()
-    tile = S // pull.BLOCK_PAIRS - 1
+    tile = S // topo.BLOCK_PAIRS - 1
     seen = memory((tile, tile), (tile + 1, tile + 1), scalars)
-    pull.topo_weights_bwd_kernel[(1, 1)](
-        scalars, scalars, scalars, scalars, distances, of_z, of_e, S, 1, 1, S, 1.0, 1.0, BLOCK_S=pull.BLOCK_PAIRS
+    topo_backward.topo_weights_bwd_kernel[(1, 1)](
+        scalars, scalars, scalars, scalars, distances, of_z, of_e, S, 1, 1, S, 1.0, 1.0, BLOCK_S=topo.BLOCK_PAIRS
     )
-    row = (tile + 1) * pull.BLOCK_PAIRS - 1
+    row = (tile + 1) * topo.BLOCK_PAIRS - 1
     for matrix in range(3):
         seen.check(distances, matrix * S * S + row * S + row)
     seen.check(of_z, row * S + row)

@@ -249,7 +249,7 @@ def network_offsets(i: int) -> Any:
 
 def points_of_topography(i: int) -> Any:
     pytest.importorskip("triton", reason="the package triton is not installed here")
-    from spinlock_fast.kernels.topo_loss.triton import point_sets
+    from spinlock_fast.kernels.topo_loss.triton_forward import point_sets
 
     return point_sets(i + 1, CodebookLayout.of([4], [4]), CPU)
 
