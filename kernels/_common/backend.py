@@ -1,4 +1,4 @@
-"""Which implementation computes an operation."""
+"""Choice of the backend that computes an operation."""
 
 from __future__ import annotations
 
@@ -21,56 +21,59 @@ log = logging.getLogger(__name__)
 
 
 def check_backend(name: str) -> None:
-    """Raises ValueError where `name` is no backend."""
+    """Raises ValueError unless `name` is a backend."""
+    _check(name, "backend")
+
+
+def _check(name: str, setting: str) -> None:
     if name not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+        raise ValueError(f"{setting} must be one of {', '.join(BACKENDS)}, got {name!r}")
 
 
 def resolve_backend(name: str, *tensors: Tensor) -> str:
-    """Which backend serves tensors of one device: "triton" or "reference".
+    """The backend for tensors of one device: "triton" or "reference".
 
-    On a CPU the native kernels of `csrc/training` stand in for the reference where they can (see `native.serves`);
-    SPINLOCK_FAST_BACKEND=reference leaves everything to PyTorch.
+    On a CPU, native kernels replace the reference where they support the arguments (see `native.native_supports`);
+    SPINLOCK_FAST_BACKEND=reference disables them.
 
     Args:
-        name: an explicit choice, or "auto": the environment variable SPINLOCK_FAST_BACKEND where it is
-            set, else Triton on CUDA devices and the reference elsewhere.
-        tensors: what is computed on. Triton serves float32, float16 and bfloat16; "auto" leaves float64 to the
-            reference.
+        name: "triton", "reference", or "auto": the environment variable SPINLOCK_FAST_BACKEND if set, else Triton on
+            CUDA devices and the reference elsewhere.
+        tensors: arguments of the operation. Triton supports float32, float16 and bfloat16; "auto" selects the
+            reference for float64.
 
     Raises:
-        ValueError: no such backend.
-        RuntimeError: "triton" was asked for where it cannot run.
+        ValueError: `name` or the environment variable is not a backend.
+        RuntimeError: `name` is "triton" and Triton cannot run on these tensors.
     """
     check_backend(name)
-    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
+    has_float64 = any(tensor.dtype == torch.float64 for tensor in tensors)
     if name == "auto":
         name = os.environ.get(VARIABLE, "auto")
-        if name not in BACKENDS:
-            raise ValueError(f"{VARIABLE} must be one of {', '.join(BACKENDS)}, got {name!r}")
-        if wide:  # the variable is for all operations, also for those that Triton does not serve
+        _check(name, VARIABLE)
+        if has_float64:  # the variable applies to all operations, including those that Triton does not support
             name = "reference"
     device = tensors[0].device
-    # Negated when they are read: kernels would see the memory as it is.
-    lazy = not torch.compiler.is_compiling() and any(tensor.is_neg() for tensor in tensors)
+    # Kernels would read the memory of lazily negated tensors without the sign.
+    negated = not torch.compiler.is_compiling() and any(tensor.is_neg() for tensor in tensors)
     if name == "auto":
-        name = "triton" if device.type == "cuda" and not lazy and _HAS_TRITON else "reference"
+        name = "triton" if device.type == "cuda" and not negated and _HAS_TRITON else "reference"
     elif name == "triton":
         if not _HAS_TRITON:
             raise RuntimeError("backend triton: the package triton is not installed")
-        if wide:
-            raise RuntimeError("backend triton: float64 is computed by backend reference alone")
-        if lazy:
-            raise RuntimeError("backend triton: a lazily negated tensor has to be resolved first (resolve_neg)")
+        if has_float64:
+            raise RuntimeError("backend triton: float64 is supported by backend reference only")
+        if negated:
+            raise RuntimeError("backend triton: lazily negated tensors are not supported, call resolve_neg() first")
         if device.type != "cuda" and not _interpreted():
             raise RuntimeError(f"backend triton: needs a CUDA device, the tensors are on {device.type}")
     if not torch.compiler.is_compiling():
-        _say_once(name, device.type)
+        _log_once(name, device.type)
     return name
 
 
 def runs_triton(name: str, *tensors: Tensor) -> bool:
-    """Whether Triton serves an operation on float32 alone, whose kernels torch.compile does not see through."""
+    """Whether Triton computes an operation that supports float32 only and is not an operator of torch.compile."""
     return (
         not torch.compiler.is_compiling()
         and all(tensor.dtype == torch.float32 for tensor in tensors)
@@ -83,5 +86,5 @@ def _interpreted() -> bool:
 
 
 @cache
-def _say_once(name: str, device: str) -> None:
+def _log_once(name: str, device: str) -> None:
     log.info("backend %s on %s", name, device)

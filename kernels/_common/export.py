@@ -1,4 +1,4 @@
-"""Whether a graph is exported, in which operators are written out in PyTorch's own operations."""
+"""Tracing of exported graphs, which contain PyTorch's own operations only."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 
 def exporting() -> bool:
-    """True inside `torch.export`, also for `torch.onnx.export(dynamo=True)`: what runs the graph lacks our operators.
+    """True inside `torch.export` and `torch.onnx.export(dynamo=True)`.
 
-    Operators are written out in evaluation alone: training needs the gradients that they define.
+    Runtimes of exported graphs lack the operators of this package, so inference is traced as PyTorch operations.
+    Training keeps the operators, which define gradients.
     """
     return torch.compiler.is_exporting()
 
 
 @contextmanager
-def _outside_of_modes() -> Iterator[None]:
+def _without_modes() -> Iterator[None]:
     with torch.inference_mode(False), _disable_current_modes():
         yield
 
 
 def real_tensors() -> AbstractContextManager[object]:
-    """For tensors that are kept: not fake ones of an export, nor such that cannot take part in training later."""
-    return torch.inference_mode(False) if torch.compiler.is_dynamo_compiling() else _outside_of_modes()
+    """Context in which to create tensors that are cached: no fake tensors of a trace and no inference tensors."""
+    return torch.inference_mode(False) if torch.compiler.is_dynamo_compiling() else _without_modes()

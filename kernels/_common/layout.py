@@ -1,12 +1,12 @@
-"""Where each codebook of a ragged group lies in the packed tensors.
+"""Memory layout of a group of G codebooks, of which codebook g has K_g codes of D_g dimensions.
 
-A group has G codebooks; codebook g has K_g codes of D_g dimensions. Packed side by side:
+Packed tensors store the codebooks one after the other:
 
 - latents `z` [N, sum D]: columns of codebook 0, then of codebook 1, ...
-- codes of all books [sum K]: rows of codebook 0, then of codebook 1, ...
-- code vectors [sum K_g D_g]: codebook 0 row by row, then codebook 1, ...
+- values per code [sum K]: codes of codebook 0, then of codebook 1, ...
+- code vectors [sum K_g D_g]: codebook 0 in row-major order, then codebook 1, ...
 
-Padded forms ([G, N, D_max], [G, K_max, D_max]) are what batched matrix products need; padding is zero.
+Padded forms ([G, N, D_max], [G, K_max, D_max]) are used for batched matrix products; padding is zero.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from spinlock_fast.kernels._common.table_cache import is_capturing, retain
 class LayoutIndices:
     """Index tensors of a layout on one device."""
 
-    columns: Tensor  # [G, D_max] column of z, sum D where padded
+    columns: Tensor  # [G, D_max] column of z; sum D where padded
     column_mask: Tensor  # [G, D_max] bool
-    packed_columns: Tensor  # [sum D] position in the flattened [G * D_max]
+    packed_columns: Tensor  # [sum D] position in a flattened [G, D_max]
     codebook_of_column: Tensor  # [sum D] codebook of a column
-    entries: Tensor  # [G, K_max, D_max] entry of the packed code vectors, their number where padded
-    packed_entries: Tensor  # [sum K D] position in the flattened [G * K_max * D_max]
+    entries: Tensor  # [G, K_max, D_max] entry of the packed code vectors; their number where padded
+    packed_entries: Tensor  # [sum K D] position in a flattened [G, K_max, D_max]
     code_mask: Tensor  # [G, K_max] bool
-    packed_codes: Tensor  # [sum K] position in the flattened [G * K_max]
+    packed_codes: Tensor  # [sum K] position in a flattened [G, K_max]
     codebook_of_code: Tensor  # [sum K] codebook of a code
     code_of_entry: Tensor  # [sum K D] code (0 .. sum K) of a packed entry
     code_offsets: Tensor  # [G] first code of each codebook
     first_entries: Tensor  # [sum K] first packed entry of a code
     num_codes: Tensor  # [G] K_g, float32
     dims: Tensor  # [G] D_g, float32
-    hash_factors: Tensor  # [D_max] odd random int64, for hashing codes
+    hash_factors: Tensor  # [D_max] odd random int64 weights of the hash of a code
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class CodebookLayout:
         dims: D_g, at least 1 each; as many as `num_codes`.
 
     Raises:
-        ValueError: sizes below 1, no codebook, or different lengths.
+        ValueError: a size below 1, no codebook, or different lengths.
     """
 
     num_codes: tuple[int, ...]
@@ -70,12 +70,13 @@ class CodebookLayout:
 
     @classmethod
     def of(cls, num_codes: Sequence[int], dims: Sequence[int]) -> CodebookLayout:
+        """The layout of these sizes, from a cache."""
         return cls.cached(tuple(int(k) for k in num_codes), tuple(int(d) for d in dims))
 
     @staticmethod
     @lru_cache(maxsize=256)
     def cached(num_codes: tuple[int, ...], dims: tuple[int, ...]) -> CodebookLayout:
-        """One layout, with its index tensors, for all who name the same sizes."""
+        """`of` for tuples: layouts of the same sizes are one object, with one set of index tensors."""
         return CodebookLayout(num_codes, dims)
 
     def __getstate__(self) -> dict[str, object]:
@@ -112,33 +113,33 @@ class CodebookLayout:
         return max(self.dims)
 
     def code_slice(self, g: int) -> slice:
-        """Rows of codebook g among all codes."""
+        """Codes of codebook g in tensors [sum K]."""
         start = sum(self.num_codes[:g])
         return slice(start, start + self.num_codes[g])
 
     def column_slice(self, g: int) -> slice:
-        """Columns of codebook g in packed latents."""
+        """Columns of codebook g in latents [N, sum D]."""
         start = sum(self.dims[:g])
         return slice(start, start + self.dims[g])
 
     def entry_slice(self, g: int) -> slice:
-        """Entries of codebook g in the packed code vectors."""
+        """Entries of codebook g in code vectors [sum K D]."""
         start = sum(k * d for k, d in zip(self.num_codes[:g], self.dims[:g], strict=True))
         return slice(start, start + self.num_codes[g] * self.dims[g])
 
     def indices(self, device: torch.device) -> LayoutIndices:
-        """The index tensors on `device`, made once."""
-        found = self._cache.get(device)
-        if found is None:
+        """The index tensors on `device`, cached."""
+        indices = self._cache.get(device)
+        if indices is None:
             with real_tensors():
-                found = self._cache[device] = self._build(device)
+                indices = self._cache[device] = self._build(device)
         if is_capturing(device):
-            retain(found)
-        return found
+            retain(indices)
+        return indices
 
     def _build(self, device: torch.device) -> LayoutIndices:
         G, K, D = self.groups, self.max_codes, self.max_dims
-        host: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}  # whatever the caller's defaults are
+        host: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}  # overrides default types and devices
         k = torch.tensor(self.num_codes, **host)
         d = torch.tensor(self.dims, **host)
         code_mask = torch.arange(K, **host) < k[:, None]

@@ -1,4 +1,4 @@
-"""When the CPU kernels of `csrc/training` serve, and how tensors are handed to them: as addresses."""
+"""The native CPU kernels of `csrc/training`: supported tensors, and tensors as memory addresses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["address", "library", "native_supports", "operand"]
 
 
 def _share_threads_of_torch() -> None:
-    """Loops of the kernels run on torch's own OpenMP threads, where its runtime can be found."""
+    """Runs the loops of the kernels on torch's OpenMP threads, if its runtime is found."""
     try:
         library.use_openmp(ctypes.cast(ctypes.CDLL(torch._C.__file__).GOMP_parallel, ctypes.c_void_p).value or 0)
     except (OSError, AttributeError):
@@ -26,10 +26,10 @@ _share_threads_of_torch()
 
 
 def native_supports(*tensors: Tensor) -> bool:
-    """Whether all tensors are float32 on the CPU with memory of their own, outside of torch.compile and dispatch modes.
+    """Whether the native kernels can compute on these tensors: float32 CPU memory, eager mode, no autocast.
 
-    Subclasses (FakeTensor, DTensor) and lazily negated tensors hold no memory that could be read as it is. A backend
-    chosen by the environment variable of `backend` turns the kernels off.
+    The memory of tensor subclasses (FakeTensor, DTensor) and lazily negated tensors cannot be read directly. A backend
+    set by the environment variable SPINLOCK_FAST_BACKEND disables the kernels.
     """
     return (
         os.environ.get(VARIABLE, "auto") == "auto"
@@ -44,14 +44,14 @@ def native_supports(*tensors: Tensor) -> bool:
 
 
 def address(tensor: Tensor | None) -> int:
-    """Where the first entry of a contiguous tensor lies; 0 for None."""
+    """Address of the first entry of a contiguous tensor; 0 for None."""
     if tensor is None:
         return 0
     if not (tensor.is_cpu and tensor.is_contiguous()):
-        raise ValueError(f"a native kernel reads contiguous memory of the CPU, got strides {tensor.stride()}")
+        raise ValueError(f"native kernels need contiguous CPU memory, got {tensor.device}, strides {tensor.stride()}")
     return tensor.data_ptr()
 
 
 def operand(matrix: Tensor) -> tuple[int, int, int]:
-    """Address and strides of a matrix, in any order of dimensions."""
+    """Address, row stride and column stride of a matrix."""
     return matrix.data_ptr(), matrix.stride(0), matrix.stride(1)

@@ -1,46 +1,23 @@
-"""Copies of codes that move in place before the backward pass has read them."""
+"""Copies of codebooks that are updated in place before the backward pass reads them."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from spinlock_fast.kernels._common.export import exporting
+from spinlock_fast.kernels._common.operator import operator
 
 
 def snapshot(codes: Tensor) -> Tensor:
-    """A copy of `codes`, with their gradient, that holds what they are now.
+    """A differentiable copy of `codes` that later in-place updates do not change.
 
-    `clone` does in eager mode. Under `torch.compile` it does not: Inductor removes a clone, and recomputes it in the
-    backward pass from a buffer that has moved. The operator is opaque to both.
+    In eager mode this is `clone`. Under `torch.compile` Inductor removes a clone, or recomputes it in the backward pass
+    from the updated buffer, so the copy is an opaque operator there.
     """
-    if torch.compiler.is_compiling() and not exporting():
-        copy: Tensor = torch.ops.spinlock_fast.snapshot(codes)
-        return copy
-    return codes.clone()
+    return _snapshot(codes) if torch.compiler.is_compiling() and not exporting() else codes.clone()
 
 
-torch.library.define("spinlock_fast::snapshot", "(Tensor codes) -> Tensor")
-
-
-@torch.library.impl("spinlock_fast::snapshot", "default")
+@operator("snapshot", fake=torch.empty_like, backward=lambda ctx, grad: (grad,))
 def _snapshot(codes: Tensor) -> Tensor:
     return codes.clone()
-
-
-def _fake_snapshot(codes: Tensor) -> Tensor:
-    return torch.empty_like(codes)
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    pass
-
-
-def _backward(ctx: Any, grad: Tensor) -> Tensor:
-    return grad
-
-
-torch.library.register_fake("spinlock_fast::snapshot", _fake_snapshot)
-torch.library.register_autograd("spinlock_fast::snapshot", _backward, setup_context=_keep)

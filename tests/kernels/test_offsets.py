@@ -1,7 +1,7 @@
-"""Addresses of kernels where rows times columns are more than 2**31 entries, without the memory for them.
+"""Addresses of kernels for tensors of more than 2**31 entries, without allocating them.
 
-Under Triton's interpreter one program of a launch on such sizes runs with its index given; loads outside of the small
-tables give zeros, stores nothing, and what they address is compared with the places of the first and the last entry.
+Triton's interpreter runs one program of a launch of that size, at a chosen program index. Loads outside of small tables
+return zeros, stores write nothing, and the addresses of both are compared with those of the first and last entry.
 """
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton", reason="the package triton is not installed here")
 if torch.cuda.is_available():
-    pytest.skip("addresses are seen under the interpreter alone", allow_module_level=True)
+    pytest.skip("addresses are recorded under the interpreter only", allow_module_level=True)
 
 from triton.runtime import interpreter
 
@@ -23,28 +23,28 @@ from spinlock_fast.kernels.vq_assign.triton_backward import vq_assign_bwd_kernel
 from spinlock_fast.kernels.vq_assign.triton_forward import vq_assign_fwd_kernel
 
 CPU = torch.device("cpu")
-S = 60_000  # rows of which S * S is between 2**31 and 2**32
-WIDE = 40_000  # S rows of so many columns, too
+S = 60_000  # rows; S * S is between 2**31 and 2**32
+WIDE = 40_000  # columns; S * WIDE is too
 LAYOUT = CodebookLayout.of([4], [4])
 
 
 class Memory:
-    """What a program addresses, but for small tensors that it really reads."""
+    """Records the addresses of a program, except those of the small tensors `real`, which it reads."""
 
     def __init__(self, monkeypatch, program, programs, real):
         self.real = [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in real]
-        self.seen = []
+        self.addresses = []
         load = interpreter.InterpreterBuilder.create_masked_load
 
         def masked_load(builder, ptrs, mask, other, *rest):
             if self.is_real(ptrs.data, mask.data):
                 return load(builder, ptrs, mask, other, *rest)
-            self.note(ptrs.data, mask.data)
+            self.record(ptrs.data, mask.data)
             kind = interpreter._get_np_dtype(ptrs.get_element_ty())
             return interpreter.TensorHandle(np.zeros(ptrs.data.shape, kind), ptrs.get_element_ty())
 
         def masked_store(builder, ptrs, value, mask, *rest):
-            self.note(ptrs.data, mask.data)
+            self.record(ptrs.data, mask.data)
 
         def index(builder, axis):
             return interpreter.TensorHandle(np.array([program[axis]], np.int32), interpreter.tl.int32)
@@ -58,16 +58,16 @@ class Memory:
         monkeypatch.setattr(interpreter.InterpreterBuilder, "create_get_num_programs", count)
 
     def is_real(self, pointers, mask):
-        given = pointers[mask]
-        return any(len(given) and given.min() >= low and given.max() < high for low, high in self.real)
+        read = pointers[mask]
+        return any(len(read) and read.min() >= low and read.max() < high for low, high in self.real)
 
-    def note(self, pointers, mask):
-        self.seen += pointers[mask].astype(np.int64).tolist()
+    def record(self, pointers, mask):
+        self.addresses += pointers[mask].astype(np.int64).tolist()
 
     def check(self, base, last):
-        """All addresses are at or above a tensor's, and the entry `last` of float32 is among them."""
-        assert min(self.seen) >= base.data_ptr() - 2**30
-        assert base.data_ptr() + 4 * last in self.seen
+        """No address lies below the tensor, and its float32 entry `last` is addressed."""
+        assert min(self.addresses) >= base.data_ptr() - 2**30
+        assert base.data_ptr() + 4 * last in self.addresses
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_points(memory):
         row = (last + 1) * topo.BLOCK_S - 1
         if s < 2:
             seen.check((x, z)[s], row * WIDE + 3)
-        assert min(seen.seen) > x.data_ptr() - 2**30
+        assert min(seen.addresses) > x.data_ptr() - 2**30
 
 
 def test_distances(memory):
@@ -179,7 +179,7 @@ def test_nearest_codes(memory):
     seen.check(quantized, ((tile + 1) * 16 - 1) * WIDE + 3)
 
 
-def test_weights_that_do_not_fit_are_refused():
+def test_codebooks_of_2_31_entries_are_rejected():
     with pytest.raises(ValueError, match="packed codebooks: 4,294,967,296 entries"):
         codebook_offsets(CodebookLayout.of([2**20], [4096]), CPU)
     check_int32_offsets("codes", 2**31 - 1)
