@@ -12,7 +12,7 @@ from torch import Tensor
 from spinlock_fast.kernels._common.backend import Backend
 from spinlock_fast.kernels._common.guard import FLOAT, INDEX, SAME, check, check_codes
 from spinlock_fast.kernels._common.higher_order import in_transform, needs_graph
-from spinlock_fast.kernels._common.implementation import Implementation, choose_implementation
+from spinlock_fast.kernels._common.implementation import choose_implementation
 from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels.code_decoders import cpu, pytorch, reference
 from spinlock_fast.kernels.code_decoders.reference import Decoders
@@ -68,19 +68,8 @@ def partial_loss(
 
 class _PartialLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        quantized: Tensor,
-        codes: Tensor,
-        codebook: Tensor,
-        w1: Tensor,
-        b1: Tensor,
-        w2: Tensor,
-        b2: Tensor,
-        layout: CodebookLayout,
-        implementation: Implementation,
-    ) -> Tensor:
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        x, quantized, codes, codebook, w1, b1, w2, b2, layout, implementation = arguments
         decoders = Decoders(w1, b1, w2, b2)
         if implementation == "cpu":
             loss, *saved = cpu.forward(x, codes, codebook, decoders, layout)

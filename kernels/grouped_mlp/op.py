@@ -15,7 +15,7 @@ from spinlock_fast.kernels._common.backend import Backend
 from spinlock_fast.kernels._common.dropout import keep_scale
 from spinlock_fast.kernels._common.guard import SAME, check, check_rate
 from spinlock_fast.kernels._common.higher_order import in_transform, needs_graph
-from spinlock_fast.kernels._common.implementation import Implementation, choose_implementation
+from spinlock_fast.kernels._common.implementation import choose_implementation
 from spinlock_fast.kernels._common.precision import dot_precision
 from spinlock_fast.kernels._common.ragged import Ragged
 from spinlock_fast.kernels.grouped_mlp import cpu, pytorch, reference
@@ -64,17 +64,8 @@ def grouped_mlp(
 
 class _GroupedMLP(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        w1: Tensor,
-        b1: Tensor,
-        w2: Tensor,
-        b2: Tensor,
-        inputs: Ragged,
-        dropout: float,
-        implementation: Implementation,
-    ) -> Tensor:
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        x, w1, b1, w2, b2, inputs, dropout, implementation = arguments
         given = x, w1, b1, w2, b2
         if implementation == "cpu":
             out, *saved = cpu.forward(*given, inputs, dropout)

@@ -74,26 +74,12 @@ def project(
 
 class _TritonProject(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        gain: Tensor,
-        shift: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        part_weight: Tensor,
-        part_bias: Tensor,
-        outputs: Ragged,
-        parts: Ragged,
-        eps: float,
-        part_eps: float,
-        dropout: float,
-    ) -> Tensor:
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
         from spinlock_fast.kernels.latent_projection import triton_forward
 
-        given = x, gain, shift, weight, bias, part_weight, part_bias
+        *given, outputs, parts, eps, part_eps, dropout = arguments  # x, gain, shift, weight, bias, part_weight, ...
         ctx.precision = dot_precision()
-        out, *saved = triton_forward.forward(*given, outputs, parts, eps, part_eps, dropout, ctx.precision)
+        out, *saved = triton_forward.forward(given[0], given[1:], outputs, parts, eps, part_eps, dropout, ctx.precision)
         ctx.outputs, ctx.parts, ctx.eps, ctx.dropout = outputs, parts, (eps, part_eps), dropout
         ctx.save_for_backward(*given, *saved)
         return out
@@ -151,9 +137,8 @@ def scaled_output_linear(
 
 class _ScaledOutputLinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, gain: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, outputs: Ragged, native: bool
-    ) -> Tensor:
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        x, gain, shift, weight, bias, outputs, native = arguments
         given = x, gain, shift, weight, bias
         linear = cpu.scaled_output_linear if native else pytorch.scaled_output_linear
         out, *saved = linear(*given, outputs)
@@ -240,16 +225,8 @@ class _RaggedLayerNorm(torch.autograd.Function):
     """Dropout is part of the native implementation alone."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        segments: Ragged,
-        eps: float,
-        dropout: float,
-        native: bool,
-    ) -> Tensor:
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        x, weight, bias, segments, eps, dropout, native = arguments
         found: tuple[Tensor | None, ...]
         if native:
             found = cpu.ragged_layer_norm(x, weight, bias, segments, eps, dropout)

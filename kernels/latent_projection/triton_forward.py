@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -166,12 +167,7 @@ def project_fwd_kernel(
 @launches
 def forward(
     x: Tensor,
-    gain: Tensor,
-    shift: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    part_weight: Tensor,
-    part_bias: Tensor,
+    parameters: Sequence[Tensor],
     outputs: Ragged,
     parts: Ragged,
     eps: float,
@@ -179,9 +175,11 @@ def forward(
     dropout: float,
     precision: str,
 ) -> tuple[Tensor, ...]:
-    """The output [B, sum n], and what `triton_backward.backward` reads; all float32, `supports` holds."""
-    given = x, gain, shift, weight, bias, part_weight, part_bias
-    x, gain, shift, weight, bias, part_weight, part_bias = (tensor.contiguous() for tensor in given)
+    """The output [B, sum n], and what `triton_backward.backward` reads.
+
+    `parameters` are gain, shift, weight, bias, part_weight and part_bias; all float32, of sizes that `supports` allows.
+    """
+    x, gain, shift, weight, bias, part_weight, part_bias = (t.contiguous() for t in (x, *parameters))
     G, B, E = x.shape
     S, total = parts.groups, parts.total
     options: dict[str, Any] = {"dtype": x.dtype, "device": x.device}

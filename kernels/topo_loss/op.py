@@ -42,8 +42,8 @@ def topographic_correlations(
         check_codes("topographic_correlations", codes, layout)
     # Not TF32: distances need the full mantissa.
     with full_float32(x.device):
-        pre, post = _Correlations.apply(  # type: ignore[no-untyped-call]
-            x.detach(), latents, codes, codebook.detach(), layout, implementation
+        pre, post = _Topographic.apply(  # type: ignore[no-untyped-call]
+            x.detach(), latents, codes, codebook.detach(), layout, implementation, None
         )
     return pre, post
 
@@ -54,8 +54,8 @@ def topographic_loss(
     """1 - pre_weight * pre - (1 - pre_weight) * post of `topographic_correlations`, which documents the arguments."""
     x, latents, codebook = _checked("topographic_loss", x, latents, codes, codebook, layout)
     if not in_transform() and _choose(x, latents, codebook) == "triton":
-        loss: Tensor = _TritonLoss.apply(  # type: ignore[no-untyped-call]
-            x.detach(), latents, codes, codebook.detach(), layout, pre_weight
+        loss: Tensor = _Topographic.apply(  # type: ignore[no-untyped-call]
+            x.detach(), latents, codes, codebook.detach(), layout, "triton", pre_weight
         )
         return loss
     pre, post = topographic_correlations(x, latents, codes, codebook, layout)
@@ -84,79 +84,38 @@ def _choose(x: Tensor, latents: Tensor, codebook: Tensor) -> Implementation:
     return "triton" if narrow and resolve_backend("auto", x) == "triton" and len(x) > 0 else "pytorch"
 
 
-class _Correlations(torch.autograd.Function):
+class _Topographic(torch.autograd.Function):
+    """Both correlations, or, with a `pre_weight`, their loss; the latter in Triton alone, without another launch."""
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        latents: Tensor,
-        codes: Tensor,
-        codebook: Tensor,
-        layout: CodebookLayout,
-        implementation: Implementation,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *arguments: Any) -> Tensor | tuple[Tensor, Tensor]:
+        x, latents, codes, codebook, layout, implementation, pre_weight = arguments
         inputs = x, latents, codes, codebook
-        if implementation == "cpu":
-            pre, post, *saved = cpu.forward(*inputs, layout)
-        elif implementation == "triton":
+        ctx.layout, ctx.implementation = layout, implementation
+        ctx.factors = (1.0, 1.0) if pre_weight is None else (-pre_weight, pre_weight - 1.0)
+        if implementation == "triton":
             from spinlock_fast.kernels.topo_loss import triton_forward
 
-            both, _, *saved = triton_forward.forward(*inputs, layout, 0.0)
-            pre, post = (correlation.clone() for correlation in both.unbind())
-        else:
-            pre, post, *saved = pytorch.forward(*inputs, layout)
-        ctx.layout, ctx.implementation = layout, implementation
+            both, loss, *saved = triton_forward.forward(*inputs, layout, pre_weight or 0.0)
+            ctx.save_for_backward(*inputs, *saved)
+            return (both[0].clone(), both[1].clone()) if pre_weight is None else loss
+        pre, post, *saved = (cpu if implementation == "cpu" else pytorch).forward(*inputs, layout)
         ctx.save_for_backward(*inputs, *saved)
         return pre, post
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, latents, codes, codebook, *saved = ctx.saved_tensors
-        grad_pre, grad_post = grads
+        grad_pre, grad_post = grads[0], grads[-1]  # one and the same of the loss
         grad: Tensor | None
         if needs_graph(grads):
+            scaled = [factor * grad for factor, grad in zip(ctx.factors, (grad_pre, grad_post), strict=True)]
             with full_float32(x.device):
-                grad = reference.correlation_gradient(x, latents, codes, codebook, ctx.layout, grads)
-        elif ctx.implementation == "cpu":
-            grad = cpu.backward(grad_pre, grad_post, saved, ctx.layout)
+                grad = reference.correlation_gradient(x, latents, codes, codebook, ctx.layout, scaled)
         elif ctx.implementation == "triton":
             from spinlock_fast.kernels.topo_loss import triton_backward
 
-            grad = triton_backward.backward(grad_pre, grad_post, saved, x, codes, codebook, ctx.layout)
+            grad = triton_backward.backward(grad_pre, grad_post, saved, x, codes, codebook, ctx.layout, ctx.factors)
         else:
-            grad = pytorch.backward(grad_pre, grad_post, saved, ctx.layout)
-        return None, grad, None, None, None, None
-
-
-class _TritonLoss(torch.autograd.Function):
-    """`topographic_loss` without a launch between the correlations and the loss."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        latents: Tensor,
-        codes: Tensor,
-        codebook: Tensor,
-        layout: CodebookLayout,
-        pre_weight: float,
-    ) -> Tensor:
-        from spinlock_fast.kernels.topo_loss import triton_forward
-
-        _, loss, *saved = triton_forward.forward(x, latents, codes, codebook, layout, pre_weight)
-        ctx.layout, ctx.factors = layout, (-pre_weight, pre_weight - 1.0)
-        ctx.save_for_backward(x, latents, codes, codebook, *saved)
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        from spinlock_fast.kernels.topo_loss import triton_backward
-
-        x, latents, codes, codebook, *saved = ctx.saved_tensors
-        grad: Tensor | None
-        if needs_graph(grads):
-            scaled = [factor * grads[0] for factor in ctx.factors]
-            grad = reference.correlation_gradient(x, latents, codes, codebook, ctx.layout, scaled)
-        else:
-            grad = triton_backward.backward(grads[0], grads[0], saved, x, codes, codebook, ctx.layout, ctx.factors)
-        return None, grad, None, None, None, None
+            grad = (cpu if ctx.implementation == "cpu" else pytorch).backward(grad_pre, grad_post, saved, ctx.layout)
+        return None, grad, *[None] * 5

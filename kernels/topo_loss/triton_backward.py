@@ -256,7 +256,7 @@ def backward(
     codes: Tensor,
     codebook: Tensor,
     layout: CodebookLayout,
-    factors: tuple[float, float] = (1.0, 1.0),
+    factors: tuple[float, float],
 ) -> Tensor:
     """Gradient of the latents [S, sum D] from `factors` times the gradients of the correlations.
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels.topo_loss import reference
-from spinlock_fast.kernels.topo_loss.op import _Correlations, _TritonLoss
+from spinlock_fast.kernels.topo_loss.op import _Topographic
 from spinlock_fast.kernels.vq_assign import vq_assign
 
 pytest.importorskip("triton", reason="the package triton is not installed here")
@@ -23,11 +23,11 @@ GROUPS = st.lists(st.tuples(st.integers(1, 9), st.integers(2, 70)), min_size=1, 
 
 
 def triton_correlations(*arguments):
-    return _Correlations.apply(*arguments, "triton")
+    return _Topographic.apply(*arguments, "triton", None)
 
 
 def pytorch_correlations(*arguments):
-    return _Correlations.apply(*arguments, "pytorch")
+    return _Topographic.apply(*arguments, "pytorch", None)
 
 
 def values_and_gradient(function, x, z, codes, codebook, layout, weights=(0.3, 0.7)):
@@ -115,7 +115,7 @@ def test_loss_equals_that_of_the_correlations():
     arguments = [t.to(DEVICE) for t in (x, z, codes, codebook)]
     (pre, post), expected = values_and_gradient(triton_correlations, *arguments, LAYOUT, (-0.3 * 2.5, -0.7 * 2.5))
     leaf = arguments[1].clone().requires_grad_()
-    loss = _TritonLoss.apply(arguments[0], leaf, *arguments[2:], LAYOUT, 0.3)
+    loss = _Topographic.apply(arguments[0], leaf, *arguments[2:], LAYOUT, "triton", 0.3)
     (2.5 * loss).backward()
     assert loss.item() == pytest.approx(1.0 - 0.3 * pre.item() - 0.7 * post.item(), abs=1e-6)
     torch.testing.assert_close(leaf.grad.double().cpu(), expected, rtol=1e-5, atol=1e-8)
