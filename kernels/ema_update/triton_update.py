@@ -45,7 +45,7 @@ def sum_counts(cluster_size_ptr, counts_ptr, K, parts, total_codes, BLOCK_K: tl.
 def ema_totals_kernel(
     cluster_size_ptr,  # [sum K]
     counts_ptr,  # [parts, sum K]
-    table_ptr,  # [5, G] int32
+    offsets_ptr,  # [5, G] int32
     totals_ptr,  # [2, G] sums of both
     G,
     parts,
@@ -53,8 +53,8 @@ def ema_totals_kernel(
     BLOCK_K: tl.constexpr,
 ):
     g = tl.program_id(0)
-    K = tl.load(table_ptr + g)
-    first_code = tl.load(table_ptr + 2 * G + g)
+    K = tl.load(offsets_ptr + g)
+    first_code = tl.load(offsets_ptr + 2 * G + g)
     old, new = sum_counts(cluster_size_ptr + first_code, counts_ptr + first_code, K, parts, total_codes, BLOCK_K)
     tl.store(totals_ptr + g, old)
     tl.store(totals_ptr + G + g, new)
@@ -68,7 +68,7 @@ def ema_update_kernel(
     usage_ptr,  # [sum K], changed where WITH_USAGE: accumulated counts
     counts_ptr,  # [parts, sum K]
     sums_ptr,  # [parts, sum K D]
-    table_ptr,  # [5, G] int32
+    offsets_ptr,  # [5, G] int32
     totals_ptr,  # [2, G]; read unless FUSED
     decay,
     one_minus_decay,  # computed in float64
@@ -85,10 +85,10 @@ def ema_update_kernel(
     BLOCK_D: tl.constexpr,
 ):
     g = tl.program_id(1)
-    K = tl.load(table_ptr + g)
-    D = tl.load(table_ptr + G + g)
-    first_code = tl.load(table_ptr + 2 * G + g)
-    first_entry = tl.load(table_ptr + 4 * G + g).to(tl.int64)
+    K = tl.load(offsets_ptr + g)
+    D = tl.load(offsets_ptr + G + g)
+    first_code = tl.load(offsets_ptr + 2 * G + g)
+    first_entry = tl.load(offsets_ptr + 4 * G + g).to(tl.int64)
     if FUSED:
         old, new = sum_counts(cluster_size_ptr + first_code, counts_ptr + first_code, K, parts, total_codes, BLOCK_K)
     else:
@@ -127,15 +127,15 @@ def ema_update_kernel(
 @triton.jit(do_not_specialize=["G"])
 def code_usage_kernel(
     counts_ptr,  # [sum K], of any number type
-    table_ptr,  # [5, G] int32
+    offsets_ptr,  # [5, G] int32
     utilization_ptr,  # [G]
     perplexity_ptr,  # [G]
     G,
     BLOCK_K: tl.constexpr,
 ):
     g = tl.program_id(0)
-    K = tl.load(table_ptr + g)
-    counts_ptr += tl.load(table_ptr + 2 * G + g)
+    K = tl.load(offsets_ptr + g)
+    counts_ptr += tl.load(offsets_ptr + 2 * G + g)
     total = tl.zeros([BLOCK_K], dtype=tl.float64)
     used = tl.zeros([BLOCK_K], dtype=tl.float32)
     weighted = tl.zeros([BLOCK_K], dtype=tl.float64)  # sum of n log n
@@ -167,17 +167,17 @@ def ema_update(
     epsilon: float,
 ) -> None:
     """`reference.ema_update` in place, and usage += counts. One launch, or two for large codebooks."""
-    table = codebook_offsets(layout, codebook.device)
+    offsets = codebook_offsets(layout, codebook.device)
     counts, sums = counts.contiguous(), sums.contiguous()
     fused = layout.max_codes <= MAX_FUSED
     block_k = next_power_of_two(layout.max_codes, 32) if fused else 16
-    totals = table
+    totals = offsets
     if not fused:
         totals = torch.empty(2, layout.groups, dtype=torch.float32, device=codebook.device)
         ema_totals_kernel[(layout.groups,)](
             cluster_size,
             counts,
-            table,
+            offsets,
             totals,
             layout.groups,
             counts.shape[0],
@@ -192,7 +192,7 @@ def ema_update(
         usage if usage is not None else counts,
         counts,
         sums,
-        table,
+        offsets,
         totals,
         decay,
         1.0 - decay,

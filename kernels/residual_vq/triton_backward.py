@@ -36,7 +36,7 @@ def residual_vq_bwd_kernel(
     grad_errors_ptr,  # [Q]
     x_ptr,  # [N, D], row stride x_stride
     codebook_ptr,  # [sum K, D]
-    table_ptr,  # [5, Q] int32
+    offsets_ptr,  # [5, Q] int32
     mask_ptr,  # [N] bool; read where HAS_MASK
     codes_ptr,  # [N, Q] int64
     grad_x_ptr,  # [N, D]
@@ -65,7 +65,7 @@ def residual_vq_bwd_kernel(
     grad_x = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     for q in range(Q):
         code = tl.load(codes_ptr + (start + n) * Q + q, mask=valid, other=0)
-        first_code = tl.load(table_ptr + 2 * Q + q).to(tl.int64)
+        first_code = tl.load(offsets_ptr + 2 * Q + q).to(tl.int64)
         chosen = first_code + tl.where(code < 0, 0, code)
         e = tl.load(codebook_ptr + chosen[:, None] * D + d[None, :], mask=in_tile, other=0.0)
         e = tl.where((code < 0)[:, None] & in_tile, float("nan"), e)

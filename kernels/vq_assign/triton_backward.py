@@ -25,7 +25,7 @@ def vq_assign_bwd_kernel(
     codes_ptr,  # [N, G] int64
     grad_quantized_ptr,  # [N, sum D], row stride grad_stride
     grad_error_ptr,  # [parts, G] float32
-    table_ptr,  # [5, G] int32
+    offsets_ptr,  # [5, G] int32
     grad_z_ptr,  # [N, sum D], the type of z
     N,
     G,
@@ -39,8 +39,8 @@ def vq_assign_bwd_kernel(
 ):
     g = tl.program_id(1)
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    D = tl.load(table_ptr + G + g)
-    first_column = tl.load(table_ptr + 3 * G + g)
+    D = tl.load(offsets_ptr + G + g)
+    first_column = tl.load(offsets_ptr + 3 * G + g)
     part = tl.program_id(0).to(tl.int64) * BLOCK_N // rows_per_part
     grad_error = tl.load(grad_error_ptr + part * G + g)
     in_rows = n < N

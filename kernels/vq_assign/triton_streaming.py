@@ -42,12 +42,18 @@ class SearchConfig:
             return cls(block_n=128, block_k=128, block_d=32, num_warps=8, num_stages=1)
         return cls(block_n=128, block_k=128, block_d=16, num_warps=8, num_stages=2)
 
+    @property
+    def options(self) -> dict[str, int]:
+        """Keyword arguments of the launch."""
+        tile = {"BLOCK_N": self.block_n, "BLOCK_K": self.block_k, "BLOCK_D": self.block_d}
+        return {**tile, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
 
 @triton.jit(do_not_specialize=["N", "G", "z_stride", "share"])
 def vq_search_fwd_kernel(
     z_ptr,  # [N, sum D], row stride z_stride
     centred_ptr,  # [G, K_pad, D_pad] float32
-    table_ptr,  # [5, G] int32
+    offsets_ptr,  # [5, G] int32
     centres_ptr,  # [sum D]
     norms_ptr,  # [G, K_pad]
     best_ptr,  # [splits, G, N] float32
@@ -66,9 +72,9 @@ def vq_search_fwd_kernel(
 ):
     g = tl.program_id(1)
     split = tl.program_id(2)
-    K = tl.load(table_ptr + g)
-    D = tl.load(table_ptr + G + g)
-    first_column = tl.load(table_ptr + 3 * G + g)
+    K = tl.load(offsets_ptr + g)
+    D = tl.load(offsets_ptr + G + g)
+    first_column = tl.load(offsets_ptr + 3 * G + g)
     if ALIGNED:
         first_column = tl.multiple_of(first_column, 32)
         z_stride = tl.multiple_of(z_stride, 32)
@@ -112,7 +118,7 @@ def vq_finish_fwd_kernel(
     z_ptr,  # [N, sum D], row stride z_stride
     codebook_ptr,  # [sum K D] float32
     mask_ptr,  # [N] bool; read where HAS_MASK
-    table_ptr,  # [5, G] int32
+    offsets_ptr,  # [5, G] int32
     best_ptr,  # [splits, G, N] float32
     code_ptr,  # [splits, G, N] int32
     codes_ptr,  # [N, G] int64
@@ -128,9 +134,9 @@ def vq_finish_fwd_kernel(
     BLOCK_D: tl.constexpr,
 ):
     g = tl.program_id(1)
-    D = tl.load(table_ptr + G + g)
-    first_column = tl.load(table_ptr + 3 * G + g)
-    codebook_ptr += tl.load(table_ptr + 4 * G + g).to(tl.int64)
+    D = tl.load(offsets_ptr + G + g)
+    first_column = tl.load(offsets_ptr + 3 * G + g)
+    codebook_ptr += tl.load(offsets_ptr + 4 * G + g).to(tl.int64)
     start = tl.program_id(0).to(tl.int64) * BLOCK_N
     r = tl.arange(0, BLOCK_N)
     in_rows = r < N - start
@@ -219,7 +225,7 @@ def assign(
 def _search(z: Tensor, codebook: Tensor, layout: CodebookLayout, centred: bool) -> tuple[Tensor, Tensor]:
     """Distances (without |z|^2) and indices [splits, G, N] of the nearest code in each share of the codes."""
     N, G = z.shape[0], layout.groups
-    table = codebook_offsets(layout, z.device)
+    offsets = codebook_offsets(layout, z.device)
     config = SearchConfig.of(compute_capability(z.device))
     tiles = triton.cdiv(N, config.block_n)
     code_tiles = triton.cdiv(layout.max_codes, config.block_k)
@@ -233,7 +239,7 @@ def _search(z: Tensor, codebook: Tensor, layout: CodebookLayout, centred: bool) 
     vq_search_fwd_kernel[(tiles, G, splits)](
         z,
         codes,
-        table,
+        offsets,
         centres,
         norms,
         best,
@@ -246,23 +252,19 @@ def _search(z: Tensor, codebook: Tensor, layout: CodebookLayout, centred: bool) 
         share,
         CENTRED=centred,
         ALIGNED=all(d % 32 == 0 for d in layout.dims) and z.stride(0) % 32 == 0,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        BLOCK_D=config.block_d,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.options,
     )
     return best, code
 
 
 def _accumulate(z: Tensor, codes: Tensor, layout: CodebookLayout) -> tuple[Tensor, Tensor]:
     """`reference.accumulate` in a fixed order."""
-    index, table = layout.indices(z.device), codebook_offsets(layout, z.device)
+    index, offsets = layout.indices(z.device), codebook_offsets(layout, z.device)
 
     def sum_segments(segments: tuple[Tensor, ...], parts: Tensor, blocks: int, block_r: int, block_d: int) -> None:
         order, code, first, last = segments
         segment_sum_kernel[(len(parts), blocks)](
-            z, order, code, first, last, index.codebook_of_code, table, first, parts, layout.groups, z.stride(0),
+            z, order, code, first, last, index.codebook_of_code, offsets, first, parts, layout.groups, z.stride(0),
             parts.shape[1], len(parts), layout.total_codes, LEVEL=0, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=4,
         )  # fmt: skip
 
