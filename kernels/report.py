@@ -31,7 +31,7 @@ OPERATIONS = (
     "topo_loss",
     "code_decoders",
     "grouped_mlp",
-    "input_projection",
+    "latent_projection",
 )
 # H100 SXM data sheet: bytes per second, operations per second.
 _MEMORY, _FLOAT32, _TF32 = 3.35e12, 67e12, 495e12

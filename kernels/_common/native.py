@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from spinlock_fast import _native as library
 from spinlock_fast.kernels._common.backend import VARIABLE
 
-__all__ = ["address", "draw_seed", "library", "native_supports", "operand"]
+__all__ = ["address", "library", "native_supports", "operand"]
 
 
 def _share_threads_of_torch() -> None:
@@ -55,8 +55,3 @@ def address(tensor: Tensor | None) -> int:
 def operand(matrix: Tensor) -> tuple[int, int, int]:
     """Address, row stride and column stride of a matrix."""
     return matrix.data_ptr(), matrix.stride(0), matrix.stride(1)
-
-
-def draw_seed() -> Tensor:
-    """int64 seed for dropout, drawn from torch's CPU generator."""
-    return torch.empty((), dtype=torch.int64, device="cpu").random_()

@@ -55,3 +55,8 @@ def allow_tf32(tf32: bool) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Please use the new API settings")
         torch.backends.cuda.matmul.allow_tf32 = tf32
+
+
+def dot_precision() -> str:
+    """`input_precision` of `tl.dot` that matches torch's setting: "tf32", or "tf32x3", accurate to float32."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"

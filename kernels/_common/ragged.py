@@ -1,4 +1,4 @@
-"""Index tensors between packed rows [sum n] and padded rows [G, n_max]."""
+"""Groups of different sizes: index tensors between packed rows [sum n] and padded rows [G, n_max], and offsets."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import torch
 from torch import Tensor
 
 from spinlock_fast.kernels._common.export import real_tensors
-from spinlock_fast.kernels._common.table_cache import is_capturing, retain
+from spinlock_fast.kernels._common.table_cache import TableCache, is_capturing, retain
+
+_offsets: TableCache[Tensor] = TableCache(256)
 
 
 @dataclass(frozen=True)
 class _Indices:
-    gather: Tensor  # [G * n_max] packed row, 0 where padded
     packed: Tensor  # [sum n] position in the flattened [G * n_max]
-    mask: Tensor  # [G, n_max] bool
     sizes: Tensor  # [G] n, float32
-    book: Tensor  # [sum n] group of a row
+    group: Tensor  # [sum n] group of a row
 
 
 @dataclass(frozen=True)
 class Ragged:
-    """G groups of n rows (features, outputs, dimensions) each, packed one after the other."""
+    """Sizes n of G groups of rows (or columns) that are packed one after the other."""
 
     sizes: tuple[int, ...]
     _cache: dict[torch.device, _Indices] = field(default_factory=dict, repr=False, compare=False)
@@ -55,7 +55,7 @@ class Ragged:
         return max(self.sizes)
 
     def indices(self, device: torch.device) -> _Indices:
-        """The index tensors on `device`, made once."""
+        """The index tensors on `device`; cached."""
         found = self._cache.get(device)
         if found is None:
             with real_tensors():
@@ -65,17 +65,13 @@ class Ragged:
         return found
 
     def _build(self, device: torch.device) -> _Indices:
-        host: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}  # whatever the caller's defaults are
+        host: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}  # independent of the default dtype and device
         n = torch.tensor(self.sizes, **host)
         mask = torch.arange(self.widest, **host) < n[:, None]
-        gather = torch.zeros(mask.shape, **host)
-        gather[mask] = torch.arange(self.total, **host)
         parts = {
-            "gather": gather.flatten(),
             "packed": mask.flatten().nonzero().flatten(),
-            "mask": mask,
             "sizes": n.to(torch.float32),
-            "book": torch.repeat_interleave(torch.arange(self.groups, **host), n),
+            "group": torch.repeat_interleave(torch.arange(self.groups, **host), n),
         }
         return _Indices(**{name: tensor.to(device) for name, tensor in parts.items()})
 
@@ -107,3 +103,28 @@ class Ragged:
             return padded[0]
         flat = padded.transpose(0, 1).flatten(1)
         return flat.index_select(1, self.indices(padded.device).packed)
+
+
+def part_offsets(groups: tuple[int, ...], parts: tuple[int, ...], device: torch.device) -> Tensor:
+    """Offsets of groups that are divided into parts, for kernels; cached.
+
+    Args:
+        groups: sizes of G groups.
+        parts: sizes of S parts; empty if groups are not divided.
+        device: of the result.
+
+    Returns:
+        [3 G + 1 + 3 S] int32: size and start of each group, first part of each group and S; size, start and group of
+        each part.
+    """
+
+    def make() -> Tensor:
+        host: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}  # independent of the default dtype and device
+        sizes, part_sizes = torch.tensor(groups, **host), torch.tensor(parts, **host)
+        starts, part_starts = sizes.cumsum(0) - sizes, part_sizes.cumsum(0) - part_sizes
+        first_part = torch.searchsorted(part_starts, torch.cat([starts, sizes.sum()[None]]))
+        group_of_part = torch.searchsorted(first_part[1:], torch.arange(len(parts), **host), right=True)
+        table = torch.cat([sizes, starts, first_part, part_sizes, part_starts, group_of_part])
+        return table.to(torch.int32).to(device)
+
+    return _offsets.get((groups, parts, device), device, make)

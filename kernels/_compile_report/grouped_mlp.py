@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from spinlock_fast.kernels._compile_report.launch import CATEGORY_SIZES, LAYOUT, ROWS, KernelLaunch, tf32_passes
-from spinlock_fast.kernels.grouped_mlp.triton import (
+from spinlock_fast.kernels.grouped_mlp.triton_backward import grouped_mlp_bwd_first_kernel
+from spinlock_fast.kernels.grouped_mlp.triton_forward import (
     ProductConfig,
-    grouped_mlp_bwd_first_kernel,
     grouped_mlp_fwd_first_kernel,
     grouped_product_kernel,
 )
@@ -17,9 +17,9 @@ def launches(capability: int) -> list[KernelLaunch]:
         *_networks_forward(*categories, "tf32"),
         *_networks_forward(*decoder, "tf32"),
         *_networks_forward(*decoder, "tf32x3"),
-        *_networks_backward(*categories, "tf32", grad_x=False),
-        *_networks_backward(*decoder, "tf32", grad_x=True),
-        *_networks_backward(*decoder, "tf32x3", grad_x=True),
+        *_networks_backward(*categories, "tf32", needs_x=False),
+        *_networks_backward(*decoder, "tf32", needs_x=True),
+        *_networks_backward(*decoder, "tf32x3", needs_x=True),
         *(
             _second_layer(len(CATEGORY_SIZES), *sizes, precision, bias)
             for precision in ("tf32", "tf32x3")
@@ -32,7 +32,7 @@ def _second_layer(G: int, K: int, N: int, precision: str, bias: bool) -> KernelL
     B = ROWS
     return KernelLaunch.of(
         grouped_product_kernel, f"{B} rows, {G} of {K} to {N}, {precision}",
-        {"BIAS": bias, **ProductConfig.of_second(precision).tiles},
+        {"BIAS": bias, **ProductConfig.for_second_layer(precision).tiles},
         num_bytes=4 * G * (B * K + K * N + (1 + (not bias)) * B * N), float_ops=G * B * N,
         dot_ops=2 * G * B * K * N, passes=tf32_passes(precision),
     )  # fmt: skip
@@ -50,13 +50,13 @@ def _networks_forward(sizes: tuple[int, ...], H: int, precision: str) -> list[Ke
     ]  # fmt: skip
 
 
-def _networks_backward(sizes: tuple[int, ...], H: int, precision: str, grad_x: bool) -> list[KernelLaunch]:
+def _networks_backward(sizes: tuple[int, ...], H: int, precision: str, needs_x: bool) -> list[KernelLaunch]:
     G, B, total = len(sizes), ROWS, sum(sizes)
     return [
         KernelLaunch.of(
             grouped_mlp_bwd_first_kernel, f"{B} rows, {G} of {total} to {H}, {precision}",
-            {"OF_X": grad_x, **ProductConfig.of_weights(precision).tiles},
-            num_bytes=4 * ((B + H) * total * (1 + grad_x) + G * H * (B + 1)), float_ops=G * B * H,
-            dot_ops=2 * B * total * H * (1 + grad_x), passes=tf32_passes(precision),
+            {"NEEDS_X": needs_x, **ProductConfig.for_weights(precision).tiles},
+            num_bytes=4 * ((B + H) * total * (1 + needs_x) + G * H * (B + 1)), float_ops=G * B * H,
+            dot_ops=2 * B * total * H * (1 + needs_x), passes=tf32_passes(precision),
         )
     ]  # fmt: skip

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from spinlock_fast.kernels.grouped_mlp import Ragged, ragged_layer_norm, scaled_output_linear
+from spinlock_fast.kernels._common.ragged import Ragged
+from spinlock_fast.kernels.latent_projection import ragged_layer_norm, scaled_output_linear
 
 
 def _uniform(shape: Sequence[int], bound: Tensor) -> nn.Parameter:

@@ -7,7 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spinlock_fast.kernels.grouped_mlp import Ragged, grouped_mlp, ragged_layer_norm, reference, scaled_output_linear
+from spinlock_fast.kernels._common.ragged import Ragged
+from spinlock_fast.kernels.grouped_mlp import grouped_mlp, reference
+from spinlock_fast.kernels.latent_projection import ragged_layer_norm, scaled_output_linear
+from spinlock_fast.kernels.latent_projection import reference as projection_reference
 
 SIZES = [4, 1, 7, 3]
 WIDTHS = st.lists(st.integers(1, 9), min_size=1, max_size=5)
@@ -44,7 +47,7 @@ def check(function, expected_function, inputs):
 
 
 @given(WIDTHS, st.integers(0, 7), st.integers(0, 2**31))
-def test_values_and_gradients_are_those_of_a_loop(sizes, rows, seed):
+def test_values_and_gradients_equal_the_reference(sizes, rows, seed):
     groups = Ragged.of(sizes)
     check(
         lambda *a: grouped_mlp(*a, groups),
@@ -53,12 +56,12 @@ def test_values_and_gradients_are_those_of_a_loop(sizes, rows, seed):
     )
     check(
         lambda *a: scaled_output_linear(*a, groups),
-        lambda *a: reference.scaled_output_linear(*a, sizes),
+        lambda *a: projection_reference.scaled_output_linear(*a, sizes),
         linear_inputs(sizes, rows, seed=seed),
     )
     check(
         lambda *a: ragged_layer_norm(*a, groups, 1e-5),
-        lambda *a: reference.ragged_layer_norm(*a, sizes, 1e-5),
+        lambda *a: projection_reference.ragged_layer_norm(*a, sizes, 1e-5),
         norm_inputs(sizes, rows, seed=seed),
     )
 
@@ -67,13 +70,13 @@ def test_values_and_gradients_are_those_of_a_loop(sizes, rows, seed):
     ("function", "inputs"),
     [(grouped_mlp, mlp_inputs), (scaled_output_linear, linear_inputs), (ragged_layer_norm, norm_inputs)],
 )
-def test_gradients_by_differences(function, inputs):
+def test_gradcheck(function, inputs):
     groups = Ragged.of(SIZES)
     torch.autograd.gradcheck(lambda *a: function(*a, groups), inputs(SIZES, 3))
 
 
-def test_dropout_is_a_mask_of_the_reference():
-    """One forward pass whose second layer shows the hidden values; the gradients belong to the same mask."""
+def test_dropout_equals_a_mask_of_the_reference():
+    """The second layer is the identity, so the output determines the mask; gradients must use the same mask."""
     p, rows, hidden = 0.3, 50, 6
     inputs = mlp_inputs(SIZES, rows, hidden=hidden, out=hidden)
     x, w1, b1, _, b2 = inputs
@@ -93,7 +96,7 @@ def test_dropout_is_a_mask_of_the_reference():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_dropout_drops_its_share_independently(dtype):
+def test_dropout_rate_and_independence(dtype):
     torch.manual_seed(0)
     G, rows, H, p = 2, 400, 256, 0.1
     ones = torch.ones(rows, G, dtype=dtype)
@@ -121,7 +124,7 @@ def test_dropout_drops_its_share_independently(dtype):
     assert (per_unit - p).abs().max() < 6 * (p * (1 - p) / rows) ** 0.5
 
 
-def test_dropout_follows_the_generator_of_torch():
+def test_dropout_uses_torch_generator():
     inputs = mlp_inputs(SIZES, 30, dtype=torch.float32)
     groups = Ragged.of(SIZES)
     torch.manual_seed(3)
@@ -132,14 +135,14 @@ def test_dropout_follows_the_generator_of_torch():
     assert torch.equal(grouped_mlp(*inputs, groups, 0.5), first)
 
 
-def test_everything_may_be_dropped():
+def test_dropout_of_everything():
     inputs = mlp_inputs(SIZES, 5)
     out = grouped_mlp(*inputs, Ragged.of(SIZES), 1.0)
     torch.testing.assert_close(out, inputs[4][:, None].expand_as(out))
     assert all(grad.isfinite().all() for grad in torch.autograd.grad(out.sum(), inputs))
 
 
-def test_ragged_rows_and_columns():
+def test_ragged_padding_and_packing():
     groups = Ragged.of([2, 3])
     rows = torch.arange(1.0, 6.0)[:, None]
     assert groups.pad_rows(rows)[..., 0].tolist() == [[1.0, 2.0, 0.0], [3.0, 4.0, 5.0]]
@@ -152,14 +155,14 @@ def test_ragged_rows_and_columns():
     assert (groups.groups, groups.total, groups.widest) == (2, 5, 3)
 
 
-def test_copies_are_equal():
+def test_ragged_copies_are_equal():
     groups = Ragged.of([2, 3])
     groups.indices(torch.device("cpu"))
     assert copy.deepcopy(groups) is groups
     assert pickle.loads(pickle.dumps(groups)) == groups
 
 
-def test_no_value_decides_what_runs():
+def test_no_host_synchronisation():
     groups = Ragged.of(SIZES)
     inputs = linear_inputs(SIZES, 5, dtype=torch.float32)
     mlp = mlp_inputs(SIZES, 5, dtype=torch.float32)
@@ -170,6 +173,6 @@ def test_no_value_decides_what_runs():
         sum(part.sum() for part in parts).backward()
 
     with helpers.plain_torch():
-        run()  # makes the index tensors
+        run()  # creates the index tensors
     with helpers.no_host_wait():
         run()

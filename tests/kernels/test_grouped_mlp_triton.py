@@ -1,4 +1,4 @@
-"""The Triton kernels of the grouped layers: under Triton's interpreter, or on a CUDA device where there is one."""
+"""The Triton kernels of the grouped networks and the projection: interpreted without a CUDA device."""
 
 import pytest
 import torch
@@ -6,25 +6,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spinlock_fast.kernels._common.precision import cuda_matmul
-from spinlock_fast.kernels.grouped_mlp import Ragged, grouped_mlp, project, reference
+from spinlock_fast.kernels._common.ragged import Ragged
+from spinlock_fast.kernels.grouped_mlp import grouped_mlp, op, reference
+from spinlock_fast.kernels.latent_projection import project
+from spinlock_fast.kernels.latent_projection import reference as projection_reference
 
 triton = pytest.importorskip("triton", reason="the package triton is not installed here")
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 pytestmark = [
     *([pytest.mark.gpu] if ON_GPU else []),
-    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),  # numpy, of hashes in the interpreter
+    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),  # numpy in the interpreter, for hashes
 ]
 WIDTHS = st.lists(st.integers(1, 70), min_size=1, max_size=3)
-# Three products in TF32 for one in float32 keep 22 bits.
+# Three TF32 products per float32 product keep 22 bits.
 CLOSE = 5e-6
 
 
 @pytest.fixture(autouse=True)
-def _poisoned(monkeypatch):
-    """Fresh memory is NaN, so that an element that no kernel wrote shows."""
+def _nan_filled(monkeypatch):
+    """Fills new tensors with NaN, so that tests fail if an element is not written."""
 
-    def poisoned(plain):
+    def nan_filled(plain):
         def fresh(*args, **kwargs):
             tensor = plain(*args, **kwargs)
             return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
@@ -32,7 +35,7 @@ def _poisoned(monkeypatch):
         return fresh
 
     for name in ("empty", "empty_like"):
-        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+        monkeypatch.setattr(torch, name, nan_filled(getattr(torch, name)))
 
 
 def normal(*shapes, seed=0):
@@ -50,11 +53,11 @@ def project_inputs(outputs, rows, width=6, seed=0):
     return normal((G, rows, width), (G, width), (G, width), (n, width), (n,), (n,), (n,), seed=seed)
 
 
-def of_project(x, gain, shift, weight, bias, part_weight, part_bias, outputs, parts):
-    """By the references, in the type of x."""
+def reference_project(x, gain, shift, weight, bias, part_weight, part_bias, outputs, parts):
+    """`projection_reference.project` in the type of x."""
     normed = torch.nn.functional.layer_norm(x, x.shape[-1:], eps=1e-5)
-    linear = reference.scaled_output_linear(normed, gain, shift, weight, bias, outputs)
-    return reference.ragged_layer_norm(linear, part_weight, part_bias, parts, 1e-5)
+    linear = projection_reference.scaled_output_linear(normed, gain, shift, weight, bias, outputs)
+    return projection_reference.ragged_layer_norm(linear, part_weight, part_bias, parts, 1e-5)
 
 
 _ONE_COLUMN = torch.finfo(torch.float32).eps * 1e-5**-0.5
@@ -75,8 +78,8 @@ def assert_agrees(function, expected, inputs):
     exact = with_gradients(expected, inputs, upstream, "cpu", torch.float64)
     eager = with_gradients(expected, inputs, upstream, "cpu", torch.float32)
     for place, (a, b, t) in enumerate(zip(ours, eager, exact, strict=True)):
-        # A row of few columns may have next to no deviation: then rounding is as large as the gradient. A part of one
-        # column has none: its gradient is 0, but for rounding times 1 / sqrt(eps) of the normalisation.
+        # A row of few columns may have a tiny deviation, so that rounding is as large as the gradient. The gradient of
+        # a part of one column is 0 up to rounding times 1 / sqrt(eps) of the normalisation.
         assert (a - t).norm() <= CLOSE * t.norm() + 4.0 * (b - t).norm() + _ONE_COLUMN, place
 
 
@@ -92,16 +95,16 @@ def test_networks_of_any_shape(sizes, rows, hidden, out, seed):
 
 @pytest.mark.parametrize("precision", ["tf32", "tf32x3"])
 def test_networks_of_large_tiles(monkeypatch, precision):
-    from spinlock_fast.kernels.grouped_mlp import triton
+    from spinlock_fast.kernels.grouped_mlp import triton_forward
 
     if ON_GPU:
         pytest.skip("the tolerance is that of float32")
-    monkeypatch.setattr(triton, "_PROGRAMS", 1)
-    monkeypatch.setattr(triton, "tf32_or_exact", lambda: precision)
+    monkeypatch.setattr(triton_forward, "MIN_PROGRAMS", 1)
+    monkeypatch.setattr(op, "dot_precision", lambda: precision)
     test_networks_of_any_shape.hypothesis.inner_test([70, 3], 65, 66, 67, 0)
 
 
-def test_transposed_weights_get_gradients_of_their_strides():
+def test_gradients_have_the_strides_of_transposed_weights():
     inputs = mlp_inputs([9], 40, 20, 7)
     first, second = inputs[1].t().contiguous(), inputs[3][0].t().contiguous()
     views = [inputs[0], first, inputs[2], second, inputs[4]]
@@ -121,7 +124,7 @@ def test_transposed_weights_get_gradients_of_their_strides():
     assert torch.autograd.grad(out.sum(), weight)[0].is_contiguous()
 
 
-def test_rows_may_be_strided():
+def test_strided_rows():
     sizes = [3, 5]
     inputs = [t.to(DEVICE) for t in mlp_inputs(sizes, 20)]
     expected = grouped_mlp(*inputs, Ragged.of(sizes), backend="triton")
@@ -140,7 +143,7 @@ def test_projections_of_any_shape(parts, rows, width, seed):
     outputs, flat = [sum(sizes) for sizes in parts], [n for sizes in parts for n in sizes]
     assert_agrees(
         lambda *a: project(*a, Ragged.of(outputs), Ragged.of(flat), backend="triton"),
-        lambda *a: of_project(*a, outputs, flat),
+        lambda *a: reference_project(*a, outputs, flat),
         project_inputs(outputs, rows, width, seed),
     )
 
@@ -151,23 +154,23 @@ def test_projections_of_more_than_a_tile(parts, width):
 
 
 @pytest.mark.parametrize(("outputs", "parts", "width"), [([4, 4], [3, 2, 3], 6), ([4], [4], 1100), ([270], [270], 6)])
-def test_what_no_kernel_serves_goes_by_parts(outputs, parts, width):
+def test_unsupported_shapes_run_step_by_step(outputs, parts, width):
     assert_agrees(
         lambda x, *a: project(x.clone(), *a, Ragged.of(outputs), Ragged.of(parts), backend="triton"),
-        lambda *a: of_project(*a, outputs, parts),
+        lambda *a: reference_project(*a, outputs, parts),
         project_inputs(outputs, 20, width),
     )
 
 
 def hidden_of(inputs, sizes, dropout):
-    """Hidden values: a second layer that shows them."""
+    """Hidden values [G, B, H], by an identity as second layer."""
     x, w1, b1 = inputs[:3]
     hidden = b1.shape[1]
     eye = torch.eye(hidden, device=x.device).repeat(len(sizes), 1, 1)
     return grouped_mlp(x, w1, b1, eye, torch.zeros_like(b1), Ragged.of(sizes), dropout, backend="triton")  # [G, B, H]
 
 
-def test_dropout_is_drawn_by_torchs_generator():
+def test_dropout_uses_torch_generator():
     sizes, p = [4, 7], 0.3
     inputs = [t.to(DEVICE) for t in mlp_inputs(sizes, 70, hidden=40)]
     inputs[1], inputs[2] = torch.zeros_like(inputs[1]), torch.ones_like(inputs[2])
@@ -177,15 +180,15 @@ def test_dropout_is_drawn_by_torchs_generator():
     assert torch.equal(hidden_of(inputs, sizes, p), first)
     kept = first != 0.0
     torch.testing.assert_close(first[kept], torch.full_like(first[kept], 1.0 / (1.0 - p)), rtol=1e-3, atol=0.0)
-    # Masks of groups, rows, columns and calls are independent of one another.
+    # Masks of groups, rows, columns and calls are independent.
     for other in (kept.roll(1, 0), kept.roll(1, 1), kept.roll(1, 2), second != 0.0, torch.ones_like(kept)):
         share, expected = (kept & other).float().mean(), (1.0 - p) * other.float().mean()
         assert (share - expected).abs() < 5.0 * (p * (1.0 - p) / kept.numel()) ** 0.5
     assert not hidden_of(inputs, sizes, 1.0).any()
 
 
-def test_gradients_of_dropped_values():
-    """Both by a mask: of the network that of its values, of the projection that of the same seed."""
+def test_gradients_of_networks_with_dropout():
+    """The hidden values determine the mask; the gradients of the same seed must use it."""
     sizes, p = [4, 7], 0.4
     inputs = mlp_inputs(sizes, 33, hidden=20, out=20)
     torch.manual_seed(3)

@@ -13,8 +13,10 @@ import torch
 from spinlock_fast import _native
 from spinlock_fast.kernels._common import native
 from spinlock_fast.kernels._common.layout import CodebookLayout
+from spinlock_fast.kernels._common.ragged import Ragged
 from spinlock_fast.kernels.code_decoders import Decoders, partial_loss
-from spinlock_fast.kernels.grouped_mlp import Ragged, grouped_mlp, normalize_, ragged_layer_norm, scaled_output_linear
+from spinlock_fast.kernels.grouped_mlp import grouped_mlp
+from spinlock_fast.kernels.latent_projection import normalize_, ragged_layer_norm, scaled_output_linear
 from spinlock_fast.kernels.topo_loss import topographic_correlations
 from spinlock_fast.kernels.vq_assign import quantize, vq_assign
 

@@ -6,12 +6,8 @@ from typing import Any
 
 from spinlock_fast.kernels._common.ragged import Ragged
 from spinlock_fast.kernels._compile_report.launch import LAYOUT, ROWS, KernelLaunch, tf32_passes
-from spinlock_fast.kernels.grouped_mlp.projection import (
-    ProjectConfig,
-    project_bwd_rows_kernel,
-    project_bwd_weights_kernel,
-    project_fwd_kernel,
-)
+from spinlock_fast.kernels.latent_projection.triton_backward import project_bwd_rows_kernel, project_bwd_weights_kernel
+from spinlock_fast.kernels.latent_projection.triton_forward import ProjectConfig, project_fwd_kernel
 
 
 def launches(capability: int) -> list[KernelLaunch]:
