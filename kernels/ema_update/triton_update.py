@@ -175,16 +175,9 @@ def ema_update(
     if not fused:
         totals = torch.empty(2, layout.groups, dtype=torch.float32, device=codebook.device)
         ema_totals_kernel[(layout.groups,)](
-            cluster_size,
-            counts,
-            offsets,
-            totals,
-            layout.groups,
-            counts.shape[0],
-            layout.total_codes,
-            BLOCK_K=1024,
+            cluster_size, counts, offsets, totals, layout.groups, counts.shape[0], layout.total_codes, BLOCK_K=1024,
             num_warps=4,
-        )
+        )  # fmt: skip
     ema_update_kernel[(1 if fused else triton.cdiv(layout.max_codes, block_k), layout.groups)](
         codebook,
         cluster_size,
@@ -217,12 +210,7 @@ def code_usage(counts: Tensor, layout: CodebookLayout) -> tuple[Tensor, Tensor]:
     utilization = torch.empty(layout.groups, dtype=torch.float32, device=counts.device)
     perplexity = torch.empty_like(utilization)
     code_usage_kernel[(layout.groups,)](
-        counts.contiguous(),
-        codebook_offsets(layout, counts.device),
-        utilization,
-        perplexity,
-        layout.groups,
-        BLOCK_K=min(1024, next_power_of_two(layout.max_codes, 32)),
-        num_warps=4,
-    )
+        counts.contiguous(), codebook_offsets(layout, counts.device), utilization, perplexity, layout.groups,
+        BLOCK_K=min(1024, next_power_of_two(layout.max_codes, 32)), num_warps=4,
+    )  # fmt: skip
     return utilization, perplexity

@@ -7,8 +7,6 @@ y = residual / |residual|, whose Jacobian (1 - y y^T) / |residual| follows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,7 +15,7 @@ from spinlock_fast.kernels._common.guard import launches, rows_of
 from spinlock_fast.kernels._common.launch_sizes import codebook_offsets, next_power_of_two
 from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels._common.triton_rotation import rotation_transpose
-from spinlock_fast.kernels.residual_vq.reference import GRADIENTS, MIN_LENGTH
+from spinlock_fast.kernels.residual_vq.reference import GRADIENTS, MIN_LENGTH, Stages
 
 # A program holds whole rows; wider rows are computed stage by stage.
 MAX_DIMS = 128
@@ -103,18 +101,9 @@ def row_block(block_d: int) -> int:
 
 
 @launches
-def backward(
-    grad: Tensor,
-    grad_errors: Tensor,
-    x: Tensor,
-    codebook: Tensor,
-    codes: Tensor,
-    num_codes: Sequence[int],
-    mask: Tensor | None,
-    cosine: bool,
-    gradient: str,
-) -> Tensor:
+def backward(grad: Tensor, grad_errors: Tensor, x: Tensor, codebook: Tensor, codes: Tensor, stages: Stages) -> Tensor:
     """`reference.backward`, for at most `MAX_DIMS` dimensions."""
+    num_codes, mask, cosine, gradient = stages
     (N, D), Q = x.shape, len(num_codes)
     x = rows_of(x)
     grad_x = x.new_empty(N, D)

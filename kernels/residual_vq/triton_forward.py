@@ -7,7 +7,6 @@ recomputed from their codes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +20,7 @@ from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels._common.triton_centred_codes import centred_codes
 from spinlock_fast.kernels._common.triton_code_sums import sum_by_code
 from spinlock_fast.kernels.residual_vq import triton_stagewise
-from spinlock_fast.kernels.residual_vq.reference import Result
+from spinlock_fast.kernels.residual_vq.reference import Result, Stages
 from spinlock_fast.kernels.residual_vq.triton_backward import MAX_DIMS, lengths, row_block
 
 
@@ -210,19 +209,12 @@ def residual_sum_kernel(
 
 
 @launches
-def assign(
-    x: Tensor,
-    codebook: Tensor,
-    num_codes: Sequence[int],
-    mask: Tensor | None,
-    cosine: bool,
-    gradient: str,
-    with_sums: bool,
-) -> Result:
+def assign(x: Tensor, codebook: Tensor, stages: Stages, with_sums: bool) -> Result:
     """`reference.assign`."""
+    num_codes, mask, cosine, gradient = stages
     (N, D), Q = x.shape, len(num_codes)
     if D > MAX_DIMS:
-        return triton_stagewise.assign(x, codebook, num_codes, mask, cosine, gradient, with_sums)
+        return triton_stagewise.assign(x, codebook, stages, with_sums)
     layout = CodebookLayout.of(num_codes, [D] * Q)
     x, codebook = rows_of(x), codebook.contiguous()
     codes = torch.empty(N, Q, dtype=torch.int64, device=x.device)

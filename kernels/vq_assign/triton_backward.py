@@ -122,22 +122,9 @@ def backward(
         parts = grad_error.shape[0]
         tiles = triton.cdiv(triton.cdiv(N, PART_ROWS), parts)
         vq_assign_bwd_kernel[(triton.cdiv(N, block_n), layout.groups)](
-            z,
-            quantized,
-            codes,
-            grad_quantized,
-            grad_error.contiguous(),
-            codebook_offsets(layout, z.device),
-            grad_z,
-            N,
-            layout.groups,
-            layout.total_dims,
-            z.stride(0),
-            grad_quantized.stride(0),
-            tiles * PART_ROWS if parts > 1 else max(N, block_n),
-            ROTATE=rotation,
-            BLOCK_N=block_n,
-            BLOCK_D=block_d,
+            z, quantized, codes, grad_quantized, grad_error.contiguous(), codebook_offsets(layout, z.device), grad_z, N,
+            layout.groups, layout.total_dims, z.stride(0), grad_quantized.stride(0),
+            tiles * PART_ROWS if parts > 1 else max(N, block_n), ROTATE=rotation, BLOCK_N=block_n, BLOCK_D=block_d,
             num_warps=4,
-        )
+        )  # fmt: skip
     return grad_z

@@ -165,25 +165,8 @@ def assign(
     if N == 0:
         return quantized, codes, error.zero_(), counts.zero_(), sums.zero_()
     vq_assign_fwd_kernel[(parts, G)](
-        z,
-        codebook,
-        mask if mask is not None else z,
-        codebook_offsets(layout, z.device),
-        codes,
-        quantized,
-        error,
-        counts,
-        sums,
-        N,
-        G,
-        layout.total_codes,
-        layout.total_dims,
-        layout.total_entries,
-        z.stride(0),
-        tiles,
-        HAS_MASK=mask is not None,
-        WITH_SUMS=with_sums,
-        CENTRED=centred,
-        **config.options,
-    )
+        z, codebook, mask if mask is not None else z, codebook_offsets(layout, z.device), codes, quantized, error,
+        counts, sums, N, G, layout.total_codes, layout.total_dims, layout.total_entries, z.stride(0), tiles,
+        HAS_MASK=mask is not None, WITH_SUMS=with_sums, CENTRED=centred, **config.options,
+    )  # fmt: skip
     return quantized, codes, error, counts, sums

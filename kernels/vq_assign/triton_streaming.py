@@ -196,25 +196,10 @@ def assign(
     tiles = triton.cdiv(N, block_n)
     error = torch.empty(tiles, G, dtype=torch.float32, device=z.device)
     vq_finish_fwd_kernel[(tiles, G)](
-        z,
-        codebook,
-        mask if mask is not None else z,
-        codebook_offsets(layout, z.device),
-        best,
-        code,
-        codes,
-        quantized,
-        error,
-        N,
-        G,
-        layout.total_dims,
-        z.stride(0),
-        best.shape[0],
-        HAS_MASK=mask is not None,
-        BLOCK_N=block_n,
-        BLOCK_D=32,
-        num_warps=4,
-    )
+        z, codebook, mask if mask is not None else z, codebook_offsets(layout, z.device), best, code, codes, quantized,
+        error, N, G, layout.total_dims, z.stride(0), best.shape[0], HAS_MASK=mask is not None, BLOCK_N=block_n,
+        BLOCK_D=32, num_warps=4,
+    )  # fmt: skip
     if with_sums:
         counts, sums = _accumulate(z, codes, layout)
     else:
@@ -237,23 +222,9 @@ def _search(z: Tensor, codebook: Tensor, layout: CodebookLayout, centred: bool) 
     best = torch.empty(splits, G, N, dtype=torch.float32, device=z.device)
     code = torch.empty(splits, G, N, dtype=torch.int32, device=z.device)
     vq_search_fwd_kernel[(tiles, G, splits)](
-        z,
-        codes,
-        offsets,
-        centres,
-        norms,
-        best,
-        code,
-        N,
-        G,
-        K_pad,
-        D_pad,
-        z.stride(0),
-        share,
-        CENTRED=centred,
-        ALIGNED=all(d % 32 == 0 for d in layout.dims) and z.stride(0) % 32 == 0,
-        **config.options,
-    )
+        z, codes, offsets, centres, norms, best, code, N, G, K_pad, D_pad, z.stride(0), share, CENTRED=centred,
+        ALIGNED=all(d % 32 == 0 for d in layout.dims) and z.stride(0) % 32 == 0, **config.options,
+    )  # fmt: skip
     return best, code
 
 
