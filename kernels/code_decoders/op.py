@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -98,6 +99,7 @@ class _PartialLoss(torch.autograd.Function):
         x, codes, quantized, w1, b1, w2, b2, *saved = ctx.saved_tensors
         layout, implementation, needed = ctx.layout, ctx.implementation, ctx.needs_input_grad
         decoders = Decoders(w1, b1, w2, b2)
+        gradients: Sequence[Tensor | None]
         if needs_graph(grads):
             inputs = (quantized, *decoders)
             gradients = reference.loss_gradients(x, codes, inputs, layout, grads, [needed[1], *needed[4:8]])

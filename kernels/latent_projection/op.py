@@ -250,11 +250,12 @@ class _RaggedLayerNorm(torch.autograd.Function):
         dropout: float,
         native: bool,
     ) -> Tensor:
-        saved: list[Tensor | None]
+        found: tuple[Tensor | None, ...]
         if native:
-            out, *saved = cpu.ragged_layer_norm(x, weight, bias, segments, eps, dropout)
+            found = cpu.ragged_layer_norm(x, weight, bias, segments, eps, dropout)
         else:
-            out, *saved = pytorch.ragged_layer_norm(x, weight, bias, segments, eps)
+            found = pytorch.ragged_layer_norm(x, weight, bias, segments, eps)
+        out, *saved = found
         ctx.segments, ctx.eps, ctx.dropout, ctx.native = segments, eps, dropout, native
         ctx.save_for_backward(x, weight, bias, *saved)
         assert out is not None

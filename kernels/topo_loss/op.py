@@ -112,18 +112,19 @@ class _Correlations(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, latents, codes, codebook, *saved = ctx.saved_tensors
+        grad_pre, grad_post = grads
         grad: Tensor | None
         if needs_graph(grads):
             with full_float32(x.device):
                 grad = reference.correlation_gradient(x, latents, codes, codebook, ctx.layout, grads)
         elif ctx.implementation == "cpu":
-            grad = cpu.backward(*grads, saved, ctx.layout)
+            grad = cpu.backward(grad_pre, grad_post, saved, ctx.layout)
         elif ctx.implementation == "triton":
             from spinlock_fast.kernels.topo_loss import triton_backward
 
-            grad = triton_backward.backward(*grads, saved, x, codes, codebook, ctx.layout)
+            grad = triton_backward.backward(grad_pre, grad_post, saved, x, codes, codebook, ctx.layout)
         else:
-            grad = pytorch.backward(*grads, saved, ctx.layout)
+            grad = pytorch.backward(grad_pre, grad_post, saved, ctx.layout)
         return None, grad, None, None, None, None
 
 
