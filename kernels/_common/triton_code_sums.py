@@ -38,6 +38,7 @@ def segment_sum_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """out = sum over the rows of a segment of values, in order."""
     item = tl.program_id(0).to(tl.int64)
     code = tl.load(item_code_ptr + item)
     if code < limit:

@@ -52,6 +52,7 @@ def ema_totals_kernel(
     total_codes,
     BLOCK_K: tl.constexpr,
 ):
+    """totals_g = sum_k n_k of the moving counts, and of the counts of this batch."""
     g = tl.program_id(0)
     K = tl.load(offsets_ptr + g)
     first_code = tl.load(offsets_ptr + 2 * G + g)
@@ -84,6 +85,7 @@ def ema_update_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """n <- decay n + (1 - decay) counts; s <- decay s + (1 - decay) sums; e = s / n, in place."""
     g = tl.program_id(1)
     K = tl.load(offsets_ptr + g)
     D = tl.load(offsets_ptr + G + g)
@@ -133,6 +135,7 @@ def code_usage_kernel(
     G,
     BLOCK_K: tl.constexpr,
 ):
+    """Share of codes with n_k > 0, and exp(-sum p log p) with p_k = n_k / sum(n)."""
     g = tl.program_id(0)
     K = tl.load(offsets_ptr + g)
     counts_ptr += tl.load(offsets_ptr + 2 * G + g)
@@ -147,7 +150,7 @@ def code_usage_kernel(
         total += n
         weighted += tl.where(n > 0.0, n * tl.log(tl.maximum(n, 1e-300)), 0.0)
     N = tl.sum(total, axis=0)
-    # -sum p log p with p = n / N equals log N - (sum n log n) / N.
+    # -sum p log p = log N - (sum n log n) / N.
     entropy = tl.log(tl.maximum(N, 1e-300)) - tl.sum(weighted, axis=0) / tl.maximum(N, 1e-300)
     tl.store(utilization_ptr + g, tl.sum(used, axis=0) / K)
     tl.store(perplexity_ptr + g, tl.where(N > 0.0, tl.exp(entropy), 0.0).to(tl.float32))

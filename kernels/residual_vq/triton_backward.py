@@ -48,6 +48,7 @@ def residual_vq_bwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """grad_x = sum_q J_q^T grad + 2 grad_errors_q (y_q - e_q)."""
     start = tl.program_id(0).to(tl.int64) * BLOCK_N
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)

@@ -67,6 +67,7 @@ def residual_vq_fwd_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """code_q = argmin_k |e_k|^2 - 2 y_q.e_k and r_{q+1} = r_q - e_q of all stages; y = r, or r / |r| where COSINE."""
     start = tl.program_id(0).to(tl.int64) * BLOCK_N
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)

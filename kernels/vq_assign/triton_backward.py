@@ -37,6 +37,7 @@ def vq_assign_bwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """grad_z = J^T grad_quantized + 2 grad_error (z - q)."""
     g = tl.program_id(1)
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     D = tl.load(offsets_ptr + G + g)

@@ -69,6 +69,7 @@ def vq_assign_fwd_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """code = argmin_k |e_k|^2 - 2 z.e_k, q = e_code; partial sums of |z - q|^2, of rows and of z by code."""
     part = tl.program_id(0)
     g = tl.program_id(1)
     K = tl.load(offsets_ptr + g)

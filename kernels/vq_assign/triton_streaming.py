@@ -70,6 +70,7 @@ def vq_search_fwd_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """code = argmin_k |e_k|^2 - 2 z.e_k over the share of the codes, and its minimum."""
     g = tl.program_id(1)
     split = tl.program_id(2)
     K = tl.load(offsets_ptr + g)
@@ -96,6 +97,7 @@ def vq_search_fwd_kernel(
             d = first + tl.arange(0, BLOCK_D)
             in_tile = in_rows[:, None] if ALIGNED else in_rows[:, None] & (d < D)[None, :]
             z = tl.load(z_tile + ((r * z_stride)[:, None] + d[None, :]), mask=in_tile, other=0.0).to(tl.float32)
+            # z: [BLOCK_N, BLOCK_D]
             if CENTRED:
                 z -= tl.load(centres_ptr + d, mask=d < D, other=0.0)[None, :]
             e = tl.load(e_tile + first + e_offsets)  # [BLOCK_K, BLOCK_D]
@@ -133,6 +135,7 @@ def vq_finish_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """code = argmin over the shares, q = e_code, error = sum |z - q|^2 over the rows of a tile."""
     g = tl.program_id(1)
     D = tl.load(offsets_ptr + G + g)
     first_column = tl.load(offsets_ptr + 3 * G + g)
@@ -171,9 +174,9 @@ def vq_finish_fwd_kernel(
         with_code = in_tile & valid[:, None]
         z = tl.load(z_tile + ((r * z_stride)[:, None] + d[None, :]), mask=with_code, other=0.0).to(tl.float32)
         q = tl.load(codebook_ptr + (chosen[:, None] + d[None, :]), mask=with_code, other=0.0)
-        tl.store(
-            out_tile + ((r * total_dims)[:, None] + d[None, :]), tl.where(valid[:, None], q, float("nan")), mask=in_tile
-        )
+        # z, q: [BLOCK_N, BLOCK_D]
+        out = tl.where(valid[:, None], q, float("nan"))
+        tl.store(out_tile + ((r * total_dims)[:, None] + d[None, :]), out, mask=in_tile)
         error += tl.sum((z - q) * (z - q), axis=1)
     tl.store(error_ptr + tl.program_id(0).to(tl.int64) * G + g, tl.sum(error, axis=0))
 
