@@ -1,8 +1,8 @@
-"""Operators: one typed function becomes an operator of `torch.library`, and in eager mode a plain autograd function.
+"""Registration of operators: one typed function becomes an operator of `torch.library` and an autograd function.
 
-`torch.compile`, `torch.export`, dispatch modes, tensor subclasses and profiles need the operator of `torch.library`.
-Calling one with a gradient costs more host time than a small kernel takes, so plain tensors outside of all of these go
-straight to a `torch.autograd.Function` around the same implementation, or, without a gradient, to the implementation.
+`torch.compile`, `torch.export`, dispatch modes, tensor subclasses and profiles use the operator of `torch.library`. It
+costs more host time per call than a small kernel takes, so eager mode calls a `torch.autograd.Function` around the same
+implementation, or, if no gradient is needed, the implementation itself.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ def operator(
     backward: Callable[..., tuple[Tensor | None, ...]] | None = None,
     mutates: Sequence[str] = (),
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Registers a function as `torch.ops.spinlock_fast.<name>`; the schema comes from its annotations.
+    """Decorator that registers a function as `torch.ops.spinlock_fast.<name>`.
 
-    The decorated function takes positional arguments of the types that `torch.library.infer_schema` allows. Its
-    results share no memory with an argument.
+    The schema is inferred from the annotations, see `torch.library.infer_schema`. The function is called with
+    positional arguments, and its results must not share memory with an argument.
 
     Args:
-        name: of the operator.
-        fake: shapes and types of the results; takes the same arguments.
+        name: name of the operator.
+        fake: returns empty results of the right shapes and types, from the same arguments.
         setup_context: called as `setup_context(ctx, inputs, output)` after the forward pass.
-        backward: called as `backward(ctx, *grads)`; returns the gradients of the first arguments, the others have none.
-            Without it the results take no gradient.
-        mutates: names of the arguments that are changed in place.
+        backward: called as `backward(ctx, *grads)`; returns the gradients of the first arguments. The remaining ones
+            have no gradient. None: the operator is not differentiable.
+        mutates: names of the arguments that are modified in place.
     """
 
     def register(implementation: Callable[P, R]) -> Callable[P, R]:
         qualified = f"spinlock_fast::{name}"
         schema = torch.library.infer_schema(implementation, mutates_args=mutates)
-        schema = schema.replace("SymInt", "int")  # sizes of codebooks are known when a graph is traced
+        schema = schema.replace("SymInt", "int")  # sizes of codebooks are constants in traced graphs
         # Not `torch.library.custom_op`: its first call imports torch's compiler, which takes more than a second.
         torch.library.define(qualified, schema)
         torch.library.impl(qualified, "default")(implementation)
@@ -70,8 +70,8 @@ def operator(
 
 def _padded(backward: Callable[..., tuple[Tensor | None, ...]], arguments: int) -> Callable[..., Any]:
     def padded(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        found = backward(ctx, *grads)
-        return found + (None,) * (arguments - len(found))
+        gradients = backward(ctx, *grads)
+        return gradients + (None,) * (arguments - len(gradients))
 
     return padded
 
@@ -94,7 +94,7 @@ def _autograd_function(
 
 
 def _plain(arguments: Sequence[Any]) -> bool:
-    """Whether nothing but eager mode would see the operator, and its tensors are memory that kernels can read."""
+    """Whether this is a call in eager mode, on tensors whose memory kernels can read directly."""
     return (
         torch._C._len_torch_dispatch_stack() == 0
         and torch._C._len_torch_function_stack() == 0

@@ -17,13 +17,13 @@ _PAD_D = 32  # padded dimensions are a multiple, which aligns the rows
 
 
 @triton.jit(do_not_specialize=["G"])
-def code_centres_kernel(codebook_ptr, table_ptr, centres_ptr, G, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
+def code_centres_kernel(codebook_ptr, offsets_ptr, centres_ptr, G, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
     """centres [sum D]: mean of the finite entries of all codes of each codebook."""
     g = tl.program_id(1)
-    K = tl.load(table_ptr + g)
-    D = tl.load(table_ptr + G + g)
-    first_column = tl.load(table_ptr + 3 * G + g)
-    codebook_ptr += tl.load(table_ptr + 4 * G + g).to(tl.int64)
+    K = tl.load(offsets_ptr + g)
+    D = tl.load(offsets_ptr + G + g)
+    first_column = tl.load(offsets_ptr + 3 * G + g)
+    codebook_ptr += tl.load(offsets_ptr + 4 * G + g).to(tl.int64)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
     for first in range(0, K, BLOCK_K):
@@ -39,7 +39,7 @@ def code_centres_kernel(codebook_ptr, table_ptr, centres_ptr, G, BLOCK_K: tl.con
 @triton.jit(do_not_specialize=["G"])
 def centre_codes_kernel(
     codebook_ptr,  # [sum K D]
-    table_ptr,
+    offsets_ptr,
     centres_ptr,  # [sum D]
     centred_ptr,  # [G, K_pad, D_pad]: e - centre, zero where padded
     norms_ptr,  # [G, K_pad]: |e - centre|^2, Inf where padded or not finite
@@ -50,11 +50,12 @@ def centre_codes_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """e' = e - centre and |e'|^2, padded with zeros and Inf."""
     g = tl.program_id(1)
-    K = tl.load(table_ptr + g)
-    D = tl.load(table_ptr + G + g)
-    first_column = tl.load(table_ptr + 3 * G + g)
-    codebook_ptr += tl.load(table_ptr + 4 * G + g).to(tl.int64)
+    K = tl.load(offsets_ptr + g)
+    D = tl.load(offsets_ptr + G + g)
+    first_column = tl.load(offsets_ptr + 3 * G + g)
+    codebook_ptr += tl.load(offsets_ptr + 4 * G + g).to(tl.int64)
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     code = g.to(tl.int64) * K_pad + k
     norms = tl.zeros([BLOCK_K], dtype=tl.float32)
@@ -75,7 +76,7 @@ def centred_codes(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes minus the mean code [G, K_pad, D_pad], their squared norms [G, K_pad], and the mean codes [sum D]."""
     G, device = layout.groups, codebook.device
-    table = codebook_offsets(layout, device)
+    offsets = codebook_offsets(layout, device)
     K_pad = triton.cdiv(layout.max_codes, block_k) * block_k
     D_pad = triton.cdiv(layout.max_dims, _PAD_D) * _PAD_D
     centres = torch.empty(layout.total_dims, dtype=torch.float32, device=device)
@@ -83,9 +84,9 @@ def centred_codes(
     norms = torch.empty(G, K_pad, dtype=torch.float32, device=device)
     if centred:
         code_centres_kernel[(triton.cdiv(layout.max_dims, 32), G)](
-            codebook, table, centres, G, BLOCK_K=32, BLOCK_D=32, num_warps=4
+            codebook, offsets, centres, G, BLOCK_K=32, BLOCK_D=32, num_warps=4
         )
     centre_codes_kernel[(K_pad // 32, G)](
-        codebook, table, centres, codes, norms, G, K_pad, D_pad, CENTRED=centred, BLOCK_K=32, BLOCK_D=32, num_warps=4
+        codebook, offsets, centres, codes, norms, G, K_pad, D_pad, CENTRED=centred, BLOCK_K=32, BLOCK_D=32, num_warps=4
     )
     return codes, norms, centres

@@ -26,7 +26,7 @@ def segment_sum_kernel(
     item_first_ptr,  # [items] int64 first sorted position of the segment
     item_last_ptr,  # [items] int64 one past its last position
     codebook_of_code_ptr,  # [sum K] int64
-    table_ptr,  # [5, G] int32
+    offsets_ptr,  # [5, G] int32
     first_entries_ptr,  # [sum K] int64; read at level 1
     out_ptr,  # [items, out_stride] at level 0, packed sums [sum K D] at level 1
     G,
@@ -38,12 +38,13 @@ def segment_sum_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """out = sum over the rows of a segment of values, in order."""
     item = tl.program_id(0).to(tl.int64)
     code = tl.load(item_code_ptr + item)
     if code < limit:
         g = tl.load(codebook_of_code_ptr + code)
-        D = tl.load(table_ptr + G + g)
-        column = tl.load(table_ptr + 3 * G + g)
+        D = tl.load(offsets_ptr + G + g)
+        column = tl.load(offsets_ptr + 3 * G + g)
         d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         first = tl.load(item_first_ptr + item)
         last = tl.load(item_last_ptr + item)

@@ -9,29 +9,14 @@ from spinlock_fast.kernels.ema_update.triton_update import code_usage_kernel, em
 def launches(capability: int) -> list[KernelLaunch]:
     entries, codes = LAYOUT.total_entries, LAYOUT.total_codes
     launches = [KernelLaunch(ema_totals_kernel, "K = 8,192", {"BLOCK_K": 1024}, 8 * 8192, 2 * 8192, 0)]
-    for block_k in (32, 64):
-        launches.append(
-            KernelLaunch(
-                ema_update_kernel,
-                f"33 codebooks, K <= {block_k}, 8 parts",
-                {
-                    "FUSED": True,
-                    "LAPLACE": False,
-                    "WITH_USAGE": True,
-                    "BLOCK_K": block_k,
-                    "BLOCK_D": 16 if block_k == 64 else 32,
-                },
-                4 * (3 * entries + 2 * codes + 8 * (entries + codes) + 2 * codes),
-                12 * entries,
-                0,
-            )
-        )
+    for block_k, block_d in ((32, 32), (64, 16)):
+        constants = {"FUSED": True, "LAPLACE": False, "WITH_USAGE": True, "BLOCK_K": block_k, "BLOCK_D": block_d}
+        num_bytes = 4 * (3 * entries + 2 * codes + 8 * (entries + codes) + 2 * codes)
+        shape = f"33 codebooks, K <= {block_k}, 8 parts"
+        launches.append(KernelLaunch(ema_update_kernel, shape, constants, num_bytes, 12 * entries, 0))
     constants = {"FUSED": False, "LAPLACE": True, "WITH_USAGE": True, "BLOCK_K": 16, "BLOCK_D": 16}
     launches.append(KernelLaunch(ema_update_kernel, "8,192 x 64", constants, 20 * 8192 * 64, 4 * 8192 * 64, 0))
     for block_k in (32, 1024):
-        launches.append(
-            KernelLaunch(
-                code_usage_kernel, f"33 codebooks, K <= {block_k}", {"BLOCK_K": block_k}, 4 * codes, 9 * codes, 0
-            )
-        )
+        shape, constants = f"33 codebooks, K <= {block_k}", {"BLOCK_K": block_k}
+        launches.append(KernelLaunch(code_usage_kernel, shape, constants, 4 * codes, 9 * codes, 0))
     return launches

@@ -45,16 +45,17 @@ def sum_counts(cluster_size_ptr, counts_ptr, K, parts, total_codes, BLOCK_K: tl.
 def ema_totals_kernel(
     cluster_size_ptr,  # [sum K]
     counts_ptr,  # [parts, sum K]
-    table_ptr,  # [5, G] int32
+    offsets_ptr,  # [5, G] int32
     totals_ptr,  # [2, G] sums of both
     G,
     parts,
     total_codes,
     BLOCK_K: tl.constexpr,
 ):
+    """totals_g = sum_k n_k of the moving counts, and of the counts of this batch."""
     g = tl.program_id(0)
-    K = tl.load(table_ptr + g)
-    first_code = tl.load(table_ptr + 2 * G + g)
+    K = tl.load(offsets_ptr + g)
+    first_code = tl.load(offsets_ptr + 2 * G + g)
     old, new = sum_counts(cluster_size_ptr + first_code, counts_ptr + first_code, K, parts, total_codes, BLOCK_K)
     tl.store(totals_ptr + g, old)
     tl.store(totals_ptr + G + g, new)
@@ -68,7 +69,7 @@ def ema_update_kernel(
     usage_ptr,  # [sum K], changed where WITH_USAGE: accumulated counts
     counts_ptr,  # [parts, sum K]
     sums_ptr,  # [parts, sum K D]
-    table_ptr,  # [5, G] int32
+    offsets_ptr,  # [5, G] int32
     totals_ptr,  # [2, G]; read unless FUSED
     decay,
     one_minus_decay,  # computed in float64
@@ -84,11 +85,12 @@ def ema_update_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """n <- decay n + (1 - decay) counts; s <- decay s + (1 - decay) sums; e = s / n, in place."""
     g = tl.program_id(1)
-    K = tl.load(table_ptr + g)
-    D = tl.load(table_ptr + G + g)
-    first_code = tl.load(table_ptr + 2 * G + g)
-    first_entry = tl.load(table_ptr + 4 * G + g).to(tl.int64)
+    K = tl.load(offsets_ptr + g)
+    D = tl.load(offsets_ptr + G + g)
+    first_code = tl.load(offsets_ptr + 2 * G + g)
+    first_entry = tl.load(offsets_ptr + 4 * G + g).to(tl.int64)
     if FUSED:
         old, new = sum_counts(cluster_size_ptr + first_code, counts_ptr + first_code, K, parts, total_codes, BLOCK_K)
     else:
@@ -127,15 +129,16 @@ def ema_update_kernel(
 @triton.jit(do_not_specialize=["G"])
 def code_usage_kernel(
     counts_ptr,  # [sum K], of any number type
-    table_ptr,  # [5, G] int32
+    offsets_ptr,  # [5, G] int32
     utilization_ptr,  # [G]
     perplexity_ptr,  # [G]
     G,
     BLOCK_K: tl.constexpr,
 ):
+    """Share of codes with n_k > 0, and exp(-sum p log p) with p_k = n_k / sum(n)."""
     g = tl.program_id(0)
-    K = tl.load(table_ptr + g)
-    counts_ptr += tl.load(table_ptr + 2 * G + g)
+    K = tl.load(offsets_ptr + g)
+    counts_ptr += tl.load(offsets_ptr + 2 * G + g)
     total = tl.zeros([BLOCK_K], dtype=tl.float64)
     used = tl.zeros([BLOCK_K], dtype=tl.float32)
     weighted = tl.zeros([BLOCK_K], dtype=tl.float64)  # sum of n log n
@@ -147,7 +150,7 @@ def code_usage_kernel(
         total += n
         weighted += tl.where(n > 0.0, n * tl.log(tl.maximum(n, 1e-300)), 0.0)
     N = tl.sum(total, axis=0)
-    # -sum p log p with p = n / N equals log N - (sum n log n) / N.
+    # -sum p log p = log N - (sum n log n) / N.
     entropy = tl.log(tl.maximum(N, 1e-300)) - tl.sum(weighted, axis=0) / tl.maximum(N, 1e-300)
     tl.store(utilization_ptr + g, tl.sum(used, axis=0) / K)
     tl.store(perplexity_ptr + g, tl.where(N > 0.0, tl.exp(entropy), 0.0).to(tl.float32))
@@ -167,24 +170,17 @@ def ema_update(
     epsilon: float,
 ) -> None:
     """`reference.ema_update` in place, and usage += counts. One launch, or two for large codebooks."""
-    table = codebook_offsets(layout, codebook.device)
+    offsets = codebook_offsets(layout, codebook.device)
     counts, sums = counts.contiguous(), sums.contiguous()
     fused = layout.max_codes <= MAX_FUSED
     block_k = next_power_of_two(layout.max_codes, 32) if fused else 16
-    totals = table
+    totals = offsets
     if not fused:
         totals = torch.empty(2, layout.groups, dtype=torch.float32, device=codebook.device)
         ema_totals_kernel[(layout.groups,)](
-            cluster_size,
-            counts,
-            table,
-            totals,
-            layout.groups,
-            counts.shape[0],
-            layout.total_codes,
-            BLOCK_K=1024,
+            cluster_size, counts, offsets, totals, layout.groups, counts.shape[0], layout.total_codes, BLOCK_K=1024,
             num_warps=4,
-        )
+        )  # fmt: skip
     ema_update_kernel[(1 if fused else triton.cdiv(layout.max_codes, block_k), layout.groups)](
         codebook,
         cluster_size,
@@ -192,7 +188,7 @@ def ema_update(
         usage if usage is not None else counts,
         counts,
         sums,
-        table,
+        offsets,
         totals,
         decay,
         1.0 - decay,
@@ -217,12 +213,7 @@ def code_usage(counts: Tensor, layout: CodebookLayout) -> tuple[Tensor, Tensor]:
     utilization = torch.empty(layout.groups, dtype=torch.float32, device=counts.device)
     perplexity = torch.empty_like(utilization)
     code_usage_kernel[(layout.groups,)](
-        counts.contiguous(),
-        codebook_offsets(layout, counts.device),
-        utilization,
-        perplexity,
-        layout.groups,
-        BLOCK_K=min(1024, next_power_of_two(layout.max_codes, 32)),
-        num_warps=4,
-    )
+        counts.contiguous(), codebook_offsets(layout, counts.device), utilization, perplexity, layout.groups,
+        BLOCK_K=min(1024, next_power_of_two(layout.max_codes, 32)), num_warps=4,
+    )  # fmt: skip
     return utilization, perplexity

@@ -1,4 +1,4 @@
-"""Residual quantization: a stack of codebooks, each for what the ones before left over; one stage is plain VQ."""
+"""Residual vector quantization: each stage quantizes the residual of the stages before; one stage is plain VQ."""
 
 from spinlock_fast.kernels.residual_vq.op import ResidualAssignment, residual_vq
 

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from spinlock_fast.kernels._common.guard import rows_of
 from spinlock_fast.kernels._common.native import address, library
-from spinlock_fast.kernels.residual_vq.reference import GRADIENTS, Result
+from spinlock_fast.kernels.residual_vq.reference import GRADIENTS, Result, Stages
 
 
-def assign(
-    x: Tensor,
-    codebook: Tensor,
-    num_codes: Sequence[int],
-    mask: Tensor | None,
-    cosine: bool,
-    gradient: str,
-    with_sums: bool,
-) -> Result:
+def assign(x: Tensor, codebook: Tensor, stages: Stages, with_sums: bool) -> Result:
     """`reference.assign`."""
+    num_codes, mask, cosine, gradient = stages
     x = rows_of(x)
     codebook, mask = codebook.contiguous(), mask.contiguous() if mask is not None else None
     (N, D), Q = x.shape, len(num_codes)
@@ -38,18 +29,9 @@ def assign(
     return quantized, codes, errors, counts, sums
 
 
-def backward(
-    grad: Tensor,
-    grad_errors: Tensor,
-    x: Tensor,
-    codebook: Tensor,
-    codes: Tensor,
-    num_codes: Sequence[int],
-    mask: Tensor | None,
-    cosine: bool,
-    gradient: str,
-) -> Tensor:
+def backward(grad: Tensor, grad_errors: Tensor, x: Tensor, codebook: Tensor, codes: Tensor, stages: Stages) -> Tensor:
     """`reference.backward`."""
+    num_codes, mask, cosine, gradient = stages
     x = rows_of(x)
     grad, grad_errors, codebook, codes = (t.contiguous() for t in (grad, grad_errors, codebook, codes))
     mask = mask.contiguous() if mask is not None else None

@@ -19,7 +19,7 @@ from spinlock_fast.kernels._common.operator import operator
 from spinlock_fast.kernels._common.precision import full_float32, no_autocast
 from spinlock_fast.kernels._common.snapshot import snapshot
 from spinlock_fast.kernels.residual_vq import cpu, reference
-from spinlock_fast.kernels.residual_vq.reference import GRADIENTS, Result
+from spinlock_fast.kernels.residual_vq.reference import GRADIENTS, Result, Stages
 
 Gradient = Literal["none", "straight_through", "rotation"]
 
@@ -79,9 +79,9 @@ def residual_vq(
     codebook = torch.cat([codebook.detach().to(x.dtype) for codebook in codebooks])
     codebook = snapshot(codebook) if len(codebooks) == 1 or torch.compiler.is_compiling() else codebook
     if gradient == "none" and exporting():
-        outputs = reference.assign(x, codebook, num_codes, mask, cosine, gradient, with_sums)
+        outputs = reference.assign(x, codebook, Stages(num_codes, mask, cosine, gradient), with_sums)
     elif in_transform():
-        outputs = _transformable(x, codebook, num_codes, mask, limit, cosine, gradient, with_sums)
+        outputs = _transformable(x, codebook, Stages(num_codes, mask, cosine, gradient), limit, with_sums)
     else:
         backend = resolve_backend(backend, codebook, x)
         outputs = _assign(x, codebook, num_codes, mask, limit, cosine, gradient, with_sums, backend)
@@ -90,21 +90,13 @@ def residual_vq(
     return ResidualAssignment(*outputs, codebook)
 
 
-def _transformable(
-    x: Tensor,
-    codebook: Tensor,
-    num_codes: Sequence[int],
-    mask: Tensor | None,
-    limit: Tensor | None,
-    cosine: bool,
-    gradient: str,
-    with_sums: bool,
-) -> Result:
+def _transformable(x: Tensor, codebook: Tensor, stages: Stages, limit: Tensor | None, with_sums: bool) -> Result:
     """The operator in PyTorch's own operations, which torch.func transforms."""
-    used, codebook = _first_stages(codebook, num_codes, limit)
-    _, codes, _, counts, sums = reference.assign(x.detach(), codebook, used, mask, cosine, gradient, with_sums)
-    quantized, errors = reference.surrogate(x, codebook, codes, used, mask, cosine, gradient)
-    return _pad_stages((quantized, codes, errors, counts, sums), num_codes, used, with_sums)
+    used, codebook = _first_stages(codebook, stages.num_codes, limit)
+    first_stages = stages._replace(num_codes=used)
+    _, codes, _, counts, sums = reference.assign(x.detach(), codebook, first_stages, with_sums)
+    quantized, errors = reference.surrogate(x, codebook, codes, first_stages)
+    return _pad_stages((quantized, codes, errors, counts, sums), stages.num_codes, used, with_sums)
 
 
 def _first_stages(codebook: Tensor, num_codes: Sequence[int], limit: Tensor | None) -> tuple[Sequence[int], Tensor]:
@@ -156,7 +148,7 @@ def _assign_backward(
         else:
             native = native_supports(grad, grad_errors, x, codebook)
             backward = cpu.backward if native else reference.backward
-        return backward(grad, grad_errors, x, codebook, codes, used, mask, cosine, gradient)
+        return backward(grad, grad_errors, x, codebook, codes, Stages(used, mask, cosine, gradient))
 
 
 def _fake(x: Tensor, codebook: Tensor, num_codes: Sequence[int], *options: Any) -> Result:
@@ -183,7 +175,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         used, codebook = _first_stages(codebook, num_codes, limit)
 
         def surrogate(rows: Tensor) -> tuple[Tensor, Tensor]:
-            return reference.surrogate(rows, codebook, codes, used, mask, cosine, gradient)
+            return reference.surrogate(rows, codebook, codes, Stages(used, mask, cosine, gradient))
 
         return tuple(gradients(surrogate, [x], [grad, grad_errors[: len(used)]], [True]))
     return (_assign_backward(grad, grad_errors, x, codebook, codes, num_codes, mask, limit, cosine, gradient, backend),)
@@ -211,5 +203,5 @@ def _assign(
             assign = triton.assign
         else:
             assign = cpu.assign if native_supports(x, codebook) else reference.assign
-        outputs = assign(x, codebook, used, mask, cosine, gradient, with_sums)
+        outputs = assign(x, codebook, Stages(used, mask, cosine, gradient), with_sums)
     return _pad_stages(outputs, num_codes, used, with_sums)

@@ -7,6 +7,7 @@ Nearest is argmin_k |y - e_k|^2, or argmax_k y.e_k where `cosine`; ties go to th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,19 +26,21 @@ GRADIENTS = {"none": 0, "straight_through": 1, "rotation": 2}
 Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def assign(
-    x: Tensor,
-    codebook: Tensor,
-    num_codes: Sequence[int],
-    mask: Tensor | None,
-    cosine: bool,
-    gradient: str,
-    with_sums: bool,
-) -> Result:
+class Stages(NamedTuple):
+    """Codebook sizes of the stages, and options of the quantization."""
+
+    num_codes: Sequence[int]
+    mask: Tensor | None  # [N] bool; False excludes a row
+    cosine: bool  # stages normalise their residual and compare dot products
+    gradient: str  # a key of GRADIENTS
+
+
+def assign(x: Tensor, codebook: Tensor, stages: Stages, with_sums: bool) -> Result:
     """quantized [N, D], codes [N, Q], squared errors [Q], counts [sum K], sums [sum K, D].
 
     The last two are empty without `with_sums`.
     """
+    num_codes, mask, cosine, gradient = stages
     residual, excluded = x, None if mask is None else ~mask[:, None]
     quantized = torch.zeros_like(x)
     codes, errors, counts, sums = [], [], [], []
@@ -65,22 +68,13 @@ def assign(
     )
 
 
-def backward(
-    grad: Tensor,
-    grad_errors: Tensor,
-    x: Tensor,
-    codebook: Tensor,
-    codes: Tensor,
-    num_codes: Sequence[int],
-    mask: Tensor | None,
-    cosine: bool,
-    gradient: str,
-) -> Tensor:
+def backward(grad: Tensor, grad_errors: Tensor, x: Tensor, codebook: Tensor, codes: Tensor, stages: Stages) -> Tensor:
     """[N, D] gradient with respect to x: the sum over stages of J_q^T grad + 2 grad_errors_q (y_q - e_q).
 
     J_q is zero, the identity or the scaled rotation of the stage. Codes are constants, so the gradient with respect to
     a residual is also the gradient with respect to x.
     """
+    num_codes, mask, cosine, gradient = stages
     grad_x, residual = torch.zeros_like(x), x
     for q, stage_codebook in enumerate(codebook.split(list(num_codes))):
         e = code_vectors(stage_codebook, codes[:, q])
@@ -100,20 +94,13 @@ def backward(
     return exclude(grad_x, None if mask is None else ~mask[:, None])
 
 
-def surrogate(
-    x: Tensor,
-    codebook: Tensor,
-    codes: Tensor,
-    num_codes: Sequence[int],
-    mask: Tensor | None,
-    cosine: bool,
-    gradient: str,
-) -> tuple[Tensor, Tensor]:
+def surrogate(x: Tensor, codebook: Tensor, codes: Tensor, stages: Stages) -> tuple[Tensor, Tensor]:
     """quantized [N, D] and squared errors [Q] of `assign` as differentiable functions of x.
 
     Codes are constants. All operations are PyTorch's own, so autograd differentiates them any number of times and
     torch.func transforms them. `backward` is the gradient of this function.
     """
+    num_codes, mask, cosine, gradient = stages
     excluded = None if mask is None else ~mask[:, None]
     residual, quantized = x, torch.zeros_like(x)
     errors = []

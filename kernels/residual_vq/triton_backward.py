@@ -7,8 +7,6 @@ y = residual / |residual|, whose Jacobian (1 - y y^T) / |residual| follows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,7 +15,7 @@ from spinlock_fast.kernels._common.guard import launches, rows_of
 from spinlock_fast.kernels._common.launch_sizes import codebook_offsets, next_power_of_two
 from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels._common.triton_rotation import rotation_transpose
-from spinlock_fast.kernels.residual_vq.reference import GRADIENTS, MIN_LENGTH
+from spinlock_fast.kernels.residual_vq.reference import GRADIENTS, MIN_LENGTH, Stages
 
 # A program holds whole rows; wider rows are computed stage by stage.
 MAX_DIMS = 128
@@ -36,7 +34,7 @@ def residual_vq_bwd_kernel(
     grad_errors_ptr,  # [Q]
     x_ptr,  # [N, D], row stride x_stride
     codebook_ptr,  # [sum K, D]
-    table_ptr,  # [5, Q] int32
+    offsets_ptr,  # [5, Q] int32
     mask_ptr,  # [N] bool; read where HAS_MASK
     codes_ptr,  # [N, Q] int64
     grad_x_ptr,  # [N, D]
@@ -50,6 +48,7 @@ def residual_vq_bwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """grad_x = sum_q J_q^T grad + 2 grad_errors_q (y_q - e_q)."""
     start = tl.program_id(0).to(tl.int64) * BLOCK_N
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
@@ -65,7 +64,7 @@ def residual_vq_bwd_kernel(
     grad_x = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     for q in range(Q):
         code = tl.load(codes_ptr + (start + n) * Q + q, mask=valid, other=0)
-        first_code = tl.load(table_ptr + 2 * Q + q).to(tl.int64)
+        first_code = tl.load(offsets_ptr + 2 * Q + q).to(tl.int64)
         chosen = first_code + tl.where(code < 0, 0, code)
         e = tl.load(codebook_ptr + chosen[:, None] * D + d[None, :], mask=in_tile, other=0.0)
         e = tl.where((code < 0)[:, None] & in_tile, float("nan"), e)
@@ -103,18 +102,9 @@ def row_block(block_d: int) -> int:
 
 
 @launches
-def backward(
-    grad: Tensor,
-    grad_errors: Tensor,
-    x: Tensor,
-    codebook: Tensor,
-    codes: Tensor,
-    num_codes: Sequence[int],
-    mask: Tensor | None,
-    cosine: bool,
-    gradient: str,
-) -> Tensor:
+def backward(grad: Tensor, grad_errors: Tensor, x: Tensor, codebook: Tensor, codes: Tensor, stages: Stages) -> Tensor:
     """`reference.backward`, for at most `MAX_DIMS` dimensions."""
+    num_codes, mask, cosine, gradient = stages
     (N, D), Q = x.shape, len(num_codes)
     x = rows_of(x)
     grad_x = x.new_empty(N, D)

@@ -7,7 +7,6 @@ recomputed from their codes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +20,7 @@ from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels._common.triton_centred_codes import centred_codes
 from spinlock_fast.kernels._common.triton_code_sums import sum_by_code
 from spinlock_fast.kernels.residual_vq import triton_stagewise
-from spinlock_fast.kernels.residual_vq.reference import Result
+from spinlock_fast.kernels.residual_vq.reference import Result, Stages
 from spinlock_fast.kernels.residual_vq.triton_backward import MAX_DIMS, lengths, row_block
 
 
@@ -46,7 +45,7 @@ class ResidualConfig:
 def residual_vq_fwd_kernel(
     x_ptr,  # [N, D], row stride x_stride
     codebook_ptr,  # [sum K, D]
-    table_ptr,  # [5, Q] int32
+    offsets_ptr,  # [5, Q] int32
     centres_ptr,  # [Q * D]
     centred_ptr,  # [Q, K_pad, D_pad]
     norms_ptr,  # [Q, K_pad], Inf where padded or not finite
@@ -68,6 +67,7 @@ def residual_vq_fwd_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """code_q = argmin_k |e_k|^2 - 2 y_q.e_k and r_{q+1} = r_q - e_q of all stages; y = r, or r / |r| where COSINE."""
     start = tl.program_id(0).to(tl.int64) * BLOCK_N
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
@@ -80,8 +80,8 @@ def residual_vq_fwd_kernel(
     # residual, y, e: [BLOCK_N, BLOCK_D]
     zero = tl.full([BLOCK_N], 0, dtype=tl.int32) + Q
     for q in range(Q):
-        K = tl.load(table_ptr + q)
-        first_code = tl.load(table_ptr + 2 * Q + q).to(tl.int64)
+        K = tl.load(offsets_ptr + q)
+        first_code = tl.load(offsets_ptr + 2 * Q + q).to(tl.int64)
         if COSINE:
             length = lengths(residual)
             tl.store(lengths_ptr + (start + n) * Q + q, length, mask=in_rows)
@@ -128,7 +128,7 @@ def residual_vq_fwd_kernel(
 @triton.jit(do_not_specialize=["N"])
 def residual_gather_kernel(
     codebook_ptr,  # [sum K, D]
-    table_ptr,  # [5, Q] int32
+    offsets_ptr,  # [5, Q] int32
     mask_ptr,  # [N] bool; read where HAS_MASK
     codes_ptr,  # [N, Q] int64
     zero_ptr,  # [N] int32
@@ -152,7 +152,7 @@ def residual_gather_kernel(
     total = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     for q in range(Q):
         code = tl.load(codes_ptr + (start + n) * Q + q, mask=valid, other=0)
-        chosen = tl.load(table_ptr + 2 * Q + q).to(tl.int64) + tl.where(code < 0, 0, code)
+        chosen = tl.load(offsets_ptr + 2 * Q + q).to(tl.int64) + tl.where(code < 0, 0, code)
         in_tile = (valid & (q < zero))[:, None] & (d < D)[None, :]
         e = tl.load(codebook_ptr + chosen[:, None] * D + d[None, :], mask=in_tile, other=0.0)
         total += tl.where((code < 0)[:, None] & in_tile, float("nan"), e)
@@ -171,7 +171,7 @@ def residual_sum_kernel(
     item_first_ptr,  # [items] int64 first sorted position of the segment
     item_last_ptr,  # [items] int64 one past its last position
     codebook_of_code_ptr,  # [sum K] int64
-    table_ptr,  # [5, Q] int32
+    offsets_ptr,  # [5, Q] int32
     out_ptr,  # [items, D]
     Q,
     D,
@@ -200,7 +200,7 @@ def residual_sum_kernel(
             zero = tl.load(zero_ptr + row, mask=in_segment, other=0)
             for s in range(q):
                 earlier_code = tl.load(codes_ptr + row * Q + s, mask=in_segment, other=0)
-                earlier_code += tl.load(table_ptr + 2 * Q + s).to(tl.int64)
+                earlier_code += tl.load(offsets_ptr + 2 * Q + s).to(tl.int64)
                 nonzero = in_tile & (s < zero)[:, None]
                 value -= tl.load(codebook_ptr + earlier_code[:, None] * D + d[None, :], mask=nonzero, other=0.0)
             if COSINE:
@@ -210,19 +210,12 @@ def residual_sum_kernel(
 
 
 @launches
-def assign(
-    x: Tensor,
-    codebook: Tensor,
-    num_codes: Sequence[int],
-    mask: Tensor | None,
-    cosine: bool,
-    gradient: str,
-    with_sums: bool,
-) -> Result:
+def assign(x: Tensor, codebook: Tensor, stages: Stages, with_sums: bool) -> Result:
     """`reference.assign`."""
+    num_codes, mask, cosine, gradient = stages
     (N, D), Q = x.shape, len(num_codes)
     if D > MAX_DIMS:
-        return triton_stagewise.assign(x, codebook, num_codes, mask, cosine, gradient, with_sums)
+        return triton_stagewise.assign(x, codebook, stages, with_sums)
     layout = CodebookLayout.of(num_codes, [D] * Q)
     x, codebook = rows_of(x), codebook.contiguous()
     codes = torch.empty(N, Q, dtype=torch.int64, device=x.device)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,21 +9,14 @@ from torch import Tensor
 from spinlock_fast.kernels._common.guard import launches
 from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels.residual_vq import reference
-from spinlock_fast.kernels.residual_vq.reference import Result
+from spinlock_fast.kernels.residual_vq.reference import Result, Stages
 from spinlock_fast.kernels.vq_assign import triton_forward as vq_assign
 
 
 @launches
-def assign(
-    x: Tensor,
-    codebook: Tensor,
-    num_codes: Sequence[int],
-    mask: Tensor | None,
-    cosine: bool,
-    gradient: str,
-    with_sums: bool,
-) -> Result:
+def assign(x: Tensor, codebook: Tensor, stages: Stages, with_sums: bool) -> Result:
     """`reference.assign`."""
+    num_codes, mask, cosine, gradient = stages
     residual, quantized, D = x, torch.zeros_like(x), x.shape[1]
     codes, errors, counts, sums = [], [], [], []
     excluded = None if mask is None else ~mask[:, None]

@@ -25,7 +25,7 @@ def vq_assign_bwd_kernel(
     codes_ptr,  # [N, G] int64
     grad_quantized_ptr,  # [N, sum D], row stride grad_stride
     grad_error_ptr,  # [parts, G] float32
-    table_ptr,  # [5, G] int32
+    offsets_ptr,  # [5, G] int32
     grad_z_ptr,  # [N, sum D], the type of z
     N,
     G,
@@ -37,10 +37,11 @@ def vq_assign_bwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """grad_z = J^T grad_quantized + 2 grad_error (z - q)."""
     g = tl.program_id(1)
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    D = tl.load(table_ptr + G + g)
-    first_column = tl.load(table_ptr + 3 * G + g)
+    D = tl.load(offsets_ptr + G + g)
+    first_column = tl.load(offsets_ptr + 3 * G + g)
     part = tl.program_id(0).to(tl.int64) * BLOCK_N // rows_per_part
     grad_error = tl.load(grad_error_ptr + part * G + g)
     in_rows = n < N
@@ -122,22 +123,9 @@ def backward(
         parts = grad_error.shape[0]
         tiles = triton.cdiv(triton.cdiv(N, PART_ROWS), parts)
         vq_assign_bwd_kernel[(triton.cdiv(N, block_n), layout.groups)](
-            z,
-            quantized,
-            codes,
-            grad_quantized,
-            grad_error.contiguous(),
-            codebook_offsets(layout, z.device),
-            grad_z,
-            N,
-            layout.groups,
-            layout.total_dims,
-            z.stride(0),
-            grad_quantized.stride(0),
-            tiles * PART_ROWS if parts > 1 else max(N, block_n),
-            ROTATE=rotation,
-            BLOCK_N=block_n,
-            BLOCK_D=block_d,
+            z, quantized, codes, grad_quantized, grad_error.contiguous(), codebook_offsets(layout, z.device), grad_z, N,
+            layout.groups, layout.total_dims, z.stride(0), grad_quantized.stride(0),
+            tiles * PART_ROWS if parts > 1 else max(N, block_n), ROTATE=rotation, BLOCK_N=block_n, BLOCK_D=block_d,
             num_warps=4,
-        )
+        )  # fmt: skip
     return grad_z

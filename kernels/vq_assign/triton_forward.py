@@ -37,13 +37,19 @@ class AssignConfig:
         # Tiles of 32 codes spill registers on sm_100.
         return cls(PART_ROWS, next_power_of_two(layout.max_codes, 64 if capability >= 100 else 16), block_d=16)
 
+    @property
+    def options(self) -> dict[str, int]:
+        """Keyword arguments of the launch."""
+        tile = {"BLOCK_N": self.block_n, "BLOCK_K": self.block_k, "BLOCK_D": self.block_d}
+        return {**tile, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
 
 @triton.jit(do_not_specialize=["N", "G", "total_codes", "total_dims", "total_entries", "z_stride", "tiles"])
 def vq_assign_fwd_kernel(
     z_ptr,  # [N, sum D], row stride z_stride
     codebook_ptr,  # [sum K D] float32
     mask_ptr,  # [N] bool; read where HAS_MASK
-    table_ptr,  # [5, G] int32, see book_table
+    offsets_ptr,  # [5, G] int32, see `codebook_offsets`
     codes_ptr,  # [N, G] int64
     quantized_ptr,  # [N, sum D] float32
     error_ptr,  # [parts, G] float32
@@ -63,13 +69,14 @@ def vq_assign_fwd_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """code = argmin_k |e_k|^2 - 2 z.e_k, q = e_code; partial sums of |z - q|^2, of rows and of z by code."""
     part = tl.program_id(0)
     g = tl.program_id(1)
-    K = tl.load(table_ptr + g)
-    D = tl.load(table_ptr + G + g)
-    first_code = tl.load(table_ptr + 2 * G + g)
-    first_column = tl.load(table_ptr + 3 * G + g)
-    first_entry = tl.load(table_ptr + 4 * G + g)
+    K = tl.load(offsets_ptr + g)
+    D = tl.load(offsets_ptr + G + g)
+    first_code = tl.load(offsets_ptr + 2 * G + g)
+    first_column = tl.load(offsets_ptr + 3 * G + g)
+    first_entry = tl.load(offsets_ptr + 4 * G + g)
     codebook_ptr += first_entry
     k = tl.arange(0, BLOCK_K)
     counts_out = counts_ptr + part.to(tl.int64) * total_codes + first_code
@@ -159,29 +166,8 @@ def assign(
     if N == 0:
         return quantized, codes, error.zero_(), counts.zero_(), sums.zero_()
     vq_assign_fwd_kernel[(parts, G)](
-        z,
-        codebook,
-        mask if mask is not None else z,
-        codebook_offsets(layout, z.device),
-        codes,
-        quantized,
-        error,
-        counts,
-        sums,
-        N,
-        G,
-        layout.total_codes,
-        layout.total_dims,
-        layout.total_entries,
-        z.stride(0),
-        tiles,
-        HAS_MASK=mask is not None,
-        WITH_SUMS=with_sums,
-        CENTRED=centred,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        BLOCK_D=config.block_d,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+        z, codebook, mask if mask is not None else z, codebook_offsets(layout, z.device), codes, quantized, error,
+        counts, sums, N, G, layout.total_codes, layout.total_dims, layout.total_entries, z.stride(0), tiles,
+        HAS_MASK=mask is not None, WITH_SUMS=with_sums, CENTRED=centred, **config.options,
+    )  # fmt: skip
     return quantized, codes, error, counts, sums

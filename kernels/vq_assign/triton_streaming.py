@@ -42,12 +42,18 @@ class SearchConfig:
             return cls(block_n=128, block_k=128, block_d=32, num_warps=8, num_stages=1)
         return cls(block_n=128, block_k=128, block_d=16, num_warps=8, num_stages=2)
 
+    @property
+    def options(self) -> dict[str, int]:
+        """Keyword arguments of the launch."""
+        tile = {"BLOCK_N": self.block_n, "BLOCK_K": self.block_k, "BLOCK_D": self.block_d}
+        return {**tile, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
 
 @triton.jit(do_not_specialize=["N", "G", "z_stride", "share"])
 def vq_search_fwd_kernel(
     z_ptr,  # [N, sum D], row stride z_stride
     centred_ptr,  # [G, K_pad, D_pad] float32
-    table_ptr,  # [5, G] int32
+    offsets_ptr,  # [5, G] int32
     centres_ptr,  # [sum D]
     norms_ptr,  # [G, K_pad]
     best_ptr,  # [splits, G, N] float32
@@ -64,11 +70,12 @@ def vq_search_fwd_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """code = argmin_k |e_k|^2 - 2 z.e_k over the share of the codes, and its minimum."""
     g = tl.program_id(1)
     split = tl.program_id(2)
-    K = tl.load(table_ptr + g)
-    D = tl.load(table_ptr + G + g)
-    first_column = tl.load(table_ptr + 3 * G + g)
+    K = tl.load(offsets_ptr + g)
+    D = tl.load(offsets_ptr + G + g)
+    first_column = tl.load(offsets_ptr + 3 * G + g)
     if ALIGNED:
         first_column = tl.multiple_of(first_column, 32)
         z_stride = tl.multiple_of(z_stride, 32)
@@ -90,6 +97,7 @@ def vq_search_fwd_kernel(
             d = first + tl.arange(0, BLOCK_D)
             in_tile = in_rows[:, None] if ALIGNED else in_rows[:, None] & (d < D)[None, :]
             z = tl.load(z_tile + ((r * z_stride)[:, None] + d[None, :]), mask=in_tile, other=0.0).to(tl.float32)
+            # z: [BLOCK_N, BLOCK_D]
             if CENTRED:
                 z -= tl.load(centres_ptr + d, mask=d < D, other=0.0)[None, :]
             e = tl.load(e_tile + first + e_offsets)  # [BLOCK_K, BLOCK_D]
@@ -112,7 +120,7 @@ def vq_finish_fwd_kernel(
     z_ptr,  # [N, sum D], row stride z_stride
     codebook_ptr,  # [sum K D] float32
     mask_ptr,  # [N] bool; read where HAS_MASK
-    table_ptr,  # [5, G] int32
+    offsets_ptr,  # [5, G] int32
     best_ptr,  # [splits, G, N] float32
     code_ptr,  # [splits, G, N] int32
     codes_ptr,  # [N, G] int64
@@ -127,10 +135,11 @@ def vq_finish_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """code = argmin over the shares, q = e_code, error = sum |z - q|^2 over the rows of a tile."""
     g = tl.program_id(1)
-    D = tl.load(table_ptr + G + g)
-    first_column = tl.load(table_ptr + 3 * G + g)
-    codebook_ptr += tl.load(table_ptr + 4 * G + g).to(tl.int64)
+    D = tl.load(offsets_ptr + G + g)
+    first_column = tl.load(offsets_ptr + 3 * G + g)
+    codebook_ptr += tl.load(offsets_ptr + 4 * G + g).to(tl.int64)
     start = tl.program_id(0).to(tl.int64) * BLOCK_N
     r = tl.arange(0, BLOCK_N)
     in_rows = r < N - start
@@ -165,9 +174,9 @@ def vq_finish_fwd_kernel(
         with_code = in_tile & valid[:, None]
         z = tl.load(z_tile + ((r * z_stride)[:, None] + d[None, :]), mask=with_code, other=0.0).to(tl.float32)
         q = tl.load(codebook_ptr + (chosen[:, None] + d[None, :]), mask=with_code, other=0.0)
-        tl.store(
-            out_tile + ((r * total_dims)[:, None] + d[None, :]), tl.where(valid[:, None], q, float("nan")), mask=in_tile
-        )
+        # z, q: [BLOCK_N, BLOCK_D]
+        out = tl.where(valid[:, None], q, float("nan"))
+        tl.store(out_tile + ((r * total_dims)[:, None] + d[None, :]), out, mask=in_tile)
         error += tl.sum((z - q) * (z - q), axis=1)
     tl.store(error_ptr + tl.program_id(0).to(tl.int64) * G + g, tl.sum(error, axis=0))
 
@@ -190,25 +199,10 @@ def assign(
     tiles = triton.cdiv(N, block_n)
     error = torch.empty(tiles, G, dtype=torch.float32, device=z.device)
     vq_finish_fwd_kernel[(tiles, G)](
-        z,
-        codebook,
-        mask if mask is not None else z,
-        codebook_offsets(layout, z.device),
-        best,
-        code,
-        codes,
-        quantized,
-        error,
-        N,
-        G,
-        layout.total_dims,
-        z.stride(0),
-        best.shape[0],
-        HAS_MASK=mask is not None,
-        BLOCK_N=block_n,
-        BLOCK_D=32,
-        num_warps=4,
-    )
+        z, codebook, mask if mask is not None else z, codebook_offsets(layout, z.device), best, code, codes, quantized,
+        error, N, G, layout.total_dims, z.stride(0), best.shape[0], HAS_MASK=mask is not None, BLOCK_N=block_n,
+        BLOCK_D=32, num_warps=4,
+    )  # fmt: skip
     if with_sums:
         counts, sums = _accumulate(z, codes, layout)
     else:
@@ -219,7 +213,7 @@ def assign(
 def _search(z: Tensor, codebook: Tensor, layout: CodebookLayout, centred: bool) -> tuple[Tensor, Tensor]:
     """Distances (without |z|^2) and indices [splits, G, N] of the nearest code in each share of the codes."""
     N, G = z.shape[0], layout.groups
-    table = codebook_offsets(layout, z.device)
+    offsets = codebook_offsets(layout, z.device)
     config = SearchConfig.of(compute_capability(z.device))
     tiles = triton.cdiv(N, config.block_n)
     code_tiles = triton.cdiv(layout.max_codes, config.block_k)
@@ -231,38 +225,20 @@ def _search(z: Tensor, codebook: Tensor, layout: CodebookLayout, centred: bool) 
     best = torch.empty(splits, G, N, dtype=torch.float32, device=z.device)
     code = torch.empty(splits, G, N, dtype=torch.int32, device=z.device)
     vq_search_fwd_kernel[(tiles, G, splits)](
-        z,
-        codes,
-        table,
-        centres,
-        norms,
-        best,
-        code,
-        N,
-        G,
-        K_pad,
-        D_pad,
-        z.stride(0),
-        share,
-        CENTRED=centred,
-        ALIGNED=all(d % 32 == 0 for d in layout.dims) and z.stride(0) % 32 == 0,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        BLOCK_D=config.block_d,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+        z, codes, offsets, centres, norms, best, code, N, G, K_pad, D_pad, z.stride(0), share, CENTRED=centred,
+        ALIGNED=all(d % 32 == 0 for d in layout.dims) and z.stride(0) % 32 == 0, **config.options,
+    )  # fmt: skip
     return best, code
 
 
 def _accumulate(z: Tensor, codes: Tensor, layout: CodebookLayout) -> tuple[Tensor, Tensor]:
     """`reference.accumulate` in a fixed order."""
-    index, table = layout.indices(z.device), codebook_offsets(layout, z.device)
+    index, offsets = layout.indices(z.device), codebook_offsets(layout, z.device)
 
     def sum_segments(segments: tuple[Tensor, ...], parts: Tensor, blocks: int, block_r: int, block_d: int) -> None:
         order, code, first, last = segments
         segment_sum_kernel[(len(parts), blocks)](
-            z, order, code, first, last, index.codebook_of_code, table, first, parts, layout.groups, z.stride(0),
+            z, order, code, first, last, index.codebook_of_code, offsets, first, parts, layout.groups, z.stride(0),
             parts.shape[1], len(parts), layout.total_codes, LEVEL=0, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=4,
         )  # fmt: skip
 

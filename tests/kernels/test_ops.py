@@ -189,6 +189,13 @@ def test_profiles_contain_the_operators():
     assert {"spinlock_fast::vq_assign", "spinlock_fast::vq_assign_backward"} <= names
 
 
+@pytest.mark.filterwarnings("ignore")  # torch.jit.trace is deprecated
+def test_traced_graphs_contain_the_operator():
+    z, codebook = helpers.random_group(LAYOUT, 9, seed=0)
+    traced = torch.jit.trace(lambda rows: vq_assign(rows, codebook, LAYOUT).quantized, z)
+    assert "spinlock_fast::vq_assign" in str(traced.graph)
+
+
 def test_backward_passes_support_lazily_negated_gradients():
     grads = []
     for negated in (False, True):
