@@ -17,7 +17,7 @@ ROWS = 512
 # Types of kernel parameters by name. Other names that end in _ptr are float32 pointers, all others int32 numbers.
 _TYPES = {
     **dict.fromkeys(("mask_ptr",), "*i1"),
-    **dict.fromkeys(("table_ptr", "offsets_ptr", "sets_ptr", "code_ptr", "zero_ptr", "splits_ptr"), "*i32"),
+    **dict.fromkeys(("offsets_ptr", "sets_ptr", "code_ptr", "zero_ptr", "splits_ptr"), "*i32"),
     **dict.fromkeys(
         (
             "codes_ptr", "order_ptr", "rows_ptr", "seed_ptr", "item_code_ptr", "item_first_ptr", "item_last_ptr",
@@ -28,7 +28,7 @@ _TYPES = {
     **dict.fromkeys(("moments_ptr",), "*fp64"),
     **dict.fromkeys(
         (
-            "rounding", "x_rounding", "decay", "rest", "one_minus_decay", "epsilon", "idle_share", "factor",
+            "rounding", "x_rounding", "decay", "one_minus_decay", "epsilon", "idle_share", "factor",
             "mixup_scale", "noise_std", "pre_factor", "post_factor", "pre_weight", "scale", "eps", "part_eps",
         ),
         "fp32",

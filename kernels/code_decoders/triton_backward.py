@@ -155,10 +155,10 @@ def code_decoders_bwd_kernel(
     residual_ptr,  # [sum K, F]
     offsets_ptr,  # [5, G] int32
     grad_quantized_ptr,  # [B, sum D]
-    grad_w1_ptr,
-    grad_b1_ptr,
-    grad_w2_ptr,
-    grad_b2_ptr,
+    grad_w1_ptr,  # [sum D, H]
+    grad_b1_ptr,  # [G, H]
+    grad_w2_ptr,  # [G, H, F]
+    grad_b2_ptr,  # [G, F]
     row_tiles,  # row_tiles of rows, 0 where no row's gradient is asked for
     B,
     G,

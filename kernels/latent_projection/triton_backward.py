@@ -19,7 +19,7 @@ from spinlock_fast.kernels.latent_projection.triton_forward import ProjectConfig
 
 @triton.jit
 def _load_part(grad_ptr, part_weight_ptr, normed_ptr, start, m, rows, o, size, first_column, total):
-    """Columns o of a part: where they are inside, their entries_x, gradients before its weights, and its values."""
+    """Columns o of a part: mask, offsets, gradient times the weights of the part, normalised values; [rows, columns]."""
     column = first_column + o
     entries = start * total + ((m * total)[:, None] + column[None, :])
     inside = (m < rows)[:, None] & (o < size)[None, :]
@@ -73,19 +73,19 @@ def project_bwd_rows_kernel(
         all_o = tl.arange(0, BLOCK_O)
         _, _, grads, parts = _load_part(
             grad_ptr, part_weight_ptr, normed_ptr, start, m, rows, all_o, size, first_column, total
-        )
+        )  # [BLOCK_M, BLOCK_O]
         mean = tl.sum(grads, axis=1) / size
         along = tl.sum(grads * parts, axis=1) / size
         for first in range(0, size, BLOCK_K):
             o = first + tl.arange(0, BLOCK_K)
             inside, entries, grad, part = _load_part(
                 grad_ptr, part_weight_ptr, normed_ptr, start, m, rows, o, size, first_column, total
-            )
+            )  # [BLOCK_M, BLOCK_K]
             grad_linear = (grad - mean[:, None] - part * along[:, None]) * deviation[:, None]
             grad_linear = tl.where(inside, grad_linear, 0.0)
             if DROPOUT:
-                kept = dropout_mask(seed_ptr, start + m, first_column + o, threshold)
-                grad_linear = tl.where(kept, grad_linear * scale, 0.0)
+                keep = dropout_mask(seed_ptr, start + m, first_column + o, threshold)
+                grad_linear = tl.where(keep, grad_linear * scale, 0.0)
             tl.store(grad_linear_ptr + entries, grad_linear, mask=inside)
             in_w = (o < size)[:, None] & (e < E)[None, :]
             w = tl.load(w_ptr + first_column.to(tl.int64) * E + ((o * E)[:, None] + e[None, :]), mask=in_w, other=0.0)
@@ -96,7 +96,7 @@ def project_bwd_rows_kernel(
     rstd = tl.load(statistics_ptr + tl.cast(G, tl.int64) * B + group_row + m, mask=m < rows, other=0.0)
     in_x = (m < rows)[:, None] & (e < E)[None, :]
     entries_x = group_row * E + ((m * E)[:, None] + e[None, :])
-    x = tl.load(x_ptr + entries_x, mask=in_x, other=0.0)
+    x = tl.load(x_ptr + entries_x, mask=in_x, other=0.0)  # [BLOCK_M, BLOCK_E]
     normed = tl.where(in_x, (x - mean[:, None]) * rstd[:, None], 0.0)
     grad_normed = grad_y * tl.load(gain_ptr + g * E + e, mask=e < E, other=0.0)[None, :]
     means = tl.sum(grad_normed, axis=1) / E
@@ -117,10 +117,10 @@ def project_bwd_weights_kernel(
     normed_ptr,  # [B, sum n]
     grad_linear_ptr,  # [B, sum n]
     grad_scale_ptr,  # [tiles of outputs, 2, G, E] of gain and shift, partial sums
-    grad_w_ptr,
-    grad_bias_ptr,
-    grad_part_weight_ptr,
-    grad_part_bias_ptr,
+    grad_w_ptr,  # [sum n, E]
+    grad_bias_ptr,  # [sum n]
+    grad_part_weight_ptr,  # [sum n]
+    grad_part_bias_ptr,  # [sum n]
     B,
     G,
     E,

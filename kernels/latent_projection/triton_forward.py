@@ -142,8 +142,7 @@ def project_fwd_kernel(
         x = tl.load(x_ptr + (m * E)[:, None] + e[None, :], mask=in_x, other=0.0)
         gain = tl.load(gain_ptr + g * E + e, mask=e < E, other=0.0)
         shift = tl.load(shift_ptr + g * E + e, mask=e < E, other=0.0)
-        # [BLOCK_M, BLOCK_E]
-        y = (x - mean[:, None]) * rstd[:, None] * gain[None, :] + shift[None, :]
+        y = (x - mean[:, None]) * rstd[:, None] * gain[None, :] + shift[None, :]  # [BLOCK_M, BLOCK_E]
         in_w = (o < size)[:, None] & (e < E)[None, :]
         w = tl.load(w_ptr + (o * E)[:, None] + e[None, :], mask=in_w, other=0.0)  # [BLOCK_O, BLOCK_E]
         out = tl.dot(y, tl.trans(w), out, input_precision=PRECISION)
