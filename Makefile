@@ -93,7 +93,7 @@ bench: $(READY)
 # One build per sanitizer; the tests of the C++ code do not use Python.
 sanitize: $(READY)
 	for kind in address,undefined thread; do \
-		$(BIN)/cmake -S tests/native -B build/sanitize-$$kind -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+		$(BIN)/cmake -S tests/native -B build/sanitize-$$kind -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
 			-DSANITIZE=$$kind -DLIBDEFLATE_SOURCE_DIR=$(LIBDEFLATE) >/dev/null && \
 		$(BIN)/cmake --build build/sanitize-$$kind && \
 		$(BIN)/ctest --test-dir build/sanitize-$$kind --output-on-failure || exit 1; \
@@ -106,7 +106,7 @@ FUZZ_SECONDS ?= 600
 fuzz: $(READY)
 	@command -v $(CLANGXX) >/dev/null || \
 		{ echo "clang is needed: apt-get install clang; or make CLANG=clang-14 CLANGXX=clang++-14 fuzz"; exit 1; }
-	$(BIN)/cmake -S tests/native -B build/fuzz -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DFUZZ=ON \
+	$(BIN)/cmake -S tests/native -B build/fuzz -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DFUZZ=ON \
 		-DCMAKE_C_COMPILER=$(CLANG) -DCMAKE_CXX_COMPILER=$(CLANGXX) -DSANITIZE=address,undefined -DLIBDEFLATE_SOURCE_DIR=$(LIBDEFLATE) >/dev/null
 	$(BIN)/cmake --build build/fuzz --target fuzz_decoder
 	mkdir -p build/fuzz/corpus
@@ -125,7 +125,7 @@ wheel: $(READY)
 	rm -rf build/wheel
 	$(BIN)/python -m build --wheel --no-isolation --outdir build/wheel . \
 		-Cbuild-dir=build/wheel/cmake -Ccmake.define.LIBDEFLATE_SOURCE_DIR=$(LIBDEFLATE)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m auditwheel repair --wheel-dir $(DIST) build/wheel/*.whl
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --wheel-dir $(DIST) build/wheel/*.whl
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers import write_dataset
 
 import spinlock_fast
 
@@ -59,7 +60,7 @@ def test_wheel_installs_and_trains(tmp_path: Path) -> None:
     home = checked_run(python, "-c", "import spinlock_fast; print(spinlock_fast.__file__)", **options)
     assert Path(home.strip()).is_relative_to(site)
     command = tmp_path / "venv/bin/spinlock-fast"
-    checked_run(command, "generate", "--operators", "64", "--output", "data.h5", **options)
+    write_dataset(tmp_path / "data.h5", 200, seed=0)
     settings = ["--set", "dataset_path=data.h5", "--set", "training.num_epochs=2"]
     checked_run(command, "train", ROOT / "configs/quickstart.yaml", *settings, "--output", "model", **options)
     assert (tmp_path / "model/best_model.pt").exists()
