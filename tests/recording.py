@@ -108,8 +108,8 @@ def _replay(calls: Sequence[tuple[Any, tuple[Any, ...], Mapping[str, Any], Any]]
 def record(step: TrainingStep, kind: StepKind, count: int) -> Callable[[], object]:
     """Records the operations of `count` steps, backward passes included, and returns a function that repeats them.
 
-    As in a captured CUDA graph, Python decides once, and operations read and write the memory of the recording. Recording
-    runs the steps; parameters, buffers and the random state are restored afterwards.
+    As in a captured CUDA graph, Python decides once, and operations read and write the memory of the recording.
+    Recording runs the steps; parameters, buffers and the random state are restored afterwards.
     """
     tensors = lasting_tensors(step)
     del tensors["x"]  # no step changes rows; a row feed may replace them
