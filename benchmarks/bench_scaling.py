@@ -37,7 +37,7 @@ from timing import exponent, peak_memory, percentiles, time_calls, write
 
 from spinlock_fast.benchmark import SEED_FEATURES, step_seconds, training_run
 from spinlock_fast.device import resolve_device
-from spinlock_fast.kernels.layout import CodebookLayout
+from spinlock_fast.kernels._common.layout import CodebookLayout
 
 WIDTH, CODES = 990, 16  # of the codebooks axis: summed over codebooks, and of each
 LEVELS = 3  # codebooks of a category

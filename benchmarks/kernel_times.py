@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from timing import peak_memory, time_calls, time_graph, write
 
-from spinlock_fast.kernels.backend import resolve_backend
+from spinlock_fast.kernels._common.backend import resolve_backend
+from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels.ema_update import ema_update
-from spinlock_fast.kernels.layout import CodebookLayout
 from spinlock_fast.kernels.vq_assign import vq_assign
 from spinlock_fast.quantize import resolve_levels
 

@@ -22,9 +22,17 @@ from typing import Any
 from spinlock_fast.kernels._compile_report.launch import KernelLaunch
 
 CAPABILITIES = (80, 90, 100)
-OPERATIONS = ("augment", "adam", "topo_loss", "code_decoders", "grouped_mlp", "input_projection")
-# Modules whose launches have not moved to `_compile_report`.
-_OTHERS = ("vq_assign.triton", "vq_assign.streamed", "residual_vq.triton", "ema_update.triton")
+OPERATIONS = (
+    "vq_assign",
+    "residual_vq",
+    "ema_update",
+    "augment",
+    "adam",
+    "topo_loss",
+    "code_decoders",
+    "grouped_mlp",
+    "input_projection",
+)
 # H100 SXM data sheet: bytes per second, operations per second.
 _MEMORY, _FLOAT32, _TF32 = 3.35e12, 67e12, 495e12
 
@@ -34,8 +42,6 @@ def launches(capability: int) -> list[KernelLaunch]:
     found: list[KernelLaunch] = []
     for name in OPERATIONS:
         found += importlib.import_module(f"spinlock_fast.kernels._compile_report.{name}").launches(capability)
-    for name in _OTHERS:
-        found += importlib.import_module(f"spinlock_fast.kernels.{name}").specimens(capability)
     return found
 
 

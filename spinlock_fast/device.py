@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from spinlock_fast.errors import ConfigError
-from spinlock_fast.kernels.backend import resolve_backend
+from spinlock_fast.kernels._common.backend import resolve_backend
 
 
 def resolve_device(name: str) -> torch.device:

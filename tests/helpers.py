@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from spinlock_fast.kernels.layout import CodebookLayout
+from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.training.step import StepKind, TrainingStep
 from spinlock_fast.training.trainer import Trainer
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from spinlock_fast.kernels.layout import CodebookLayout
+from spinlock_fast.kernels._common.layout import CodebookLayout
 
 
 def test_a_data_set_has_the_schema_of_the_specification(tmp_path):

@@ -39,7 +39,7 @@ def test_an_original_checkpoint_converts_to_the_same_tokens() -> None:
         codes = model.quantizer.lookup(torch.cat([ours, tokens])).double()
         # Squared distances of both choices; a token may differ where float32 does not tell them apart: |e|^2 - 2 z.e
         # is rounded like |z|^2 + |e|^2, which may be tens of thousands of times the distance.
-        book = model.quantizer.layout.indices(torch.device("cpu")).column_book
+        book = model.quantizer.layout.indices(torch.device("cpu")).codebook_of_column
         square = (torch.cat([latents, latents]) - codes).square()
         by_book = torch.zeros(2 * len(x), model.num_codebooks, dtype=torch.float64)
         ours_d, theirs_d = by_book.index_add(1, book, square).chunk(2)

@@ -1,1 +1,1 @@
-"""What all operators share: checks of their arguments, the current device, derivatives of higher order."""
+"""Shared by all operators: argument checks, streams, cached tables, layouts, higher-order derivatives."""

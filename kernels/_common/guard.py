@@ -1,4 +1,4 @@
-"""Checks at the entry of every operator: shapes, types, one device. And the device that kernels are launched on."""
+"""Argument checks of all operators (shapes, types, one device), and the current CUDA device of kernel launches."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from spinlock_fast.kernels.layout import CodebookLayout
+from spinlock_fast.kernels._common.layout import CodebookLayout
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Kind(NamedTuple):
-    """Types that an argument may have."""
+    """Data types that an argument may have, and their name in messages."""
 
     name: str
     dtypes: frozenset[torch.dtype]
@@ -29,27 +29,27 @@ _INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.
     torch.uint64,
 }
 FLOAT = Kind("floating point", _FLOATS)
-SAME = Kind("of one type", _FLOATS)  # that of the first argument that says so; autocast makes them one
+SAME = Kind("of one type", _FLOATS)  # all such arguments have one type, unless autocast converts them
 INDEX = Kind("int64", frozenset({torch.int64}))
 INTEGER = Kind("an integer type", _INTEGERS)
 REAL = Kind("a number type", _FLOATS | _INTEGERS)
 BOOL = Kind("bool", frozenset({torch.bool}))
 
-# A size is a number, or a name that stands for the same number in all arguments of one call.
+# A size is a number, or a name that has the same value in all arguments of one call.
 Size = int | str
 Argument = tuple[str, Tensor | None, tuple[Size, ...], Kind]
 
 
 def check(operator: str, *arguments: Argument) -> None:
-    """Raises unless all arguments fit an operator and each other.
+    """Checks the arguments of an operator.
 
     Args:
-        operator: its name, for messages.
-        arguments: name, tensor (None passes), expected sizes, and types of each.
+        operator: name of the operator, for messages.
+        arguments: name, tensor (None is accepted), expected shape and allowed types of each argument.
 
     Raises:
-        TypeError: no tensor, or of another type.
-        ValueError: another shape or layout, or tensors on different devices.
+        TypeError: an argument is not a tensor, or has a type that is not allowed.
+        ValueError: an argument has another shape or memory layout, or arguments lie on different devices.
     """
     device = dtype = None
     sizes: dict[str, int] = {}
@@ -59,10 +59,9 @@ def check(operator: str, *arguments: Argument) -> None:
             continue
         if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
             _refuse(operator, argument, arguments)
-        found = tensor.shape
-        if tensor.dtype not in kind.dtypes or len(found) != len(shape):
+        if tensor.dtype not in kind.dtypes or len(tensor.shape) != len(shape):
             _refuse(operator, argument, arguments)
-        for size, expected in zip(found, shape, strict=True):
+        for size, expected in zip(tensor.shape, shape, strict=True):
             if isinstance(expected, str):
                 if sizes.setdefault(expected, size) != size:
                     _refuse(operator, argument, arguments)
@@ -80,42 +79,41 @@ def check(operator: str, *arguments: Argument) -> None:
 
 
 def _refuse(operator: str, argument: Argument, arguments: Sequence[Argument]) -> None:
-    """Raises what is wrong with one argument."""
+    """Raises the error of one argument."""
     name, tensor, shape, kind = argument
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{operator}: {name} must be a tensor, got {type(tensor).__name__}")
     if tensor.layout is not torch.strided:
         raise ValueError(f"{operator}: {name} must be a dense tensor, got {tensor.layout}")
-    sizes: dict[str, int] = {}  # that earlier arguments have fixed
-    for _, given, names, _ in arguments[: next(i for i, other in enumerate(arguments) if other is argument)]:
-        if given is not None:
-            sizes.update({name: size for name, size in zip(names, given.shape, strict=True) if isinstance(name, str)})
-    wanted = [str(sizes.get(size, size) if isinstance(size, str) else size) for size in shape]
-    expected = f"[{', '.join(wanted)}]"
+    sizes: dict[str, int] = {}  # fixed by earlier arguments
+    for _, earlier, names, _ in arguments[: next(i for i, other in enumerate(arguments) if other is argument)]:
+        if earlier is not None:
+            sizes.update({name: n for name, n in zip(names, earlier.shape, strict=True) if isinstance(name, str)})
+    expected = f"[{', '.join(str(sizes.get(size, size) if isinstance(size, str) else size) for size in shape)}]"
     if tensor.dtype not in kind.dtypes:
         raise TypeError(f"{operator}: {name} must be {expected} {kind.name}, got {list(tensor.shape)} {tensor.dtype}")
     raise ValueError(f"{operator}: {name} must be {expected}, got {list(tensor.shape)}")
 
 
-def _given(arguments: Iterable[Argument]) -> list[tuple[str, Tensor, Kind]]:
+def _tensors(arguments: Iterable[Argument]) -> list[tuple[str, Tensor, Kind]]:
     return [(name, tensor, kind) for name, tensor, _, kind in arguments if isinstance(tensor, Tensor)]
 
 
 def _refuse_devices(operator: str, arguments: Iterable[Argument]) -> None:
-    (first, a, _), *rest = _given(arguments)
+    (first, a, _), *rest = _tensors(arguments)
     name, b = next((name, tensor) for name, tensor, _ in rest if tensor.device != a.device)
     places = f"{first} on {a.device} and {name} on {b.device}"
     raise ValueError(f"{operator}: all tensors must be on one device, got {places}")
 
 
 def _refuse_types(operator: str, arguments: Iterable[Argument]) -> None:
-    (first, a), *rest = [(name, tensor) for name, tensor, kind in _given(arguments) if kind is SAME]
+    (first, a), *rest = [(name, tensor) for name, tensor, kind in _tensors(arguments) if kind is SAME]
     name, b = next((name, tensor) for name, tensor in rest if tensor.dtype != a.dtype)
     raise TypeError(f"{operator}: {name} must be of the type of {first}, {a.dtype}, got {b.dtype}")
 
 
 def check_dense(name: str, x: Tensor) -> None:
-    """Raises TypeError unless x is a tensor, ValueError unless it is a dense one: before anything reads its shape."""
+    """Raises TypeError unless x is a tensor, ValueError unless it is dense. For use before its shape is read."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.layout is not torch.strided:
@@ -123,9 +121,9 @@ def check_dense(name: str, x: Tensor) -> None:
 
 
 def check_codes(operator: str, codes: Tensor, layout: CodebookLayout) -> None:
-    """Raises IndexError where codes [N, G] lie outside their codebooks; -1 stands for none.
+    """Raises IndexError if codes [N, G] lie outside their codebooks; -1 is allowed and means no code.
 
-    Values are read on a CPU alone: elsewhere that would wait for the device.
+    Values are checked on the CPU only, since reading them elsewhere is a host synchronisation.
     """
     if type(codes) is not Tensor or not codes.is_cpu or torch.compiler.is_compiling() or is_traced():
         return
@@ -145,19 +143,19 @@ def check_rate(operator: str, dropout: float) -> None:
 
 
 def is_traced() -> bool:
-    """Whether a dispatch mode or a transform of torch.func sees operators: values cannot be read then."""
+    """Whether a dispatch mode or a torch.func transform is active, so that values cannot be read."""
     return torch._C._len_torch_dispatch_stack() != 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def rows_of(matrix: Tensor) -> Tensor:
-    """A matrix whose columns lie side by side; rows may be any distance apart."""
+    """The matrix, copied unless its columns have stride 1; rows may have any stride."""
     return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
 
 
 def device_guard(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes a CUDA device the current one for a while; nothing where it is already, or on a CPU.
+    """Makes a CUDA device the current one; a null context if it is already, or for a CPU.
 
-    Kernels of Triton are launched on the current device, whatever device their tensors are on.
+    Triton launches kernels on the current device, whatever device their tensors are on.
     """
     return nullcontext() if _is_current(device) else torch.cuda.device(device)
 
@@ -167,7 +165,7 @@ def _is_current(device: torch.device) -> bool:
 
 
 def launches(function: Function) -> Function:
-    """A function that launches kernels on the device of the first tensor among its arguments."""
+    """Decorator: the function launches kernels on the device of its first tensor argument."""
 
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Arithmetic whose rounding does not depend on the number of threads."""
+"""CPU arithmetic whose rounding does not depend on the number of threads."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ import torch
 
 @contextmanager
 def single_thread(device: torch.device) -> Iterator[None]:
-    """Operations of the CPU run on one thread meanwhile, so that its sums have one order, whatever the machine.
+    """Runs CPU operations on one thread, so that sums have the same order on every machine.
 
-    Products and decompositions of the linear algebra libraries split their sums by threads. What follows from them is
-    the start of a training, or its end, of which the last bit makes other weights. Nothing happens where the
-    arithmetic is that of another device.
+    Linear algebra libraries split the sums of products and decompositions by threads. A different last bit in the
+    initialisation leads training to different weights. No effect for other devices.
 
     Args:
-        device: where the operands lie.
+        device: of the operands.
     """
     threads = torch.get_num_threads()
     if device.type != "cpu" or threads == 1:

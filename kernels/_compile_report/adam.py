@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from spinlock_fast.kernels._compile_report.launch import KernelLaunch
-from spinlock_fast.kernels.adam.triton import adam_kernel, launch_options
+from spinlock_fast.kernels.adam.triton_update import adam_kernel, launch_options
 
 
 def launches(capability: int) -> list[KernelLaunch]:

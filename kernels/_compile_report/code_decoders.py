@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from spinlock_fast.kernels._compile_report.launch import CATEGORY_SIZES, LAYOUT, ROWS, KernelLaunch
-from spinlock_fast.kernels.code_decoders.triton import DecoderConfig, code_decoders_bwd_kernel, code_decoders_fwd_kernel
+from spinlock_fast.kernels.code_decoders.triton_backward import code_decoders_bwd_kernel
+from spinlock_fast.kernels.code_decoders.triton_forward import DecoderConfig, code_decoders_fwd_kernel
 
 
 def launches(capability: int) -> list[KernelLaunch]:
@@ -12,7 +13,7 @@ def launches(capability: int) -> list[KernelLaunch]:
     config = DecoderConfig.of(LAYOUT, H)
     shape = f"{B} rows, {F} features, {G} codebooks"
     parameters = D * H + G * H * F
-    inner = codes * (H + 2 * F)  # hidden, decoded, off
+    inner = codes * (H + 2 * F)  # hidden, decoded, residual
     return [
         KernelLaunch.of(
             code_decoders_fwd_kernel, shape, config.forward,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from spinlock_fast.kernels._common.ragged import Ragged
 from spinlock_fast.kernels._compile_report.launch import LAYOUT, ROWS, KernelLaunch, tf32_passes
 from spinlock_fast.kernels.grouped_mlp.projection import (
     ProjectConfig,
@@ -11,7 +12,6 @@ from spinlock_fast.kernels.grouped_mlp.projection import (
     project_bwd_weights_kernel,
     project_fwd_kernel,
 )
-from spinlock_fast.kernels.grouped_mlp.ragged import Ragged
 
 
 def launches(capability: int) -> list[KernelLaunch]:

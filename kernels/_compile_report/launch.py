@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from spinlock_fast.kernels.layout import CodebookLayout
+from spinlock_fast.kernels._common.layout import CodebookLayout
 
 # The 33 codebooks of the 100K run, the features of its 11 categories (three codebooks each), and its batch size.
 _CODES = "15 7 6 28 14 7 24 13 6 24 12 6 32 17 8 32 16 8 28 15 7 20 11 6 24 12 6 24 13 6 20 11 6"
@@ -17,11 +17,11 @@ ROWS = 512
 # Types of kernel parameters by name. Other names that end in _ptr are float32 pointers, all others int32 numbers.
 _TYPES = {
     **dict.fromkeys(("mask_ptr",), "*i1"),
-    **dict.fromkeys(("table_ptr", "code_ptr", "zero_ptr", "splits_ptr"), "*i32"),
+    **dict.fromkeys(("table_ptr", "offsets_ptr", "sets_ptr", "code_ptr", "zero_ptr", "splits_ptr"), "*i32"),
     **dict.fromkeys(
         (
             "codes_ptr", "order_ptr", "rows_ptr", "seed_ptr", "item_code_ptr", "item_first_ptr", "item_last_ptr",
-            "code_book_ptr", "first_entries_ptr", "addresses_ptr",
+            "codebook_of_code_ptr", "first_entries_ptr", "addresses_ptr",
         ),
         "*i64",
     ),

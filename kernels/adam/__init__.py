@@ -1,1 +1,1 @@
-"""The update of all parameters by Adam, in one launch."""
+"""Adam for all parameters of a model in one launch."""

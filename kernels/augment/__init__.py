@@ -1,4 +1,4 @@
-"""Rows of a batch, mixed with each other and with noise."""
+"""Mixup and noise for the rows of a batch."""
 
 from spinlock_fast.kernels.augment.op import augmented_rows
 

@@ -1,4 +1,4 @@
-"""Decoders that see one code each, evaluated once per code instead of once per row."""
+"""Partial decoders, which reconstruct the features from one codebook each: evaluated once per code, not per row."""
 
 from spinlock_fast.kernels.code_decoders.op import code_statistics, decode_codes, partial_loss
 from spinlock_fast.kernels.code_decoders.reference import Decoders

@@ -1,14 +1,14 @@
-"""The mathematics of the partial decoders in plain PyTorch, differentiated by autograd.
+"""The partial decoders in plain PyTorch, differentiated by autograd.
 
 Decoder g reconstructs the features from codebook g alone: P_g(e) = relu(e W1_g + b1_g) W2_g + b2_g. The loss is the
 mean over codebooks, rows and features of (P_g(e_g) - x)^2.
 
-Rows with one code have one P. With n_k rows, and the mean m_k of their x, at code k
+Rows with the same code have the same P. Let n_k be the number of rows of code k, and m_k the mean of their x. Then
 
     sum_b |P(e_k(b)) - x_b|^2  =  sum_k n_k |P_k - m_k|^2  +  sum_b |x_b - m_k(b)|^2,
 
-where the second sum does not depend on the decoders. So dP_k = 2 n_k (P_k - m_k), a row per code; the gradient of
-a row's code is ((P_k - x_b) W2^T * relu'_k) W1^T.
+where the second sum does not depend on the decoders. Hence dP_k = 2 n_k (P_k - m_k), one row per code; the gradient of
+the code of row b is ((P_k - x_b) W2^T * relu'_k) W1^T.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from spinlock_fast.kernels._common.higher_order import gradients
-from spinlock_fast.kernels.layout import CodebookLayout
+from spinlock_fast.kernels._common.layout import CodebookLayout
 
 
 class Decoders(NamedTuple):
-    """Parameters of G decoders."""
+    """Parameters of the G partial decoders."""
 
     w1: Tensor  # [sum D, H] a row per latent dimension
     b1: Tensor  # [G, H]
@@ -55,26 +55,25 @@ def loss_of_codes(x: Tensor, quantized: Tensor, codes: Tensor, decoders: Decoder
     return loss.masked_fill(((codes < 0) | (codes >= sizes)).any(), torch.nan)
 
 
-def gradients_of_loss(
+def loss_gradients(
     x: Tensor,
     codes: Tensor,
     inputs: Sequence[Tensor],
     layout: CodebookLayout,
     grads: Sequence[Tensor],
     needed: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
-    """What the backward pass of an implementation returns, for it to be differentiated again.
+) -> list[Tensor | None]:
+    """Gradients of `loss_of_codes` that can be differentiated again.
 
     Args:
         x: [B, F].
         codes: [B, G].
         inputs: quantized, w1, b1, w2, b2.
-        grads: of the loss, one.
-        needed: whether the gradient is asked for of x, quantized, codes, codebook, w1, b1, w2, b2 and the layout.
+        grads: gradient of the loss.
+        needed: whether the gradient of each input is needed.
     """
 
     def formula(quantized: Tensor, *parameters: Tensor) -> Tensor:
         return loss_of_codes(x, quantized, codes, Decoders(*parameters), layout)
 
-    of_quantized, *of_parameters = gradients(formula, inputs, grads, [needed[1], *needed[4:8]])
-    return None, of_quantized, None, None, *of_parameters, None
+    return gradients(formula, inputs, grads, needed)

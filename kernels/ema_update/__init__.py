@@ -1,11 +1,5 @@
-"""Moving-average update of all codebooks of a group, usage figures, dead-code reset."""
+"""Moving-average update of all codebooks of a group, usage statistics, dead-code reset."""
 
-from spinlock_fast.kernels.ema_update.op import (
-    code_usage,
-    ema_update,
-    perplexity,
-    reset_dead_codes,
-    utilization,
-)
+from spinlock_fast.kernels.ema_update.op import code_usage, ema_update, reset_dead_codes
 
-__all__ = ["code_usage", "ema_update", "perplexity", "reset_dead_codes", "utilization"]
+__all__ = ["code_usage", "ema_update", "reset_dead_codes"]

@@ -1,16 +1,18 @@
-"""What callers use: the update in place, and usage figures. The operator of `torch.library`."""
+"""Moving-average update in place, usage statistics and dead-code reset: argument checks, operator, implementation."""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from spinlock_fast.kernels._common.backend import resolve_backend
 from spinlock_fast.kernels._common.guard import FLOAT, REAL, check
-from spinlock_fast.kernels.backend import resolve_backend
+from spinlock_fast.kernels._common.layout import CodebookLayout
+from spinlock_fast.kernels._common.operator import operator
 from spinlock_fast.kernels.ema_update import reference
-from spinlock_fast.kernels.layout import CodebookLayout
 
 
 @torch.no_grad()
@@ -28,12 +30,19 @@ def ema_update(
     usage: Tensor | None = None,
     backend: str = "auto",
 ) -> None:
-    """`reference.ema_update`, written into codebook, cluster_size and code_sum.
+    """Moving-average update of all codebooks, see `reference.ema_update`; changes them in place.
 
     Args:
-        counts: [sum K] rows of this batch, or parts of them [P, sum K].
-        sums: [sum K D] latent sums of this batch, or parts of them [P, sum K D].
-        usage: [sum K] int64 counts of a window; grows by `counts`.
+        codebook: [sum K D] code vectors.
+        cluster_size: [sum K] moving counts.
+        code_sum: [sum K D] moving sums.
+        counts: [sum K] rows of this batch, or partial sums [P, sum K].
+        sums: [sum K D] latent sums of this batch, or partial sums [P, sum K D].
+        layout: sizes of the group.
+        decay: of the moving averages.
+        smoothing: of the moving counts, "none" or "laplace".
+        epsilon: of Laplace smoothing.
+        usage: [sum K] int64 accumulated counts, increased by `counts`.
         backend: "auto", "triton" or "reference", see `resolve_backend`.
     """
     E, K = layout.total_entries, layout.total_codes
@@ -50,37 +59,22 @@ def ema_update(
     if smoothing not in ("none", "laplace"):
         raise ValueError(f"ema_update: smoothing must be none or laplace, got {smoothing!r}")
     if not counts.is_floating_point() or counts.dtype != codebook.dtype == torch.float32:
-        counts, sums = counts.float(), sums.float()  # the kernels read float32 alone
-    torch.ops.spinlock_fast.ema_update(
-        codebook,
-        cluster_size,
-        code_sum,
-        usage,
-        counts if counts.ndim == 2 else counts[None],
-        sums if sums.ndim == 2 else sums[None],
-        layout.num_codes,
-        layout.dims,
-        decay,
-        smoothing == "laplace",
-        epsilon,
-        _backend(backend, codebook, cluster_size, code_sum, counts, sums),
-    )
+        counts, sums = counts.float(), sums.float()  # the kernels read float32 only
+    state = codebook, cluster_size, code_sum
+    # The Triton kernels update float32 codes only; "auto" leaves other types to the reference.
+    narrow = all(tensor.dtype == torch.float32 for tensor in (*state, counts, sums))
+    backend = "reference" if backend == "auto" and not narrow else resolve_backend(backend, *state, counts, sums)
+    counts = counts if counts.ndim == 2 else counts[None]
+    sums = sums if sums.ndim == 2 else sums[None]
+    sizes = layout.num_codes, layout.dims
+    _ema_update(*state, usage, counts, sums, *sizes, decay, smoothing == "laplace", epsilon, backend)
 
 
-def _backend(name: str, *tensors: Tensor) -> str:
-    # The kernels move float32 codes alone.
-    narrow = all(tensor.dtype == torch.float32 for tensor in tensors)
-    return "reference" if name == "auto" and not narrow else resolve_backend(name, *tensors)
+def _fake(*_: Any) -> None:
+    return None
 
 
-torch.library.define(
-    "spinlock_fast::ema_update",
-    "(Tensor(a!) codebook, Tensor(b!) cluster_size, Tensor(c!) code_sum, Tensor(d!)? usage, Tensor counts, Tensor sums,"
-    " int[] num_codes, int[] dims, float decay, bool laplace, float epsilon, str backend) -> ()",
-)
-
-
-@torch.library.impl("spinlock_fast::ema_update", "default")
+@operator("ema_update", fake=_fake, mutates=("codebook", "cluster_size", "code_sum", "usage"))
 def _ema_update(
     codebook: Tensor,
     cluster_size: Tensor,
@@ -88,8 +82,8 @@ def _ema_update(
     usage: Tensor | None,
     counts: Tensor,
     sums: Tensor,
-    num_codes: list[int],
-    dims: list[int],
+    num_codes: Sequence[int],
+    dims: Sequence[int],
     decay: float,
     laplace: bool,
     epsilon: float,
@@ -97,60 +91,39 @@ def _ema_update(
 ) -> None:
     layout = CodebookLayout.cached(tuple(num_codes), tuple(dims))
     if backend == "triton":
-        from spinlock_fast.kernels.ema_update import triton
+        from spinlock_fast.kernels.ema_update import triton_update
 
-        # The kernels write where they read: strided tensors are copied there and back.
-        state = [codebook, cluster_size, code_sum, *([] if usage is None else [usage])]
-        dense = [tensor.contiguous() for tensor in state]
-        used = None if usage is None else dense[3]
-        share = reference.IDLE_SHARE
-        triton.ema_update(dense[0], dense[1], dense[2], used, counts, sums, layout, decay, laplace, epsilon, share)
-        for target, value in zip(state, dense, strict=True):
-            if value is not target:
+        # The kernels update contiguous memory in place: strided tensors are copied there and back.
+        dense = codebook.contiguous(), cluster_size.contiguous(), code_sum.contiguous()
+        dense_usage = None if usage is None else usage.contiguous()
+        triton_update.ema_update(*dense, dense_usage, counts, sums, layout, decay, laplace, epsilon)
+        for target, value in zip((codebook, cluster_size, code_sum, usage), (*dense, dense_usage), strict=True):
+            if target is not None and value is not None and value is not target:
                 target.copy_(value)
         return
     smoothing: Literal["none", "laplace"] = "laplace" if laplace else "none"
     counts, sums = counts.sum(0), sums.sum(0)
     codes, n, s = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (codebook, cluster_size, code_sum))
-    new = reference.ema_update(codes, n, s, counts, sums, layout, decay, smoothing, epsilon)
-    for target, value in zip((codebook, cluster_size, code_sum), new, strict=True):
+    updated = reference.ema_update(codes, n, s, counts, sums, layout, decay, smoothing, epsilon)
+    for target, value in zip((codebook, cluster_size, code_sum), updated, strict=True):
         target.copy_(value)
     if usage is not None:
         usage += counts.to(usage.dtype)
 
 
-def _fake_ema_update(*arguments: object) -> None:
-    return None
-
-
-torch.library.register_fake("spinlock_fast::ema_update", _fake_ema_update)
-
-
 def code_usage(counts: Tensor, layout: CodebookLayout, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """Utilization and perplexity [G] of counts [sum K]."""
-    _check_counts("code_usage", counts, layout)
+    """Utilization and perplexity [G] of the codebooks, from the counts [sum K] of their codes.
+
+    Utilization is the share of codes with a count above 0. Perplexity is exp of the entropy of the counts, between 1
+    and K_g; 0 where all counts are 0.
+    """
+    check("code_usage", ("counts", counts, (layout.total_codes,), REAL))
     counts = counts.float() if counts.dtype.itemsize < 4 else counts
     if resolve_backend(backend, counts) == "triton":
-        from spinlock_fast.kernels.ema_update import triton
+        from spinlock_fast.kernels.ema_update import triton_update
 
-        return triton.code_usage(counts, layout)
-    return reference.utilization(counts, layout), reference.perplexity(counts, layout)
-
-
-def utilization(counts: Tensor, layout: CodebookLayout) -> Tensor:
-    """[G] share of codes with a count above zero."""
-    _check_counts("utilization", counts, layout)
-    return reference.utilization(counts, layout)
-
-
-def perplexity(counts: Tensor, layout: CodebookLayout) -> Tensor:
-    """[G] exp of the entropy of the counts, between 1 and K_g; 0 where nothing was counted."""
-    _check_counts("perplexity", counts, layout)
-    return reference.perplexity(counts, layout)
-
-
-def _check_counts(operator: str, counts: Tensor, layout: CodebookLayout) -> None:
-    check(operator, ("counts", counts, (layout.total_codes,), REAL))
+        return triton_update.code_usage(counts, layout)
+    return reference.code_usage(counts, layout)
 
 
 @torch.no_grad()
@@ -166,7 +139,11 @@ def reset_dead_codes(
     noise: float = 0.1,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """`reference.reset_dead_codes` in place; returns the replaced codes per codebook [G]."""
+    """Replaces dead codes in place, see `reference.reset_dead_codes`.
+
+    Returns:
+        [G] number of replaced codes of each codebook.
+    """
     E, K = layout.total_entries, layout.total_codes
     check(
         "reset_dead_codes",
@@ -177,9 +154,9 @@ def reset_dead_codes(
     )
     if strategy not in ("perturb", "sample"):
         raise ValueError(f"reset_dead_codes: strategy must be perturb or sample, got {strategy!r}")
-    *new, replaced = reference.reset_dead_codes(
+    *updated, replaced = reference.reset_dead_codes(
         codebook, cluster_size, code_sum, layout, threshold, strategy, max_fraction, latents, noise, generator
     )
-    for target, value in zip((codebook, cluster_size, code_sum), new, strict=True):
+    for target, value in zip((codebook, cluster_size, code_sum), updated, strict=True):
         target.copy_(value)
     return replaced

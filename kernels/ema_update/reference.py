@@ -1,4 +1,4 @@
-"""The mathematics of the codebook update in plain PyTorch. No function waits for the device."""
+"""The codebook update by moving averages in plain PyTorch, without host synchronisation."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from spinlock_fast.kernels.layout import CodebookLayout
+from spinlock_fast.kernels._common.layout import CodebookLayout
 
-# A code moves while its moving count is above this share of its codebook's mean count.
+# Without smoothing, a code is updated while its moving count exceeds this share of the mean count of its codebook.
 IDLE_SHARE = 1e-5
 
 
-def sum_by_book(values: Tensor, layout: CodebookLayout) -> Tensor:
+def sum_by_codebook(values: Tensor, layout: CodebookLayout) -> Tensor:
     """[sum K] -> [G]."""
     index = layout.indices(values.device)
-    return values.new_zeros(layout.groups).index_add_(0, index.code_book, values)
+    return values.new_zeros(layout.groups).index_add_(0, index.codebook_of_code, values)
 
 
 def ema_update(
@@ -33,9 +33,9 @@ def ema_update(
     """New codebook, cluster_size and code_sum.
 
     n <- decay n + (1 - decay) counts; s <- decay s + (1 - decay) sums; e_k = s_k / n_k.
-    With smoothing "none", e_k stays where n_k <= 1e-5 sum(n) / K: an idle code does not move.
-    With "laplace", n_k <- (n_k + epsilon) / (sum(n) + K epsilon) sum(n) first (van den Oord et al.
-    2017, appendix A.1). A codebook to which no row was assigned is returned unchanged.
+    With smoothing "none", e_k is kept where n_k <= 1e-5 sum(n) / K. With "laplace",
+    n_k <- (n_k + epsilon) / (sum(n) + K epsilon) sum(n) first (van den Oord et al. 2017, appendix A.1).
+    A codebook to which no row was assigned is returned unchanged.
 
     Args:
         codebook: [sum K D].
@@ -45,35 +45,34 @@ def ema_update(
         sums: [sum K D] latent sums of this batch.
     """
     index = layout.indices(codebook.device)
-    active = (sum_by_book(counts, layout) > 0)[index.code_book]  # [sum K]
+    active = (sum_by_codebook(counts, layout) > 0)[index.codebook_of_code]  # [sum K]
     n = torch.where(active, decay * cluster_size + (1.0 - decay) * counts, cluster_size)
-    active_entry = active[index.entry_code]
+    active_entry = active[index.code_of_entry]
     s = torch.where(active_entry, decay * code_sum + (1.0 - decay) * sums, code_sum)
-    total = sum_by_book(n, layout)[index.code_book]
-    K = index.num_codes[index.code_book].to(n.dtype)
+    total = sum_by_codebook(n, layout)[index.codebook_of_code]
+    K = index.num_codes[index.codebook_of_code].to(n.dtype)
     if smoothing == "laplace":
         n = torch.where(active, (n + epsilon) / (total + K * epsilon) * total, n)
-        moves = active
+        updated = active
     else:
-        moves = active & (n > IDLE_SHARE * total / K)
-    n_entry = torch.where(moves, n, 1.0)[index.entry_code]
-    new = torch.where(moves[index.entry_code], s / n_entry, codebook)
+        updated = active & (n > IDLE_SHARE * total / K)
+    n_entry = torch.where(updated, n, 1.0)[index.code_of_entry]
+    new = torch.where(updated[index.code_of_entry], s / n_entry, codebook)
     return new, n, s
 
 
-def utilization(counts: Tensor, layout: CodebookLayout) -> Tensor:
-    """[G] share of codes with a count above zero."""
-    return sum_by_book((counts > 0).to(torch.float32), layout) / layout.indices(counts.device).num_codes
+def code_usage(counts: Tensor, layout: CodebookLayout) -> tuple[Tensor, Tensor]:
+    """Utilization [G]: share of codes with n_k > 0. Perplexity [G]: exp(-sum_k p_k log p_k), p_k = n_k / sum(n).
 
-
-def perplexity(counts: Tensor, layout: CodebookLayout) -> Tensor:
-    """[G] exp of the entropy of the counts, between 1 and K_g; 0 where nothing was counted."""
+    Perplexity lies between 1 and K_g; it is 0 where all counts are 0.
+    """
     index = layout.indices(counts.device)
+    utilization = sum_by_codebook((counts > 0).to(torch.float32), layout) / index.num_codes
     counts = counts.to(torch.float64)
-    total = sum_by_book(counts, layout)
-    share = counts / total.clamp(min=torch.finfo(total.dtype).tiny)[index.code_book]
-    entropy = sum_by_book(-torch.xlogy(share, share), layout)
-    return torch.where(total > 0, entropy.exp(), 0.0).to(torch.float32)
+    total = sum_by_codebook(counts, layout)
+    share = counts / total.clamp(min=torch.finfo(total.dtype).tiny)[index.codebook_of_code]
+    entropy = sum_by_codebook(-torch.xlogy(share, share), layout)
+    return utilization, torch.where(total > 0, entropy.exp(), 0.0).to(torch.float32)
 
 
 def reset_dead_codes(
@@ -88,13 +87,13 @@ def reset_dead_codes(
     noise: float,
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Replaces codes that are hardly used.
+    """Replaces dead codes.
 
-    Dead are codes with n_k < threshold * mean(n) of their codebook; the least used first, at most
+    A code is dead if n_k < threshold * mean(n) of its codebook. The least used are replaced first, at most
     floor(max_fraction * K_g). The i-th dead code becomes
 
-    - "perturb": the code of i-th highest usage (starting over after the last that is not dead) plus
-      Gaussian noise of `noise` times the spread (standard deviation per dimension) of the codebook's codes;
+    - "perturb": the live code of i-th highest usage (cyclically) plus Gaussian noise with `noise` times the standard
+      deviation per dimension of the codebook's codes;
     - "sample": a random finite row of `latents`.
 
     Then n_k = mean(n) and s_k = n_k e_k.
@@ -118,31 +117,31 @@ def reset_dead_codes(
     if strategy == "perturb":
         last = index.num_codes.to(torch.int64)[:, None] - 1
         live = (index.code_mask & (n >= threshold * mean)).sum(1, keepdim=True).clamp(min=1)
-        source = order.gather(1, (last - rank % live).clamp(min=0))  # i-th least used <- i-th most used, in turn
+        source = order.gather(1, (last - rank % live).clamp(min=0))  # i-th least used <- i-th most used, cyclically
         centre = codes.sum(1, keepdim=True) / sizes[:, :, None]
         inside = index.code_mask[:, :, None]
         spread = (((codes - centre).square() * inside).sum(1, keepdim=True) / sizes[:, :, None]).sqrt()
         random = torch.randn(codes.shape, dtype=codes.dtype, device=codes.device, generator=generator)
-        fresh = codes.gather(1, source[:, :, None].expand_as(codes)) + noise * spread * random
+        replacement = codes.gather(1, source[:, :, None].expand_as(codes)) + noise * spread * random
     else:
         if latents is None:
             raise ValueError('strategy "sample" needs latents')
-        fresh, available = _sample_rows(latents, layout, generator)
+        replacement, available = _sample_rows(latents, layout, generator)
         dead = dead & available
     n_new = torch.where(dead, mean, n)
-    codes_new = torch.where(dead[:, :, None], fresh, codes)
+    codes_new = torch.where(dead[:, :, None], replacement, codes)
     packed_dead = dead.flatten()[index.packed_codes]
-    new = torch.where(packed_dead[index.entry_code], layout.pack_codebook(codes_new), codebook)
+    new = torch.where(packed_dead[index.code_of_entry], layout.pack_codebook(codes_new), codebook)
     new_n = n_new.flatten()[index.packed_codes]
-    new_s = torch.where(packed_dead[index.entry_code], new * new_n[index.entry_code], code_sum)
+    new_s = torch.where(packed_dead[index.code_of_entry], new * new_n[index.code_of_entry], code_sum)
     return new, new_n, new_s, dead.sum(1)
 
 
 def _sample_rows(latents: Tensor, layout: CodebookLayout, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """[G, K_max, D_max] random finite rows of each codebook's latents, and [G, 1] whether there are any."""
+    """[G, K_max, D_max] random finite rows of each codebook's latents, and [G, 1] whether a finite row exists."""
     if latents.shape[0] == 0:
-        nothing = latents.new_zeros(layout.groups, layout.max_codes, layout.max_dims)
-        return nothing, torch.zeros(layout.groups, 1, dtype=torch.bool, device=latents.device)
+        zeros = latents.new_zeros(layout.groups, layout.max_codes, layout.max_dims)
+        return zeros, torch.zeros(layout.groups, 1, dtype=torch.bool, device=latents.device)
     padded = layout.pad_columns(latents)  # [G, N, D_max]
     finite = torch.isfinite(padded).all(-1)
     score = torch.rand(finite.shape, dtype=torch.float32, device=latents.device, generator=generator).masked_fill(
@@ -151,7 +150,7 @@ def _sample_rows(latents: Tensor, layout: CodebookLayout, generator: torch.Gener
     top = score.topk(min(layout.max_codes, latents.shape[0]), dim=1).indices  # distinct rows
     repeats = -(-layout.max_codes // max(top.shape[1], 1))
     top = top.repeat(1, repeats)[:, : layout.max_codes]
-    # Where fewer rows are finite than codes are wanted, the best row serves again.
+    # With fewer finite rows than codes, the first row is repeated.
     top = torch.where(finite.gather(1, top), top, top[:, :1])
     rows = padded.gather(1, top[:, :, None].expand(-1, -1, layout.max_dims))
     return rows, finite.any(1, keepdim=True)

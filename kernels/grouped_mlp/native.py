@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from spinlock_fast.kernels._common.higher_order import gradients, needs_graph
-from spinlock_fast.kernels.grouped_mlp.ragged import Ragged
+from spinlock_fast.kernels._common.native import address, draw_seed, library, operand
+from spinlock_fast.kernels._common.ragged import Ragged
 from spinlock_fast.kernels.grouped_mlp.reference import mlp_gradients, ragged_layer_norm, scaled_output_linear
-from spinlock_fast.kernels.native import address, draw_seed, library, operand
 
 
 class GroupedMLP(torch.autograd.Function):

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spinlock_fast.kernels._common.backend import Backend, runs_triton
 from spinlock_fast.kernels._common.guard import FLOAT, SAME, check, check_rate
 from spinlock_fast.kernels._common.higher_order import gradients, in_transform, needs_graph
-from spinlock_fast.kernels.backend import Backend, runs_triton
+from spinlock_fast.kernels._common.native import native_supports
+from spinlock_fast.kernels._common.ragged import Ragged
 from spinlock_fast.kernels.grouped_mlp import native, reference
-from spinlock_fast.kernels.grouped_mlp.ragged import Ragged
-from spinlock_fast.kernels.native import serves
 
 
 def grouped_mlp(
@@ -54,7 +54,7 @@ def grouped_mlp(
         keep = None if kept is None else torch.nn.functional.dropout(kept, dropout)
         return reference.grouped_mlp(x, w1, b1, w2, b2, inputs.sizes, keep)
     function: type[torch.autograd.Function] = _GroupedMLP
-    if backend == "auto" and serves(x, w1, b1, w2, b2):
+    if backend == "auto" and native_supports(x, w1, b1, w2, b2):
         function = native.GroupedMLP
     elif runs_triton(backend, x, w1, b1, w2, b2):
         from spinlock_fast.kernels.grouped_mlp import triton
@@ -126,7 +126,7 @@ def scaled_output_linear(
     )
     if in_transform():
         return reference.scaled_output_linear(x, gain, shift, weight, bias, outputs.sizes)
-    function = native.ScaledOutputLinear if serves(x, gain, shift, weight, bias) else _ScaledOutputLinear
+    function = native.ScaledOutputLinear if native_supports(x, gain, shift, weight, bias) else _ScaledOutputLinear
     out: Tensor = function.apply(x, gain, shift, weight, bias, outputs)  # type: ignore[no-untyped-call]
     return out
 
@@ -209,7 +209,7 @@ def project(
     check_rate("project", dropout)
     if parts.total != n:
         raise ValueError(f"project: parts must add up to the {n} outputs, got {parts.total}")
-    in_parts = in_transform() or (backend == "auto" and serves(*tensors))
+    in_parts = in_transform() or (backend == "auto" and native_supports(*tensors))
     if not in_parts and runs_triton(backend, *tensors):
         from spinlock_fast.kernels.grouped_mlp import projection
 
@@ -228,7 +228,7 @@ def normalize_(x: Tensor, eps: float = 1e-5) -> Tensor:
     check("normalize_", ("x", x, tuple(x.shape), FLOAT))
     # Autograd lets nobody overwrite a leaf, nor a view by a function of two results.
     own = x.is_contiguous() and not x._is_view() and not (x.requires_grad and x.is_leaf)
-    if own and not in_transform() and serves(x):
+    if own and not in_transform() and native_supports(x):
         out: Tensor = native.Normalize.apply(x, eps)[0]  # type: ignore[no-untyped-call]
         return out
     return reference.normalize(x, eps)
@@ -245,7 +245,7 @@ def ragged_layer_norm(
     check("ragged_layer_norm", ("x", x, ("B", n), FLOAT), ("weight", weight, (n,), FLOAT), ("bias", bias, (n,), FLOAT))
     check_rate("ragged_layer_norm", dropout)
     out: Tensor
-    if not in_transform() and serves(x, weight, bias):
+    if not in_transform() and native_supports(x, weight, bias):
         out = native.RaggedLayerNorm.apply(x, weight, bias, segments, eps, dropout)  # type: ignore[no-untyped-call]
         return out
     x = torch.nn.functional.dropout(x, dropout)

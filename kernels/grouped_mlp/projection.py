@@ -18,9 +18,10 @@ from torch.autograd.function import once_differentiable
 
 from spinlock_fast.kernels._common.guard import launches
 from spinlock_fast.kernels._common.higher_order import gradients, needs_graph
-from spinlock_fast.kernels._triton.tables import power_of_two
+from spinlock_fast.kernels._common.launch_sizes import next_power_of_two
+from spinlock_fast.kernels._common.ragged import Ragged
+from spinlock_fast.kernels._common.streams import defer
 from spinlock_fast.kernels.grouped_mlp import reference
-from spinlock_fast.kernels.grouped_mlp.ragged import Ragged
 from spinlock_fast.kernels.grouped_mlp.triton import (
     draw_seed,
     drop_below,
@@ -29,7 +30,6 @@ from spinlock_fast.kernels.grouped_mlp.triton import (
     offset_table,
     tf32_or_exact,
 )
-from spinlock_fast.kernels.streams import later
 
 # Columns of a part and of an embedding that a program can hold without spills: both, or few of one.
 _COLUMNS_AT_MOST = 256
@@ -47,8 +47,8 @@ class ProjectConfig:
 
     @classmethod
     def of(cls, columns: int, outputs: Ragged, parts: Ragged, precision: str) -> ProjectConfig:
-        part, group = power_of_two(parts.widest, 16), min(64, power_of_two(outputs.widest, 16))
-        return cls(power_of_two(columns, 16), part, group, precision)
+        part, group = next_power_of_two(parts.widest, 16), min(64, next_power_of_two(outputs.widest, 16))
+        return cls(next_power_of_two(columns, 16), part, group, precision)
 
     @property
     def forward(self) -> dict[str, Any]:
@@ -419,12 +419,12 @@ def _project_gradients(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         of_gain, of_shift = of_scale.sum(0) if tiles > 1 else of_scale[0]
         return of_gain, of_shift, of_weight, of_bias, of_part_weight, of_part_bias
 
-    return of_x, *later(of_parameters, [grad, x, statistics, normed, of_linear]), *[None] * 5
+    return of_x, *defer(of_parameters, [grad, x, statistics, normed, of_linear]), *[None] * 5
 
 
 def fits(x: Tensor, outputs: Ragged, parts: Ragged) -> bool:
     """Whether `Project` serves: groups made of whole parts, and rows and parts that a program can hold."""
     ends = set(accumulate(parts.sizes))
     whole = parts.total == outputs.total and ends.issuperset(accumulate(outputs.sizes)) and min(outputs.sizes) > 0
-    part, columns = power_of_two(parts.widest, 16), power_of_two(x.shape[-1], 16)
+    part, columns = next_power_of_two(parts.widest, 16), next_power_of_two(x.shape[-1], 16)
     return whole and (max(part, columns) <= _COLUMNS_AT_MOST or (part <= 64 and part * columns <= _WEIGHTS_AT_MOST))

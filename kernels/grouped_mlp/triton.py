@@ -17,12 +17,12 @@ from torch import Tensor
 
 from spinlock_fast.kernels._common.guard import launches, rows_of
 from spinlock_fast.kernels._common.higher_order import needs_graph
-from spinlock_fast.kernels._triton.tables import check_offsets
-from spinlock_fast.kernels.grouped_mlp.ragged import Ragged
+from spinlock_fast.kernels._common.launch_sizes import check_int32_offsets
+from spinlock_fast.kernels._common.precision import cuda_matmul
+from spinlock_fast.kernels._common.ragged import Ragged
+from spinlock_fast.kernels._common.streams import defer
+from spinlock_fast.kernels._common.table_cache import TableCache
 from spinlock_fast.kernels.grouped_mlp.reference import mlp_gradients
-from spinlock_fast.kernels.precision import cuda_matmul
-from spinlock_fast.kernels.streams import later
-from spinlock_fast.kernels.table_cache import TableCache
 
 _PROGRAMS = 128  # what fills a device: below it, tiles are small
 
@@ -324,7 +324,7 @@ class GroupedMLP(torch.autograd.Function):
         (G, H, _), B = w2.shape, x.shape[0]
         x = rows_of(x)
         w1, b1 = _dense(w1), b1.contiguous()
-        check_offsets("the weights of a network", max(w1.numel(), w2[0].numel()))
+        check_int32_offsets("the weights of a network", max(w1.numel(), w2[0].numel()))
         seed = draw_seed(x.device) if dropout > 0.0 else x
         hidden = torch.empty(G, B, H, dtype=x.dtype, device=x.device)
         precision = tf32_or_exact()
@@ -357,7 +357,7 @@ class GroupedMLP(torch.autograd.Function):
         # Before cuBLAS, which warns in a thread of autograd where nothing has been launched yet.
         of_hidden = _grouped_product(grad, w2.transpose(1, 2), ctx.precision, hidden=hidden, scale=ctx.scale)
         with cuda_matmul(tf32=ctx.precision == "tf32"):
-            of_w2, of_b2 = later(of_second, [grad, hidden])
+            of_w2, of_b2 = defer(of_second, [grad, hidden])
         of_x, of_w1, of_b1 = _of_first(x, w1, of_hidden, ctx.inputs, ctx.precision, ctx.needs_input_grad[0])
         return of_x, of_w1, of_b1, of_w2, of_b2, None, None
 

@@ -1,7 +1,7 @@
-"""The mathematics of residual quantization in plain PyTorch (Zeghidour et al. 2021, algorithm 1).
+"""Residual quantization in plain PyTorch (Zeghidour et al. 2021, algorithm 1).
 
 Stage q quantizes y_q = r_q (or r_q / |r_q| where `cosine`) to its nearest code e_q, and r_{q+1} = r_q - e_q, r_0 = x.
-Nearest is the least |y - e|^2, or the greatest y.e where `cosine`; of equally near codes the first.
+Nearest is argmin_k |y - e_k|^2, or argmax_k y.e_k where `cosine`; ties go to the lowest index.
 """
 
 from __future__ import annotations
@@ -11,13 +11,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from spinlock_fast.kernels.export import exporting
+from spinlock_fast.kernels._common.export import exporting
+from spinlock_fast.kernels._common.rotation import rotate
 
-# Lengths are taken to be at least this.
-SHORT = 1e-6
-# Distances are formed for so many rows at a time that this many numbers exist at once.
-_DISTANCES_AT_ONCE = 1 << 22
+# Lengths are clamped to at least this.
+MIN_LENGTH = 1e-6
+# Rows are processed in blocks of at most this many distances, which bounds memory.
+_MAX_DISTANCES = 1 << 22
+# Gradients of the output, and their numbers in the native and Triton kernels.
+GRADIENTS = {"none": 0, "straight_through": 1, "rotation": 2}
 
+# quantized [N, D], codes [N, Q], squared errors [Q], counts [sum K], sums [sum K, D]
 Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -34,24 +38,21 @@ def assign(
 
     The last two are empty without `with_sums`.
     """
-    residual, valid = x, None if mask is None else mask[:, None]
+    residual, excluded = x, None if mask is None else ~mask[:, None]
     quantized = torch.zeros_like(x)
     codes, errors, counts, sums = [], [], [], []
-    for book in codebook.split(list(num_codes)):
+    for stage_codebook in codebook.split(list(num_codes)):
         y = unit(residual) if cosine else residual
-        code = nearest(y, book, cosine)
+        code = nearest(y, stage_codebook, cosine)
         if mask is not None:
             code = code.masked_fill(~mask, -1)
-        e = book[code.clamp(min=0)].masked_fill((code < 0)[:, None], torch.nan)
-        off = (y - e).square()
-        errors.append((off if valid is None else off.masked_fill(~valid, 0.0)).sum())
+        e = code_vectors(stage_codebook, code)
+        errors.append(exclude((y - e).square(), excluded).sum())
         if with_sums:
-            n, s = tally(y, code, len(book))
-            counts.append(n)
-            sums.append(s)
-        value = e if valid is None else e.masked_fill(~valid, 0.0)
-        if gradient == "rotation":
-            value = value.masked_fill((residual == 0).all(1, keepdim=True), 0.0)  # as R 0 is
+            stage_counts, stage_sums = tally(y, code, len(stage_codebook))
+            counts.append(stage_counts)
+            sums.append(stage_sums)
+        value = stage_output(exclude(e, excluded), residual, gradient)
         quantized = quantized + value
         residual = residual - value
         codes.append(code)
@@ -75,32 +76,31 @@ def backward(
     cosine: bool,
     gradient: str,
 ) -> Tensor:
-    """[N, D] the gradient of x: each stage passes that of its output on, and pulls its input to its code.
+    """[N, D] gradient with respect to x: the sum over stages of J_q^T grad + 2 grad_errors_q (y_q - e_q).
 
-    What a stage leaves over has the gradient of what it was given: its code counts as a constant.
+    J_q is zero, the identity or the scaled rotation of the stage. Codes are constants, so the gradient with respect to
+    a residual is also the gradient with respect to x.
     """
-    total, residual = torch.zeros_like(x), x
-    for q, book in enumerate(codebook.split(list(num_codes))):
-        code = codes[:, q]
-        e = book[code.clamp(min=0)].masked_fill((code < 0)[:, None], torch.nan)
+    grad_x, residual = torch.zeros_like(x), x
+    for q, stage_codebook in enumerate(codebook.split(list(num_codes))):
+        e = code_vectors(stage_codebook, codes[:, q])
         norm = lengths(residual) if cosine else torch.ones_like(residual[:, :1])
         y = residual / norm
         if gradient == "rotation":
-            of_y = rotate_back(grad, y, e)
+            y_unit, e_unit, bisector = _directions(y, e)
+            grad_y = rotate(grad, lengths(e) / lengths(y), e_unit, y_unit, bisector)
         else:
-            of_y = grad if gradient == "straight_through" else torch.zeros_like(grad)
-        of_y = of_y + 2.0 * grad_errors[q] * (y - e)
+            grad_y = grad if gradient == "straight_through" else torch.zeros_like(grad)
+        grad_y = grad_y + 2.0 * grad_errors[q] * (y - e)
         if cosine:
-            along = (of_y * y).sum(1, keepdim=True)
-            of_y = of_y - torch.where(norm > SHORT, along, 0.0) * y
-        total = total + of_y / norm
-        if gradient == "rotation":
-            e = e.masked_fill((residual == 0).all(1, keepdim=True), 0.0)
-        residual = residual - e
-    return total if mask is None else total.masked_fill(~mask[:, None], 0.0)
+            along = (grad_y * y).sum(1, keepdim=True)
+            grad_y = grad_y - torch.where(norm > MIN_LENGTH, along, 0.0) * y
+        grad_x = grad_x + grad_y / norm
+        residual = residual - stage_output(e, residual, gradient)
+    return exclude(grad_x, None if mask is None else ~mask[:, None])
 
 
-def passed_on(
+def surrogate(
     x: Tensor,
     codebook: Tensor,
     codes: Tensor,
@@ -109,48 +109,58 @@ def passed_on(
     cosine: bool,
     gradient: str,
 ) -> tuple[Tensor, Tensor]:
-    """quantized [N, D] and squared errors [Q] of `assign` as functions of x; codes count as constants.
+    """quantized [N, D] and squared errors [Q] of `assign` as differentiable functions of x.
 
-    Plain operations: autograd differentiates them any number of times, torch.func transforms them. `backward` is the
-    gradient of this.
+    Codes are constants. All operations are PyTorch's own, so autograd differentiates them any number of times and
+    torch.func transforms them. `backward` is the gradient of this function.
     """
-    hidden = None if mask is None else ~mask[:, None]
-    residual, total = x, torch.zeros_like(x)
+    excluded = None if mask is None else ~mask[:, None]
+    residual, quantized = x, torch.zeros_like(x)
     errors = []
-    for q, book in enumerate(codebook.detach().split(list(num_codes))):
-        code = codes[:, q]
-        e = book[code.clamp(min=0)].masked_fill((code < 0)[:, None], torch.nan)
-        e = e if hidden is None else e.masked_fill(hidden, 0.0)
+    for q, stage_codebook in enumerate(codebook.detach().split(list(num_codes))):
+        e = exclude(code_vectors(stage_codebook, codes[:, q]), excluded)
         y = unit(residual) if cosine else residual
-        off, value, passed = y - e, e, y
-        if gradient == "rotation":
-            passed = _rotated(y, e)
-            value = e.masked_fill((residual == 0).all(1, keepdim=True), 0.0)  # as R 0 is
-        extra = passed - passed.detach()
-        if hidden is not None:
-            off, extra = off.masked_fill(hidden, 0.0), extra.masked_fill(hidden, 0.0)
-        errors.append(off.square().sum())
-        total = total + (value if gradient == "none" else value + extra)
+        errors.append(exclude(y - e, excluded).square().sum())
+        value = stage_output(e, residual, gradient)
+        quantized = quantized + value
+        if gradient != "none":
+            estimate = rotate_to(y, e) if gradient == "rotation" else y
+            quantized = quantized + exclude(estimate - estimate.detach(), excluded)
         residual = residual - value
-    return total, torch.stack(errors)
+    return quantized, torch.stack(errors)
 
 
-def nearest(y: Tensor, book: Tensor, cosine: bool) -> Tensor:
-    """[N] int64 nearest row of book [K, D] to each row of y [N, D]; -1 where y is not finite."""
+def code_vectors(codebook: Tensor, code: Tensor) -> Tensor:
+    """[N, D] rows of the codebook, NaN where the code is -1."""
+    return codebook[code.clamp(min=0)].masked_fill((code < 0)[:, None], torch.nan)
+
+
+def exclude(rows: Tensor, excluded: Tensor | None) -> Tensor:
+    """Rows with zeros where `excluded` [N, 1] is True."""
+    return rows if excluded is None else rows.masked_fill(excluded, 0.0)
+
+
+def stage_output(e: Tensor, residual: Tensor, gradient: str) -> Tensor:
+    """Output of a stage: its code, but 0 for a residual of 0 under the rotation trick, since R 0 = 0."""
+    return e.masked_fill((residual == 0).all(1, keepdim=True), 0.0) if gradient == "rotation" else e
+
+
+def nearest(y: Tensor, codebook: Tensor, cosine: bool) -> Tensor:
+    """[N] int64 nearest row of codebook [K, D] to each row of y [N, D]; -1 where y is not finite."""
     if cosine:
-        moved, norms = y, torch.zeros_like(book[:, 0])
-    else:  # distances between points about their middle lose less to rounding
-        centre = book.nan_to_num(0.0, 0.0, 0.0).mean(0)
-        moved, book = y - centre, book - centre
-        norms = book.square().sum(1)
-    # In blocks, except in an exported graph, which serves any number of rows.
-    blocks = [moved] if exporting() else moved.split(max(1, _DISTANCES_AT_ONCE // book.shape[0]))
-    found = [torch.addmm(norms, block, book.T, alpha=-2.0).nan_to_num(torch.inf).argmin(1) for block in blocks]
-    return torch.cat(found).masked_fill(~torch.isfinite(moved).all(1), -1)
+        centred, norms = y, torch.zeros_like(codebook[:, 0])
+    else:  # distances between centred vectors lose less to rounding
+        centre = codebook.nan_to_num(0.0, 0.0, 0.0).mean(0)
+        centred, codebook = y - centre, codebook - centre
+        norms = codebook.square().sum(1)
+    # An exported graph has one block for any number of rows.
+    blocks = [centred] if exporting() else centred.split(max(1, _MAX_DISTANCES // codebook.shape[0]))
+    codes = [torch.addmm(norms, block, codebook.T, alpha=-2.0).nan_to_num(torch.inf).argmin(1) for block in blocks]
+    return torch.cat(codes).masked_fill(~torch.isfinite(centred).all(1), -1)
 
 
 def tally(y: Tensor, codes: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Rows of each code [K] and their sums [K, D]; a code of -1 counts nowhere."""
+    """Number of rows of each code [K] and sums of these rows [K, D]; rows with code -1 are left out."""
     target = torch.where(codes < 0, size, codes)
     counts = y.new_zeros(size + 1).index_add_(0, target, torch.ones_like(y[:, 0]))
     sums = y.new_zeros(size + 1, y.shape[1]).index_add_(0, target, y)
@@ -158,28 +168,24 @@ def tally(y: Tensor, codes: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def lengths(x: Tensor) -> Tensor:
-    """[N, 1]."""
+    """[N, 1] Euclidean norms, at least MIN_LENGTH."""
     norms: Tensor = x.norm(dim=-1, keepdim=True)
-    return norms.clamp(min=SHORT)
+    return norms.clamp(min=MIN_LENGTH)
 
 
 def unit(x: Tensor) -> Tensor:
+    """x / |x| along the last dimension."""
     return x / lengths(x)
 
 
-def _rotated(y: Tensor, e: Tensor) -> Tensor:
-    """|e| / |y| R y, where rotation and lengths count as constants; `rotate_back` is its gradient."""
-    y_unit, e_unit, size = unit(y.detach()), unit(e), lengths(e) / lengths(y.detach())
-    between = unit(y_unit + e_unit)
-    along, back = (y * between).sum(-1, keepdim=True), (y * y_unit).sum(-1, keepdim=True)
-    turned: Tensor = size * (y - 2.0 * along * between + 2.0 * back * e_unit)
-    return turned
-
-
-def rotate_back(grad: Tensor, y: Tensor, e: Tensor) -> Tensor:
-    """|e| / |y| R^T grad, where the rotation R carries y to the direction of e (arXiv 2410.06424, section 4.2)."""
+def _directions(y: Tensor, e: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Unit vectors of y and e, and their bisector."""
     y_unit, e_unit = unit(y), unit(e)
-    between = unit(y_unit + e_unit)
-    along, back = (grad * between).sum(-1, keepdim=True), (grad * e_unit).sum(-1, keepdim=True)
-    turned: Tensor = lengths(e) / lengths(y) * (grad - 2.0 * along * between + 2.0 * back * y_unit)
-    return turned
+    return y_unit, e_unit, unit(y_unit + e_unit)
+
+
+def rotate_to(source: Tensor, target: Tensor) -> Tensor:
+    """`target` with the gradient of the rotation and scaling that carry `source` to it (arXiv 2410.06424)."""
+    fixed_source, fixed_target = source.detach(), target.detach()
+    scale = lengths(fixed_target) / lengths(fixed_source)
+    return rotate(source, scale, *_directions(fixed_source, fixed_target))

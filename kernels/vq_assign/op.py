@@ -1,7 +1,8 @@
-"""What callers use: assignment with or without gradient, lookup. The operators of `torch.library`."""
+"""Nearest-code assignment, its gradient and code lookup: argument checks, operators, choice of implementation."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,25 +10,24 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from spinlock_fast.kernels._common.backend import resolve_backend
+from spinlock_fast.kernels._common.export import exporting
 from spinlock_fast.kernels._common.guard import BOOL, FLOAT, INTEGER, check
 from spinlock_fast.kernels._common.higher_order import gradients, in_transform, needs_graph
-from spinlock_fast.kernels.backend import resolve_backend
-from spinlock_fast.kernels.export import exporting
-from spinlock_fast.kernels.layout import CodebookLayout
-from spinlock_fast.kernels.native import serves
-from spinlock_fast.kernels.precision import full_float32
-from spinlock_fast.kernels.vq_assign import native, reference
-
-# Codebooks up to this size are held whole in a tile by the kernels.
-MAX_TILE_CODES = 64
+from spinlock_fast.kernels._common.layout import CodebookLayout
+from spinlock_fast.kernels._common.native import native_supports
+from spinlock_fast.kernels._common.operator import operator
+from spinlock_fast.kernels._common.precision import full_float32, no_autocast
+from spinlock_fast.kernels.vq_assign import cpu, reference
+from spinlock_fast.kernels.vq_assign.reference import Result
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """Nearest codes of a batch and what training needs of them.
+    """Nearest codes of a batch, and the sums over rows that training needs.
 
-    Errors, counts and sums come in parts, one for each run of rows that a program adds up; adding the
-    parts in their order gives the same bits each time. `squared_error`, `counts` and `sums` do so.
+    Errors, counts and sums are stored as partial sums, one for each block of rows, and added in a fixed order by
+    `squared_error`, `counts` and `sums`, so that results are the same bits in every run.
     """
 
     codes: Tensor  # [N, G] int64, -1 where masked or not finite
@@ -71,19 +71,19 @@ def vq_assign(
 
     Args:
         z: [N, sum D] latents; rows may be strided.
-        codebook: [sum K D] code vectors, computed with as float32, or as float64 where they or z are. They take no
-            gradient here.
+        codebook: [sum K D] code vectors, converted to float32, or to float64 where they or z are. They receive no
+            gradient.
         layout: sizes of the group.
-        mask: [N] bool; rows that are False take no part (code -1, zeros, no gradient).
-        centred: subtract each codebook's mean code first: exact far from the origin, see
-            `reference.nearest_codes`.
-        gradient: how `quantized` passes its gradient to z (Bengio et al. 2013, or arXiv 2410.06424);
-            squared_error then carries its own. None: nothing is differentiable.
+        mask: [N] bool; False excludes a row (code -1, zeros, no gradient).
+        centred: subtract the mean code of each codebook first, which keeps distances accurate far from the origin,
+            see `reference.nearest_codes`.
+        gradient: gradient of `quantized` with respect to z: straight-through (Bengio et al. 2013) or rotation trick
+            (arXiv 2410.06424); `squared_error` then has its own gradient. None: results are not differentiable.
         with_sums: False leaves counts and sums empty.
         backend: "auto", "triton" or "reference", see `resolve_backend`.
 
     Raises:
-        TypeError: an argument of another type.
+        TypeError: an argument has the wrong type.
         ValueError: z, codebook or mask do not fit the layout, or lie on different devices.
     """
     check(
@@ -94,184 +94,117 @@ def vq_assign(
     )
     if gradient not in (None, "straight_through", "rotation"):
         raise ValueError(f"vq_assign: gradient must be straight_through, rotation or None, got {gradient!r}")
-    mask = None if mask is None else mask.contiguous()  # kernels step through it one by one
+    mask = None if mask is None else mask.contiguous()  # kernels read it with stride 1
     wide = torch.float64 if z.dtype == torch.float64 else torch.float32
     codebook = codebook.detach().to(torch.promote_types(codebook.dtype, wide))
-    z = z.detach() if gradient is None else z
-    if gradient is None and exporting():
-        codes, quantized, *parts = reference.assign(z, codebook, layout, mask, centred, with_sums)
-        return Assignment(codes, quantized, *parts)
-    if in_transform():
-        return _in_plain_torch(z, codebook, layout, mask, centred, with_sums, gradient)
-    found = torch.ops.spinlock_fast.vq_assign(
-        z,
-        codebook,
-        layout.num_codes,
-        layout.dims,
-        mask,
-        centred,
-        with_sums,
-        gradient == "rotation",
-        resolve_backend(backend, codebook, z),
+    rotation = gradient == "rotation"
+    if gradient is None:
+        z = z.detach()
+    if in_transform() or (gradient is None and exporting()):
+        rows = z if gradient is None else z.detach()
+        quantized, codes, error, counts, sums = reference.assign(rows, codebook, layout, mask, centred, with_sums)
+        if gradient is not None:
+            quantized, error = reference.surrogate(z, quantized, codes, layout, rotation)
+        return Assignment(codes, quantized, error, counts, sums)
+    backend = resolve_backend(backend, codebook, z)
+    quantized, codes, error, counts, sums = _assign(
+        z, codebook, layout.num_codes, layout.dims, mask, centred, with_sums, rotation, backend
     )
-    quantized, codes, error, counts, sums = found
-    if mask is not None:  # the operator gives NaN for every code of -1
+    if mask is not None:  # the operator returns NaN for every code of -1
         quantized = quantized.masked_fill(~mask[:, None], 0.0)
     return Assignment(codes, quantized, error, counts.detach(), sums.detach())
 
 
-def _in_plain_torch(
+def _backward_fake(grad_quantized: Tensor, grad_error: Tensor, z: Tensor, *_: Any) -> Tensor:
+    return z.new_empty(z.shape)
+
+
+@operator("vq_assign_backward", fake=_backward_fake)
+def _assign_backward(
+    grad_quantized: Tensor,
+    grad_error: Tensor,
     z: Tensor,
-    codebook: Tensor,
-    layout: CodebookLayout,
-    mask: Tensor | None,
-    centred: bool,
-    with_sums: bool,
-    gradient: str | None,
-) -> Assignment:
-    codes, quantized, error, counts, sums = reference.assign(z.detach(), codebook, layout, mask, centred, with_sums)
-    if gradient is not None:
-        quantized, error = reference.passed_on(z, quantized, codes, layout, gradient == "rotation")
-    return Assignment(codes, quantized, error, counts, sums)
-
-
-# Not `torch.library.custom_op`: its first call imports torch's compiler, which takes more than a second.
-torch.library.define(
-    "spinlock_fast::vq_assign",
-    "(Tensor z, Tensor codebook, int[] num_codes, int[] dims, Tensor? mask, bool centred, bool with_sums,"
-    " bool rotation, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-torch.library.define(
-    "spinlock_fast::vq_assign_backward",
-    "(Tensor grad_quantized, Tensor grad_error, Tensor z, Tensor quantized, Tensor codes, int[] num_codes,"
-    " int[] dims, bool rotation, str backend) -> Tensor",
-)
-
-
-@torch.library.impl("spinlock_fast::vq_assign", "default")
-def _vq_assign(
-    z: Tensor,
-    codebook: Tensor,
-    num_codes: list[int],
-    dims: list[int],
-    mask: Tensor | None,
-    centred: bool,
-    with_sums: bool,
+    quantized: Tensor,
+    codes: Tensor,
+    num_codes: Sequence[int],
+    dims: Sequence[int],
     rotation: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Tensor:
     layout = CodebookLayout.cached(tuple(num_codes), tuple(dims))
-    # Autocast would form the distances in half precision, TF32 in ten bits of fraction: both pick other codes.
-    with torch.autocast(z.device.type, enabled=False), full_float32(z.device):
+    with no_autocast(z.device):
         if backend == "triton":
-            from spinlock_fast.kernels.vq_assign import dispatch
+            from spinlock_fast.kernels.vq_assign import triton_backward
 
-            codes, quantized, *rest = dispatch.assign(z, codebook, layout, mask, centred, with_sums)
-        elif serves(z, codebook):
-            codes, quantized, *rest = native.assign(z, codebook, layout, mask, centred, with_sums)
-        else:
-            codes, quantized, *rest = reference.assign(z, codebook, layout, mask, centred, with_sums)
-    error, counts, sums = rest
-    return quantized, codes, error, counts, sums
+            return triton_backward.backward(grad_quantized, grad_error, z, quantized, codes, layout, rotation)
+        if not rotation and native_supports(grad_quantized, grad_error, z, quantized):
+            return cpu.backward(grad_quantized, grad_error, z, quantized, codes, layout)
+        return reference.backward(grad_quantized, grad_error, z, quantized, codes, layout, rotation)
 
 
-def _fake_vq_assign(
-    z: Tensor,
-    codebook: Tensor,
-    num_codes: list[int],
-    dims: list[int],
-    mask: Tensor | None,
-    centred: bool,
-    with_sums: bool,
-    rotation: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    N = z.shape[0]
-    in_tile = backend == "triton" and max(num_codes) <= MAX_TILE_CODES
-    parts = reference.row_parts(N, len(dims)) if in_tile else 1
+def _fake(z: Tensor, codebook: Tensor, num_codes: Sequence[int], dims: Sequence[int], *options: Any) -> Result:
+    _, _, with_sums, _, backend = options
+    N, G = z.shape[0], len(dims)
+    in_tile = backend == "triton" and max(num_codes) <= reference.MAX_TILE_CODES
+    parts = reference.row_parts(N, G) if in_tile else 1
     return (
         codebook.new_empty(N, sum(dims)),
-        codebook.new_empty(N, len(dims), dtype=torch.int64),
-        codebook.new_empty(parts, len(dims)),
+        codebook.new_empty(N, G, dtype=torch.int64),
+        codebook.new_empty(parts, G),
         codebook.new_empty(parts, sum(num_codes) if with_sums else 0),
         codebook.new_empty(parts, codebook.shape[0] if with_sums else 0),
     )
 
 
-torch.library.register_fake("spinlock_fast::vq_assign", _fake_vq_assign)
-
-
-@torch.library.impl("spinlock_fast::vq_assign_backward", "default")
-def _vq_assign_backward(
-    grad_quantized: Tensor,
-    grad_error: Tensor,
-    z: Tensor,
-    quantized: Tensor,
-    codes: Tensor,
-    num_codes: list[int],
-    dims: list[int],
-    rotation: bool,
-    backend: str,
-) -> Tensor:
-    layout = CodebookLayout.cached(tuple(num_codes), tuple(dims))
-    with torch.autocast(z.device.type, enabled=False):
-        if backend == "triton":
-            from spinlock_fast.kernels.vq_assign import dispatch
-
-            return dispatch.backward(grad_quantized, grad_error, z, quantized, codes, layout, rotation)
-        if not rotation and serves(grad_quantized, grad_error, z, quantized):
-            return native.backward(grad_quantized, grad_error, z, quantized, codes, layout)
-        return reference.backward(grad_quantized, grad_error, z, quantized, codes, layout, rotation)
-
-
-def _fake_vq_assign_backward(
-    grad_quantized: Tensor,
-    grad_error: Tensor,
-    z: Tensor,
-    quantized: Tensor,
-    codes: Tensor,
-    num_codes: list[int],
-    dims: list[int],
-    rotation: bool,
-    backend: str,
-) -> Tensor:
-    return z.new_empty(z.shape)
-
-
-torch.library.register_fake("spinlock_fast::vq_assign_backward", _fake_vq_assign_backward)
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Result) -> None:
     z, _, num_codes, dims, _, _, _, rotation, backend = inputs
-    quantized, codes, *_ = output
+    quantized, codes, error, *_ = output
     ctx.save_for_backward(z, quantized, codes)
-    ctx.sizes = num_codes, dims
-    ctx.rotation, ctx.backend = rotation, backend
-    ctx.set_materialize_grads(False)  # zeros for codes, counts and sums would be made in vain
-    ctx.parts = output[2].shape[0]
+    ctx.layout = CodebookLayout.cached(tuple(num_codes), tuple(dims))
+    ctx.rotation, ctx.backend, ctx.parts = rotation, backend, error.shape[0]
+    ctx.set_materialize_grads(False)  # no zeros for codes, counts and sums
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     z, quantized, codes = ctx.saved_tensors
-    if grads[0] is None and grads[2] is None:
-        return (None,) * 9
+    grad_quantized, _, grad_error, *_ = grads
+    if grad_quantized is None and grad_error is None:
+        return (None,)
     if needs_graph(grads):
-        num_codes, dims = ctx.sizes
-        layout = CodebookLayout.cached(tuple(num_codes), tuple(dims))
 
-        def formula(latents: Tensor) -> tuple[Tensor, Tensor]:
-            return reference.passed_on(latents, quantized, codes, layout, ctx.rotation, ctx.parts)
+        def surrogate(latents: Tensor) -> tuple[Tensor, Tensor]:
+            return reference.surrogate(latents, quantized, codes, ctx.layout, ctx.rotation, ctx.parts)
 
-        return gradients(formula, [z], [grads[0], grads[2]], [True])[0], *(None,) * 8
-    of_quantized = torch.zeros_like(quantized) if grads[0] is None else grads[0]
-    of_error = quantized.new_zeros(ctx.parts, codes.shape[1]) if grads[2] is None else grads[2]
-    grad_z = torch.ops.spinlock_fast.vq_assign_backward(
-        of_quantized, of_error, z, quantized, codes, *ctx.sizes, ctx.rotation, ctx.backend
-    )
-    return grad_z, None, None, None, None, None, None, None, None
+        return tuple(gradients(surrogate, [z], [grad_quantized, grad_error], [True]))
+    if grad_quantized is None:
+        grad_quantized = torch.zeros_like(quantized)
+    if grad_error is None:
+        grad_error = quantized.new_zeros(ctx.parts, codes.shape[1])
+    sizes = ctx.layout.num_codes, ctx.layout.dims
+    return (_assign_backward(grad_quantized, grad_error, z, quantized, codes, *sizes, ctx.rotation, ctx.backend),)
 
 
-torch.library.register_autograd("spinlock_fast::vq_assign", _backward, setup_context=_keep)
+@operator("vq_assign", fake=_fake, setup_context=_setup_context, backward=_backward)
+def _assign(
+    z: Tensor,
+    codebook: Tensor,
+    num_codes: Sequence[int],
+    dims: Sequence[int],
+    mask: Tensor | None,
+    centred: bool,
+    with_sums: bool,
+    rotation: bool,
+    backend: str,
+) -> Result:
+    layout = CodebookLayout.cached(tuple(num_codes), tuple(dims))
+    # Distances in half precision (autocast) or TF32 would select other codes.
+    with no_autocast(z.device), full_float32(z.device):
+        if backend == "triton":
+            from spinlock_fast.kernels.vq_assign import triton_forward
+
+            return triton_forward.assign(z, codebook, layout, mask, centred, with_sums)
+        assign = cpu.assign if native_supports(z, codebook) else reference.assign
+        return assign(z, codebook, layout, mask, centred, with_sums)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -287,7 +220,7 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def quantize(z: Tensor, quantized: Tensor, layout: CodebookLayout, rotation_trick: bool = False) -> Tensor:
-    """[N, sum D] the codes, differentiable with respect to z: straight through, or by rotation."""
+    """[N, sum D] code vectors, differentiable with respect to z: straight-through, or by the rotation trick."""
     size = ("N", layout.total_dims)
     check("quantize", ("z", z, size, FLOAT), ("quantized", quantized, size, FLOAT))
     if rotation_trick:
@@ -302,7 +235,7 @@ def lookup(codes: Tensor, codebook: Tensor, layout: CodebookLayout) -> Tensor:
     """Code vectors [N, sum D] of indices [N, G].
 
     Raises:
-        IndexError: an index outside its codebook (checking it waits for the device).
+        IndexError: an index lies outside its codebook. The check synchronises with the device.
     """
     check(
         "lookup",
@@ -311,8 +244,9 @@ def lookup(codes: Tensor, codebook: Tensor, layout: CodebookLayout) -> Tensor:
     )
     codes = codes.to(torch.int64)
     sizes = layout.indices(codes.device).num_codes.to(codes.dtype)
-    if bool(((codes < 0) | (codes >= sizes)).any()):
-        row, g = (int(i) for i in ((codes < 0) | (codes >= sizes)).nonzero()[0])
+    outside = (codes < 0) | (codes >= sizes)
+    if bool(outside.any()):
+        row, g = (int(i) for i in outside.nonzero()[0])
         raise IndexError(
             f"token {int(codes[row, g])} of row {row} is outside codebook {g}, which has {layout.num_codes[g]} codes"
         )

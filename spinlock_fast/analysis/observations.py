@@ -15,7 +15,7 @@ from torch import Tensor
 
 from spinlock_fast.data.source import Source, column_names, text_of
 from spinlock_fast.errors import DataError
-from spinlock_fast.kernels.layout import CodebookLayout
+from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.models.input_check import InputCheck
 from spinlock_fast.tokenizer import Tokenizer
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spinlock_fast.kernels._common.guard import check_dense
+from spinlock_fast.kernels._common.layout import CodebookLayout
+from spinlock_fast.kernels._common.snapshot import snapshot
 from spinlock_fast.kernels.ema_update import ema_update
-from spinlock_fast.kernels.layout import CodebookLayout
-from spinlock_fast.kernels.snapshot import snapshot
 from spinlock_fast.kernels.vq_assign import Assignment, quantize, vq_assign
 from spinlock_fast.quantize.activation_checkpointing import kept, once
 from spinlock_fast.quantize.module_state import keep_wide

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from spinlock_fast.dropin.shapes import widened
 from spinlock_fast.dropin.start import laplace, start_codes
-from spinlock_fast.kernels.export import exporting
+from spinlock_fast.kernels._common.export import exporting
 from spinlock_fast.kernels.residual_vq.reference import tally, unit
 from spinlock_fast.quantize.activation_checkpointing import kept
 from spinlock_fast.quantize.buffers import TransientBuffers

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spinlock_fast.kernels._common.higher_order import in_transform
-from spinlock_fast.kernels.residual_vq.reference import SHORT, lengths, unit
+from spinlock_fast.kernels.residual_vq.reference import MIN_LENGTH, lengths, unit
 
 # Requires a gradient, and never gets one. No value is read from it.
 _ROOT = torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True)
@@ -105,7 +105,7 @@ def squared_error(codes: Tensor, rows: Tensor, mask: Tensor | None) -> Tensor:
 
 
 __all__ = [
-    "SHORT",
+    "MIN_LENGTH",
     "LossBreakdown",
     "negative_diversity",
     "orthogonality",

@@ -15,10 +15,10 @@ from spinlock_fast.dropin import dense, losses
 from spinlock_fast.dropin.affine import NO_STATISTICS, Statistics
 from spinlock_fast.dropin.codebook import Piece, Weight, update
 from spinlock_fast.dropin.shapes import projected
+from spinlock_fast.kernels._common.snapshot import snapshot
 from spinlock_fast.kernels.residual_vq import residual_vq
 from spinlock_fast.kernels.residual_vq.op import Gradient
 from spinlock_fast.kernels.residual_vq.reference import tally
-from spinlock_fast.kernels.snapshot import snapshot
 from spinlock_fast.quantize.activation_checkpointing import once
 
 if TYPE_CHECKING:

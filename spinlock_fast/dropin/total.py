@@ -11,7 +11,7 @@ from spinlock_fast.dropin import dense, losses
 from spinlock_fast.dropin.arguments import refuse_contradictions
 from spinlock_fast.dropin.search import Call, Found
 from spinlock_fast.dropin.shapes import widened
-from spinlock_fast.kernels.snapshot import snapshot
+from spinlock_fast.kernels._common.snapshot import snapshot
 
 if TYPE_CHECKING:
     from spinlock_fast.dropin.vector_quantize import VectorQuantize

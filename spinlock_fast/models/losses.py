@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from spinlock_fast.config.schema import TrainingConfig
+from spinlock_fast.kernels._common.streams import defer, run_on_side_streams
+from spinlock_fast.kernels._common.table_cache import TableCache
 from spinlock_fast.kernels.code_decoders import partial_loss
-from spinlock_fast.kernels.streams import later, side_by_side
-from spinlock_fast.kernels.table_cache import TableCache
 from spinlock_fast.kernels.topo_loss import topographic_loss
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE
 from spinlock_fast.quantize import GroupedVectorQuantizer
@@ -87,7 +87,7 @@ def loss_terms(
         out: what `model(x)` returned, or `model.to_codes(x)`: then decoding is done beside the other terms.
         topo_samples: the topographic term takes the first so many rows.
         move_codes: what `model.to_codes(x)` has left to do. Nothing waits for it before the optimizer, nor for the
-            orthogonality of codes without a gradient, see `streams.later`.
+            orthogonality of codes without a gradient, see `streams.defer`.
     """
     layout, codes, codebook = model.quantizer.layout, out["tokens"], out["codebook"]
     quantized = out["quantized"]
@@ -117,10 +117,10 @@ def loss_terms(
     inputs = [x, *out.values(), model.quantizer.embedding]
     works = [topographic, error, informativeness]
     if model.quantizer.use_ema:
-        orthogonality = later(orthogonality_of_moved, inputs)
-        topo, reconstruction, partial = side_by_side(works, inputs)
+        orthogonality = defer(orthogonality_of_moved, inputs)
+        topo, reconstruction, partial = run_on_side_streams(works, inputs)
     else:
-        topo, reconstruction, partial, orthogonality = side_by_side([*works, orthogonality_of_moved], inputs)
+        topo, reconstruction, partial, orthogonality = run_on_side_streams([*works, orthogonality_of_moved], inputs)
     return LossTerms(reconstruction, out["vq_loss"], orthogonality, partial, topo)
 
 

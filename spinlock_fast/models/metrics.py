@@ -15,7 +15,7 @@ from spinlock_fast.data.host_rows import Rows, blocks_of
 from spinlock_fast.features.names import count_families
 from spinlock_fast.kernels._common.guard import device_guard
 from spinlock_fast.kernels.code_decoders import code_statistics, decode_codes
-from spinlock_fast.kernels.ema_update import perplexity, utilization
+from spinlock_fast.kernels.ema_update import code_usage
 from spinlock_fast.kernels.topo_loss import topographic_correlations
 from spinlock_fast.models.losses import TOPO_PRE_SHARE, LossTerms, LossWeights, code_orthogonality
 from spinlock_fast.models.outliers import spoiled, without_outliers
@@ -198,7 +198,7 @@ def _measure(model: CategoricalHierarchicalVQVAE, x: Rows, weights: LossWeights)
         topographic=(1.0 - torch.lerp(post, pre, TOPO_PRE_SHARE)).double(),
     )
     used = code_counts.flatten()[index.packed_codes]
-    share, entropy = utilization(used, layout), perplexity(used, layout)
+    share, entropy = code_usage(used, layout, backend="reference")
     scalars = {
         "reconstruction_error": terms.reconstruction,
         "utilization": share.mean(),

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from spinlock_fast.config.schema import LevelConfig, ModelConfig, PositiveInt
 from spinlock_fast.data.arrays import real_numbers
 from spinlock_fast.kernels._common.guard import check_dense
+from spinlock_fast.kernels._common.snapshot import snapshot
 from spinlock_fast.kernels.code_decoders import Decoders
 from spinlock_fast.kernels.grouped_mlp import Ragged, grouped_mlp, project
-from spinlock_fast.kernels.snapshot import snapshot
 from spinlock_fast.models.layers import (
     GroupedLayerNorm,
     GroupedLinear,

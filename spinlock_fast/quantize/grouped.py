@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from spinlock_fast.kernels._common.backend import Backend, check_backend, resolve_backend
+from spinlock_fast.kernels._common.export import exporting
 from spinlock_fast.kernels._common.guard import check_dense
-from spinlock_fast.kernels.backend import Backend, check_backend, resolve_backend
+from spinlock_fast.kernels._common.layout import CodebookLayout
+from spinlock_fast.kernels._common.table_cache import TableCache
 from spinlock_fast.kernels.ema_update import code_usage, ema_update, reset_dead_codes
-from spinlock_fast.kernels.export import exporting
-from spinlock_fast.kernels.layout import CodebookLayout
-from spinlock_fast.kernels.table_cache import TableCache
 from spinlock_fast.kernels.vq_assign import Assignment, lookup, vq_assign
 from spinlock_fast.quantize.activation_checkpointing import kept, once
 from spinlock_fast.quantize.buffers import TransientBuffers
@@ -122,7 +122,7 @@ class GroupedVectorQuantizer(TransientBuffers):
 
         layout = self.layout
         index = layout.indices(torch.device("cpu"))
-        bound = (1.0 / index.num_codes)[index.code_book][index.entry_code]
+        bound = (1.0 / index.num_codes)[index.codebook_of_code][index.code_of_entry]
         start = 2.0 * torch.rand(layout.total_entries) - 1.0
         start = start * bound.to(start.device)
         if use_ema:
@@ -174,7 +174,7 @@ class GroupedVectorQuantizer(TransientBuffers):
     def nonfinite_rows(self) -> Tensor:
         """Rows of training since `reset_usage` that some codebook could not code: the most of any codebook."""
         coded = self.usage.new_zeros(self.layout.groups)
-        coded.index_add_(0, self.layout.indices(self.usage.device).code_book, self.usage)
+        coded.index_add_(0, self.layout.indices(self.usage.device).codebook_of_code, self.usage)
         return (self.rows_seen - coded).max().clamp(min=0)
 
     @property
@@ -270,8 +270,8 @@ class GroupedVectorQuantizer(TransientBuffers):
         if not sums.numel():
             return (found.squared_error * shares).sum()
         codes = embedding.to(sums.dtype)
-        entries = counts[index.entry_code] * codes.square() - 2.0 * codes * sums
-        moving = (entries * shares[index.code_book[index.entry_code]]).sum()
+        entries = counts[index.code_of_entry] * codes.square() - 2.0 * codes * sums
+        moving = (entries * shares[index.codebook_of_code[index.code_of_entry]]).sum()
         return (found.squared_error.detach() * shares).sum() + (moving - moving.detach())
 
     @torch.no_grad()
@@ -330,7 +330,7 @@ class GroupedVectorQuantizer(TransientBuffers):
         index = self.layout.indices(z.device)
         self.embedding.data.copy_(codebook)
         self.cluster_size.copy_(counts)
-        self.embedding_sum.copy_(codebook * counts[index.entry_code])
+        self.embedding_sum.copy_(codebook * counts[index.code_of_entry])
         self.initialized.fill_(True)
         self._first_batch.awaited = False
 

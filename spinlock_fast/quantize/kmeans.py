@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spinlock_fast.kernels.layout import CodebookLayout
+from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels.vq_assign import vq_assign
 from spinlock_fast.quantize.module_state import FirstBatch
 from spinlock_fast.quantize.process_group import Processes
@@ -65,8 +65,8 @@ def kmeans(
 
     for _ in range(iterations):
         counts, sums = assign()
-        used = (counts > 0)[index.entry_code]
-        codebook = torch.where(used, sums / counts.clamp(min=1.0)[index.entry_code], codebook)
+        used = (counts > 0)[index.code_of_entry]
+        codebook = torch.where(used, sums / counts.clamp(min=1.0)[index.code_of_entry], codebook)
     return codebook, assign()[0]
 
 
@@ -151,7 +151,7 @@ def _initialize_codes(
         fitted, counts = kmeans(rows, layout, processes=processes)
         codebook.copy_(fitted)
         cluster_size.copy_(counts)
-        code_sum.copy_(fitted * counts[layout.indices(z.device).entry_code])
+        code_sum.copy_(fitted * counts[layout.indices(z.device).code_of_entry])
         initialized.fill_(True)
     first.awaited = False
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from spinlock_fast.kernels.streams import MAIN
-from spinlock_fast.kernels.table_cache import captured_tables
+from spinlock_fast.kernels._common.streams import MAIN_PRIORITY
+from spinlock_fast.kernels._common.table_cache import retained_tables
 from spinlock_fast.training.step import StepKind
 
 log = logging.getLogger(__name__)
@@ -167,7 +167,7 @@ class _CudaCapture:
         try:
             # What other threads do meanwhile (write a checkpoint, read rows) must not break the capture.
             capture = torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local")
-            with captured_tables() as tables, capture:
+            with retained_tables() as tables, capture:
                 for _ in range(count):
                     step(kind)
         except RuntimeError:
@@ -186,7 +186,7 @@ def own_stream(device: torch.device) -> Iterator[None]:
         return
     with torch.cuda.device(device):
         caller = torch.cuda.current_stream(device)
-        stream = torch.cuda.Stream(device, priority=MAIN)
+        stream = torch.cuda.Stream(device, priority=MAIN_PRIORITY)
         stream.wait_stream(caller)
         try:
             with torch.cuda.stream(stream):

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spinlock_fast.kernels.backend import runs_triton
-from spinlock_fast.kernels.table_cache import TableCache
+from spinlock_fast.kernels._common.backend import runs_triton
+from spinlock_fast.kernels._common.table_cache import TableCache
 
 _BETAS = (0.9, 0.999)
 _EPS = 1e-8
@@ -114,15 +114,15 @@ class FusedAdam:
 
     def _move_by_triton(self, used: list[int], gradients: list[Tensor]) -> None:
         """The update by our kernel, in as many launches as it takes to name all tensors."""
-        from spinlock_fast.kernels.adam.triton import TENSORS, Adam
+        from spinlock_fast.kernels.adam.triton_update import MAX_TENSORS, AdamLauncher
 
-        for first in range(0, len(used), TENSORS):
-            some = used[first : first + TENSORS]
+        for first in range(0, len(used), MAX_TENSORS):
+            some = used[first : first + MAX_TENSORS]
             tensors = [self.parameters[i] for i in some], [self.mean[i] for i in some], [self.square[i] for i in some]
             key = tuple(t.data_ptr() for ts in tensors for t in ts)
-            make = partial(Adam, *tensors, _BETAS, _EPS, self.weight_decay, self.decoupled)
+            make = partial(AdamLauncher, *tensors, _BETAS, _EPS, self.weight_decay, self.decoupled)
             launch = self._launches.get(key, self.count.device, make)
-            launch(gradients[first : first + TENSORS], self.count, self.rate)
+            launch(gradients[first : first + MAX_TENSORS], self.count, self.rate)
         self.count += 1
 
     def _move(

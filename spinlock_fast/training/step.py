@@ -12,9 +12,9 @@ from torch import Tensor
 
 from spinlock_fast.config.schema import TrainingConfig
 from spinlock_fast.data.host_rows import Rows
+from spinlock_fast.kernels._common.precision import cuda_matmul
+from spinlock_fast.kernels._common.streams import defer, deferred_scope
 from spinlock_fast.kernels.augment import augmented_rows
-from spinlock_fast.kernels.precision import cuda_matmul
-from spinlock_fast.kernels.streams import joined, later
 from spinlock_fast.models.losses import LossTerms, LossWeights, loss_terms
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE
 from spinlock_fast.training.optimizer import FusedAdam
@@ -121,10 +121,10 @@ class TrainingStep:
         """The next step."""
         torch.index_select(self._plan, 0, self._position, out=self._now)
         x, seen = self._rows(self.rest if kind.last else self.batch)
-        with self._precision(), joined(self.x.device):
+        with self._precision(), deferred_scope(self.x.device):
             out, move_codes = self._model(seen)
             terms = self._terms(x, out, move_codes)
-            later(lambda: self._note(terms), [self.values, *terms], after_others=True)
+            defer(lambda: self._note(terms), [self.values, *terms], after_deferred=True)
             self.optimizer.zero_grad()
             terms.backward(self.weights)
         self.optimizer.step()

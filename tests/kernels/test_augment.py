@@ -1,9 +1,9 @@
-"""Augmented rows: by PyTorch's operators, and by the kernel (interpreted where there is no CUDA device)."""
+"""Mixup and noise: the reference, and the kernel (interpreted without a CUDA device)."""
 
 import pytest
 import torch
 
-from spinlock_fast.kernels.augment import augmented_rows
+from spinlock_fast.kernels.augment import augmented_rows, reference
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -18,30 +18,30 @@ def _seeded(request):
     torch.manual_seed(0)
 
 
-def rows_of(N=50, F=37, B=301):
+def random_batch(N=50, F=37, B=301):
     x = torch.randn(N, F, device=DEVICE)
     return x, torch.randint(N, (B,), device=DEVICE)
 
 
-def shares(x, rows, target):
-    """u of every row, and how far the rows are from their lines."""
+def mixup_coefficients(x, rows, target):
+    """u of every row, and the largest distance of a row from its line."""
     here, there = x[rows], x[rows.roll(-1)]
-    way = there - here
-    square = way.square().sum(1)
-    u = torch.where(square > 0, ((target - here) * way).sum(1) / square.clamp(min=1e-30), 0.0)
-    return u, (target - here - u[:, None] * way).abs().max()
+    line = there - here
+    square = line.square().sum(1)
+    u = torch.where(square > 0, ((target - here) * line).sum(1) / square.clamp(min=1e-30), 0.0)
+    return u, (target - here - u[:, None] * line).abs().max()
 
 
 @BACKENDS
 @pytest.mark.parametrize("shape", [(50, 37, 301), (5, 1, 1), (3, 300, 9), (700, 129, 64)])
-def test_rows_lie_on_the_way_to_the_next(backend, shape):
-    x, rows = rows_of(*shape)
-    target, seen = augmented_rows(x, rows, mixing=0.4, backend=backend)
+def test_targets_lie_on_the_line_to_the_next_row(backend, shape):
+    x, rows = random_batch(*shape)
+    target, seen = augmented_rows(x, rows, mixup_scale=0.4, backend=backend)
     assert torch.equal(target, seen)
-    u, off = shares(x, rows, target)
+    u, off = mixup_coefficients(x, rows, target)
     assert float(off) < 1e-5
     moves = (x[rows.roll(-1)] - x[rows]).abs().amax(1) > 0
-    assert (u[moves] != 0.0).all()  # the last row goes towards the first
+    assert (u[moves] != 0.0).all()  # the last row is paired with the first
     assert float(u.abs().max()) <= 0.4 + 1e-5
     if shape[2] > 300:
         assert float(u.max()) > 0.35
@@ -51,40 +51,52 @@ def test_rows_lie_on_the_way_to_the_next(backend, shape):
 
 
 @BACKENDS
-def test_the_way_may_fade(backend):
-    x, rows = rows_of()
-    target, _ = augmented_rows(x, rows, mixing=0.8, fade=torch.full((1,), 0.25, device=DEVICE), backend=backend)
-    u, _ = shares(x, rows, target)
+def test_backends_agree_with_the_reference(backend):
+    """With the u and the noise of the call, which its results determine."""
+    x, rows = random_batch()
+    target, inputs = augmented_rows(x, rows, 0.4, 0.1, backend=backend)
+    u, _ = mixup_coefficients(x, rows, target)
+    expected = reference.augmented_rows(x, rows, u[:, None], inputs - target)
+    torch.testing.assert_close((target, inputs), expected, rtol=1e-5, atol=1e-5)
+
+
+@BACKENDS
+def test_mixup_decay_multiplies_the_scale(backend):
+    x, rows = random_batch()
+    target, _ = augmented_rows(
+        x, rows, mixup_scale=0.8, mixup_decay=torch.full((1,), 0.25, device=DEVICE), backend=backend
+    )
+    u, _ = mixup_coefficients(x, rows, target)
     assert 0.17 < float(u.abs().max()) <= 0.2 + 1e-5
 
 
 @BACKENDS
-def test_noise_is_normal_and_reaches_the_second_result_alone(backend):
-    x, rows = rows_of(B=1200)
-    target, seen = augmented_rows(x, rows, noise=0.3, backend=backend)
+def test_noise_is_normal_and_only_in_the_inputs(backend):
+    x, rows = random_batch(B=1200)
+    target, seen = augmented_rows(x, rows, noise_std=0.3, backend=backend)
     assert torch.equal(target, x[rows])
     noise = (seen - target).double() / 0.3
     assert abs(float(noise.mean())) < 0.02
     assert float(noise.std()) == pytest.approx(1.0, abs=0.02)
     assert float((noise.abs() < 1.0).double().mean()) == pytest.approx(0.6827, abs=0.01)
     assert float((noise.abs() > 2.0).double().mean()) == pytest.approx(0.0455, abs=0.005)
-    for a, b in ((noise[:-1], noise[1:]), (noise[:, :-1], noise[:, 1:])):  # neighbours have nothing in common
+    for a, b in ((noise[:-1], noise[1:]), (noise[:, :-1], noise[:, 1:])):  # neighbours are uncorrelated
         assert abs(float((a * b).mean())) < 0.02
 
 
 @BACKENDS
-def test_the_noise_knows_nothing_of_the_mixing(backend):
-    x, rows = rows_of(F=8, B=4000)
+def test_noise_is_independent_of_mixup(backend):
+    x, rows = random_batch(F=8, B=4000)
     target, seen = augmented_rows(x, rows, 0.4, 0.1, backend=backend)
-    u, _ = shares(x, rows, target)
-    noise = (seen - target).flatten()[: len(u)]  # what random numbers of one row of a counter would be
+    u, _ = mixup_coefficients(x, rows, target)
+    noise = (seen - target).flatten()[: len(u)]  # would correlate with u if both used one counter
     for a in (noise, noise.abs()):
         assert abs(float(torch.corrcoef(torch.stack([a, u]))[0, 1])) < 0.07
 
 
 @BACKENDS
-def test_every_call_draws_anew_and_a_seed_repeats_it(backend):
-    x, rows = rows_of()
+def test_calls_differ_and_a_seed_repeats_them(backend):
+    x, rows = random_batch()
     torch.manual_seed(3)
     first, second = (augmented_rows(x, rows, 0.4, 0.1, backend=backend) for _ in range(2))
     torch.manual_seed(3)
@@ -96,16 +108,16 @@ def test_every_call_draws_anew_and_a_seed_repeats_it(backend):
 
 
 @BACKENDS
-def test_without_either_rows_are_only_gathered(backend):
-    x, rows = rows_of()
+def test_without_mixup_and_noise_rows_are_gathered(backend):
+    x, rows = random_batch()
     target, seen = augmented_rows(x, rows, backend=backend)
     assert target is seen
     assert torch.equal(target, x[rows])
 
 
 @BACKENDS
-def test_strided_rows_and_no_rows(backend):
-    x, rows = rows_of()
+def test_strided_and_empty_batches(backend):
+    x, rows = random_batch()
     wide = torch.stack([x, x + 1.0], -1)[..., 0]
     assert not wide.is_contiguous()
     torch.manual_seed(1)
@@ -118,8 +130,8 @@ def test_strided_rows_and_no_rows(backend):
 
 
 @pytest.mark.skipif(not HAS_GPU, reason="a CPU has no graphs")
-def test_every_replay_of_a_graph_draws_anew():
-    x, rows = rows_of()
+def test_graph_replays_draw_new_random_numbers():
+    x, rows = random_batch()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         augmented_rows(x, rows, 0.4, 0.1)

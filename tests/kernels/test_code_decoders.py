@@ -6,8 +6,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spinlock_fast.kernels.code_decoders import Decoders, code_statistics, decode_codes, op, partial_loss, reference
-from spinlock_fast.kernels.layout import CodebookLayout
+from spinlock_fast.kernels._common.layout import CodebookLayout
+from spinlock_fast.kernels.code_decoders import (
+    Decoders,
+    code_statistics,
+    decode_codes,
+    partial_loss,
+    pytorch,
+    reference,
+)
 from spinlock_fast.kernels.vq_assign import quantize, vq_assign
 
 LAYOUT = CodebookLayout.of([15, 1, 8], [4, 3, 7])
@@ -30,12 +37,12 @@ def batch(layout, rows, seed, dtype=torch.float64, features=5, offset=0.0):
     return offset + normal(rows, features), z, codebook, decoders, vq_assign(z, codebook, layout)
 
 
-def doubled(decoders):
+def to_double(decoders):
     return Decoders(*(parameter.double() for parameter in decoders))
 
 
-def both_ways(x, z, codebook, decoders, found, layout, rotation_trick=False):
-    """Loss and gradients (latents, w1, b1, w2, b2) by the reference, and by the operation."""
+def compare(x, z, codebook, decoders, found, layout, rotation_trick=False):
+    """Loss and gradients (latents, w1, b1, w2, b2) of the reference and of the operator."""
     results = []
     for in_code_space in (False, True):
         leaves = [tensor.clone().requires_grad_() for tensor in (z, *decoders)]
@@ -51,15 +58,15 @@ def both_ways(x, z, codebook, decoders, found, layout, rotation_trick=False):
 
 
 @given(GROUPS, st.integers(1, 30), st.integers(0, 2**31), st.booleans())
-def test_loss_and_gradients_are_those_of_the_rows(sizes, rows, seed, rotation_trick):
+def test_loss_and_gradients_equal_the_reference(sizes, rows, seed, rotation_trick):
     layout = CodebookLayout.of(*zip(*sizes, strict=True))
-    (expected, expected_grads), (loss, grads) = both_ways(*batch(layout, rows, seed), layout, rotation_trick)
+    (expected, expected_grads), (loss, grads) = compare(*batch(layout, rows, seed), layout, rotation_trick)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-13)
     for name, ours, theirs in zip(("z", *Decoders._fields), grads, expected_grads, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_the_reference_is_the_formula():
+def test_reference_equals_the_formula():
     x, _, _, decoders, found = batch(LAYOUT, 9, seed=0)
     total = 0.0
     for g, e in enumerate(helpers.split_columns(found.quantized, LAYOUT)):
@@ -72,14 +79,14 @@ def test_the_reference_is_the_formula():
 
 @pytest.mark.parametrize("offset", [0.0, 10.0, 1000.0])
 @pytest.mark.parametrize("seed", range(3))
-def test_float32_is_as_near_as_the_rows(seed, offset):
-    """Sums over codes cancel: the error against float64 must stay that of the plain form."""
+def test_float32_error_is_that_of_the_reference(seed, offset):
+    """Sums over codes cancel; the error against float64 must not exceed that of the reference."""
     x, z, codebook, decoders, found = batch(LAYOUT, 300, seed, torch.float32, features=20, offset=offset)
-    # Decoders that reconstruct the offset, as trained ones do: else the loss is large and hides the cancellation.
+    # Decoders that reconstruct the offset, as trained ones do; a large loss would hide the cancellation.
     decoders = decoders._replace(b2=decoders.b2 + offset)
     wide = dataclasses.replace(found, quantized=found.quantized.double())
-    exact = both_ways(x.double(), z.double(), codebook.double(), doubled(decoders), wide, LAYOUT)
-    (eager, eager_grads), (ours, our_grads) = both_ways(x, z, codebook, decoders, found, LAYOUT)
+    exact = compare(x.double(), z.double(), codebook.double(), to_double(decoders), wide, LAYOUT)
+    (eager, eager_grads), (ours, our_grads) = compare(x, z, codebook, decoders, found, LAYOUT)
     truth, truth_grads = exact[0]
     eps = torch.finfo(torch.float32).eps
     assert (ours - truth).abs() <= 2.0 * (eager - truth).abs() + 8.0 * eps * truth
@@ -87,18 +94,18 @@ def test_float32_is_as_near_as_the_rows(seed, offset):
         assert (a - t).norm() <= 2.0 * (b - t).norm() + 4.0 * eps * t.norm(), name
 
 
-def test_a_loss_that_is_all_but_gone_keeps_its_digits():
-    """Every row sits on what its code decodes to: the sums over codes are as large as ever, the loss is not."""
+def test_small_losses_are_precise():
+    """Every row is near the reconstruction of its code: the loss is small, the sums over codes are not."""
     layout = CodebookLayout.of([6], [3])
     _, _, codebook, decoders, found = batch(layout, 200, 0, torch.float32)
     x = reference.reconstructions(found.quantized, decoders, layout)[0] + 1e-2 * torch.randn(200, 5)
-    expected = reference.partial_loss(x.double(), found.quantized.double(), doubled(decoders), layout)
+    expected = reference.partial_loss(x.double(), found.quantized.double(), to_double(decoders), layout)
     loss = partial_loss(x, found.quantized, found.codes, codebook, decoders, layout)
     spread = (x - x.mean(0)).square().mean()
     assert (loss - expected).abs() <= 16.0 * torch.finfo(torch.float32).eps * spread
 
 
-def test_rows_without_a_code_spoil_the_loss_as_before():
+def test_rows_without_a_code_give_nan():
     x, _, codebook, decoders, found = batch(LAYOUT, 20, seed=0)
     found.codes[3, 1] = -1
     quantized = found.quantized.clone()
@@ -107,20 +114,20 @@ def test_rows_without_a_code_spoil_the_loss_as_before():
     assert partial_loss(x, quantized, found.codes, codebook, decoders, LAYOUT).isnan()
 
 
-def test_codes_that_are_not_finite_and_not_used_do_no_harm():
+def test_unused_codes_may_be_non_finite():
     x, z, codebook, decoders, found = batch(LAYOUT, 20, seed=0)
     codes = found.codes.clone()
     codes[:, 2] = codes[:, 2].clamp(max=6)
-    spoilt = codebook.clone()
-    spoilt[LAYOUT.entry_slice(2)][-7:] = torch.nan
+    non_finite = codebook.clone()
+    non_finite[LAYOUT.entry_slice(2)][-7:] = torch.nan
     quantized = torch.cat([b[codes[:, g]] for g, b in enumerate(helpers.split_codebooks(codebook, LAYOUT))], 1)
     found = dataclasses.replace(found, codes=codes, quantized=quantized)
-    (expected, expected_grads), (loss, grads) = both_ways(x, z, spoilt, decoders, found, LAYOUT)
+    (expected, expected_grads), (loss, grads) = compare(x, z, non_finite, decoders, found, LAYOUT)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(grads, expected_grads)
 
 
-def test_decoded_codes_are_the_reconstructions_of_the_codes():
+def test_decode_codes_equals_the_reconstructions():
     _, _, codebook, decoders, found = batch(LAYOUT, 20, seed=0)
     decoded = decode_codes(codebook, decoders, LAYOUT)
     assert decoded.shape == (3, 15, 5)
@@ -130,11 +137,11 @@ def test_decoded_codes_are_the_reconstructions_of_the_codes():
 
 
 @pytest.mark.parametrize("at_once", [1, 7 * 45, 1 << 24])
-def test_statistics_of_codes(monkeypatch, at_once):
+def test_code_statistics(monkeypatch, at_once):
     x, _, _, _, found = batch(LAYOUT, 30, seed=1)
     codes = found.codes.clone()
     codes[4:8, 1] = -1
-    monkeypatch.setattr(op, "_ONE_HOT_AT_ONCE", at_once)
+    monkeypatch.setattr(pytorch, "_ONE_HOT_ENTRIES", at_once)
     counts, sums = code_statistics(x, codes, LAYOUT)
     for g, K in enumerate(LAYOUT.num_codes):
         for k in range(K):
@@ -144,10 +151,10 @@ def test_statistics_of_codes(monkeypatch, at_once):
     assert not counts[1, 1:].any()
 
 
-def test_no_value_decides_what_runs():
+def test_no_host_synchronisation():
     data = batch(LAYOUT, 20, seed=0, dtype=torch.float32)
     with helpers.plain_torch():
-        both_ways(*data, LAYOUT)  # makes the index tensors
+        compare(*data, LAYOUT)  # creates the index tensors
     x, z, codebook, decoders, found = data
     leaves = [tensor.requires_grad_() for tensor in decoders]
     z.requires_grad_()

@@ -1,4 +1,4 @@
-"""The Triton kernels of the partial decoders: under Triton's interpreter, or on a CUDA device where there is one."""
+"""The Triton kernels of the partial decoders: interpreted without a CUDA device."""
 
 import helpers
 import pytest
@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels.code_decoders import Decoders, partial_loss
-from spinlock_fast.kernels.layout import CodebookLayout
 from spinlock_fast.kernels.vq_assign import vq_assign
 
 pytest.importorskip("triton", reason="the package triton is not installed here")
@@ -15,23 +15,23 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 pytestmark = [
     *([pytest.mark.gpu] if ON_GPU else []),
-    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),  # numpy, of NaN in the interpreter
+    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),  # numpy in the interpreter, for NaN
 ]
 SIZES = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=2)
-# On a device the gradients are products in TF32, whose factors are off by up to 2^-11 each.
+# On a GPU the gradients are TF32 products, whose factors have a relative error of up to 2^-11.
 CLOSE = 4e-3 if ON_GPU else 3e-6
 
 
 @pytest.fixture(autouse=True)
-def _poisoned(monkeypatch):
-    """Fresh memory is NaN, so that an element that no kernel wrote shows."""
+def _nan_filled(monkeypatch):
+    """Fills new tensors with NaN, so that tests fail if an element is not written."""
     empty = torch.empty
 
-    def poisoned(*args, **kwargs):
+    def nan_filled(*args, **kwargs):
         tensor = empty(*args, **kwargs)
         return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
 
-    monkeypatch.setattr(torch, "empty", poisoned)
+    monkeypatch.setattr(torch, "empty", nan_filled)
 
 
 def batch(layout, rows, features=5, hidden=6, offset=0.0, seed=0):
@@ -51,7 +51,7 @@ def batch(layout, rows, features=5, hidden=6, offset=0.0, seed=0):
 
 
 def loss_and_gradients(backend, x, codebook, decoders, found, layout, dtype=torch.float32, codes=None):
-    """On the CPU again: the loss, and the gradients of quantized, w1, b1, w2, b2."""
+    """Loss and gradients of quantized, w1, b1, w2, b2, on the CPU."""
     device = DEVICE if backend == "triton" else "cpu"
     x, codebook, *leaves = (t.to(device, dtype) for t in (x, codebook, found.quantized, *decoders))
     leaves = [leaf.requires_grad_() for leaf in leaves]
@@ -82,8 +82,8 @@ def test_more_than_a_tile(K, D, hidden, features):
     assert_agrees(*batch(layout, 65, features, hidden), layout)
 
 
-def test_features_far_from_zero():
-    """Sums over the rows of a code cancel against what it decodes to, and so must not grow with the offset."""
+def test_features_with_an_offset():
+    """Sums over the rows of a code cancel against its reconstruction; the error must not grow with the offset."""
     layout = CodebookLayout.of([15, 8], [4, 7])
     x, codebook, decoders, found = batch(layout, 200, features=20, offset=1000.0)
     exact, exact_grads = loss_and_gradients("reference", x, codebook, decoders, found, layout, torch.float64)
@@ -94,7 +94,7 @@ def test_features_far_from_zero():
         assert (ours - theirs).norm() <= (CLOSE + eps) * theirs.norm(), name
 
 
-def test_rows_without_a_code_spoil_the_loss():
+def test_rows_without_a_code_give_nan():
     layout = CodebookLayout.of([40, 3], [4, 2])
     x, codebook, decoders, found = batch(layout, 70)
     assert not loss_and_gradients("triton", x, codebook, decoders, found, layout)[0].isnan()
@@ -104,20 +104,20 @@ def test_rows_without_a_code_spoil_the_loss():
         assert loss_and_gradients("triton", x, codebook, decoders, found, layout, codes=codes)[0].isnan()
 
 
-def test_codes_that_are_not_finite_and_not_used_do_no_harm():
+def test_unused_codes_may_be_non_finite():
     layout = CodebookLayout.of([8, 5], [4, 3])
     x, codebook, decoders, found = batch(layout, 30)
     codes = found.codes.clamp(max=3)
-    spoilt = codebook.clone()
-    spoilt[layout.entry_slice(1)][-3:] = torch.tensor([torch.nan, torch.inf, 0.0])
+    non_finite = codebook.clone()
+    non_finite[layout.entry_slice(1)][-3:] = torch.tensor([torch.nan, torch.inf, 0.0])
     loss, grads = loss_and_gradients("triton", x, codebook, decoders, found, layout, codes=codes)
-    again, grads_again = loss_and_gradients("triton", x, spoilt, decoders, found, layout, codes=codes)
+    again, grads_again = loss_and_gradients("triton", x, non_finite, decoders, found, layout, codes=codes)
     assert loss == again
     for a, b in zip(grads, grads_again, strict=True):
         assert torch.equal(a, b)
 
 
-def test_rows_may_be_strided_and_need_no_gradient():
+def test_strided_rows_without_gradient():
     layout = CodebookLayout.of([8, 5], [4, 3])
     x, codebook, decoders, found = batch(layout, 30)
     values = []

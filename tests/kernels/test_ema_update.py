@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spinlock_fast.kernels.ema_update import ema_update, perplexity, reset_dead_codes, utilization
-from spinlock_fast.kernels.layout import CodebookLayout
+from spinlock_fast.kernels._common.layout import CodebookLayout
+from spinlock_fast.kernels.ema_update import code_usage, ema_update, reset_dead_codes
 from spinlock_fast.kernels.vq_assign import vq_assign
 
 LAYOUT = CodebookLayout.of([5, 1, 8, 12], [3, 4, 1, 6])
@@ -15,18 +15,18 @@ CPU = torch.device("cpu")
 
 def expand(per_code: torch.Tensor, layout: CodebookLayout) -> torch.Tensor:
     """[sum K] -> [sum K D]."""
-    return per_code[layout.indices(CPU).entry_code]
+    return per_code[layout.indices(CPU).code_of_entry]
 
 
 def start(layout, seed=0, dtype=torch.float32):
-    """Codebook, cluster_size and code_sum that agree."""
+    """Consistent codebook, cluster_size and code_sum."""
     _, codebook = helpers.random_group(layout, 0, seed=seed, dtype=dtype)
     n = 1.0 + 9.0 * torch.rand(layout.total_codes, dtype=dtype)
     return codebook, n, codebook * expand(n, layout)
 
 
 def formula(codebook, n, s, counts, sums, layout, decay, smoothing, epsilon=1e-5):
-    """SPEC.md 8, codebook by codebook, in float64."""
+    """The update of `reference.ema_update`, codebook by codebook in float64."""
     e, n, s = (t.double().numpy().copy() for t in (codebook, n, s))
     for g in range(layout.groups):
         codes, entries = layout.code_slice(g), layout.entry_slice(g)
@@ -37,35 +37,35 @@ def formula(codebook, n, s, counts, sums, layout, decay, smoothing, epsilon=1e-5
         n[codes] = decay * n[codes] + (1 - decay) * batch
         s[entries] = decay * s[entries] + (1 - decay) * sums[entries].double().numpy()
         total, K = n[codes].sum(), layout.num_codes[g]
-        moves = n[codes] > 1e-5 * total / K
+        updated = n[codes] > 1e-5 * total / K
         if smoothing == "laplace":
             n[codes] = (n[codes] + epsilon) / (total + K * epsilon) * total
-            moves[:] = True
-        book = e[entries].reshape(shape)
-        book[moves] = s[entries].reshape(shape)[moves] / n[codes][moves, None]
-        e[entries] = book.ravel()
+            updated[:] = True
+        vectors = e[entries].reshape(shape)
+        vectors[updated] = s[entries].reshape(shape)[updated] / n[codes][updated, None]
+        e[entries] = vectors.ravel()
     return e, n, s
 
 
 @pytest.mark.parametrize("smoothing", ["none", "laplace"])
 @pytest.mark.parametrize("decay", [0.0, 0.8, 0.99])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_ten_steps_of_the_written_formula(smoothing, decay, dtype):
+def test_ten_steps_match_the_formula(smoothing, decay, dtype):
     state = start(LAYOUT, dtype=dtype)
     expected = state
     tolerance = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 2e-5, "atol": 2e-6}
     for step in range(10):
         z, _ = helpers.random_group(LAYOUT, 7, seed=step, dtype=dtype)
         z[: step % 3, LAYOUT.column_slice(2)] = torch.nan
-        found = vq_assign(z, state[0], LAYOUT)
-        before = formula(*expected, found.counts, found.sums, LAYOUT, decay, smoothing)
+        actual = vq_assign(z, state[0], LAYOUT)
+        before = formula(*expected, actual.counts, actual.sums, LAYOUT, decay, smoothing)
         expected = tuple(torch.from_numpy(part) for part in before)
-        ema_update(*state, found.counts, found.sums, LAYOUT, decay, smoothing)
+        ema_update(*state, actual.counts, actual.sums, LAYOUT, decay, smoothing)
         for ours, theirs in zip(state, expected, strict=True):
             torch.testing.assert_close(ours.double(), theirs, **tolerance)
 
 
-def test_an_idle_code_stays_where_it_is():
+def test_idle_codes_keep_their_value():
     layout = CodebookLayout.of([3], [2])
     codebook, n, s = start(layout)
     idle = codebook[4:].clone()
@@ -77,7 +77,7 @@ def test_an_idle_code_stays_where_it_is():
     assert codebook.isfinite().all()
 
 
-def test_a_code_that_was_never_used_stays_exactly():
+def test_unused_codes_are_unchanged():
     layout = CodebookLayout.of([2], [2])
     codebook = torch.tensor([1.0, 2.0, 3.0, 4.0])
     n, s = torch.tensor([4.0, 0.0]), torch.tensor([4.0, 8.0, 0.0, 0.0])
@@ -85,7 +85,7 @@ def test_a_code_that_was_never_used_stays_exactly():
     assert codebook[2:].tolist() == [3.0, 4.0]
 
 
-def test_an_idle_code_that_is_used_again_moves():
+def test_idle_codes_are_updated_when_used_again():
     layout = CodebookLayout.of([2], [1])
     codebook, n, s = torch.tensor([1.0, 3.0]), torch.tensor([4.0, 0.0]), torch.tensor([4.0, 0.0])
     ema_update(codebook, n, s, torch.tensor([0.0, 2.0]), torch.tensor([0.0, 10.0]), layout, 0.9)
@@ -97,19 +97,19 @@ def test_a_batch_without_valid_rows_changes_nothing(smoothing):
     state = start(LAYOUT)
     before = [part.clone() for part in state]
     z = torch.full((4, LAYOUT.total_dims), torch.nan)
-    found = vq_assign(z, state[0], LAYOUT)
-    ema_update(*state, found.counts, found.sums, LAYOUT, 0.9, smoothing)
+    actual = vq_assign(z, state[0], LAYOUT)
+    ema_update(*state, actual.counts, actual.sums, LAYOUT, 0.9, smoothing)
     for now, then in zip(state, before, strict=True):
         assert torch.equal(now, then)
 
 
-def test_a_codebook_without_valid_rows_stays_while_others_move():
+def test_a_codebook_without_valid_rows_is_unchanged_while_others_are_updated():
     state = start(LAYOUT)
     before = [part.clone() for part in state]
     z, _ = helpers.random_group(LAYOUT, 6, seed=1)
     z[:, LAYOUT.column_slice(2)] = torch.nan
-    found = vq_assign(z, state[0], LAYOUT)
-    ema_update(*state, found.counts, found.sums, LAYOUT, 0.9)
+    actual = vq_assign(z, state[0], LAYOUT)
+    ema_update(*state, actual.counts, actual.sums, LAYOUT, 0.9)
     codes, entries = LAYOUT.code_slice(2), LAYOUT.entry_slice(2)
     assert torch.equal(state[0][entries], before[0][entries])
     assert torch.equal(state[1][codes], before[1][codes])
@@ -119,7 +119,7 @@ def test_a_codebook_without_valid_rows_stays_while_others_move():
 @given(st.lists(st.integers(0, 50), min_size=LAYOUT.total_codes, max_size=LAYOUT.total_codes))
 def test_utilization_and_perplexity_against_the_definition(counts):
     counts = np.array(counts, dtype=np.float64)
-    ours = utilization(torch.tensor(counts), LAYOUT), perplexity(torch.tensor(counts), LAYOUT)
+    ours = code_usage(torch.tensor(counts), LAYOUT)
     for g in range(LAYOUT.groups):
         part = counts[LAYOUT.code_slice(g)]
         share = part[part > 0] / max(part.sum(), 1.0)
@@ -135,12 +135,13 @@ def test_utilization_and_perplexity_against_the_definition(counts):
 )
 def test_known_utilization_and_perplexity(counts, used, effective):
     layout = CodebookLayout.of([4], [2])
-    assert utilization(torch.tensor(counts, dtype=torch.float32), layout).item() == used
-    assert perplexity(torch.tensor(counts, dtype=torch.float32), layout).item() == pytest.approx(effective)
+    utilization, perplexity = code_usage(torch.tensor(counts, dtype=torch.float32), layout)
+    assert utilization.item() == used
+    assert perplexity.item() == pytest.approx(effective)
 
 
 def with_dead_codes(dead: int, K: int = 12, D: int = 3):
-    """A codebook whose first `dead` codes are hardly used, beside one that is healthy."""
+    """A codebook whose first `dead` codes are rarely used, and a second one without dead codes."""
     layout = CodebookLayout.of([K, 4], [D, 2])
     codebook, n, _ = start(layout)
     n[:dead] = 1e-3 * torch.arange(dead, 0, -1)
@@ -157,20 +158,20 @@ def test_dead_codes_are_replaced_up_to_the_fraction(strategy, dead, fraction, re
     latents, _ = helpers.random_group(layout, 50, seed=2)
     count = reset_dead_codes(codebook, n, s, layout, 0.05, strategy, fraction, latents)
     assert count.tolist() == [replaced, 0]
-    # The least used go first: with usage falling in the index, codes dead - replaced .. dead - 1.
-    gone = torch.zeros(layout.total_codes, dtype=torch.bool)
-    gone[dead - replaced : dead] = True
+    # The least used are replaced first: usage decreases with the index, so these are dead - replaced .. dead - 1.
+    replaced_codes = torch.zeros(layout.total_codes, dtype=torch.bool)
+    replaced_codes[dead - replaced : dead] = True
     mean = n_before[:12].mean()
-    assert torch.equal(n[~gone], n_before[~gone])
-    torch.testing.assert_close(n[gone], mean.expand(replaced))
-    entry = expand(gone, layout)
+    assert torch.equal(n[~replaced_codes], n_before[~replaced_codes])
+    torch.testing.assert_close(n[replaced_codes], mean.expand(replaced))
+    entry = expand(replaced_codes, layout)
     assert torch.equal(codebook[~entry], before[~entry])
     assert torch.equal(s[~entry], s_before[~entry])
     torch.testing.assert_close(s[entry], mean * codebook[entry])
     assert (codebook[entry] != before[entry]).all()
 
 
-def test_dead_is_below_the_threshold_of_the_mean():
+def test_codes_are_dead_below_the_threshold_of_the_mean_count():
     layout = CodebookLayout.of([4], [1])
     codebook, s = torch.arange(4.0), torch.zeros(4)
     n = torch.tensor([0.19, 0.21, 4.0, 11.6])  # mean 4
@@ -178,7 +179,7 @@ def test_dead_is_below_the_threshold_of_the_mean():
     assert n.tolist() == pytest.approx([4.0, 0.21, 4.0, 11.6])
 
 
-def test_small_codebooks_are_never_over_replaced():
+def test_small_codebooks_never_exceed_the_fraction():
     layout = CodebookLayout.of([3, 4], [2, 2])
     codebook, _, s = start(layout)
     n = torch.tensor([0.0, 0.0, 9.0, 0.0, 0.0, 0.0, 9.0])
@@ -190,19 +191,19 @@ def test_perturbed_copies_without_noise_are_the_most_used_codes():
     n[5], n[9] = 40.0, 30.0
     before = codebook.clone()
     reset_dead_codes(codebook, n, s, layout, 0.05, "perturb", 0.25, noise=0.0)
-    book, old = codebook[:36].view(12, 3), before[:36].view(12, 3)
-    # Least used is code 2, then 1, then 0.
-    assert torch.equal(book[2], old[5])
-    assert torch.equal(book[1], old[9])
+    vectors, old = codebook[:36].view(12, 3), before[:36].view(12, 3)
+    # Code 2 is used least, then 1, then 0.
+    assert torch.equal(vectors[2], old[5])
+    assert torch.equal(vectors[1], old[9])
     third = n[3:12].topk(3).indices[2] + 3
-    assert torch.equal(book[0], old[third])
+    assert torch.equal(vectors[0], old[third])
 
 
-def test_noise_follows_the_spread_of_the_codes():
+def test_noise_scales_with_the_standard_deviation_of_the_codes():
     K, D = 400, 2
     layout = CodebookLayout.of([K], [D])
     codes = torch.randn(K, D) * torch.tensor([1.0, 100.0])
-    codes[300:] = 0.0  # what is copied
+    codes[300:] = 0.0  # the codes that are copied
     n = torch.ones(K)
     n[:100], n[300:] = 0.0, 5.0
     codebook = codes.flatten().clone()
@@ -231,7 +232,7 @@ def test_samples_from_fewer_rows_than_codes(rows):
 
 
 @pytest.mark.parametrize("rows", [0, 4])
-def test_without_a_finite_latent_nothing_is_replaced(rows):
+def test_no_code_is_replaced_without_a_finite_latent(rows):
     layout, codebook, n, s = with_dead_codes(3)
     before = codebook.clone(), n.clone(), s.clone()
     latents = torch.full((rows, layout.total_dims), torch.nan)
@@ -260,7 +261,7 @@ def test_a_generator_makes_resets_repeatable(strategy):
     assert torch.equal(*results)
 
 
-def test_a_codebook_nobody_used_is_left_alone():
+def test_an_unused_codebook_is_unchanged():
     layout = CodebookLayout.of([4], [2])
     codebook, _, s = start(layout)
     assert not reset_dead_codes(codebook, torch.zeros(4), s, layout).any()
@@ -269,10 +270,10 @@ def test_a_codebook_nobody_used_is_left_alone():
 def test_perplexity_of_fractional_counts():
     layout = CodebookLayout.of([4, 2], [1, 1])
     counts = torch.tensor([0.1, 0.1, 0.0, 0.0, 1e-6, 0.0])
-    torch.testing.assert_close(perplexity(counts, layout), torch.tensor([2.0, 1.0]))
+    torch.testing.assert_close(code_usage(counts, layout)[1], torch.tensor([2.0, 1.0]))
 
 
-def test_perturbed_codes_are_copies_of_living_ones_alone():
+def test_perturbed_codes_are_copies_of_live_codes():
     layout = CodebookLayout.of([16], [2])
     codebook = torch.arange(32.0)
     n = torch.zeros(16)

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spinlock_fast.kernels._common.precision import cuda_matmul
 from spinlock_fast.kernels.grouped_mlp import Ragged, grouped_mlp, project, reference
-from spinlock_fast.kernels.precision import cuda_matmul
 
 triton = pytest.importorskip("triton", reason="the package triton is not installed here")
 ON_GPU = torch.cuda.is_available()

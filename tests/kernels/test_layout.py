@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spinlock_fast.kernels.layout import CodebookLayout
+from spinlock_fast.kernels._common.layout import CodebookLayout
 
 CPU = torch.device("cpu")
 SIZES = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 7)), min_size=1, max_size=6)
@@ -27,7 +27,7 @@ def test_totals(sizes):
 
 
 @given(SIZES, st.integers(0, 4))
-def test_padding_columns_places_each_codebook_and_fills_with_zero(sizes, rows):
+def test_pad_columns_fills_with_zeros(sizes, rows):
     layout = make(sizes)
     z = torch.arange(1.0, rows * layout.total_dims + 1).view(rows, -1) if rows else torch.zeros(0, layout.total_dims)
     padded = layout.pad_columns(z)
@@ -39,7 +39,7 @@ def test_padding_columns_places_each_codebook_and_fills_with_zero(sizes, rows):
 
 
 @given(SIZES)
-def test_padding_codebooks_places_each_code_and_fills_with_zero(sizes):
+def test_pad_codebook_fills_with_zeros(sizes):
     layout = make(sizes)
     codebook = torch.arange(1.0, layout.total_entries + 1)
     padded = layout.pad_codebook(codebook)
@@ -51,21 +51,21 @@ def test_padding_codebooks_places_each_code_and_fills_with_zero(sizes):
 
 
 @given(SIZES)
-def test_index_tensors_name_the_owner_of_every_entry(sizes):
+def test_index_tensors_of_codes_columns_and_entries(sizes):
     layout = make(sizes)
     index = layout.indices(CPU)
-    code_book = [g for g, (k, _) in enumerate(sizes) for _ in range(k)]
-    column_book = [g for g, (_, d) in enumerate(sizes) for _ in range(d)]
+    codebook_of_code = [g for g, (k, _) in enumerate(sizes) for _ in range(k)]
+    codebook_of_column = [g for g, (_, d) in enumerate(sizes) for _ in range(d)]
     dims_of_code = [d for k, d in sizes for _ in range(k)]
-    assert index.code_book.tolist() == code_book
-    assert index.column_book.tolist() == column_book
-    assert index.entry_code.tolist() == [c for c, d in enumerate(dims_of_code) for _ in range(d)]
+    assert index.codebook_of_code.tolist() == codebook_of_code
+    assert index.codebook_of_column.tolist() == codebook_of_column
+    assert index.code_of_entry.tolist() == [c for c, d in enumerate(dims_of_code) for _ in range(d)]
     assert index.code_offsets.tolist() == [layout.code_slice(g).start for g in range(layout.groups)]
     assert index.code_mask.sum(1).tolist() == index.num_codes.tolist() == [k for k, _ in sizes]
     assert index.column_mask.sum(1).tolist() == index.dims.tolist() == [d for _, d in sizes]
 
 
-def test_slices_follow_each_other_without_a_gap():
+def test_slices_are_contiguous():
     layout = CodebookLayout.of([3, 1, 5], [2, 4, 1])
     assert [layout.code_slice(g) for g in range(3)] == [slice(0, 3), slice(3, 4), slice(4, 9)]
     assert [layout.column_slice(g) for g in range(3)] == [slice(0, 2), slice(2, 6), slice(6, 7)]
@@ -75,17 +75,17 @@ def test_slices_follow_each_other_without_a_gap():
 @pytest.mark.parametrize(
     ("num_codes", "dims"), [([], []), ([3], []), ([3, 3], [2]), ([0], [2]), ([3], [0]), ([-1, 3], [1, 1])]
 )
-def test_sizes_that_make_no_group_are_refused(num_codes, dims):
+def test_invalid_sizes_are_rejected(num_codes, dims):
     with pytest.raises(ValueError, match=r"num_codes|codebook"):
         CodebookLayout.of(num_codes, dims)
 
 
-def test_index_tensors_are_made_once():
+def test_index_tensors_are_cached():
     layout = CodebookLayout.of([3], [2])
     assert layout.indices(CPU) is layout.indices(CPU)
 
 
-def test_equal_sizes_make_equal_layouts():
+def test_layouts_of_equal_sizes_are_equal():
     layout = CodebookLayout.of([3, 2], [2, 4])
     layout.indices(CPU)
     assert layout == CodebookLayout((3, 2), (2, 4))
@@ -93,7 +93,7 @@ def test_equal_sizes_make_equal_layouts():
 
 
 @pytest.mark.parametrize("clone", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
-def test_copies_work(clone):
+def test_copies_and_pickles_are_equal(clone):
     layout = CodebookLayout.of([3, 2], [2, 4])
     layout.indices(CPU)
     other = clone(layout)
@@ -101,7 +101,7 @@ def test_copies_work(clone):
     assert torch.equal(other.pad_codebook(torch.arange(14.0)), layout.pad_codebook(torch.arange(14.0)))
 
 
-def test_padding_passes_gradients():
+def test_padding_is_differentiable():
     layout = CodebookLayout.of([3, 2], [2, 4])
     z = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
     codebook = torch.randn(14, dtype=torch.float64, requires_grad=True)

@@ -1,4 +1,4 @@
-"""The CPU kernels against float64, on every instruction set of this processor, and on one thread and more."""
+"""Native CPU kernels against float64, for every instruction set of this processor and several numbers of threads."""
 
 import contextlib
 import multiprocessing
@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from spinlock_fast import _native
-from spinlock_fast.kernels import native
+from spinlock_fast.kernels._common import native
+from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels.code_decoders import Decoders, partial_loss
 from spinlock_fast.kernels.grouped_mlp import Ragged, grouped_mlp, normalize_, ragged_layer_norm, scaled_output_linear
-from spinlock_fast.kernels.layout import CodebookLayout
 from spinlock_fast.kernels.topo_loss import topographic_correlations
 from spinlock_fast.kernels.vq_assign import quantize, vq_assign
 
@@ -43,7 +43,7 @@ def normal(*shape, seed):
 
 
 def run(function, inputs):
-    """Outputs, and gradients of all inputs that are floating point."""
+    """Outputs, and gradients of all inputs."""
     leaves = [i.detach().clone().requires_grad_() for i in inputs]
     out = function(*leaves)
     out = out if isinstance(out, tuple) else (out,)
@@ -53,8 +53,8 @@ def run(function, inputs):
     return [o.detach() for o in out], list(grads)
 
 
-def assert_as_near_as_torch(function, inputs):
-    """Every output and gradient is at most twice as far from float64 as PyTorch's own float32."""
+def assert_as_accurate_as_torch(function, inputs):
+    """The error of every output and gradient against float64 is at most twice that of PyTorch in float32."""
     native = run(function, inputs)
     with helpers.plain_torch():
         eager = run(function, inputs)
@@ -84,14 +84,14 @@ def mlp_inputs(sizes, rows, hidden, out):
         ([1], 1, 1, 1),
         ([4, 16, 15, 1], 50, 48, 36),
         ([3, 12, 24], 13, 33, 17),
-        ([7], 700, 20, 9),  # deeper than one block in the gradient of the weights
-        ([600], 30, 1030, 40),  # deeper than one block forward
+        ([7], 700, 20, 9),  # more rows than one block of the weight gradient
+        ([600], 30, 1030, 40),  # more inputs than one block of the forward pass
         ([5], 20, 16, 700),
         ([2, 3], 0, 4, 5),
     ],
 )
 def test_two_layers(level, sizes, rows, hidden, out):
-    assert_as_near_as_torch(lambda *a: grouped_mlp(*a, Ragged.of(sizes)), mlp_inputs(sizes, rows, hidden, out))
+    assert_as_accurate_as_torch(lambda *a: grouped_mlp(*a, Ragged.of(sizes)), mlp_inputs(sizes, rows, hidden, out))
 
 
 @pytest.mark.parametrize("shift", [-100.0, -1.0, 0.0, 100.0])  # no, few, half, all hidden values above 0
@@ -99,21 +99,21 @@ def test_two_layers(level, sizes, rows, hidden, out):
     ("sizes", "rows", "hidden", "out"),
     [([4, 9], 300, 100, 64), ([20], 40, 512, 256), ([6], 600, 70, 320), ([5, 3], 30, 33, 17), ([600], 30, 1030, 64)],
 )
-def test_two_layers_leave_out_zeros(level, sizes, rows, hidden, out, shift):
+def test_two_layers_skip_zeros(level, sizes, rows, hidden, out, shift):
     x, *parameters = mlp_inputs(sizes, rows, hidden, out)
     parameters[1] += shift
 
     def parameters_alone(*a):
         return grouped_mlp(x.to(a[0].dtype), *a, Ragged.of(sizes))
 
-    assert_as_near_as_torch(parameters_alone, parameters)
-    assert_as_near_as_torch(lambda *a: grouped_mlp(*a, Ragged.of(sizes)), [x, *parameters])
+    assert_as_accurate_as_torch(parameters_alone, parameters)
+    assert_as_accurate_as_torch(lambda *a: grouped_mlp(*a, Ragged.of(sizes)), [x, *parameters])
 
 
-def test_a_row_does_not_depend_on_those_beside_it(level):
+def test_a_row_does_not_depend_on_other_rows(level):
     x, w1, b1, w2, b2 = mlp_inputs([8], 64, 512, 256)
     w1 = w1.abs()
-    among_active = torch.cat([x[:1], 100.0 + x[1:]])  # all hidden values above 0: too few zeros to leave out
+    among_active = torch.cat([x[:1], 100.0 + x[1:]])  # all hidden values above 0: too few zeros to skip
     batches = (x[:1], x, among_active)
     alone, mixed, active = (grouped_mlp(rows, w1, b1, w2, b2, Ragged.of([8]))[0, 0] for rows in batches)
     assert torch.equal(alone, mixed)
@@ -122,10 +122,16 @@ def test_a_row_does_not_depend_on_those_beside_it(level):
 
 def test_layers_of_any_stride(level):
     x, w1, b1, w2, b2 = mlp_inputs([9], 20, 24, 11)
-    turned = [x.t().contiguous().t(), w1.t().contiguous().t(), b1, w2.transpose(1, 2).contiguous().transpose(1, 2), b2]
-    found = run(lambda *a: grouped_mlp(*a, Ragged.of([9])), turned)
+    transposed = [
+        x.t().contiguous().t(),
+        w1.t().contiguous().t(),
+        b1,
+        w2.transpose(1, 2).contiguous().transpose(1, 2),
+        b2,
+    ]
+    actual = run(lambda *a: grouped_mlp(*a, Ragged.of([9])), transposed)
     expected = run(lambda *a: grouped_mlp(*a, Ragged.of([9])), [x, w1, b1, w2, b2])
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize(("sizes", "rows", "width"), [([1], 1, 1), ([16, 3, 48, 5], 70, 40), ([33, 17], 600, 20)])
@@ -138,15 +144,15 @@ def test_output_layers(level, sizes, rows, width):
         normal(n, width, seed=3) / width**0.5,
         normal(n, seed=4),
     ]
-    assert_as_near_as_torch(lambda *a: scaled_output_linear(*a, Ragged.of(sizes)), inputs)
+    assert_as_accurate_as_torch(lambda *a: scaled_output_linear(*a, Ragged.of(sizes)), inputs)
 
 
 @pytest.mark.parametrize(("sizes", "rows"), [([2], 1), ([4, 17, 2, 48], 130), ([5, 3], 0)])
 def test_normalisation(level, sizes, rows):
     n = sum(sizes)
     inputs = [normal(rows, n, seed=0), 1.0 + 0.1 * normal(n, seed=1), normal(n, seed=2)]
-    assert_as_near_as_torch(lambda *a: ragged_layer_norm(*a, Ragged.of(sizes)), inputs)
-    assert_as_near_as_torch(lambda x: normalize_(x.clone()), [3.0 + normal(2, rows, 40, seed=3)])
+    assert_as_accurate_as_torch(lambda *a: ragged_layer_norm(*a, Ragged.of(sizes)), inputs)
+    assert_as_accurate_as_torch(lambda x: normalize_(x.clone()), [3.0 + normal(2, rows, 40, seed=3)])
 
 
 @pytest.mark.parametrize(
@@ -156,7 +162,7 @@ def test_normalisation(level, sizes, rows):
 def test_partial_loss(level, num_codes, dims, rows, features):
     layout = CodebookLayout.of(num_codes, dims)
     z, codebook = helpers.random_group(layout, rows, seed=0)
-    found = vq_assign(z, codebook, layout)
+    actual = vq_assign(z, codebook, layout)
     x, H, G = normal(rows, features, seed=1), 40, layout.groups
     decoders = [
         normal(layout.total_dims, H, seed=2),
@@ -167,10 +173,10 @@ def test_partial_loss(level, num_codes, dims, rows, features):
 
     def loss(latents, *parameters):
         dtype = latents.dtype
-        quantized = quantize(latents, found.quantized.to(dtype), layout)
-        return partial_loss(x.to(dtype), quantized, found.codes, codebook.to(dtype), Decoders(*parameters), layout)
+        quantized = quantize(latents, actual.quantized.to(dtype), layout)
+        return partial_loss(x.to(dtype), quantized, actual.codes, codebook.to(dtype), Decoders(*parameters), layout)
 
-    assert_as_near_as_torch(loss, [z, *decoders])
+    assert_as_accurate_as_torch(loss, [z, *decoders])
 
 
 @pytest.mark.parametrize(
@@ -186,13 +192,13 @@ def test_topographic_correlations(level, num_codes, dims, rows):
     def correlations(latents):
         return topographic_correlations(x.to(latents.dtype), latents, codes, codebook.to(latents.dtype), layout)
 
-    assert_as_near_as_torch(correlations, [z])
+    assert_as_accurate_as_torch(correlations, [z])
 
 
-def test_threads_make_no_difference(level):
+def test_result_does_not_depend_on_the_number_of_threads(level):
     layout = CodebookLayout.of([15, 7, 6], [4, 16, 5])
     z, codebook = helpers.random_group(layout, 300, seed=0)
-    found = vq_assign(z, codebook, layout)
+    actual = vq_assign(z, codebook, layout)
     x = normal(300, 33, seed=1)
     decoders = [normal(25, 40, seed=2), normal(3, 40, seed=3), normal(3, 40, 33, seed=4), normal(3, 33, seed=5)]
 
@@ -200,7 +206,7 @@ def test_threads_make_no_difference(level):
         mlp, parameters = rest[:5], Decoders(*rest[5:])
         torch.manual_seed(0)
         out = grouped_mlp(*mlp, Ragged.of([4, 16, 15]), 0.2)
-        quantized = quantize(latents, found.quantized, layout)
+        quantized = quantize(latents, actual.quantized, layout)
         normed = ragged_layer_norm(
             latents, decoders[1].new_ones(25), torch.zeros(25), Ragged.of(layout.dims), 1e-5, 0.1
         )
@@ -208,8 +214,8 @@ def test_threads_make_no_difference(level):
             out,
             normed,
             normalize_(out.clone().view(-1, 9)),
-            partial_loss(x, quantized, found.codes, codebook, parameters, layout),
-            *topographic_correlations(x, latents, found.codes, codebook, layout),
+            partial_loss(x, quantized, actual.codes, codebook, parameters, layout),
+            *topographic_correlations(x, latents, actual.codes, codebook, layout),
         )
 
     results = []
@@ -221,7 +227,7 @@ def test_threads_make_no_difference(level):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_threads_of_our_own_serve_as_well():
+def test_own_threads_match_openmp():
     inputs = mlp_inputs([4, 16, 15], 100, 48, 36)
     with threads(2):
         expected = grouped_mlp(*inputs, Ragged.of([4, 16, 15]))
@@ -233,8 +239,8 @@ def test_threads_of_our_own_serve_as_well():
             native._share_threads_of_torch()
 
 
-def kept(seed, rows, columns, rate):
-    """The entries that dropout keeps, by the formula."""
+def dropout_mask(seed, rows, columns, rate):
+    """Entries that dropout keeps, from the formula of its hash."""
 
     def mixed(x):
         x = (x + 0x9E3779B97F4A7C15) % 2**64
@@ -252,8 +258,8 @@ def kept(seed, rows, columns, rate):
     return torch.from_numpy(out)
 
 
-def test_dropout_is_the_formula(level):
-    """The second layer is the identity and the first adds 1 to nothing: what comes out is the mask."""
+def test_dropout_matches_the_formula(level):
+    """The hidden values are 1 and the second layer is the identity, so the output is the scaled mask."""
     G, B, H, rate = 3, 20, 70, 0.3
     torch.manual_seed(5)
     seed = int(torch.empty((), dtype=torch.int64).random_())
@@ -262,11 +268,11 @@ def test_dropout_is_the_formula(level):
     out = grouped_mlp(
         torch.zeros(B, G), torch.zeros(G, H), torch.ones(G, H), eye, torch.zeros(G, H), Ragged.of([1] * G), rate
     )
-    expected = kept(seed, G * B, H, rate).view(G, B, H) / (1.0 - rate)
+    expected = dropout_mask(seed, G * B, H, rate).view(G, B, H) / (1.0 - rate)
     torch.testing.assert_close(out, expected.float())
 
 
-def test_dropout_before_normalisation_is_the_formula(level):
+def test_dropout_before_normalisation_matches_the_formula(level):
     x = normal(9, 25, seed=0).requires_grad_()
     segments = Ragged.of([4, 16, 5])
     weight, bias = torch.ones(25), torch.zeros(25)
@@ -274,7 +280,7 @@ def test_dropout_before_normalisation_is_the_formula(level):
     seed = int(torch.empty((), dtype=torch.int64).random_())
     torch.manual_seed(5)
     out = ragged_layer_norm(x, weight, bias, segments, 1e-5, 0.4)
-    dropped = x * kept(seed, 9, 25, 0.4) / 0.6
+    dropped = x * dropout_mask(seed, 9, 25, 0.4) / 0.6
     expected = ragged_layer_norm(dropped, weight, bias, segments)
     torch.testing.assert_close(out, expected)
     upstream = normal(9, 25, seed=1)
@@ -285,9 +291,11 @@ def test_dropout_before_normalisation_is_the_formula(level):
 
 
 @pytest.mark.parametrize("rate", [0.01, 0.1, 0.5, 0.9])
-def test_dropout_is_random_enough(rate):
-    """Shares of rows, of columns, and of neighbouring pairs, over many seeds."""
-    masks = torch.stack([~kept(seed * 7919, 64, 256, rate) for seed in range(40)]).double()  # [seeds, rows, columns]
+def test_dropout_masks_are_uncorrelated(rate):
+    """Drop rates of rows and columns, and correlations of neighbours, over many seeds."""
+    masks = torch.stack(
+        [~dropout_mask(seed * 7919, 64, 256, rate) for seed in range(40)]
+    ).double()  # [seeds, rows, columns]
     deviation = (rate * (1.0 - rate)) ** 0.5
     for dim in ((0, 1), (0, 2), (1, 2)):
         share = masks.mean(dim)
@@ -303,7 +311,7 @@ def test_dropout_is_random_enough(rate):
         assert (a * b).mean().abs() < 5.5 / a.numel() ** 0.5
 
 
-def test_a_value_that_is_not_a_number_stays_one(level):
+def test_nan_propagates(level):
     inputs = mlp_inputs([4, 3], 30, 20, 10)
     inputs[0][3, 1] = torch.nan
     out = grouped_mlp(*inputs, Ragged.of([4, 3]))
@@ -312,18 +320,18 @@ def test_a_value_that_is_not_a_number_stays_one(level):
     assert out[1].isfinite().all()
 
 
-def test_an_unknown_instruction_set_is_refused():
+def test_an_unknown_instruction_set_is_rejected():
     with pytest.raises(ValueError, match="abacus"):
         _native.use_training_level("abacus")
 
 
-def test_a_forked_process_has_threads_of_its_own():
+def test_a_forked_process_starts_its_own_threads():
     inputs = mlp_inputs([4, 16, 15], 100, 48, 36)
     with threads(2):
         expected = grouped_mlp(*inputs, Ragged.of([4, 16, 15]))
         with multiprocessing.get_context("fork").Pool(1) as pool:
-            found = pool.apply(_forked, ([i.numpy() for i in inputs],))
-    assert np.array_equal(found, expected.numpy())
+            actual = pool.apply(_forked, ([i.numpy() for i in inputs],))
+    assert np.array_equal(actual, expected.numpy())
 
 
 def _forked(arrays):
@@ -331,9 +339,9 @@ def _forked(arrays):
     return grouped_mlp(*(torch.from_numpy(a) for a in arrays), Ragged.of([4, 16, 15])).numpy()
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits address space by what /proc tells")
-def test_missing_memory_of_a_thread_is_an_exception():
-    """A workspace of 17 MB that cannot be had, on two threads: a MemoryError, and the process goes on."""
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the address space from /proc")
+def test_failed_allocation_in_a_thread_raises_memory_error():
+    """A workspace of 17 MB that cannot be allocated, on two threads: MemoryError, and the process continues."""
     code = """
 import resource
 import numpy as np
@@ -354,7 +362,7 @@ pages = int(open("/proc/self/statm").read().split()[0])
 _, most = resource.getrlimit(resource.RLIMIT_AS)
 resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**22, most))
 failed = 0
-for _ in range(300):  # so that the other thread has its share of them
+for _ in range(300):  # enough for failures in both threads
     try:
         assign(K)
     except MemoryError:

@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
-from spinlock_fast.kernels import native
-from spinlock_fast.kernels._common import guard
+from spinlock_fast.kernels._common import guard, native
+from spinlock_fast.kernels._common.backend import VARIABLE
+from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels.augment import augmented_rows
-from spinlock_fast.kernels.backend import VARIABLE
 from spinlock_fast.kernels.code_decoders import Decoders, code_statistics, decode_codes, partial_loss
-from spinlock_fast.kernels.ema_update import code_usage, ema_update, perplexity, reset_dead_codes, utilization
+from spinlock_fast.kernels.ema_update import code_usage, ema_update, reset_dead_codes
 from spinlock_fast.kernels.grouped_mlp import (
     Ragged,
     grouped_mlp,
@@ -28,7 +28,6 @@ from spinlock_fast.kernels.grouped_mlp import (
     ragged_layer_norm,
     scaled_output_linear,
 )
-from spinlock_fast.kernels.layout import CodebookLayout
 from spinlock_fast.kernels.residual_vq import residual_vq
 from spinlock_fast.kernels.topo_loss import topographic_correlations, topographic_loss
 from spinlock_fast.kernels.vq_assign import lookup, quantize, vq_assign
@@ -149,8 +148,6 @@ TABLE = [
     Operator("ema_update", _updated, {**STATE, **BATCH}),
     Operator("reset_dead_codes", _reset, STATE),
     Operator("code_usage", lambda counts: code_usage(counts, LAYOUT), {"counts": BATCH["counts"]}),
-    Operator("utilization", lambda counts: _tuple(utilization(counts, LAYOUT)), {"counts": BATCH["counts"]}),
-    Operator("perplexity", lambda counts: _tuple(perplexity(counts, LAYOUT)), {"counts": BATCH["counts"]}),
     Operator("augmented_rows", lambda x, rows: augmented_rows(x, rows), {"x": normal(B, F), "rows": CODES[:, 0]},
              free=("x", "rows")),
 ]  # fmt: skip
@@ -555,11 +552,11 @@ def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch):
     large = CodebookLayout.of([70], [3])
     vq_assign(normal(B, 3), normal(210), large)
     residual_vq(normal(B, 150), [normal(5, 150)])
-    augmented_rows(normal(B, F), CODES[:, 0], mixing=0.5, noise=0.1)
-    from spinlock_fast.kernels.adam.triton import Adam
+    augmented_rows(normal(B, F), CODES[:, 0], mixup_scale=0.5, noise_std=0.1)
+    from spinlock_fast.kernels.adam.triton_update import AdamLauncher
 
     p, m, v = normal(4), torch.zeros(4), torch.zeros(4)
-    Adam([p], [m], [v], (0.9, 0.999), 1e-8, 0.0, False)([normal(4)], torch.zeros(()), torch.ones(1))
+    AdamLauncher([p], [m], [v], (0.9, 0.999), 1e-8, 0.0, False)([normal(4)], torch.zeros(()), torch.ones(1))
     assert depth == [0]
     assert not outside
     assert len(set(launched)) >= 20

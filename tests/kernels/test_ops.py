@@ -1,15 +1,16 @@
-"""The operators as torch sees them: schemas, fakes, autograd, compilation, autocast, choice of backend."""
+"""Operators of `torch.library`: schemas, fakes, autograd, compilation, autocast; choice of the backend."""
 
 import logging
 
 import helpers
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from spinlock_fast.kernels import backend, precision
-from spinlock_fast.kernels.backend import resolve_backend
+from spinlock_fast.kernels._common import backend, precision
+from spinlock_fast.kernels._common.backend import resolve_backend
+from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels.ema_update import ema_update
-from spinlock_fast.kernels.layout import CodebookLayout
 from spinlock_fast.kernels.residual_vq import residual_vq
 from spinlock_fast.kernels.vq_assign import vq_assign
 from spinlock_fast.quantize import GroupedVectorQuantizer
@@ -21,7 +22,7 @@ KERNELS = [("cpu", "reference"), pytest.param("cuda", "triton", marks=pytest.mar
 
 @pytest.mark.parametrize(("device", "name"), KERNELS)
 @pytest.mark.parametrize("rows", [0, 1, 9])
-def test_assignment_is_an_operator(device, name, rows):
+def test_vq_assign_passes_opcheck(device, name, rows):
     z, codebook = (t.to(device) for t in helpers.random_group(LAYOUT, rows, seed=0))
     mask = torch.ones(rows, dtype=torch.bool, device=device)
     sizes = list(LAYOUT.num_codes), list(LAYOUT.dims)
@@ -31,28 +32,28 @@ def test_assignment_is_an_operator(device, name, rows):
 
 
 @pytest.mark.parametrize(("device", "name"), KERNELS)
-def test_gradient_is_an_operator(device, name):
+def test_vq_assign_backward_passes_opcheck(device, name):
     z, codebook = (t.to(device) for t in helpers.random_group(LAYOUT, 9, seed=0))
-    found = vq_assign(z, codebook, LAYOUT, backend=name)
-    upstream = torch.randn_like(z), torch.rand_like(found.error_parts)
+    actual = vq_assign(z, codebook, LAYOUT, backend=name)
+    upstream = torch.randn_like(z), torch.rand_like(actual.error_parts)
     for rotation in (False, True):
-        arguments = (*upstream, z, found.quantized, found.codes, list(LAYOUT.num_codes), list(LAYOUT.dims), rotation)
+        arguments = (*upstream, z, actual.quantized, actual.codes, list(LAYOUT.num_codes), list(LAYOUT.dims), rotation)
         torch.library.opcheck(torch.ops.spinlock_fast.vq_assign_backward.default, (*arguments, name))
 
 
 @pytest.mark.parametrize(("device", "name"), KERNELS)
-def test_update_is_an_operator(device, name):
+def test_ema_update_passes_opcheck(device, name):
     z, codebook = (t.to(device) for t in helpers.random_group(LAYOUT, 9, seed=0))
-    found = vq_assign(z, codebook, LAYOUT, backend=name)
-    state = codebook, torch.ones_like(found.counts), codebook.clone(), torch.zeros_like(found.counts)
+    actual = vq_assign(z, codebook, LAYOUT, backend=name)
+    state = codebook, torch.ones_like(actual.counts), codebook.clone(), torch.zeros_like(actual.counts)
     sizes = list(LAYOUT.num_codes), list(LAYOUT.dims)
-    arguments = (*state, found.count_parts, found.sum_parts, *sizes, 0.9, False, 1e-5, name)
+    arguments = (*state, actual.count_parts, actual.sum_parts, *sizes, 0.9, False, 1e-5, name)
     torch.library.opcheck(torch.ops.spinlock_fast.ema_update.default, arguments)
 
 
 @pytest.mark.parametrize("gradient", ["straight_through", "rotation"])
 def test_gradient_in_float64(gradient):
-    # The code is a constant within a cell, so a numerical gradient sees the error alone.
+    # The code is constant within a cell, so the numerical gradient is that of the error.
     z, codebook = helpers.random_group(LAYOUT, 6, seed=1, dtype=torch.float64)
 
     def error(latents):
@@ -72,7 +73,7 @@ def step(quantizer, z):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's compiler
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_compiles_without_a_break(device, init, training):
+def test_compiles_without_a_graph_break(device, init, training):
     torch._dynamo.reset()
     plain = GroupedVectorQuantizer(LAYOUT.num_codes, LAYOUT.dims, codebook_init=init).to(device).train(training)
     compiled = GroupedVectorQuantizer(LAYOUT.num_codes, LAYOUT.dims, codebook_init=init).to(device).train(training)
@@ -98,19 +99,19 @@ def test_autocast_keeps_distances_in_float32(device):
     z, codebook = 5.0 + 0.01 * z, 5.0 + 0.01 * codebook
     expected = vq_assign(z, codebook, LAYOUT)
     with torch.autocast(device, torch.bfloat16):
-        found = vq_assign(z, codebook, LAYOUT)
+        actual = vq_assign(z, codebook, LAYOUT)
         ema = codebook.clone()
-        ema_update(ema, torch.ones_like(found.counts), ema.clone(), found.counts, found.sums, LAYOUT, 0.9)
-    assert torch.equal(found.codes, expected.codes)
-    assert found.sums.dtype == ema.dtype == torch.float32
-    assert torch.equal(found.sums, expected.sums)
+        ema_update(ema, torch.ones_like(actual.counts), ema.clone(), actual.counts, actual.sums, LAYOUT, 0.9)
+    assert torch.equal(actual.codes, expected.codes)
+    assert actual.sums.dtype == ema.dtype == torch.float32
+    assert torch.equal(actual.sums, expected.sums)
 
 
-def test_the_reference_serves_the_cpu():
+def test_auto_is_reference_on_a_cpu():
     assert resolve_backend("auto", torch.zeros(1)) == "reference"
 
 
-def test_the_environment_chooses_where_nobody_else_does(monkeypatch):
+def test_environment_variable_replaces_auto(monkeypatch):
     monkeypatch.setattr(backend, "_interpreted", lambda: True)
     monkeypatch.setenv(backend.VARIABLE, "triton")
     pytest.importorskip("triton", reason="the package triton is not installed here")
@@ -122,7 +123,7 @@ def test_the_environment_chooses_where_nobody_else_does(monkeypatch):
         resolve_backend("auto", torch.zeros(1))
 
 
-def test_triton_where_it_cannot_run_says_why(monkeypatch):
+def test_triton_raises_where_it_cannot_run(monkeypatch):
     monkeypatch.setattr(backend, "_interpreted", lambda: False)
     with helpers.raises_one_line(RuntimeError, "triton", "CUDA", "cpu"):
         GroupedVectorQuantizer([3], [2], codebook_init="uniform", backend="triton")(torch.zeros(2, 2))
@@ -133,16 +134,67 @@ def test_triton_where_it_cannot_run_says_why(monkeypatch):
         resolve_backend("triton", torch.zeros(1))
 
 
-def test_the_choice_is_logged_once(caplog):
-    backend._say_once.cache_clear()
+def test_backend_is_logged_once(caplog):
+    backend._log_once.cache_clear()
     with caplog.at_level(logging.INFO, logger=backend.__name__):
         for _ in range(3):
             resolve_backend("auto", torch.zeros(1))
     assert [record.getMessage() for record in caplog.records] == ["backend reference on cpu"]
 
 
-def test_operators_on_a_cpu_leave_the_precision_of_cuda_alone(monkeypatch):
-    """Setting it takes longer than a small operator, and other threads see it."""
+def test_cpu_operators_do_not_set_the_cuda_precision(monkeypatch):
+    """Setting it takes longer than a small operator and affects other threads."""
     monkeypatch.setattr(precision, "allow_tf32", lambda tf32: pytest.fail("set for a CPU"))
     residual_vq(torch.randn(5, 4), [torch.randn(6, 4)])
     vq_assign(torch.randn(5, 4), torch.randn(24), CodebookLayout.of([6], [4]))
+
+
+class Recorder(TorchDispatchMode):
+    """Names of the operators that a dispatch mode receives."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def assign_and_differentiate():
+    z, codebook = helpers.random_group(LAYOUT, 9, seed=0)
+    assignment = vq_assign(z.requires_grad_(), codebook, LAYOUT, gradient="rotation")
+    assignment.squared_error.sum().backward()
+    return assignment.quantized, z.grad
+
+
+def test_eager_mode_takes_a_plain_autograd_function():
+    expected, _ = assign_and_differentiate()
+    assert type(expected.grad_fn).__name__ == "vq_assignBackward"
+
+
+def test_dispatch_modes_receive_the_operators():
+    expected = assign_and_differentiate()
+    with Recorder() as recorder:
+        actual = assign_and_differentiate()
+    assert {"spinlock_fast::vq_assign", "spinlock_fast::vq_assign_backward"} <= set(recorder.names)
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_profiles_contain_the_operators():
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        assign_and_differentiate()
+    names = {event.key for event in profile.key_averages()}
+    assert {"spinlock_fast::vq_assign", "spinlock_fast::vq_assign_backward"} <= names
+
+
+def test_backward_passes_support_lazily_negated_gradients():
+    grads = []
+    for negated in (False, True):
+        z, codebook = helpers.random_group(LAYOUT, 9, seed=0)
+        actual = vq_assign(z.requires_grad_(), codebook, LAYOUT, gradient="straight_through")
+        upstream = torch.linspace(-1.0, 1.0, actual.quantized.numel()).view_as(actual.quantized)
+        actual.quantized.backward(torch._neg_view(-upstream) if negated else upstream)
+        grads.append(z.grad)
+    assert torch.equal(*grads)

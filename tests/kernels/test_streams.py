@@ -1,4 +1,4 @@
-"""Work side by side: the same values as one after the other, also where memory is reused at once."""
+"""Side streams and deferred work give the results of sequential execution, also when memory is reused at once."""
 
 import itertools
 import threading
@@ -7,7 +7,13 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from spinlock_fast.kernels.streams import BESIDE, LATER, joined, later, side_by_side
+from spinlock_fast.kernels._common.streams import (
+    DEFERRED_PRIORITY,
+    SIDE_PRIORITY,
+    defer,
+    deferred_scope,
+    run_on_side_streams,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
@@ -20,37 +26,38 @@ def busy(x, rounds):
 
 
 def loss(leaf):
-    x = leaf * 1.0  # a leaf itself should be used by one stream: torch adds up its gradient there
-    first, (second, third) = side_by_side([lambda: busy(x, 3).sum(), lambda: (busy(x, 50).sum(), x.square())], [x])
-    nested = side_by_side([lambda: x.sum(), lambda: sum(side_by_side([x.sum, x.sum, x.sum], [x]))], [x])
+    x = leaf * 1.0  # torch accumulates the gradient of a leaf on one stream
+    works = [lambda: busy(x, 3).sum(), lambda: (busy(x, 50).sum(), x.square())]
+    first, (second, third) = run_on_side_streams(works, [x])
+    nested = run_on_side_streams([lambda: x.sum(), lambda: sum(run_on_side_streams([x.sum, x.sum, x.sum], [x]))], [x])
     return first + second + third.sum() + sum(nested)
 
 
-def test_values_and_gradients():
+def test_results_and_gradients_equal_sequential_ones():
     start = torch.randn(500, 700, device=DEVICE)
     for _ in range(5):
         x = start.clone().requires_grad_()
         loss(x).backward()
         expected = start.clone().double().requires_grad_()
         (busy(expected, 3) + busy(expected, 50) + expected.square() + 4.0 * expected).sum().backward()
-        filler = [torch.full_like(start, torch.nan) for _ in range(8)]  # what freed memory turns into
+        filler = [torch.full_like(start, torch.nan) for _ in range(8)]  # overwrites freed memory
         torch.testing.assert_close(x.grad.double(), expected.grad, rtol=1e-4, atol=1e-4)
         del filler
 
 
-def test_an_error_leaves_no_branch_open():
+def test_side_streams_are_joined_after_an_error():
     x = torch.randn(3, device=DEVICE)
 
     def fails():
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
-        side_by_side([x.sum, fails], [x])
-    assert side_by_side([x.sum, x.sum], [x])[1] == x.sum()
+        run_on_side_streams([x.sum, fails], [x])
+    assert run_on_side_streams([x.sum, x.sum], [x])[1] == x.sum()
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="a CPU has no streams")
-def test_branches_are_captured():
+def test_side_streams_are_captured():
     x = torch.randn(300, 300, device=DEVICE)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -67,7 +74,7 @@ def test_branches_are_captured():
 
 
 class Weighted(torch.autograd.Function):
-    """x * w, whose gradient of w nobody waits for."""
+    """x * w, with a deferred gradient of w."""
 
     @staticmethod
     def forward(ctx, x, w):
@@ -77,22 +84,22 @@ class Weighted(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, w = ctx.saved_tensors
-        of_w = later(lambda: busy(grad * x, 40).sum(0), [grad, x])
-        return grad * w, of_w
+        grad_w = defer(lambda: busy(grad * x, 40).sum(0), [grad, x])
+        return grad * w, grad_w
 
 
-def test_later_work_is_there_at_the_end():
+def test_deferred_results_are_valid_after_the_scope():
     start, weights = torch.randn(900, 700, device=DEVICE), torch.randn(3, 700, device=DEVICE)
     expected = None
-    for joins in (False, True, True):
+    for scoped in (False, True, True):
         x, w = start.clone().requires_grad_(), [v.clone().requires_grad_() for v in weights]
         y = x
         for v in w:
             y = Weighted.apply(y, v)
-        if joins:
-            with joined(x.device):
+        if scoped:
+            with deferred_scope(x.device):
                 y.sum().backward()
-                filler = [torch.full_like(start, torch.nan) for _ in range(8)]  # what freed memory turns into
+                filler = [torch.full_like(start, torch.nan) for _ in range(8)]  # overwrites freed memory
         else:
             y.sum().backward()
         found = torch.stack([x.grad.sum(0), *(v.grad for v in w)])
@@ -102,23 +109,23 @@ def test_later_work_is_there_at_the_end():
     del filler
 
 
-def test_an_error_ends_the_time_of_later_work():
+def test_scope_closes_after_an_error():
     x = torch.randn(3, device=DEVICE)
 
     def fails():
-        with joined(x.device):
-            later(x.sum, [x])
+        with deferred_scope(x.device):
+            defer(x.sum, [x])
             raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
         fails()
-    with joined(x.device):
-        total = later(x.sum, [x])
+    with deferred_scope(x.device):
+        total = defer(x.sum, [x])
     assert total == x.sum()
 
 
 class FakeStream:
-    """A stream that notes which others it waits for; all of them know what they have waited for."""
+    """A stream that records the streams it waits for."""
 
     made = 0
 
@@ -131,7 +138,7 @@ class FakeStream:
 
 
 class FakeTensor:
-    """A tensor on a CUDA device, as far as streams are concerned."""
+    """The attributes of a CUDA tensor that streams need."""
 
     device = torch.device("cuda", 0)
 
@@ -141,7 +148,7 @@ class FakeTensor:
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """torch.cuda with streams of each thread, without a device; returns how to make a stream the current one."""
+    """torch.cuda with a current stream per thread, without a device; returns a setter of the current stream."""
     current = threading.local()
 
     @contextmanager
@@ -168,57 +175,57 @@ def cuda(monkeypatch):
     return start
 
 
-def stream_of_later():
-    """The stream that work put off now runs on."""
-    return later(lambda: torch.cuda.current_stream(FakeTensor.device), [FakeTensor()])
+def deferred_stream():
+    """The stream that deferred work runs on."""
+    return defer(lambda: torch.cuda.current_stream(FakeTensor.device), [FakeTensor()])
 
 
-def test_nested_times_of_later_work_each_wait_for_theirs(cuda):
+def test_nested_scopes_wait_for_their_work(cuda):
     caller = torch.cuda.current_stream(FakeTensor.device)
-    with joined(FakeTensor.device):
-        outer = stream_of_later()
-        with joined(FakeTensor.device):
-            inner = stream_of_later()
+    with deferred_scope(FakeTensor.device):
+        outer = deferred_stream()
+        with deferred_scope(FakeTensor.device):
+            inner = deferred_stream()
             assert inner not in caller.waited
         assert inner in caller.waited
-        after = stream_of_later()
+        after = deferred_stream()
         assert after not in (outer, caller)
     assert {outer, after} <= set(caller.waited)
-    assert stream_of_later() is caller  # at once: nothing is joined
+    assert deferred_stream() is caller  # no scope is open
 
 
-def test_an_error_in_nested_later_work_is_the_one_that_arrives(cuda):
+def test_error_in_a_nested_scope_propagates(cuda):
     caller = torch.cuda.current_stream(FakeTensor.device)
 
     def fails():
         raise ValueError("no")
 
-    put_off = []
+    deferred = []
 
     def nested():
-        with joined(FakeTensor.device):
-            put_off.append(stream_of_later())
-            with joined(FakeTensor.device):
-                later(fails, [FakeTensor()])
+        with deferred_scope(FakeTensor.device):
+            deferred.append(deferred_stream())
+            with deferred_scope(FakeTensor.device):
+                defer(fails, [FakeTensor()])
 
     with pytest.raises(ValueError, match="no"):
         nested()
-    assert put_off[0] in caller.waited
-    with joined(FakeTensor.device):
-        inner = stream_of_later()
+    assert deferred[0] in caller.waited
+    with deferred_scope(FakeTensor.device):
+        inner = deferred_stream()
     assert inner in caller.waited
 
 
-def test_threads_put_off_their_own_work(cuda):
-    """Two callers on streams of their own: each waits for its own work alone, whoever ends first."""
+def test_threads_do_not_share_deferred_streams(cuda):
+    """Two callers on different streams each wait for their own work only, whichever ends first."""
     meeting, found = threading.Barrier(2, timeout=30), {}
 
     def trains(name):
         mine = FakeStream()
         cuda(mine)
-        with joined(FakeTensor.device):
+        with deferred_scope(FakeTensor.device):
             meeting.wait()
-            streams = {stream_of_later() for _ in range(3)}
+            streams = {deferred_stream() for _ in range(3)}
             meeting.wait()
         found[name] = mine, streams
 
@@ -227,27 +234,27 @@ def test_threads_put_off_their_own_work(cuda):
         thread.start()
     for thread in threads:
         thread.join()
-    (first, of_first), (second, of_second) = found["a"], found["b"]
-    assert set(first.waited) == of_first
-    assert set(second.waited) == of_second
-    assert len(of_first) == len(of_second) == 3
-    assert not of_first & of_second
+    (first, deferred_by_first), (second, deferred_by_second) = found["a"], found["b"]
+    assert set(first.waited) == deferred_by_first
+    assert set(second.waited) == deferred_by_second
+    assert len(deferred_by_first) == len(deferred_by_second) == 3
+    assert not deferred_by_first & deferred_by_second
 
 
-def test_a_backward_pass_in_another_thread_puts_work_off(cuda):
-    """Autograd's thread has the stream of the forward pass: what it puts off belongs to that caller."""
+def test_backward_in_another_thread_finds_the_scope(cuda):
+    """Autograd's thread runs on the stream of the forward pass, so its deferred work belongs to that caller."""
     caller = torch.cuda.current_stream(FakeTensor.device)
     found = []
 
     def backward(stream):
         cuda(stream)
-        found.append(stream_of_later())
+        found.append(deferred_stream())
 
     def branch():
         return torch.cuda.current_stream(FakeTensor.device)
 
-    with joined(FakeTensor.device):
-        streams = side_by_side([branch, branch, branch], [FakeTensor()])
+    with deferred_scope(FakeTensor.device):
+        streams = run_on_side_streams([branch, branch, branch], [FakeTensor()])
         assert streams[0] is caller
         for stream in streams:
             thread = threading.Thread(target=backward, args=(stream,))
@@ -257,16 +264,18 @@ def test_a_backward_pass_in_another_thread_puts_work_off(cuda):
     assert set(found) <= set(caller.waited)
 
 
-def test_many_callers_share_the_streams_that_there_are(cuda, monkeypatch):
-    """torch makes 32 streams of a priority and then gives out the same ones: a run uses those of runs that ended."""
-    pools = {priority: itertools.cycle([FakeStream() for _ in range(32)]) for priority in (BESIDE, LATER)}
+def test_streams_of_closed_scopes_are_reused(cuda, monkeypatch):
+    """torch has 32 streams per priority and hands them out again: later scopes use those of closed scopes."""
+    pools = {
+        priority: itertools.cycle([FakeStream() for _ in range(32)]) for priority in (SIDE_PRIORITY, DEFERRED_PRIORITY)
+    }
     monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: next(pools[priority]))
     for _ in range(40):
         caller = FakeStream()
         cuda(caller)
-        with joined(FakeTensor.device):
+        with deferred_scope(FakeTensor.device):
             work = [lambda: torch.cuda.current_stream(FakeTensor.device)] * 4
-            assert len(set(side_by_side(work, [FakeTensor()]))) == 4
-            put_off = {stream_of_later() for _ in range(3)}
-        assert len(put_off) == 3
-        assert put_off <= set(caller.waited)
+            assert len(set(run_on_side_streams(work, [FakeTensor()]))) == 4
+            deferred = {deferred_stream() for _ in range(3)}
+        assert len(deferred) == 3
+        assert deferred <= set(caller.waited)

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spinlock_fast.kernels.layout import CodebookLayout
-from spinlock_fast.kernels.topo_loss import op, reference, topographic_correlations
+from spinlock_fast.kernels._common.layout import CodebookLayout
+from spinlock_fast.kernels.topo_loss import pytorch, reference, topographic_correlations
 from spinlock_fast.kernels.topo_loss.reference import pair_correlation, pairwise_distances
 from spinlock_fast.kernels.vq_assign import vq_assign
 
@@ -39,21 +39,21 @@ def test_distances_of_any_shape(S, D, seed):
 
 
 @pytest.mark.parametrize("offset", [0.0, 5.0, 100.0])
-def test_distances_in_float32_are_near(offset):
+def test_float32_distances_are_accurate(offset):
     points = offset + torch.randn(1, 64, 24)
     exact = distances(points[0].double())
-    # The square is off by a few eps of |a|^2 + |b|^2 about the centre, which is what the distances are made of.
+    # The error of the square is a few eps of |a|^2 + |b|^2 of the centred points.
     error = (pairwise_distances(points)[0].double() - exact).abs()
     assert error.max() <= 16 * torch.finfo(torch.float32).eps * exact.max()
 
 
-def test_distances_have_the_right_gradient():
+def test_distance_gradient():
     points = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
     torch.autograd.gradcheck(pairwise_distances, points)
 
 
 @pytest.mark.parametrize("D", [1, 4, 172, 2000])
-def test_equal_points_are_at_distance_zero_with_gradient_zero(D):
+def test_equal_points_have_distance_and_gradient_zero(D):
     points = (3.0 + torch.randn(1, 1, D)).repeat(1, 6, 1)
     points[0, 5] += 1.0
     points.requires_grad_()
@@ -64,7 +64,7 @@ def test_equal_points_are_at_distance_zero_with_gradient_zero(D):
 
 
 @pytest.mark.parametrize("S", [1, 2, 3, 40])
-def test_correlation_of_pairs_against_numpy(S):
+def test_pair_correlation_equals_numpy(S):
     a, b = (distances(torch.randn(S, 3, dtype=torch.float64)) for _ in range(2))
     found = pair_correlation(a, b).item()
     if S > 2:
@@ -76,20 +76,20 @@ def test_correlation_of_pairs_against_numpy(S):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("value", [0.0, 0.1, 1.2345, 1e3])
 @pytest.mark.parametrize("S", [3, 10, 100])
-def test_a_constant_correlates_with_nothing(dtype, value, S):
+def test_correlation_with_a_constant_is_zero(dtype, value, S):
     constant = torch.full((S, S), value, dtype=dtype)
     other = distances(torch.randn(S, 3, dtype=dtype))
     for a, b in ((constant, other), (other, constant), (constant, constant)):
         assert pair_correlation(a, b).item() == pytest.approx(0.0, abs=1e-3)
 
 
-def test_the_diagonal_has_no_part_in_the_correlation():
+def test_correlation_ignores_the_diagonal():
     a, b = (distances(torch.randn(6, 3, dtype=torch.float64)) for _ in range(2))
     expected = pair_correlation(a, b)
     torch.testing.assert_close(pair_correlation(a + torch.diag(torch.rand(6)), b), expected)
 
 
-def test_reference_correlations_against_numpy():
+def test_reference_equals_numpy():
     x = torch.randn(25, 7, dtype=torch.float64)
     z, e = (torch.randn(25, 9, dtype=torch.float64) for _ in range(2))
     pre, post = reference.topographic_correlations(x, z, e, LAYOUT)
@@ -98,8 +98,8 @@ def test_reference_correlations_against_numpy():
     assert post.item() == pytest.approx(pearson(d_z, mean_distances(e, LAYOUT)), abs=1e-9)
 
 
-def test_distances_of_codes_pass_their_gradient_straight_through():
-    """dd_e/dz_i = (e_i - e_j) / d_e,ij, by central differences of the two arguments apart."""
+def test_code_distances_use_a_straight_through_gradient():
+    """dd_e/dz_i = (e_i - e_j) / d_e,ij, by central differences of each argument."""
     x = torch.randn(8, 4, dtype=torch.float64)
     z = torch.randn(8, 9, dtype=torch.float64)
     e = torch.randn(8, 9, dtype=torch.float64)
@@ -120,7 +120,7 @@ def test_distances_of_codes_pass_their_gradient_straight_through():
     torch.testing.assert_close(latents.grad, expected, rtol=1e-5, atol=1e-8)
 
 
-def test_distances_of_features_take_no_gradient():
+def test_features_get_no_gradient():
     x = torch.randn(8, 4, requires_grad=True)
     z = torch.randn(8, 9, requires_grad=True)
     sum(reference.topographic_correlations(x, z, z.detach().clone(), LAYOUT)).backward()
@@ -134,8 +134,8 @@ def batch(layout, rows, seed, dtype=torch.float64, features=7):
     return x, z, codebook, vq_assign(z, codebook, layout)
 
 
-def both_ways(x, z, codebook, found, layout, weights=(0.3, 0.7)):
-    """Values and gradient by the reference, and by the operation."""
+def compare(x, z, codebook, found, layout, weights=(0.3, 0.7)):
+    """Correlations and gradient of the reference and of the operator."""
     results = []
     for correlations in (
         lambda a: reference.topographic_correlations(x, a, found.quantized, layout),
@@ -149,34 +149,34 @@ def both_ways(x, z, codebook, found, layout, weights=(0.3, 0.7)):
 
 
 @given(GROUPS, st.integers(1, 30), st.integers(0, 2**31), st.sampled_from([(1.0, 0.0), (0.0, 1.0), (-0.3, 0.7)]))
-def test_values_and_gradient_are_those_of_the_reference(sizes, rows, seed, weights):
+def test_values_and_gradient_equal_the_reference(sizes, rows, seed, weights):
     layout = CodebookLayout.of(*zip(*sizes, strict=True))
-    (expected, expected_grad), (values, grad) = both_ways(*batch(layout, rows, seed), layout, weights)
+    (expected, expected_grad), (values, grad) = compare(*batch(layout, rows, seed), layout, weights)
     torch.testing.assert_close(values, expected, rtol=0.0, atol=1e-12)
     torch.testing.assert_close(grad, expected_grad, rtol=1e-9, atol=1e-12 * max(1.0, float(expected_grad.abs().max())))
 
 
 @pytest.mark.parametrize("at_once", [1, 3 * 40**2, 1 << 24])
-def test_blocks_of_codebooks_make_no_difference(monkeypatch, at_once):
+def test_result_does_not_depend_on_the_block_size(monkeypatch, at_once):
     data = batch(LAYOUT, 40, seed=3)
-    monkeypatch.setitem(op._PAIRS_AT_ONCE, "cpu", at_once)
-    (expected, expected_grad), (values, grad) = both_ways(*data, LAYOUT)
+    monkeypatch.setitem(pytorch._PAIRS_AT_ONCE, "cpu", at_once)
+    (expected, expected_grad), (values, grad) = compare(*data, LAYOUT)
     torch.testing.assert_close(values, expected, rtol=0.0, atol=1e-12)
     torch.testing.assert_close(grad, expected_grad, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_float32_is_as_near_as_the_reference(seed):
+def test_float32_error_is_that_of_the_reference(seed):
     layout = CodebookLayout.of([15, 7, 32], [4, 8, 48])
     x, z, codebook, found = batch(layout, 150, seed, torch.float32)
-    exact = both_ways(
+    exact = compare(
         x.double(),
         z.double(),
         codebook.double(),
         dataclasses.replace(found, quantized=found.quantized.double()),
         layout,
     )
-    (eager, eager_grad), (ours, our_grad) = both_ways(x, z, codebook, found, layout)
+    (eager, eager_grad), (ours, our_grad) = compare(x, z, codebook, found, layout)
     truth, truth_grad = exact[0]
     eps = torch.finfo(torch.float32).eps
     assert (ours - truth).abs().max() <= 2.0 * (eager - truth).abs().max() + 4.0 * eps
@@ -187,7 +187,7 @@ def test_float32_is_as_near_as_the_reference(seed):
 @pytest.mark.parametrize("rows", [1, 2, 12])
 @pytest.mark.parametrize("same", ["x", "z", "all", "pairs"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_equal_rows_make_no_nan(rows, same, dtype):
+def test_equal_rows_give_finite_results(rows, same, dtype):
     x, z, codebook, _ = batch(LAYOUT, rows, seed=0, dtype=dtype)
     for name, values in (("x", x), ("z", z)):
         if same in (name, "all"):
@@ -195,13 +195,13 @@ def test_equal_rows_make_no_nan(rows, same, dtype):
         elif same == "pairs":
             values[: rows // 2] = values[:1].clone()
     data = x, z, codebook, vq_assign(z, codebook, LAYOUT)
-    (_, expected), (values, grad) = both_ways(*data, LAYOUT)
+    (_, expected), (values, grad) = compare(*data, LAYOUT)
     assert values.isfinite().all()
     assert grad.isfinite().all()
     torch.testing.assert_close(grad, expected, rtol=1e-3, atol=1e-5)
 
 
-def test_equal_codes_in_a_codebook_are_at_distance_zero():
+def test_equal_codes_have_distance_zero():
     x, z, codebook, _ = batch(LAYOUT, 30, seed=0)
     layout_codes = codebook[LAYOUT.entry_slice(2)].view(8, 4)
     layout_codes[3] = layout_codes[6]
@@ -210,12 +210,12 @@ def test_equal_codes_in_a_codebook_are_at_distance_zero():
     found = dataclasses.replace(vq_assign(z, codebook, LAYOUT), codes=codes)
     parts = [book[codes[:, g]] for g, book in enumerate(helpers.split_codebooks(codebook, LAYOUT))]
     found = dataclasses.replace(found, quantized=torch.cat(parts, 1))
-    (expected, expected_grad), (values, grad) = both_ways(x, z, codebook, found, LAYOUT)
+    (expected, expected_grad), (values, grad) = compare(x, z, codebook, found, LAYOUT)
     torch.testing.assert_close(values, expected)
     torch.testing.assert_close(grad, expected_grad)
 
 
-def test_a_row_without_a_code_correlates_with_nothing():
+def test_row_without_a_code_gives_zero_post_correlation():
     x, z, codebook, found = batch(LAYOUT, 20, seed=0)
     found.codes[4, 1] = -1
     pre, post = topographic_correlations(x, z, found.codes, codebook, LAYOUT)
@@ -224,24 +224,24 @@ def test_a_row_without_a_code_correlates_with_nothing():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_latent_that_is_not_a_number_correlates_with_nothing(dtype):
+def test_nan_latent_gives_zero_correlations(dtype):
     x, z, codebook, found = batch(LAYOUT, 20, seed=0, dtype=dtype)
     z[4, 1] = torch.nan
     assert topographic_correlations(x, z, found.codes, codebook, LAYOUT) == (0.0, 0.0)
 
 
-def test_codes_that_are_not_finite_and_not_used_do_no_harm():
+def test_unused_codes_may_be_non_finite():
     x, z, codebook, found = batch(LAYOUT, 20, seed=0)
     expected = topographic_correlations(x, z, found.codes, codebook, LAYOUT)
-    spoilt = torch.cat([codebook, torch.tensor([torch.nan, torch.inf, 1.0, 0.0], dtype=torch.float64)])
+    non_finite = torch.cat([codebook, torch.tensor([torch.nan, torch.inf, 1.0, 0.0], dtype=torch.float64)])
     layout = CodebookLayout.of([5, 3, 9], [3, 2, 4])
-    torch.testing.assert_close(topographic_correlations(x, z, found.codes, spoilt, layout), expected)
+    torch.testing.assert_close(topographic_correlations(x, z, found.codes, non_finite, layout), expected)
 
 
-def test_no_value_decides_what_runs():
+def test_no_host_synchronisation():
     x, z, codebook, found = batch(LAYOUT, 20, seed=0, dtype=torch.float32)
     z.requires_grad_()
     with helpers.plain_torch():
-        topographic_correlations(x, z, found.codes, codebook, LAYOUT)  # makes the index tensors
+        topographic_correlations(x, z, found.codes, codebook, LAYOUT)  # creates the index tensors
     with helpers.no_host_wait():
         sum(topographic_correlations(x, z, found.codes, codebook, LAYOUT)).backward()

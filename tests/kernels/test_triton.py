@@ -1,4 +1,4 @@
-"""Values of the Triton kernels: under Triton's interpreter, or on a CUDA device where there is one."""
+"""Triton kernels of vq_assign and ema_update: on a CUDA device if present, else under Triton's interpreter."""
 
 import helpers
 import pytest
@@ -6,15 +6,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels.ema_update import code_usage, ema_update
-from spinlock_fast.kernels.layout import CodebookLayout
 from spinlock_fast.kernels.vq_assign import vq_assign
 
 pytest.importorskip("triton", reason="the package triton is not installed here")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [
     *([pytest.mark.gpu] if torch.cuda.is_available() else []),
-    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),  # numpy, of NaN in the interpreter
+    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),  # NaN in the interpreter
     pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
 ]
 RAGGED = CodebookLayout.of([15, 7, 6, 28, 1, 13], [4, 16, 24, 8, 5, 1])
@@ -25,14 +25,14 @@ NAN, INF = float("nan"), float("inf")
 
 
 def by_kernel(z, codebook, layout, **options):
-    """`vq_assign` of the kernels, on the CPU again; every output was written (float outputs start as NaN)."""
+    """`vq_assign` with backend "triton"."""
     options = {name: value.to(DEVICE) if torch.is_tensor(value) else value for name, value in options.items()}
     return vq_assign(z.to(DEVICE), codebook.to(DEVICE), layout, backend="triton", **options)
 
 
 @pytest.fixture(autouse=True)
 def _poisoned(monkeypatch):
-    """Fresh memory is NaN, or -77, so that an element that no kernel wrote shows."""
+    """`torch.empty` returns NaN or -77, which reveals elements that no kernel writes."""
     empty = torch.empty
 
     def poisoned(*args, **kwargs):
@@ -42,10 +42,10 @@ def _poisoned(monkeypatch):
     monkeypatch.setattr(torch, "empty", poisoned)
 
 
-def assert_agrees(found, z, codebook, layout, mask=None):
-    """The codes are nearest, and everything else is what the reference makes of these codes."""
+def assert_agrees(actual, z, codebook, layout, mask=None):
+    """Codes are nearest; values, errors, counts and sums agree with these codes."""
     z, codebook = z.float(), codebook.float()
-    codes = found.codes.cpu()
+    codes = actual.codes.cpu()
     valid = torch.isfinite(z)
     expected_valid = torch.stack([v.all(1) for v in helpers.split_columns(valid, layout)], 1)
     if mask is not None:
@@ -54,25 +54,25 @@ def assert_agrees(found, z, codebook, layout, mask=None):
     clean = torch.where(valid, z, 0.0)
     reference = vq_assign(clean, codebook, layout, backend="reference").codes
     helpers.assert_nearest(torch.where(expected_valid, codes, reference), clean, codebook, layout)
-    quantized = helpers.split_columns(found.quantized.cpu(), layout)
-    books = helpers.split_codebooks(codebook, layout)
+    quantized = helpers.split_columns(actual.quantized.cpu(), layout)
+    codebooks = helpers.split_codebooks(codebook, layout)
     eps = torch.finfo(torch.float32).eps
     errors, counts, sums, size = [], [], [], []
     for g, part in enumerate(helpers.split_columns(z, layout)):
         rows = expected_valid[:, g]
-        assert torch.equal(quantized[g][rows], books[g][codes[rows, g]])
+        assert torch.equal(quantized[g][rows], codebooks[g][codes[rows, g]])
         masked = torch.zeros_like(rows) if mask is None else ~mask.cpu()
         assert quantized[g][~rows & ~masked].isnan().all()
         assert (quantized[g][masked] == 0.0).all()
-        hot = torch.nn.functional.one_hot(codes[rows, g], layout.num_codes[g]).double()
-        counts.append(hot.sum(0))
-        sums.append((hot.t() @ part[rows].double()).flatten())
-        size.append((hot.t() @ part[rows].double().abs()).flatten())
-        errors.append((part[rows].double() - books[g][codes[rows, g]].double()).square().sum())
-    assert torch.equal(found.counts.cpu().double(), torch.cat(counts))
-    # Three TF32 products keep 22 bits of a latent; adding up to 64 terms one by one rounds 64 times by eps / 2.
-    assert ((found.sums.cpu().double() - torch.cat(sums)).abs() <= (2 + 32) * eps * torch.cat(size) + 1e-30).all()
-    torch.testing.assert_close(found.squared_error.cpu().double(), torch.stack(errors), rtol=2e-6, atol=1e-30)
+        one_hot = torch.nn.functional.one_hot(codes[rows, g], layout.num_codes[g]).double()
+        counts.append(one_hot.sum(0))
+        sums.append((one_hot.t() @ part[rows].double()).flatten())
+        size.append((one_hot.t() @ part[rows].double().abs()).flatten())
+        errors.append((part[rows].double() - codebooks[g][codes[rows, g]].double()).square().sum())
+    assert torch.equal(actual.counts.cpu().double(), torch.cat(counts))
+    # Three TF32 products keep 22 bits of a latent; a sum of 64 terms has 64 rounding errors of eps / 2.
+    assert ((actual.sums.cpu().double() - torch.cat(sums)).abs() <= (2 + 32) * eps * torch.cat(size) + 1e-30).all()
+    torch.testing.assert_close(actual.squared_error.cpu().double(), torch.stack(errors), rtol=2e-6, atol=1e-30)
 
 
 @settings(max_examples=30)
@@ -85,26 +85,26 @@ def test_assignment_of_any_shape(sizes, rows, centred, seed):
 
 @pytest.mark.parametrize(("K", "D"), [(1, 1), (1, 9), (2, 1), (64, 128), (65, 3), (64, 17), (257, 65)])
 @pytest.mark.parametrize("rows", [1, 65])
-def test_assignment_at_the_edges_of_tiles(K, D, rows):
+def test_assignment_at_tile_boundaries(K, D, rows):
     layout = CodebookLayout.of([K], [D])
     z, codebook = helpers.random_group(layout, rows, seed=K)
     assert_agrees(by_kernel(z, codebook, layout), z, codebook, layout)
 
 
 @BOTH
-def test_many_rows_are_added_up_in_parts(layout, monkeypatch):
+def test_many_rows_give_partial_sums(layout, monkeypatch):
     from spinlock_fast.kernels.vq_assign import reference
 
-    monkeypatch.setattr(reference, "_PARTS_AT_MOST", 2 * layout.groups)
+    monkeypatch.setattr(reference, "_MAX_PARTS", 2 * layout.groups)
     z, codebook = helpers.random_group(layout, 333, seed=1)
-    found = by_kernel(z, codebook, layout)
-    assert_agrees(found, z, codebook, layout)
+    actual = by_kernel(z, codebook, layout)
+    assert_agrees(actual, z, codebook, layout)
     if layout is RAGGED:
-        assert found.count_parts.shape == (2, layout.total_codes)
+        assert actual.count_parts.shape == (2, layout.total_codes)
 
 
 @BOTH
-def test_rows_in_few_codes_are_added_up_in_segments(layout):
+def test_codes_with_many_rows_are_summed_in_segments(layout):
     z, codebook = helpers.random_group(layout, 700, seed=2)
     z[100:] = z[0]
     assert_agrees(by_kernel(z, codebook, layout), z, codebook, layout)
@@ -112,7 +112,7 @@ def test_rows_in_few_codes_are_added_up_in_segments(layout):
 
 @BOTH
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
-def test_rows_that_are_not_finite(layout, bad):
+def test_nonfinite_rows(layout, bad):
     z, codebook = helpers.random_group(layout, 12, seed=0)
     z[3, layout.column_slice(1)] = bad
     z[5, 0] = bad
@@ -122,19 +122,19 @@ def test_rows_that_are_not_finite(layout, bad):
 
 @BOTH
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
-def test_codes_that_are_not_finite_are_never_chosen(layout, bad):
+def test_nonfinite_codes_are_never_selected(layout, bad):
     z, codebook = helpers.random_group(layout, 40, seed=0)
-    book = helpers.split_codebooks(codebook, layout)[1]
-    book[2] = bad
+    vectors = helpers.split_codebooks(codebook, layout)[1]
+    vectors[2] = bad
     codes = by_kernel(z, codebook, layout).codes
     assert (codes >= 0).all()
     assert 2 not in codes[:, 1]
-    book[:] = bad
+    vectors[:] = bad
     assert (by_kernel(z, codebook, layout).codes[:, 1] == -1).all()
 
 
 @BOTH
-def test_masked_rows_take_no_part(layout):
+def test_masked_rows_are_excluded(layout):
     z, codebook = helpers.random_group(layout, 90, seed=0)
     mask = torch.arange(90) % 3 != 0
     z[0] = NAN
@@ -146,9 +146,9 @@ def test_masked_rows_take_no_part(layout):
 def test_latents_in_half_precision(layout, dtype):
     z, codebook = helpers.random_group(layout, 70, seed=0)
     z = z.to(dtype)
-    found = by_kernel(z, codebook, layout)
-    assert found.quantized.dtype == found.sums.dtype == torch.float32
-    assert_agrees(found, z, codebook, layout)
+    actual = by_kernel(z, codebook, layout)
+    assert actual.quantized.dtype == actual.sums.dtype == torch.float32
+    assert_agrees(actual, z, codebook, layout)
 
 
 @BOTH
@@ -166,9 +166,9 @@ def test_masks_may_be_strided(layout):
     mask = torch.rand(40, generator=torch.Generator().manual_seed(0)) < 0.7
     strided = torch.stack([mask, ~mask], 1)[:, 0]
     assert not strided.is_contiguous()
-    found, expected = (by_kernel(z, codebook, layout, mask=m) for m in (strided, mask))
-    assert torch.equal(found.codes, expected.codes)
-    assert torch.equal((found.codes[:, 0] < 0).cpu(), ~mask)
+    actual, expected = (by_kernel(z, codebook, layout, mask=m) for m in (strided, mask))
+    assert torch.equal(actual.codes, expected.codes)
+    assert torch.equal((actual.codes[:, 0] < 0).cpu(), ~mask)
 
 
 @settings(max_examples=15)
@@ -176,18 +176,18 @@ def test_masks_may_be_strided(layout):
 def test_equal_codes_give_the_lowest_index(K, D, data):
     layout = CodebookLayout.of([K], [D])
     source = torch.tensor(data.draw(st.lists(st.integers(0, K - 1), min_size=K, max_size=K)))
-    # Whole numbers have exact distances: NumPy, which the interpreter multiplies with, rounds some columns otherwise.
+    # Integers have exact distances; NumPy, which computes products in the interpreter, rounds columns differently.
     z, codebook = ((4.0 * part).round() for part in helpers.random_group(layout, 9, seed=K * D))
     codes = codebook.view(K, D)[source]
     first = torch.tensor([codes.tolist().index(code) for code in codes.tolist()])
-    found = by_kernel(z, codes.flatten(), layout, centred=False).codes.cpu()
-    assert torch.equal(found, first[found])
+    actual = by_kernel(z, codes.flatten(), layout, centred=False).codes.cpu()
+    assert torch.equal(actual, first[actual])
 
 
 @BOTH
 @pytest.mark.parametrize(("offset", "spread"), [(5.0, 0.1), (100.0, 0.1), (-3e4, 10.0)])
 def test_data_far_from_the_origin(layout, offset, spread):
-    # |e|^2 - 2 z.e, not centred, and products in plain TF32 both fail here.
+    # Both |e|^2 - 2 z.e without centring and plain TF32 products fail here.
     z, codebook = helpers.random_group(layout, 200, seed=3)
     z, codebook = offset + spread * z, offset + spread * codebook
     codes = by_kernel(z, codebook, layout).codes.cpu()
@@ -198,7 +198,7 @@ def test_data_far_from_the_origin(layout, offset, spread):
 
 
 @BOTH
-def test_the_same_bits_each_time(layout):
+def test_results_are_bitwise_reproducible(layout):
     z, codebook = helpers.random_group(layout, 300, seed=5)
     first, again = by_kernel(z, codebook, layout), by_kernel(z, codebook, layout)
     for name in ("codes", "quantized", "error_parts", "count_parts", "sum_parts"):
@@ -208,7 +208,7 @@ def test_the_same_bits_each_time(layout):
 @BOTH
 @pytest.mark.parametrize("gradient", ["straight_through", "rotation"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_are_those_of_the_reference(layout, gradient, dtype):
+def test_gradients_match_the_reference(layout, gradient, dtype):
     z, codebook = helpers.random_group(layout, 150, seed=6)
     z[3, layout.column_slice(1)] = 0.0
     mask = torch.arange(150) % 7 != 0
@@ -217,9 +217,9 @@ def test_gradients_are_those_of_the_reference(layout, gradient, dtype):
     grads = []
     for backend, device in (("triton", DEVICE), ("reference", "cpu")):
         leaf = z.to(device, dtype).requires_grad_()
-        found = vq_assign(leaf, codebook.to(device), layout, mask.to(device), gradient=gradient, backend=backend)
-        value = torch.where(mask.to(device)[:, None], found.quantized, 0.0) * upstream.to(device)
-        (value.sum() + (found.squared_error * weight.to(device)).sum()).backward()
+        actual = vq_assign(leaf, codebook.to(device), layout, mask.to(device), gradient=gradient, backend=backend)
+        value = torch.where(mask.to(device)[:, None], actual.quantized, 0.0) * upstream.to(device)
+        (value.sum() + (actual.squared_error * weight.to(device)).sum()).backward()
         assert leaf.grad.dtype == dtype
         grads.append(leaf.grad.cpu().float())
     scale = grads[1].abs().max()
@@ -235,14 +235,14 @@ def random_state(layout, seed):
     counts = torch.randint(0, 6, (layout.total_codes,), generator=generator).float()
     counts[layout.code_slice(layout.groups - 1)] = 0.0  # a codebook without rows
     s, sums = (torch.randn(layout.total_entries, generator=generator) for _ in range(2))
-    sums *= (counts > 0)[layout.indices(torch.device("cpu")).entry_code]
+    sums *= (counts > 0)[layout.indices(torch.device("cpu")).code_of_entry]
     return codebook, n, s, torch.full((layout.total_codes,), 1 << 24), counts, sums
 
 
 @BOTH
 @pytest.mark.parametrize("smoothing", ["none", "laplace"])
 @pytest.mark.parametrize("decay", [0.99, 0.0])
-def test_update_is_that_of_the_reference(layout, smoothing, decay):
+def test_ema_update_matches_the_reference(layout, smoothing, decay):
     results = []
     for backend, device in (("triton", DEVICE), ("reference", "cpu")):
         *state, counts, sums = (t.to(device) for t in random_state(layout, 7))
@@ -258,7 +258,7 @@ def test_update_is_that_of_the_reference(layout, smoothing, decay):
 
 @settings(max_examples=15)
 @given(SIZES, st.integers(0, 2**31))
-def test_usage_is_that_of_the_reference(sizes, seed):
+def test_code_usage_matches_the_reference(sizes, seed):
     layout = CodebookLayout.of(*zip(*sizes, strict=True))
     generator = torch.Generator().manual_seed(seed)
     counts = torch.randint(-3, 9, (layout.total_codes,), generator=generator).clamp(min=0)
@@ -269,7 +269,7 @@ def test_usage_is_that_of_the_reference(sizes, seed):
         torch.testing.assert_close(a.cpu(), b, rtol=1e-6, atol=1e-6)
 
 
-def test_usage_of_nothing_is_nothing():
+def test_code_usage_of_zero_counts_is_zero():
     layout = CodebookLayout.of([3, 70], [1, 1])
     for figure in code_usage(torch.zeros(73, device=DEVICE), layout, backend="triton"):
         assert not figure.any()

@@ -5,7 +5,7 @@ import torch
 
 from spinlock_fast import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig, GroupedVectorQuantizer
 from spinlock_fast.config.schema import TrainingConfig
-from spinlock_fast.kernels.layout import CodebookLayout
+from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels.topo_loss import topographic_correlations, topographic_loss
 from spinlock_fast.models.losses import (
     TOPO_PRE_SHARE,

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from spinlock_fast import GroupedVectorQuantizer
-from spinlock_fast.kernels.layout import CodebookLayout
+from spinlock_fast.kernels._common.layout import CodebookLayout
 
 SIZES = ([5, 3, 8], [3, 2, 4])
 LAYOUT = CodebookLayout.of(*SIZES)
@@ -168,7 +168,7 @@ def test_codes_start_on_the_first_training_batch():
     counts = quantizer.cluster_size
     assert [counts[LAYOUT.code_slice(g)].sum().item() for g in range(3)] == [200.0] * 3
     torch.testing.assert_close(
-        quantizer.embedding_sum, quantizer.embedding * counts[LAYOUT.indices(z.device).entry_code]
+        quantizer.embedding_sum, quantizer.embedding * counts[LAYOUT.indices(z.device).code_of_entry]
     )
 
 

@@ -2,7 +2,7 @@ import helpers
 import pytest
 import torch
 
-from spinlock_fast.kernels.layout import CodebookLayout
+from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.quantize import kmeans as module
 from spinlock_fast.quantize.kmeans import kmeans
 

@@ -12,11 +12,10 @@ import torch
 
 from spinlock_fast.config.loading import apply_overrides
 from spinlock_fast.config.schema import RunConfig
-from spinlock_fast.kernels import layout as kernel_layout
-from spinlock_fast.kernels import table_cache
-from spinlock_fast.kernels._triton.tables import book_table
-from spinlock_fast.kernels.layout import CodebookLayout
-from spinlock_fast.kernels.precision import cuda_matmul
+from spinlock_fast.kernels._common import launch_sizes, table_cache
+from spinlock_fast.kernels._common import layout as kernel_layout
+from spinlock_fast.kernels._common.layout import CodebookLayout
+from spinlock_fast.kernels._common.precision import cuda_matmul
 from spinlock_fast.models.losses import _factors
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
 from spinlock_fast.quantize.grouped import _over_dims
@@ -215,7 +214,7 @@ def fake_capture(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Callable[[], 
     monkeypatch.setattr(torch.cuda, "graph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
-    monkeypatch.setattr(table_cache, "capturing", lambda device: True)
+    monkeypatch.setattr(table_cache, "is_capturing", lambda device: True)
     return lambda step: _CudaCapture(torch.device("cuda", 0))(lambda kind: step(), PLAIN, 1)
 
 
@@ -238,7 +237,7 @@ def loss_weights(i: int) -> Any:
 
 
 def codebook_offsets(i: int) -> Any:
-    return book_table(CodebookLayout.of([i + 1], [4]), CPU)
+    return launch_sizes.codebook_offsets(CodebookLayout.of([i + 1], [4]), CPU)
 
 
 def network_offsets(i: int) -> Any:
@@ -250,7 +249,7 @@ def network_offsets(i: int) -> Any:
 
 def points_of_topography(i: int) -> Any:
     pytest.importorskip("triton", reason="the package triton is not installed here")
-    from spinlock_fast.kernels.topo_loss.triton import point_sets
+    from spinlock_fast.kernels.topo_loss.triton_forward import point_sets
 
     return point_sets(i + 1, CodebookLayout.of([4], [4]), CPU)
 
@@ -263,11 +262,11 @@ def test_tables_that_a_graph_reads_live_as_long_as_it(
 ) -> None:
     """A graph has the address alone; 400 other sizes come after its own, and the caches are bounded."""
     with monkeypatch.context() as warm_up:
-        warm_up.setattr(table_cache, "capturing", lambda device: False)
+        warm_up.setattr(table_cache, "is_capturing", lambda device: False)
         table(0)
     seen = []
     replay = fake_capture(lambda: seen.append(weakref.ref(table(0))))
-    monkeypatch.setattr(table_cache, "capturing", lambda device: False)
+    monkeypatch.setattr(table_cache, "is_capturing", lambda device: False)
     others = [weakref.ref(table(i)) for i in range(1, 401)]
     gc.collect()
     assert seen[0]() is not None
@@ -279,7 +278,7 @@ def test_tables_that_a_graph_reads_live_as_long_as_it(
 
 def test_a_capture_of_a_user_keeps_its_tables_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = weakref.ref(quantizer_shares(1000))
-    monkeypatch.setattr(table_cache, "capturing", lambda device: True)
+    monkeypatch.setattr(table_cache, "is_capturing", lambda device: True)
     assert quantizer_shares(1000) is kept()
     monkeypatch.undo()
     for i in range(400):
@@ -292,9 +291,9 @@ def test_layouts_that_a_graph_reads_keep_their_indices(monkeypatch: pytest.Monke
         return CodebookLayout.of([7, 5], [1, 3]).indices(CPU)
 
     indices()
-    monkeypatch.setattr(kernel_layout, "capturing", lambda device: True)
-    with table_cache.captured_tables() as tables:
-        seen = weakref.ref(indices().code_book)
+    monkeypatch.setattr(kernel_layout, "is_capturing", lambda device: True)
+    with table_cache.retained_tables() as tables:
+        seen = weakref.ref(indices().codebook_of_code)
     monkeypatch.undo()
     layouts(400)
     gc.collect()

@@ -1,0 +1,109 @@
+"""Operators: one typed function becomes an operator of `torch.library`, and in eager mode a plain autograd function.
+
+`torch.compile`, `torch.export`, dispatch modes, tensor subclasses and profiles need the operator of `torch.library`.
+Calling one with a gradient costs more host time than a small kernel takes, so plain tensors outside of all of these go
+straight to a `torch.autograd.Function` around the same implementation, or, without a gradient, to the implementation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def operator(
+    name: str,
+    *,
+    fake: Callable[..., Any],
+    setup_context: Callable[[Any, tuple[Any, ...], Any], None] | None = None,
+    backward: Callable[..., tuple[Tensor | None, ...]] | None = None,
+    mutates: Sequence[str] = (),
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Registers a function as `torch.ops.spinlock_fast.<name>`; the schema comes from its annotations.
+
+    The decorated function takes positional arguments of the types that `torch.library.infer_schema` allows. Its
+    results share no memory with an argument.
+
+    Args:
+        name: of the operator.
+        fake: shapes and types of the results; takes the same arguments.
+        setup_context: called as `setup_context(ctx, inputs, output)` after the forward pass.
+        backward: called as `backward(ctx, *grads)`; returns the gradients of the first arguments, the others have none.
+            Without it the results take no gradient.
+        mutates: names of the arguments that are changed in place.
+    """
+
+    def register(implementation: Callable[P, R]) -> Callable[P, R]:
+        qualified = f"spinlock_fast::{name}"
+        schema = torch.library.infer_schema(implementation, mutates_args=mutates)
+        schema = schema.replace("SymInt", "int")  # sizes of codebooks are known when a graph is traced
+        # Not `torch.library.custom_op`: its first call imports torch's compiler, which takes more than a second.
+        torch.library.define(qualified, schema)
+        torch.library.impl(qualified, "default")(implementation)
+        torch.library.register_fake(qualified, fake)
+        overload = getattr(torch.ops.spinlock_fast, name).default
+        function = None
+        if backward is not None:
+            padded = _padded(backward, len(overload._schema.arguments))
+            torch.library.register_autograd(qualified, padded, setup_context=setup_context)
+            function = _autograd_function(name, implementation, setup_context, padded)
+
+        def call(*arguments: Any) -> Any:
+            if torch.compiler.is_compiling() or not _plain(arguments):
+                return overload(*arguments)
+            if function is not None and torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+                return function.apply(*arguments)
+            return implementation(*arguments)  # type: ignore[call-arg]
+
+        return cast(Callable[P, R], call)
+
+    return register
+
+
+def _padded(backward: Callable[..., tuple[Tensor | None, ...]], arguments: int) -> Callable[..., Any]:
+    def padded(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        found = backward(ctx, *grads)
+        return found + (None,) * (arguments - len(found))
+
+    return padded
+
+
+def _autograd_function(
+    name: str,
+    implementation: Callable[..., Any],
+    setup_context: Callable[..., None] | None,
+    backward: Callable[..., Any],
+) -> type[torch.autograd.Function]:
+    # `setup_context` as a method of the class would make every call bind its arguments by `inspect.signature`.
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        output = implementation(*arguments)
+        if setup_context is not None:
+            setup_context(ctx, arguments, output)
+        return output
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(name, (torch.autograd.Function,), methods)
+
+
+def _plain(arguments: Sequence[Any]) -> bool:
+    """Whether nothing but eager mode would see the operator, and its tensors are memory that kernels can read."""
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch._C._is_tracing()
+        and not torch._C._autograd._profiler_enabled()
+        and all(_is_plain(x) for x in arguments if isinstance(x, Tensor))
+    )
+
+
+def _is_plain(x: Tensor) -> bool:
+    return type(x) in _PLAIN and not (x.is_meta or x.is_neg() or x._is_zerotensor())
