@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 def find(directory: Path, name: str) -> Path:
     """Where a file of the result in a directory is, be it that a kill has broken off its publication."""
     new = directory / NEW / name
-    return new if (directory / NEW / _MOVES).exists() and new.exists() else directory / name
+    return new if os.path.exists(directory / NEW / _MOVES) and os.path.exists(new) else directory / name
 
 
 def check_integrity(directory: Path, name: str) -> None:
