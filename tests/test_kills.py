@@ -115,7 +115,7 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
     return dict(load_torch(directory / FINAL)["model_state_dict"])
 
 
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+def equal_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -130,24 +130,24 @@ def kill_training(config: Path, trained: Path, place: Path, kills: int) -> None:
         where = ["--resume", output] if unfinished(output) else ["--output", output]
         killer.kill("train", config, "--quiet", "--set", "random_seed=2", *where)
         load_checkpoint(output)
-        found = weights(output)
-        assert same(found, old) or same(found, new)
+        current = weights(output)
+        assert equal_weights(current, old) or equal_weights(current, new)
 
     until(kills, killer, attempt)
     where = ["--resume", output] if unfinished(output) else ["--output", output]
     assert killer.complete("train", config, "--quiet", "--set", "random_seed=2", *where) == 0
-    assert same(weights(output), new)
+    assert equal_weights(weights(output), new)
 
 
-def contents(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def read_datasets(path: Path) -> dict[str, Any]:
+    datasets: dict[str, Any] = {}
     with h5py.File(path) as file:
-        file.visititems(lambda name, part: found.update({name: part[:]}) if isinstance(part, h5py.Dataset) else None)
-    return found
+        file.visititems(lambda name, part: datasets.update({name: part[:]}) if isinstance(part, h5py.Dataset) else None)
+    return datasets
 
 
-def assert_same_contents(a: Path, b: Path) -> None:
-    first, second = contents(a), contents(b)
+def assert_equal_datasets(a: Path, b: Path) -> None:
+    first, second = read_datasets(a), read_datasets(b)
     assert first.keys() == second.keys()
     for name, values in first.items():
         np.testing.assert_array_equal(values, second[name], err_msg=name)
@@ -161,12 +161,12 @@ def kill_simulation(place: Path, kills: int, operators: int) -> None:
     def attempt() -> None:
         killer.kill("generate", "--config", config, "--output", output, "--quiet", "--resume")
         if output.exists():
-            assert_same_contents(output, place / "complete.h5")
+            assert_equal_datasets(output, place / "complete.h5")
             output.unlink()
 
     until(kills, killer, attempt)
     assert killer.complete("generate", "--config", config, "--output", output, "--quiet", "--resume") == 0
-    assert_same_contents(output, place / "complete.h5")
+    assert_equal_datasets(output, place / "complete.h5")
     assert not [path.name for path in place.iterdir() if ".partial" in path.name]
 
 
@@ -191,22 +191,22 @@ def kill_tokenization(run: Path, data: Path, place: Path, kills: int) -> None:
     assert os.listdir(output.parent) == [output.name]
 
 
-def test_one_kill_of_each_command(config: Path, data: Path, trained: Path, tmp_path: Path) -> None:
+def test_one_kill_keeps_results_complete(config: Path, data: Path, trained: Path, tmp_path: Path) -> None:
     kill_tokenization(trained, data, tmp_path, 1)
     kill_simulation(tmp_path, 1, operators=6)
     kill_training(config, trained, tmp_path, 1)
 
 
 @pytest.mark.slow
-def test_many_kills_of_train(config: Path, trained: Path, tmp_path: Path) -> None:
+def test_many_kills_of_train_keep_results_complete(config: Path, trained: Path, tmp_path: Path) -> None:
     kill_training(config, trained, tmp_path, MANY)
 
 
 @pytest.mark.slow
-def test_many_kills_of_generate(tmp_path: Path) -> None:
+def test_many_kills_of_generate_keep_results_complete(tmp_path: Path) -> None:
     kill_simulation(tmp_path, SOME, operators=16)
 
 
 @pytest.mark.slow
-def test_many_kills_of_tokenize(data: Path, trained: Path, tmp_path: Path) -> None:
+def test_many_kills_of_tokenize_keep_results_complete(data: Path, trained: Path, tmp_path: Path) -> None:
     kill_tokenization(trained, data, tmp_path, SOME)

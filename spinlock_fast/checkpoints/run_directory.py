@@ -248,7 +248,7 @@ def _check_place(directory: Path, place: Path) -> None:
 
 def unfinished(directory: Path) -> bool:
     """Whether a directory holds a run that has begun and can be resumed; a final model is a state as well."""
-    return any((directory / PARTIAL / name).exists() for name in (*STATES, FINAL))
+    return any(os.path.exists(directory / PARTIAL / name) for name in (*STATES, FINAL))
 
 
 def run_to_resume(directory: Path) -> Path:

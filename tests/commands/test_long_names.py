@@ -23,7 +23,7 @@ INPUTS = [
     ("tokenize", "LONG data.h5 --output out.h5", 3),
     ("tokenize", "checkpoint LONG.h5 --output out.h5", 3),
     ("analyze", "LONG data.h5 --output out", 3),
-    ("analyze", "checkpoint LONG.h5 --output out", 3),
+    ("analyze", "checkpoint LONG.h5 --quiet --output out", 3),
     ("report", "LONG --output out", 3),
     ("report", "checkpoint --data LONG.h5 --output out", 3),
     ("convert", "LONG --output out", 3),
