@@ -93,8 +93,14 @@ def least_microseconds(launch: KernelLaunch) -> float:
     return 1e6 * max(launch.num_bytes / _MEMORY, arithmetic)
 
 
-def rows(capabilities: Sequence[int] = CAPABILITIES) -> list[dict[str, Any]]:
-    """A row of the report per launch and compute capability."""
+def first_launches(capability: int) -> list[KernelLaunch]:
+    """One launch per kernel: the first of `launches`."""
+    return list({launch.name: launch for launch in reversed(launches(capability))}.values())
+
+
+def rows(capabilities: Sequence[int] = CAPABILITIES, *, quick: bool = False) -> list[dict[str, Any]]:
+    """A row of the report per launch, or with `quick` per kernel, and compute capability."""
+    selected = first_launches if quick else launches
     return [
         {
             **compile_launch(launch, capability),
@@ -104,7 +110,7 @@ def rows(capabilities: Sequence[int] = CAPABILITIES) -> list[dict[str, Any]]:
             "h100_least_us": least_microseconds(launch),
         }
         for capability in capabilities
-        for launch in launches(capability)
+        for launch in selected(capability)
     ]
 
 
@@ -136,11 +142,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--capability", type=int, action="append", help="80, 90 or 100, may be repeated; default: all three"
     )
+    parser.add_argument("--quick", action="store_true", help="compile one launch per kernel instead of all")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         parser.error("TRITON_INTERPRET=1 is set: kernels that are interpreted cannot be compiled")
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # the default; setting it avoids a warning
-    found = rows(options.capability or CAPABILITIES)
+    found = rows(options.capability or CAPABILITIES, quick=options.quick)
     _print_table(found)
     if options.json:
         Path(options.json).write_text(json.dumps(found, indent=1) + "\n")

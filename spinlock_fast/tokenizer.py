@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -314,9 +315,9 @@ def write_tokens(
     model = tokenizer.model
     with tokenizer.source(data) as source:
         rows = source.rows
-        if any(output.exists() and output.samefile(file) for file in source.all_files):
+        if any(os.path.exists(output) and output.samefile(file) for file in source.all_files):
             raise OutputError(f"{output}: is the file that is read")
-    if output.is_dir():
+    if os.path.isdir(output):
         raise OutputError(f"{output}: is a directory; name a file")
     largest = max(model.quantizer.num_codes)
     dtype = next(kind for kind in (np.uint8, np.uint16, np.uint32) if largest - 1 <= np.iinfo(kind).max)

@@ -1,12 +1,12 @@
 import os
 
-# Two workers with two threads each on two cores are slower than one thread each; tests are small.
+# One thread per test process: tests are small, and `make test` runs one process per core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
 
-# Without a GPU, kernels run under Triton's interpreter. It must be chosen before any of them is imported.
+# Without a GPU, kernels run under Triton's interpreter. The variable is read when a kernel is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

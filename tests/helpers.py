@@ -1,9 +1,10 @@
-"""Small synthetic data and reference formulas that several tests share."""
+"""Synthetic data, reference formulas and context managers that several tests share."""
 
 from __future__ import annotations
 
+import resource
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,13 @@ _STORAGE = ("chunk_rows", "compression", "shuffle", "fletcher32")
 FAMILIES = {"summary": SUMMARY, "temporal": TEMPORAL, "architecture": ARCHITECTURE}
 
 
-def mean_and_std_of(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Per column, of all rows."""
+def column_mean_std(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and population standard deviation of each column."""
     return x.mean(0), x.std(0, correction=0)
 
 
 def planted_matrix(rows: int, sizes: Sequence[int], *, seed: int, noise: float = 0.3) -> NDArray[np.float32]:
-    """[rows, sum sizes]: group after group of columns that share one hidden factor; every second column is negated."""
+    """[rows, sum sizes] columns in groups that share one hidden factor each; every second column is negated."""
     rng = np.random.default_rng(seed)
     factor = np.repeat(rng.standard_normal((rows, len(sizes))), sizes, axis=1)
     sign = np.where(np.arange(sum(sizes)) % 2 == 0, 1.0, -1.0)
@@ -57,13 +58,13 @@ def synthetic_arrays(
     nan: bool = True,
     structure: bool = True,
 ) -> dict[str, NDArray[Any]]:
-    """The datasets of SPEC.md by path in the file, small.
+    """Small datasets of the documented layout (docs/data-format.md), by path in the file.
 
     Args:
-        groups: hidden factors that the columns of every family follow, in turn.
-        noise: standard deviation of what is not the factor, which has 1.
-        nan: every twelfth summary column is all NaN, and about 1 % of other raw values.
-        structure: False makes all values independent noise.
+        groups: number of hidden factors; the columns of every family follow them in turn.
+        noise: standard deviation of the noise; that of a factor is 1.
+        nan: make every twelfth summary column and about 1 % of the other raw values NaN.
+        structure: if False, all values are independent noise.
     """
     rng = np.random.default_rng(seed)
     factors = rng.standard_normal((rows, groups)) if structure else np.zeros((rows, groups))
@@ -135,10 +136,10 @@ def write_dataset(
     omit: Sequence[str] = (),
     **shape: Any,
 ) -> Path:
-    """Writes a small HDF5 file in the layout of SPEC.md; see `synthetic_arrays` for `shape`.
+    """Writes a small HDF5 file in the documented layout; see `synthetic_arrays` for `shape`.
 
     Args:
-        omit: dataset paths (or groups of them) that are left out.
+        omit: paths of datasets or groups to leave out.
     """
     arrays = {
         name: values
@@ -151,7 +152,7 @@ def write_dataset(
 
 
 def write_shards(directory: str | Path, counts: Sequence[int], *, seed: int, **options: Any) -> list[Path]:
-    """Writes shard_0.h5, shard_1.h5, ... that together hold the rows of `write_dataset(sum(counts))`."""
+    """Writes shard_0.h5, shard_1.h5, ..., whose concatenated rows are those of `write_dataset(sum(counts))`."""
     storage = {key: options.pop(key) for key in _STORAGE if key in options}
     arrays = synthetic_arrays(sum(counts), seed=seed, **options)
     ends = np.cumsum(counts)
@@ -187,7 +188,7 @@ def distances64(z: torch.Tensor, codebook: torch.Tensor, layout: CodebookLayout)
 def assert_nearest(
     codes: torch.Tensor, z: torch.Tensor, codebook: torch.Tensor, layout: CodebookLayout, ulps: float = 4.0
 ) -> None:
-    """Every chosen code is as near as the nearest, up to the rounding of |e|^2 - 2 z.e in float32.
+    """Asserts that every chosen code is as near as the nearest, up to rounding of |e|^2 - 2 z.e in float32.
 
     The bound is `ulps` * sqrt(D) * eps * (|z|^2 + max |e|^2): rounding errors of D products add up like a random walk.
     """
@@ -209,16 +210,9 @@ def random_group(
     return z, torch.randn(layout.total_entries, generator=generator, dtype=dtype)
 
 
-def loop_of_layers(
-    layers: Sequence[Callable[[torch.Tensor], torch.Tensor]], parts: Sequence[torch.Tensor]
-) -> list[torch.Tensor]:
-    """Each layer on its own part: what a grouped layer does at once."""
-    return [layer(part) for layer, part in zip(layers, parts, strict=True)]
-
-
 @contextmanager
 def raises_one_line(kind: type[Exception], *texts: str) -> Iterator[None]:
-    """The block raises exactly `kind` with a message of one line that holds every text."""
+    """Asserts that the block raises exactly `kind` with a one-line message that contains every text."""
     with pytest.raises(kind) as caught:
         yield
     message = str(caught.value)
@@ -228,41 +222,54 @@ def raises_one_line(kind: type[Exception], *texts: str) -> Iterator[None]:
         assert text in message, f"{text!r} is not in: {message}"
 
 
-# What reads a value on the host, or has a shape that depends on values: neither fits into a CUDA graph.
-_WAITING = {
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Limits the file size of this process; exceeding it fails like a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+# Operators that read a value on the host, or whose output shape depends on values: a CUDA graph cannot hold them.
+_HOST_SYNC = {
     "_local_scalar_dense", "item", "nonzero", "nonzero_static", "masked_select", "_unique", "_unique2", "unique_dim",
     "unique_consecutive", "equal", "is_nonzero", "bincount", "histc", "repeat_interleave", "_assert_async",
 }  # fmt: skip
 
 
-class _NoHostWait(TorchDispatchMode):
+class _NoHostSync(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        assert name not in _WAITING, f"{name} waits for the device"
+        assert name not in _HOST_SYNC, f"{name} synchronises with the device"
         if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
             masks = [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
             assert not masks, f"{name} with a mask has a shape that depends on values"
         return func(*args, **(kwargs or {}))
 
 
-def no_host_wait() -> TorchDispatchMode:
-    """Within it, operators that a CUDA graph cannot hold fail, forward and backward; native CPU kernels are off."""
-    return _NoHostWait()
+def no_host_sync() -> TorchDispatchMode:
+    """Operators that a CUDA graph cannot hold fail, forward and backward. Also disables native CPU kernels."""
+    return _NoHostSync()
 
 
-class _PlainTorch(TorchDispatchMode):
+class _WithoutNativeKernels(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))
 
 
-def plain_torch() -> TorchDispatchMode:
-    """Within it, native CPU kernels are off."""
-    return _PlainTorch()
+def without_native_kernels() -> TorchDispatchMode:
+    """Disables native CPU kernels: they do not run under a dispatch mode."""
+    return _WithoutNativeKernels()
 
 
 @contextmanager
-def stopped_after(steps: int, run: Trainer) -> Iterator[None]:
-    """Asks a run to end, as SIGTERM does, when it has made so many steps."""
+def stop_after(steps: int, run: Trainer) -> Iterator[None]:
+    """Stops a run after so many steps, as SIGTERM does."""
     original, made = TrainingStep.__call__, 0
 
     def counting(self: TrainingStep, kind: StepKind) -> None:

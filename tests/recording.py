@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from spinlock_fast.training.step import StepKind, TrainingStep
 
@@ -80,25 +81,45 @@ def lasting_tensors(step: TrainingStep) -> dict[str, Tensor]:
     return kept
 
 
-def record(step: TrainingStep, kind: StepKind, count: int) -> Callable[[], object]:
-    """Records the operations of some steps once, as a capture does; the result makes them again.
+class _Recorder(TorchDispatchMode):
+    """Runs operations and keeps each with its arguments and result."""
 
-    What a step decides in Python is thereby decided once and for all. The recording runs the step, so
-    everything is put back afterwards.
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...], Mapping[str, Any], Any]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, result))
+        return result
+
+
+@torch.no_grad()
+def _replay(calls: Sequence[tuple[Any, tuple[Any, ...], Mapping[str, Any], Any]]) -> None:
+    for func, args, kwargs, recorded in calls:
+        result = func(*args, **kwargs)
+        for place, value in zip(tree_leaves(recorded), tree_leaves(result), strict=True):
+            if isinstance(place, Tensor) and place.untyped_storage()._cdata != value.untyped_storage()._cdata:
+                place.copy_(value)  # later operations read the memory of the recording
+
+
+def record(step: TrainingStep, kind: StepKind, count: int) -> Callable[[], object]:
+    """Records the operations of `count` steps, backward passes included, and returns a function that repeats them.
+
+    As in a captured CUDA graph, Python decides once, and operations read and write the memory of the recording.
+    Recording runs the steps; parameters, buffers and the random state are restored afterwards.
     """
     tensors = lasting_tensors(step)
-    del tensors["x"]  # no step changes rows, but others may arrive meanwhile
+    del tensors["x"]  # no step changes rows; a row feed may replace them
     before = {name: value.detach().clone() for name, value in tensors.items()}
     random = torch.get_rng_state()
-
-    def steps() -> Tensor:
+    with _Recorder() as recorder:
         for _ in range(count):
             step(kind)
-        return torch.zeros(())
-
-    recorded = make_fx(steps)()
     with torch.no_grad():
         for name, value in tensors.items():
             value.copy_(before[name])
     torch.set_rng_state(random)
-    return torch.no_grad()(recorded)  # the backward pass is among the operations
+    return partial(_replay, recorder.calls)

@@ -1,4 +1,4 @@
-"""Configurations and checkpoints with wrong contents: one line of the right error, never another one."""
+"""Configurations and checkpoints with wrong values: a one-line DataError or ConfigError, never another exception."""
 
 from __future__ import annotations
 
@@ -62,10 +62,10 @@ PLAIN = [value for value in WRONG if not isinstance(value, (torch.Tensor, bytes)
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("hostile")
+    directory = tmp_path_factory.mktemp("hostile")
     config = {
-        "dataset_path": str(write_arrays(place / "x.h5", {"x": X})),
-        "output_dir": str(place / "out"),
+        "dataset_path": str(write_arrays(directory / "x.h5", {"x": X})),
+        "output_dir": str(directory / "out"),
         "device": "cpu",
         "families": {"mine": {"encoder": "IdentityEncoder", "dataset": "x"}},
         "training": {"batch_size": 64, "topo_samples": 64, "num_epochs": 1, "orthogonality_target": 10.0},
@@ -73,7 +73,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     with RunDisplay(True, LoggingConfig()) as display:
         pipeline.run(RunConfig.model_validate(config), display)
-    return place / "out"
+    return directory / "out"
 
 
 @pytest.fixture(scope="module")
@@ -86,21 +86,21 @@ def state(checkpoint: Path) -> dict[str, Any]:
     return dict(load_torch(checkpoint / FINAL)["run_state"]["run"])
 
 
-def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Paths of all entries of nested mappings and lists."""
-    found = [path] if path else []
+def entry_paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Paths of all entries of nested mappings, and of the first three of lists."""
+    paths = [path] if path else []
     if isinstance(value, dict):
-        return found + [p for key, inner in value.items() for p in places(inner, (*path, key))]
+        return paths + [p for key, inner in value.items() for p in entry_paths(inner, (*path, key))]
     if isinstance(value, list):
-        return found + [p for i, inner in enumerate(value[:3]) for p in places(inner, (*path, i))]
-    return found
+        return paths + [p for i, inner in enumerate(value[:3]) for p in entry_paths(inner, (*path, i))]
+    return paths
 
 
-def changed(value: Any, path: tuple[Any, ...], wrong: Any, removed: bool) -> Any:
-    """A copy with another entry, or without it."""
+def with_wrong_entry(value: Any, path: tuple[Any, ...], wrong: Any, removed: bool) -> Any:
+    """A copy in which the entry at `path` is `wrong`, or is removed."""
     result = copy.copy(value)
     if len(path) > 1:
-        result[path[0]] = changed(value[path[0]], path[1:], wrong, removed)
+        result[path[0]] = with_wrong_entry(value[path[0]], path[1:], wrong, removed)
     elif removed:
         del result[path[0]]
     else:
@@ -116,11 +116,11 @@ def assert_one_line(error: SpinlockFastError) -> None:
 
 @HOSTILE
 @given(choice=st.data())
-def test_hostile_checkpoints(payload: dict[str, Any], choice: st.DataObject) -> None:
-    path = choice.draw(st.sampled_from(places(payload)))
-    hostile = changed(payload, path, choice.draw(st.sampled_from(WRONG)), choice.draw(st.booleans()))
+def test_checkpoint_with_a_wrong_entry_is_a_one_line_error(payload: dict[str, Any], choice: st.DataObject) -> None:
+    path = choice.draw(st.sampled_from(entry_paths(payload)))
+    hostile = with_wrong_entry(payload, path, choice.draw(st.sampled_from(WRONG)), choice.draw(st.booleans()))
     if any(key not in hostile for key in ("model_state_dict", "model_config")):
-        return  # `load_payload` says so
+        return  # `load_payload` refuses these
     try:
         tokenizer = Tokenizer.from_payload(hostile)
         tokenizer.encode({family.name: X for family in tokenizer.families})
@@ -128,15 +128,15 @@ def test_hostile_checkpoints(payload: dict[str, Any], choice: st.DataObject) -> 
         assert_one_line(error)
 
 
-def test_hostile_states(state: dict[str, Any]) -> None:
-    """Not by hypothesis, which needs random numbers of its own while the trainer sets those of torch."""
+def test_resumed_state_with_a_wrong_entry_is_a_one_line_error(state: dict[str, Any]) -> None:
+    """Drawn without hypothesis, whose random state the trainer would reset."""
     training = {"batch_size": 64, "topo_samples": 64, "num_epochs": 1, "orthogonality_target": 10.0}
     groups = {"a": list(range(6)), "b": list(range(6, 12))}
     draw = random.Random(0)
     for _ in range(40):
-        path, wrong, removed = draw.choice(places(state)), draw.choice(WRONG), draw.random() < 0.5
+        path, wrong, removed = draw.choice(entry_paths(state)), draw.choice(WRONG), draw.random() < 0.5
         trainer = Trainer(RunConfig.model_validate({"device": "cpu", "training": training}))
-        hostile = changed(copy.deepcopy(state), path, copy.deepcopy(wrong), removed)
+        hostile = with_wrong_entry(copy.deepcopy(state), path, copy.deepcopy(wrong), removed)
         try:
             trainer.fit(X, groups, normalize=False, resume=hostile)
         except (DataError, ConfigError) as error:
@@ -147,29 +147,29 @@ def test_hostile_states(state: dict[str, Any]) -> None:
 
 @HOSTILE
 @given(choice=st.data())
-def test_hostile_configurations(tmp_path: Path, choice: st.DataObject) -> None:
+def test_configuration_with_a_wrong_entry_is_a_one_line_error(tmp_path: Path, choice: st.DataObject) -> None:
     settings_ = RunConfig(families={"mine": {"encoder": "IdentityEncoder", "dataset": "x"}}).model_dump(mode="json")
-    path = choice.draw(st.sampled_from(places(settings_)))
-    hostile = changed(settings_, path, choice.draw(st.sampled_from(PLAIN)), choice.draw(st.booleans()))
+    path = choice.draw(st.sampled_from(entry_paths(settings_)))
+    hostile = with_wrong_entry(settings_, path, choice.draw(st.sampled_from(PLAIN)), choice.draw(st.booleans()))
     file = tmp_path / "hostile.yaml"
-    with_digits = yaml.safe_dump(_short_integers(hostile), allow_unicode=False)
-    file.write_text(with_digits.replace("LONG", "9" * 5000))
+    text = yaml.safe_dump(_replace_long_integers(hostile), allow_unicode=False)
+    file.write_text(text.replace("LONG", "9" * 5000))
     try:
         load_config(file)
     except ConfigError as error:
         assert_one_line(error)
 
 
-def _short_integers(value: Any) -> Any:
-    """Python refuses to write an integer of 5,000 digits."""
+def _replace_long_integers(value: Any) -> Any:
+    """Replaces integers of more than 1000 bits by "LONG": Python does not convert them to text."""
     if isinstance(value, dict):
-        return {key: _short_integers(inner) for key, inner in value.items()}
+        return {key: _replace_long_integers(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_short_integers(inner) for inner in value]
+        return [_replace_long_integers(inner) for inner in value]
     return "LONG" if isinstance(value, int) and value.bit_length() > 1000 else value
 
 
-def test_the_message_names_the_part_and_the_writer(payload: dict[str, Any]) -> None:
+def test_message_names_the_entry_and_the_version(payload: dict[str, Any]) -> None:
     for path, wrong, text in (
         (("normalization", "scale"), torch.zeros(12, dtype=torch.float64), "normalization: scale must be positive"),
         (("feature_cleaning", "fill"), None, "feature_cleaning: fill must be a tensor, got None"),
@@ -179,11 +179,11 @@ def test_the_message_names_the_part_and_the_writer(payload: dict[str, Any]) -> N
         (("code_usage",), torch.zeros(3), "code_usage must be ["),
     ):
         with pytest.raises(DataError, match="read by spinlock-fast") as caught:
-            Tokenizer.from_payload(changed(payload, path, wrong, removed=False))
+            Tokenizer.from_payload(with_wrong_entry(payload, path, wrong, removed=False))
         assert text in str(caught.value)
 
 
-def test_what_is_right_is_read(payload: dict[str, Any]) -> None:
+def test_unchanged_checkpoint_encodes(payload: dict[str, Any]) -> None:
     tokens = Tokenizer.from_payload(payload).encode(X)
     assert tokens.shape[0] == len(X)
     assert np.issubdtype(tokens.dtype, np.integer)

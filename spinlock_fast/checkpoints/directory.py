@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import pickle
 import struct
 import zipfile
@@ -217,7 +218,7 @@ def checkpoint_hash(directory: str | Path) -> str:
 
 def _model_path(directory: Path) -> Path | None:
     paths = (find(directory, name) for name in (BEST, FINAL))
-    return next((path for path in paths if path.exists()), None)
+    return next((path for path in paths if os.path.exists(path)), None)
 
 
 def plain(value: Any, copy: bool = False, fetched: Mapping[int, torch.Tensor] | None = None) -> Any:

@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 def find(directory: Path, name: str) -> Path:
     """Where a file of the result in a directory is, be it that a kill has broken off its publication."""
     new = directory / NEW / name
-    return new if (directory / NEW / _MOVES).exists() and new.exists() else directory / name
+    return new if os.path.exists(directory / NEW / _MOVES) and os.path.exists(new) else directory / name
 
 
 def check_integrity(directory: Path, name: str) -> None:
@@ -248,7 +248,7 @@ def _check_place(directory: Path, place: Path) -> None:
 
 def unfinished(directory: Path) -> bool:
     """Whether a directory holds a run that has begun and can be resumed; a final model is a state as well."""
-    return any((directory / PARTIAL / name).exists() for name in (*STATES, FINAL))
+    return any(os.path.exists(directory / PARTIAL / name) for name in (*STATES, FINAL))
 
 
 def run_to_resume(directory: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -137,7 +138,7 @@ def convert(source: Path, data: str | None = None) -> Converted:
         DataError: the checkpoint or the data cannot serve.
     """
     path = source
-    if source.is_dir():
+    if os.path.isdir(source):
         path = next((source / name for name in _MODEL_FILES if (source / name).exists()), source / _MODEL_FILES[0])
     payload = read_original(path)
     settings = payload.get("config") or _read_config(path.parent / "config.yaml")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 from collections.abc import Mapping
@@ -163,7 +164,7 @@ def read_weights(path: Path, format: Format | None) -> Mapping[str, Any]:
     from spinlock_fast.checkpoints.directory import BEST, FINAL, SAFETENSORS, load_restricted
     from spinlock_fast.checkpoints.run_directory import check_integrity, find
 
-    if path.is_dir():
+    if os.path.isdir(path):
         names = (BEST, FINAL, SAFETENSORS, "diffusion_pytorch_model.safetensors")
         found = [place for name in names if (place := find(path, name)).exists()]
         if not found:

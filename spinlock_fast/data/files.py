@@ -62,14 +62,14 @@ def find_files(paths: str | Sequence[str]) -> list[Path]:
     """The files of a path, a glob, or a list of those; raises DataError where one is missing or not a regular file."""
     found: list[Path] = []
     for pattern in [paths] if isinstance(paths, str) else paths:
-        if (scheme := _REMOTE.match(pattern)) and not Path(pattern).exists():
+        if (scheme := _REMOTE.match(pattern)) and not os.path.exists(pattern):
             raise DataError(
                 f"{pattern}: {scheme[1]}:// addresses are not read; copy the file to a local disk, or mount "
                 "the store and name the mounted path"
             )
         if "\0" in pattern:
             raise DataError(f"{pattern!r}: a path cannot hold a NUL character")
-        if _GLOB.search(pattern) and not Path(pattern).exists():
+        if _GLOB.search(pattern) and not os.path.exists(pattern):
             matches = sorted(glob.glob(pattern, recursive=True), key=_natural)
             if not matches:
                 raise DataError(f"{pattern}: no file matches{_how_to_make(pattern)}")
@@ -82,9 +82,9 @@ def find_files(paths: str | Sequence[str]) -> list[Path]:
     if twice is not None:
         raise DataError(f"dataset_path names {twice} twice: its rows would count double")
     for file in found:
-        if file.is_dir():
+        if os.path.isdir(file):
             raise DataError(f"{file}: is a directory; name the file, or a glob such as {file}/*.h5")
-        if not file.exists():
+        if not os.path.exists(file):  # unlike `Path.exists`, False for a name that is too long
             raise DataError(f"{file}: no such file{_how_to_make(str(file))}")
         check_regular(file)
     return found

@@ -20,7 +20,7 @@ _WORKERS_END = 5.0  # seconds in which workers of a killed process, which hold i
 
 def lock_path(output: Path) -> Path:
     """Where the lock of an output lies: in a directory, or beside a file."""
-    return output / ".lock" if output.is_dir() else output.with_name(f".{output.name[:200]}.lock")
+    return output / ".lock" if os.path.isdir(output) else output.with_name(f".{output.name[:200]}.lock")
 
 
 @contextmanager
@@ -55,7 +55,7 @@ def written_by_one(output: Path) -> Iterator[None]:
         OutputError: another process writes the file, or its directory cannot be written.
     """
     target = Path(os.path.realpath(output))
-    if target.exists() and not target.is_file():
+    if os.path.exists(target) and not target.is_file():
         yield
         return
     try:
@@ -90,8 +90,12 @@ def _acquire(path: Path, output: Path) -> int:
                 raise OutputError(f"{output}: is being written by {_holder(descriptor)}")
             if _is_same_file(descriptor, path):
                 text = f"{os.getpid()} {socket.gethostname()} {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
-                os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, text.encode(), 0)
+                try:
+                    os.ftruncate(descriptor, 0)
+                    os.pwrite(descriptor, text.encode(), 0)
+                except OSError:  # a full disk
+                    os.unlink(path)
+                    raise
                 return descriptor
         except BaseException:
             os.close(descriptor)

@@ -253,7 +253,8 @@ class GroupedVectorQuantizer(TransientBuffers):
     def _loss(self, found: Assignment, rows: Tensor | int, embedding: Tensor) -> Tensor:
         errors = found.error_parts
         if not isinstance(rows, Tensor):
-            rows = torch.sym_max(rows, 1)
+            # torch.compile of torch 2.11 does not support sym_max of an int.
+            rows = max(rows, 1) if isinstance(rows, int) else torch.sym_max(rows, 1)
         # The shares are kept for each number of rows, but an exported graph serves them all.
         divided_at_end = isinstance(rows, Tensor) or exporting()
         count: Any = 1 if divided_at_end else rows

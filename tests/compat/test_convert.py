@@ -14,7 +14,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from helpers import ARCHITECTURE, SUMMARY, TEMPORAL, write_dataset
+from helpers import ARCHITECTURE, SUMMARY, TEMPORAL, largest_file, write_dataset
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -295,3 +295,29 @@ def test_what_is_no_checkpoint_is_one_line(tmp_path: Path, capsys: pytest.Captur
         torch.save(content, tmp_path / "best_model.pt")
     assert convert(tmp_path, "--output", tmp_path / "ours") == 3
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("size", [0, 2000, 30_000])
+def test_full_disk_keeps_the_earlier_result(
+    original: Original, tmp_path: Path, capsys: pytest.CaptureFixture[str], size: int
+) -> None:
+    output = tmp_path / "ours"
+    assert convert(original.directory, "--output", output) == 0
+    before = {path: path.read_bytes() for path in sorted(output.rglob("*")) if path.is_file()}
+    capsys.readouterr()
+    with largest_file(size):
+        assert convert(original.directory, "--output", output) == 4
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "cannot be written: File too large" in error
+    assert {path: path.read_bytes() for path in sorted(output.rglob("*")) if path.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["n" * 300, "d/" * 2500 + "f"], ids=["name", "path"])
+def test_output_name_that_is_too_long_is_one_line(
+    original: Original, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    assert convert(original.directory, "--output", tmp_path / name) == 4
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "cannot be written: File name too long" in error

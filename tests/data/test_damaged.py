@@ -15,6 +15,7 @@ import h5py
 import helpers
 import numpy as np
 import pytest
+from processes import run_code
 
 from spinlock_fast import _native
 from spinlock_fast.data import HDF5Loader, index, native_layout
@@ -338,10 +339,7 @@ def test_random_damage_anywhere_never_crashes(tmp_path: Path, layout: str) -> No
         paths.append(str(tmp_path / f"damaged_{i}.h5"))
         Path(paths[-1]).write_bytes(damaged)
     np.save(tmp_path / "values.npy", VALUES)
-    command = [sys.executable, "-c", _READ_DAMAGED, str(tmp_path / "values.npy"), *paths]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stdout[-500:] + done.stderr[-2000:]
-    assert done.stdout.split() == paths
+    assert run_code(_READ_DAMAGED, [str(tmp_path / "values.npy"), *paths], tmp_path).split() == paths
 
 
 _WRITER = """

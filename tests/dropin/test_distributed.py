@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import run_ranks
 
 from spinlock_fast import ResidualVQ, VectorQuantize
 
@@ -53,7 +53,7 @@ def train(rank, quantizer, calls, file):
 @pytest.mark.dist
 def test_processes_share_one_update(tmp_path):
     file = tmp_path / "rendezvous"
-    mp.spawn(worker, (2, str(file)), nprocs=2)
+    run_ranks(worker, (2, str(file)), 2)
     for case, (residual, options) in enumerate(CASES):
         check(*(torch.load(f"{file}.{case}.{rank}", weights_only=True) for rank in range(2)), residual, options)
 

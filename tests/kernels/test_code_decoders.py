@@ -153,11 +153,11 @@ def test_code_statistics(monkeypatch, at_once):
 
 def test_no_host_synchronisation():
     data = batch(LAYOUT, 20, seed=0, dtype=torch.float32)
-    with helpers.plain_torch():
+    with helpers.without_native_kernels():
         compare(*data, LAYOUT)  # creates the index tensors
     x, z, codebook, decoders, found = data
     leaves = [tensor.requires_grad_() for tensor in decoders]
     z.requires_grad_()
-    with helpers.no_host_wait():
+    with helpers.no_host_sync():
         quantized = quantize(z, found.quantized, LAYOUT)
         partial_loss(x, quantized, found.codes, codebook, Decoders(*leaves), LAYOUT).backward()

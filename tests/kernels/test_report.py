@@ -19,12 +19,19 @@ KERNELS = Path(report.__file__).parent
 EXACT = ("vq_", "topo_", "ema_", "residual_")
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
+@pytest.fixture(
+    scope="module",
+    params=[["--quick", "--capability", "90"], pytest.param([], marks=pytest.mark.slow)],
+    ids=["quick", "all"],
+)
+def rows(request, tmp_path_factory):
+    """The rows that the report writes. Triton finds unchanged kernels in its cache, whose keys hash their sources."""
     file = tmp_path_factory.mktemp("report") / "report.json"
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(file.parent / "cache")}
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    if cache := getattr(request.config, "cache", None):
+        environment["TRITON_CACHE_DIR"] = str(cache.mkdir("triton"))
     done = subprocess.run(
-        [sys.executable, "-m", "spinlock_fast.kernels.report", "--json", str(file)],
+        [sys.executable, "-m", "spinlock_fast.kernels.report", "--json", str(file), *request.param],
         env=environment,
         capture_output=True,
         text=True,
@@ -37,7 +44,7 @@ def rows(tmp_path_factory):
 
 def test_no_kernel_spills(rows):
     assert not [row for row in rows if row["stack"] or row["local"]]
-    assert {row["capability"] for row in rows} == {80, 90, 100}
+    assert {row["capability"] for row in rows} in ({90}, {80, 90, 100})
     assert all(0 < row["registers"] <= 255 for row in rows)
 
 
@@ -54,7 +61,7 @@ def test_every_kernel_is_compiled(rows):
 
 def test_codes_and_distances_are_not_computed_in_plain_tf32(rows):
     exact = [row for row in rows if row["kernel"].startswith(EXACT) and row["dots"]]
-    assert len(exact) > 20
+    assert len(exact) >= 5
     for row in exact:
         assert set(row["precisions"]) <= {"tf32x3", "ieee"}, row["kernel"]
         # At least three instructions per product: high x high, high x low, low x high.
@@ -73,7 +80,7 @@ def test_a_spill_exits_with_status_1(monkeypatch, capsys):
         "local": 0, "matrix_instructions": 0, "bytes": 1, "float_ops": 0, "dot_ops": 0, "h100_least_us": 1.0,
     }  # fmt: skip
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(report, "rows", lambda capabilities: [row])
+    monkeypatch.setattr(report, "rows", lambda capabilities, quick: [row])
     assert report.main([]) == 1
     row["stack"] = 0
     assert report.main([]) == 0

@@ -241,7 +241,7 @@ def test_unused_codes_may_be_non_finite():
 def test_no_host_synchronisation():
     x, z, codebook, found = batch(LAYOUT, 20, seed=0, dtype=torch.float32)
     z.requires_grad_()
-    with helpers.plain_torch():
+    with helpers.without_native_kernels():
         topographic_correlations(x, z, found.codes, codebook, LAYOUT)  # creates the index tensors
-    with helpers.no_host_wait():
+    with helpers.no_host_sync():
         sum(topographic_correlations(x, z, found.codes, codebook, LAYOUT)).backward()

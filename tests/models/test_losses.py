@@ -68,7 +68,7 @@ def test_the_error_of_an_unscaled_extra_input_counts_less():
     ).eval()
     x = torch.randn(30, 11, dtype=torch.float64)
     x[:, 10] *= 20.0
-    model.fit_extra_inputs(*helpers.mean_and_std_of(x))
+    model.fit_extra_inputs(*helpers.column_mean_std(x))
     squared = (model(x)["reconstruction"] - x).square()
     squared[:, 10] /= x[:, 10].std(correction=0)
     terms = loss_terms(model, x, model(x), topo_samples=20)
@@ -202,7 +202,7 @@ def test_no_value_decides_what_a_step_runs():
     def run():
         loss_terms(model, x, model(x), 16).total(weights).backward()
 
-    with helpers.plain_torch():
+    with helpers.without_native_kernels():
         run()  # makes the index tensors
-    with helpers.no_host_wait():
+    with helpers.no_host_sync():
         run()

@@ -122,7 +122,7 @@ def test_an_unscaled_feature_in_no_category_gets_codes() -> None:
         )
         scale = torch.ones(9)
         scale[5] = 20.0
-        model.fit_extra_inputs(*helpers.mean_and_std_of(x * scale))
+        model.fit_extra_inputs(*helpers.column_mean_std(x * scale))
         product_start(model, x * scale)
         with torch.no_grad():
             squared = (model.eval()(fresh * scale)["reconstruction"] - fresh * scale).square().mean(0)

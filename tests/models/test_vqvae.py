@@ -299,7 +299,7 @@ def test_extra_inputs_are_read_standardised_by_their_category_alone():
     ).eval()
     x = features(model)
     x[:, 2] = 50.0 * x[:, 2] + 7.0
-    model.fit_extra_inputs(*helpers.mean_and_std_of(x))
+    model.fit_extra_inputs(*helpers.column_mean_std(x))
     inputs = model.encoder_inputs(x)
     assert torch.equal(inputs[:, :4], x[:, [0, 1, 3, 4]])
     torch.testing.assert_close(inputs[:, 4].mean(), torch.tensor(0.0), atol=1e-5, rtol=0.0)
@@ -323,7 +323,7 @@ def test_an_extra_input_far_from_zero_keeps_its_digits_and_a_constant_does_no_ha
     x = torch.randn(50, 4)
     x[:, 2] = 1e4 + (x[:, 2] * 64.0).round() / 64.0
     x[:, 3] = 0.1
-    model.fit_extra_inputs(*helpers.mean_and_std_of(x.double()))
+    model.fit_extra_inputs(*helpers.column_mean_std(x.double()))
     exact = (x[:, 2].double() - x[:, 2].double().mean()) / x[:, 2].double().std(correction=0)
     torch.testing.assert_close(model.encoder_inputs(x)[:, 2].double(), exact, atol=1e-3, rtol=0.0)
     assert float(model.encoder_inputs(x)[:, 3].abs().max()) < 1e-6

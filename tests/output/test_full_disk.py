@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +11,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from helpers import raises_one_line
+from helpers import largest_file, raises_one_line
 
 from spinlock_fast.checkpoints.directory import save_torch
 from spinlock_fast.commands.tensorboard import ScalarFile
@@ -23,19 +19,6 @@ from spinlock_fast.errors import OutputError
 from spinlock_fast.output.hdf5_files import replacing_hdf5
 
 ROWS = np.arange(40_000, dtype=np.uint16).reshape(-1, 4)
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """Files of this process cannot become larger, which fails as a full disk does."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def write(path: Path, **options: Any) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import run_ranks
 
 from spinlock_fast.quantize import GroupedVectorQuantizer
 
@@ -36,7 +36,7 @@ def worker(rank, world, file):
 @pytest.mark.dist
 def test_processes_share_one_update(tmp_path):
     file = tmp_path / "rendezvous"
-    mp.spawn(worker, (2, str(file)), nprocs=2)
+    run_ranks(worker, (2, str(file)), 2)
     for init in INITS:
         first, second = (torch.load(f"{file}.{init}.{rank}", weights_only=True) for rank in range(2))
         for name, value in first.items():

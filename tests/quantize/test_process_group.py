@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import run_ranks
 
 from spinlock_fast import GroupedResidualVQ, GroupedVectorQuantizer, ResidualVQ, VectorQuantize
 from spinlock_fast.compat import VectorQuantizer
@@ -199,4 +199,4 @@ def worker(rank, file):
 
 @pytest.mark.dist
 def test_four_processes(tmp_path):
-    mp.spawn(worker, (str(tmp_path / "rendezvous"),), nprocs=WORLD)
+    run_ranks(worker, (str(tmp_path / "rendezvous"),), WORLD)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import planted_matrix, raises_one_line, stopped_after
+from helpers import planted_matrix, raises_one_line
 from torch import Tensor
 
 from spinlock_fast.config.loading import apply_overrides
@@ -165,7 +165,7 @@ def test_a_streamed_run_goes_on_within_an_epoch(
     whole = made("always").fit(x, GROUPS)
     observer = KeepState()
     broken = made("never", observer)
-    with stopped_after(stop_after, broken), pytest.raises(Interrupted):
+    with stop_after(stop_after, broken), pytest.raises(Interrupted):
         broken.fit(x, GROUPS)
     assert observer.state["epoch"] * 9 + observer.state["step"] == stop_after
     halves(3)  # where the halves end is of no consequence for a state

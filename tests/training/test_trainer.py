@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import planted_matrix, raises_one_line, stopped_after
+from helpers import planted_matrix, raises_one_line, stop_after
 
 from spinlock_fast.config.loading import apply_overrides
 from spinlock_fast.config.schema import RunConfig
@@ -140,7 +140,7 @@ def test_a_resumed_run_ends_like_an_unbroken_one(x: np.ndarray[Any, Any], stop_a
 
     observer = KeepState()
     broken = trainer(observer, **settings)
-    with stopped_after(stop_after, broken), pytest.raises(Interrupted) as stopped:
+    with stop_after(stop_after, broken), pytest.raises(Interrupted) as stopped:
         broken.fit(x, GROUPS)
     assert stopped.value.exit_status == 143
     resumed = trainer(**settings).fit(x, GROUPS, resume=observer.state)
@@ -400,7 +400,7 @@ def test_a_signal_after_the_last_step_is_obeyed(
 def test_a_resumed_run_adds_up_its_time(x: np.ndarray[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     listener = Listener()
     run = trainer(listener)
-    with stopped_after(6, run), pytest.raises(Interrupted):  # in the second epoch
+    with stop_after(6, run), pytest.raises(Interrupted):  # in the second epoch
         run.fit(x, GROUPS)
     state = listener.states[-1]
     assert state["seconds"] > sum(record["seconds"] for record in state["history"]) > 0

@@ -1,0 +1,256 @@
+"""Applies one-line bugs, one at a time, and checks that the fast tests detect each: `make mutations`.
+
+A pattern that does not match exactly once among its files is an error: adapt it to the changed code. Files are restored
+afterwards, also after Ctrl-C. C++ code is left out, since each bug would need a build.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow and not gpu"]
+
+
+class Mutation(NamedTuple):
+    name: str
+    files: str  # glob
+    pattern: str  # regular expression
+    replacement: str
+    tests: str  # arguments of pytest
+
+
+MUTATIONS = [
+    Mutation(
+        "Triton search: counts of all tiles but the last are lost",
+        "kernels/vq_assign/triton_forward.py",
+        r"counts \+= tl\.load\(counts_out",
+        "counts = counts + 0.0 * tl.load(counts_out",
+        "tests/kernels/test_triton.py",
+    ),
+    Mutation(
+        "Triton search: products of distances in plain TF32",
+        "kernels/vq_assign/triton_forward.py",
+        r'(tl\.trans\(e\), products, input_precision=)"tf32x3"',
+        r'\1"tf32"',
+        "tests/kernels/test_report.py",
+    ),
+    Mutation(
+        "Triton rotation: sign of the last term",
+        "kernels/_common/triton_rotation.py",
+        r"\+ along_target",
+        "- along_target",
+        "tests/kernels/test_triton.py",
+    ),
+    Mutation(
+        "Triton moving average: idle codes move",
+        "kernels/ema_update/triton_update.py",
+        r"n > idle_share \* total / K",
+        "n >= 0.0 * idle_share",
+        "tests/kernels/test_triton.py tests/kernels/test_operators.py",
+    ),
+    Mutation(
+        "Triton residual quantizer: gradient of the last stage only",
+        "kernels/residual_vq/triton_backward.py",
+        r"grad_x \+= tl\.where",
+        "grad_x = tl.where",
+        "tests/kernels/test_residual_vq_triton.py",
+    ),
+    Mutation(
+        "Triton topographic loss: gradient without the correlation's second term",
+        "kernels/topo_loss/triton_backward.py",
+        r"\(x - pre \* z\)",
+        "(x - pre * x)",
+        "tests/kernels/test_triton_topo.py",
+    ),
+    Mutation(
+        "Triton grouped layers: dropout scale of the forward pass",
+        "kernels/*/triton*.py",
+        r"return 1\.0 / \(1\.0 - dropout\) if",
+        "return 1.0 if",
+        "tests/kernels/test_grouped_mlp.py tests/kernels/test_grouped_mlp_triton.py",
+    ),
+    Mutation(
+        "Moving average: Laplace smoothing with one epsilon instead of K",
+        "kernels/ema_update/reference.py",
+        r"\(total \+ K \* epsilon\)",
+        "(total + epsilon)",
+        "tests/kernels/test_ema_update.py",
+    ),
+    Mutation(
+        "Perplexity: logarithm of the counts instead of the shares",
+        "kernels/ema_update/reference.py",
+        r"xlogy\(share, share\)",
+        "xlogy(share, counts)",
+        "tests/kernels/test_ema_update.py",
+    ),
+    Mutation(
+        "Loss: mean over all entries of the code similarity, the diagonal included",
+        "spinlock_fast/models/losses.py",
+        r"\(K \* \(K - 1\.0\)\)",
+        "(K * K)",
+        "tests/models/test_losses.py",
+    ),
+    Mutation(
+        "Loss: a term of weight 0 is kept",
+        "spinlock_fast/models/losses.py",
+        r"if weight != 0\.0\]",
+        "]",
+        "tests/models/test_losses.py",
+    ),
+    Mutation(
+        "Metrics: reconstruction error per row instead of per value",
+        "spinlock_fast/models/metrics.py",
+        r"error / \(N \* F\)",
+        "error / N",
+        "tests/models/test_metrics.py",
+    ),
+    Mutation(
+        "Cleaning: the less informative of two equal columns is kept",
+        "spinlock_fast/features/cleaning.py",
+        r"np\.argsort\(-score",
+        "np.argsort(score",
+        "tests/features/test_cleaning.py",
+    ),
+    Mutation(
+        "Cleaning: clip bounds without mad_scale",
+        "spinlock_fast/features/cleaning.py",
+        r"config\.mad_threshold \* config\.mad_scale \* mad",
+        "config.mad_threshold * mad",
+        "tests/features/test_cleaning.py",
+    ),
+    Mutation(
+        "Normalisation: inverse without the centre",
+        "spinlock_fast/features/normalize.py",
+        r"x \* self\.scale \+ self\.center",
+        "x * self.scale",
+        "tests/features/test_normalize.py",
+    ),
+    Mutation(
+        "Training: warm-up starts with a learning rate of 0",
+        "spinlock_fast/training/step.py",
+        r"\(step \+ 1\) / warmup",
+        "step / warmup",
+        "tests/training/test_step.py",
+    ),
+    Mutation(
+        "Training: the learning rate is fixed when a step is recorded",
+        "spinlock_fast/training/optimizer.py",
+        r"lr=self\.rate\b",
+        "lr=float(self.rate)",
+        "tests/training/test_step.py",
+    ),
+    Mutation(
+        "Training: an epoch that is resumed draws another order of rows",
+        "spinlock_fast/training/loop.py",
+        r"Stream\.ROW_ORDER, epoch\)",
+        "Stream.ROW_ORDER, epoch + self.step)",
+        "tests/training/test_interruptions.py",
+    ),
+    Mutation(
+        "Checkpoints: the state before the last one is not kept",
+        "spinlock_fast/checkpoints/resumable.py",
+        r"if path\.exists\(\):\n",
+        "if not path.exists():\n",
+        "tests/checkpoints tests/training/test_interruptions.py",
+    ),
+    Mutation(
+        "Files: permissions of a replaced file are lost",
+        "spinlock_fast/output/atomic_files.py",
+        r"\n        _take_permissions\(temporary, target\)",
+        "",
+        "tests/output/test_atomic_files.py",
+    ),
+    Mutation(
+        "Analysis: false discovery rates without the cumulative minimum",
+        "spinlock_fast/analysis/significance.py",
+        r"np\.minimum\.accumulate\((.*)\)\n",
+        r"(\1)\n",
+        "tests/analysis/test_significance.py",
+    ),
+    Mutation(
+        "Simulation: noise without its variance normalised",
+        "spinlock_fast/simulate/noise.py",
+        r"\(amplitude / variance\.sqrt\(\)\)",
+        "(amplitude / variance)",
+        "tests/simulate/test_initial_and_noise.py",
+    ),
+    Mutation(
+        "Drop-in: orthogonality without the diagonal of the identity",
+        "spinlock_fast/dropin/losses.py",
+        r"\(H \* K\*\*2\) - 1\.0 / K",
+        "(H * K**2)",
+        "tests/dropin/test_equality.py -k orthogonal",
+    ),
+]
+
+
+def place_of(mutation: Mutation) -> tuple[Path, str]:
+    """The file that a mutation changes, and its changed text; raises ValueError unless the pattern matches once."""
+    found = []
+    for path in sorted(ROOT.glob(mutation.files)):
+        text, count = re.subn(mutation.pattern, mutation.replacement, path.read_text(encoding="utf-8"))
+        found += [(path, text)] * count
+    if len(found) != 1:
+        raise ValueError(f"{mutation.name}: {mutation.pattern!r} matches {len(found)} times in {mutation.files}")
+    return found[0]
+
+
+@contextmanager
+def applied(path: Path, text: str) -> Iterator[None]:
+    """Replaces the text of a file within the block. Its modification time is restored too: .pyc files depend on it."""
+    original, status = path.read_bytes(), path.stat()
+    try:
+        path.write_text(text, encoding="utf-8")
+        yield
+    finally:
+        path.write_bytes(original)
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def is_detected(mutation: Mutation) -> bool:
+    """Whether the tests of a mutation fail; raises RuntimeError if they do not run."""
+    path, text = place_of(mutation)
+    with applied(path, text):
+        environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+        done = subprocess.run(
+            [*PYTEST, *mutation.tests.split()], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        )
+    if done.returncode not in (0, 1):  # 1: tests failed
+        raise RuntimeError(
+            f"{mutation.name}: pytest ended with {done.returncode}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
+        )
+    return done.returncode == 1
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", metavar="TEXT", help="mutations whose name or files contain TEXT")
+    parser.add_argument("--list", action="store_true", help="only check that every pattern matches once")
+    options = parser.parse_args()
+    chosen = [mutation for mutation in MUTATIONS if options.only in mutation.name + " " + mutation.files]
+    for mutation in chosen:
+        place_of(mutation)
+    missed = []
+    for mutation in [] if options.list else chosen:
+        start = time.perf_counter()
+        if not is_detected(mutation):
+            missed.append(mutation.name)
+        result = "missed" if mutation.name in missed else "detected"
+        sys.stdout.write(f"{result} in {time.perf_counter() - start:.0f} s: {mutation.name}\n")
+        sys.stdout.flush()
+    sys.stdout.write(f"{len(chosen)} mutations, {len(missed)} missed\n")
+    return bool(missed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
