@@ -88,8 +88,9 @@ def assign(
     codes: int, quantized: int, error: int, counts: int, sums: int, threads: int,
 ) -> None: ...  # fmt: skip
 def assign_backward(
-    grad: int, grad_error: int, z: int, quantized: int, codes: int, rows: int, dims: list[int], grad_z: int, threads: int
-) -> None: ...
+    grad: int, grad_error: int, z: int, quantized: int, codes: int, rows: int, dims: list[int], grad_z: int,
+    threads: int,
+) -> None: ...  # fmt: skip
 def residual_assign(
     x: int, x_row: int, rows: int, dims: int, codebook: int, num_codes: list[int], mask: int, cosine: bool,
     gradient: int, codes: int, quantized: int, errors: int, counts: int, sums: int, threads: int,
@@ -100,12 +101,13 @@ def residual_backward(
 ) -> None: ...  # fmt: skip
 def decoders_forward(
     x: int, mean: int, codes: int, codebook: int, w1: int, b1: int, w2: int, b2: int, num_codes: list[int],
-    dims: list[int], rows: int, features: int, hidden_width: int, hidden: int, decoded: int, error_sums: int, threads: int,
+    dims: list[int], rows: int, features: int, hidden_width: int, hidden: int, decoded: int, error_sums: int,
+    threads: int,
 ) -> float: ...  # fmt: skip
 def decoders_backward(
     scale: float, x: int, codes: int, codebook: int, w1: int, w2: int, num_codes: list[int], dims: list[int],
-    rows: int, features: int, hidden_width: int, hidden: int, decoded: int, error_sums: int, grad_quantized: int, grad_w1: int,
-    grad_b1: int, grad_w2: int, grad_b2: int, threads: int,
+    rows: int, features: int, hidden_width: int, hidden: int, decoded: int, error_sums: int, grad_quantized: int,
+    grad_w1: int, grad_b1: int, grad_w2: int, grad_b2: int, threads: int,
 ) -> None: ...  # fmt: skip
 def check_codes(codes: int, rows: int, num_codes: list[int], name: str) -> bool:
     """Whether any of int64 codes [rows, G] is -1 (no code); raises IndexError if one is outside its codebook."""
@@ -158,7 +160,7 @@ class RowReader:
         verify_checksums: bool,
     ) -> None: ...
     def add_batch(self, first: int, count: int, memory: Sequence[Buffer]) -> None:
-        """Add the batch of positions [first, first + count); `memory`: one writable buffer of `count` rows per dataset."""
+        """Add the batch of positions [first, first + count); memory: a writable buffer of `count` rows per dataset."""
 
     def submit(self, first: int, rows: np.ndarray[Any, Any]) -> None:
         """Queue reading of rows[i] to position first + i; batches must cover all positions."""
