@@ -1,5 +1,5 @@
 // Copies the part of a row that a chunk holds to its position in the row.
-#pragma inner
+#pragma once
 
 #include "dataset_layout.hpp"
 

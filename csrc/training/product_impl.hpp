@@ -144,12 +144,15 @@ void product(const Product& p, const Workspace& w) {
     }
 }
 
-Index first_layer_gradient_buffer_floats(Index rows, Index H) { return rows * H + 2 * mask_words(rows, H); }
+// Floats that the masks of [rows, H] take, rounded up so that what follows them is aligned to a cache line.
+inline Index mask_floats(Index rows, Index H) { return (2 * mask_words(rows, H) + 15) / 16 * 16; }
+
+Index first_layer_gradient_buffer_floats(Index rows, Index H) { return mask_floats(rows, H) + rows * H; }
 
 // dh = scale (grad w2^T) where hidden > 0, else 0; first_layer_grad = [x | 1]^T dh. dh is kept for `rows` rows only.
 void first_layer_gradient(const FirstLayerGradientTask& t, const Workspace& w) {
-    float* grad_hidden = w.buffer;  // [rows, H]
-    Mask* masks = reinterpret_cast<Mask*>(grad_hidden + t.rows * t.H);
+    Mask* masks = reinterpret_cast<Mask*>(w.buffer);
+    float* grad_hidden = w.buffer + mask_floats(t.rows, t.H);  // [rows, H]
     bool skipped = false;
 #if defined(__AVX512F__)
     if (t.w2_transposed.row == 1 && t.E % kDotBlock == 0) {

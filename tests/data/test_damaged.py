@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from spinlock_fast import _native
-from spinlock_fast.data import HDF5Loader, index, native_layout
+from spinlock_fast.data import HDF5Loader, native_layout, shard_index
 from spinlock_fast.errors import DataError
 
 ROWS, CHUNK = 64, 8
@@ -243,7 +243,7 @@ def test_a_directory(tmp_path: Path) -> None:
 def test_a_hostile_index(tmp_path: Path, key: str, chunk: int, value: int, words: str) -> None:
     """What a manipulated B-tree may say is an error of its batch; nothing of that size is allocated."""
     loader = load(write(tmp_path / "a.h5"))
-    native = loader._tables.tables[1].shards[0].native
+    native = loader._sharded.datasets[1].shards[0].native_layout
     assert native is not None
     native[key][chunk] = value
     batches = iter(loader)
@@ -251,7 +251,7 @@ def test_a_hostile_index(tmp_path: Path, key: str, chunk: int, value: int, words
         next(batches)
     with helpers.raises_one_line(DataError, "a.h5: x: chunk [24, 0] (rows 24..31)", words):
         next(batches)
-    index._known.clear()  # the manipulated index must not be found by other tests
+    shard_index._cache.clear()  # the manipulated index must not be found by other tests
 
 
 class Walked:
@@ -279,19 +279,19 @@ def twice(infos: list[Any], note: Any) -> None:
 @pytest.mark.parametrize(("tell", "words"), [(circles, "outside"), (twice, "twice")])
 def test_an_index_that_is_no_grid(tmp_path: Path, tell: Any, words: str) -> None:
     with h5py.File(write(tmp_path / "a.h5")) as file, pytest.raises(ValueError, match=words):
-        native_layout._walk(Walked(file["x"], tell), (8, 1))
+        native_layout._list_chunks(Walked(file["x"], tell), (8, 1))
 
 
 def test_a_file_that_changes_while_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "a.h5")
-    opened = index.open_file
+    original = shard_index.open_file
 
     def open_and_touch(file: Path) -> h5py.File:
-        handle = opened(file)
+        handle = original(file)
         os.utime(file, ns=(1, 1))
         return handle
 
-    monkeypatch.setattr(index, "open_file", open_and_touch)
+    monkeypatch.setattr(shard_index, "open_file", open_and_touch)
     with helpers.raises_one_line(DataError, "a.h5", "changed while it was opened"):
         load(path)
 

@@ -349,14 +349,14 @@ def test_a_listing_that_contradicts_libhdf5_is_not_believed(tmp_path: Path, monk
     """Whatever kind of index a coming version gets wrong: chunks are compared with what it finds by coordinates."""
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file.create_dataset("x", data=random_values((40, 6), "<f4"), chunks=(8, 3), compression="gzip")
-    walk = native_layout._walk
+    list_chunks = native_layout._list_chunks
 
     def misplacing(dataset: Any, grid: Any) -> Any:
-        offsets, sizes, masks, partial = walk(dataset, grid)
+        offsets, sizes, masks, partial = list_chunks(dataset, grid)
         swapped = np.arange(len(offsets)).reshape(grid).T.ravel()
         return offsets[swapped], sizes[swapped], masks, partial
 
-    monkeypatch.setattr(native_layout, "_walk", misplacing)
+    monkeypatch.setattr(native_layout, "_list_chunks", misplacing)
     check([str(tmp_path / "a.h5")], ["x"], "h5py, because of a listing of its chunks that contradicts libhdf5")
 
 

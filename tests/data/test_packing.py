@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from spinlock_fast.data import HDF5Loader
-from spinlock_fast.data.source import Source
+from spinlock_fast.data.feature_source import FeatureSource
 from spinlock_fast.errors import DataError
 
 STORED = np.array([[1, -99, 3], [-32768, 5, 6], [7, 8, -99], [10, 11, 12]])
@@ -77,7 +77,7 @@ def test_packed_numbers(tmp_path: Path, kind: str, attributes: Any, result: Any,
     raw = loaded(path, unpack=False).numpy()
     np.testing.assert_array_equal(raw, stored)
     assert raw.dtype == stored.dtype.newbyteorder("=")
-    with Source(path, {"family": "x"}) as source:
+    with FeatureSource(path, {"family": "x"}) as source:
         np.testing.assert_allclose(source.read("family", 0, 4), wanted.astype(np.float32), rtol=1e-6)
         np.testing.assert_allclose(
             torch.cat([b["family"] for _, b in source.batches(["family"], 2, 10**6, torch.device("cpu"))]),
@@ -143,7 +143,7 @@ def test_packing_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     with caplog.at_level(logging.INFO):
         for _ in range(2):
             list(HDF5Loader(path, "x"))
-            with Source(path, {"family": "x"}) as source:
+            with FeatureSource(path, {"family": "x"}) as source:
                 source.read("family", 0, 2)
     (message,) = caplog.messages
     assert all(word in message for word in ("a.h5", "x", "-99 counts as missing", "0.5", "scale_factor"))
@@ -164,7 +164,7 @@ def test_booleans_are_numbers(tmp_path: Path, layout: Any) -> None:
     found = loaded(path)
     assert found.dtype == torch.uint8
     np.testing.assert_array_equal(found, values)
-    with Source(path, {"family": "x"}) as source:
+    with FeatureSource(path, {"family": "x"}) as source:
         np.testing.assert_array_equal(source.read("family", 0, 20), values.astype(np.float32))
 
 
@@ -175,7 +175,7 @@ def test_an_array_that_matlab_wrote_transposed(tmp_path: Path, caplog: pytest.Lo
     assert "read as 3 rows" in caplog.text
     with h5py.File(path, "a") as file:
         file["y"] = np.zeros((5, 50))
-    with helpers.raises_one_line(DataError, "x has 3, y has 5", "MATLAB stores arrays with their axes reversed"):
+    with helpers.raises_one_line(DataError, "x has 3, y has 5", "MATLAB stores arrays with reversed axes"):
         HDF5Loader(path, ["x", "y"])
 
 

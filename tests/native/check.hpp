@@ -1,7 +1,6 @@
 // Assertions that report their line, and test data.
 #pragma once
 
-#include "errors.hpp"
 
 #include <cstddef>
 #include <cstdint>

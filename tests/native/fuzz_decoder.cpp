@@ -5,6 +5,7 @@
 #include "byte_filters.hpp"
 #include "check.hpp"
 #include "chunk_decoder.hpp"
+#include "errors.hpp"
 
 #include <algorithm>
 

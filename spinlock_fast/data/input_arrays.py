@@ -1,4 +1,4 @@
-"""Arrays as callers give them."""
+"""Conversion of arrays given by callers."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 from spinlock_fast.errors import DataError
 
 
-def without_mask(array: Any) -> NDArray[Any]:
-    """An array whose missing values are NaN, where they were masked ones of a `numpy.ma.MaskedArray`.
+def masked_to_nan(array: Any) -> NDArray[Any]:
+    """Converts to a NumPy array; masked elements of a `numpy.ma.MaskedArray` become NaN.
 
-    NumPy gives the numbers under a mask (often a fill value such as 1e20) when it converts such an array. Integers
-    become float64 where one is masked.
+    `np.asarray` would return the numbers under the mask, often a fill value such as 1e20. Integers become float64 if
+    an element is masked.
     """
     if not isinstance(array, np.ma.MaskedArray):
         return np.asarray(array)
@@ -29,19 +29,19 @@ def without_mask(array: Any) -> NDArray[Any]:
     return np.where(mask, np.asarray(np.nan, values.dtype), values)
 
 
-def real_numbers(array: Any, name: str) -> Tensor:
-    """An array of real numbers as a tensor, masked values as NaN; raises DataError for others."""
+def to_real_tensor(array: Any, name: str) -> Tensor:
+    """Converts an array of real numbers to a detached tensor, masked elements to NaN; raises DataError otherwise."""
     if isinstance(array, Tensor):
         if array.is_complex():
             raise DataError(f"{name}: expected real numbers, got {array.dtype}")
         return array.detach()
     try:
-        values = without_mask(array)
+        values = masked_to_nan(array)
     except ValueError:  # lists of different lengths
         raise DataError(f"{name}: expected numbers in rows of one length") from None
     if values.dtype.kind not in "fiub":
         raise DataError(f"{name}: expected real numbers, got {values.dtype}")
     if values.dtype.kind == "f" and values.dtype.itemsize > 8:
-        values = values.astype(np.float64)  # PyTorch has none of more precision
+        values = values.astype(np.float64)  # PyTorch has no wider floating-point type
     native = np.asarray(values, values.dtype.newbyteorder("="), order="C")
     return torch.from_numpy(native if native.flags.writeable else native.copy())

@@ -1,4 +1,4 @@
-"""In which order rows are visited: a function of seed, epoch, rank and sizes, never of threads or timing."""
+"""Order of the rows of an epoch: depends on seed, epoch, rank and sizes only, not on threads or timing."""
 
 from __future__ import annotations
 
@@ -10,51 +10,51 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-Rows = NDArray[np.int64]
+RowNumbers = NDArray[np.int64]
 
-_UNITS, _WINDOW, _ROWS = range(3)  # what a stream of random numbers is for
+_UNITS, _WINDOW, _ROWS = range(3)  # purposes of random streams
 
 
-class Order(Protocol):
-    """What a pass over rows must know."""
-
-    @property
-    def most_rows(self) -> tuple[int, int]:
-        """Of a batch, of a window."""
+class RowSequence(Protocol):
+    """Sequence of rows of a pass, in windows."""
 
     @property
-    def batch_ends(self) -> Rows:
-        """Position after each batch."""
+    def max_rows(self) -> tuple[int, int]:
+        """Largest number of rows of a batch and of a window."""
 
-    def windows(self, epoch: int) -> Iterator[tuple[int, Rows]]:
-        """(first position, rows) of runs that are best read together, in order."""
+    @property
+    def batch_ends(self) -> RowNumbers:
+        """End position of each batch."""
+
+    def windows(self, epoch: int) -> Iterator[tuple[int, RowNumbers]]:
+        """Yields (first position, row numbers) of windows: consecutive positions whose rows are read together."""
 
 
 @dataclass(frozen=True)
-class GivenRows:
-    """One batch of exactly these rows."""
+class SingleBatch:
+    """One batch of given rows."""
 
-    rows: Rows
+    rows: RowNumbers
 
     @property
-    def most_rows(self) -> tuple[int, int]:
+    def max_rows(self) -> tuple[int, int]:
         return len(self.rows), len(self.rows)
 
     @property
-    def batch_ends(self) -> Rows:
+    def batch_ends(self) -> RowNumbers:
         return np.array([len(self.rows)])
 
-    def windows(self, epoch: int) -> Iterator[tuple[int, Rows]]:
+    def windows(self, epoch: int) -> Iterator[tuple[int, RowNumbers]]:
         yield 0, self.rows
 
 
 @dataclass(frozen=True)
 class RowOrder:
-    """Rows of one rank, epoch by epoch.
+    """Order of the rows of one rank for each epoch.
 
-    Rows that are stored together form units. `shuffle=True` permutes the units of all shards, gives every rank an
-    equal run of them, and shuffles rows within windows of as many units as fit in `window_rows`; "exact" permutes
-    rows; False leaves them as they are.
+    Rows of a chunk form a unit. `shuffle=True` permutes the units of all shards, assigns each rank a contiguous part of
+    equal size, and shuffles rows within windows of as many units as fit `window_rows`; "exact" permutes all rows; False
+    keeps the order of the files.
     """
 
     shard_rows: tuple[int, ...]
@@ -69,34 +69,36 @@ class RowOrder:
 
     @property
     def rows(self) -> int:
-        """Rows of all ranks."""
+        """Number of rows of all ranks."""
         return sum(self.shard_rows)
 
     @property
-    def bytes(self) -> int:
-        """Of memory for the order of an epoch."""
+    def nbytes(self) -> int:
+        """Memory for the order of an epoch, in bytes."""
         numbers = self.rows if self.shuffle == "exact" else 3 * (self.rows // self.unit_rows)
         return 8 * (numbers + self.rows // self.batch_size)
 
     @property
-    def most_rows(self) -> tuple[int, int]:
+    def max_rows(self) -> tuple[int, int]:
         return min(self.batch_size, self.rows), self.window_rows
 
     @property
-    def span(self) -> tuple[int, int]:
-        """The positions of this rank in the order of all ranks; sizes differ by one row at most."""
+    def rank_range(self) -> tuple[int, int]:
+        """Positions [start, stop) of this rank in the order of all ranks; sizes differ by at most one row."""
         return tuple(self.rows * r // self.world_size for r in (self.rank, self.rank + 1))  # type: ignore[return-value]
 
     @cached_property
-    def batch_ends(self) -> Rows:
-        """Position after each batch. Every rank has as many batches (but for batches of one row, where that cannot be),
-        so the last but one may be a row short.
+    def batch_ends(self) -> RowNumbers:
+        """End position of each batch.
+
+        All ranks have the same number of batches, so the last but one may be one row short. With batches of one row
+        the numbers can differ.
         """
         if self.drop_last:
             count = self.rows // self.world_size // self.batch_size
             return np.arange(1, count + 1, dtype=np.int64) * self.batch_size
         largest = -(-self.rows // self.world_size)
-        size = self.span[1] - self.span[0]
+        size = self.rank_range[1] - self.rank_range[0]
         count = min(-(-largest // self.batch_size), size)
         ends = np.arange(1, count + 1, dtype=np.int64) * self.batch_size
         ends[-1:] = size
@@ -104,8 +106,8 @@ class RowOrder:
             ends[-2] -= 1
         return ends
 
-    def windows(self, epoch: int) -> Iterator[tuple[int, Rows]]:
-        """(first position of this rank, rows) of runs that are best read together, in order."""
+    def windows(self, epoch: int) -> Iterator[tuple[int, RowNumbers]]:
+        """Yields (first position within this rank, row numbers) of windows."""
         if self.shuffle == "exact":
             yield from self._exact(epoch)
             return
@@ -114,7 +116,7 @@ class RowOrder:
             chosen = self._permutation(len(start), _UNITS, epoch)
             start, length = start[chosen], length[chosen]
         end = np.cumsum(length)
-        low, high = self.span
+        low, high = self.rank_range
         unit, position = int(np.searchsorted(end, low, side="right")), low
         number = 0
         while position < high:
@@ -125,21 +127,21 @@ class RowOrder:
                 start[block] + length[block] - end[block], length[block]
             )
             stop = min(int(end[stop_unit - 1]), high)
-            rows = rows[position - first : stop - first]  # a rank may begin and end within a unit
+            rows = rows[position - first : stop - first]  # a rank may start and end within a unit
             if self.shuffle:
                 rows = rows[self._permutation(len(rows), _WINDOW, epoch, self.rank, number)]
             yield position - low, rows
             unit, position, number = stop_unit, stop, number + 1
 
-    def _exact(self, epoch: int) -> Iterator[tuple[int, Rows]]:
-        low, high = self.span
+    def _exact(self, epoch: int) -> Iterator[tuple[int, RowNumbers]]:
+        low, high = self.rank_range
         rows = self._permutation(self.rows, _ROWS, epoch)[low:high]
         for first in range(0, len(rows), self.window_rows):
             yield first, rows[first : first + self.window_rows]
 
     @cached_property
-    def _units(self) -> tuple[Rows, Rows]:
-        """First row and number of rows of every unit; none crosses a shard."""
+    def _units(self) -> tuple[RowNumbers, RowNumbers]:
+        """First row and number of rows of each unit; units do not cross shards."""
         starts, lengths, shard_start = [], [], 0
         for rows in self.shard_rows:
             start = np.arange(0, rows, self.unit_rows, dtype=np.int64)
@@ -148,7 +150,7 @@ class RowOrder:
             shard_start += rows
         return np.concatenate(starts), np.concatenate(lengths)
 
-    def _permutation(self, count: int, *purpose: int) -> Rows:
-        # Sorting raw bits gives the same order with every version of numpy; its own permutation() need not.
+    def _permutation(self, count: int, *purpose: int) -> RowNumbers:
+        # argsort of raw bits is stable across NumPy versions; Generator.permutation is not guaranteed to be.
         bits = np.random.Philox(np.random.SeedSequence([self.seed, *purpose]))
         return np.argsort(bits.random_raw(count), kind="stable")

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from spinlock_fast.data import HDF5Loader
-from spinlock_fast.data.source import Source
+from spinlock_fast.data.feature_source import FeatureSource
 from spinlock_fast.errors import DataError
 
 X = np.arange(60, dtype=np.float32).reshape(20, 3)
@@ -95,7 +95,7 @@ def test_a_linked_file_that_changes(directory: Path, layout: int) -> None:
 
 
 def test_a_source_knows_what_a_link_leads_to(directory: Path) -> None:
-    with Source(str(directory / "a.h5"), {"family": "two0"}) as source:
+    with FeatureSource(str(directory / "a.h5"), {"family": "two0"}) as source:
         assert directory / "sub" / "c.h5" in source.all_files
         os.utime(directory / "sub" / "c.h5", ns=(1, 1))
         with helpers.raises_one_line(DataError, "has changed"):
@@ -120,8 +120,8 @@ def test_an_uncompressed_copy_is_of_the_linked_data(directory: Path) -> None:
         (h5py.ExternalLink("none.h5", "/x"), ["e: is a link to /x in none.h5", "no such HDF5 file"]),
         (h5py.ExternalLink("sub/c.h5", "/nowhere"), ["e: is a link to /nowhere in sub/c.h5", "no such object"]),
         (h5py.ExternalLink("text.h5", "/x"), ["e: is a link to /x in text.h5", "no such HDF5 file"]),
-        (h5py.SoftLink("/e"), ["e: its links lead in a circle"]),
-        (h5py.ExternalLink("a.h5", "/e"), ["e: its links lead in a circle"]),
+        (h5py.SoftLink("/e"), ["e: its links form a cycle"]),
+        (h5py.ExternalLink("a.h5", "/e"), ["e: its links form a cycle"]),
         (h5py.ExternalLink("fifo", "/x"), ["fifo: is a FIFO"]),
         (h5py.ExternalLink("sub/c.h5", "/group"), ["e is a group"]),
     ],
@@ -323,7 +323,7 @@ def test_values_from_outside_can_be_refused(tmp_path: Path, kind: str) -> None:
     with helpers.raises_one_line(DataError, "takes values from", "out", "allow_external"):
         HDF5Loader(str(inside / "a.h5"), "x", allow_external=False)
     with helpers.raises_one_line(DataError, "takes values from", "out", "allow_external"):
-        Source(str(inside / "a.h5"), {"family": "x"}, allow_external=False)
+        FeatureSource(str(inside / "a.h5"), {"family": "x"}, allow_external=False)
 
 
 @pytest.mark.parametrize("kind", ["a FIFO", "a socket", "a character device"])

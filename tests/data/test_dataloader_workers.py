@@ -154,7 +154,7 @@ def test_workers_go_on_from_their_own_states(file: str, stop: int) -> None:
 
 
 def test_a_number_of_workers_that_is_too_large(file: str) -> None:
-    from spinlock_fast.data.epochs import SharedPosition
+    from spinlock_fast.data.shared_position import SharedPosition
 
     with helpers.raises_one_line(ConfigError, "num_workers: 129"):
         SharedPosition().begin(0, 129)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spinlock_fast.data.order import RowOrder
+from spinlock_fast.data.row_order import RowOrder
 
 
 def order(**settings: Any) -> RowOrder:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from spinlock_fast.config.schema import FamilyConfig, IdentityEncoderParams
 from spinlock_fast.data import HDF5Loader
-from spinlock_fast.data.source import Source
+from spinlock_fast.data.feature_source import FeatureSource
 from spinlock_fast.features.encode import encode_blocks, make_encoders
 
 def status(key):
@@ -33,7 +33,7 @@ before = status("VmRSS")
 rows = 0
 if what == "encode":
     families = {"x": FamilyConfig(encoder="IdentityEncoder", dataset="x")}
-    with Source(path, {"x": "x"}) as source:
+    with FeatureSource(path, {"x": "x"}) as source:
         (family,) = make_encoders(source, families, 0, budget)
         training = np.arange(0, source.rows, 2)
         for block in encode_blocks(source, family, budget, torch.device("cpu"), None, training):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from spinlock_fast.data.files import find_files
-from spinlock_fast.data.source import Source
+from spinlock_fast.data.feature_source import FeatureSource
+from spinlock_fast.data.input_files import find_files
 from spinlock_fast.errors import DataError
 
 PATH = "features/x"
@@ -20,12 +20,12 @@ def write(path, values, name=PATH, **options):
     return str(path)
 
 
-def table(rows=6, width=3, dtype=np.float32, start=0):
+def dataset(rows=6, width=3, dtype=np.float32, start=0):
     return np.arange(start, start + rows * width).reshape(rows, width).astype(dtype)
 
 
 def open_family(paths, path=PATH):
-    return Source(paths, {"family": path})
+    return FeatureSource(paths, {"family": path})
 
 
 def fails(paths, *texts, path=PATH):
@@ -35,7 +35,7 @@ def fails(paths, *texts, path=PATH):
 
 def test_a_file_tells_its_shape(tmp_path):
     file = str(helpers.write_dataset(tmp_path / "a.h5", 20, seed=0, chunk_rows=4))
-    with Source(file, helpers.FAMILIES) as source:
+    with FeatureSource(file, helpers.FAMILIES) as source:
         assert source.rows == 20
         temporal = source.datasets["temporal"]
         assert (temporal.path, temporal.rows, temporal.row_shape) == (helpers.TEMPORAL, 20, (32, 7))
@@ -44,7 +44,7 @@ def test_a_file_tells_its_shape(tmp_path):
 
 
 def test_contiguous_data_count_as_chunks_of_one_row(tmp_path):
-    with open_family(write(tmp_path / "a.h5", table())) as source:
+    with open_family(write(tmp_path / "a.h5", dataset())) as source:
         assert source.datasets["family"].chunk_rows == 1
 
 
@@ -53,13 +53,13 @@ def test_contiguous_data_count_as_chunks_of_one_row(tmp_path):
 )
 @pytest.mark.parametrize(("start", "stop"), [(0, 6), (0, 1), (2, 5), (5, 6), (3, 3)])
 def test_rows_of_a_file(tmp_path, options, start, stop):
-    with open_family(write(tmp_path / "a.h5", table(), **options)) as source:
-        np.testing.assert_array_equal(source.read("family", start, stop), table()[start:stop])
+    with open_family(write(tmp_path / "a.h5", dataset(), **options)) as source:
+        np.testing.assert_array_equal(source.read("family", start, stop), dataset()[start:stop])
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 15), (4, 6), (5, 6), (3, 14), (14, 15), (5, 5)])
 def test_rows_across_shards(tmp_path, start, stop):
-    whole = table(15)
+    whole = dataset(15)
     for i, rows in enumerate(np.split(whole, [5, 6])):
         write(tmp_path / f"shard_{i}.h5", rows)
     with open_family(str(tmp_path / "*.h5")) as source:
@@ -68,23 +68,23 @@ def test_rows_across_shards(tmp_path, start, stop):
 
 
 def test_an_empty_shard_among_others(tmp_path):
-    for i, rows in enumerate([table(3), table(0), table(2, start=9)]):
+    for i, rows in enumerate([dataset(3), dataset(0), dataset(2, start=9)]):
         write(tmp_path / f"shard_{i}.h5", rows)
     with open_family(str(tmp_path / "*.h5")) as source:
-        np.testing.assert_array_equal(source.read("family", 0, 5), table(5))
+        np.testing.assert_array_equal(source.read("family", 0, 5), dataset(5))
 
 
 @pytest.mark.parametrize("dtype", ["f2", "f4", "f8", ">f4", ">f8", "i1", "u1", "<i2", ">i4", "i8", "u8"])
 def test_numbers_of_any_type_become_float32(tmp_path, dtype):
-    with open_family(write(tmp_path / "a.h5", table(dtype=dtype))) as source:
+    with open_family(write(tmp_path / "a.h5", dataset(dtype=dtype))) as source:
         found = source.read("family", 0, 6)
     assert found.dtype == np.dtype("=f4")
-    np.testing.assert_array_equal(found, table())
+    np.testing.assert_array_equal(found, dataset())
 
 
 def test_values_beyond_float32_are_named(tmp_path):
     """They are not infinite in the file, so no message may say so; what is infinite there is passed on."""
-    values = table(dtype=np.float64)
+    values = dataset(dtype=np.float64)
     values[4, 1], values[0, 0] = -1e300, np.inf
     with open_family(write(tmp_path / "a.h5", values)) as source:
         assert source.read("family", 0, 4)[0, 0] == np.inf
@@ -97,7 +97,7 @@ def test_values_beyond_float32_are_named(tmp_path):
 
 
 def test_nan_is_passed_on(tmp_path):
-    values = table()
+    values = dataset()
     values[2, 1] = np.nan
     with open_family(write(tmp_path / "a.h5", values)) as source:
         np.testing.assert_array_equal(source.read("family", 0, 6), values)
@@ -105,28 +105,28 @@ def test_nan_is_passed_on(tmp_path):
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 7), (6, 8), (-1, 3), (4, 2)])
 def test_rows_that_do_not_exist_are_never_made_up(tmp_path, start, stop):
-    with open_family(write(tmp_path / "a.h5", table())) as source, pytest.raises((IndexError, ValueError, DataError)):
+    with open_family(write(tmp_path / "a.h5", dataset())) as source, pytest.raises((IndexError, ValueError, DataError)):
         source.read("family", start, stop)
 
 
 def test_shards_of_a_glob_are_in_natural_order(tmp_path):
     for i in (10, 9, 100, 1):
-        write(tmp_path / f"shard_{i}.h5", table())
+        write(tmp_path / f"shard_{i}.h5", dataset())
     found = [file.name for file in find_files(str(tmp_path / "shard_*.h5"))]
     assert found == [f"shard_{i}.h5" for i in (1, 9, 10, 100)]
 
 
 def test_a_list_keeps_its_order(tmp_path):
-    names = [write(tmp_path / name, table()) for name in ("b.h5", "a.h5", "part_2.h5", "part_10.h5")]
+    names = [write(tmp_path / name, dataset()) for name in ("b.h5", "a.h5", "part_2.h5", "part_10.h5")]
     assert [str(file) for file in find_files([names[0], names[1], str(tmp_path / "part_*.h5")])] == names
 
 
 def test_a_file_whose_name_looks_like_a_glob(tmp_path):
-    assert find_files(write(tmp_path / "run[1].h5", table()))[0].name == "run[1].h5"
+    assert find_files(write(tmp_path / "run[1].h5", dataset()))[0].name == "run[1].h5"
 
 
 def test_files_are_closed(tmp_path):
-    with open_family(write(tmp_path / "a.h5", table())) as source:
+    with open_family(write(tmp_path / "a.h5", dataset())) as source:
         batches = source.batches(["family"], 2, 10**6, torch.device("cpu"))
         next(batches)
     with pytest.raises(StopIteration):
@@ -137,7 +137,7 @@ def test_files_are_closed(tmp_path):
 
 
 def test_files_are_closed_after_an_error(tmp_path):
-    write(tmp_path / "a.h5", table(dtype="S3"))
+    write(tmp_path / "a.h5", dataset(dtype="S3"))
     fails(str(tmp_path / "a.h5"))
     with h5py.File(tmp_path / "a.h5", "a") as file:
         assert PATH in file
@@ -145,7 +145,7 @@ def test_files_are_closed_after_an_error(tmp_path):
 
 @pytest.mark.parametrize("on_group", [False, True])
 def test_names_of_columns(tmp_path, on_group):
-    file = write(tmp_path / "a.h5", table())
+    file = write(tmp_path / "a.h5", dataset())
     with h5py.File(file, "a") as handle:
         node = handle["features"] if on_group else handle[PATH]
         node.attrs["feature_names"] = ["a", "b", "ü"]
@@ -155,7 +155,7 @@ def test_names_of_columns(tmp_path, on_group):
 
 @pytest.mark.parametrize("names", [None, ["a", "b"]])
 def test_names_that_do_not_fit_are_none(tmp_path, names):
-    file = write(tmp_path / "a.h5", table())
+    file = write(tmp_path / "a.h5", dataset())
     if names:
         with h5py.File(file, "a") as handle:
             handle[PATH].attrs["feature_names"] = names
@@ -205,7 +205,7 @@ def test_a_truncated_file(tmp_path, share):
 
 @pytest.mark.parametrize(("path", "hint"), [("features/y", "nearest is features/x"), ("zzz", "it holds features/x")])
 def test_a_missing_dataset(tmp_path, path, hint):
-    fails(write(tmp_path / "a.h5", table()), "a.h5", path, hint, path=path)
+    fails(write(tmp_path / "a.h5", dataset()), "a.h5", path, hint, path=path)
 
 
 def test_a_missing_dataset_of_an_empty_file(tmp_path):
@@ -214,8 +214,8 @@ def test_a_missing_dataset_of_an_empty_file(tmp_path):
 
 
 def test_a_dataset_missing_in_one_shard(tmp_path):
-    write(tmp_path / "shard_0.h5", table())
-    write(tmp_path / "shard_1.h5", table(), name="other")
+    write(tmp_path / "shard_0.h5", dataset())
+    write(tmp_path / "shard_1.h5", dataset(), name="other")
     fails(str(tmp_path / "*.h5"), "shard_1.h5", PATH)
 
 
@@ -227,11 +227,11 @@ def test_a_dangling_link(tmp_path):
 
 @pytest.mark.parametrize("path", ["features", "/"])
 def test_a_group_instead_of_a_dataset(tmp_path, path):
-    fails(write(tmp_path / "a.h5", table()), "a.h5", path, "group", path=path)
+    fails(write(tmp_path / "a.h5", dataset()), "a.h5", path, "group", path=path)
 
 
 def test_an_empty_dataset_path(tmp_path):
-    fails(write(tmp_path / "a.h5", table()), "a.h5", path="")
+    fails(write(tmp_path / "a.h5", dataset()), "a.h5", path="")
 
 
 @pytest.mark.parametrize(
@@ -266,24 +266,24 @@ def test_no_rows(tmp_path):
 
 
 def test_families_of_different_length(tmp_path):
-    write(tmp_path / "a.h5", table(6))
-    write(tmp_path / "a.h5", table(5), name="y")
+    write(tmp_path / "a.h5", dataset(6))
+    write(tmp_path / "a.h5", dataset(5), name="y")
     with helpers.raises_one_line(DataError, "a.h5", f"{PATH} has 6", "y has 5"):
-        Source(str(tmp_path / "a.h5"), {"a": PATH, "b": "y"})
+        FeatureSource(str(tmp_path / "a.h5"), {"a": PATH, "b": "y"})
 
 
 def test_families_of_different_length_in_one_shard(tmp_path):
     """The totals agree, the rows do not."""
     for shard, (a, b) in enumerate([(6, 5), (5, 6)]):
-        write(tmp_path / f"shard_{shard}.h5", table(a))
-        write(tmp_path / f"shard_{shard}.h5", table(b), name="y")
+        write(tmp_path / f"shard_{shard}.h5", dataset(a))
+        write(tmp_path / f"shard_{shard}.h5", dataset(b), name="y")
     with helpers.raises_one_line(DataError, "shard_0.h5", f"{PATH} has 6", "y has 5"):
-        Source(str(tmp_path / "*.h5"), {"a": PATH, "b": "y"})
+        FeatureSource(str(tmp_path / "*.h5"), {"a": PATH, "b": "y"})
 
 
 def test_shards_of_different_width(tmp_path):
-    write(tmp_path / "shard_0.h5", table(width=3))
-    write(tmp_path / "shard_1.h5", table(width=4))
+    write(tmp_path / "shard_0.h5", dataset(width=3))
+    write(tmp_path / "shard_1.h5", dataset(width=4))
     fails(str(tmp_path / "*.h5"), "shard_1.h5", PATH, "(4,)", "(3,)", "shard_0.h5")
 
 
@@ -303,13 +303,13 @@ def test_a_damaged_chunk_names_file_dataset_and_rows(tmp_path, filters):
 
 
 def test_a_file_listed_twice_is_refused(tmp_path):
-    write(tmp_path / "a.h5", table())
+    write(tmp_path / "a.h5", dataset())
     with helpers.raises_one_line(DataError, "a.h5", "twice"):
         find_files([str(tmp_path / "a.h5"), str(tmp_path / "*.h5")])
 
 
 def test_a_file_that_changes_between_two_readings(tmp_path):
-    file = write(tmp_path / "a.h5", table())
+    file = write(tmp_path / "a.h5", dataset())
     with open_family(file) as source:
         os.utime(file, ns=(1, 1))
         with helpers.raises_one_line(DataError, "a.h5", "has changed"):

@@ -14,8 +14,8 @@ import helpers
 import numpy as np
 import pytest
 
-from spinlock_fast.data import HDF5Loader, files
-from spinlock_fast.data.source import Source
+from spinlock_fast.data import HDF5Loader, input_files
+from spinlock_fast.data.feature_source import FeatureSource
 from spinlock_fast.errors import ConfigError, DataError
 
 ESCAPE = "\x1b[31mred\x1b[0m\x07"
@@ -28,7 +28,7 @@ def file(tmp_path: Path) -> str:
 
 @pytest.mark.parametrize("path", ["s3://bucket/a.h5", "https://example.org/a.h5", "gs://bucket/*.h5"])
 def test_a_remote_address(path: str) -> None:
-    with helpers.raises_one_line(DataError, path, "are not read; copy the file"):
+    with helpers.raises_one_line(DataError, path, "are not supported; copy the file"):
         HDF5Loader(path, "x")
 
 
@@ -65,20 +65,20 @@ def refuse(monkeypatch: pytest.MonkeyPatch, number: int, unlocked: bool) -> None
             f"Unable to synchronously open file (unable to lock file, errno = {number}, error message = '...')"
         )
 
-    monkeypatch.setattr(files.h5py, "File", locked)
+    monkeypatch.setattr(input_files.h5py, "File", locked)
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EACCES])
 def test_a_file_system_without_locks(
     file: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
 ) -> None:
-    monkeypatch.setattr(files, "_said_unlocked", set())
+    monkeypatch.setattr(input_files, "_logged_devices", set())
     refuse(monkeypatch, number, unlocked=True)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            files.open_file(Path(file)).close()
+            input_files.open_file(Path(file)).close()
     (message,) = caplog.messages
-    assert "refuses locks" in message
+    assert "does not support locks" in message
     assert os.strerror(number) in message
     assert "HDF5_USE_FILE_LOCKING" in message
 
@@ -87,13 +87,13 @@ def test_a_file_system_without_locks(
 def test_locks_that_cannot_be_left_out(file: str, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     refuse(monkeypatch, number, unlocked=False)
     with helpers.raises_one_line(DataError, file, os.strerror(number), "HDF5_USE_FILE_LOCKING"):
-        files.open_file(Path(file))
+        input_files.open_file(Path(file))
 
 
 def test_a_lock_of_a_writer(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
     refuse(monkeypatch, errno.EAGAIN, unlocked=True)
     with helpers.raises_one_line(DataError, file, "another program is writing to it"):
-        files.open_file(Path(file))
+        input_files.open_file(Path(file))
 
 
 def test_names_with_escape_sequences_reach_no_terminal(tmp_path: Path) -> None:
@@ -107,5 +107,5 @@ def test_names_with_escape_sequences_reach_no_terminal(tmp_path: Path) -> None:
         with pytest.raises(DataError) as caught:
             HDF5Loader(str(path), name)
         assert str(caught.value).isprintable(), name
-    with Source(str(path), {"family": "x"}) as source:
+    with FeatureSource(str(path), {"family": "x"}) as source:
         assert source.feature_names("family") == [r"\x1b[31mred\x1b[0m\x07", "b"]
