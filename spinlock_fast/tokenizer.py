@@ -26,7 +26,7 @@ from spinlock_fast.kernels._common.guard import device_guard
 from spinlock_fast.models.input_check import InputCheck, KnownRows, TrainingRange
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE
 from spinlock_fast.output.hdf5_files import replacing_hdf5
-from spinlock_fast.output.locks import written_by_one
+from spinlock_fast.output.locks import locked_output_file
 
 log = logging.getLogger(__name__)
 
@@ -320,7 +320,7 @@ def write_tokens(
         raise OutputError(f"{output}: is a directory; name a file")
     largest = max(model.quantizer.num_codes)
     dtype = next(kind for kind in (np.uint8, np.uint16, np.uint32) if largest - 1 <= np.iinfo(kind).max)
-    with written_by_one(output), replacing_hdf5(output) as writer:
+    with locked_output_file(output), replacing_hdf5(output) as writer:
         chunk = (min(rows, 8192), model.num_codebooks)
         out = writer.file.create_dataset("tokens", (rows, model.num_codebooks), dtype, chunks=chunk, compression="gzip")
         out.attrs["codebook_names"] = model.codebook_names

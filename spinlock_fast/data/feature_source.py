@@ -19,7 +19,7 @@ from spinlock_fast.data.dataset_warnings import log_unusual_datasets
 from spinlock_fast.data.hdf5_links import ExternalFilePolicy, LinkTrace, find_dataset, get_dataset
 from spinlock_fast.data.input_files import find_files, open_file, reporting_damage
 from spinlock_fast.data.loader import HDF5Loader
-from spinlock_fast.data.loader_pass import LoaderPass, PassStats, batch_memory
+from spinlock_fast.data.loader_pass import LoaderPass
 from spinlock_fast.data.packing import read_packing
 from spinlock_fast.data.row_order import SingleBatch
 from spinlock_fast.data.sharded_dataset import ShardedDatasets
@@ -113,18 +113,8 @@ class FeatureSource:
         info = self.datasets[family]
         if not len(rows):
             return np.empty((0, *info.row_shape), np.float32)
-        sharded, order = self._sharded.select(info.path), SingleBatch(rows)
-        batches = LoaderPass(
-            sharded,
-            order,
-            epoch=0,
-            first_batch=0,
-            windows_ahead=1,
-            threads=available_cpus(),
-            verify_checksums=True,
-            memory=batch_memory(sharded, order, 1, pin=False),
-            stats=PassStats(),
-        )
+        sharded = self._sharded.select(info.path)
+        batches = LoaderPass(sharded, SingleBatch(rows), windows_ahead=1, threads=available_cpus())
         with closing(batches):
             values = sharded.unpack(next(iter(batches)))[info.path]
         return as_float32(values, lambda i: self.row_location(family, int(rows[i]))).numpy()
@@ -165,14 +155,8 @@ class FeatureSource:
             raise DataError(f"{self.files[0]}: the data set has changed since it was opened")
         start = 0
         for batch in loader:
-            raw = {family: batch[self.datasets[family].path] for family in families}
-            yield (
-                start,
-                {
-                    family: as_float32(x.to(device, non_blocking=True), self.row_locator(family, start))
-                    for family, x in raw.items()
-                },
-            )
+            on_device = {family: batch[self.datasets[family].path].to(device, non_blocking=True) for family in families}
+            yield start, {family: as_float32(x, self.row_locator(family, start)) for family, x in on_device.items()}
             start += len(batch["index"])
 
     def row_location(self, family: str, row: int) -> str:

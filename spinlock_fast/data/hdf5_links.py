@@ -12,8 +12,9 @@ from typing import Any
 
 import h5py
 
-from spinlock_fast.data.input_files import H5PY_ERRORS, check_regular, identify, one_line, open_file, reporting_damage
+from spinlock_fast.data.input_files import H5PY_ERRORS, check_regular, identify, open_file, reporting_damage
 from spinlock_fast.errors import DataError
+from spinlock_fast.messages import one_line
 
 _MAX_LINKS = 16  # limit of libhdf5
 

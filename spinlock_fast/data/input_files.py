@@ -18,7 +18,7 @@ from typing import Any
 import h5py
 
 from spinlock_fast.errors import DataError
-from spinlock_fast.messages import printable
+from spinlock_fast.messages import one_line
 
 log = logging.getLogger(__name__)
 
@@ -206,11 +206,6 @@ def reporting_damage(file: Path, path: str) -> Iterator[None]:
         raise
     except H5PY_ERRORS as error:
         raise DataError(f"{file}: {path}: the file is damaged: {one_line(error)}") from None
-
-
-def one_line(error: BaseException) -> str:
-    """The text of an error without line breaks."""
-    return printable(" ".join(str(error).split()))
 
 
 def _generate_hint(path: str) -> str:

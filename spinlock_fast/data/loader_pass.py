@@ -76,7 +76,7 @@ class LoaderPass:
         windows_ahead: number of windows that are decoded or delivered at a time.
         threads: decoding threads.
         verify_checksums: verify fletcher32 checksums.
-        memory: result of `batch_memory`; may be shared by consecutive passes.
+        memory: result of `batch_memory`, to share memory between consecutive passes.
         stats: updated during the pass.
     """
 
@@ -84,15 +84,15 @@ class LoaderPass:
         self,
         sharded: ShardedDatasets,
         order: RowSequence,
-        epoch: int,
-        first_batch: int,
+        epoch: int = 0,
+        first_batch: int = 0,
         stop_batch: int | None = None,
         *,
         windows_ahead: int,
         threads: int,
-        verify_checksums: bool,
-        memory: list[BatchMemory],
-        stats: PassStats,
+        verify_checksums: bool = True,
+        memory: list[BatchMemory] | None = None,
+        stats: PassStats | None = None,
     ) -> None:
         self._sharded = sharded
         self._ends = order.batch_ends[:stop_batch]
@@ -100,15 +100,15 @@ class LoaderPass:
         self._start = int(self._ends[first_batch - 1]) if first_batch else 0
         self._windows = order.windows(epoch)
         self._windows_ahead = windows_ahead
-        self._memory = memory
+        self._memory = batch_memory(sharded, order, windows_ahead, pin=False) if memory is None else memory
         self._reader = _native.RowReader(*sharded.native_descriptions(), threads, verify_checksums)
         self._h5py_reader = H5pyReader(sharded)
         self._submitted = self._start
         self._window_ends: deque[int] = deque()  # end position of each window not yet delivered
         self._pending: deque[_Batch] = deque()  # submitted, not yet delivered
-        self._stats = stats
+        self._stats = PassStats() if stats is None else stats
         self._owner_pid = os.getpid()
-        stats.reader = self._reader
+        self._stats.reader = self._reader
 
     def close(self) -> None:
         """Joins the threads and closes the files; delivered batches stay valid."""

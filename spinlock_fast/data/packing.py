@@ -9,8 +9,8 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from spinlock_fast.data.input_files import one_line
 from spinlock_fast.errors import DataError
+from spinlock_fast.messages import one_line
 
 # Default fill values of netCDF, used without an attribute. Types of one byte have none: all 256 values are valid data.
 _NETCDF_DEFAULT_FILLS: dict[str, int | float] = {
@@ -146,7 +146,7 @@ def _one_number(dataset: h5py.Dataset, name: str, default: float) -> tuple[float
     value = dataset.attrs[name]
     numbers = _numbers(value)
     if len(numbers) != 1 or np.size(value) != 1 or not np.isfinite(numbers[0]):
-        shown = one_line(ValueError(value))
+        shown = one_line(value)
         raise DataError(
             f"{dataset.file.filename}: {dataset.name.lstrip('/')}: {name} is {shown}, expected one finite number"
         )

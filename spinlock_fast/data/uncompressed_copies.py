@@ -8,7 +8,7 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-from spinlock_fast.data.loader_pass import LoaderPass, PassStats, batch_memory
+from spinlock_fast.data.loader_pass import LoaderPass
 from spinlock_fast.data.row_order import RowOrder
 from spinlock_fast.data.shard_index import ShardIndex, index_file
 from spinlock_fast.data.sharded_dataset import ShardedDataset, ShardedDatasets
@@ -76,17 +76,7 @@ def _write(sharded: ShardedDatasets, dataset: ShardedDataset, path: Path, thread
     block = max(dataset.chunk_rows, _BLOCK_BYTES // dataset.row_bytes)
     block -= block % dataset.chunk_rows
     order = RowOrder(sharded.shard_rows, dataset.chunk_rows, block, block, shuffle=False, seed=0)
-    batches = LoaderPass(
-        sharded,
-        order,
-        epoch=0,
-        first_batch=0,
-        windows_ahead=2,
-        threads=threads,
-        verify_checksums=verify_checksums,
-        memory=batch_memory(sharded, order, 2, pin=False),
-        stats=PassStats(),
-    )
+    batches = LoaderPass(sharded, order, windows_ahead=2, threads=threads, verify_checksums=verify_checksums)
     with replacing_hdf5(path) as writer, closing(batches):
         rows = writer.file.create_dataset(_NAME, (sharded.rows, *dataset.row_shape), dataset.dtype)
         first = 0

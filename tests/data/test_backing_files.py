@@ -1,4 +1,4 @@
-"""Values that lie in other files than the one that is named: links, virtual datasets, external raw files."""
+"""Values stored in other files: links, virtual datasets and external raw files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def rows(file: Path, path: str, **options: Any) -> np.ndarray[Any, Any]:
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    """a.h5 links to sub/b.h5, which links to sub/c.h5, whose data every linking file shadows with other values."""
+    """a.h5 links to sub/b.h5, which links to sub/c.h5; the linking files hold other values under the same path."""
     (tmp_path / "sub").mkdir()
     for name in ("a.h5", "sub/b.h5"):
         with h5py.File(tmp_path / name, "w") as file:
@@ -63,12 +63,12 @@ def directory(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "path", ["one{}", "two{}", "soft{}", "deep/soft{}", "group/hard{}", "through/hard{}", "/./one{}"]
 )
-def test_a_link_leads_to_the_file_that_holds_the_data(directory: Path, path: str, layout: int) -> None:
+def test_links_resolve_to_the_stored_data(directory: Path, path: str, layout: int) -> None:
     np.testing.assert_array_equal(rows(directory / "a.h5", path.format(layout)), X)
     np.testing.assert_array_equal(rows(directory / "a.h5", f"own{layout}"), -X)
 
 
-def test_links_are_searched_where_libhdf5_searches(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_link_search_order_matches_libhdf5(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (directory / "elsewhere").mkdir()
     with h5py.File(directory / "elsewhere" / "c.h5", "w") as file:
         file["x0"] = 2 * X
@@ -87,14 +87,14 @@ def test_links_are_searched_where_libhdf5_searches(directory: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("layout", range(len(LAYOUTS)))
-def test_a_linked_file_that_changes(directory: Path, layout: int) -> None:
+def test_changed_linked_file_is_an_error(directory: Path, layout: int) -> None:
     loader = HDF5Loader(str(directory / "a.h5"), f"two{layout}", batch_size=4, shuffle=False, memory_budget=4000)
     os.utime(directory / "sub" / "c.h5", ns=(1, 1))
     with helpers.raises_one_line(DataError, "c.h5", "has changed"):
         list(loader)
 
 
-def test_a_source_knows_what_a_link_leads_to(directory: Path) -> None:
+def test_all_files_include_linked_files(directory: Path) -> None:
     with FeatureSource(str(directory / "a.h5"), {"family": "two0"}) as source:
         assert directory / "sub" / "c.h5" in source.all_files
         os.utime(directory / "sub" / "c.h5", ns=(1, 1))
@@ -105,7 +105,7 @@ def test_a_source_knows_what_a_link_leads_to(directory: Path) -> None:
     np.testing.assert_array_equal(rows(directory / "a.h5", "two0"), 3 * X)
 
 
-def test_an_uncompressed_copy_is_of_the_linked_data(directory: Path) -> None:
+def test_uncompressed_copy_holds_the_linked_data(directory: Path) -> None:
     for factor in (1, 3):
         with h5py.File(directory / "sub" / "c.h5", "a") as file:
             file["x1"][...] = factor * X
@@ -127,7 +127,7 @@ def test_an_uncompressed_copy_is_of_the_linked_data(directory: Path) -> None:
     ],
     ids=["soft", "file", "object", "text", "circle", "external-circle", "fifo", "group"],
 )
-def test_a_link_that_leads_nowhere(directory: Path, link: Any, words: list[str]) -> None:
+def test_broken_link_is_an_error(directory: Path, link: Any, words: list[str]) -> None:
     (directory / "text.h5").write_text("no HDF5")
     os.mkfifo(directory / "fifo")
     with h5py.File(directory / "a.h5", "a") as file:
@@ -148,7 +148,7 @@ def write_virtual(directory: Path, sources: int = 4, **options: Any) -> Path:
 
 
 @pytest.mark.parametrize("damage", ["file", "dataset", "smaller", "fifo"])
-def test_a_virtual_source_that_is_missing(tmp_path: Path, damage: str) -> None:
+def test_missing_virtual_source_is_an_error(tmp_path: Path, damage: str) -> None:
     file = write_virtual(tmp_path)
     part = tmp_path / "part_2.h5"
     part.unlink()
@@ -162,7 +162,7 @@ def test_a_virtual_source_that_is_missing(tmp_path: Path, damage: str) -> None:
 
 
 @pytest.mark.parametrize("change", ["vanishes", "changes"])
-def test_a_virtual_source_that_goes_during_a_pass(tmp_path: Path, change: str) -> None:
+def test_virtual_source_removed_during_a_pass_is_an_error(tmp_path: Path, change: str) -> None:
     file = write_virtual(tmp_path, 30)
     batches = iter(HDF5Loader(str(file), "x", batch_size=5, shuffle=False, window_rows=5, memory_budget=4000))
     assert next(batches)["x"][0, 0] == 1
@@ -172,7 +172,7 @@ def test_a_virtual_source_that_goes_during_a_pass(tmp_path: Path, change: str) -
         list(batches)
 
 
-def test_sources_of_sources(tmp_path: Path) -> None:
+def test_nested_virtual_sources_are_found(tmp_path: Path) -> None:
     inner = write_virtual(tmp_path)
     layout = h5py.VirtualLayout((20, 3), "<f4")
     layout[...] = h5py.VirtualSource(inner.name, "link", (20, 3))
@@ -186,7 +186,7 @@ def test_sources_of_sources(tmp_path: Path) -> None:
         HDF5Loader(str(tmp_path / "outer.h5"), "x")
 
 
-def test_a_series_of_virtual_sources(tmp_path: Path) -> None:
+def test_series_of_virtual_sources_is_found(tmp_path: Path) -> None:
     write_virtual(tmp_path)
     space = h5py.h5s.create_simple((0, 3), (h5py.h5s.UNLIMITED, 3))
     space.select_hyperslab((0, 0), (h5py.h5s.UNLIMITED, 1), (5, 1), (5, 3))
@@ -203,7 +203,7 @@ def test_a_series_of_virtual_sources(tmp_path: Path) -> None:
 
 @pytest.fixture
 def few_descriptors() -> Iterator[None]:
-    """At most 30 more than are open now."""
+    """Limits open files to 30 more than now."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 30, before[1]))
     yield
@@ -211,15 +211,15 @@ def few_descriptors() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("few_descriptors")
-def test_more_virtual_sources_than_descriptors(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """libhdf5 gives fill values for a source that it has no descriptor for."""
+def test_more_virtual_sources_than_descriptors_are_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """libhdf5 returns fill values for a source that it cannot open."""
     file = write_virtual(tmp_path, 60)
     assert rows(file, "x")[:, 0].tolist() == np.repeat(np.arange(1, 61), 5).tolist()
     assert "takes values from 60 files" in caplog.text
 
 
 @pytest.mark.usefixtures("few_descriptors")
-def test_rows_that_need_more_files_than_may_be_open(tmp_path: Path) -> None:
+def test_row_with_too_many_files_is_an_error(tmp_path: Path) -> None:
     layout = h5py.VirtualLayout((5, 60), "<f4")
     for i in range(60):
         with h5py.File(tmp_path / f"part_{i}.h5", "w") as file:
@@ -233,8 +233,8 @@ def test_rows_that_need_more_files_than_may_be_open(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("few_descriptors")
 @pytest.mark.parametrize("layout", range(len(LAYOUTS)))
-def test_descriptors_that_run_out_during_a_pass(tmp_path: Path, layout: int) -> None:
-    """The files used longest ago are closed, and the pass goes on."""
+def test_exhausted_descriptors_close_least_recently_used_files(tmp_path: Path, layout: int) -> None:
+    """The least recently used files are closed, and the pass continues."""
     for i in range(12):
         with h5py.File(tmp_path / f"{i}.h5", "w") as file:
             file.create_dataset("x", data=X + i, **LAYOUTS[layout])
@@ -258,7 +258,7 @@ def test_descriptors_that_run_out_during_a_pass(tmp_path: Path, layout: int) -> 
 
 
 @pytest.mark.parametrize("change", ["missing", "short", "vanishes"])
-def test_an_external_raw_file(tmp_path: Path, change: str) -> None:
+def test_external_raw_file_is_checked(tmp_path: Path, change: str) -> None:
     raw = tmp_path / "x.bin"
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file.create_dataset("x", (20, 3), "<f4", external=[(str(raw), 0, h5py.h5f.UNLIMITED)])[...] = X
@@ -276,8 +276,8 @@ def test_an_external_raw_file(tmp_path: Path, change: str) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["", "${ORIGIN}"])
-def test_a_raw_file_with_a_relative_name(tmp_path: Path, prefix: str) -> None:
-    """Relative to the working directory, or to the file where HDF5_EXTFILE_PREFIX says so at the start."""
+def test_relative_raw_file_is_resolved_like_libhdf5(tmp_path: Path, prefix: str) -> None:
+    """Relative to the working directory, or to HDF5_EXTFILE_PREFIX, which libhdf5 reads when it is loaded."""
     code = """
 import h5py, os, sys
 from spinlock_fast.data import HDF5Loader
@@ -293,7 +293,7 @@ print(os.path.exists("sub/x.bin"))
 
 
 @pytest.mark.parametrize("kind", ["link", "virtual", "raw", "nested"])
-def test_values_from_outside_can_be_refused(tmp_path: Path, kind: str) -> None:
+def test_allow_external_false_rejects_outside_files(tmp_path: Path, kind: str) -> None:
     inside, outside = tmp_path / "in", tmp_path / "out"
     inside.mkdir()
     outside.mkdir()
@@ -327,8 +327,8 @@ def test_values_from_outside_can_be_refused(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["a FIFO", "a socket", "a character device"])
-def test_files_that_are_none(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)  # names of sockets are short
+def test_special_files_are_rejected(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # socket paths are limited in length
     path = Path("a.h5")
     if kind == "a FIFO":
         os.mkfifo(path)

@@ -1,4 +1,4 @@
-"""A loader in the worker processes of a torch DataLoader."""
+"""HDF5Loader in the worker processes of a torch DataLoader."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def in_workers(loader: HDF5Loader, workers: int = 2, **options: Any) -> DataLoad
 @pytest.mark.parametrize(
     ("workers", "settings"), [(2, {}), (3, {"rank": 1, "world_size": 2}), (2, {"drop_last": True})]
 )
-def test_workers_give_the_batches_of_one_process(file: str, shuffle: Any, workers: int, settings: Any) -> None:
+def test_workers_yield_the_batches_of_one_process(file: str, shuffle: Any, workers: int, settings: Any) -> None:
     alone = load(file, shuffle=shuffle, **settings)
     expected = [batches_of(alone) for _ in range(2)]
     loader = in_workers(load(file, shuffle=shuffle, **settings), workers)
@@ -54,14 +54,14 @@ def test_workers_give_the_batches_of_one_process(file: str, shuffle: Any, worker
         assert Counter(batches_of(loader)) == Counter(expected[epoch])
 
 
-def test_more_workers_than_batches(file: str) -> None:
+def test_more_workers_than_batches_yield_all_batches(file: str) -> None:
     loader = in_workers(load(file, batch_size=100), 4)
     assert sorted(itertools.chain(*batches_of(loader))) == list(range(ROWS))
 
 
 @pytest.mark.parametrize("options", [{}, {"persistent_workers": True}], ids=["fresh", "persistent"])
 @pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
-def test_every_pass_is_another_epoch_and_set_epoch_reaches_workers(file: str, options: Any, method: str) -> None:
+def test_each_iteration_is_the_next_epoch_and_set_epoch_reaches_workers(file: str, options: Any, method: str) -> None:
     alone = load(file)
     expected = [Counter(batches_of(alone)) for _ in range(4)]
     loader = load(file)
@@ -73,7 +73,7 @@ def test_every_pass_is_another_epoch_and_set_epoch_reaches_workers(file: str, op
     assert [expected.index(Counter(batches_of(wrapped))) for _ in range(2)] == [0, 1]
 
 
-def test_epochs_go_on_whoever_makes_them(file: str) -> None:
+def test_epochs_continue_across_processes(file: str) -> None:
     alone = load(file)
     expected = [Counter(batches_of(alone)) for _ in range(6)]
     loader = load(file)
@@ -82,7 +82,7 @@ def test_epochs_go_on_whoever_makes_them(file: str) -> None:
 
 
 @pytest.mark.parametrize("persistent", [False, True])
-def test_after_a_pass_that_was_left_early(file: str, persistent: bool) -> None:
+def test_incomplete_epoch_is_followed_by_the_next(file: str, persistent: bool) -> None:
     alone = load(file)
     expected = [Counter(batches_of(alone)) for _ in range(3)]
     wrapped = in_workers(load(file), persistent_workers=persistent)
@@ -94,7 +94,7 @@ def test_after_a_pass_that_was_left_early(file: str, persistent: bool) -> None:
 
 @pytest.mark.parametrize("stop", [0, 1, 6, 12, 13])
 @pytest.mark.parametrize("workers", [1, 3])
-def test_workers_go_on_where_one_process_stopped(file: str, stop: int, workers: int) -> None:
+def test_workers_resume_a_state_of_one_process(file: str, stop: int, workers: int) -> None:
     alone = load(file)
     expected = [batches_of(alone) for _ in range(3)]
     loader = load(file)
@@ -108,7 +108,7 @@ def test_workers_go_on_where_one_process_stopped(file: str, stop: int, workers: 
     assert Counter(batches_of(wrapped)) == Counter(expected[2])
 
 
-def test_the_position_of_workers_is_not_made_up(file: str) -> None:
+def test_state_dict_with_workers_is_an_error(file: str) -> None:
     loader = load(file)
     batches = iter(in_workers(loader))
     next(batches)
@@ -120,7 +120,7 @@ def test_the_position_of_workers_is_not_made_up(file: str) -> None:
 
 
 class Probe(HDF5Loader):
-    """Its batches carry the state after each, as torchdata's StatefulDataLoader asks for it in a worker."""
+    """Adds the state to each batch, as torchdata's StatefulDataLoader queries it in a worker."""
 
     resumed: dict[int, Any] | None = None
 
@@ -136,7 +136,7 @@ class Probe(HDF5Loader):
 
 
 @pytest.mark.parametrize("stop", [0, 3, 7, 13])
-def test_workers_go_on_from_their_own_states(file: str, stop: int) -> None:
+def test_workers_resume_their_own_states(file: str, stop: int) -> None:
     settings = {"batch_size": 16, "window_rows": 48, "num_threads": 1}
     expected = Counter(batches_of(load(file)))
     probe = Probe(file, "x", **settings)
@@ -153,7 +153,7 @@ def test_workers_go_on_from_their_own_states(file: str, stop: int) -> None:
             other.load_state_dict(next(iter(states.values())))
 
 
-def test_a_number_of_workers_that_is_too_large(file: str) -> None:
+def test_too_many_workers_is_an_error(file: str) -> None:
     from spinlock_fast.data.shared_position import SharedPosition
 
     with helpers.raises_one_line(ConfigError, "num_workers: 129"):

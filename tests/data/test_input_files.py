@@ -1,4 +1,4 @@
-"""What a file that cannot be opened, or a path that is none, is called."""
+"""Error messages for files that cannot be opened and for invalid paths."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def file(tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("path", ["s3://bucket/a.h5", "https://example.org/a.h5", "gs://bucket/*.h5"])
-def test_a_remote_address(path: str) -> None:
+def test_remote_address_is_an_error(path: str) -> None:
     with helpers.raises_one_line(DataError, path, "are not supported; copy the file"):
         HDF5Loader(path, "x")
 
 
-def test_an_open_file_as_path(file: str) -> None:
+def test_open_file_as_path_is_an_error(file: str) -> None:
     with h5py.File(file) as handle:
         for given in (handle, handle["x"], [handle]):
             with helpers.raises_one_line(ConfigError, "an open h5py", "pass its path", file):
@@ -40,40 +40,40 @@ def test_an_open_file_as_path(file: str) -> None:
 
 
 @pytest.mark.parametrize("given", [None, 3, io.BytesIO(), [None]])
-def test_what_is_no_path(given: Any) -> None:
+def test_other_types_of_paths_are_errors(given: Any) -> None:
     with helpers.raises_one_line(ConfigError, "paths:", "expected a path"):
         HDF5Loader(given, "x")
 
 
-def test_a_path_of_bytes(file: str) -> None:
+def test_bytes_path_is_accepted(file: str) -> None:
     assert HDF5Loader(os.fsencode(file), "x").rows == 20  # type: ignore[arg-type]
 
 
-def test_a_path_with_nul() -> None:
+def test_path_with_nul_is_an_error() -> None:
     with helpers.raises_one_line(DataError, "NUL"):
         HDF5Loader("a\0.h5", "x")
 
 
-def refuse(monkeypatch: pytest.MonkeyPatch, number: int, unlocked: bool) -> None:
-    """Files open as on a file system whose locks fail with an error; without locks they open where `unlocked`."""
-    opened = h5py.File
+def fail_locks(monkeypatch: pytest.MonkeyPatch, number: int, unlocked: bool) -> None:
+    """Simulates a file system whose locks fail with an errno; opening without locks succeeds if `unlocked`."""
+    original = h5py.File
 
-    def locked(name: Any, mode: str = "r", locking: Any = None, **options: Any) -> h5py.File:
+    def open_with_lock(name: Any, mode: str = "r", locking: Any = None, **options: Any) -> h5py.File:
         if locking is False and unlocked:
-            return opened(name, mode, **options)
+            return original(name, mode, **options)
         raise OSError(
             f"Unable to synchronously open file (unable to lock file, errno = {number}, error message = '...')"
         )
 
-    monkeypatch.setattr(input_files.h5py, "File", locked)
+    monkeypatch.setattr(input_files.h5py, "File", open_with_lock)
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EACCES])
-def test_a_file_system_without_locks(
+def test_file_system_without_locks_is_logged_once(
     file: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
 ) -> None:
     monkeypatch.setattr(input_files, "_logged_devices", set())
-    refuse(monkeypatch, number, unlocked=True)
+    fail_locks(monkeypatch, number, unlocked=True)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             input_files.open_file(Path(file)).close()
@@ -84,19 +84,19 @@ def test_a_file_system_without_locks(
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EIO])
-def test_locks_that_cannot_be_left_out(file: str, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    refuse(monkeypatch, number, unlocked=False)
+def test_required_locks_that_fail_are_errors(file: str, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    fail_locks(monkeypatch, number, unlocked=False)
     with helpers.raises_one_line(DataError, file, os.strerror(number), "HDF5_USE_FILE_LOCKING"):
         input_files.open_file(Path(file))
 
 
-def test_a_lock_of_a_writer(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    refuse(monkeypatch, errno.EAGAIN, unlocked=True)
+def test_lock_of_a_writer_is_an_error(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_locks(monkeypatch, errno.EAGAIN, unlocked=True)
     with helpers.raises_one_line(DataError, file, "another program is writing to it"):
         input_files.open_file(Path(file))
 
 
-def test_names_with_escape_sequences_reach_no_terminal(tmp_path: Path) -> None:
+def test_escape_sequences_in_names_are_escaped(tmp_path: Path) -> None:
     path = tmp_path / "a.h5"
     with h5py.File(path, "w") as file:
         file.create_dataset(ESCAPE, data=np.zeros((2, 2), "S3"))

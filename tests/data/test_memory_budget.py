@@ -1,4 +1,4 @@
-"""How much memory reading takes, in a process of its own."""
+"""Peak memory of reading, measured in a separate process."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ print(rows, status("VmHWM") - before)
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """20,000 generated rows; one compressed chunk serves many times, or writing would take minutes."""
+    """20,000 generated rows; a few compressed chunks are reused, because writing would take minutes."""
     path = tmp_path_factory.mktemp("memory") / "large.h5"
     random = np.random.default_rng(0)
     chunks = [zlib.compress(random.integers(0, 9, (CHUNK, *ROW)).astype(np.float32).tobytes(), 1) for _ in range(8)]
@@ -58,8 +58,8 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-# Beside the rows: the index, threads and their scratch memory, what torch loads on first use; for an encoder also its
-# columns and masks of a block. Less than the data by far in every case.
+# Memory besides the rows: index, threads and their scratch memory, libraries that torch loads on first use; for an
+# encoder also the columns and masks of a block. Far less than the data in every case.
 @pytest.mark.parametrize(("what", "beside"), [("encode", 100e6), ("sequential", 40e6), ("shuffled", 40e6)])
 def test_memory_stays_within_the_budget(path: Path, what: str, beside: float) -> None:
     command = [sys.executable, "-c", _PEAK, str(path), what, str(BUDGET)]

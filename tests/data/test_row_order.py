@@ -1,4 +1,4 @@
-"""The order of rows, without files."""
+"""RowOrder: permutations, windows, ranks and batches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def order(**settings: Any) -> RowOrder:
 
 
 def visited(order: RowOrder, epoch: int = 0) -> list[int]:
-    """Rows in order; checks that windows follow each other."""
+    """Rows in order; checks that windows are consecutive."""
     rows: list[int] = []
     for first, window in order.windows(epoch):
         assert first == len(rows)
@@ -37,7 +37,7 @@ def visited(order: RowOrder, epoch: int = 0) -> list[int]:
     world_size=st.integers(1, 5),
     seed=st.integers(0, 2**40),
 )
-def test_ranks_share_all_rows_in_as_many_batches(
+def test_ranks_partition_rows_into_equally_many_batches(
     shard_rows: list[int], unit_rows: int, units_a_window: int, world_size: int, **settings: Any
 ) -> None:
     ranks = [
@@ -75,20 +75,20 @@ def test_order_depends_on_seed_epoch_rank_and_window(shuffle: Any) -> None:
         assert base != visited(order(window_rows=64))
 
 
-def test_the_order_of_today_is_the_order_of_tomorrow() -> None:
-    """Resuming with another version of numpy must find the same rows."""
+def test_order_is_stable_across_versions() -> None:
+    """Resuming with another version of NumPy must give the same rows."""
     assert visited(order())[:12] == FIRST_ROWS
     assert visited(order(shuffle="exact"))[:12] == FIRST_ROWS_EXACT
 
 
-def test_windows_are_whole_units_from_everywhere() -> None:
+def test_windows_mix_units_of_all_rows() -> None:
     many = order(shard_rows=(8000,), window_rows=800)
     for _, window in many.windows(0):
         units = np.unique(window // 8)
         assert len(units) == 100
         assert len(window) == 800
-        assert units.max() - units.min() > 500  # of 1000: a run of 100 neighbours would not reach so far
-        assert (window[:-1] // 8 == window[1:] // 8).mean() < 0.1  # rows of a unit are spread over the window
+        assert units.max() - units.min() > 500  # of 1000 units: 100 adjacent units would span less
+        assert (window[:-1] // 8 == window[1:] // 8).mean() < 0.1  # rows of a unit are not adjacent in the window
 
 
 def test_units_do_not_cross_shards() -> None:
@@ -98,13 +98,13 @@ def test_units_do_not_cross_shards() -> None:
     assert firsts == [0, 8, 16, 24]
 
 
-def test_drop_last_leaves_full_batches_on_every_rank() -> None:
+def test_drop_last_gives_full_batches_on_all_ranks() -> None:
     for rank in range(3):
         ends = order(shard_rows=(65,), rank=rank, world_size=3, drop_last=True).batch_ends
         assert ends.tolist() == [10, 20]
 
 
-def test_a_rank_that_is_one_row_short_has_as_many_batches() -> None:
+def test_rank_with_one_row_less_has_as_many_batches() -> None:
     ends = [order(shard_rows=(41,), rank=rank, world_size=2).batch_ends.tolist() for rank in range(2)]
     assert ends == [[10, 19, 20], [10, 20, 21]]
 

@@ -1,4 +1,4 @@
-"""Uncompressed copies: the same batches, written once and whole."""
+"""Cache of uncompressed copies: same batches; copies are written once and atomically."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def same(a: HDF5Loader, b: HDF5Loader) -> None:
 
 @pytest.mark.parametrize("compression", ["gzip", "lzf"])
 @pytest.mark.parametrize("shuffle", [True, False, "exact"])
-def test_batches_are_the_same(tmp_path: Path, shuffle: Any, compression: str) -> None:
+def test_cached_batches_equal_the_originals(tmp_path: Path, shuffle: Any, compression: str) -> None:
     for i, rows in enumerate((45, 0, 30)):
         helpers.write_dataset(tmp_path / f"shard_{i}.h5", rows, seed=i, compression=compression)
     files, cache = tmp_path / "shard_*.h5", tmp_path / "cache"
@@ -53,7 +53,7 @@ def test_copies_are_written_once(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()} == before
 
 
-def test_a_file_that_changed_gets_new_copies(tmp_path: Path) -> None:
+def test_changed_file_gets_new_copies(tmp_path: Path) -> None:
     file = helpers.write_dataset(tmp_path / "a.h5", 40, seed=0)
     list(load(file, tmp_path / "cache"))
     os.unlink(file)
@@ -62,7 +62,7 @@ def test_a_file_that_changed_gets_new_copies(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["short", "other", "empty"])
-def test_a_copy_that_is_not_whole_is_written_anew(tmp_path: Path, damage: str) -> None:
+def test_incomplete_copy_is_rewritten(tmp_path: Path, damage: str) -> None:
     file = helpers.write_dataset(tmp_path / "a.h5", 40, seed=0)
     list(load(file, tmp_path / "cache"))
     for path in (tmp_path / "cache").iterdir():
@@ -76,7 +76,7 @@ def test_a_copy_that_is_not_whole_is_written_anew(tmp_path: Path, damage: str) -
     same(load(file, tmp_path / "cache"), load(file, None))
 
 
-def test_what_is_uncompressed_is_not_copied(tmp_path: Path) -> None:
+def test_contiguous_data_are_not_copied(tmp_path: Path) -> None:
     file = helpers.write_dataset(tmp_path / "a.h5", 40, seed=0, chunk_rows=None, compression=None)
     same(load(file, tmp_path / "cache"), load(file, None))
     assert not (tmp_path / "cache").exists()
@@ -94,7 +94,7 @@ def test_damaged_data_leave_no_copy(tmp_path: Path) -> None:
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
+def test_directory_that_cannot_be_created_is_an_error(tmp_path: Path) -> None:
     file = helpers.write_dataset(tmp_path / "a.h5", 40, seed=0)
     (tmp_path / "cache").write_text("a file")
     with helpers.raises_one_line(OutputError, str(tmp_path / "cache")):
