@@ -21,10 +21,10 @@ std::span<std::byte> strip_checksum(std::span<std::byte> data, bool verify) {
     std::uint32_t stored = 0;
     for (std::size_t i = 0; i < kChecksumBytes; ++i)
         stored |= std::to_integer<std::uint32_t>(data[body.size() + i]) << (8 * i);
-    const std::uint32_t found = fletcher32(body);
+    const std::uint32_t computed = fletcher32(body);
     // libhdf5 before 1.6.3 wrote the bytes of each half swapped; readers accept both.
-    const std::uint32_t swapped = ((found & 0x00ff00ffU) << 8) | ((found >> 8) & 0x00ff00ffU);
-    if (stored != found && stored != swapped) throw DecodeError("the checksum does not match");
+    const std::uint32_t swapped = ((computed & 0x00ff00ffU) << 8) | ((computed >> 8) & 0x00ff00ffU);
+    if (stored != computed && stored != swapped) throw DecodeError("the checksum does not match");
     return body;
 }
 
@@ -36,10 +36,10 @@ std::span<std::byte> ChunkDecoder::decode(std::span<std::byte> stored, std::uint
     const auto active = [&](std::size_t i) { return i >= 32 || ((mask >> i) & 1U) == 0; };
     std::span<std::byte> data = stored;
     // Output of inverting filter i: the caller's memory if no earlier filter remains to be inverted.
-    const auto output = [&](std::size_t i, std::size_t size, Scratch& own) {
+    const auto output = [&](std::size_t i, std::size_t size, Scratch& scratch) {
         for (std::size_t j = 0; j < i; ++j)
-            if (active(j)) return own.reserve(size);
-        return destination.empty() || size != chunk_bytes ? own.reserve(size) : destination;
+            if (active(j)) return scratch.reserve(size);
+        return destination.empty() || size != chunk_bytes ? scratch.reserve(size) : destination;
     };
     for (std::size_t i = filters.size(); i-- > 0;) {
         if (!active(i)) continue;

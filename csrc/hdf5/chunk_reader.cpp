@@ -34,11 +34,11 @@ ChunkReader::ChunkReader(std::vector<FileInfo> files, std::vector<Dataset> datas
 }
 
 ChunkLocation ChunkReader::chunk_of(std::size_t dataset, std::uint64_t row) const {
-    const Dataset& found = datasets_[dataset];
+    const Dataset& layout = datasets_[dataset];
     // upper_bound skips empty shards.
-    const auto end = std::ranges::upper_bound(found.shard_ends, row);
-    const auto index = static_cast<std::size_t>(end - found.shard_ends.begin());
-    const Shard& shard = found.shards[index];
+    const auto end = std::ranges::upper_bound(layout.shard_ends, row);
+    const auto index = static_cast<std::size_t>(end - layout.shard_ends.begin());
+    const Shard& shard = layout.shards[index];
     const std::uint64_t start = *end - shard.rows;
     const std::uint64_t chunk_row = (row - start) / shard.chunk_rows;
     const std::uint64_t first = chunk_row * shard.chunk_rows;

@@ -92,9 +92,9 @@ std::shared_ptr<const File> FileCache::open(const FileInfo& info) {
 
 std::shared_ptr<const File> FileCache::get(std::size_t index) {
     const std::scoped_lock lock(mutex_);
-    const auto found = std::ranges::find(open_, index, [](const auto& entry) { return entry.first; });
-    if (found != open_.end()) {
-        open_.splice(open_.begin(), open_, found);
+    const auto cached = std::ranges::find(open_, index, [](const auto& entry) { return entry.first; });
+    if (cached != open_.end()) {
+        open_.splice(open_.begin(), open_, cached);
     } else {
         open_.emplace_front(index, open(files_[index]));
         if (open_.size() > kMaxOpenFiles) open_.pop_back();

@@ -1,4 +1,4 @@
-// Files that are read at given slots, and that must stay what they were when they were indexed.
+// Positioned reads from files that must not change after they were indexed.
 #pragma once
 
 #include <cstddef>

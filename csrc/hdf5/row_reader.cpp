@@ -261,9 +261,9 @@ void RowReader::Pool::complete_task(const Task& task, std::optional<Failure> fai
 
 bool RowReader::Pool::wait(std::uint64_t first, std::chrono::milliseconds timeout) {
     std::unique_lock lock(mutex_);
-    const auto found = batches_.find(first);
-    if (found == batches_.end()) throw std::logic_error("no batch starts at " + std::to_string(first));
-    const std::shared_ptr<Batch> batch = found->second;
+    const auto entry = batches_.find(first);
+    if (entry == batches_.end()) throw std::logic_error("no batch starts at " + std::to_string(first));
+    const std::shared_ptr<Batch> batch = entry->second;
     if (batch->submitted != batch->count) throw std::logic_error("positions of the batch were not submitted");
     // Wait for all tasks even after a failure: the message then does not depend on timing, and no thread still writes
     // to the memory of the batch.

@@ -86,8 +86,7 @@ public:
         }
     }
 
-    // Counting sort of the rows by code: rows of code k are order[starts[k] : starts[k + 1]]. Zeroes the gradient of
-    // rows without a code.
+    // Counting sort by code: rows of code k are order[starts[k] : starts[k + 1]]. Rows without a code get gradient 0.
     void sort_rows() {
         const Index K = t.slice.num_codes;
         for (Index k = 0; k <= K; ++k) starts[k] = 0;
@@ -169,7 +168,7 @@ private:
     }
 
     const DecoderTask& t;
-    Index width;                       // D rounded up to whole code_vectors
+    Index width;                       // D rounded up to whole vectors
     float* w2_active;                  // [H, F] rows of W2 of active hidden units
     float *w1_active, *w1_transposed;  // [H, D] of active and of all hidden units, in panels of kColumns
     float* difference;                 // [kBlockRows + kRows, F]

@@ -1,5 +1,4 @@
-// Gradient of a sum of weighted distances, sum_{i<j} w_ij |z_i - z_j|, with respect to z_i: sum_j w_ij (z_i - z_j) /
-// d_ij.
+// Gradient of sum_{i<j} w_ij |z_i - z_j| with respect to z_i: sum_j w_ij (z_i - z_j) / d_ij.
 #pragma once
 
 #include "pairwise_distances_impl.hpp"
@@ -12,8 +11,8 @@ Index distance_gradient_buffer_floats(Index S, Index padded_columns, Index dims)
     return (kGradientRows + 1) * padded_columns + (2 * S + 2 * kRows) * whole_vectors(dims);
 }
 
-// Sets pair_weights = w_ij / d_ij for rows [m, m + kRows) and columns from n0 on, and adds them to `sums` of row i and
-// of row j.
+// Sets pair_weights = w_ij / d_ij for rows i in [m, m + kRows) and columns j from n0 on, and adds them to sums[i] and
+// sums[j].
 inline void weigh_by_inverse_distance(const Points& z, Index g, Index m, Index n0, const float* panels,
                                       const float* weight, Index weight_row, float* pair_weights, float* sums,
                                       const Workspace& w) {
@@ -42,8 +41,8 @@ inline void weigh_by_inverse_distance(const Points& z, Index g, Index m, Index n
     for (Index r = 0; r < rows; ++r) sums[m + r] += horizontal_sum(row_sums[r]);
 }
 
-// out[r] += sum_k a[r, k] b[k] for kRows rows of `width` columns, a multiple of kLanes; b is packed in panels of depth
-// S.
+// out[r] += sum_k a[r, k] b[k] for kRows rows of `width` columns, a multiple of kLanes. b is packed in panels of
+// depth S.
 template <bool kTransposed>
 inline void accumulate_product(const float* a, Index row, Index first, Index depth, const float* b, Index S,
                                Index width, float* out) {

@@ -162,8 +162,8 @@ void backward_to_parameters(const Networks& n, const Gradients& grads, int threa
 
 }  // namespace
 
-// grad_hidden and grad_x are 0 if the inputs need no gradient. grad_w1 is row-major or, with grad_x, may be
-// column-major.
+// grad_hidden and grad_x are null if the inputs need no gradient. grad_w1 is row-major, or optionally column-major if
+// grad_x is given.
 void mlp_backward(Address grad, const MatrixAddress& x, const MatrixAddress& w1, const MatrixAddress& w2,
                   Index w2_group, Address hidden, const std::vector<Index>& sizes, Index B, Index H, Index E,
                   double rate, Address grad_hidden, Address grad_x, const MatrixAddress& grad_w1, Address grad_b1,

@@ -31,10 +31,10 @@ std::atomic<const Kernels*> selected = nullptr;
 }  // namespace
 
 std::vector<std::string> supported_levels() {
-    std::vector<std::string> found;
+    std::vector<std::string> levels;
     for (const char* level : {"avx512", "avx2", "portable"})
-        if (is_supported(level)) found.emplace_back(level);
-    return found;
+        if (is_supported(level)) levels.emplace_back(level);
+    return levels;
 }
 
 void use_level(const std::string& level) {
@@ -43,12 +43,12 @@ void use_level(const std::string& level) {
 }
 
 const Kernels& kernels() {
-    const Kernels* found = selected.load(std::memory_order_relaxed);
-    if (found == nullptr) {
-        found = &kernels_for(supported_levels().front());
-        selected.store(found, std::memory_order_relaxed);
+    const Kernels* current = selected.load(std::memory_order_relaxed);
+    if (current == nullptr) {
+        current = &kernels_for(supported_levels().front());
+        selected.store(current, std::memory_order_relaxed);
     }
-    return *found;
+    return *current;
 }
 
 }  // namespace spinlock_fast::training

@@ -1,8 +1,7 @@
 // The CPU operations of a training step: bound by `bind_training.cpp` and called by the C++ tests.
 //
-// Tensors are addresses of contiguous memory (0: none), sizes count elements, and `threads` is at least 1. The
-// operations access only that memory and no Python API, so callers may release the GIL. All of them may throw
-// std::bad_alloc.
+// Tensors are addresses of contiguous memory (0: none), sizes count elements, and `threads` is at least 1. Operations
+// access only that memory and no Python API, so callers may release the GIL. All may throw std::bad_alloc.
 #pragma once
 
 #include <cstdint>

@@ -77,7 +77,7 @@ void row_moments(const float* const d[3], Index first, Index last, const double*
     const float mean[3] = {static_cast<float>(means[0]), static_cast<float>(means[1]), static_cast<float>(means[2])};
     const Index n = last - first, whole = n / kLanes * kLanes;
     Vector sum[5] = {};
-    float rest[5] = {};
+    float tail[5] = {};
     for (Index i = 0; i < whole; i += kLanes) {
         const Vector x = load(d[0] + first + i) - mean[0], z = load(d[1] + first + i) - mean[1];
         const Vector e = load(d[2] + first + i) - mean[2];
@@ -85,9 +85,9 @@ void row_moments(const float* const d[3], Index first, Index last, const double*
     }
     for (Index i = first + whole; i < last; ++i) {
         const float x = d[0][i] - mean[0], z = d[1][i] - mean[1], e = d[2][i] - mean[2];
-        rest[0] += x * x, rest[1] += z * z, rest[2] += e * e, rest[3] += x * z, rest[4] += z * e;
+        tail[0] += x * x, tail[1] += z * z, tail[2] += e * e, tail[3] += x * z, tail[4] += z * e;
     }
-    for (int i = 0; i < 5; ++i) sums[i] = static_cast<double>(horizontal_sum(sum[i]) + rest[i]);
+    for (int i = 0; i < 5; ++i) sums[i] = static_cast<double>(horizontal_sum(sum[i]) + tail[i]);
 }
 
 // Gradients of the correlations with respect to d_z (stored above the diagonal) and d_e (stored symmetrically), for the
@@ -142,8 +142,8 @@ void add_code_distances(const float* table_row, Index K, const std::int32_t* cod
         const __m512 low = part(0), high = K > 16 ? part(16) : _mm512_setzero_ps();
         for (; first + kLanes <= last; first += kLanes) {
             const __m512i index = _mm512_loadu_si512(codes + first);
-            const __m512 found = _mm512_permutex2var_ps(low, index, high);
-            _mm512_storeu_ps(out + first, _mm512_add_ps(_mm512_loadu_ps(out + first), found));
+            const __m512 distances = _mm512_permutex2var_ps(low, index, high);
+            _mm512_storeu_ps(out + first, _mm512_add_ps(_mm512_loadu_ps(out + first), distances));
         }
     }
 #else

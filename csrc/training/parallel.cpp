@@ -61,12 +61,12 @@ class Pool {
 public:
     // Runs the loop on `threads` threads, or on as many as could be started.
     void run(Loop& loop, int threads) {
-        const int wanted = start_workers(threads - 1);
+        const int count = start_workers(threads - 1);
         {
             const std::lock_guard lock(mutex_);
             loop_ = &loop;
-            wanted_ = wanted;
-            working_.store(wanted_, std::memory_order_relaxed);
+            active_workers_ = count;
+            working_.store(active_workers_, std::memory_order_relaxed);
             round_.fetch_add(1, std::memory_order_release);
         }
         wake_.notify_all();
@@ -75,10 +75,10 @@ public:
     }
 
 private:
-    // Starts missing workers; returns how many of `wanted` exist.
-    int start_workers(int wanted) {
+    // Starts missing workers; returns how many of `count` exist.
+    int start_workers(int count) {
         try {
-            while (static_cast<int>(workers_.size()) < wanted) {
+            while (static_cast<int>(workers_.size()) < count) {
                 const int worker = static_cast<int>(workers_.size()) + 1;
                 workers_.reserve(workers_.size() + 1);  // emplace_back must not throw after the thread started
                 workers_.emplace_back([this, worker] { worker_loop(worker); });
@@ -86,7 +86,7 @@ private:
         } catch (const std::system_error&) {  // no more threads: use those that exist
         } catch (const std::bad_alloc&) {
         }
-        return std::min(wanted, static_cast<int>(workers_.size()));
+        return std::min(count, static_cast<int>(workers_.size()));
     }
 
     // Spins for 50 us before sleeping: a training step runs a dozen loops in a row.
@@ -101,7 +101,7 @@ private:
                 std::unique_lock lock(mutex_);
                 wake_.wait(lock, [&] { return round_.load(std::memory_order_relaxed) != seen; });
                 seen = round_.load(std::memory_order_relaxed);
-                loop = worker <= wanted_ ? loop_ : nullptr;
+                loop = worker <= active_workers_ ? loop_ : nullptr;
             }
             if (!loop) continue;
             loop->run_tasks();
@@ -113,7 +113,7 @@ private:
     std::condition_variable wake_;
     std::vector<std::thread> workers_;
     Loop* loop_ = nullptr;
-    int wanted_ = 0;
+    int active_workers_ = 0;
     std::atomic<int> working_ = 0;
     std::atomic<std::uint64_t> round_ = 0;
 };

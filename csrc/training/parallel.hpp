@@ -12,8 +12,8 @@ namespace spinlock_fast {
 // another thread's call is in progress, or if no thread can be started.
 void parallel_for(std::int64_t tasks, int threads, const std::function<void(std::int64_t)>& task);
 
-// Runs loops on the threads of an OpenMP runtime, given the address of its `GOMP_parallel`; 0 selects an own thread
-// pool. Two thread pools would compete for the cores, because OpenMP threads spin while they wait for the next loop.
+// Runs loops on the threads of an OpenMP runtime, given the address of its `GOMP_parallel`; 0 selects an own pool.
+// Two thread pools would compete for the cores, because OpenMP threads spin while they wait for the next loop.
 void use_openmp(std::uintptr_t gomp_parallel);
 
 }  // namespace spinlock_fast

@@ -8,8 +8,8 @@
 namespace spinlock_fast::training {
 
 std::vector<Product> split_rows(const std::vector<Product>& products, int threads) {
-    const auto wanted = static_cast<Index>(threads > 1 ? 8 * threads : 1);
-    const Index parts = (wanted + static_cast<Index>(products.size()) - 1) / static_cast<Index>(products.size());
+    const auto target_pieces = static_cast<Index>(threads > 1 ? 8 * threads : 1);
+    const Index parts = (target_pieces + static_cast<Index>(products.size()) - 1) / static_cast<Index>(products.size());
     std::vector<Product> out;
     for (const Product& p : products) {
         const Index rows = std::max<Index>((p.M + parts - 1) / parts, 4 * kernels().rows);

@@ -1,5 +1,5 @@
-// Matrix products with a fused epilogue: out = epilogue(alpha a b + bias), epilogue: identity, ReLU and dropout, or
-// ReLU gradient; optionally the column sums of b.
+// Matrix products with a fused epilogue: out = epilogue(alpha a b + bias), where the epilogue is the identity, ReLU and
+// dropout, or the gradient of ReLU; optionally also the column sums of b.
 #pragma once
 
 #include "dropout.hpp"

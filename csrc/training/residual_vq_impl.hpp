@@ -66,8 +66,8 @@ Index residual_buffer_floats(Index rows, Index D) { return rows * (2 * D + 2 * k
 typedef std::int32_t Lanes __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 
 // Nearest code of each row, the lowest index among ties; -1 if no distance is finite.
-inline void assign_nearest_of_stage(const ResidualTask& t, Index stage, Index N, const float* rows, std::int64_t* found,
-                                    float* memory, const Workspace& w) {
+inline void assign_nearest_of_stage(const ResidualTask& t, Index stage, Index N, const float* rows,
+                                    std::int64_t* nearest, float* memory, const Workspace& w) {
     const Index padded_codes = whole_panels(t.num_codes[stage]);
     const float* norms = t.norms + panels_before(t, stage);
     float* least = memory;  // [N, kLanes] smallest distance per lane
@@ -102,7 +102,7 @@ inline void assign_nearest_of_stage(const ResidualTask& t, Index stage, Index N,
                 code = start + lane;
             }
         }
-        found[i * t.stages + stage] = code;
+        nearest[i * t.stages + stage] = code;
     }
 }
 
@@ -112,7 +112,7 @@ void residual_assign_rows(const ResidualTask& t, Index first, Index last, const 
     float* residual = w.buffer;         // [N, D]
     float* y = residual + N * D;        // [N, D] centered input of the stage
     float* nearest_memory = y + N * D;  // [N, 2 kLanes]
-    std::int64_t* found = t.codes + first * t.stages;
+    std::int64_t* nearest = t.codes + first * t.stages;
     for (Index i = 0; i < N; ++i) {
         std::memcpy(residual + i * D, t.x + (first + i) * t.x_row, static_cast<std::size_t>(D) * sizeof(float));
         t.zero_stage[first + i] = static_cast<std::int32_t>(t.stages);
@@ -126,12 +126,12 @@ void residual_assign_rows(const ResidualTask& t, Index first, Index last, const 
             if (t.cosine) t.inverse_norms[(first + i) * t.stages + q] = scale;
             for (Index d = 0; d < D; ++d) y[i * D + d] = r[d] * scale - center[d];
         }
-        assign_nearest_of_stage(t, q, N, y, found, nearest_memory, w);
+        assign_nearest_of_stage(t, q, N, y, nearest, nearest_memory, w);
         const float* codebook = t.codebook + codes_before(t, q) * D;
         for (Index i = 0; i < N; ++i) {
             float* r = residual + i * D;
             float* out = t.quantized + (first + i) * D;
-            std::int64_t& code = found[i * t.stages + q];
+            std::int64_t& code = nearest[i * t.stages + q];
             if (t.mask && !t.mask[first + i]) {
                 code = -1;
                 continue;

@@ -21,19 +21,19 @@ inline Index mask_words(Index M, Index K) { return (M + 1) * ((K + kSkipDepth - 
 
 // Mask of the nonzeros of n <= kSkipDepth values.
 inline Mask nonzeros(const float* p, Index n) {
-    Mask found = 0;
+    Mask mask = 0;
     Index k = 0;
 #if defined(__AVX512F__)
     for (; k + 16 <= n; k += 16)
-        found |= Mask{_mm512_cmp_ps_mask(_mm512_loadu_ps(p + k), _mm512_setzero_ps(), _CMP_NEQ_UQ)} << k;
+        mask |= Mask{_mm512_cmp_ps_mask(_mm512_loadu_ps(p + k), _mm512_setzero_ps(), _CMP_NEQ_UQ)} << k;
 #elif defined(__AVX2__)
     for (; k + 8 <= n; k += 8) {
         const __m256 differs = _mm256_cmp_ps(_mm256_loadu_ps(p + k), _mm256_setzero_ps(), _CMP_NEQ_UQ);
-        found |= static_cast<Mask>(_mm256_movemask_ps(differs)) << k;
+        mask |= static_cast<Mask>(_mm256_movemask_ps(differs)) << k;
     }
 #endif
-    for (; k < n; ++k) found |= Mask{p[k] != 0.0f} << k;
-    return found;
+    for (; k < n; ++k) mask |= Mask{p[k] != 0.0f} << k;
+    return mask;
 }
 
 // Sets bit k % 64 of masks[k / 64 * (M + 1) + r] where a[r, k] is not 0. Returns the number of nonzeros.
@@ -41,9 +41,9 @@ inline Index find_nonzeros(const float* a, Index row, Index M, Index K, Mask* ma
     Index count = 0;
     for (Index r = 0; r < M; ++r)
         for (Index k = 0; k < K; k += kSkipDepth) {
-            const Mask found = nonzeros(a + r * row + k, K - k < kSkipDepth ? K - k : kSkipDepth);
-            masks[k / kSkipDepth * (M + 1) + r] = found;
-            count += __builtin_popcountll(found);
+            const Mask mask = nonzeros(a + r * row + k, K - k < kSkipDepth ? K - k : kSkipDepth);
+            masks[k / kSkipDepth * (M + 1) + r] = mask;
+            count += __builtin_popcountll(mask);
         }
     for (Index k = 0; k < K; k += kSkipDepth)
         masks[k / kSkipDepth * (M + 1) + M] = 0;  // skip_panel reads one mask ahead
@@ -126,9 +126,9 @@ inline void masked_dots(Index M, Index K, const float* a, Index a_row, const flo
             for (int v = 0; v < kPanelVectors; ++v) left[v] = _mm512_loadu_ps(row + v * 16);
 #pragma GCC unroll 16
             for (int v = 0; v < kPanelVectors; ++v) __builtin_prefetch(row + a_row + v * 16);
-            alignas(64) float found[kBlock] = {};
-            for (auto wanted = static_cast<std::uint32_t>(block_masks[m] >> shift); wanted; wanted &= wanted - 1) {
-                const int k = __builtin_ctz(wanted);
+            alignas(64) float dots[kBlock] = {};
+            for (auto mask = static_cast<std::uint32_t>(block_masks[m] >> shift); mask; mask &= mask - 1) {
+                const int k = __builtin_ctz(mask);
                 const float* right = b + (k0 + k) * b_row;
                 __m512 sum[kChains];
 #pragma GCC unroll 2
@@ -136,12 +136,12 @@ inline void masked_dots(Index M, Index K, const float* a, Index a_row, const flo
 #pragma GCC unroll 16
                 for (int v = kChains; v < kPanelVectors; ++v)
                     sum[v % kChains] = _mm512_fmadd_ps(left[v], _mm512_loadu_ps(right + v * 16), sum[v % kChains]);
-                found[k] = _mm512_reduce_add_ps(sum[0] + sum[1]);
+                dots[k] = _mm512_reduce_add_ps(sum[0] + sum[1]);
             }
             float* out_row = out + m * K + k0;
             for (Index k = 0; k < block; k += 16) {
                 const auto inside = static_cast<__mmask16>(block - k < 16 ? (1u << (block - k)) - 1u : 0xffffu);
-                __m512 result = _mm512_load_ps(found + k) * scale;
+                __m512 result = _mm512_load_ps(dots + k) * scale;
                 if (add) result += _mm512_maskz_loadu_ps(inside, out_row + k);
                 _mm512_mask_storeu_ps(out_row + k, inside, result);
             }

@@ -39,10 +39,10 @@ void assign_nearest(const AssignTask& t, const Workspace& w) {
         z = {rows, D, 1};
     }
     for (Index k = 0; k < K; ++k) norms[k] = dot(codes + k * D, codes + k * D, D);
-    std::int64_t* found = t.codes + t.first * t.G + t.g;
+    std::int64_t* nearest = t.codes + t.first * t.G + t.g;
     for (Index i = 0; i < N; ++i) {
         best[i] = __builtin_inff();
-        found[i * t.G] = -1;
+        nearest[i * t.G] = -1;
     }
     // Equal codes have bit-equal distances: the lowest index wins.
     multiply(N, K, D, z, {codes, 1, D}, scratch(w), [&](Index i, Index j, float* products, Index n) {
@@ -57,7 +57,7 @@ void assign_nearest(const AssignTask& t, const Workspace& w) {
         }
         if (code >= 0) {
             best[i] = least;
-            found[i * t.G] = code;
+            nearest[i * t.G] = code;
         }
     });
     for (Index i = 0; i < N; ++i) {
@@ -65,8 +65,8 @@ void assign_nearest(const AssignTask& t, const Workspace& w) {
         const float* row = t.z + (t.first + i) * t.z_row + t.slice.first_column;
         bool valid = !t.mask || t.mask[t.first + i];
         for (Index d = 0; d < D; ++d) valid = valid && is_finite(z.p[i * z.row + d]) && is_finite(row[d]);
-        if (!valid) found[i * t.G] = -1;
-        const Index code = found[i * t.G];
+        if (!valid) nearest[i * t.G] = -1;
+        const Index code = nearest[i * t.G];
         for (Index d = 0; d < D; ++d) out[d] = code < 0 ? __builtin_nanf("") : codebook[code * D + d];
     }
 }

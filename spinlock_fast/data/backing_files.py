@@ -160,16 +160,16 @@ def _raw_files(file: Path, dataset: h5py.Dataset, policy: ExternalFilePolicy, ro
     for i in range(plist.get_external_count()):
         name, offset, size = plist.get_external(i)
         path = _raw_path(file, name, dataset.id.get_access_plist().get_efile_prefix())
-        where = f"{file}: {dataset.name}: its external file {path}"
+        description = f"{file}: {dataset.name}: its external file {path}"
         policy.check(file, path)
         if not path.exists():
-            raise DataError(f"{where} is missing")
+            raise DataError(f"{description} is missing")
         check_regular(path)
         needed = min(remaining, size)
         remaining -= needed
         identity = identify(path)
         if identity.size < offset + needed:
-            raise DataError(f"{where} holds {identity.size} bytes, but {offset + needed} are needed")
+            raise DataError(f"{description} holds {identity.size} bytes, but {offset + needed} are needed")
         yield BackingFile(path, identity, *rows)
 
 

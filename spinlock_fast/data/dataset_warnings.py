@@ -25,7 +25,7 @@ def log_unusual_datasets(sharded: ShardedDatasets) -> None:
                     f"written by MATLAB, which reverses axes: shape {shard.shape} is read as {shard.shape[0]} rows; "
                     "if these are the columns, save the transposed array"
                 )
-            sources = len({other.path for other in shard.backing_files if other.opened_by_hdf5})
+            sources = len({source.path for source in shard.backing_files if source.opened_by_hdf5})
             if 2 * sources > (limit := descriptor_limit()):
                 messages.append(
                     f"takes values from {sources} files, but this process may have {limit} open; raise the limit with "

@@ -55,9 +55,9 @@ class H5pyReader:
     def _read(self, index: ShardIndex, low: int, high: int) -> NDArray[Any]:
         """Reads rows [low, high) of a shard, in parts if they are stored in more files than may be open."""
         sources = sorted(
-            {other.path for other in index.backing_files if other.opened_by_hdf5 and other.holds(low, high)}
+            {source.path for source in index.backing_files if source.opened_by_hdf5 and source.holds(low, high)}
         )
-        where = f"{index.file}: {index.path}: rows {low}..{high - 1}"
+        location = f"{index.file}: {index.path}: rows {low}..{high - 1}"
         if len(sources) > _MAX_OPEN_FILES and high - low > 1:
             middle = (low + high) // 2
             return np.concatenate([self._read(index, low, middle), self._read(index, middle, high)])
@@ -65,18 +65,18 @@ class H5pyReader:
         try:
             values = self._read_with_sources(index, sources, low, high)
         except TooManyOpenFilesError as full:
-            raise DataError(f"{where}: {full}") from None
+            raise DataError(f"{location}: {full}") from None
         except H5PY_ERRORS as caught:
             error = caught
         try:
             index.check_unchanged(low, high)
         except DataError as changed:
-            raise DataError(f"{where}: {changed}") from None
+            raise DataError(f"{location}: {changed}") from None
         if isinstance(error, DataError):
             raise error
         if values is None:
-            text = one_line(error) if error is not None else "no values"
-            raise DataError(f"{where} cannot be read, the file is damaged: {text}")
+            reason = one_line(error) if error is not None else "no values"
+            raise DataError(f"{location} cannot be read, the file is damaged: {reason}")
         return values
 
     def _read_with_sources(self, index: ShardIndex, sources: list[Path], low: int, high: int) -> NDArray[Any]:

@@ -132,13 +132,13 @@ def _follow(walk: _LinkWalk, file: Path, group: h5py.Group, link: h5py.SoftLink 
     target = link.path
     if isinstance(link, h5py.ExternalLink):
         target += f" in {link.filename}"
-        found = resolve_linked_file(
+        linked_file = resolve_linked_file(
             file, os.fsencode(link.filename), os.environ.get("HDF5_EXT_PREFIX", ""), policy=walk.policy
         )
-        if found is None:
+        if linked_file is None:
             raise DataError(f"{walk.shown}: is a link to {target}: no such HDF5 file")
-        walk.trace.files.append(found)
-        file, group = found, walk.stack.enter_context(open_file(found))["/"]
+        walk.trace.files.append(linked_file)
+        file, group = linked_file, walk.stack.enter_context(open_file(linked_file))["/"]
     before = len(walk.trace.files)
     _walk(walk, file, group, f"{link.path}/{rest}" if rest else link.path)
     if len(walk.trace.files) == before:  # else libhdf5 would open further files
@@ -177,18 +177,18 @@ def resolve_linked_file(
 
 def _candidates(file: Path, name: bytes, search_path: str, prefix: bytes) -> Iterator[Path]:
     """Candidate paths in the search order of libhdf5 (H5F_prefix_open_file)."""
-    text = os.fsdecode(name)
-    if os.path.isabs(text):
-        yield Path(text)
-        text = os.path.basename(text)
+    file_name = os.fsdecode(name)
+    if os.path.isabs(file_name):
+        yield Path(file_name)
+        file_name = os.path.basename(file_name)
     for directory in search_path.split(os.pathsep):
         if directory:
-            yield Path(directory, text)
+            yield Path(directory, file_name)
     if prefix:
-        yield Path(os.fsdecode(prefix), text)
-    yield Path(os.path.abspath(file)).parent / text
-    yield Path(text)
-    yield Path(os.path.realpath(file)).parent / text
+        yield Path(os.fsdecode(prefix), file_name)
+    yield Path(os.path.abspath(file)).parent / file_name
+    yield Path(file_name)
+    yield Path(os.path.realpath(file)).parent / file_name
 
 
 def _same_file(handle: h5py.File, file: Path) -> bool:

@@ -52,15 +52,15 @@ class FileIdentity:
 def identify(file: Path | int) -> FileIdentity:
     """Current identity of a path or an open descriptor; raises DataError if it cannot be read."""
     try:
-        found = os.stat(file)
+        status = os.stat(file)
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror}") from None
-    return FileIdentity(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+    return FileIdentity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 def find_files(paths: str | Sequence[str]) -> list[Path]:
     """Expands a path, a glob or a list of those; raises DataError if a file is missing or not a regular file."""
-    found: list[Path] = []
+    files: list[Path] = []
     for pattern in [paths] if isinstance(paths, str) else paths:
         if (scheme := _REMOTE.match(pattern)) and not Path(pattern).exists():
             raise DataError(
@@ -73,21 +73,21 @@ def find_files(paths: str | Sequence[str]) -> list[Path]:
             matches = sorted(glob.glob(pattern, recursive=True), key=_natural_sort_key)
             if not matches:
                 raise DataError(f"{pattern}: no file matches{_generate_hint(pattern)}")
-            found += [Path(match) for match in matches]
+            files += [Path(match) for match in matches]
         else:
-            found.append(Path(pattern))
-    if not found:
+            files.append(Path(pattern))
+    if not files:
         raise DataError("dataset_path is an empty list")
-    twice = next((file for file, count in Counter(found).items() if count > 1), None)
-    if twice is not None:
-        raise DataError(f"dataset_path lists {twice} twice")
-    for file in found:
+    duplicate = next((file for file, count in Counter(files).items() if count > 1), None)
+    if duplicate is not None:
+        raise DataError(f"dataset_path lists {duplicate} twice")
+    for file in files:
         if file.is_dir():
             raise DataError(f"{file}: is a directory; name the file, or a glob such as {file}/*.h5")
         if not file.exists():
             raise DataError(f"{file}: no such file{_generate_hint(str(file))}")
         check_regular(file)
-    return found
+    return files
 
 
 def check_regular(file: Path) -> None:
@@ -171,8 +171,8 @@ def _lock_errno(error: OSError) -> int | None:
     text = str(error)
     if "unable to lock" not in text and "unable to unlock" not in text:
         return None
-    found = _ERRNO.search(text)
-    return int(found[1]) if found else errno.EAGAIN
+    match = _ERRNO.search(text)
+    return int(match[1]) if match else errno.EAGAIN
 
 
 def _open_error(file: Path, error: BaseException) -> DataError:
@@ -181,7 +181,7 @@ def _open_error(file: Path, error: BaseException) -> DataError:
         if number == errno.EAGAIN:
             return DataError(f"{file}: another program is writing to it")
         return DataError(f"{file}: cannot be locked: {_reason(number)}; see HDF5_USE_FILE_LOCKING")
-    if (found := _ERRNO.search(text)) and (number := int(found[1])) in _SYSTEM_ERRORS:
+    if (match := _ERRNO.search(text)) and (number := int(match[1])) in _SYSTEM_ERRORS:
         return _os_error(file, OSError(number, _reason(number)))
     what = "truncated" if "truncated" in text else "damaged, or its writer has not closed it"
     return DataError(f"{file}: the file is {what}: {text}")

@@ -286,8 +286,8 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
         """Resumes the next iteration at `state`; raises ConfigError if a setting differs."""
         expected = {**self._settings(), "worker": _worker_position()}
         for name, value in expected.items():
-            if (given := state.get(name)) != value:
-                raise ConfigError(f"{name}: {value!r}, but the state to resume from has {given!r}")
+            if (saved := state.get(name)) != value:
+                raise ConfigError(f"{name}: {value!r}, but the state to resume from has {saved!r}")
         epoch, batch = (
             _checked_int("epoch", state["epoch"], minimum=0),
             _checked_int("batch", state["batch"], minimum=0),
@@ -328,15 +328,15 @@ def _worker_position() -> list[int] | None:
 def _path_strings(paths: Any) -> list[str]:
     """Converts paths to strings; raises ConfigError for other types."""
     items = [paths] if isinstance(paths, (str, bytes, os.PathLike, h5py.HLObject)) else paths
-    found = []
+    strings = []
     for path in items if isinstance(items, Sequence) else [items]:
         if isinstance(path, h5py.HLObject):
             name = path.file.filename if path else "the path of its file"
             raise ConfigError(f"paths: got an open h5py {type(path).__name__}; close it and pass its path, {name!r}")
         if not isinstance(path, (str, bytes, os.PathLike)):
             raise ConfigError(f"paths: got {type(path).__name__}, expected a path, a glob, or a list of those")
-        found.append(os.fsdecode(path))
-    return found
+        strings.append(os.fsdecode(path))
+    return strings
 
 
 def _names(names: str | Sequence[str]) -> list[str]:

@@ -177,11 +177,11 @@ def _list_chunks(
 ) -> tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint32], NDArray[np.bool_]]:
     """Offset, stored size and filter mask of each chunk of the grid, and which are partial (edge chunks)."""
     cells = prod(grid)
-    found: list[tuple[tuple[int, ...], int, int, int]] = []
+    chunks: list[tuple[tuple[int, ...], int, int, int]] = []
 
     def record(info: Any) -> bool | None:
-        found.append((info.chunk_offset, info.byte_offset, info.size, info.filter_mask))
-        return True if len(found) > cells else None  # the index of a damaged file may contain a cycle
+        chunks.append((info.chunk_offset, info.byte_offset, info.size, info.filter_mask))
+        return True if len(chunks) > cells else None  # the index of a damaged file may contain a cycle
 
     offsets = np.full(cells, _UNWRITTEN, np.uint64)
     sizes = np.zeros(cells, np.uint64)
@@ -189,16 +189,16 @@ def _list_chunks(
     partial = np.zeros(cells, bool)
     if cells:
         dataset.id.chunk_iter(record)
-    if not found:
+    if not chunks:
         return offsets, sizes, masks, partial
-    origin = np.array([entry[0] for entry in found], np.int64)  # [chunks, dimensions]
-    if len(found) > cells or (origin % dataset.chunks).any() or (origin >= dataset.shape).any() or (origin < 0).any():
+    origin = np.array([entry[0] for entry in chunks], np.int64)  # [chunks, dimensions]
+    if len(chunks) > cells or (origin % dataset.chunks).any() or (origin >= dataset.shape).any() or (origin < 0).any():
         raise ValueError("its index names chunks outside the dataset")
     cell = np.ravel_multi_index(tuple((origin // dataset.chunks).T), grid)
     if len(np.unique(cell)) != len(cell):
         raise ValueError("its index names a chunk twice")
-    offsets[cell] = [entry[1] for entry in found]
-    sizes[cell] = [entry[2] for entry in found]
-    masks[cell] = [entry[3] for entry in found]
+    offsets[cell] = [entry[1] for entry in chunks]
+    sizes[cell] = [entry[2] for entry in chunks]
+    masks[cell] = [entry[3] for entry in chunks]
     partial[cell] = (origin + dataset.chunks > dataset.shape).any(1)
     return offsets, sizes, masks, partial

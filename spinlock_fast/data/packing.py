@@ -126,13 +126,13 @@ def _as_stored(candidate: float | int, kind: np.dtype[Any], compared: np.dtype[A
 
 def _numbers(value: Any) -> list[int | float]:
     """Numbers of an attribute, including numbers stored as text; other values are ignored."""
-    found = np.asarray(value)
-    if found.dtype.kind in "iu":
-        return [int(number) for number in found.ravel()]
-    if found.dtype.kind in "fb":
-        return [float(number) for number in found.ravel()]
+    array = np.asarray(value)
+    if array.dtype.kind in "iu":
+        return [int(number) for number in array.ravel()]
+    if array.dtype.kind in "fb":
+        return [float(number) for number in array.ravel()]
     numbers: list[int | float] = []
-    for text in np.ravel(found):
+    for text in np.ravel(array):
         try:
             numbers.append(float(_text(text)))
         except ValueError:
@@ -150,8 +150,8 @@ def _one_number(dataset: h5py.Dataset, name: str, default: float) -> tuple[float
         raise DataError(
             f"{dataset.file.filename}: {dataset.name.lstrip('/')}: {name} is {shown}, expected one finite number"
         )
-    found = np.asarray(value).dtype
-    return float(numbers[0]), found if found.kind == "f" else np.dtype(np.float64)
+    dtype = np.asarray(value).dtype
+    return float(numbers[0]), dtype if dtype.kind == "f" else np.dtype(np.float64)
 
 
 def _text(value: Any) -> str:

@@ -55,14 +55,14 @@ def checked_array(value: Any, name: str, kinds: str, shape: Sequence[int | None]
     """
     if not isinstance(value, Tensor) or value.layout != torch.strided or value.dtype == torch.bfloat16:
         raise DataError(f"{name} must be a tensor, got {shown(value)}")
-    found = value.detach().cpu().numpy()
-    shape_matches = len(found.shape) == len(shape) and all(
-        n in (None, m) for n, m in zip(shape, found.shape, strict=True)
+    array = value.detach().cpu().numpy()
+    shape_matches = len(array.shape) == len(shape) and all(
+        n in (None, m) for n, m in zip(shape, array.shape, strict=True)
     )
-    if found.dtype.kind not in kinds or not shape_matches:
+    if array.dtype.kind not in kinds or not shape_matches:
         sizes = ", ".join("N" if n is None else str(n) for n in shape)
-        raise DataError(f"{name} must be [{sizes}] of kind {kinds!r}, got {found.dtype} {list(found.shape)}")
-    return found
+        raise DataError(f"{name} must be [{sizes}] of kind {kinds!r}, got {array.dtype} {list(array.shape)}")
+    return array
 
 
 def checked_strings(value: Any, name: str, count: int) -> list[str]:
@@ -72,14 +72,14 @@ def checked_strings(value: Any, name: str, count: int) -> list[str]:
     return list(value)
 
 
-def shape_difference(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> str:
+def shape_difference(actual: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> str:
     """Describes the first difference between the shapes of two state dicts; empty if they are equal."""
     for name, shape in expected.items():
-        if name not in found:
+        if name not in actual:
             return f"{name} is missing"
-        if found[name] != shape:
-            return f"{name} is {list(found[name])}, expected {list(shape)}"
-    return next((f"{shown(name)} is unknown" for name in found if name not in expected), "")
+        if actual[name] != shape:
+            return f"{name} is {list(actual[name])}, expected {list(shape)}"
+    return next((f"{shown(name)} is unknown" for name in actual if name not in expected), "")
 
 
 def tensor_shapes(state: Any) -> dict[str, tuple[int, ...]]:

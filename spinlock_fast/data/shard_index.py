@@ -47,7 +47,7 @@ class ShardIndex:
     @property
     def identities(self) -> tuple[FileIdentity, ...]:
         """Identities of all files that hold its values."""
-        return (self.identity, *(other.identity for other in self.backing_files))
+        return (self.identity, *(backing.identity for backing in self.backing_files))
 
     def check_unchanged(self, low: int = 0, high: int | None = None) -> None:
         """Raises DataError if a file that holds values of rows [low, high) has changed since it was indexed."""
@@ -55,9 +55,12 @@ class ShardIndex:
             return
         if identify(self.file) != self.identity:
             raise DataError("the file has changed since it was opened")
-        for other in self.backing_files:
-            if other.holds(low, self.shape[0] if high is None else high) and identify(other.path) != other.identity:
-                raise DataError(f"{other.path}, a source of its values, has changed since it was opened")
+        for backing in self.backing_files:
+            if (
+                backing.holds(low, self.shape[0] if high is None else high)
+                and identify(backing.path) != backing.identity
+            ):
+                raise DataError(f"{backing.path}, a source of its values, has changed since it was opened")
 
 
 _cache: OrderedDict[tuple[str, FileIdentity, str, bool], ShardIndex] = OrderedDict()
@@ -78,28 +81,28 @@ def index_file(file: Path, paths: list[str], policy: ExternalFilePolicy | None =
     identity = identify(file)
     keys = {path: (str(file.absolute()), identity, path, policy.allow_external) for path in paths}
     with _cache_lock:
-        found = {path: _cache[key] for path, key in keys.items() if key in _cache}
-    missing = [path for path in paths if path not in found or not _is_current(found[path])]
+        indexes = {path: _cache[key] for path, key in keys.items() if key in _cache}
+    missing = [path for path in paths if path not in indexes or not _is_current(indexes[path])]
     if missing:
         with open_file(file) as handle:
             for path in missing:
                 with reporting_damage(file, path):
-                    found[path] = _index(file, identity, handle, path, policy)
+                    indexes[path] = _index(file, identity, handle, path, policy)
             swmr = handle.swmr_mode
         if identify(file) != identity and not swmr:
             raise DataError(f"{file}: the file changed while it was opened")
     with _cache_lock:
         for path, key in keys.items():
-            _cache[key] = found[path]
+            _cache[key] = indexes[path]
             _cache.move_to_end(key)
         while len(_cache) > _CACHE_SIZE:
             _cache.popitem(last=False)
-    return {path: found[path] for path in paths}
+    return {path: indexes[path] for path in paths}
 
 
 def _is_current(index: ShardIndex) -> bool:
     try:
-        return all(identify(other.path) == other.identity for other in index.backing_files)
+        return all(identify(backing.path) == backing.identity for backing in index.backing_files)
     except DataError:
         return False
 

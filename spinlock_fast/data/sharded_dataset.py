@@ -97,17 +97,17 @@ class ShardedDatasets:
         """
         shards: list[dict[str, ShardIndex]] = []
         for file in files:
-            shards.append(found := index_file(file, list(paths), policy))
-            rows = {path: index.shape[0] for path, index in found.items()}
+            shards.append(indexes := index_file(file, list(paths), policy))
+            rows = {path: index.shape[0] for path, index in indexes.items()}
             if len(set(rows.values())) > 1:
                 listed = ", ".join(f"{path} has {count}" for path, count in rows.items())
-                hint = _TRANSPOSED if any(index.matlab for index in found.values()) else ""
+                hint = _TRANSPOSED if any(index.matlab for index in indexes.values()) else ""
                 raise DataError(f"{file}: {noun} differ in their number of rows: {listed}{hint}")
         datasets = []
         for path in paths:
             first = shards[0][path]
-            for found in shards:
-                index = found[path]
+            for indexes in shards:
+                index = indexes[path]
                 if index.shape[1:] != first.shape[1:]:
                     raise DataError(
                         f"{index.file}: {path}: rows of shape {index.shape[1:]}, but {first.shape[1:]} in {first.file}"
@@ -116,11 +116,13 @@ class ShardedDatasets:
                     raise DataError(
                         f"{index.file}: {path}: numbers of type {index.dtype}, but {first.dtype} in {first.file}"
                     )
-            datasets.append(ShardedDataset(path, first.shape[1:], first.dtype, tuple(found[path] for found in shards)))
-        shard_rows = tuple(found[paths[0]].shape[0] for found in shards)
+            datasets.append(
+                ShardedDataset(path, first.shape[1:], first.dtype, tuple(indexes[path] for indexes in shards))
+            )
+        shard_rows = tuple(indexes[paths[0]].shape[0] for indexes in shards)
         if sum(shard_rows) == 0:
             raise DataError(f"{files[0]}: {paths[0]} has no rows")
-        return cls(tuple(files), tuple(found[paths[0]].identity for found in shards), shard_rows, tuple(datasets))
+        return cls(tuple(files), tuple(indexes[paths[0]].identity for indexes in shards), shard_rows, tuple(datasets))
 
     @property
     def rows(self) -> int:
@@ -163,7 +165,7 @@ class ShardedDatasets:
     @property
     def all_files(self) -> tuple[Path, ...]:
         """All files that hold values, including linked and virtual sources."""
-        paths = (other.path for dataset in self.datasets for shard in dataset.shards for other in shard.backing_files)
+        paths = (source.path for dataset in self.datasets for shard in dataset.shards for source in shard.backing_files)
         return tuple(dict.fromkeys((*self.files, *paths)))
 
     def select(self, path: str) -> ShardedDatasets:

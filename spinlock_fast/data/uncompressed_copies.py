@@ -61,9 +61,9 @@ def _copy(sharded: ShardedDatasets, directory: Path, threads: int, verify_checks
     path = directory / f"{shard.file.stem}.{hashlib.sha256(key.encode(errors='replace')).hexdigest()[:16]}.h5"
     if path.exists():
         try:
-            found = index_file(path, [_NAME])[_NAME]
-            if found.native_layout is not None and (found.shape, found.dtype) == (shard.shape, dataset.dtype):
-                return found
+            copy = index_file(path, [_NAME])[_NAME]
+            if copy.native_layout is not None and (copy.shape, copy.dtype) == (shard.shape, dataset.dtype):
+                return copy
         except DataError:
             pass
         log.warning("%s: incomplete copy of %s, rewriting it", path, shard.path)
