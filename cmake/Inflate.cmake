@@ -1,9 +1,8 @@
-# Who undoes deflate: `spinlock_fast_inflate` carries SPINLOCK_FAST_LIBDEFLATE, SPINLOCK_FAST_ZLIB or neither.
+# Selects the deflate library: target `spinlock_fast_inflate` defines SPINLOCK_FAST_LIBDEFLATE, SPINLOCK_FAST_ZLIB or neither.
 #
-# libdeflate decodes 1.5 to 2 times as fast as zlib. In order: the system's libdeflate, its sources where
-# LIBDEFLATE_SOURCE_DIR names them, zlib. With none of them the module builds all the same, and deflated datasets are
-# read through h5py.
-set(LIBDEFLATE_SOURCE_DIR "" CACHE PATH "A source tree of libdeflate, built in where the system has no libdeflate")
+# libdeflate decodes 1.5 to 2 times as fast as zlib. Order of preference: the system's libdeflate, the source tree in
+# LIBDEFLATE_SOURCE_DIR, zlib. Without any of them the module still builds, and deflated datasets are read through h5py.
+set(LIBDEFLATE_SOURCE_DIR "" CACHE PATH "Source tree of libdeflate, compiled in if the system has no libdeflate")
 
 add_library(spinlock_fast_inflate INTERFACE)
 find_path(LIBDEFLATE_INCLUDE_DIR libdeflate.h)
@@ -15,9 +14,9 @@ if(LIBDEFLATE_INCLUDE_DIR AND LIBDEFLATE_LIBRARY)
   target_link_libraries(spinlock_fast_inflate INTERFACE ${LIBDEFLATE_LIBRARY})
   target_compile_definitions(spinlock_fast_inflate INTERFACE SPINLOCK_FAST_LIBDEFLATE)
 elseif(EXISTS "${LIBDEFLATE_SOURCE_DIR}/libdeflate.h")
-  message(STATUS "inflate: libdeflate of ${LIBDEFLATE_SOURCE_DIR}")
+  message(STATUS "inflate: libdeflate from ${LIBDEFLATE_SOURCE_DIR}")
   enable_language(C)
-  # Decompression alone: the rest of the library is not needed.
+  # Only decompression is needed.
   set(lib ${LIBDEFLATE_SOURCE_DIR}/lib)
   add_library(spinlock_fast_libdeflate STATIC ${lib}/utils.c ${lib}/adler32.c ${lib}/deflate_decompress.c
     ${lib}/zlib_decompress.c ${lib}/x86/cpu_features.c ${lib}/arm/cpu_features.c)
@@ -32,6 +31,6 @@ else()
     target_link_libraries(spinlock_fast_inflate INTERFACE ZLIB::ZLIB)
     target_compile_definitions(spinlock_fast_inflate INTERFACE SPINLOCK_FAST_ZLIB)
   else()
-    message(STATUS "inflate: neither libdeflate nor zlib; deflated datasets will be read through h5py")
+    message(STATUS "inflate: neither libdeflate nor zlib found; deflated datasets are read through h5py")
   endif()
 endif()

@@ -1,6 +1,6 @@
-// What this module was built with, and what the processor it runs on can do.
-#include "byte_filters.hpp"
-#include "inflate.hpp"
+// Versions, compiler and instruction set of the build.
+#include "hdf5/byte_filters.hpp"
+#include "hdf5/inflate.hpp"
 #include "register.hpp"
 
 namespace py = pybind11;

@@ -1,8 +1,7 @@
 #include "register.hpp"
-#include "training/training.hpp"
 
 PYBIND11_MODULE(_native, module) {
-    module.doc() = "Native parts of spinlock_fast.";
+    module.doc() = "Native HDF5 reader and CPU training kernels of spinlock_fast.";
     spinlock_fast::register_build_info(module);
     spinlock_fast::register_byte_filters(module);
     spinlock_fast::register_row_reader(module);

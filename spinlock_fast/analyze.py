@@ -56,7 +56,7 @@ def _analyze(chosen: argparse.Namespace) -> None:
     from spinlock_fast.config.schema import LoggingConfig
     from spinlock_fast.device import resolve_device
     from spinlock_fast.output.atomic_files import check_writable, write_json
-    from spinlock_fast.output.locks import directory_written_by_one
+    from spinlock_fast.output.locks import locked_output_directory
 
     given = {name: getattr(chosen, name) for name in _SETTINGS if getattr(chosen, name) is not None}
     try:
@@ -85,7 +85,7 @@ def _analyze(chosen: argparse.Namespace) -> None:
             allow_external=not chosen.no_external,
         )
         display.stage("Writing")
-        with directory_written_by_one(output):
+        with locked_output_directory(output):
             written = write_tables(found.tables, output, kinds)
             write_json(output / "summary.json", found.summary)
     if not chosen.quiet:

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spinlock_fast.checkpoints.directory import checkpoint_hash, load_payload, model_from_payload
-from spinlock_fast.data.arrays import real_numbers
-from spinlock_fast.data.source import Source
-from spinlock_fast.data.untrusted import reading, texts
+from spinlock_fast.data.feature_source import FeatureSource
+from spinlock_fast.data.input_arrays import to_real_tensor
+from spinlock_fast.data.payload_checks import checked_strings, payload_errors
 from spinlock_fast.errors import DataError, OutputError
 from spinlock_fast.features.cleaning import FeatureCleaner
 from spinlock_fast.features.encode import FamilyEncoder, block_rows
@@ -27,7 +27,7 @@ from spinlock_fast.kernels._common.guard import device_guard
 from spinlock_fast.models.input_check import InputCheck, KnownRows, TrainingRange
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE
 from spinlock_fast.output.hdf5_files import replacing_hdf5
-from spinlock_fast.output.locks import written_by_one
+from spinlock_fast.output.locks import locked_output_file
 
 log = logging.getLogger(__name__)
 
@@ -66,24 +66,24 @@ class Tokenizer:
         """
         model = model_from_payload(payload)
         F = model.config.input_dim
-        with reading(payload, "encoder_state_dicts"):
+        with payload_errors(payload, "encoder_state_dicts"):
             families = [FamilyEncoder.from_state(name, state) for name, state in payload["encoder_state_dicts"].items()]
-        with reading(payload, "feature_cleaning"):
+        with payload_errors(payload, "feature_cleaning"):
             cleaner = FeatureCleaner.from_state({"keep": payload["feature_mask"], **payload["feature_cleaning"]}, F)
             columns = sum(family.encoder.output_dim for family in families)
             if cleaner.keep.size != columns:
                 raise DataError(f"feature_mask has {cleaner.keep.size} columns, but the encoders give {columns}")
-        with reading(payload, "normalization"):
+        with payload_errors(payload, "normalization"):
             normalizer = Normalizer.from_state(payload["normalization"], F)
         known_rows = training_range = None
-        with reading(payload, "known_rows"):
+        with payload_errors(payload, "known_rows"):
             if "known_rows" in payload:
                 known_rows = KnownRows.from_state(payload["known_rows"])
-        with reading(payload, "training_range"):
+        with payload_errors(payload, "training_range"):
             if "training_range" in payload:
                 training_range = TrainingRange.from_state(payload["training_range"], F)
-        with reading(payload, "feature_names"):
-            names = texts(payload["feature_names"], "feature_names", F)
+        with payload_errors(payload, "feature_names"):
+            names = checked_strings(payload["feature_names"], "feature_names", F)
         return cls(model, families, cleaner, normalizer, names, known_rows=known_rows, training_range=training_range)
 
     def to(self, device: str | torch.device) -> Tokenizer:
@@ -157,7 +157,7 @@ class Tokenizer:
         names = [family.name for family in self.families]
         if set(raw) != set(names):
             raise DataError(f"expected the families {', '.join(names)}, got {', '.join(map(str, raw)) or 'none'}")
-        arrays = {name: real_numbers(raw[name], f"family {name!r}") for name in names}
+        arrays = {name: to_real_tensor(raw[name], f"family {name!r}") for name in names}
         for family in self.families:
             if arrays[family.name].ndim == 0:
                 raise DataError(f"family {family.name!r}: expected {_shape_text(family.row_shape)}, got one number")
@@ -201,15 +201,15 @@ class Tokenizer:
             for start, _, x in self.raw_and_features(source, memory_budget, check):
                 yield start, x
 
-    def source(self, path: str | Path | list[str]) -> Source:
+    def source(self, path: str | Path | list[str]) -> FeatureSource:
         """The families of an HDF5 file, to read; a context manager."""
         paths = [str(part) for part in path] if isinstance(path, list) else str(path)
-        return Source(
+        return FeatureSource(
             paths, {family.name: family.dataset for family in self.families}, allow_external=self.allow_external
         )
 
     def raw_and_features(
-        self, source: Source, memory_budget: int = _DEFAULT_BUDGET, check: InputCheck | None = None
+        self, source: FeatureSource, memory_budget: int = _DEFAULT_BUDGET, check: InputCheck | None = None
     ) -> Iterator[tuple[int, dict[str, Tensor], NDArray[np.float32]]]:
         """(first row, raw families [B, ...] on the device, features [B, F]) of an open source, block by block.
 
@@ -232,9 +232,9 @@ class Tokenizer:
         names = [family.name for family in self.families]
         for start, raw in source.batches(names, rows, memory_budget - copy, self.device):
             with device_guard(self.device):
-                columns = [family(raw[family.name], source.placing(family.name, start)) for family in self.families]
+                columns = [family(raw[family.name], source.row_locator(family.name, start)) for family in self.families]
                 encoded = torch.cat(columns, 1).cpu().numpy()
-            place = source.placing(self.families[0].name, start)
+            place = source.row_locator(self.families[0].name, start)
             yield start, raw, self._prepare(encoded, place, check)
 
     def row_keys(self, raw: Mapping[str, Tensor]) -> NDArray[np.int64]:
@@ -250,7 +250,7 @@ class Tokenizer:
             IndexError: a token outside its codebook.
         """
         as_torch = isinstance(tokens, Tensor)
-        given = real_numbers(tokens, "tokens")
+        given = to_real_tensor(tokens, "tokens")
         index = given.to(self.device, torch.int64)
         if given.is_floating_point() and not torch.equal(index.to(given.dtype), given.to(self.device)):
             raise DataError("tokens: expected whole numbers")
@@ -321,7 +321,7 @@ def write_tokens(
         raise OutputError(f"{output}: is a directory; name a file")
     largest = max(model.quantizer.num_codes)
     dtype = next(kind for kind in (np.uint8, np.uint16, np.uint32) if largest - 1 <= np.iinfo(kind).max)
-    with written_by_one(output), replacing_hdf5(output) as writer:
+    with locked_output_file(output), replacing_hdf5(output) as writer:
         chunk = (min(rows, 8192), model.num_codebooks)
         out = writer.file.create_dataset("tokens", (rows, model.num_codebooks), dtype, chunks=chunk, compression="gzip")
         out.attrs["codebook_names"] = model.codebook_names

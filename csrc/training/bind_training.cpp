@@ -1,13 +1,13 @@
-// Bindings of `entries.hpp`.
-#include "training.hpp"
+// Python bindings of the operations in `operations.hpp`.
+#include "register.hpp"
 
 #include <string>
 
 #include <pybind11/stl.h>
 
 #include "checks.hpp"
-#include "dispatch.hpp"
-#include "entries.hpp"
+#include "instruction_sets.hpp"
+#include "operations.hpp"
 #include "parallel.hpp"
 
 namespace py = pybind11;
@@ -15,7 +15,7 @@ namespace py = pybind11;
 namespace spinlock_fast {
 namespace {
 
-// Operations touch only memory that their callers hold: other Python threads run meanwhile.
+// Releases the GIL: operations access only memory that the caller keeps alive, and no Python API.
 template <class Operation>
 void add(py::module_& module, const char* name, Operation* operation) {
     module.def(name, operation, py::call_guard<py::gil_scoped_release>());
@@ -25,7 +25,7 @@ void add(py::module_& module, const char* name, Operation* operation) {
 
 void register_training(py::module_& module) {
     module.def("use_openmp", &use_openmp);
-    module.def("training_levels", &training::levels_here);
+    module.def("training_levels", &training::supported_levels);
     module.def("use_training_level", &training::use_level);
     add(module, "mlp_forward", training::mlp_forward);
     add(module, "mlp_backward", training::mlp_backward);
@@ -33,8 +33,8 @@ void register_training(py::module_& module) {
     add(module, "output_linear_backward", training::output_linear_backward);
     add(module, "normalize", training::normalize);
     add(module, "normalize_backward", training::normalize_backward);
-    add(module, "segments", training::segments);
-    add(module, "segments_backward", training::segments_backward);
+    add(module, "segments", training::segment_layer_norm);
+    add(module, "segments_backward", training::segment_layer_norm_backward);
     add(module, "assign", training::assign);
     add(module, "assign_backward", training::assign_backward);
     add(module, "decoders_forward", training::decoders_forward);
@@ -45,9 +45,9 @@ void register_training(py::module_& module) {
     add(module, "residual_backward", training::residual_backward);
     module.def(
         "check_codes",
-        [](std::uintptr_t codes, training::Index rows, const std::vector<training::Index>& num_codes,
+        [](training::Address codes, training::Index rows, const std::vector<training::Index>& num_codes,
            const std::string& name) {
-            return training::check_codes(training::at<const std::int64_t>(codes), rows, num_codes, name);
+            return training::check_codes(training::pointer<const std::int64_t>(codes), rows, num_codes, name);
         },
         py::call_guard<py::gil_scoped_release>());
 }

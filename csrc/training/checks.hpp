@@ -1,7 +1,8 @@
-// Checks of what Python hands over: sizes against each other, and values that index memory against its size.
+// Arguments from Python: addresses, sums of sizes, and checks of sizes and codes before they index memory.
 #pragma once
 
 #include <algorithm>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -10,13 +11,26 @@
 
 namespace spinlock_fast::training {
 
-// Rows, and sizes of groups, that no memory can have.
-inline void check_sizes(Index rows, const std::vector<Index>& sizes) {
-    if (rows < 0 || std::any_of(sizes.begin(), sizes.end(), [](Index n) { return n < 0; }))
-        throw std::invalid_argument("a negative number of rows, or a group of negative size");
+using Address = std::uintptr_t;  // of a tensor; 0 for none
+
+template <class T>
+T* pointer(Address address) {
+    return reinterpret_cast<T*>(address);
 }
 
-// Whether one of codes [rows, G] is -1, for none. Throws std::out_of_range where one is outside its codebook.
+inline Index total_size(const std::vector<Index>& sizes) {
+    return std::accumulate(sizes.begin(), sizes.end(), Index{0});
+}
+
+inline Index divide_up(Index n, Index by) { return (n + by - 1) / by; }
+
+// Throws std::invalid_argument for negative sizes.
+inline void check_sizes(Index rows, const std::vector<Index>& sizes) {
+    if (rows < 0 || std::any_of(sizes.begin(), sizes.end(), [](Index n) { return n < 0; }))
+        throw std::invalid_argument("sizes must not be negative");
+}
+
+// Returns whether any of codes [rows, G] is -1 (no code). Throws std::out_of_range if one is outside its codebook.
 inline bool check_codes(const std::int64_t* codes, Index rows, const std::vector<Index>& num_codes,
                         const std::string& name) {
     const Index G = static_cast<Index>(num_codes.size());

@@ -1,4 +1,4 @@
-// Dropout without masks: whether an entry is kept is a hash of seed, row and column.
+// Dropout without stored masks: an element is kept if hash(seed, row, column) >= threshold, threshold = p * 2^32.
 #pragma once
 
 #include "kernels.hpp"
@@ -9,31 +9,31 @@ namespace spinlock_fast::SPINLOCK_SIMD {
 using training::Dropout;
 using training::Index;
 
-inline std::uint64_t mixed(std::uint64_t x) {  // splitmix64 (Steele, Lea and Flood 2014)
+inline std::uint64_t splitmix64(std::uint64_t x) {  // splitmix64 (Steele, Lea and Flood 2014)
     x += 0x9e3779b97f4a7c15u;
     x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
     x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
     return x ^ (x >> 31);
 }
 
-typedef std::uint32_t Hashes __attribute__((vector_size(4 * kLanes)));
+typedef std::uint32_t HashVector __attribute__((vector_size(4 * kLanes)));
 
-// What decides over the entries of one row.
+// Dropout of one row; its hash parameters are derived from (seed, row).
 struct RowDropout {
     std::uint32_t offset, factor, threshold;
 
     RowDropout(Dropout dropout, Index row) : threshold(dropout.threshold) {
-        const std::uint64_t key = mixed(dropout.seed ^ mixed(static_cast<std::uint64_t>(row)));
+        const std::uint64_t key = splitmix64(dropout.seed ^ splitmix64(static_cast<std::uint64_t>(row)));
         offset = static_cast<std::uint32_t>(key), factor = static_cast<std::uint32_t>(key >> 32) | 1u;
     }
 
-    // v, the columns from `column` on, times `scale`, or 0 where dropped.
+    // v * scale where kept, else 0, for the columns from `column` on.
     Vector operator()(Vector v, Index column, float scale) const {
-        Hashes h;
+        HashVector h;
         for (int i = 0; i < kLanes; ++i) h[i] = static_cast<std::uint32_t>(i);
         h = (h + static_cast<std::uint32_t>(column)) * 0x9e3779b9u + offset;
         h ^= h >> 16;
-        h *= 0x7feb352du;  // the multipliers and shifts of lowbias32 (Wellons 2018), the second keyed
+        h *= 0x7feb352du;  // constants of lowbias32 (Wellons 2018); the second multiplier is the row's key
         h ^= h >> 15;
         h *= factor;
         h ^= h >> 16;
@@ -41,12 +41,12 @@ struct RowDropout {
     }
 };
 
-// The same for row[0:n].
-inline void drop(float* row, Index n, Dropout dropout, Index row_index, float scale) {
-    const RowDropout of_row(dropout, row_index);
+// Applies dropout to row[0:n] in place.
+inline void apply_dropout(float* row, Index n, Dropout dropout, Index row_index, float scale) {
+    const RowDropout row_dropout(dropout, row_index);
     for (Index c = 0; c < n; c += kLanes) {
-        const Index few = n - c < kLanes ? n - c : kLanes;
-        keep_part(row + c, few, of_row(load_part(row + c, few), c, scale));
+        const Index count = n - c < kLanes ? n - c : kLanes;
+        store_partial(row + c, count, row_dropout(load_partial(row + c, count), c, scale));
     }
 }
 

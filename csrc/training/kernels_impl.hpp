@@ -1,22 +1,55 @@
-// The kernels of `kernels.hpp` for the instruction set that this file is compiled for.
+// Definition of the kernels of `kernels.hpp` for the instruction set that this file is compiled for.
 #pragma once
 
-#include "decoders_impl.hpp"
-#include "distances_impl.hpp"
-#include "nearest_impl.hpp"
-#include "normalisation_impl.hpp"
-#include "products_impl.hpp"
-#include "residual_impl.hpp"
+#include "code_decoders_impl.hpp"
+#include "distance_gradient_impl.hpp"
+#include "layer_norm_impl.hpp"
+#include "pairwise_distances_impl.hpp"
+#include "product_impl.hpp"
+#include "residual_vq_impl.hpp"
+#include "vq_assign_impl.hpp"
 
 namespace spinlock_fast::SPINLOCK_SIMD {
 
 constexpr training::Kernels kKernels = {
-    nearest, nearest_buffer_floats, tally, kLanes, kRows, kColumns, kPackedFloats, kRows * kDepth, partial_floats,
-    product, sparse_buffer_floats, first_layer, first_layer_buffer_floats, column_sums, normalize, normalize_backward,
-    segments, segments_backward, weighted_column_sums, decoder_forward, decoder_backward, decoder_buffer_floats,
-    pack_points, distances, pull, pull_buffer_floats, code_distances, add_lookup, pull_codes,
-    pull_codes_buffer_floats, row_sums, row_moments, pair_weights, residual_prepare, residual_rows,
-    residual_buffer_floats, residual_tally, residual_backward,
+    .lanes = kLanes,
+    .rows = kRows,
+    .columns = kColumns,
+    .packed_floats = kPackedFloats,
+    .row_floats = kRows * kDepth,
+    .partial_floats = partial_floats,
+    .product = product,
+    .sparse_buffer_floats = sparse_buffer_floats,
+    .first_layer_gradient = first_layer_gradient,
+    .first_layer_gradient_buffer_floats = first_layer_gradient_buffer_floats,
+    .column_sums = column_sums,
+    .normalize = normalize,
+    .normalize_backward = normalize_backward,
+    .segment_layer_norm = segment_layer_norm,
+    .segment_layer_norm_backward = segment_layer_norm_backward,
+    .weighted_column_sums = weighted_column_sums,
+    .assign_nearest = assign_nearest,
+    .assign_buffer_floats = assign_buffer_floats,
+    .assign_statistics = assign_statistics,
+    .residual_pack_codebook = residual_pack_codebook,
+    .residual_assign_rows = residual_assign_rows,
+    .residual_buffer_floats = residual_buffer_floats,
+    .residual_statistics = residual_statistics,
+    .residual_backward = residual_backward,
+    .decoder_forward = decoder_forward,
+    .decoder_backward = decoder_backward,
+    .decoder_buffer_floats = decoder_buffer_floats,
+    .pack_points = pack_points,
+    .mean_distances = mean_distances,
+    .code_distance_table = code_distance_table,
+    .add_code_distances = add_code_distances,
+    .row_sums = row_sums,
+    .row_moments = row_moments,
+    .correlation_gradient = correlation_gradient,
+    .distance_gradient = distance_gradient,
+    .distance_gradient_buffer_floats = distance_gradient_buffer_floats,
+    .code_distance_gradient = code_distance_gradient,
+    .code_distance_gradient_buffer_floats = code_distance_gradient_buffer_floats,
 };
 
 }  // namespace spinlock_fast::SPINLOCK_SIMD

@@ -18,7 +18,7 @@
 namespace spinlock_fast {
 namespace {
 
-long process() {
+long process_id() {
 #if defined(__unix__) || defined(__APPLE__)
     return static_cast<long>(getpid());
 #else
@@ -28,13 +28,13 @@ long process() {
 
 using Task = std::function<void(std::int64_t)>;
 
-// The tasks of one call. An exception must not leave a thread that did not call: it would end the process.
+// The tasks of one call of `parallel_for`. Exceptions are caught: one that leaves a worker thread ends the process.
 class Loop {
 public:
     Loop(std::int64_t tasks, const Task& task) : tasks_(tasks), task_(task) {}
 
-    // Does tasks until none is left; any number of threads at once.
-    void take_tasks() noexcept {
+    // Runs tasks until none is left. Called by all threads of the loop.
+    void run_tasks() noexcept {
         try {
             for (std::int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < tasks_;) task_(i);
         } catch (...) {
@@ -44,7 +44,7 @@ public:
         }
     }
 
-    // After all threads are done.
+    // Call after all threads are done.
     void rethrow() const {
         if (error_) std::rethrow_exception(error_);
     }
@@ -59,52 +59,52 @@ private:
 
 class Pool {
 public:
-    // The loop on `threads` threads, or as many as could be started.
+    // Runs the loop on `threads` threads, or on as many as could be started.
     void run(Loop& loop, int threads) {
-        const int wanted = started(threads - 1);
+        const int count = start_workers(threads - 1);
         {
             const std::lock_guard lock(mutex_);
             loop_ = &loop;
-            wanted_ = wanted;
-            working_.store(wanted_, std::memory_order_relaxed);
+            active_workers_ = count;
+            working_.store(active_workers_, std::memory_order_relaxed);
             round_.fetch_add(1, std::memory_order_release);
         }
         wake_.notify_all();
-        loop.take_tasks();
+        loop.run_tasks();
         while (working_.load(std::memory_order_acquire) != 0) std::this_thread::yield();
     }
 
 private:
-    // How many of `wanted` workers there are, after those that are missing have been started.
-    int started(int wanted) {
+    // Starts missing workers; returns how many of `count` exist.
+    int start_workers(int count) {
         try {
-            while (static_cast<int>(workers_.size()) < wanted) {
+            while (static_cast<int>(workers_.size()) < count) {
                 const int worker = static_cast<int>(workers_.size()) + 1;
-                workers_.reserve(workers_.size() + 1);  // a thread that is not kept would end the process
-                workers_.emplace_back([this, worker] { work(worker); });
+                workers_.reserve(workers_.size() + 1);  // emplace_back must not throw after the thread started
+                workers_.emplace_back([this, worker] { worker_loop(worker); });
             }
-        } catch (const std::system_error&) {  // the system has no more threads
+        } catch (const std::system_error&) {  // no more threads: use those that exist
         } catch (const std::bad_alloc&) {
         }
-        return std::min(wanted, static_cast<int>(workers_.size()));
+        return std::min(count, static_cast<int>(workers_.size()));
     }
 
-    // Threads look for the next loop for a moment before they sleep: a training step has a dozen in a row.
-    void work(int worker) {
+    // Spins for 50 us before sleeping: a training step runs a dozen loops in a row.
+    void worker_loop(int worker) {
         std::uint64_t seen = 0;
         for (;;) {
             const auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(50);
             while (round_.load(std::memory_order_acquire) == seen && std::chrono::steady_clock::now() < until)
                 std::this_thread::yield();
-            Loop* mine;
+            Loop* loop;
             {
                 std::unique_lock lock(mutex_);
                 wake_.wait(lock, [&] { return round_.load(std::memory_order_relaxed) != seen; });
                 seen = round_.load(std::memory_order_relaxed);
-                mine = worker <= wanted_ ? loop_ : nullptr;
+                loop = worker <= active_workers_ ? loop_ : nullptr;
             }
-            if (!mine) continue;
-            mine->take_tasks();
+            if (!loop) continue;
+            loop->run_tasks();
             working_.fetch_sub(1, std::memory_order_release);
         }
     }
@@ -113,7 +113,7 @@ private:
     std::condition_variable wake_;
     std::vector<std::thread> workers_;
     Loop* loop_ = nullptr;
-    int wanted_ = 0;
+    int active_workers_ = 0;
     std::atomic<int> working_ = 0;
     std::atomic<std::uint64_t> round_ = 0;
 };
@@ -121,27 +121,26 @@ private:
 using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
 std::atomic<GompParallel> gomp = nullptr;
-std::atomic<long> gomp_process = 0;  // a forked process has none of its threads
+std::atomic<long> gomp_process = 0;  // the threads do not exist in a forked process
 
-void take_tasks_of(void* loop) { static_cast<Loop*>(loop)->take_tasks(); }
+void run_tasks_of(void* loop) { static_cast<Loop*>(loop)->run_tasks(); }
 
 }  // namespace
 
 void use_openmp(std::uintptr_t gomp_parallel) {
     gomp.store(reinterpret_cast<GompParallel>(gomp_parallel));
-    gomp_process.store(process());
+    gomp_process.store(process_id());
 }
 
 void parallel_for(std::int64_t tasks, int threads, const std::function<void(std::int64_t)>& task) {
-    // The pool is never destroyed: its threads sleep until the process ends. A forked process has none of them
-    // and makes its own.
+    // The pool is never destroyed: its threads sleep until the process ends. A forked process creates its own pool.
     static std::mutex busy;
     static Pool* pool = nullptr;
     static long owner = 0;
     threads = static_cast<int>(std::min<std::int64_t>(threads, tasks));
-    if (const GompParallel parallel = gomp.load(); parallel && threads > 1 && gomp_process.load() == process()) {
+    if (const GompParallel parallel = gomp.load(); parallel && threads > 1 && gomp_process.load() == process_id()) {
         Loop loop(tasks, task);
-        parallel(take_tasks_of, &loop, static_cast<unsigned>(threads), 0);
+        parallel(run_tasks_of, &loop, static_cast<unsigned>(threads), 0);
         loop.rethrow();
         return;
     }
@@ -150,9 +149,9 @@ void parallel_for(std::int64_t tasks, int threads, const std::function<void(std:
         for (std::int64_t i = 0; i < tasks; ++i) task(i);
         return;
     }
-    if (pool == nullptr || owner != process()) {
+    if (pool == nullptr || owner != process_id()) {
         pool = new Pool;
-        owner = process();
+        owner = process_id();
     }
     Loop loop(tasks, task);
     pool->run(loop, threads);

@@ -1,4 +1,4 @@
-// A loop over tasks on a few threads.
+// Parallel loops over tasks.
 #pragma once
 
 #include <cstdint>
@@ -6,14 +6,14 @@
 
 namespace spinlock_fast {
 
-// Calls task(i) once for every i in [0, tasks), on up to `threads` threads, the calling one among them, and returns
-// when all are done. Which thread meets which task is not determined: results must not depend on it. Where a task throws,
-// tasks that have not begun are left out, and the first exception is thrown again on the calling thread. A call made
-// while another thread's call is running does its tasks alone, and so does one for which no thread can be started.
+// Calls task(i) for every i in [0, tasks) on up to `threads` threads, including the calling one, and returns when all
+// are done. The assignment of tasks to threads is not deterministic. If a task throws, tasks not yet started are
+// skipped and the first exception is rethrown on the calling thread. A call runs on the calling thread alone while
+// another thread's call is in progress, or if no thread can be started.
 void parallel_for(std::int64_t tasks, int threads, const std::function<void(std::int64_t)>& task);
 
-// From now on loops run on the threads of an OpenMP runtime: the address of its `GOMP_parallel`, 0 for threads of our own.
-// Two sets of threads would take the processor from each other, since those of OpenMP wait busily for their next loop.
+// Runs loops on the threads of an OpenMP runtime, given the address of its `GOMP_parallel`; 0 selects an own pool.
+// Two thread pools would compete for the cores, because OpenMP threads spin while they wait for the next loop.
 void use_openmp(std::uintptr_t gomp_parallel);
 
 }  // namespace spinlock_fast

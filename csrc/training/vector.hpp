@@ -1,32 +1,30 @@
-// Vectors of one instruction set: roots, sums, whole vectors.
+// Helpers for SIMD vectors: partial loads and stores, square roots, reductions.
 #pragma once
 
-#include "gemm.hpp"
+#include "dense_gemm.hpp"
 
 namespace spinlock_fast::SPINLOCK_SIMD {
 
 inline Vector load(const float* p) { return *reinterpret_cast<const Vector*>(p); }
-inline void keep(float* p, Vector v) { *reinterpret_cast<Vector*>(p) = v; }
+inline void store(float* p, Vector v) { *reinterpret_cast<Vector*>(p) = v; }
 
-// The first n <= kLanes values of p, then zeros.
-inline Vector load_part(const float* p, Index n) {
+// Loads n <= kLanes values, padded with zeros.
+inline Vector load_partial(const float* p, Index n) {
     if (n == kLanes) return load(p);
     alignas(64) float values[kLanes] = {};
     std::memcpy(values, p, static_cast<std::size_t>(n) * sizeof(float));
     return load(values);
 }
 
-// The first n <= kLanes values of v.
-inline void keep_part(float* p, Index n, Vector v) {
+// Stores the first n <= kLanes values of v.
+inline void store_partial(float* p, Index n, Vector v) {
     if (n == kLanes)
-        keep(p, v);
+        store(p, v);
     else
         std::memcpy(p, &v, static_cast<std::size_t>(n) * sizeof(float));
 }
 
-inline Vector all(float x) { return x - Vector{}; }
-
-inline Vector root(Vector x) {
+inline Vector vector_sqrt(Vector x) {
 #if defined(__AVX512F__)
     return reinterpret_cast<Vector>(_mm512_sqrt_ps(reinterpret_cast<__m512>(x)));
 #elif defined(__AVX2__)
@@ -37,45 +35,46 @@ inline Vector root(Vector x) {
 #endif
 }
 
-// 1 / sqrt(x) for x > 0, to the last bit or two.
-inline Vector inverse_root(Vector x) {
+// 1 / sqrt(x) for x > 0, accurate to 1 or 2 units in the last place.
+inline Vector rsqrt(Vector x) {
 #if defined(__AVX512F__)
     const Vector guess = reinterpret_cast<Vector>(_mm512_rsqrt14_ps(reinterpret_cast<__m512>(x)));
     return guess * (1.5f - 0.5f * x * guess * guess);
 #else
-    return 1.0f / root(x);
+    return 1.0f / vector_sqrt(x);
 #endif
 }
 
-inline Vector root_of_square(Vector x) {
+// sqrt(x) for x >= 0.
+inline Vector fast_sqrt(Vector x) {
 #if defined(__AVX512F__)
-    return x > Vector{} ? x * inverse_root(x) : Vector{};  // in half the time of the division unit's root
+    return x > Vector{} ? x * rsqrt(x) : Vector{};  // twice as fast as the sqrt instruction
 #else
-    return root(x);
+    return vector_sqrt(x);
 #endif
 }
 
-inline float total(Vector x) {
+inline float horizontal_sum(Vector x) {
     float sum = 0.0f;
     for (int i = 0; i < kLanes; ++i) sum += x[i];
     return sum;
 }
 
-inline bool finite(float x) { return x - x == 0.0f; }
+inline bool is_finite(float x) { return x - x == 0.0f; }
 
-// n rounded up to whole vectors.
+// n rounded up to a multiple of kLanes.
 inline Index whole_vectors(Index n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
-// f(i) summed over [0, n), lane by lane.
+// Sum of f(i) over i = 0, kLanes, 2 kLanes, ... for n a multiple of kLanes.
 template <class F>
 inline float vector_sum(Index n, F f) {
     Vector sum = {};
     Index i = 0;
     for (; i + kLanes <= n; i += kLanes) sum += f(i);
-    return total(sum);
+    return horizontal_sum(sum);
 }
 
-inline float sum_of(const float* x, Index n) {
+inline float reduce_sum(const float* x, Index n) {
     Index whole = n / kLanes * kLanes;
     float sum = vector_sum(whole, [&](Index i) { return load(x + i); });
     for (Index i = whole; i < n; ++i) sum += x[i];

@@ -1,4 +1,4 @@
-// Memory of the threads that run kernels, and addresses that Python hands over.
+// Scratch memory of the threads that run kernels.
 #pragma once
 
 #include <cstdint>
@@ -16,10 +16,9 @@
 
 namespace spinlock_fast::training {
 
-// Memory that starts at a cache line and is not cleared.
-class Floats {
+// Uninitialised memory aligned to cache lines; grows and never shrinks.
+class AlignedFloats {
 public:
-    Floats() = default;
     float* reserve(Index n) {
         if (n > size_) {
             memory_.reset(new (std::align_val_t{64}) float[static_cast<std::size_t>(n)]);
@@ -27,7 +26,6 @@ public:
         }
         return memory_.get();
     }
-    float* get() const { return memory_.get(); }
 
 private:
     struct Delete {
@@ -37,49 +35,45 @@ private:
     Index size_ = 0;
 };
 
-// The memory of each thread. It is kept from call to call: to ask the system for it anew costs more than many a task.
+// Allocates a `Workspace` for each thread and keeps it between calls, since allocation costs more than a small task.
 class Workspaces {
 public:
-    Workspaces(Index partial, Index buffer) : partial_(rounded(partial)), buffer_(buffer) {}
+    Workspaces(Index partial, Index buffer) : partial_(round_up(partial)), buffer_(buffer) {}
 
-    // That of the calling thread; throws std::bad_alloc.
-    Workspace here() const {
-        thread_local Floats memory;
+    // The workspace of the calling thread. Throws std::bad_alloc.
+    Workspace for_this_thread() const {
+        thread_local AlignedFloats memory;
         const Kernels& k = kernels();
-        const Index sizes[] = {rounded(k.packed_floats), rounded(k.row_floats), partial_, buffer_};
+        const Index sizes[] = {round_up(k.packed_floats), round_up(k.row_floats), partial_, buffer_};
         Index total = 0;
-        for (const Index size : sizes) total += size + kFence;
+        for (const Index size : sizes) total += size + kGuardFloats;
         float* p = memory.reserve(total);
         float* parts[4];
-        for (int i = 0; i < 4; p += sizes[i++] + kFence) parts[i] = fenced(p, sizes[i]);
+        for (int i = 0; i < 4; p += sizes[i++] + kGuardFloats) parts[i] = guarded(p, sizes[i]);
         return {parts[0], parts[1], parts[2], parts[3]};
     }
 
 private:
-    static Index rounded(Index n) { return (n + 15) / 16 * 16; }
+    static Index round_up(Index n) { return (n + 15) / 16 * 16; }
 
 #if defined(__SANITIZE_ADDRESS__)
-    // The parts lie in one allocation: the sanitizer is told where each ends, and what is not written reads as NaN.
-    static constexpr Index kFence = 64;
+    // All parts share one allocation: poison the memory between them, and fill them with NaN to expose unwritten
+    // values.
+    static constexpr Index kGuardFloats = 64;
 
-    static float* fenced(float* part, Index size) {
-        ASAN_UNPOISON_MEMORY_REGION(part, static_cast<std::size_t>(size + kFence) * sizeof(float));
+    static float* guarded(float* part, Index size) {
+        ASAN_UNPOISON_MEMORY_REGION(part, static_cast<std::size_t>(size + kGuardFloats) * sizeof(float));
         std::fill(part, part + size, std::numeric_limits<float>::quiet_NaN());
-        ASAN_POISON_MEMORY_REGION(part + size, kFence * sizeof(float));
+        ASAN_POISON_MEMORY_REGION(part + size, kGuardFloats * sizeof(float));
         return part;
     }
 #else
-    static constexpr Index kFence = 0;
+    static constexpr Index kGuardFloats = 0;
 
-    static float* fenced(float* part, Index) { return part; }
+    static float* guarded(float* part, Index) { return part; }
 #endif
 
     Index partial_, buffer_;
 };
-
-template <class T>
-T* at(std::uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
 
 }  // namespace spinlock_fast::training

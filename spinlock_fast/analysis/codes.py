@@ -12,7 +12,7 @@ from scipy.sparse import csr_matrix
 from spinlock_fast.analysis.observations import Observations
 from spinlock_fast.analysis.significance import Array, Counts, false_discovery_rate, normal_p
 from spinlock_fast.analysis.tables import Table
-from spinlock_fast.data.windows import processors
+from spinlock_fast.data.window_sizes import available_cpus
 from spinlock_fast.features.statistics import robust_scale
 
 _COLUMNS_AT_ONCE = 32
@@ -92,7 +92,7 @@ def code_quartiles(members: csr_matrix, x: NDArray[np.floating]) -> Array:
 def _for_columns(work: Callable[[slice], None], columns: int) -> None:
     """Calls `work` for a few columns at a time, on all processors; numpy sorts without Python's lock."""
     blocks = [slice(start, start + _COLUMNS_AT_ONCE) for start in range(0, columns, _COLUMNS_AT_ONCE)]
-    with ThreadPoolExecutor(processors()) as pool:
+    with ThreadPoolExecutor(available_cpus()) as pool:
         for _ in pool.map(work, blocks):
             pass
 

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spinlock_fast.data.source import Source, column_names, text_of
+from spinlock_fast.data.feature_source import FeatureSource, column_names, decode_text
 from spinlock_fast.errors import DataError
 from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.models.input_check import InputCheck
@@ -212,7 +212,7 @@ def distances(latents: Tensor, codebook: Tensor, tokens: Tensor, layout: Codeboo
     return torch.stack(chosen, 1), torch.stack(further, 1)
 
 
-def measured_names(source: Source, family: str) -> list[str]:
+def measured_names(source: FeatureSource, family: str) -> list[str]:
     """Names of the last axis of a family's dataset: attribute `feature_names` of it or a group above, else numbers."""
     info = source.datasets[family]
     width = info.row_shape[-1]
@@ -223,7 +223,7 @@ def measured_names(source: Source, family: str) -> list[str]:
 
 
 def read_conditions(
-    source: Source, rows: NDArray[np.int64], notes: list[str]
+    source: FeatureSource, rows: NDArray[np.int64], notes: list[str]
 ) -> tuple[dict[str, NDArray[np.float64]], dict[str, NDArray[Any]]]:
     """Parameters and labels of some rows, by name; what a file lacks is noted."""
     values = _read(source, PARAMETERS, rows, notes)
@@ -239,21 +239,21 @@ def read_conditions(
         if found is not None:
             if found.ndim != 1 or found.dtype.kind not in "OSfiub":
                 raise _unfit(source, path, "texts or numbers [N]", found)
-            labels[name] = np.array([text_of(v) for v in found]) if found.dtype.kind in "OS" else found
+            labels[name] = np.array([decode_text(v) for v in found]) if found.dtype.kind in "OS" else found
     return parameters, labels
 
 
-def _unfit(source: Source, path: str, expected: str, found: NDArray[Any]) -> DataError:
+def _unfit(source: FeatureSource, path: str, expected: str, found: NDArray[Any]) -> DataError:
     return DataError(f"{source.files[0]}: {path}: expected {expected}, got {found.dtype} of shape {found.shape}")
 
 
-def _parameter_names(source: Source, width: int) -> list[str]:
+def _parameter_names(source: FeatureSource, width: int) -> list[str]:
     if (names := column_names(source.files[0], PARAMETERS, (width,), groups=1)) is not None:
         return names
     return [f"theta[{i}]" for i in range(width)]
 
 
-def _read(source: Source, path: str, rows: NDArray[np.int64], notes: list[str]) -> NDArray[Any] | None:
+def _read(source: FeatureSource, path: str, rows: NDArray[np.int64], notes: list[str]) -> NDArray[Any] | None:
     whole = source.read_whole(path)
     if whole is None:
         notes.append(f"the data have no {path}")

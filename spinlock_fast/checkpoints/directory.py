@@ -36,7 +36,13 @@ from spinlock_fast.checkpoints.run_directory import (
 )
 from spinlock_fast.config.loading import dump_config, load_written_config
 from spinlock_fast.config.schema import RunConfig
-from spinlock_fast.data.untrusted import array, reading, shape_difference, shapes, written_by
+from spinlock_fast.data.payload_checks import (
+    checked_array,
+    payload_errors,
+    shape_difference,
+    tensor_shapes,
+    writer_note,
+)
 from spinlock_fast.errors import DataError
 from spinlock_fast.messages import one_line, shown
 from spinlock_fast.models.metrics import Metrics
@@ -156,27 +162,27 @@ def model_from_payload(payload: Mapping[str, Any]) -> CategoricalHierarchicalVQV
     """
     settings, weights = payload["model_config"], payload["model_state_dict"]
     if not isinstance(settings, Mapping) or not isinstance(weights, Mapping):
-        raise DataError(f"model_config and model_state_dict must be mappings{written_by(payload)}")
+        raise DataError(f"model_config and model_state_dict must be mappings{writer_note(payload)}")
     try:
         config = CategoricalVQVAEConfig(**settings)
     except (ValidationError, TypeError) as error:
-        raise DataError(f"model_config: {_first_problem(error)}{written_by(payload)}") from None
-    with reading(payload, "model_state_dict"):
-        sizes = shapes(weights)
+        raise DataError(f"model_config: {_first_problem(error)}{writer_note(payload)}") from None
+    with payload_errors(payload, "model_state_dict"):
+        sizes = tensor_shapes(weights)
     # A model that is much larger than its weights would take memory for nothing.
     if config.parameter_count() > sum(map(math.prod, sizes.values())):
         raise DataError(
             f"model_config describes {config.parameter_count():,} parameters, but model_state_dict holds "
-            f"{sum(map(math.prod, sizes.values())):,} numbers{written_by(payload)}"
+            f"{sum(map(math.prod, sizes.values())):,} numbers{writer_note(payload)}"
         )
     model = CategoricalHierarchicalVQVAE(config)
     if problem := shape_difference(sizes, {name: tuple(value.shape) for name, value in model.state_dict().items()}):
-        raise DataError(f"model_state_dict: {problem}{written_by(payload)}")
-    with reading(payload, "model_state_dict"):
+        raise DataError(f"model_state_dict: {problem}{writer_note(payload)}")
+    with payload_errors(payload, "model_state_dict"):
         model.load_state_dict(weights)
     if "code_usage" in payload:  # earlier versions did not keep it
-        with reading(payload, "code_usage"):
-            usage = array(payload["code_usage"], "code_usage", "fiu", model.quantizer.usage.shape)
+        with payload_errors(payload, "code_usage"):
+            usage = checked_array(payload["code_usage"], "code_usage", "fiu", model.quantizer.usage.shape)
             model.quantizer.usage.copy_(torch.from_numpy(usage))
             model.quantizer.rows_seen.fill_(int(payload["code_usage_rows"]))
     return model.eval()

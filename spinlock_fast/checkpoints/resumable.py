@@ -22,7 +22,7 @@ from spinlock_fast.checkpoints.integrity import (
 )
 from spinlock_fast.checkpoints.run_directory import FINAL, PARTIAL, check_integrity, find
 from spinlock_fast.config.schema import RunConfig
-from spinlock_fast.data.untrusted import reading
+from spinlock_fast.data.payload_checks import payload_errors
 from spinlock_fast.errors import ConfigError, DataError, OutputError
 from spinlock_fast.output.atomic_files import sync_directory
 
@@ -138,7 +138,7 @@ def _check_same_settings(saved: Mapping[str, Any], config: RunConfig, free_to_ch
 
 def check_same_features(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raises DataError where a run that is resumed sees other features; warns where they differ in rounding."""
-    with reading({}, "the saved state"):
+    with payload_errors({}, "the saved state"):
         same = all(saved[key] == now[key] for key in ("shape", "feature_names", "group_indices"))
         same = same and all(np.allclose(saved[key], now[key], rtol=1e-3, atol=1e-4) for key in ("mean", "std"))
         rounded = saved["fletcher32"] != now["fletcher32"]

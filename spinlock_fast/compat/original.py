@@ -26,7 +26,7 @@ from spinlock_fast.config.schema import (
     RunConfig,
     TrainingConfig,
 )
-from spinlock_fast.data.source import Source
+from spinlock_fast.data.feature_source import FeatureSource
 from spinlock_fast.errors import ConfigError, DataError
 from spinlock_fast.features.cleaning import FeatureCleaner, clip_bounds
 from spinlock_fast.features.encode import ANY_LENGTH, FamilyEncoder, encode
@@ -358,7 +358,7 @@ def _row_shapes(
 ) -> dict[str, tuple[int, ...]]:
     """Shapes of raw rows: from the data, else from the weights; one identity family takes the rest."""
     if data is not None:
-        with Source(data, RunConfig(families=dict(configs)).datasets()) as source:
+        with FeatureSource(data, RunConfig(families=dict(configs)).datasets()) as source:
             return {name: source.datasets[name].row_shape for name in configs}
     shapes: dict[str, tuple[int, ...]] = {}
     rest = columns
@@ -390,7 +390,7 @@ def _cleaner(
     unbounded = np.full(int(keep.sum()), np.inf)
     if data is None:
         return FeatureCleaner(keep, np.zeros(keep.size), -unbounded, unbounded), not config.enabled
-    with Source(data, {family.name: family.dataset for family in families}) as source:
+    with FeatureSource(data, {family.name: family.dataset for family in families}) as source:
         columns = encode(source, families, RunConfig().memory_budget, torch.device("cpu"))
     fill = np.median(columns, axis=0).astype(np.float64)
     low, high = clip_bounds(columns[:, keep].astype(np.float64), config)

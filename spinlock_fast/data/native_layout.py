@@ -1,4 +1,4 @@
-"""Where the bytes of a dataset lie in its file, or why only libhdf5 can tell."""
+"""Layout of a dataset in its file (offsets, chunks, filters) for the native reader."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spinlock_fast import _native
-from spinlock_fast.data.files import H5PY_ERRORS
+from spinlock_fast.data.input_files import H5PY_ERRORS
 from spinlock_fast.errors import DataError
 
-_MISSING = np.iinfo(np.uint64).max
+_UNWRITTEN = np.iinfo(np.uint64).max
 _FILTERS = {
     h5py.h5z.FILTER_DEFLATE: "deflate",
     h5py.h5z.FILTER_SHUFFLE: "shuffle",
@@ -34,37 +34,41 @@ _OTHER_FILTERS = {
     32015: "zstd",
     32026: "blosc2",
 }
-_MOST_CHUNKS = 1 << 24
-_CONTIGUOUS_BYTES = 1 << 20  # read at once
-_COMPARED = 4  # chunks of a dataset that are compared with what libhdf5 finds
-_MOST_COMPARED = 16 << 20  # bytes of a chunk that is compared
+_MAX_CHUNKS = 1 << 24
+_CONTIGUOUS_BYTES = 1 << 20  # per read task
+_COMPARED_CHUNKS = 4  # per dataset, compared with the chunks that libhdf5 finds
+_MAX_COMPARED_BYTES = 16 << 20  # larger chunks are not compared
 
 
 class NotNativeError(Exception):
-    """Why a dataset is read through h5py; the text follows "because of"."""
+    """The native reader does not support a dataset; the message completes "read through h5py because of"."""
 
 
 def native_layout(handle: h5py.File, dataset: h5py.Dataset) -> dict[str, Any]:
-    """What the native reader must know; raises NotNativeError where it would read other bytes than libhdf5.
+    """Layout of a dataset as `_native.RowReader` expects it.
 
     Args:
-        handle: the file that holds the dataset.
+        handle: the file that stores the dataset.
+        dataset: a dataset of numbers.
+
+    Raises:
+        NotNativeError: the native reader could return other values than libhdf5.
     """
     plist = dataset.id.get_create_plist()
     if dataset.shape[0] == 0:
-        return {"rows": 0, "swapped": False, "offset": 0, "chunk_rows": 1}  # an empty shard, of whatever layout
+        return {"rows": 0, "swapped": False, "offset": 0, "chunk_rows": 1}  # an empty shard of any layout
     if handle.swmr_mode:
         raise NotNativeError("a writer that has the file open")
     if handle.driver != "sec2":
-        raise NotNativeError(f"the file driver {handle.driver}")  # its offsets are not those of one file
+        raise NotNativeError(f"the file driver {handle.driver}")  # offsets do not refer to a single file
     if handle.userblock_size and h5py.version.hdf5_version_tuple < (1, 14, 3):
-        raise NotNativeError("the user block")  # older libraries give offsets without it
+        raise NotNativeError("the user block")  # older versions return offsets without the user block
     if dataset.is_virtual:
         raise NotNativeError("its virtual layout")
     if plist.get_external_count() > 0:
         raise NotNativeError("its external files")
     if not dataset.id.get_type().equal(h5py.h5t.py_create(dataset.dtype)):
-        raise NotNativeError("its number type")  # libhdf5 converts what it reads
+        raise NotNativeError("its number type")  # libhdf5 converts the values
     common = {"rows": dataset.shape[0], "swapped": not dataset.dtype.isnative}
     layout = plist.get_layout()
     if layout == h5py.h5d.CONTIGUOUS:
@@ -79,26 +83,26 @@ def native_layout(handle: h5py.File, dataset: h5py.Dataset) -> dict[str, Any]:
 
 
 def _chunks(dataset: h5py.Dataset, plist: Any) -> dict[str, Any]:
-    filters = _pipeline(plist)
+    filters = _filter_pipeline(plist)
     grid = tuple(-(-size // chunk) for size, chunk in zip(dataset.shape, dataset.chunks, strict=True))
-    if prod(grid) > _MOST_CHUNKS:
+    if prod(grid) > _MAX_CHUNKS:
         raise NotNativeError(f"a grid of {prod(grid):,} chunks")
     if dataset.maxshape[0] is not None and dataset.maxshape.count(None) == 1:
-        # Up to 2.0 libhdf5 lists such chunks under the coordinates of others: its index for one growing dimension
-        # (an extensible array) puts that dimension first, and the listing does not put it back.
+        # libhdf5 up to 2.0 lists such chunks with wrong coordinates: its index for one growing dimension (an extensible
+        # array) stores that dimension first, and the listing does not restore the order.
         raise NotNativeError("one growing dimension that is not the first, where libhdf5 misplaces chunks")
-    offsets, sizes, masks, partial = _walk(dataset, grid)
-    _check_places(dataset, offsets, grid)
+    offsets, sizes, masks, partial = _list_chunks(dataset, grid)
+    _check_offsets(dataset, offsets, grid)
     fill = np.zeros((), dataset.dtype.newbyteorder("="))
-    if (offsets == _MISSING).any():
+    if (offsets == _UNWRITTEN).any():
         if plist.fill_value_defined() == h5py.h5d.FILL_VALUE_UNDEFINED or (
             plist.get_fill_time() == h5py.h5d.FILL_TIME_NEVER
         ):
             raise NotNativeError("chunks without values")
         plist.get_fill_value(fill)
     chunk_bytes = prod(dataset.chunks) * dataset.dtype.itemsize
-    # A writer may leave chunks at the edges unfiltered (H5D_CHUNK_DONT_FILTER_PARTIAL_CHUNKS), which h5py cannot
-    # see. All of them then have the size of a raw chunk; one of another size shows that they were filtered.
+    # Edge chunks may be stored unfiltered (H5D_CHUNK_DONT_FILTER_PARTIAL_CHUNKS), which h5py does not expose. All of
+    # them then have the size of a raw chunk; a chunk of another size shows that they are filtered.
     if filters and partial.any() and (sizes[partial] == chunk_bytes).all():
         raise NotNativeError("edge chunks that may be stored unfiltered")
     return {
@@ -112,30 +116,30 @@ def _chunks(dataset: h5py.Dataset, plist: Any) -> dict[str, Any]:
     }
 
 
-def _check_places(dataset: h5py.Dataset, offsets: NDArray[np.uint64], grid: tuple[int, ...]) -> None:
-    """Raises NotNativeError where libhdf5 finds a chunk by its coordinates elsewhere than its listing says.
+def _check_offsets(dataset: h5py.Dataset, offsets: NDArray[np.uint64], grid: tuple[int, ...]) -> None:
+    """Raises NotNativeError if libhdf5 finds other bytes by the coordinates of a chunk than by its listed offset.
 
-    A few chunks are compared as they are stored: the last ones of the grid and some between, since a listing that
-    mixes up dimensions is right in its first chunks alone.
+    Compares the stored bytes of the last chunk and of a few others: a listing with swapped dimensions is correct only
+    for the first chunks.
     """
-    present = np.flatnonzero(offsets != _MISSING)
+    present = np.flatnonzero(offsets != _UNWRITTEN)
     chunk_bytes = prod(dataset.chunks) * dataset.dtype.itemsize
-    if len(present) < 2 or chunk_bytes > _MOST_COMPARED:
+    if len(present) < 2 or chunk_bytes > _MAX_COMPARED_BYTES:
         return
     descriptor = dataset.file.id.get_vfd_handle()
-    for cell in {int(present[i * (len(present) - 1) // _COMPARED]) for i in range(1, _COMPARED + 1)}:
+    for cell in {int(present[i * (len(present) - 1) // _COMPARED_CHUNKS]) for i in range(1, _COMPARED_CHUNKS + 1)}:
         origin = tuple(int(i) * size for i, size in zip(np.unravel_index(cell, grid), dataset.chunks, strict=True))
         try:
             stored = dataset.id.read_direct_chunk(origin)[1]
             listed = os.pread(descriptor, len(stored), int(offsets[cell]))
         except (*H5PY_ERRORS, OverflowError):
-            continue  # damage is told where the rows are read
+            continue  # damage is reported when the rows are read
         if len(listed) == len(stored) and listed != stored:
             raise NotNativeError("a listing of its chunks that contradicts libhdf5")
 
 
 def check_filters(file: Path, dataset: h5py.Dataset) -> None:
-    """Raises DataError where libhdf5 lacks a filter and hdf5plugin, which brings the common ones, does not help."""
+    """Raises DataError if libhdf5 lacks a filter of the dataset and the package hdf5plugin does not provide it."""
     plist = dataset.id.get_create_plist()
     for i in range(plist.get_nfilters()):
         code = plist.get_filter(i)[0]
@@ -151,8 +155,8 @@ def check_filters(file: Path, dataset: h5py.Dataset) -> None:
             )
 
 
-def _pipeline(plist: Any) -> list[tuple[str, int]]:
-    """(name, item size) of each filter in the order of writing."""
+def _filter_pipeline(plist: Any) -> list[tuple[str, int]]:
+    """(name, item size) of each filter, in the order of writing."""
     filters: list[tuple[str, int]] = []
     for i in range(plist.get_nfilters()):
         code, _, values, _ = plist.get_filter(i)
@@ -168,33 +172,33 @@ def _pipeline(plist: Any) -> list[tuple[str, int]]:
     return filters
 
 
-def _walk(
+def _list_chunks(
     dataset: h5py.Dataset, grid: tuple[int, ...]
 ) -> tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint32], NDArray[np.bool_]]:
-    """Offset, stored size and filter mask of every chunk of the grid, and which are present and overhang."""
+    """Offset, stored size and filter mask of each chunk of the grid, and which are partial (edge chunks)."""
     cells = prod(grid)
-    found: list[tuple[tuple[int, ...], int, int, int]] = []
+    chunks: list[tuple[tuple[int, ...], int, int, int]] = []
 
-    def note(info: Any) -> bool | None:
-        found.append((info.chunk_offset, info.byte_offset, info.size, info.filter_mask))
-        return True if len(found) > cells else None  # a damaged index may lead in circles
+    def record(info: Any) -> bool | None:
+        chunks.append((info.chunk_offset, info.byte_offset, info.size, info.filter_mask))
+        return True if len(chunks) > cells else None  # the index of a damaged file may contain a cycle
 
-    offsets = np.full(cells, _MISSING, np.uint64)
+    offsets = np.full(cells, _UNWRITTEN, np.uint64)
     sizes = np.zeros(cells, np.uint64)
     masks = np.zeros(cells, np.uint32)
     partial = np.zeros(cells, bool)
     if cells:
-        dataset.id.chunk_iter(note)
-    if not found:
+        dataset.id.chunk_iter(record)
+    if not chunks:
         return offsets, sizes, masks, partial
-    origin = np.array([entry[0] for entry in found], np.int64)  # [chunks, dimensions]
-    if len(found) > cells or (origin % dataset.chunks).any() or (origin >= dataset.shape).any() or (origin < 0).any():
+    origin = np.array([entry[0] for entry in chunks], np.int64)  # [chunks, dimensions]
+    if len(chunks) > cells or (origin % dataset.chunks).any() or (origin >= dataset.shape).any() or (origin < 0).any():
         raise ValueError("its index names chunks outside the dataset")
     cell = np.ravel_multi_index(tuple((origin // dataset.chunks).T), grid)
     if len(np.unique(cell)) != len(cell):
         raise ValueError("its index names a chunk twice")
-    offsets[cell] = [entry[1] for entry in found]
-    sizes[cell] = [entry[2] for entry in found]
-    masks[cell] = [entry[3] for entry in found]
+    offsets[cell] = [entry[1] for entry in chunks]
+    sizes[cell] = [entry[2] for entry in chunks]
+    masks[cell] = [entry[3] for entry in chunks]
     partial[cell] = (origin + dataset.chunks > dataset.shape).any(1)
     return offsets, sizes, masks, partial

@@ -1,4 +1,4 @@
-"""Stored numbers that stand for others: netCDF's fill values, scales and offsets."""
+"""Packed data of the CF conventions (netCDF): fill values, scale_factor and add_offset."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from spinlock_fast.data.files import one_line
 from spinlock_fast.errors import DataError
+from spinlock_fast.messages import one_line
 
-# What netCDF writes where nothing was written, without an attribute that says so. Bytes have no such value: all 256 of
-# them are data.
+# Default fill values of netCDF, used without an attribute. Types of one byte have none: all 256 values are valid data.
 _NETCDF_DEFAULT_FILLS: dict[str, int | float] = {
     "i2": -(2**15) + 1,
     "u2": 2**16 - 1,
@@ -28,12 +27,14 @@ _NETCDF_DEFAULT_FILLS: dict[str, int | float] = {
 
 @dataclass(frozen=True)
 class Packing:
-    """value = stored * scale + offset, NaN where `stored` is one of `missing` (the CF conventions).
+    """value = stored * scale + offset, and NaN if `stored` is one of `missing` (CF conventions).
 
     Args:
-        missing: compared with the numbers as they are stored, before scale and offset.
-        unsigned: signed integers whose bits are those of unsigned ones (netCDF's `_Unsigned`).
-        dtype: of the result.
+        missing: stored numbers that mean a missing value.
+        scale: factor of the stored numbers.
+        offset: added after scaling.
+        unsigned: reinterpret stored signed integers as unsigned (netCDF's `_Unsigned`).
+        dtype: type of the values.
     """
 
     missing: tuple[int | float, ...]
@@ -43,7 +44,7 @@ class Packing:
     dtype: np.dtype[Any]
 
     def __call__(self, stored: NDArray[Any]) -> NDArray[Any]:
-        """Values of the result's type, of the same shape."""
+        """Unpacks stored numbers; the result has the same shape and type `dtype`."""
         if self.unsigned:
             stored = stored.view(stored.dtype.str.replace("i", "u"))
         if self.scale == 1.0 and self.offset == 0.0:
@@ -66,24 +67,24 @@ class Packing:
 
 
 def read_packing(dataset: h5py.Dataset) -> Packing | None:
-    """The packing that the attributes of a dataset of real numbers describe; None where there is none.
+    """Reads the packing from the attributes of a dataset of real numbers; None if the dataset is not packed.
 
     Raises:
         DataError: `scale_factor` or `add_offset` is not one finite number.
     """
     attributes = dataset.attrs
-    kind = np.dtype(dataset.dtype.str).newbyteorder("=")
-    unsigned = kind.kind == "i" and _text(attributes.get("_Unsigned")).lower() == "true"
-    compared = np.dtype(kind.str.replace("i", "u")) if unsigned else kind
+    stored = np.dtype(dataset.dtype.str).newbyteorder("=")
+    unsigned = stored.kind == "i" and _text(attributes.get("_Unsigned")).lower() == "true"
+    compared = np.dtype(stored.str.replace("i", "u")) if unsigned else stored
     candidates = [
         number
         for name in ("_FillValue", "missing_value")
         if name in attributes
         for number in _numbers(attributes[name])
     ]
-    if (default := _netcdf_default_fill(dataset, kind)) is not None:
+    if (default := _netcdf_default_fill(dataset, stored)) is not None:
         candidates.append(default)
-    missing = [number for candidate in candidates if (number := _as_stored(candidate, kind, compared)) is not None]
+    missing = [number for candidate in candidates if (number := _as_stored(candidate, stored, compared)) is not None]
     scale, scale_type = _one_number(dataset, "scale_factor", 1.0)
     offset, offset_type = _one_number(dataset, "add_offset", 0.0)
     if not missing and not unsigned and scale == 1.0 and offset == 0.0:
@@ -91,16 +92,16 @@ def read_packing(dataset: h5py.Dataset) -> Packing | None:
     scaled = scale != 1.0 or offset != 0.0
     if unsigned and not missing and not scaled:
         return Packing((), 1.0, 0.0, True, compared)
-    if kind.kind == "f":
-        dtype = np.result_type(kind, scale_type, offset_type) if scaled else kind
+    if stored.kind == "f":
+        dtype = np.result_type(stored, scale_type, offset_type) if scaled else stored
     else:
-        small = kind.itemsize <= 2 and {scale_type, offset_type} <= {np.dtype(np.float16), np.dtype(np.float32)}
+        small = stored.itemsize <= 2 and {scale_type, offset_type} <= {np.dtype(np.float16), np.dtype(np.float32)}
         dtype = np.dtype(np.float32 if small else np.float64)
     return Packing(tuple(dict.fromkeys(missing)), scale, offset, unsigned, dtype)
 
 
 def _netcdf_default_fill(dataset: h5py.Dataset, kind: np.dtype[Any]) -> int | float | None:
-    """The default fill value of a netCDF variable; None where it has another one, or the file is not netCDF's."""
+    """Default fill value of a netCDF variable; None if it has another one, or the file was not written by netCDF."""
     default = _NETCDF_DEFAULT_FILLS.get(kind.str[1:])
     if default is None or ("_NCProperties" not in dataset.file.attrs and "_Netcdf4Dimid" not in dataset.attrs):
         return None
@@ -109,7 +110,7 @@ def _netcdf_default_fill(dataset: h5py.Dataset, kind: np.dtype[Any]) -> int | fl
 
 
 def _as_stored(candidate: float | int, kind: np.dtype[Any], compared: np.dtype[Any]) -> int | float | None:
-    """The number as the dataset would store it; None where no stored number can equal it, or it is NaN already."""
+    """Converts a number to the stored type; None if no stored number can equal it, or it is NaN."""
     if kind.kind == "f":
         with np.errstate(over="ignore"):
             number = float(np.asarray(candidate, np.float64).astype(kind))
@@ -124,14 +125,14 @@ def _as_stored(candidate: float | int, kind: np.dtype[Any], compared: np.dtype[A
 
 
 def _numbers(value: Any) -> list[int | float]:
-    """Numbers of an attribute, also where they are written as text; others are none that could be stored."""
-    found = np.asarray(value)
-    if found.dtype.kind in "iu":
-        return [int(number) for number in found.ravel()]
-    if found.dtype.kind in "fb":
-        return [float(number) for number in found.ravel()]
+    """Numbers of an attribute, including numbers stored as text; other values are ignored."""
+    array = np.asarray(value)
+    if array.dtype.kind in "iu":
+        return [int(number) for number in array.ravel()]
+    if array.dtype.kind in "fb":
+        return [float(number) for number in array.ravel()]
     numbers: list[int | float] = []
-    for text in np.ravel(found):
+    for text in np.ravel(array):
         try:
             numbers.append(float(_text(text)))
         except ValueError:
@@ -145,12 +146,12 @@ def _one_number(dataset: h5py.Dataset, name: str, default: float) -> tuple[float
     value = dataset.attrs[name]
     numbers = _numbers(value)
     if len(numbers) != 1 or np.size(value) != 1 or not np.isfinite(numbers[0]):
-        shown = one_line(ValueError(value))
+        shown = one_line(value)
         raise DataError(
             f"{dataset.file.filename}: {dataset.name.lstrip('/')}: {name} is {shown}, expected one finite number"
         )
-    found = np.asarray(value).dtype
-    return float(numbers[0]), found if found.kind == "f" else np.dtype(np.float64)
+    dtype = np.asarray(value).dtype
+    return float(numbers[0]), dtype if dtype.kind == "f" else np.dtype(np.float64)
 
 
 def _text(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Some rows of a matrix that may be larger than the memory."""
+"""Selected rows of a matrix that may be larger than memory."""
 
 from __future__ import annotations
 
@@ -9,44 +9,44 @@ from numpy.typing import NDArray
 
 
 class RowView:
-    """Rows of a matrix by number; none is copied before it is read.
+    """A lazy selection of rows of a matrix: rows are copied when they are read.
 
-    As much of an array as statistics need: `shape`, and rows by a slice or by their places in the selection.
+    Has `shape` and supports indexing by a slice or by positions within the selection.
 
     Args:
         matrix: [N, F] float32, contiguous; may be a memory map.
-        numbers: [n] of rows, all of them when not given.
-        transform: what is read of rows [m, F] becomes transform(rows) [m, F], float32.
+        row_numbers: [n] rows to select; all rows by default.
+        transform: function [m, F] -> [m, F], float32, applied to rows when they are read.
     """
 
     def __init__(
         self,
         matrix: NDArray[np.float32],
-        numbers: NDArray[np.int64] | None = None,
+        row_numbers: NDArray[np.int64] | None = None,
         transform: Callable[[NDArray[np.float32]], NDArray[np.float32]] | None = None,
     ) -> None:
-        self._matrix = np.asarray(matrix)  # of a memory map the plain view, which is quicker to index
-        self._numbers = np.arange(len(matrix)) if numbers is None else numbers
+        self._matrix = np.asarray(matrix)  # a plain view of a memory map is faster to index
+        self._row_numbers = np.arange(len(matrix)) if row_numbers is None else row_numbers
         self._transform = transform
-        self.shape = (len(self._numbers), matrix.shape[1])
+        self.shape = (len(self._row_numbers), matrix.shape[1])
 
-    def __getitem__(self, places: slice | NDArray[np.int64]) -> NDArray[np.float32]:
-        """A copy of rows."""
-        numbers = self._numbers[places]
-        found: NDArray[np.float32] = np.empty((len(numbers), self.shape[1]), np.float32)
-        self._read(numbers, found)
-        return found
+    def __getitem__(self, positions: slice | NDArray[np.int64]) -> NDArray[np.float32]:
+        """Copies of rows [m, F]."""
+        row_numbers = self._row_numbers[positions]
+        rows: NDArray[np.float32] = np.empty((len(row_numbers), self.shape[1]), np.float32)
+        self._read(row_numbers, rows)
+        return rows
 
-    def part(self, places: NDArray[np.int64]) -> RowView:
-        """The rows at some places of this selection."""
-        return RowView(self._matrix, self._numbers[places])
+    def select(self, positions: NDArray[np.int64]) -> RowView:
+        """The rows at some positions of this selection, without the transform."""
+        return RowView(self._matrix, self._row_numbers[positions])
 
-    def read(self, places: slice | NDArray[np.int64], out: NDArray[np.float32]) -> None:
-        """Copies rows to `out` [len(places), F], without the interpreter's lock."""
-        self._read(self._numbers[places], out)
+    def read(self, positions: slice | NDArray[np.int64], out: NDArray[np.float32]) -> None:
+        """Copies rows to `out` [len(positions), F]; releases the GIL."""
+        self._read(self._row_numbers[positions], out)
 
-    def _read(self, numbers: NDArray[np.int64], out: NDArray[np.float32]) -> None:
-        # The mode that checks every number first copies to a buffer: half as fast.
-        np.take(self._matrix, numbers, axis=0, out=out, mode="clip")
+    def _read(self, row_numbers: NDArray[np.int64], out: NDArray[np.float32]) -> None:
+        # mode="raise" would copy through a buffer, at half the speed; the row row_numbers are in range.
+        np.take(self._matrix, row_numbers, axis=0, out=out, mode="clip")
         if self._transform is not None:
             out[...] = self._transform(out)

@@ -1,4 +1,4 @@
-"""Training, validation and test rows."""
+"""Split of the rows into training, validation and test rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from spinlock_fast.errors import DataError
 
 @dataclass
 class Split:
-    """Row numbers, ascending."""
+    """Ascending row numbers of the training, validation and test rows."""
 
     train: np.ndarray[Any, np.dtype[np.int64]]
     val: np.ndarray[Any, np.dtype[np.int64]]
@@ -23,16 +23,16 @@ class Split:
 
 
 def split_rows(rows: int, config: TrainingConfig, seed: int, val_rows: ArrayLike | None = None) -> Split:
-    """Training, validation and test rows, fixed by the seed.
+    """Splits rows at random; the split depends only on the arguments.
 
     Args:
-        rows: N.
-        config: val_fraction and test_fraction.
-        seed: of the permutation.
-        val_rows: validation rows, instead of drawing them.
+        rows: number of rows.
+        config: provides val_fraction and test_fraction.
+        seed: seed of the permutation.
+        val_rows: validation rows; drawn at random by default.
 
     Raises:
-        DataError: nothing would be left to train on, or `val_rows` is not a set of rows.
+        DataError: no training rows are left, or `val_rows` are not distinct rows.
     """
     if rows < 2:
         raise DataError(f"the data have {rows} row{'' if rows == 1 else 's'}: training and validation need at least 2")
@@ -47,5 +47,5 @@ def split_rows(rows: int, config: TrainingConfig, seed: int, val_rows: ArrayLike
         order = order[~np.isin(order, val)]
     test_size = max(1, round(rows * config.test_fraction)) if config.test_fraction > 0 else 0
     if order.size <= test_size:
-        raise DataError(f"{rows} rows leave none to train on after {val.size} for validation and {test_size} for test")
+        raise DataError(f"{rows} rows leave none for training after {val.size} for validation and {test_size} for test")
     return Split(np.sort(order[test_size:]), np.sort(val), np.sort(order[:test_size]))

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spinlock_fast.config.schema import ENCODER_PARAMS, FamilyConfig
-from spinlock_fast.data.source import DatasetInfo, Source, as_float32
-from spinlock_fast.data.untrusted import shape_difference, shapes, texts
+from spinlock_fast.data.feature_source import DatasetInfo, FeatureSource, as_float32
+from spinlock_fast.data.payload_checks import checked_strings, shape_difference, tensor_shapes
 from spinlock_fast.errors import ConfigError, DataError
 from spinlock_fast.features.encoders import Encoder, build_encoder, seeded_encoder
 from spinlock_fast.features.missing import column_medians, missing_report, raw_statistics
@@ -156,9 +156,9 @@ class FamilyEncoder:
         shape = tuple(int(size) for size in state["row_shape"])
         if not isinstance(state["dataset"], str) or not isinstance(name, str):
             raise DataError(f"{shown(name)}: names of families and datasets must be texts")
-        found = shapes(state["state_dict"])
+        found = tensor_shapes(state["state_dict"])
         with torch.device("meta"):  # a network that is larger than its weights would take memory for nothing
-            expected = shapes(build_encoder(shape, params).state_dict())
+            expected = tensor_shapes(build_encoder(shape, params).state_dict())
         if problem := shape_difference(found, expected):
             raise DataError(f"{name}: {problem}")
         encoder = build_encoder(shape, params)
@@ -177,7 +177,7 @@ class FamilyEncoder:
             encoder,
             state["center"],
             state["scale"],
-            texts(columns, "column_names", encoder.output_dim) if columns is not None else None,
+            checked_strings(columns, "column_names", encoder.output_dim) if columns is not None else None,
             state.get("fill"),
         )
 
@@ -191,7 +191,7 @@ def _broadcasts(shape: tuple[int, ...], row_shape: tuple[int, ...]) -> bool:
 
 
 def make_encoders(
-    source: Source,
+    source: FeatureSource,
     families: Mapping[str, FamilyConfig],
     seed: int,
     memory_budget: int,
@@ -223,7 +223,7 @@ class Encoded:
 
 
 def encode(
-    source: Source,
+    source: FeatureSource,
     encoders: list[FamilyEncoder],
     memory_budget: int,
     device: torch.device,
@@ -234,7 +234,7 @@ def encode(
 
 
 def encode_rows(
-    source: Source,
+    source: FeatureSource,
     encoders: list[FamilyEncoder],
     memory_budget: int,
     device: torch.device,
@@ -285,7 +285,7 @@ class EncodedBlock(NamedTuple):
 
 
 def encode_blocks(
-    source: Source,
+    source: FeatureSource,
     family: FamilyEncoder,
     memory_budget: int,
     device: torch.device,
@@ -301,7 +301,7 @@ def encode_blocks(
         counts = _missing_by_column(values)
         if counts.any() and training_rows is not None and family.fill is None:
             family.fill = column_medians(source, family.name, training_rows, memory_budget).to(device)
-        columns = family(values, source.placing(family.name, start)).cpu().numpy()
+        columns = family(values, source.row_locator(family.name, start)).cpu().numpy()
         yield EncodedBlock(start, columns, row_keys(values, family.name).cpu().numpy(), counts)
         if progress is not None:
             progress(family.name, start + len(columns), info.rows)
@@ -325,7 +325,7 @@ def _missing_by_column(values: Tensor) -> NDArray[np.int64]:
 
 
 def encode_seconds(
-    source: Source, encoders: Sequence[FamilyEncoder], memory_budget: int, device: torch.device
+    source: FeatureSource, encoders: Sequence[FamilyEncoder], memory_budget: int, device: torch.device
 ) -> float:
     """Seconds that `encode` may take, from one block of every family."""
     seconds = 0.0
@@ -335,7 +335,7 @@ def encode_seconds(
         family.to(device)
         started = time.perf_counter()
         raw = torch.from_numpy(source.read(family.name, 0, rows)).to(device)
-        family(raw, source.placing(family.name, 0)).cpu()
+        family(raw, source.row_locator(family.name, 0)).cpu()
         seconds += (time.perf_counter() - started) * info.rows / rows
     return seconds
 

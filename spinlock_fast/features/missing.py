@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spinlock_fast.data.source import DatasetInfo, Source
+from spinlock_fast.data.feature_source import DatasetInfo, FeatureSource
 from spinlock_fast.features.statistics import known_median, known_robust_scale, robust_scale
 
 Rows = NDArray[np.int64]
@@ -18,7 +18,7 @@ _ROWS_WITHOUT_GAPS = 512  # for a position where no training row misses a value,
 _STANDARDIZE_ROWS = 8192
 
 
-def column_medians(source: Source, family: str, training_rows: Rows, memory_budget: int) -> Tensor:
+def column_medians(source: FeatureSource, family: str, training_rows: Rows, memory_budget: int) -> Tensor:
     """What replaces the missing values of a family: float32 of a row's shape.
 
     The median of each position over the training rows (over 512 of them at most where none misses a value); where no
@@ -42,7 +42,7 @@ def column_medians(source: Source, family: str, training_rows: Rows, memory_budg
 
 
 def raw_statistics(
-    source: Source, family: str, training_rows: Rows | None, memory_budget: int
+    source: FeatureSource, family: str, training_rows: Rows | None, memory_budget: int
 ) -> tuple[Tensor, Tensor]:
     """Median and robust scale per last-axis column of raw values, from rows spread evenly over the data set.
 
@@ -61,7 +61,9 @@ def raw_statistics(
     return torch.from_numpy(center).float(), torch.from_numpy(scale).float()
 
 
-def _sampled(source: Source, family: str, rows: Rows | None, most_rows: int, most_bytes: int) -> NDArray[np.float32]:
+def _sampled(
+    source: FeatureSource, family: str, rows: Rows | None, most_rows: int, most_bytes: int
+) -> NDArray[np.float32]:
     """Raw values of some of the rows (None: of all), whole chunks spread evenly over the data set."""
     info = source.datasets[family]
     chosen = _spread_rows(info, most_rows, most_bytes)

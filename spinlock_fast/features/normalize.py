@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from spinlock_fast.config.schema import TrainingConfig
-from spinlock_fast.data.untrusted import array, finite
+from spinlock_fast.data.payload_checks import checked_array, checked_finite
 from spinlock_fast.errors import DataError
 from spinlock_fast.features.statistics import Matrix, mean_and_std, robust_scale
 from spinlock_fast.messages import shown
@@ -67,7 +67,9 @@ class Normalizer:
         """The normaliser of what `state` gave, for so many features (None: any number); raises DataError."""
         if state["method"] not in ("standard", "mad"):
             raise DataError(f"method must be standard or mad, got {shown(state['method'])}")
-        center, scale = (finite(array(state[name], name, "f", [features]), name) for name in ("center", "scale"))
+        center, scale = (
+            checked_finite(checked_array(state[name], name, "f", [features]), name) for name in ("center", "scale")
+        )
         if not (scale > 0).all():
             raise DataError("scale must be positive")
         return cls(state["method"], center, scale)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from spinlock_fast.data.untrusted import array
+from spinlock_fast.data.payload_checks import checked_array
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE
 
 Floats = NDArray[np.floating]
@@ -64,8 +64,8 @@ class KnownRows:
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> KnownRows:
         """What `state` gave; raises DataError."""
-        keys = array(state["keys"], "keys", "i", [None])
-        return cls(keys, array(state["parts"], "parts", "u", keys.shape))
+        keys = checked_array(state["keys"], "keys", "i", [None])
+        return cls(keys, checked_array(state["parts"], "parts", "u", keys.shape))
 
 
 class Spread(NamedTuple):
@@ -121,7 +121,7 @@ class TrainingRange:
     def from_state(cls, state: Mapping[str, Any], features: int | None = None) -> TrainingRange:
         """What `state` gave, of so many features (None: any number); raises DataError."""
         spreads = [Spread.from_state(state[name]) for name in ("outside", "error")]
-        low, high = (array(state[name], name, "f", [features]) for name in ("low", "high"))
+        low, high = (checked_array(state[name], name, "f", [features]) for name in ("low", "high"))
         return cls(low, high, *spreads)
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spinlock_fast.config.schema import TrainingConfig
-from spinlock_fast.data.host_rows import Rows, blocks_of
+from spinlock_fast.data.host_rows import Rows, row_blocks
 from spinlock_fast.features.names import count_families
 from spinlock_fast.kernels._common.guard import device_guard
 from spinlock_fast.kernels.code_decoders import code_statistics, decode_codes
@@ -166,7 +166,7 @@ def _measure(model: CategoricalHierarchicalVQVAE, x: Rows, weights: LossWeights)
     latents: list[Tensor] = []
     codes: list[Tensor] = []
     done = 0
-    for rows in blocks_of(x):
+    for rows in row_blocks(x):
         if not done:
             centre = rows.mean(0, dtype=torch.float64)  # near that of all rows: sums of squares cancel less about it
         out = model(rows)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from spinlock_fast.data.host_rows import HostRows, Rows, blocks_of
+from spinlock_fast.data.host_rows import HostRows, Rows, row_blocks
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ def measurable_rows(model: CategoricalHierarchicalVQVAE, x: Rows) -> NDArray[np.
     was_training = model.training
     model.eval()
     found = []
-    for rows in blocks_of(x):
+    for rows in row_blocks(x):
         out = model(rows)
         error = (out["reconstruction"] - rows).square().sum(1)
         found.append((out["tokens"] >= 0).all(1) & error.isfinite() & (rows.abs().amax(1) <= LARGEST))
@@ -44,7 +44,7 @@ def some_rows(x: Rows, keep: NDArray[np.bool_]) -> Rows:
     """The rows that a mask [N] chooses, where the others lie."""
     places = np.flatnonzero(keep)
     if isinstance(x, HostRows):
-        return HostRows(x.rows.part(places), x.device)
+        return HostRows(x.rows.select(places), x.device)
     return x[torch.from_numpy(places).to(x.device)]
 
 
@@ -78,7 +78,7 @@ def without_outliers(
 def largest_value(x: Rows) -> tuple[int, float]:
     """The row of the largest absolute value, and that value."""
     row, largest, start = 0, -1.0, 0
-    for rows in blocks_of(x):
+    for rows in row_blocks(x):
         each = rows.abs().amax(1)
         place = int(each.argmax())
         if float(each[place]) > largest:

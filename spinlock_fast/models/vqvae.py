@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from spinlock_fast.config.schema import LevelConfig, ModelConfig, PositiveInt
-from spinlock_fast.data.arrays import real_numbers
+from spinlock_fast.data.input_arrays import to_real_tensor
 from spinlock_fast.kernels._common.guard import check_dense
 from spinlock_fast.kernels._common.ragged import Ragged
 from spinlock_fast.kernels._common.snapshot import snapshot
@@ -346,7 +346,7 @@ class CategoricalHierarchicalVQVAE(TransientBuffers):
         """
         weight = self.encoder_layers.first.weight
         with _evaluating(self):
-            rows = real_numbers(x, "x").to(weight)
+            rows = to_real_tensor(x, "x").to(weight)
             return self.quantizer.assign(self.encode(rows)).codes
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Writing files so that a reader sees the old one or the new one, never half of one."""
+"""Atomic file writes: readers see the old file or the complete new one."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ from pathlib import Path
 from typing import Any
 
 from spinlock_fast.errors import OutputError
+from spinlock_fast.messages import one_line
 
-# Names of temporary files: .NAME.HOST-PID-RANDOM.SUFFIX. Host and process tell whether the writer still lives.
+# Names of temporary files: .NAME.HOST-PID-RANDOM.SUFFIX. Host and process ID show whether the writer still exists.
 _TEMPORARY = re.compile(r"\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}(?:\.[^.]*)?$")
-_LONGEST_NAME = 200  # of the part that comes from the file; the file system's limit is mostly 255 bytes
+_MAX_NAME_BYTES = 200  # bytes of the target's name in a temporary name; most file systems allow 255 in all
 _DESCRIPTOR = re.compile(r"/(?:dev/fd|proc/self/fd|proc/\d+/fd)/(\d+)$")
 _STANDARD = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives the name of a temporary file that takes the place of `path` when the block ends well.
+    """Yields the name of a temporary file that replaces `path` if the block does not raise.
 
-    A symbolic link stays, and its target is replaced. A FIFO or character device, such as /dev/stdout, is written to.
-    A file that is replaced keeps its permissions; a new one has those of the umask.
+    If `path` is a symbolic link, its target is replaced. A FIFO or character device, such as /dev/stdout, is written to
+    at the end. A replaced file keeps its permissions; a new file gets those of the umask.
 
     Raises:
-        OutputError: the directory cannot be made or the file not written; `path` is a block device or a socket.
+        OutputError: the directory or the file cannot be written, or `path` is a block device or a socket.
     """
     try:
         descriptor = _open_descriptor(path)
@@ -50,14 +51,14 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _renamed(target: Path) -> Iterator[Path]:
-    """A temporary file beside the target, renamed to it at the end."""
+    """A temporary file in the directory of the target, renamed to it at the end."""
     temporary: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_stale_temporaries(target)
         temporary = _create_temporary(target)
         yield temporary
-        _take_permissions(temporary, target)
+        _copy_permissions(temporary, target)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, target)
@@ -69,32 +70,34 @@ def _renamed(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def _written_through(target: Path, descriptor: int | None) -> Iterator[Path]:
-    """A temporary file elsewhere, whose bytes go to a device, a FIFO or an open descriptor at the end."""
-    with tempfile.TemporaryDirectory(prefix="spinlock-fast-") as place:
-        temporary = Path(place) / "output"
+    """A temporary file elsewhere, copied to a device, a FIFO or an open descriptor at the end."""
+    with tempfile.TemporaryDirectory(prefix="spinlock-fast-") as directory:
+        temporary = Path(directory) / "output"
         temporary.touch()
         yield temporary
-        where = os.dup(descriptor) if descriptor is not None else os.open(target, os.O_WRONLY | os.O_NOCTTY)
-        with open(temporary, "rb") as source, open(where, "wb") as sink:
+        output = os.dup(descriptor) if descriptor is not None else os.open(target, os.O_WRONLY | os.O_NOCTTY)
+        with open(temporary, "rb") as source, open(output, "wb") as sink:
             shutil.copyfileobj(source, sink)
 
 
 def _open_descriptor(path: Path) -> int | None:
-    """The number of the open file that /dev/stdout, /dev/fd/N or a link to it names."""
-    seen = os.path.abspath(path)
-    for _ in range(40):  # as many links as Linux follows
-        if seen in _STANDARD:
-            return _STANDARD[seen]
-        if (match := _DESCRIPTOR.search(seen)) and seen.startswith(("/dev/", "/proc/self/", f"/proc/{os.getpid()}/")):
+    """Descriptor named by /dev/stdout, /dev/fd/N or a link to one of them; None for other paths."""
+    current = os.path.abspath(path)
+    for _ in range(40):  # limit of Linux
+        if current in _STANDARD:
+            return _STANDARD[current]
+        if (match := _DESCRIPTOR.search(current)) and current.startswith(
+            ("/dev/", "/proc/self/", f"/proc/{os.getpid()}/")
+        ):
             return int(match[1])
-        if not os.path.islink(seen):
+        if not os.path.islink(current):
             return None
-        seen = os.path.abspath(os.path.join(os.path.dirname(seen), os.readlink(seen)))
+        current = os.path.abspath(os.path.join(os.path.dirname(current), os.readlink(current)))
     return None
 
 
 def _is_special(target: Path) -> bool:
-    """Whether a target is a FIFO or a character device; raises OSError for what cannot be written at all."""
+    """Whether a target is a FIFO or a character device; raises OSError for a block device or a socket."""
     try:
         mode = target.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -105,7 +108,7 @@ def _is_special(target: Path) -> bool:
 
 
 def check_regular(path: Path) -> None:
-    """Raises OutputError where a path exists and is no regular file: a directory, device, FIFO or socket."""
+    """Raises OutputError if a path exists and is not a regular file."""
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -119,16 +122,16 @@ def check_regular(path: Path) -> None:
 
 
 def check_no_link(path: Path) -> None:
-    """Raises OutputError where a path is a symbolic link, through which another file would be overwritten."""
+    """Raises OutputError if a path is a symbolic link: writing would overwrite its target."""
     if path.is_symlink():
         raise OutputError(f"{path}: is a symbolic link; remove it")
 
 
 def _create_temporary(target: Path) -> Path:
-    """A new empty file beside the target, with the permissions that the umask leaves."""
-    stem = os.fsdecode(os.fsencode(target.name)[:_LONGEST_NAME])
+    """Creates an empty file in the directory of the target."""
+    stem = os.fsdecode(os.fsencode(target.name)[:_MAX_NAME_BYTES])
     suffix = target.suffix if len(target.suffix) <= 16 else ""
-    # A private file must not be readable by others while it is written.
+    # The replaced file may be private: its successor must not be readable by others meanwhile.
     mode = 0o600 if target.exists() else 0o666
     name = f".{stem}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}{suffix}"
     os.close(os.open(target.parent / name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode))
@@ -136,19 +139,19 @@ def _create_temporary(target: Path) -> Path:
 
 
 def remove_stale_temporaries(target: Path) -> None:
-    """Removes temporary files of a target that processes of this host left when they were killed."""
-    stem = os.fsdecode(os.fsencode(target.name)[:_LONGEST_NAME])
+    """Removes temporary files of a target that killed processes of this host left behind."""
+    stem = os.fsdecode(os.fsencode(target.name)[:_MAX_NAME_BYTES])
     with suppress(OSError):
         for entry in os.scandir(target.parent):
             match = _TEMPORARY.search(entry.name)
             if not match or entry.name[: match.start()] != f".{stem}" or match[1] != _host():
                 continue
-            if not process_lives(int(match[2])):
+            if not process_exists(int(match[2])):
                 Path(entry.path).unlink(missing_ok=True)
 
 
-def process_lives(pid: int) -> bool:
-    """Whether a process of this host is there."""
+def process_exists(pid: int) -> bool:
+    """Whether a process of this host exists."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -162,8 +165,8 @@ def _host() -> str:
     return f"{zlib.crc32(socket.gethostname().encode()):08x}"
 
 
-def _take_permissions(temporary: Path, target: Path) -> None:
-    """Gives the new file the permissions, and as far as allowed the owner, of the one that it replaces."""
+def _copy_permissions(temporary: Path, target: Path) -> None:
+    """Copies the permissions and, if allowed, the owner of the replaced file to the new one."""
     try:
         old = target.stat()
     except FileNotFoundError:
@@ -176,7 +179,7 @@ def _take_permissions(temporary: Path, target: Path) -> None:
 
 
 def sync_directory(directory: Path) -> None:
-    """Makes renames within a directory last through a power cut, where the file system can."""
+    """Flushes renames within a directory to disk, if the file system supports it."""
     try:
         handle = os.open(directory, os.O_RDONLY)
     except OSError:
@@ -189,28 +192,28 @@ def sync_directory(directory: Path) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write` with a temporary name, then renames; raises OutputError."""
+    """Calls `write` with a temporary path, then replaces `path` by it; raises OutputError."""
     with replacing(path) as temporary:
         try:
             write(temporary)
-        except RuntimeError as error:  # what torch.save makes of a full disk
-            raise OutputError(f"{path}: cannot be written: {_one_line(error)}") from None
+        except RuntimeError as error:  # raised by torch.save if the disk is full
+            raise OutputError(f"{path}: cannot be written: {one_line(error)}") from None
 
 
 def write_text(path: Path, text: str) -> None:
-    """A UTF-8 text file."""
+    """Writes a UTF-8 text file atomically."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """An indented JSON file; raises ValueError for NaN or Inf, which JSON does not have."""
+    """Writes an indented JSON file atomically; raises ValueError for NaN and Inf, which JSON cannot represent."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def reserve(path: Path, start: int, size: int) -> None:
-    """Takes the disk space of `size` bytes of a file from `start` on; raises OSError where the disk is full.
+def reserve_disk_space(path: Path, start: int, size: int) -> None:
+    """Allocates disk space for bytes [start, start + size) of a file; raises OSError if the disk is full.
 
-    HDF5 must never meet a full disk: after a write that fails, it crashes when it closes the file or the process ends.
+    HDF5 must not run out of disk space: after a failed write, it crashes when the file is closed or the process ends.
     No effect on systems without posix_fallocate.
     """
     if hasattr(os, "posix_fallocate"):
@@ -219,7 +222,7 @@ def reserve(path: Path, start: int, size: int) -> None:
 
 
 def check_writable(directory: Path) -> None:
-    """Raises OutputError where no file can be made in the directory; leaves nothing behind, not even an empty one."""
+    """Raises OutputError if no file can be created in the directory; removes directories created by the check."""
     missing: list[Path] = []
     try:
         missing = [path for path in (directory, *directory.parents) if not path.exists()]
@@ -235,10 +238,6 @@ def check_writable(directory: Path) -> None:
 
 
 def _reason(error: Exception) -> str:
-    # HDF5 puts a page of detail where others put a phrase.
+    # Messages of HDF5 are several lines long.
     number = getattr(error, "errno", None)
-    return os.strerror(number) if number else _one_line(error)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    return os.strerror(number) if number else one_line(error)

@@ -1,4 +1,4 @@
-"""One writer per output: a lock that ends with the process that holds it."""
+"""Exclusive locks of outputs, released by the operating system when the process ends."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from spinlock_fast.errors import OutputError
-from spinlock_fast.output.atomic_files import process_lives
+from spinlock_fast.output.atomic_files import process_exists
 
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # of file systems without flock
-_WORKERS_END = 5.0  # seconds in which workers of a killed process, which hold its lock as well, have ended
+_WAIT_SECONDS = 5.0  # for worker processes of a killed process, which inherit its lock, to end
 
 
 def lock_path(output: Path) -> Path:
-    """Where the lock of an output lies: in a directory, or beside a file."""
+    """Path of the lock file of an output: inside a directory, next to a file."""
     return output / ".lock" if os.path.isdir(output) else output.with_name(f".{output.name[:200]}.lock")
 
 
@@ -27,11 +27,11 @@ def lock_path(output: Path) -> Path:
 def locked(output: Path) -> Iterator[None]:
     """Holds the lock of an output, a file or an existing directory, within the block.
 
-    The operating system ends the lock of a process that dies, so a file that a killed process left holds nothing. On
-    file systems without locks, the process and host in the file decide.
+    The operating system releases the lock of a process that ends, so a leftover lock file of a killed process has no
+    effect. On file systems without locks, the process and host stored in the lock file are checked instead.
 
     Raises:
-        OutputError: another process holds it (the message tells which), or the lock file cannot be made.
+        OutputError: another process holds the lock (named in the message), or the lock file cannot be created.
     """
     path = lock_path(output)
     try:
@@ -41,18 +41,18 @@ def locked(output: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        # Removed while it is held: who waited for this file finds it gone and makes another.
+        # Remove the file while the lock is held: a waiting process then detects this and creates a new one.
         with suppress(OSError):
             os.unlink(path)
         os.close(descriptor)
 
 
 @contextmanager
-def written_by_one(output: Path) -> Iterator[None]:
-    """Holds the lock of a file that a long command will replace; no effect for a device, which is written to.
+def locked_output_file(output: Path) -> Iterator[None]:
+    """Holds the lock of a file that a command will replace; no effect for devices and FIFOs.
 
     Raises:
-        OutputError: another process writes the file, or its directory cannot be written.
+        OutputError: another process is writing the file, or its directory cannot be written.
     """
     target = Path(os.path.realpath(output))
     if os.path.exists(target) and not target.is_file():
@@ -67,8 +67,8 @@ def written_by_one(output: Path) -> Iterator[None]:
 
 
 @contextmanager
-def directory_written_by_one(directory: Path) -> Iterator[None]:
-    """Makes a directory and holds its lock while the files of one command are written to it; raises OutputError."""
+def locked_output_directory(directory: Path) -> Iterator[None]:
+    """Creates a directory and holds its lock while a command writes files to it; raises OutputError."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -78,12 +78,12 @@ def directory_written_by_one(directory: Path) -> Iterator[None]:
 
 
 def _acquire(path: Path, output: Path) -> int:
-    deadline = time.monotonic() + _WORKERS_END
+    deadline = time.monotonic() + _WAIT_SECONDS
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
             if not _try_flock(descriptor):
-                if not _held_by_a_living_process(descriptor) and time.monotonic() < deadline:
+                if not _holder_exists(descriptor) and time.monotonic() < deadline:
                     os.close(descriptor)
                     time.sleep(0.05)
                     continue
@@ -111,29 +111,29 @@ def _try_flock(descriptor: int) -> bool:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        return not _held_by_a_living_process(descriptor)
+        return not _holder_exists(descriptor)
     return True
 
 
-def _held_by_a_living_process(descriptor: int) -> bool:
-    words = os.pread(descriptor, 4096, 0).decode(errors="replace").split()
-    if len(words) < 2 or not words[0].isdigit():
+def _holder_exists(descriptor: int) -> bool:
+    fields = os.pread(descriptor, 4096, 0).decode(errors="replace").split()
+    if len(fields) < 2 or not fields[0].isdigit():
         return False
-    return words[1] != socket.gethostname() or process_lives(int(words[0]))
+    return fields[1] != socket.gethostname() or process_exists(int(fields[0]))
 
 
 def _is_same_file(descriptor: int, path: Path) -> bool:
-    """Whether the path still names the open file: the holder before may have removed it."""
+    """Whether the path still refers to the open file: the previous holder may have removed it."""
     try:
-        there = os.stat(path)
+        current = os.stat(path)
     except FileNotFoundError:
         return False
-    mine = os.fstat(descriptor)
-    return (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino)
+    opened = os.fstat(descriptor)
+    return (current.st_dev, current.st_ino) == (opened.st_dev, opened.st_ino)
 
 
 def _holder(descriptor: int) -> str:
-    words = os.pread(descriptor, 4096, 0).decode(errors="replace").split()
-    if len(words) < 4:
+    fields = os.pread(descriptor, 4096, 0).decode(errors="replace").split()
+    if len(fields) < 4:
         return "another process"
-    return f"process {words[0]} on {words[1]}, since {words[2]} {words[3]}"
+    return f"process {fields[0]} on {fields[1]}, since {fields[2]} {fields[3]}"

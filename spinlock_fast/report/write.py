@@ -50,7 +50,7 @@ def write_report(
         raise SpinlockFastError(f"{error.name} is not installed: pip install 'spinlock-fast[report]'") from None
     from spinlock_fast.device import resolve_device
     from spinlock_fast.output.atomic_files import check_writable
-    from spinlock_fast.output.locks import directory_written_by_one
+    from spinlock_fast.output.locks import locked_output_directory
     from spinlock_fast.report.contents import read_contents
     from spinlock_fast.report.save import save_figure
     from spinlock_fast.report.style import RC
@@ -61,7 +61,7 @@ def write_report(
     if not contents.metrics:
         contents.notes.append("no metrics.json and no data: what would be measured is left out")
     files = []
-    with directory_written_by_one(Path(output)), matplotlib.style.context(["default", RC]):
+    with locked_output_directory(Path(output)), matplotlib.style.context(["default", RC]):
         for kind in kinds:
             files += save_figure(draw(kind, contents, sample), Path(output) / kind)
     return files, contents.notes

@@ -23,8 +23,14 @@ import numpy as np
 from spinlock_fast.config.schema import DEFAULT_DATASETS
 from spinlock_fast.descriptors.registry import aggregated_names, registry, temporal_names, trajectory_names
 from spinlock_fast.errors import ConfigError, DataError, OutputError
-from spinlock_fast.output.atomic_files import check_no_link, check_regular, check_writable, reserve, sync_directory
-from spinlock_fast.output.hdf5_files import new_file
+from spinlock_fast.output.atomic_files import (
+    check_no_link,
+    check_regular,
+    check_writable,
+    reserve_disk_space,
+    sync_directory,
+)
+from spinlock_fast.output.hdf5_files import create_hdf5_file
 from spinlock_fast.output.locks import locked
 from spinlock_fast.simulate.config import GeneratorConfig
 from spinlock_fast.simulate.parameters import PARAMETER_NAMES, ThetaSequence
@@ -158,7 +164,7 @@ class Writer:
     def _reserve(self, size: int) -> None:
         """Takes disk space behind the file's content before HDF5 needs it."""
         assert self._file is not None
-        reserve(self.partial, self._file.id.get_filesize(), size + _METADATA_BYTES)
+        reserve_disk_space(self.partial, self._file.id.get_filesize(), size + _METADATA_BYTES)
 
     def finish(self) -> None:
         """Gives the complete file its name; raises DataError where rows are missing."""
@@ -193,7 +199,7 @@ class Writer:
         resumed = resume and partial.exists()
         kept = self.finished = self._check_resumable(partial) if resumed else 0
         size = self.rows * _KNOWN_BYTES + (partial.stat().st_size if kept else 0)
-        self._file = new_file(self._head, size + _METADATA_BYTES, _FORMAT)
+        self._file = create_hdf5_file(self._head, size + _METADATA_BYTES, _FORMAT)
         self._create(self._file)
         if kept:
             with _reading(partial) as source:

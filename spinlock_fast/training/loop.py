@@ -17,7 +17,7 @@ from torch import Tensor
 from spinlock_fast.config.random_streams import Stream, generator, version
 from spinlock_fast.config.schema import RunConfig
 from spinlock_fast.data.host_rows import Rows
-from spinlock_fast.data.untrusted import shape_difference, shapes
+from spinlock_fast.data.payload_checks import shape_difference, tensor_shapes
 from spinlock_fast.errors import ConfigError, DataError, Interrupted, TrainingError
 from spinlock_fast.messages import shown
 from spinlock_fast.models.losses import LossTerms
@@ -431,8 +431,8 @@ class TrainingRun:
         for name in ("best_loss", "counted_loss"):
             if not isinstance(state[name], (int, float)):
                 raise DataError(f"{name} must be a number, got {shown(state[name])}")
-        best = shapes(state["best_state_dict"])
-        if best and (problem := shape_difference(best, shapes(self.model.state_dict()))):
+        best = tensor_shapes(state["best_state_dict"])
+        if best and (problem := shape_difference(best, tensor_shapes(self.model.state_dict()))):
             raise DataError(f"best_state_dict: {problem}")
 
     def load(self, state: Mapping[str, Any]) -> None:

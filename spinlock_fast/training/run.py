@@ -22,7 +22,7 @@ from spinlock_fast.checkpoints.run_directory import RunDirectory
 from spinlock_fast.config.loading import dump_config
 from spinlock_fast.config.random_streams import VERSION, streams_of
 from spinlock_fast.config.schema import RunConfig
-from spinlock_fast.data.source import Source
+from spinlock_fast.data.feature_source import FeatureSource
 from spinlock_fast.data.split import Split, split_rows
 from spinlock_fast.device import resolve_device
 from spinlock_fast.errors import ConfigError, DataError, Interrupted
@@ -176,14 +176,14 @@ def output_directory(config: RunConfig) -> Path:
     return Path(name)
 
 
-def open_source(config: RunConfig) -> Source:
+def open_source(config: RunConfig) -> FeatureSource:
     """The configuration's data; raises DataError, or ConfigError where dataset_path is not set."""
     if config.dataset_path is None:
         raise ConfigError("dataset_path: required, not given; name an HDF5 file, a glob or a list of files")
-    return Source(config.dataset_path, config.datasets(), allow_external=config.data.allow_external)
+    return FeatureSource(config.dataset_path, config.datasets(), allow_external=config.data.allow_external)
 
 
-def prepare(source: Source, config: RunConfig, device: torch.device, display: Display) -> Prepared:
+def prepare(source: FeatureSource, config: RunConfig, device: torch.device, display: Display) -> Prepared:
     """Encodes, cleans, discovers categories and normalises. All is fitted to the training rows."""
     clock = _Clock()
     split = split_rows(source.rows, config.training, config.random_seed)

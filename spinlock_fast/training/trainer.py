@@ -19,11 +19,11 @@ from torch import Tensor
 from spinlock_fast.config.loading import apply_overrides, load_config
 from spinlock_fast.config.random_streams import seed_torch, streams_of, version
 from spinlock_fast.config.schema import Levels, RunConfig
-from spinlock_fast.data.arrays import without_mask
 from spinlock_fast.data.host_rows import HostRows, Rows, free_memory, place_rows
+from spinlock_fast.data.input_arrays import masked_to_nan
+from spinlock_fast.data.payload_checks import payload_errors
 from spinlock_fast.data.row_view import RowView
 from spinlock_fast.data.split import Split, split_rows
-from spinlock_fast.data.untrusted import reading
 from spinlock_fast.device import resolve_device
 from spinlock_fast.errors import ConfigError, DataError, Interrupted, TrainingError
 from spinlock_fast.features.categories import (
@@ -235,7 +235,7 @@ class Trainer:
             if model_config.extra_inputs:
                 model.fit_extra_inputs(*(torch.from_numpy(values) for values in mean_and_std(train_rows)))
             if resume is not None:
-                with reading(resume, "the saved state"):
+                with payload_errors(resume, "the saved state"):
                     run.load(resume)
             else:
                 run.initialize_codes()
@@ -375,7 +375,7 @@ def _as_matrix(x: ArrayLike | Tensor) -> NDArray[Any]:
         x = x.detach().cpu()
         array = (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x).numpy()
     else:
-        array = without_mask(x)
+        array = masked_to_nan(x)
     if array.ndim != 2 or array.shape[1] == 0:
         raise DataError(f"x must be a matrix [N, F] with at least one column, got {list(array.shape)}")
     if array.dtype.kind not in "fiub":

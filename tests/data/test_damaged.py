@@ -1,4 +1,4 @@
-"""Files that are damaged, hostile, or change while they are read: one clear error, and nothing left behind."""
+"""Damaged, manipulated and changing files: one-line errors, and no leaked threads or files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pytest
 from processes import run_code
 
 from spinlock_fast import _native
-from spinlock_fast.data import HDF5Loader, index, native_layout
+from spinlock_fast.data import HDF5Loader, native_layout, shard_index
 from spinlock_fast.errors import DataError
 
 ROWS, CHUNK = 64, 8
@@ -40,7 +40,7 @@ def write(path: Path, layout: str = "gzip") -> str:
     return str(path)
 
 
-def place(path: str, row: int) -> tuple[int, int]:
+def chunk_position(path: str, row: int) -> tuple[int, int]:
     """Offset and stored size of the chunk that holds a row."""
     with h5py.File(path) as file:
         info = file["x"].id.get_chunk_info(row // CHUNK)
@@ -59,7 +59,7 @@ def load(path: str, **settings: Any) -> HDF5Loader:
 
 
 def good_batches(batches: Iterator[dict[str, Any]]) -> int:
-    """Batches before the end or an error, which all must be right."""
+    """Number of batches before the end or an error; checks their values."""
     count = 0
     for batch in batches:
         for name in ("good", "x"):
@@ -69,8 +69,8 @@ def good_batches(batches: Iterator[dict[str, Any]]) -> int:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_left() -> Iterator[None]:
-    """No thread and no open file of this process outlives an error."""
+def _no_leaks() -> Iterator[None]:
+    """No thread and no open file remains after an error."""
 
     def resources() -> tuple[int, list[str]]:
         names = [
@@ -84,20 +84,20 @@ def _nothing_is_left() -> Iterator[None]:
     yield
     deadline = time.monotonic() + 5.0
     while resources() != before and time.monotonic() < deadline:
-        time.sleep(0.01)  # a thread that was joined leaves /proc a moment later
+        time.sleep(0.01)  # /proc lists a joined thread for a moment
     assert resources() == before
 
 
-def test_an_undamaged_file(tmp_path: Path) -> None:
+def test_undamaged_files_are_read(tmp_path: Path) -> None:
     for layout in LAYOUTS:
         assert good_batches(iter(load(write(tmp_path / "a.h5", layout)))) == 8
 
 
 @pytest.mark.parametrize("layout", ["gzip", "shuffled", "checked", "lzf"])
 @pytest.mark.parametrize("where", ["first", "middle", "last"])
-def test_a_damaged_chunk_is_raised_at_its_batch(tmp_path: Path, layout: str, where: str) -> None:
+def test_damaged_chunk_raises_at_its_batch(tmp_path: Path, layout: str, where: str) -> None:
     path = write(tmp_path / "a.h5", layout)
-    offset, size = place(path, 40)
+    offset, size = chunk_position(path, 40)
     overwrite(path, offset + {"first": 0, "middle": size // 2, "last": size - 3}[where], b"\xa5\x5a\xa5")
     loader = load(path)
     batches = iter(loader)
@@ -114,10 +114,10 @@ def test_a_damaged_chunk_is_raised_at_its_batch(tmp_path: Path, layout: str, whe
     assert loader.state_dict()["batch"] == 5
 
 
-def test_the_first_of_several_errors_is_raised_whatever_the_timing(tmp_path: Path) -> None:
+def test_first_error_is_raised_independent_of_timing(tmp_path: Path) -> None:
     path = write(tmp_path / "a.h5")
     for row in (20, 24, 60):
-        overwrite(path, place(path, row)[0] + 5, b"\xff" * 9)
+        overwrite(path, chunk_position(path, row)[0] + 5, b"\xff" * 9)
     messages = set()
     for threads in (1, 2, 4) * 5:
         with pytest.raises(DataError) as caught:
@@ -127,8 +127,8 @@ def test_the_first_of_several_errors_is_raised_whatever_the_timing(tmp_path: Pat
     assert "rows 16..23" in messages.pop()
 
 
-def test_an_error_that_is_noticed_late_still_comes_first(tmp_path: Path) -> None:
-    """The first chunk is damaged at its end, the second at its beginning, which another thread sees at once."""
+def test_error_detected_late_is_still_raised_first(tmp_path: Path) -> None:
+    """The first chunk is damaged at its end, the second at its beginning, which another thread detects earlier."""
     path = str(tmp_path / "a.h5")
     with h5py.File(path, "w") as file:
         values = np.random.default_rng(0).standard_normal((2, 400_000))
@@ -141,9 +141,9 @@ def test_an_error_that_is_noticed_late_still_comes_first(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("shuffle", [True, "exact"])
-def test_batches_without_a_damaged_row_are_given(tmp_path: Path, shuffle: Any) -> None:
+def test_batches_before_a_damaged_row_are_delivered(tmp_path: Path, shuffle: Any) -> None:
     path = write(tmp_path / "a.h5")
-    overwrite(path, place(path, 32)[0] + 5, b"\xff" * 9)
+    overwrite(path, chunk_position(path, 32)[0] + 5, b"\xff" * 9)
     loader = load(path, shuffle=shuffle)
     order = np.concatenate([rows for _, rows in loader._plan()[0].windows(0)])
     first = next(i for i in range(8) if ((order[8 * i : 8 * i + 8] // 8) == 4).any())
@@ -155,9 +155,9 @@ def test_batches_without_a_damaged_row_are_given(tmp_path: Path, shuffle: Any) -
     assert count == first
 
 
-def test_checksums_may_be_left_alone(tmp_path: Path) -> None:
+def test_verify_checksums_false_ignores_checksums(tmp_path: Path) -> None:
     path = write(tmp_path / "a.h5", "checked")
-    offset, size = place(path, 0)
+    offset, size = chunk_position(path, 0)
     overwrite(path, offset + size - 1, b"\x77")
     assert good_batches(iter(load(path, verify_checksums=False))) == 8
     with helpers.raises_one_line(DataError, "checksum"):
@@ -165,7 +165,7 @@ def test_checksums_may_be_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
-def test_a_truncated_file(tmp_path: Path, layout: str) -> None:
+def test_truncated_file_is_an_error(tmp_path: Path, layout: str) -> None:
     path = write(tmp_path / "a.h5", layout)
     content = Path(path).read_bytes()
     for share in (0.05, 0.5, 0.97):
@@ -176,11 +176,11 @@ def test_a_truncated_file(tmp_path: Path, layout: str) -> None:
 
 @pytest.mark.parametrize("layout", ["gzip", "contiguous", "lzf"])
 @pytest.mark.parametrize("change", ["shorter", "touched", "overwritten", "replaced"])
-def test_a_file_that_changes_while_it_is_read(tmp_path: Path, layout: str, change: str) -> None:
+def test_file_changed_during_reading_is_an_error(tmp_path: Path, layout: str, change: str) -> None:
     path = write(tmp_path / "a.h5", layout)
     loader = HDF5Loader(
         path, "x", 8, shuffle=False, num_threads=1, memory_budget=10_000
-    )  # so that the end of the file is not read ahead
+    )  # small budget: the end of the file is not read ahead
     batches = iter(loader)
     next(batches)
     if change == "shorter":
@@ -188,12 +188,12 @@ def test_a_file_that_changes_while_it_is_read(tmp_path: Path, layout: str, chang
     elif change == "touched":
         os.utime(path, ns=(1, 1))
     elif change == "overwritten":
-        overwrite(path, place(path, 56)[0] if layout != "contiguous" else 3000, b"\xff" * 900)
+        overwrite(path, chunk_position(path, 56)[0] if layout != "contiguous" else 3000, b"\xff" * 900)
     else:
         shutil.copy(path, tmp_path / "b.h5")
         os.replace(tmp_path / "b.h5", path)
     if change == "replaced" and layout != "lzf":
-        # The open descriptor still reads the old file, whole; a new pass notices.
+        # The open descriptor still refers to the complete old file; a new pass detects the change.
         assert sum(len(batch["x"]) for batch in batches) == 56
         batches = iter(loader)
     with helpers.raises_one_line(DataError, "a.h5: x", "changed"):
@@ -201,8 +201,8 @@ def test_a_file_that_changes_while_it_is_read(tmp_path: Path, layout: str, chang
 
 
 @pytest.mark.parametrize("layout", ["gzip", "contiguous", "lzf"])
-def test_a_file_that_is_deleted_while_it_is_read(tmp_path: Path, layout: str) -> None:
-    """Either all of the old file is read, or an error names it."""
+def test_file_deleted_during_reading_is_read_or_named(tmp_path: Path, layout: str) -> None:
+    """Either the whole old file is read, or an error names it."""
     path = write(tmp_path / "a.h5", layout)
     loader = load(path)
     batches = iter(loader)
@@ -211,20 +211,20 @@ def test_a_file_that_is_deleted_while_it_is_read(tmp_path: Path, layout: str) ->
     try:
         assert good_batches(batches) == 7
     except DataError as error:
-        assert "a.h5" in str(error)  # noqa: PT017 - either way is right
+        assert "a.h5" in str(error)  # noqa: PT017 - both outcomes are correct
     with helpers.raises_one_line(DataError, "a.h5"):
         good_batches(iter(loader))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:
+def test_unreadable_file_is_an_error(tmp_path: Path) -> None:
     path = write(tmp_path / "a.h5")
     os.chmod(path, 0)
     with helpers.raises_one_line(DataError, "a.h5", "Permission denied"):
         load(path)
 
 
-def test_a_directory(tmp_path: Path) -> None:
+def test_directory_is_an_error(tmp_path: Path) -> None:
     with helpers.raises_one_line(DataError, str(tmp_path), "directory"):
         load(str(tmp_path))
 
@@ -241,10 +241,10 @@ def test_a_directory(tmp_path: Path) -> None:
         ("masks", 3, 2**32 - 1, "damaged"),
     ],
 )
-def test_a_hostile_index(tmp_path: Path, key: str, chunk: int, value: int, words: str) -> None:
-    """What a manipulated B-tree may say is an error of its batch; nothing of that size is allocated."""
+def test_manipulated_chunk_index_is_an_error(tmp_path: Path, key: str, chunk: int, value: int, words: str) -> None:
+    """A manipulated B-tree is an error of the affected batch; memory of the stated size is not allocated."""
     loader = load(write(tmp_path / "a.h5"))
-    native = loader._tables.tables[1].shards[0].native
+    native = loader._sharded.datasets[1].shards[0].native_layout
     assert native is not None
     native[key][chunk] = value
     batches = iter(loader)
@@ -252,52 +252,52 @@ def test_a_hostile_index(tmp_path: Path, key: str, chunk: int, value: int, words
         next(batches)
     with helpers.raises_one_line(DataError, "a.h5: x: chunk [24, 0] (rows 24..31)", words):
         next(batches)
-    index._known.clear()  # the manipulated index must not be found by other tests
+    shard_index._cache.clear()  # other tests must not use the manipulated index
 
 
-class Walked:
-    """A dataset whose index is told by `tell(chunk infos, note)`."""
+class FakeIndex:
+    """A dataset whose chunk index is replaced by `listing(chunk infos, record)`."""
 
-    def __init__(self, dataset: h5py.Dataset, tell: Callable[[list[Any], Any], None]) -> None:
+    def __init__(self, dataset: h5py.Dataset, listing: Callable[[list[Any], Any], None]) -> None:
         self.shape, self.chunks, self.id = dataset.shape, dataset.chunks, self
         self.infos = [dataset.id.get_chunk_info(i) for i in range(dataset.id.get_num_chunks())]
-        self.tell = tell
+        self.listing = listing
 
-    def chunk_iter(self, note: Any) -> None:
-        self.tell(self.infos, note)
+    def chunk_iter(self, record: Any) -> None:
+        self.listing(self.infos, record)
 
 
-def circles(infos: list[Any], note: Any) -> None:
-    while note(infos[0]) is None:
+def cycle(infos: list[Any], record: Any) -> None:
+    while record(infos[0]) is None:
         pass
 
 
-def twice(infos: list[Any], note: Any) -> None:
+def repeated(infos: list[Any], record: Any) -> None:
     for info in [infos[0], *infos[:-1]]:
-        note(info)
+        record(info)
 
 
-@pytest.mark.parametrize(("tell", "words"), [(circles, "outside"), (twice, "twice")])
-def test_an_index_that_is_no_grid(tmp_path: Path, tell: Any, words: str) -> None:
+@pytest.mark.parametrize(("listing", "words"), [(cycle, "outside"), (repeated, "twice")])
+def test_inconsistent_chunk_index_is_an_error(tmp_path: Path, listing: Any, words: str) -> None:
     with h5py.File(write(tmp_path / "a.h5")) as file, pytest.raises(ValueError, match=words):
-        native_layout._walk(Walked(file["x"], tell), (8, 1))
+        native_layout._list_chunks(FakeIndex(file["x"], listing), (8, 1))
 
 
-def test_a_file_that_changes_while_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_changed_while_opening_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "a.h5")
-    opened = index.open_file
+    original = shard_index.open_file
 
     def open_and_touch(file: Path) -> h5py.File:
-        handle = opened(file)
+        handle = original(file)
         os.utime(file, ns=(1, 1))
         return handle
 
-    monkeypatch.setattr(index, "open_file", open_and_touch)
+    monkeypatch.setattr(shard_index, "open_file", open_and_touch)
     with helpers.raises_one_line(DataError, "a.h5", "changed while it was opened"):
         load(path)
 
 
-def test_descriptions_that_contradict_themselves_are_refused() -> None:
+def test_inconsistent_layouts_are_rejected() -> None:
     shard = {"file": 0, "rows": 8, "chunk_rows": 1, "swapped": False, "offset": 0}
     dataset = {"name": "x", "item_size": 4, "row_shape": [3], "shards": [shard]}
     with pytest.raises(ValueError, match="names no file"):
@@ -328,7 +328,7 @@ for path in sys.argv[2:]:
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 def test_random_damage_anywhere_never_crashes(tmp_path: Path, layout: str) -> None:
-    """Bytes are overwritten in data and metadata alike; a process of its own shows crashes and hangs."""
+    """Overwrites bytes of data and metadata; reads the files in a separate process, to detect crashes and hangs."""
     content = bytearray(Path(write(tmp_path / "a.h5", layout)).read_bytes())
     random = np.random.default_rng(len(layout))
     paths = []
@@ -360,8 +360,8 @@ with h5py.File(sys.argv[1], "w", libver="latest") as file:
 
 
 @pytest.mark.parametrize("mode", ["for readers", "alone"])
-def test_a_file_that_another_process_writes(tmp_path: Path, mode: str) -> None:
-    """Read through libhdf5 where its writer allows for readers (SWMR), else refused."""
+def test_file_written_by_another_process(tmp_path: Path, mode: str) -> None:
+    """Read through libhdf5 if its writer is in SWMR mode; otherwise an error."""
     path = str(tmp_path / "a.h5")
     command = [sys.executable, "-c", _WRITER, path, mode]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as writer:

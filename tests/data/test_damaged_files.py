@@ -1,4 +1,4 @@
-"""Data files damaged at random places, through the loader, `train` and `tokenize`: a result or one line, no crash."""
+"""Randomly damaged data files in the loader, `train` and `tokenize`: a result or a one-line error, no crash."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SETTINGS = {
 
 
 def damaged(whole: bytes, seed: int) -> bytes:
-    """The file with some bytes changed, a block zeroed or repeated, or its end missing."""
+    """The file with changed bytes, a zeroed or copied block, or a missing end."""
     draw = random.Random(seed)
     data = bytearray(whole)
     kind = draw.choice(["bytes", "zeros", "repeat", "cut", "header"])
@@ -41,7 +41,7 @@ def damaged(whole: bytes, seed: int) -> bytes:
 
 
 def work(folder: Path, first: int, last: int) -> None:
-    """Tries the files of some seeds; the file `last_seed` names the one that was tried when a process died."""
+    """Runs all actions on the files of a range of seeds; `last_seed` holds the current one, in case of a crash."""
     from spinlock_fast.config.schema import RunConfig
     from spinlock_fast.data import HDF5Loader
     from spinlock_fast.errors import SpinlockFastError
@@ -78,7 +78,7 @@ def work(folder: Path, first: int, last: int) -> None:
 
 
 @pytest.mark.parametrize("count", [SOME, pytest.param(MANY, marks=pytest.mark.slow)])
-def test_damaged_files_end_in_a_result_or_one_line(count: int, tmp_path: Path) -> None:
+def test_damaged_files_give_a_result_or_a_one_line_error(count: int, tmp_path: Path) -> None:
     from spinlock_fast.commands.console import RunDisplay
     from spinlock_fast.config.schema import RunConfig
     from spinlock_fast.training.run import run

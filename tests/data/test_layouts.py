@@ -1,4 +1,4 @@
-"""Every way to store rows: the loader gives the bytes that h5py gives."""
+"""Storage layouts: the loader returns the same bytes as h5py."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DTYPES = ["<f2", "<f4", "<f8", ">f2", ">f4", ">f8", "i1", "u1", "<i2", ">i2", "<
 
 
 def random_values(shape: tuple[int, ...], dtype: str, seed: int = 0, constant: bool = False) -> NDArray[Any]:
-    """Any bits, so that floats hold NaN of every payload; runs of equal bytes where `constant`, which compress."""
+    """Random bits, including NaN with any payload; runs of equal bytes, which compress, if `constant`."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     random = np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)
     if constant:
@@ -33,7 +33,7 @@ def random_values(shape: tuple[int, ...], dtype: str, seed: int = 0, constant: b
 
 
 def native(values: NDArray[Any]) -> NDArray[Any]:
-    """The same numbers in this machine's byte order, moved as bytes: arithmetic may change the payload of a NaN."""
+    """Converts to native byte order bytewise: a cast could change the payload of a NaN."""
     if values.dtype.isnative:
         return values
     return values.byteswap().view(values.dtype.newbyteorder("="))
@@ -48,7 +48,7 @@ def through_h5py(files: list[str], path: str) -> NDArray[Any]:
 
 
 def check(files: list[str], paths: list[str], way: str | None = None, **options: Any) -> dict[str, Any]:
-    """Loads all rows, compares them with h5py's bytes, and returns `stats()`. `way`: how every dataset must be read."""
+    """Loads all rows, compares them with h5py, and returns `stats()`. `way`: how each dataset must be read."""
     loader = HDF5Loader(files, paths, **{"batch_size": 7, "window_rows": 16, **options})
     expected = {path: through_h5py(files, path) for path in paths}
     seen = []
@@ -70,7 +70,7 @@ def check(files: list[str], paths: list[str], way: str | None = None, **options:
 
 @st.composite
 def layouts(draw: st.DrawFn) -> dict[str, Any]:
-    """One dataset: shape of a row, number type, storage, what of it is written."""
+    """Strategy for one dataset: row shape, number type, storage, written rows."""
     row_shape = tuple(draw(st.lists(st.integers(1, 9), min_size=0, max_size=3)))
     dtype = draw(st.sampled_from(DTYPES))
     chunked = draw(st.booleans()) or draw(st.booleans())
@@ -78,7 +78,7 @@ def layouts(draw: st.DrawFn) -> dict[str, Any]:
     if chunked:
         sizes = [draw(st.integers(1, 12)), *(draw(st.integers(1, size)) for size in row_shape)]
         if draw(st.booleans()):
-            sizes[1:] = row_shape  # whole rows, as real files have them
+            sizes[1:] = row_shape  # chunks of whole rows, as in most files
         options["chunks"] = tuple(sizes)
         options["maxshape"] = draw(st.sampled_from(["fixed", "rows", "all", "mixed"]))
         options["growing"] = [draw(st.sampled_from([0, 1, 2])) for _ in sizes]
@@ -138,7 +138,7 @@ def write(file: h5py.File, path: str, rows: int, layout: dict[str, Any], seed: i
     shuffle=st.sampled_from([True, False, "exact"]),
     num_threads=st.integers(1, 3),
 )
-def test_any_layout_gives_the_bytes_that_h5py_gives(
+def test_any_layout_matches_h5py(
     first: dict[str, Any], second: dict[str, Any], shard_rows: list[int], libver: str, **options: Any
 ) -> None:
     with tempfile.TemporaryDirectory() as directory:
@@ -172,7 +172,7 @@ CHUNKED = {"chunks": (8, 6, 5)}
     ids=repr,
 )
 @pytest.mark.parametrize("dtype", ["<f4", ">f4"])
-def test_the_common_layouts_are_read_natively(tmp_path: Path, options: Any, dtype: str, shuffle: Any) -> None:
+def test_common_layouts_are_read_natively(tmp_path: Path, options: Any, dtype: str, shuffle: Any) -> None:
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file.create_dataset("x", data=random_values(SHAPE, dtype, constant=True), **options)
     check([str(tmp_path / "a.h5")], ["x"], "native", shuffle=shuffle)
@@ -199,7 +199,7 @@ def test_other_filters_are_read_through_h5py(tmp_path: Path, options: Any) -> No
     assert stats["paths"]["y"] == "native"
 
 
-def test_a_filter_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_filter_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file.create_dataset("x", data=random_values(SHAPE, "<f4"), chunks=(8, 6, 5), **hdf5plugin.Zstd())
     monkeypatch.setattr(h5py.h5z, "filter_avail", lambda code: False)
@@ -208,8 +208,8 @@ def test_a_filter_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("mask", range(8))
-def test_filters_that_were_skipped_for_a_chunk(tmp_path: Path, mask: int) -> None:
-    """Chunks of one dataset with different masks, each filtered by hand as its mask says."""
+def test_filter_mask_of_chunks_is_respected(tmp_path: Path, mask: int) -> None:
+    """Chunks of one dataset with different filter masks, filtered accordingly by hand."""
     import zlib
 
     from spinlock_fast import _native
@@ -230,14 +230,14 @@ def test_filters_that_were_skipped_for_a_chunk(tmp_path: Path, mask: int) -> Non
     check([str(tmp_path / "a.h5")], ["x"], "native")
 
 
-def test_a_user_block(tmp_path: Path) -> None:
+def test_user_block_is_read(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "a.h5", "w", userblock_size=1024) as file:
         file.create_dataset("x", data=random_values(SHAPE, "<f4"), chunks=(8, 6, 5), compression="gzip")
         file.create_dataset("y", data=random_values(SHAPE, "<f4", seed=1))
     check([str(tmp_path / "a.h5")], ["x", "y"])
 
 
-def test_a_virtual_dataset(tmp_path: Path) -> None:
+def test_virtual_dataset_is_read_through_h5py(tmp_path: Path) -> None:
     layout = h5py.VirtualLayout((20, 3), "<f4")
     for i in range(2):
         with h5py.File(tmp_path / f"part_{i}.h5", "w") as file:
@@ -248,7 +248,7 @@ def test_a_virtual_dataset(tmp_path: Path) -> None:
     check([str(tmp_path / "a.h5")], ["x"], "h5py, because of its virtual layout")
 
 
-def test_external_files(tmp_path: Path) -> None:
+def test_external_files_are_read_through_h5py(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "a.h5", "w") as file:
         size = h5py.h5f.UNLIMITED
         dataset = file.create_dataset("x", (20, 3), "<f4", external=[(str(tmp_path / "x.bin"), 0, size)])
@@ -256,7 +256,7 @@ def test_external_files(tmp_path: Path) -> None:
     check([str(tmp_path / "a.h5")], ["x"], "h5py, because of its external files")
 
 
-def test_a_compact_dataset(tmp_path: Path) -> None:
+def test_compact_dataset_is_read_through_h5py(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "a.h5", "w") as file:
         plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         plist.set_layout(h5py.h5d.COMPACT)
@@ -267,7 +267,7 @@ def test_a_compact_dataset(tmp_path: Path) -> None:
     check([str(tmp_path / "a.h5")], ["x"], "h5py, because of its compact layout")
 
 
-def test_values_that_were_never_written(tmp_path: Path) -> None:
+def test_unwritten_values_are_fill_values(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file.create_dataset("contiguous", (20, 3), "<f4", fillvalue=7.0)
         file.create_dataset("chunked", (20, 3), "<f4", fillvalue=-3.0, chunks=(4, 2), compression="gzip")
@@ -275,7 +275,7 @@ def test_values_that_were_never_written(tmp_path: Path) -> None:
     assert stats["paths"]["chunked"] == "native"
 
 
-def test_integers_of_unusual_size_are_converted_by_libhdf5(tmp_path: Path) -> None:
+def test_unusual_integer_sizes_are_read_through_h5py(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "a.h5", "w") as file:
         kind = h5py.h5t.STD_I32LE.copy()
         kind.set_precision(24)
@@ -284,16 +284,16 @@ def test_integers_of_unusual_size_are_converted_by_libhdf5(tmp_path: Path) -> No
     check([str(tmp_path / "a.h5")], ["x"], "h5py, because of its number type")
 
 
-def test_edge_chunks_that_may_be_unfiltered_are_left_to_libhdf5(tmp_path: Path) -> None:
-    """With shuffle alone no size tells whether the last chunk, which overhangs, was filtered."""
+def test_possibly_unfiltered_edge_chunks_are_read_through_h5py(tmp_path: Path) -> None:
+    """With shuffle alone, the size does not show whether the partial last chunk was filtered."""
     for rows, way in [(16, "native"), (18, "h5py, because of edge chunks")]:
         with h5py.File(tmp_path / "a.h5", "w") as file:
             file.create_dataset("x", data=random_values((rows, 3), "<f4"), chunks=(8, 3), shuffle=True)
         check([str(tmp_path / "a.h5")], ["x"], way)
 
 
-def test_chunks_without_values_are_left_to_libhdf5(tmp_path: Path) -> None:
-    """What a missing chunk holds where fill values are never written, only libhdf5 says."""
+def test_chunks_without_fill_values_are_read_through_h5py(tmp_path: Path) -> None:
+    """Values of a missing chunk are undefined if fill values are never written: left to libhdf5."""
     with h5py.File(tmp_path / "a.h5", "w") as file:
         dataset = file.create_dataset("x", (40, 6), "<f4", chunks=(8, 6), compression="gzip", fill_time="never")
         dataset[:8] = 1.0
@@ -302,8 +302,8 @@ def test_chunks_without_values_are_left_to_libhdf5(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("old_format", [False, True])
-def test_every_kind_of_chunk_index(tmp_path: Path, old_format: bool) -> None:
-    """Both formats of HDF5 files, fixed and growing in one or two dimensions, one chunk and many."""
+def test_all_chunk_index_types_are_read(tmp_path: Path, old_format: bool) -> None:
+    """Old and new file formats, fixed and extendible in one or two dimensions, one chunk and many."""
     with h5py.File(tmp_path / "a.h5", "w", libver="earliest" if old_format else "latest") as file:
         shapes = [(40, 6), (None, 6), (None, None)]
         cases = itertools.product(shapes, [(8, 6), (40, 6), (3, 4)], [None, "gzip"])
@@ -314,7 +314,7 @@ def test_every_kind_of_chunk_index(tmp_path: Path, old_format: bool) -> None:
     check([str(tmp_path / "a.h5")], names, "native")
 
 
-def test_a_dataset_that_shrank_and_grew(tmp_path: Path) -> None:
+def test_resized_dataset_matches_h5py(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "a.h5", "w") as file:
         dataset = file.create_dataset(
             "x", data=random_values((40, 6), "<f4"), chunks=(8, 6), maxshape=(None, 6), compression="gzip", fillvalue=2
@@ -337,33 +337,35 @@ def test_a_dataset_that_shrank_and_grew(tmp_path: Path) -> None:
         ((4, 4), (16, 24), "native"),
     ],
 )
-def test_one_growing_dimension(tmp_path: Path, libver: Any, chunks: Any, maxshape: Any, way: str) -> None:
-    """libhdf5 lists the chunks of an extensible array under wrong coordinates where the rows do not grow."""
+def test_extensible_array_index_is_read_correctly(
+    tmp_path: Path, libver: Any, chunks: Any, maxshape: Any, way: str
+) -> None:
+    """libhdf5 lists chunks of an extensible array with wrong coordinates if the rows do not grow."""
     with h5py.File(tmp_path / "a.h5", "w", libver=libver) as file:
         data = np.arange(96, dtype=np.float32).reshape(8, 12)
         file.create_dataset("x", data=data, chunks=chunks, maxshape=maxshape, compression="gzip")
     check([str(tmp_path / "a.h5")], ["x"], way)
 
 
-def test_a_listing_that_contradicts_libhdf5_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever kind of index a coming version gets wrong: chunks are compared with what it finds by coordinates."""
+def test_wrong_chunk_listing_falls_back_to_h5py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Listed chunks are compared with those found by coordinates, in case a version of libhdf5 lists them wrongly."""
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file.create_dataset("x", data=random_values((40, 6), "<f4"), chunks=(8, 3), compression="gzip")
-    walk = native_layout._walk
+    list_chunks = native_layout._list_chunks
 
     def misplacing(dataset: Any, grid: Any) -> Any:
-        offsets, sizes, masks, partial = walk(dataset, grid)
+        offsets, sizes, masks, partial = list_chunks(dataset, grid)
         swapped = np.arange(len(offsets)).reshape(grid).T.ravel()
         return offsets[swapped], sizes[swapped], masks, partial
 
-    monkeypatch.setattr(native_layout, "_walk", misplacing)
+    monkeypatch.setattr(native_layout, "_list_chunks", misplacing)
     check([str(tmp_path / "a.h5")], ["x"], "h5py, because of a listing of its chunks that contradicts libhdf5")
 
 
 @pytest.mark.parametrize("filters", [(False, False), (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("extra", [4, 190, 5000])
-def test_streams_that_hold_more_than_a_chunk(tmp_path: Path, filters: tuple[bool, bool], extra: int) -> None:
-    """libhdf5 takes the first bytes of what the filters give."""
+def test_excess_bytes_of_a_chunk_are_ignored(tmp_path: Path, filters: tuple[bool, bool], extra: int) -> None:
+    """Like libhdf5, uses the first bytes of the decoded chunk."""
     import zlib
 
     from spinlock_fast import _native
@@ -384,8 +386,8 @@ def test_streams_that_hold_more_than_a_chunk(tmp_path: Path, filters: tuple[bool
     check([str(tmp_path / "a.h5")], ["x"], "native")
 
 
-def test_a_stream_far_longer_than_its_chunk_is_damage(tmp_path: Path) -> None:
-    """Memory is not taken without limit."""
+def test_far_too_long_stream_is_an_error(tmp_path: Path) -> None:
+    """The allocated memory is limited."""
     import zlib
 
     with h5py.File(tmp_path / "a.h5", "w") as file:

@@ -1,4 +1,4 @@
-"""What a user of HDF5Loader relies on, besides the values."""
+"""HDF5Loader: order, resuming, ranks, memory, threads and errors. `test_layouts` compares the values."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def resources() -> tuple[int, int]:
     return len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))
 
 
-def test_a_batch_is_tensors_by_dataset_and_row_numbers(file: str) -> None:
+def test_batch_holds_tensors_by_dataset_and_row_numbers(file: str) -> None:
     batch = next(iter(load(file)))
     assert list(batch) == [*PATHS, "index"]
     assert batch[helpers.TEMPORAL].shape == (16, 32, 7)
@@ -52,7 +52,7 @@ def test_a_batch_is_tensors_by_dataset_and_row_numbers(file: str) -> None:
     assert batch["index"].dtype == torch.int64
 
 
-def test_one_path_and_one_dataset_need_no_list(file: str) -> None:
+def test_single_path_and_dataset_are_accepted(file: str) -> None:
     batch = next(iter(HDF5Loader(Path(file), helpers.SUMMARY)))
     assert batch[helpers.SUMMARY].shape == (ROWS, 36)
 
@@ -66,7 +66,7 @@ def test_order_does_not_depend_on_threads_budget_or_batch(file: str, shuffle: An
         assert rows_of(load(file, shuffle=shuffle, **change)) == expected
 
 
-def test_every_pass_is_an_epoch_of_its_own(file: str) -> None:
+def test_each_iteration_is_the_next_epoch(file: str) -> None:
     loader = load(file)
     first, second = rows_of(loader), rows_of(loader)
     assert first != second
@@ -77,7 +77,7 @@ def test_every_pass_is_an_epoch_of_its_own(file: str) -> None:
     assert rows_of(again) == first
 
 
-def test_a_pass_that_is_left_early_is_begun_anew(file: str) -> None:
+def test_incomplete_epoch_starts_again(file: str) -> None:
     loader = load(file)
     expected = rows_of(load(file))
     taken = [batch for batch, _ in zip(loader, range(3), strict=False)]
@@ -87,7 +87,7 @@ def test_a_pass_that_is_left_early_is_begun_anew(file: str) -> None:
 
 @pytest.mark.parametrize("shuffle", [True, False, "exact"])
 @pytest.mark.parametrize("stop", [0, 1, 4, 12, 13])
-def test_a_state_goes_on_after_the_last_batch(file: str, shuffle: Any, stop: int) -> None:
+def test_state_resumes_after_the_last_batch(file: str, shuffle: Any, stop: int) -> None:
     whole = load(file, shuffle=shuffle)
     expected = rows_of(whole) + rows_of(whole)
     loader = load(file, shuffle=shuffle)
@@ -105,7 +105,7 @@ def test_a_state_goes_on_after_the_last_batch(file: str, shuffle: Any, stop: int
         assert torch.isfinite(batch[helpers.TEMPORAL].nan_to_num()).all()
 
 
-def test_resuming_decodes_only_what_is_left(file: str) -> None:
+def test_resuming_decodes_only_the_remaining_chunks(file: str) -> None:
     loader = load(file)
     whole = len(rows_of(loader)) and loader.stats()["chunks"]
     loader.load_state_dict({**loader.state_dict(), "epoch": 0, "batch": 12})
@@ -116,27 +116,27 @@ def test_resuming_decodes_only_what_is_left(file: str) -> None:
 @pytest.mark.parametrize(
     "change", [{"seed": 1}, {"batch_size": 8}, {"window_rows": 16}, {"shuffle": False}, {"drop_last": True}]
 )
-def test_a_state_of_other_settings_is_refused(file: str, change: dict[str, Any]) -> None:
+def test_state_of_other_settings_is_an_error(file: str, change: dict[str, Any]) -> None:
     with helpers.raises_one_line(ConfigError, next(iter(change))):
         load(file, **change).load_state_dict(load(file).state_dict())
 
 
-def test_ranks_share_the_rows(file: str) -> None:
+def test_ranks_partition_the_rows(file: str) -> None:
     parts = [list(load(file, rank=rank, world_size=3)) for rank in range(3)]
     assert sorted(itertools.chain(*map(rows_of, parts))) == list(range(ROWS))
     assert len({len(part) for part in parts}) == 1
     assert len(parts[0]) == len(load(file, rank=0, world_size=3))
 
 
-def test_drop_last(file: str) -> None:
+def test_drop_last_drops_partial_batches(file: str) -> None:
     batches = list(load(file, drop_last=True))
     assert [len(batch["index"]) for batch in batches] == [16] * 12
     assert list(load(file, drop_last=True, batch_size=1000)) == []
 
 
 @pytest.mark.parametrize("keep", ["all", "views", "none"])
-def test_batches_belong_to_the_caller(file: str, keep: str) -> None:
-    """Memory is used again, but not while a tensor, a slice or an array of it is left."""
+def test_memory_of_referenced_batches_is_not_reused(file: str, keep: str) -> None:
+    """Memory is reused, but not while a tensor, slice or array refers to it."""
     kept, copies = [], []
     for batch in load(file, shuffle="exact", window_rows=16):
         part = batch[helpers.TEMPORAL]
@@ -150,7 +150,7 @@ def test_batches_belong_to_the_caller(file: str, keep: str) -> None:
         np.testing.assert_array_equal(np.asarray(found), copy if keep == "all" else copy[2:])
 
 
-def test_memory_is_used_again(file: str) -> None:
+def test_memory_is_reused(file: str) -> None:
     addresses = []
     for batch in load(file, batch_size=8, window_rows=16, shuffle=False):
         addresses.append(batch[helpers.TEMPORAL].data_ptr())
@@ -158,8 +158,8 @@ def test_memory_is_used_again(file: str) -> None:
     assert len(set(addresses)) < len(addresses) / 2
 
 
-def test_threads_end_and_files_close(file: str) -> None:
-    list(load(file))  # whatever torch starts on first use
+def test_closing_ends_threads_and_closes_files(file: str) -> None:
+    list(load(file))  # starts threads that torch creates on first use
     before = resources()
     loader = load(file, num_threads=3, memory_budget=300_000)
     iterator = iter(loader)
@@ -172,7 +172,7 @@ def test_threads_end_and_files_close(file: str) -> None:
     assert resources() == before
 
 
-def test_shards_by_the_hundred_need_few_descriptors(tmp_path: Path) -> None:
+def test_hundred_shards_need_few_descriptors(tmp_path: Path) -> None:
     for i in range(100):
         helpers.write_arrays(tmp_path / f"shard_{i}.h5", {"x": np.full((3, 2), i, np.float32)})
     loader = load(f"{tmp_path}/*.h5", "x", batch_size=50)
@@ -184,7 +184,7 @@ def test_shards_by_the_hundred_need_few_descriptors(tmp_path: Path) -> None:
     assert most <= before[1] + 40
 
 
-def test_a_loader_can_be_pickled_at_any_time(file: str) -> None:
+def test_loader_can_be_pickled_during_iteration(file: str) -> None:
     loader = load(file)
     iterator = iter(loader)
     next(iterator)
@@ -194,8 +194,8 @@ def test_a_loader_can_be_pickled_at_any_time(file: str) -> None:
     assert len(rows_of(iterator)) == ROWS - 16
 
 
-def test_a_fork_in_the_middle_of_a_pass(file: str) -> None:
-    """The child can begin a pass of its own, cannot go on with its parent's, and ends."""
+def test_fork_during_iteration(file: str) -> None:
+    """The child can start its own pass, cannot continue that of its parent, and exits cleanly."""
     loader = load(file)
     iterator = iter(loader)
     next(iterator)
@@ -219,12 +219,12 @@ def test_a_fork_in_the_middle_of_a_pass(file: str) -> None:
 
 
 @pytest.mark.parametrize(("workers", "method"), [(0, None), (2, "fork"), (2, "spawn")])
-def test_a_torch_data_loader_may_wrap_it(file: str, workers: int, method: str | None) -> None:
+def test_dataloader_wraps_the_loader(file: str, workers: int, method: str | None) -> None:
     batches = list(DataLoader(load(file), batch_size=None, num_workers=workers, multiprocessing_context=method))
     assert sorted(rows_of(batches)) == list(range(ROWS))
 
 
-def test_datasets_of_h5py_and_native_stay_aligned(tmp_path: Path) -> None:
+def test_h5py_and_native_datasets_stay_aligned(tmp_path: Path) -> None:
     path = str(tmp_path / "a.h5")
     with h5py.File(path, "w") as file:
         number = np.arange(100, dtype=np.int64)
@@ -235,7 +235,7 @@ def test_datasets_of_h5py_and_native_stay_aligned(tmp_path: Path) -> None:
         assert torch.equal(batch["fast"], batch["index"][:, None].expand(-1, 5))
 
 
-def test_what_h5py_must_read_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_reading_through_h5py_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = str(helpers.write_dataset(tmp_path / "b.h5", 20, seed=0, compression="lzf"))
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
@@ -243,7 +243,7 @@ def test_what_h5py_must_read_is_said_once(tmp_path: Path, caplog: pytest.LogCapt
     assert sum("lzf" in message and helpers.SUMMARY in message for message in caplog.messages) == 1
 
 
-def test_statistics_of_a_pass(file: str) -> None:
+def test_stats_count_batches_rows_and_bytes(file: str) -> None:
     loader = load(file, shuffle=False)
     list(loader)
     stats = loader.stats()
@@ -259,7 +259,7 @@ def test_statistics_of_a_pass(file: str) -> None:
     assert stats["threads"] == 2
 
 
-def test_a_window_that_does_not_fit_names_the_budget_that_does(file: str) -> None:
+def test_too_small_budget_names_a_sufficient_one(file: str) -> None:
     row = 4 * (36 + 32 * 7) + 8
     needed = 2 * 48 * row + 2 * 16 * row
     with helpers.raises_one_line(ConfigError, "memory_budget", f"at least {needed} bytes", "window_rows"):
@@ -267,14 +267,14 @@ def test_a_window_that_does_not_fit_names_the_budget_that_does(file: str) -> Non
     assert sorted(rows_of(load(file, memory_budget=needed))) == list(range(ROWS))
 
 
-def test_a_sequential_batch_that_does_not_fit_names_the_budget_that_does(file: str) -> None:
+def test_too_small_sequential_budget_names_a_sufficient_one(file: str) -> None:
     needed = 3 * 16 * (4 * (36 + 32 * 7) + 8)
     with helpers.raises_one_line(ConfigError, "memory_budget", f"at least {needed} bytes", "batch_size"):
         load(file, shuffle=False, memory_budget=needed - 1)
     assert rows_of(load(file, shuffle=False, memory_budget=needed)) == list(range(ROWS))
 
 
-def test_large_chunks_count_in_the_budget(tmp_path: Path) -> None:
+def test_budget_counts_large_chunks(tmp_path: Path) -> None:
     file = str(helpers.write_arrays(tmp_path / "a.h5", {"x": np.zeros((20_000, 100), np.float32)}, chunk_rows=20_000))
     with helpers.raises_one_line(ConfigError, "memory_budget", "at least"):
         load(file, "x", memory_budget="8MB")
@@ -298,13 +298,13 @@ def test_large_chunks_count_in_the_budget(tmp_path: Path) -> None:
     ],
     ids=repr,
 )
-def test_impossible_settings_are_named(file: str, settings: dict[str, Any]) -> None:
+def test_invalid_settings_are_named(file: str, settings: dict[str, Any]) -> None:
     with helpers.raises_one_line(ConfigError, next(iter(settings))):
         load(file, **settings)
 
 
 @pytest.mark.parametrize("datasets", [[], [helpers.SUMMARY] * 2, ["index"]])
-def test_impossible_datasets_are_named(file: str, datasets: list[str]) -> None:
+def test_invalid_dataset_lists_are_errors(file: str, datasets: list[str]) -> None:
     with helpers.raises_one_line(ConfigError, "datasets"):
         load(file, datasets)
 
@@ -317,25 +317,25 @@ def test_impossible_datasets_are_named(file: str, datasets: list[str]) -> None:
         ("features/temporal/feature", "nearest is features/temporal/features"),
     ],
 )
-def test_datasets_that_cannot_be_loaded(file: str, path: str, words: str) -> None:
+def test_unusable_datasets_are_errors(file: str, path: str, words: str) -> None:
     with helpers.raises_one_line(DataError, file, path, words):
         load(file, path)
 
 
-def test_no_rows(tmp_path: Path) -> None:
+def test_dataset_without_rows_is_an_error(tmp_path: Path) -> None:
     file = str(helpers.write_arrays(tmp_path / "a.h5", {"x": np.zeros((0, 4), np.float32)}))
     with helpers.raises_one_line(DataError, "a.h5", "x has no rows"):
         load(file, "x")
 
 
-def test_shards_of_different_types(tmp_path: Path) -> None:
+def test_shards_of_different_types_are_errors(tmp_path: Path) -> None:
     for i, dtype in enumerate((np.float32, np.float64)):
         helpers.write_arrays(tmp_path / f"shard_{i}.h5", {"x": np.zeros((3, 4), dtype)})
     with helpers.raises_one_line(DataError, "shard_1.h5", "x", "float64", "float32", "shard_0.h5"):
         load(f"{tmp_path}/*.h5", "x")
 
 
-def test_an_empty_shard_does_not_slow_the_others(tmp_path: Path) -> None:
+def test_empty_shard_is_read_natively(tmp_path: Path) -> None:
     for i, rows in enumerate((0, 5)):
         helpers.write_arrays(tmp_path / f"shard_{i}.h5", {"x": np.zeros((rows, 4), np.float32)}, chunk_rows=None)
     assert load(f"{tmp_path}/*.h5", "x").stats()["paths"] == {"x": "native"}
@@ -343,18 +343,18 @@ def test_an_empty_shard_does_not_slow_the_others(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs a CUDA device")
 @pytest.mark.gpu
-def test_pinned_batches(file: str) -> None:
+def test_pin_memory_returns_pinned_batches(file: str) -> None:
     for batch in load(file, pin_memory=True):
         assert batch[helpers.SUMMARY].is_pinned()
 
 
-def test_pinning_without_a_device_is_no_error(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pin_memory_without_a_device_is_ignored(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader_module.torch.cuda, "is_available", lambda: False)
     assert len(rows_of(load(file, pin_memory=True))) == ROWS
 
 
-def test_more_rows_than_an_order_can_hold(tmp_path: Path) -> None:
-    """A size that a damaged file may claim must not be allocated."""
+def test_impossible_row_count_exceeds_the_budget(tmp_path: Path) -> None:
+    """The size stated by a damaged file must not be allocated."""
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file.create_dataset("x", (10**15, 2), np.float32, chunks=(8, 2))
         file.create_dataset("y", (10**15, 2), np.float32)

@@ -1,4 +1,4 @@
-"""Stored numbers that stand for others: netCDF's fill values, scales, offsets; booleans; MATLAB's axes."""
+"""Packed data (fill values, scale, offset), booleans, and reversed axes of MATLAB."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from spinlock_fast.data import HDF5Loader
-from spinlock_fast.data.source import Source
+from spinlock_fast.data.feature_source import FeatureSource
 from spinlock_fast.errors import DataError
 
 STORED = np.array([[1, -99, 3], [-32768, 5, 6], [7, 8, -99], [10, 11, 12]])
@@ -45,14 +45,14 @@ CASES = [
     ("<f2", {"missing_value": np.float16(-99)}, np.float16),
     ("<i2", {"_FillValue": np.int16(157), "_Unsigned": "true", "scale_factor": 1e-4}, np.float64),
     ("<u1", {"_FillValue": np.uint8(157)}, np.float32),
-    ("<i2", {"_FillValue": 1e30}, np.int16),  # what no number can equal
+    ("<i2", {"_FillValue": 1e30}, np.int16),  # no stored number can equal it
     ("<i2", {"scale_factor": 1.0, "add_offset": 0.0}, np.int16),
     ("<f4", {"_FillValue": np.float32(np.nan)}, np.float32),
 ]
 
 
 def expected(stored: Any, attributes: dict[str, Any]) -> Any:
-    """By the CF conventions, number by number."""
+    """Unpacks by the CF conventions, one number at a time."""
     if str(attributes.get("_Unsigned")) == "true":
         stored = stored.astype(stored.dtype.newbyteorder("=")).view(np.uint16)
     missing = [
@@ -67,7 +67,7 @@ def expected(stored: Any, attributes: dict[str, Any]) -> Any:
     "layout", [{}, {"chunks": (2, 2), "compression": "gzip"}, {"chunks": (2, 3), "compression": "lzf"}]
 )
 @pytest.mark.parametrize(("kind", "attributes", "result"), CASES)
-def test_packed_numbers(tmp_path: Path, kind: str, attributes: Any, result: Any, layout: Any) -> None:
+def test_packed_numbers_are_unpacked(tmp_path: Path, kind: str, attributes: Any, result: Any, layout: Any) -> None:
     stored = STORED.astype(kind)
     path = write(tmp_path / "a.h5", stored, layout, **attributes)
     wanted = expected(stored, attributes)
@@ -77,7 +77,7 @@ def test_packed_numbers(tmp_path: Path, kind: str, attributes: Any, result: Any,
     raw = loaded(path, unpack=False).numpy()
     np.testing.assert_array_equal(raw, stored)
     assert raw.dtype == stored.dtype.newbyteorder("=")
-    with Source(path, {"family": "x"}) as source:
+    with FeatureSource(path, {"family": "x"}) as source:
         np.testing.assert_allclose(source.read("family", 0, 4), wanted.astype(np.float32), rtol=1e-6)
         np.testing.assert_allclose(
             torch.cat([b["family"] for _, b in source.batches(["family"], 2, 10**6, torch.device("cpu"))]),
@@ -87,7 +87,7 @@ def test_packed_numbers(tmp_path: Path, kind: str, attributes: Any, result: Any,
     np.testing.assert_array_equal(loaded(path, cache_dir=tmp_path / "cache").numpy(), found)
 
 
-def test_shards_are_packed_each_in_its_own_way(tmp_path: Path) -> None:
+def test_shards_with_different_packing_are_unpacked(tmp_path: Path) -> None:
     stored = STORED.astype(np.int16)
     write(tmp_path / "0.h5", stored, scale_factor=np.float32(2))
     write(tmp_path / "1.h5", stored)
@@ -99,7 +99,7 @@ def test_shards_are_packed_each_in_its_own_way(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found, wanted[index])
 
 
-def test_netcdf_marks_what_was_never_written(tmp_path: Path) -> None:
+def test_netcdf_default_fill_values_become_nan(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file.attrs["_NCProperties"] = "version=2,netcdf=4.9.2,hdf5=1.14.2"
         dataset = file.create_dataset("x", (8, 3), "<f4", chunks=(4, 3), fillvalue=np.float32(9.96921e36))
@@ -114,7 +114,7 @@ def test_netcdf_marks_what_was_never_written(tmp_path: Path) -> None:
     [("i2", -32767), (">i2", -32767), ("u2", 65535), ("i4", -2147483647), ("i8", -9223372036854775806)],
 )
 @pytest.mark.parametrize("scale", [None, 0.5])
-def test_netcdf_marks_integers_that_were_never_written(
+def test_netcdf_default_integer_fill_values_become_nan(
     tmp_path: Path, dtype: str, default: int, scale: float | None
 ) -> None:
     with h5py.File(tmp_path / "a.h5", "w") as file:
@@ -131,26 +131,26 @@ def test_netcdf_marks_integers_that_were_never_written(
 
 
 @pytest.mark.parametrize(("dtype", "default"), [("i1", -127), ("u1", 255)])
-def test_every_byte_of_netcdf_is_data(tmp_path: Path, dtype: str, default: int) -> None:
+def test_netcdf_bytes_have_no_default_fill_value(tmp_path: Path, dtype: str, default: int) -> None:
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file.attrs["_NCProperties"] = "version=2,netcdf=4.9.2,hdf5=1.14.2"
         file.create_dataset("x", (8, 3), dtype, chunks=(4, 3), fillvalue=default)
     assert (loaded(str(tmp_path / "a.h5")) == default).all()
 
 
-def test_packing_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_packing_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write(tmp_path / "a.h5", STORED, _FillValue=-99, scale_factor=0.5)
     with caplog.at_level(logging.INFO):
         for _ in range(2):
             list(HDF5Loader(path, "x"))
-            with Source(path, {"family": "x"}) as source:
+            with FeatureSource(path, {"family": "x"}) as source:
                 source.read("family", 0, 2)
     (message,) = caplog.messages
     assert all(word in message for word in ("a.h5", "x", "-99 counts as missing", "0.5", "scale_factor"))
 
 
 @pytest.mark.parametrize("value", ["much", np.array([1.0, 2.0]), np.nan, np.inf])
-def test_a_scale_that_is_no_number(tmp_path: Path, value: Any) -> None:
+def test_invalid_scale_is_an_error(tmp_path: Path, value: Any) -> None:
     with helpers.raises_one_line(DataError, "a.h5", "x", "scale_factor", "expected one finite number"):
         HDF5Loader(write(tmp_path / "a.h5", STORED, scale_factor=value), "x")
 
@@ -158,27 +158,27 @@ def test_a_scale_that_is_no_number(tmp_path: Path, value: Any) -> None:
 @pytest.mark.parametrize(
     "layout", [{}, {"chunks": (4, 2), "compression": "gzip"}, {"chunks": (4, 3), "compression": "lzf"}]
 )
-def test_booleans_are_numbers(tmp_path: Path, layout: Any) -> None:
+def test_booleans_become_uint8(tmp_path: Path, layout: Any) -> None:
     values = np.random.default_rng(0).random((20, 3)) > 0.5
     path = write(tmp_path / "a.h5", values, layout)
     found = loaded(path)
     assert found.dtype == torch.uint8
     np.testing.assert_array_equal(found, values)
-    with Source(path, {"family": "x"}) as source:
+    with FeatureSource(path, {"family": "x"}) as source:
         np.testing.assert_array_equal(source.read("family", 0, 20), values.astype(np.float32))
 
 
-def test_an_array_that_matlab_wrote_transposed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_transposed_matlab_array_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write(tmp_path / "a.h5", np.zeros((3, 50)), MATLAB_class=np.bytes_("double"))
     HDF5Loader(path, "x")
     assert "MATLAB" in caplog.text
     assert "read as 3 rows" in caplog.text
     with h5py.File(path, "a") as file:
         file["y"] = np.zeros((5, 50))
-    with helpers.raises_one_line(DataError, "x has 3, y has 5", "MATLAB stores arrays with their axes reversed"):
+    with helpers.raises_one_line(DataError, "x has 3, y has 5", "MATLAB stores arrays with reversed axes"):
         HDF5Loader(path, ["x", "y"])
 
 
-def test_arrays_of_matlab_that_fit_need_no_hint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_matching_matlab_arrays_are_not_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     HDF5Loader(write(tmp_path / "a.h5", np.zeros((50, 3)), MATLAB_class=np.bytes_("double")), "x")
     assert not caplog.messages

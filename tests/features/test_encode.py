@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from spinlock_fast.config.schema import FamilyConfig, MLPEncoderParams, TemporalCNNEncoderParams
-from spinlock_fast.data.memory import BatchMemory
-from spinlock_fast.data.source import DatasetInfo, Source
+from spinlock_fast.data.batch_memory import BatchMemory
+from spinlock_fast.data.feature_source import DatasetInfo, FeatureSource
 from spinlock_fast.errors import ConfigError, DataError
 from spinlock_fast.features import encode as module
 from spinlock_fast.features.encode import FamilyEncoder, block_rows, encode, make_encoders
@@ -21,7 +21,7 @@ IDENTITY = {"summary": FamilyConfig(encoder="IdentityEncoder")}
 
 
 def columns(paths, families=FAMILIES, budget=BUDGET, progress=None):
-    with Source(paths, {name: helpers.FAMILIES[name] for name in families}) as source:
+    with FeatureSource(paths, {name: helpers.FAMILIES[name] for name in families}) as source:
         encoders = make_encoders(source, families, 42, budget)
         return encode(source, encoders, budget, CPU, progress), encoders
 
@@ -200,7 +200,7 @@ def test_state_survives_a_checkpoint(tmp_path, path, name, standardize):
     expected, (encoder,) = columns(path, families)
     torch.save(encoder.state(), tmp_path / "state.pt")
     again = FamilyEncoder.from_state(name, torch.load(tmp_path / "state.pt", weights_only=True))
-    with Source(path, {name: helpers.FAMILIES[name]}) as source:
+    with FeatureSource(path, {name: helpers.FAMILIES[name]}) as source:
         np.testing.assert_array_equal(encode(source, [again], BUDGET, CPU), expected)
     assert again.names == encoder.names
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from spinlock_fast.config.schema import FamilyConfig, FeatureCleaningConfig, MLPEncoderParams
-from spinlock_fast.data.source import Source
+from spinlock_fast.data.feature_source import FeatureSource
 from spinlock_fast.features import missing as module
 from spinlock_fast.features.cleaning import fit_cleaner
 from spinlock_fast.features.encode import Encoded, FamilyEncoder, encode_rows, make_encoders
@@ -27,7 +27,7 @@ STANDARDIZED = FamilyConfig(encoder="IdentityEncoder", dataset="x", standardize=
 def encoded(
     path: Path, family: FamilyConfig = IDENTITY, rows: np.ndarray[Any, Any] | None = TRAIN, budget: int = 10**8
 ) -> tuple[Encoded, FamilyEncoder]:
-    with Source(str(path), {"x": "x"}) as source:
+    with FeatureSource(str(path), {"x": "x"}) as source:
         encoders = make_encoders(source, {"x": family}, 0, budget, rows)
         return encode_rows(source, encoders, budget, CPU, training_rows=rows), encoders[0]
 
@@ -156,13 +156,13 @@ def test_a_large_family_is_sampled_alike_every_time(
     rows = np.arange(0, 10 * ROWS, 3)
     monkeypatch.setattr(module, "_MOST_ROWS", 400)
     read: list[int] = []
-    original = Source.read_rows
+    original = FeatureSource.read_rows
 
-    def noted(source: Source, family: str, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    def noted(source: FeatureSource, family: str, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         read.append(len(rows))
         return original(source, family, rows)
 
-    monkeypatch.setattr(Source, "read_rows", noted)
+    monkeypatch.setattr(FeatureSource, "read_rows", noted)
     fills = [encoded(path, rows=rows)[1].fill for _ in range(2)]
     assert max(read) <= 400
     assert fills[0] is not None

@@ -94,7 +94,7 @@ def test_a_category_is_judged_on_its_own_features(model: CategoricalHierarchical
 
 def test_blocks_make_no_difference(model: CategoricalHierarchicalVQVAE, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = metrics.evaluate(model, x(), TrainingConfig())
-    monkeypatch.setattr(host_rows, "_ROWS_AT_ONCE", {"cpu": 17})
+    monkeypatch.setattr(host_rows, "_BLOCK_ROWS", {"cpu": 17})
     blocks = metrics.evaluate(model, x(), TrainingConfig())
     flat: list[tuple[Any, Any]] = [(whole[key], blocks[key]) for key in whole if key != "categories"]
     for a, b in flat:
@@ -102,10 +102,10 @@ def test_blocks_make_no_difference(model: CategoricalHierarchicalVQVAE, monkeypa
 
 
 def test_blocks_are_of_nearly_one_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_rows, "_ROWS_AT_ONCE", {"cpu": 8})
-    assert [len(block) for block in host_rows.blocks_of(torch.zeros(20, 3))] == [7, 7, 6]
-    assert [len(block) for block in host_rows.blocks_of(torch.zeros(8, 3))] == [8]
-    assert torch.equal(torch.cat(host_rows.blocks_of(x())), x())
+    monkeypatch.setattr(host_rows, "_BLOCK_ROWS", {"cpu": 8})
+    assert [len(block) for block in host_rows.row_blocks(torch.zeros(20, 3))] == [7, 7, 6]
+    assert [len(block) for block in host_rows.row_blocks(torch.zeros(8, 3))] == [8]
+    assert torch.equal(torch.cat(host_rows.row_blocks(x())), x())
 
 
 def test_validation_gives_the_single_numbers_of_an_evaluation(
@@ -124,7 +124,7 @@ def test_a_device_measures_without_the_host(
 ) -> None:
     """So that a run waits for a validation once, at its end, and a CUDA graph can hold it."""
     monkeypatch.setenv("SPINLOCK_FAST_BACKEND", "reference")
-    monkeypatch.setattr(host_rows, "_ROWS_AT_ONCE", {"cpu": 50})
+    monkeypatch.setattr(host_rows, "_BLOCK_ROWS", {"cpu": 50})
     copied, rows = copy.deepcopy(model).train(training), x()
     validation = metrics.Validation(copied, rows, TrainingConfig())
     validation.run()  # index tensors are made once

@@ -1,7 +1,6 @@
-// Checks that name their line, and bytes to check with.
+// Assertions that report their line, and test data.
 #pragma once
 
-#include "errors.hpp"
 
 #include <cstddef>
 #include <cstdint>
@@ -13,25 +12,25 @@
 #include <vector>
 #include <algorithm>
 
-#define CHECK(condition)                                                                        \
-    do {                                                                                        \
-        if (!(condition)) {                                                                     \
-            std::fprintf(stderr, "%s:%d: not true: %s\n", __FILE__, __LINE__, #condition);      \
-            std::exit(1);                                                                       \
-        }                                                                                       \
+#define CHECK(condition)                                                                   \
+    do {                                                                                   \
+        if (!(condition)) {                                                                \
+            std::fprintf(stderr, "%s:%d: check failed: %s\n", __FILE__, __LINE__, #condition); \
+            std::exit(1);                                                                  \
+        }                                                                                  \
     } while (false)
 
-// The expression throws `kind` with `text` in its message.
-#define CHECK_THROWS(kind, text, expression)                                                    \
-    do {                                                                                        \
-        bool thrown = false;                                                                    \
-        try {                                                                                   \
-            static_cast<void>(expression);                                                      \
-        } catch (const kind& error) {                                                           \
-            thrown = std::string(error.what()).find(text) != std::string::npos;                 \
-            if (!thrown) std::fprintf(stderr, "%s\n", error.what());                            \
-        }                                                                                       \
-        CHECK(thrown && "throws " #kind && text);                                               \
+// Checks that the expression throws `kind` with a message that contains `text`.
+#define CHECK_THROWS(kind, text, expression)                                    \
+    do {                                                                        \
+        bool thrown = false;                                                    \
+        try {                                                                   \
+            static_cast<void>(expression);                                      \
+        } catch (const kind& error) {                                           \
+            thrown = std::string(error.what()).find(text) != std::string::npos; \
+            if (!thrown) std::fprintf(stderr, "%s\n", error.what());            \
+        }                                                                       \
+        CHECK(thrown && "throws " #kind && text);                               \
     } while (false)
 
 namespace spinlock_fast::testing {
@@ -50,7 +49,7 @@ inline void append(Bytes& bytes, std::uint32_t value, int count, bool big_endian
         bytes.push_back(static_cast<std::byte>(value >> (8 * (big_endian ? count - 1 - i : i))));
 }
 
-// A zlib stream of stored blocks: valid, and needs no compressor.
+// A valid zlib stream of uncompressed blocks.
 inline Bytes zlib_stored(std::span<const std::byte> data) {
     Bytes out{std::byte{0x78}, std::byte{0x01}};
     std::size_t start = 0;
@@ -71,7 +70,7 @@ inline Bytes zlib_stored(std::span<const std::byte> data) {
     return out;
 }
 
-// HDF5's shuffle filter.
+// Applies HDF5's shuffle filter.
 inline Bytes shuffled(std::span<const std::byte> data, std::size_t item_size) {
     const std::size_t count = data.size() / item_size;
     Bytes out(data.begin(), data.end());

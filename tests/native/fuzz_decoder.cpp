@@ -1,17 +1,18 @@
-// Damaged chunks: whatever the bytes, the decoder returns a chunk of the right size or throws DecodeError.
+// Damaged chunks: for any input, the decoder returns a chunk of the right size or throws DecodeError.
 //
-// `LLVMFuzzerTestOneInput` is a libFuzzer target (clang++ -fsanitize=fuzzer -DFUZZER ...); without one, `main` feeds it
-// random damage to valid chunks, the same every time.
+// `LLVMFuzzerTestOneInput` is a libFuzzer target (clang++ -fsanitize=fuzzer -DFUZZER ...). Without libFuzzer, `main` calls
+// it with valid chunks that are damaged at random, from a fixed seed.
 #include "byte_filters.hpp"
 #include "check.hpp"
 #include "chunk_decoder.hpp"
+#include "errors.hpp"
 
 #include <algorithm>
 
 using namespace spinlock_fast;
 using namespace spinlock_fast::testing;
 
-// The first bytes choose pipeline, mask and size of the chunk; the rest is what is stored.
+// The first four bytes select filters, mask and size of the chunk; the rest are the stored bytes.
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
     if (size < 4) return 0;
     static constexpr FilterKind kinds[] = {FilterKind::shuffle, FilterKind::deflate, FilterKind::fletcher32};
@@ -27,7 +28,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     try {
         const auto out = decoder.decode(stored, data[1], filters, chunk_bytes, (data[0] & 1) != 0);
         CHECK(out.size() == chunk_bytes);
-        // Reading all of it shows memory that was never written, or is not there.
+        // Reads all bytes, so that sanitizers report unwritten or invalid memory.
         CHECK(fletcher32(out) != 0x12345678U || out.empty());
     } catch (const DecodeError&) {
     }
@@ -42,11 +43,13 @@ int main() {
         const Bytes content = random_bytes(1 + below(3000), round);
         Bytes stored = zlib_stored(below(2) == 0 ? content : shuffled(content, 4));
         if (below(2) == 0) append(stored, fletcher32(stored), 4, false);
-        for (std::size_t damage = below(4); damage-- > 0;) stored[below(stored.size())] = static_cast<std::byte>(random());
+        for (std::size_t damage = below(4); damage-- > 0;)
+            stored[below(stored.size())] = static_cast<std::byte>(random());
         if (below(4) == 0) stored.resize(below(stored.size() + 1));
         if (below(8) == 0) stored.resize(stored.size() + below(100));
         const std::size_t size = content.size() - 1 + (below(8) == 0 ? below(9) : 0);
-        std::vector<std::uint8_t> input{static_cast<std::uint8_t>(random()), static_cast<std::uint8_t>(below(2) ? 0 : random()),
+        std::vector<std::uint8_t> input{static_cast<std::uint8_t>(random()),
+                                        static_cast<std::uint8_t>(below(2) ? 0 : random()),
                                         static_cast<std::uint8_t>(size % 256), static_cast<std::uint8_t>(size / 256)};
         for (const std::byte b : stored) input.push_back(std::to_integer<std::uint8_t>(b));
         LLVMFuzzerTestOneInput(input.data(), input.size());

@@ -1,4 +1,4 @@
-// Loops over threads: every task once, exceptions on the calling thread, memory that cannot be had.
+// parallel_for: runs every task once, rethrows exceptions on the calling thread, and survives failed allocations.
 #include <atomic>
 #include <cstdlib>
 #include <new>
@@ -14,7 +14,7 @@ using namespace spinlock_fast::testing;
 
 namespace {
 
-// Aligned memory of at least this many bytes cannot be had.
+// Aligned allocations of at least this many bytes fail.
 std::atomic<std::size_t> refused_from = static_cast<std::size_t>(-1);
 
 }  // namespace
@@ -30,7 +30,7 @@ void operator delete[](void* p, std::align_val_t) noexcept { std::free(p); }
 
 namespace {
 
-// As GOMP_parallel: the function on so many threads, the calling one among them.
+// Replacement for GOMP_parallel: runs the function on `threads` threads, including the calling one.
 void run_on_threads(void (*function)(void*), void* data, unsigned threads, unsigned) {
     std::vector<std::thread> others;
     for (unsigned i = 1; i < threads; ++i) others.emplace_back(function, data);
@@ -38,7 +38,7 @@ void run_on_threads(void (*function)(void*), void* data, unsigned threads, unsig
     for (std::thread& other : others) other.join();
 }
 
-void every_task_runs_once() {
+void parallel_for_runs_every_task_once() {
     for (const int threads : {1, 2, 5})
         for (const int tasks : {0, 1, 3, 1000}) {
             std::vector<std::atomic<int>> done(static_cast<std::size_t>(tasks));
@@ -47,21 +47,21 @@ void every_task_runs_once() {
         }
 }
 
-void exceptions_reach_the_caller() {
+void parallel_for_rethrows_exceptions() {
     for (const int threads : {1, 2, 5})
         for (const std::int64_t bad : {0, 7, 999}) {
             const auto fails = [&](std::int64_t i) {
                 if (i >= bad) throw std::runtime_error("task " + std::to_string(i));
             };
             CHECK_THROWS(std::runtime_error, "task ", parallel_for(1000, threads, fails));
-            std::atomic<int> done = 0;  // and the threads serve the next loop
+            std::atomic<int> done = 0;  // the threads run the next loop
             parallel_for(100, threads, [&](std::int64_t) { ++done; });
             CHECK(done == 100);
         }
 }
 
-// Two callers at once: the second does its tasks alone.
-void callers_do_not_meet() {
+// Concurrent calls: the second runs on its calling thread alone.
+void concurrent_calls_run_all_tasks() {
     std::atomic<int> done = 0;
     const auto calls = [&] {
         for (int i = 0; i < 50; ++i) parallel_for(20, 3, [&](std::int64_t) { ++done; });
@@ -72,7 +72,7 @@ void callers_do_not_meet() {
     CHECK(done == 2000);
 }
 
-void none_of_the_operations_ends_the_process() {
+void operations_throw_bad_alloc() {
     const Shape shape{64, 700, 40, 300, {600, 5}, {9, 4}, {50, 9}, {7, 3}, false, 0.1};
     refused_from = 64 * 1024;
     CHECK_THROWS(std::bad_alloc, "bad_alloc", two_layers(shape, 1, false, false));
@@ -86,18 +86,18 @@ void none_of_the_operations_ends_the_process() {
     CHECK(two_layers(shape, 1, false, false)[1] == two_layers(shape, 3, false, false)[1]);
 }
 
-// Each call asks for more than any thread has, so that whoever takes the first task goes without.
-void missing_memory_of_a_thread_is_an_exception_of_the_caller() {
+// Each call needs more memory than any thread has, so that the first task fails on every thread.
+void failed_workspace_allocation_reaches_the_caller() {
     static Index buffer = 1 << 20;
     for (const int threads : {1, 2, 5}) {
-        const training::Workspaces spaces(0, buffer *= 2);
+        const training::Workspaces workspaces(0, buffer *= 2);
         refused_from = 64 * 1024;
         CHECK_THROWS(std::bad_alloc, "bad_alloc",
-                     parallel_for(40, threads, [&](std::int64_t) { static_cast<void>(spaces.here()); }));
+                     parallel_for(40, threads, [&](std::int64_t) { static_cast<void>(workspaces.for_this_thread()); }));
         refused_from = static_cast<std::size_t>(-1);
         std::atomic<int> done = 0;
         parallel_for(40, threads, [&](std::int64_t) {
-            if (spaces.here().buffer) ++done;
+            if (workspaces.for_this_thread().buffer) ++done;
         });
         CHECK(done == 40);
     }
@@ -106,16 +106,16 @@ void missing_memory_of_a_thread_is_an_exception_of_the_caller() {
 }  // namespace
 
 int main() {
-    std::thread(none_of_the_operations_ends_the_process).join();  // a thread that has no memory yet
-    missing_memory_of_a_thread_is_an_exception_of_the_caller();
-    every_task_runs_once();
-    exceptions_reach_the_caller();
-    callers_do_not_meet();
+    std::thread(operations_throw_bad_alloc).join();  // a thread without workspace
+    failed_workspace_allocation_reaches_the_caller();
+    parallel_for_runs_every_task_once();
+    parallel_for_rethrows_exceptions();
+    concurrent_calls_run_all_tasks();
     use_openmp(reinterpret_cast<std::uintptr_t>(&run_on_threads));
-    missing_memory_of_a_thread_is_an_exception_of_the_caller();
-    every_task_runs_once();
-    exceptions_reach_the_caller();
-    callers_do_not_meet();
+    failed_workspace_allocation_reaches_the_caller();
+    parallel_for_runs_every_task_once();
+    parallel_for_rethrows_exceptions();
+    concurrent_calls_run_all_tasks();
     use_openmp(0);
     return 0;
 }

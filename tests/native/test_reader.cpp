@@ -1,4 +1,4 @@
-// The reader's threads on real files: what the thread sanitizer should see.
+// The threads of RowReader on real files; also run under the thread sanitizer.
 #include "check.hpp"
 #include "row_reader.hpp"
 
@@ -20,7 +20,7 @@ namespace {
 
 constexpr std::uint64_t kRows = 1000, kChunkRows = 8, kWidth = 50;
 
-// A file that is removed at the end of the test.
+// A temporary file, removed by the destructor.
 class TemporaryFile {
 public:
     explicit TemporaryFile(const Bytes& content) {
@@ -40,15 +40,15 @@ public:
             .write(reinterpret_cast<const char*>(content.data()), static_cast<std::streamsize>(content.size()));
     }
 
-    FileName name() const {
-        struct stat info {};
-        CHECK(::stat(path_.c_str(), &info) == 0);
+    FileInfo info() const {
+        struct stat status{};
+        CHECK(::stat(path_.c_str(), &status) == 0);
         return {.path = path_,
                 .label = "file",
-                .identity = {.device = static_cast<std::uint64_t>(info.st_dev),
-                             .inode = static_cast<std::uint64_t>(info.st_ino),
-                             .size = static_cast<std::uint64_t>(info.st_size),
-                             .mtime_ns = info.st_mtim.tv_sec * 1'000'000'000LL + info.st_mtim.tv_nsec}};
+                .identity = {.device = static_cast<std::uint64_t>(status.st_dev),
+                             .inode = static_cast<std::uint64_t>(status.st_ino),
+                             .size = static_cast<std::uint64_t>(status.st_size),
+                             .mtime_ns = status.st_mtim.tv_sec * 1'000'000'000LL + status.st_mtim.tv_nsec}};
     }
 
 private:
@@ -67,7 +67,7 @@ Bytes bytes_of(const std::vector<std::uint32_t>& items) {
     return {view.begin(), view.end()};
 }
 
-// One dataset twice: contiguous, and in chunks with every filter that this build can undo.
+// The same data contiguous, and chunked with every filter that this build can decode.
 struct Stored {
     Bytes file;
     std::vector<Dataset> datasets;
@@ -98,7 +98,7 @@ Stored store() {
     return stored;
 }
 
-// Batches of a shuffled order, as a caller takes them: submitted ahead, awaited one by one.
+// Batches of shuffled rows, submitted ahead and awaited one by one.
 struct Batches {
     Batches(RowReader& reader, std::size_t datasets, std::uint64_t size) : size(size) {
         rows.resize(kRows);
@@ -132,11 +132,11 @@ void wait(RowReader& reader, std::uint64_t first) {
     }
 }
 
-void every_row_reaches_its_place() {
+void batches_hold_the_submitted_rows() {
     const Stored stored = store();
     const TemporaryFile file(stored.file);
     for (const unsigned threads : {1U, 4U}) {
-        RowReader reader({file.name()}, stored.datasets, {.threads = threads});
+        RowReader reader({file.info()}, stored.datasets, {.threads = threads});
         const Batches batches(reader, 2, 64);
         for (std::size_t b = 0; b < batches.memory.size(); ++b) {
             wait(reader, b * 64);
@@ -147,26 +147,27 @@ void every_row_reaches_its_place() {
     }
 }
 
-void a_reader_may_be_dropped_at_any_time() {
+void reader_can_be_destroyed_at_any_time() {
     const Stored stored = store();
     const TemporaryFile file(stored.file);
     for (int i = 0; i < 20; ++i) {
-        auto reader = std::make_unique<RowReader>(std::vector{file.name()}, stored.datasets, RowReader::Options{.threads = 3});
+        auto reader =
+            std::make_unique<RowReader>(std::vector{file.info()}, stored.datasets, RowReader::Options{.threads = 3});
         const Batches batches(*reader, 2, 128);
         if (i % 2 == 0) wait(*reader, 0);
         std::this_thread::sleep_for(std::chrono::microseconds(50 * i));
-        reader.reset();  // before the memory that its threads write to
+        reader.reset();  // before the memory to which its threads write
     }
 }
 
-void errors_belong_to_their_batches() {
+void errors_are_reported_for_their_batches() {
     Stored stored = store();
     const Shard& chunked = stored.datasets[1].shards[0];
     stored.file[chunked.offsets[9] + 3] ^= std::byte{0xff};
-    // Without deflate nothing can notice; then a size tells.
+    // Without deflate the damage is not detectable: use a wrong size instead.
     if (inflate_library() == "none") stored.datasets[1].shards[0].sizes[9] -= 1;
     const TemporaryFile file(stored.file);
-    RowReader reader({file.name()}, stored.datasets, {.threads = 4});
+    RowReader reader({file.info()}, stored.datasets, {.threads = 4});
     const Batches batches(reader, 2, 10);
     for (std::size_t b = 0; b < batches.memory.size(); ++b) {
         const auto first = batches.rows.begin() + static_cast<std::ptrdiff_t>(b * 10);
@@ -180,22 +181,22 @@ void errors_belong_to_their_batches() {
     }
 }
 
-void files_that_changed_are_refused() {
+void changed_files_are_rejected() {
     const Stored stored = store();
     const TemporaryFile file(stored.file);
-    const FileName before = file.name();
+    const FileInfo before = file.info();
     file.write(Bytes(stored.file.begin(), stored.file.end() - 1));
     RowReader reader({before}, stored.datasets, {.threads = 2});
     const Batches batches(reader, 2, 500);
     CHECK_THROWS(ReadError, "has changed", wait(reader, 0));
-    FileName missing = before;
+    FileInfo missing = before;
     missing.path += ".not";
     RowReader other({missing}, stored.datasets, {.threads = 2});
     const Batches more(other, 2, 500);
     CHECK_THROWS(ReadError, "No such file", wait(other, 0));
 }
 
-void hostile_places_are_errors() {
+void invalid_chunk_positions_are_errors() {
     Stored stored = store();
     Shard& chunked = stored.datasets[1].shards[0];
     chunked.sizes[0] = std::uint64_t{1} << 39;
@@ -203,7 +204,7 @@ void hostile_places_are_errors() {
     chunked.offsets[2] = ~std::uint64_t{0} - 5;
     chunked.sizes[3] = 0;
     const TemporaryFile file(stored.file);
-    RowReader reader({file.name()}, {stored.datasets[1]}, {.threads = 2});
+    RowReader reader({file.info()}, {stored.datasets[1]}, {.threads = 2});
     std::vector<std::byte> memory(8 * kWidth * 4);
     for (std::uint64_t chunk = 0; chunk < 4; ++chunk) {
         std::vector<std::uint64_t> rows(8);
@@ -215,20 +216,20 @@ void hostile_places_are_errors() {
     }
 }
 
-void wrong_calls_are_refused() {
+void invalid_calls_are_rejected() {
     const Stored stored = store();
     const TemporaryFile file(stored.file);
-    RowReader reader({file.name()}, {stored.datasets[0]}, {.threads = 1});
+    RowReader reader({file.info()}, {stored.datasets[0]}, {.threads = 1});
     std::vector<std::byte> memory(10 * kWidth * 4);
     const std::vector<std::uint64_t> rows(10, 5);
     CHECK_THROWS(std::invalid_argument, "no batch covers", reader.submit(0, rows));
     CHECK_THROWS(std::invalid_argument, "too small", reader.add_batch(0, 11, {memory}));
-    CHECK_THROWS(std::invalid_argument, "another number", reader.add_batch(0, 10, {}));
-    CHECK_THROWS(std::invalid_argument, "of 0 rows", reader.add_batch(0, 0, {memory}));
+    CHECK_THROWS(std::invalid_argument, "one block of memory per dataset", reader.add_batch(0, 10, {}));
+    CHECK_THROWS(std::invalid_argument, "count: 0", reader.add_batch(0, 0, {memory}));
     reader.add_batch(0, 10, {memory});
     CHECK_THROWS(std::invalid_argument, "overlap", reader.add_batch(9, 10, {memory}));
-    CHECK_THROWS(std::logic_error, "never submitted", reader.wait(0, 1ms));
-    CHECK_THROWS(std::invalid_argument, "no row", reader.submit(0, std::vector<std::uint64_t>(10, kRows)));
+    CHECK_THROWS(std::logic_error, "not submitted", reader.wait(0, 1ms));
+    CHECK_THROWS(std::invalid_argument, "out of range", reader.submit(0, std::vector<std::uint64_t>(10, kRows)));
     CHECK_THROWS(std::invalid_argument, "no batch covers", reader.submit(1, rows));
     reader.submit(0, rows);  // one row ten times
     wait(reader, 0);
@@ -238,10 +239,10 @@ void wrong_calls_are_refused() {
 }  // namespace
 
 int main() {
-    every_row_reaches_its_place();
-    a_reader_may_be_dropped_at_any_time();
-    errors_belong_to_their_batches();
-    files_that_changed_are_refused();
-    hostile_places_are_errors();
-    wrong_calls_are_refused();
+    batches_hold_the_submitted_rows();
+    reader_can_be_destroyed_at_any_time();
+    errors_are_reported_for_their_batches();
+    changed_files_are_rejected();
+    invalid_chunk_positions_are_errors();
+    invalid_calls_are_rejected();
 }

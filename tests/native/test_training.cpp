@@ -1,9 +1,9 @@
-// Every operation of the CPU path: within its memory, the same for any number of threads, and for any instruction set
-// but for rounding.
+// Every CPU operation: writes within its memory, gives bit-equal results for any number of threads, and results equal up
+// to rounding for all instruction sets.
 #include <cstdio>
 #include <functional>
 
-#include "dispatch.hpp"
+#include "instruction_sets.hpp"
 #include "training_cases.hpp"
 
 using namespace spinlock_fast;
@@ -21,7 +21,7 @@ bool same_bits(const Results& a, const Results& b) {
     return true;
 }
 
-// Within rounding of sums of a few hundred products of values near 1, by the largest value of an array.
+// Equal within 1e-4 of the largest value of an array: rounding of sums of a few hundred products of values near 1.
 bool close(const Results& a, const Results& b) {
     for (std::size_t i = 0; i < a.size(); ++i) {
         float largest = 1.0f;
@@ -52,13 +52,14 @@ struct Named {
 std::vector<Named> operations() {
     std::vector<Named> all;
     for (const bool with_inputs : {false, true})
-        for (const bool turned : {false, true})
+        for (const bool transposed : {false, true})
             all.push_back({"two_layers", [=](const Shape& s, int threads) {
-                               return two_layers(s, threads, with_inputs, turned);
+                               return two_layers(s, threads, with_inputs, transposed);
                            }});
     all.push_back({"projections", projections});
-    for (const bool centred : {false, true})
-        all.push_back({"nearest", [=](const Shape& s, int threads) { return nearest(s, threads, centred, centred); }});
+    for (const bool centered : {false, true})
+        all.push_back(
+            {"nearest", [=](const Shape& s, int threads) { return nearest(s, threads, centered, centered); }});
     for (const bool cosine : {false, true})
         for (const int gradient : {0, 1, 2})
             all.push_back(
@@ -69,7 +70,7 @@ std::vector<Named> operations() {
     return all;
 }
 
-// From one row and column, over sizes beside those of a vector and a tile, to depths of several blocks.
+// From one row and column, over sizes next to vector and tile sizes, to depths of several blocks.
 std::vector<Shape> shapes() {
     return {
         {1, 1, 1, 1, {1}, {1}, {1}, {1}, false, 0.0},
@@ -84,7 +85,7 @@ std::vector<Shape> shapes() {
 }  // namespace
 
 int main() {
-    const auto levels = training::levels_here();  // the last one is portable
+    const auto levels = training::supported_levels();  // the last one is portable
     for (const Shape& shape : shapes())
         for (const Named& operation : operations()) {
             training::use_level(levels.back());
@@ -97,7 +98,7 @@ int main() {
                     std::fprintf(stderr, "%s of %lld rows, %s\n", operation.name, static_cast<long long>(shape.rows),
                                  level.c_str());
                 CHECK(close(expected, found));
-                for (const int threads : {3}) CHECK(same_bits(found, operation.run(shape, threads)));
+                CHECK(same_bits(found, operation.run(shape, 3)));
             }
         }
     std::printf("%zu instruction sets, %zu operations, %zu shapes\n", levels.size(), operations().size(),

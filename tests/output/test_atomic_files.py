@@ -29,18 +29,18 @@ def names(directory):
     return sorted(entry.name for entry in directory.iterdir())
 
 
-def test_a_file_is_written_and_nothing_else(tmp_path):
+def test_write_text_leaves_only_the_file(tmp_path):
     write_text(tmp_path / "a.txt", "hällo\n")
     assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "hällo\n"
     assert names(tmp_path) == ["a.txt"]
 
 
-def test_directories_are_made(tmp_path):
+def test_missing_directories_are_created(tmp_path):
     write_text(tmp_path / "b" / "c" / "a.txt", "x")
     assert (tmp_path / "b" / "c" / "a.txt").exists()
 
 
-def test_an_old_file_is_replaced(tmp_path):
+def test_existing_file_is_replaced(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old and longer")
     write_text(path, "new")
@@ -48,7 +48,7 @@ def test_an_old_file_is_replaced(tmp_path):
 
 
 @pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt, ValueError])
-def test_the_old_file_stays_when_writing_fails(tmp_path, error):
+def test_existing_file_is_kept_if_writing_fails(tmp_path, error):
     path = tmp_path / "a.txt"
     path.write_text("old")
 
@@ -62,7 +62,7 @@ def test_the_old_file_stays_when_writing_fails(tmp_path, error):
     assert names(tmp_path) == ["a.txt"]
 
 
-def test_a_full_disk_is_an_output_error_and_leaves_the_old_file(tmp_path):
+def test_full_disk_is_an_output_error_and_keeps_the_file(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
 
@@ -99,13 +99,13 @@ def write_hdf5(path):
     ],
     ids=["bytes", "numpy", "torch", "hdf5"],
 )
-def test_a_file_that_does_not_fit_is_an_output_error(tmp_path, write):
+def test_file_too_large_is_an_output_error(tmp_path, write):
     with helpers.raises_one_line(OutputError, "a.npz", "cannot be written"):
         write_atomically(tmp_path / "a.npz", write)
     assert names(tmp_path) == []
 
 
-def test_readers_see_the_old_file_while_the_new_is_written(tmp_path):
+def test_readers_see_the_old_file_during_writing(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
     with replacing(path) as temporary:
@@ -115,12 +115,12 @@ def test_readers_see_the_old_file_while_the_new_is_written(tmp_path):
     assert path.read_text() == "new"
 
 
-def test_the_temporary_name_keeps_the_suffix(tmp_path):
+def test_temporary_name_keeps_the_suffix(tmp_path):
     with replacing(tmp_path / "a.npz") as temporary:
         assert temporary.suffix == ".npz"
 
 
-def test_contents_reach_the_disk_before_the_name(tmp_path, monkeypatch):
+def test_contents_are_flushed_before_the_rename(tmp_path, monkeypatch):
     order = []
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda fd: order.append("fsync") or fsync(fd))
@@ -141,21 +141,21 @@ def test_permissions_follow_the_umask(tmp_path, umask):
 
 
 @pytest.mark.parametrize("below", ["a.txt", "b/a.txt"])
-def test_a_directory_that_cannot_be_made_is_an_output_error(tmp_path, below):
+def test_directory_that_cannot_be_created_is_an_output_error(tmp_path, below):
     (tmp_path / "file").write_text("x")
     with helpers.raises_one_line(OutputError, str(tmp_path / "file"), "cannot be written"):
         write_text(tmp_path / "file" / below, "x")
     assert (tmp_path / "file").read_text() == "x"
 
 
-def test_a_directory_in_the_place_of_the_file_is_an_output_error(tmp_path):
+def test_directory_in_place_of_the_file_is_an_output_error(tmp_path):
     (tmp_path / "a.txt").mkdir()
     with helpers.raises_one_line(OutputError, "a.txt"):
         write_text(tmp_path / "a.txt", "x")
     assert names(tmp_path) == ["a.txt"]
 
 
-def test_json_makes_the_round_trip(tmp_path):
+def test_json_round_trip(tmp_path):
     value = {"b": [1, 2.5, None], "a": {"ü": True}}
     write_json(tmp_path / "a.json", value)
     again = json.loads((tmp_path / "a.json").read_text())
@@ -164,13 +164,13 @@ def test_json_makes_the_round_trip(tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), {"a": [-float("inf")]}])
-def test_numbers_that_json_does_not_have_are_refused(tmp_path, value):
+def test_nan_and_inf_in_json_are_errors(tmp_path, value):
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "a.json", value)
     assert names(tmp_path) == []
 
 
-def test_checking_a_directory_leaves_nothing_in_it(tmp_path):
+def test_check_writable_leaves_nothing_behind(tmp_path):
     check_writable(tmp_path / "new" / "deep")
     assert names(tmp_path) == []
     (tmp_path / "old").mkdir()
@@ -178,16 +178,13 @@ def test_checking_a_directory_leaves_nothing_in_it(tmp_path):
     assert names(tmp_path) == ["old"]
 
 
-def test_checking_a_directory_below_a_file(tmp_path):
+def test_check_writable_below_a_file_is_an_error(tmp_path):
     (tmp_path / "file").write_text("x")
     with helpers.raises_one_line(OutputError, "file"):
         check_writable(tmp_path / "file" / "dir")
 
 
-# --- what is not a regular file ---
-
-
-def test_a_fifo_is_written_to(tmp_path):
+def test_fifo_is_written_to(tmp_path):
     path = tmp_path / "pipe"
     os.mkfifo(path)
     read = []
@@ -200,7 +197,7 @@ def test_a_fifo_is_written_to(tmp_path):
     assert names(tmp_path) == ["pipe"]
 
 
-def test_a_character_device_is_written_to(tmp_path):
+def test_character_device_is_written_to(tmp_path):
     path = tmp_path / "null"
     try:
         os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 3))
@@ -212,8 +209,8 @@ def test_a_character_device_is_written_to(tmp_path):
     assert names(tmp_path) == ["null"]
 
 
-def test_a_socket_is_refused(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # names of sockets are short
+def test_socket_is_an_output_error(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # socket paths are limited in length
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind("socket")
         with helpers.raises_one_line(OutputError, "socket"):
@@ -222,7 +219,7 @@ def test_a_socket_is_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_the_target_of_a_link_is_replaced(tmp_path, there):
+def test_target_of_a_link_is_replaced(tmp_path, there):
     (tmp_path / "elsewhere").mkdir()
     target = tmp_path / "elsewhere" / "b.txt"
     if there:
@@ -235,7 +232,7 @@ def test_the_target_of_a_link_is_replaced(tmp_path, there):
     assert names(tmp_path / "elsewhere") == ["b.txt"]
 
 
-def test_a_circle_of_links_is_an_output_error(tmp_path):
+def test_cycle_of_links_is_an_output_error(tmp_path):
     (tmp_path / "a").symlink_to(tmp_path / "b")
     (tmp_path / "b").symlink_to(tmp_path / "a")
     with helpers.raises_one_line(OutputError, "cannot be written"):
@@ -244,7 +241,7 @@ def test_a_circle_of_links_is_an_output_error(tmp_path):
 
 @pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1", "link"])
 @pytest.mark.parametrize("kind", ["pipe", "file"])
-def test_the_standard_output_is_written_to(tmp_path, name, kind):
+def test_standard_output_is_written_to(tmp_path, name, kind):
     if name == "link":
         (tmp_path / "link").symlink_to("/dev/stdout")
         name = str(tmp_path / "link")
@@ -258,7 +255,7 @@ def test_the_standard_output_is_written_to(tmp_path, name, kind):
     assert (done.stdout if kind == "pipe" else (tmp_path / "out.txt").read_text()) == "first second\n"
 
 
-def test_what_must_be_a_regular_file_is_checked(tmp_path):
+def test_check_regular_rejects_other_files(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("pipe")
     for name, words in (("pipe", "not a regular file"), ("link", "not a regular file"), (".", "is a directory")):
@@ -270,34 +267,31 @@ def test_what_must_be_a_regular_file_is_checked(tmp_path):
 
 
 @pytest.mark.parametrize("path", ["a\0b", "x" * 300, "/".join(["y" * 200] * 40)])
-def test_impossible_names_are_output_errors(tmp_path, path):
+def test_invalid_names_are_output_errors(tmp_path, path):
     with helpers.raises_one_line(OutputError, "cannot be written"):
         write_text(tmp_path / path, "x")
 
 
-def test_the_longest_name_is_possible(tmp_path):
+def test_longest_file_name_is_accepted(tmp_path):
     for name in ("x" * 255, "é" * 127, "z" * 250 + ".json"):
         write_text(tmp_path / name, "x")
         assert (tmp_path / name).read_text() == "x"
 
 
-# --- permissions, and what killed processes leave ---
-
-
 @pytest.mark.parametrize("mode", [0o600, 0o640, 0o444, 0o755])
-def test_a_file_that_is_replaced_keeps_its_mode(tmp_path, mode):
+def test_replaced_file_keeps_its_mode(tmp_path, mode):
     path = tmp_path / "a.txt"
     path.write_text("old")
     path.chmod(mode)
     with replacing(path) as temporary:
-        assert stat.S_IMODE(temporary.stat().st_mode) & 0o077 == 0  # nobody else reads it before it is whole
+        assert stat.S_IMODE(temporary.stat().st_mode) & 0o077 == 0  # not readable by others during writing
         temporary.write_text("new")
     assert path.read_text() == "new"
     assert stat.S_IMODE(path.stat().st_mode) == mode
 
 
-def test_the_umask_is_never_changed(tmp_path, monkeypatch):
-    """It belongs to the whole process: another thread would make files with it."""
+def test_umask_is_not_changed(tmp_path, monkeypatch):
+    """The umask is shared by all threads of the process."""
 
     def refuse(mask):
         raise AssertionError("changes the umask")
@@ -306,7 +300,7 @@ def test_the_umask_is_never_changed(tmp_path, monkeypatch):
     write_text(tmp_path / "a.txt", "x")
 
 
-def test_threads_write_files_of_one_mode(tmp_path):
+def test_concurrent_threads_write_files_of_equal_mode(tmp_path):
     before = os.umask(0o027)
     try:
 
@@ -325,7 +319,7 @@ def test_threads_write_files_of_one_mode(tmp_path):
         os.umask(before)
 
 
-def test_what_killed_processes_left_is_removed(tmp_path):
+def test_temporary_files_of_killed_processes_are_removed(tmp_path):
     path = tmp_path / "a.txt"
     script = (
         "import os; from pathlib import Path; from spinlock_fast.output.atomic_files import replacing\n"
@@ -333,9 +327,9 @@ def test_what_killed_processes_left_is_removed(tmp_path):
     )
     for _ in range(2):
         subprocess.run([sys.executable, "-c", script], check=False)
-    assert len(names(tmp_path)) == 1  # the second removed what the first had left
-    mine = _create_temporary(path)  # of a writer that lives
+    assert len(names(tmp_path)) == 1  # the second removed the file of the first
+    own = _create_temporary(path)  # of a running process
     (tmp_path / ".a.txt.backup").write_text("the user's")
     (tmp_path / f".ba.txt.{'0' * 8}-1-{'0' * 8}.txt").write_text("of another file")
     write_text(path, "whole")
-    assert names(tmp_path) == sorted(["a.txt", mine.name, ".a.txt.backup", f".ba.txt.{'0' * 8}-1-{'0' * 8}.txt"])
+    assert names(tmp_path) == sorted(["a.txt", own.name, ".a.txt.backup", f".ba.txt.{'0' * 8}-1-{'0' * 8}.txt"])

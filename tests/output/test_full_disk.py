@@ -1,4 +1,4 @@
-"""Full disks: status 4 and one line, and what was there stays."""
+"""Full disks: status 4, a one-line error, and existing files are kept."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def write(path: Path, **options: Any) -> None:
 
 
 @pytest.mark.parametrize("options", [{"chunks": (1000, 4), "compression": "gzip"}, {"chunks": (1000, 4)}, {}])
-def test_an_hdf5_file_is_written_on_reserved_space(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_hdf5_file_is_written_into_reserved_space(tmp_path: Path, options: dict[str, Any]) -> None:
     path = tmp_path / "t.h5"
     path.write_text("old")
     for size in (100, 50_000, 90_000, 120_000):
@@ -43,7 +43,7 @@ def test_an_hdf5_file_is_written_on_reserved_space(tmp_path: Path, options: dict
     assert path.stat().st_size < ROWS.nbytes + 20_000, "what was reserved is given back"
 
 
-def test_a_disk_that_fills_at_any_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_full_at_any_block_keeps_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     left = 0
 
     def reserve(descriptor: int, start: int, size: int) -> None:
@@ -60,14 +60,14 @@ def test_a_disk_that_fills_at_any_block(tmp_path: Path, monkeypatch: pytest.Monk
     assert os.listdir(tmp_path) == []
 
 
-def test_a_model_file_names_itself(tmp_path: Path) -> None:
+def test_full_disk_names_the_model_file(tmp_path: Path) -> None:
     for size in (0, 1000, 70_000):
         with largest_file(size), raises_one_line(OutputError, "model.pt: cannot be written: File too large"):
             save_torch(tmp_path / "model.pt", {"weights": torch.zeros(100_000)})
     assert os.listdir(tmp_path) == []
 
 
-def test_tensorboard(tmp_path: Path) -> None:
+def test_full_disk_while_writing_scalars_is_an_output_error(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="an optional extra")
     with largest_file(10), raises_one_line(OutputError, "tfevents", "File too large"):
         ScalarFile(tmp_path)

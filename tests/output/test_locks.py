@@ -1,4 +1,4 @@
-"""One writer per output; a lock ends with its holder."""
+"""One writer per output; a lock ends with the process that holds it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from helpers import raises_one_line
 from spinlock_fast.checkpoints.run_directory import RunDirectory
 from spinlock_fast.errors import OutputError
 from spinlock_fast.generate import main as generate_main
-from spinlock_fast.output.locks import directory_written_by_one, lock_path, locked, written_by_one
+from spinlock_fast.output.locks import lock_path, locked, locked_output_directory, locked_output_file
 from spinlock_fast.train import main as train_main
 
 HOLDER = """
@@ -38,7 +38,7 @@ def holder(output: Path) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize("kind", ["directory", "file"])
-def test_the_second_writer_is_told_who_the_first_is(tmp_path: Path, kind: str) -> None:
+def test_second_writer_error_names_the_first(tmp_path: Path, kind: str) -> None:
     output = tmp_path if kind == "directory" else tmp_path / "data.h5"
     with holder(output) as process:
         words = f"{output}: is being written by process {process.pid} on {os.uname().nodename}, since 2"
@@ -46,13 +46,13 @@ def test_the_second_writer_is_told_who_the_first_is(tmp_path: Path, kind: str) -
             pass
         process.send_signal(signal.SIGKILL)
         process.wait()
-        assert lock_path(output).exists()  # a killed process leaves its file, and no lock
+        assert lock_path(output).exists()  # a killed process leaves the file but not the lock
         with locked(output):
             pass
     assert os.listdir(tmp_path) == []
 
 
-def test_two_threads_of_one_process_exclude_each_other(tmp_path: Path) -> None:
+def test_threads_of_one_process_exclude_each_other(tmp_path: Path) -> None:
     refused: list[BaseException] = []
 
     def second() -> None:
@@ -69,8 +69,8 @@ def test_two_threads_of_one_process_exclude_each_other(tmp_path: Path) -> None:
     assert str(os.getpid()) in str(refused[0])
 
 
-def test_many_writers_one_after_another(tmp_path: Path) -> None:
-    """The file is removed and made again under those who wait for it: never two at once."""
+def test_writers_hold_the_lock_one_at_a_time(tmp_path: Path) -> None:
+    """The lock file is removed and recreated while others wait: never two holders at once."""
     inside, most, done = 0, 0, 0
     guard = threading.Lock()
 
@@ -97,14 +97,12 @@ def test_many_writers_one_after_another(tmp_path: Path) -> None:
     assert done > 200
 
 
-def test_without_locks_of_the_file_system_the_living_process_counts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_file_system_locks_the_stored_process_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def none_here(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", none_here)
-    monkeypatch.setattr("spinlock_fast.output.locks._WORKERS_END", 0.0)
+    monkeypatch.setattr("spinlock_fast.output.locks._WAIT_SECONDS", 0.0)
     host = os.uname().nodename
     lock_path(tmp_path).write_text(f"{os.getppid()} {host} 2026-01-01 00:00:00")
     with raises_one_line(OutputError, f"process {os.getppid()}"), locked(tmp_path):
@@ -121,7 +119,7 @@ def test_without_locks_of_the_file_system_the_living_process_counts(
         pass
 
 
-def test_the_lock_is_no_way_to_other_files(tmp_path: Path) -> None:
+def test_lock_file_does_not_follow_symbolic_links(tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_text("mine")
     lock_path(tmp_path).symlink_to(victim)
@@ -131,7 +129,7 @@ def test_the_lock_is_no_way_to_other_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("verb", ["train", "generate"])
-def test_a_second_command_is_refused(tmp_path: Path, verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_second_command_on_an_output_is_an_error(tmp_path: Path, verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "out"
     if verb == "train":
         (tmp_path / "run.yaml").write_text("dataset_path: none.h5\n")
@@ -148,23 +146,23 @@ def test_a_second_command_is_refused(tmp_path: Path, verb: str, capsys: pytest.C
     assert text.count("\n") == 1
 
 
-def test_a_run_holds_its_directory(tmp_path: Path) -> None:
+def test_run_locks_its_directory(tmp_path: Path) -> None:
     with RunDirectory(tmp_path), raises_one_line(OutputError, "is being written"), RunDirectory(tmp_path):
         pass
 
 
-def test_a_device_has_no_lock(tmp_path: Path) -> None:
+def test_device_is_not_locked(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with written_by_one(tmp_path / "pipe"), written_by_one(tmp_path / "pipe"):
+    with locked_output_file(tmp_path / "pipe"), locked_output_file(tmp_path / "pipe"):
         assert os.listdir(tmp_path) == ["pipe"]
 
 
-def test_the_directory_of_pictures_and_tables_has_one_writer(tmp_path: Path) -> None:
+def test_output_directory_has_one_writer(tmp_path: Path) -> None:
     output = tmp_path / "a" / "b"
-    first, second = directory_written_by_one(output), directory_written_by_one(output)
+    first, second = locked_output_directory(output), locked_output_directory(output)
     with first, raises_one_line(OutputError, "is being written"), second:
         pass
     assert os.listdir(output) == []
     (tmp_path / "file").touch()
-    with raises_one_line(OutputError, "file"), directory_written_by_one(tmp_path / "file"):
+    with raises_one_line(OutputError, "file"), locked_output_directory(tmp_path / "file"):
         pass

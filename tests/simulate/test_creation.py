@@ -52,7 +52,7 @@ def test_a_kill_at_every_step_of_creation(tmp_path: Path, monkeypatch: pytest.Mo
             patch.setattr(writer.Writer, "write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 generate(config, output)
-        for name in ("reserve", "new_file", "sync_directory"):
+        for name in ("reserve_disk_space", "create_hdf5_file", "sync_directory"):
             patch.setattr(writer, name, killing(getattr(writer, name)))
         patch.setattr(writer.os, "replace", killing(os.replace))
         patch.setattr(writer.Writer, "_create", killing(writer.Writer._create))

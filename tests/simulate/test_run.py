@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from spinlock_fast.data.source import Source
+from spinlock_fast.data.feature_source import FeatureSource
 from spinlock_fast.descriptors.registry import aggregated_names, temporal_names, trajectory_names
 from spinlock_fast.errors import ConfigError, DataError, Interrupted, OutputError
 from spinlock_fast.simulate.config import GeneratorConfig
@@ -104,7 +104,7 @@ def test_the_main_job_reads_it_with_names(complete: Path) -> None:
         "summary": "features/summary/aggregated/features",
         "architecture": "features/architecture/aggregated/features",
     }
-    with Source(str(complete), paths) as source:
+    with FeatureSource(str(complete), paths) as source:
         assert source.rows == 24
         assert source.feature_names("summary") == aggregated_names()
         assert source.feature_names("architecture")[0] == "num_layers"  # type: ignore[index]

@@ -103,7 +103,7 @@ def test_host_rows_read_like_a_tensor(x: np.ndarray[Any, Any]) -> None:
     kept = list(host.split(50))  # no block is overwritten by the next
     for block, expected in zip(kept, tensor.split(50), strict=True):
         assert torch.equal(block, expected)
-    assert torch.equal(host.resident(), tensor)
+    assert torch.equal(host.to_device(), tensor)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 100])

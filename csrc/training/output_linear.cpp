@@ -1,0 +1,102 @@
+// Linear projections of the groups to their codebooks; called by kernels/grouped_mlp.
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "checks.hpp"
+#include "operations.hpp"
+#include "kernels.hpp"
+#include "parallel.hpp"
+#include "parallel_products.hpp"
+#include "workspace.hpp"
+
+namespace spinlock_fast::training {
+
+// out[:, group g] = (x_g gain_g + shift_g) W_g^T + bias for x [G, B, in], gain and shift [G, in], W [sum n, in], out
+// [B, sum n]. Gain and shift are folded into the weights: `scaled` [sum n, in] receives W gain.
+void output_linear(Address x, Address gain, Address shift, Address weight, Address bias,
+                   const std::vector<Index>& sizes, Index B, Index in, Address scaled, Address out, int threads) {
+    check_sizes(B, sizes);
+    std::vector<Product> products;
+    const Index total = total_size(sizes);
+    Index column = 0;
+    std::vector<float> offset(static_cast<std::size_t>(total));
+    for (Index g = 0; g < static_cast<Index>(sizes.size()); ++g) {
+        const float *factors = pointer<const float>(gain) + g * in, *shifts = pointer<const float>(shift) + g * in;
+        for (const Index end = column + sizes[static_cast<std::size_t>(g)]; column < end; ++column) {
+            const float* row = pointer<const float>(weight) + column * in;
+            float* result = pointer<float>(scaled) + column * in;
+            float sum = 0.0f;
+            for (Index i = 0; i < in; ++i) {
+                result[i] = row[i] * factors[i];
+                sum += row[i] * shifts[i];
+            }
+            offset[static_cast<std::size_t>(column)] = pointer<const float>(bias)[column] + sum;
+        }
+    }
+    column = 0;
+    for (Index g = 0; g < static_cast<Index>(sizes.size()); ++g) {
+        const Index n = sizes[static_cast<std::size_t>(g)];
+        Product p{B,
+                  n,
+                  in,
+                  {pointer<const float>(x) + g * B * in, in, 1},
+                  {pointer<const float>(scaled) + column * in, 1, in},
+                  pointer<float>(out) + column,
+                  total};
+        p.bias = offset.data() + column;
+        products.push_back(p);
+        column += n;
+    }
+    run_products(products, threads);
+}
+
+void output_linear_backward(Address grad, Address x, Address gain, Address shift, Address weight, Address scaled,
+                            const std::vector<Index>& sizes, Index B, Index in, Address grad_x, Address grad_gain,
+                            Address grad_shift, Address grad_weight, Address grad_bias, int threads) {
+    check_sizes(B, sizes);
+    std::vector<Product> products;
+    const Index total = total_size(sizes);
+    Index column = 0;
+    for (Index g = 0; g < static_cast<Index>(sizes.size()); ++g) {
+        const Index n = sizes[static_cast<std::size_t>(g)];
+        const float* part = pointer<const float>(grad) + column;
+        products.push_back({B,
+                            in,
+                            n,
+                            {part, total, 1},
+                            {pointer<const float>(scaled) + column * in, in, 1},
+                            pointer<float>(grad_x) + g * B * in,
+                            in});
+        products.push_back({n,
+                            in,
+                            B,
+                            {part, 1, total},
+                            {pointer<const float>(x) + g * B * in, in, 1},
+                            pointer<float>(grad_weight) + column * in,
+                            in});
+        column += n;
+    }
+    run_products(products, threads);
+    kernels().column_sums(pointer<const float>(grad), B, total, total, pointer<float>(grad_bias));
+    column = 0;
+    for (Index g = 0; g < static_cast<Index>(sizes.size()); ++g) {
+        const float *factors = pointer<const float>(gain) + g * in, *shifts = pointer<const float>(shift) + g * in;
+        float *gain_sums = pointer<float>(grad_gain) + g * in, *shift_sums = pointer<float>(grad_shift) + g * in;
+        std::fill(gain_sums, gain_sums + in, 0.0f);
+        std::fill(shift_sums, shift_sums + in, 0.0f);
+        for (const Index end = column + sizes[static_cast<std::size_t>(g)]; column < end; ++column) {
+            const float *row = pointer<const float>(weight) + column * in,
+                        offset = pointer<const float>(grad_bias)[column];
+            float* result =
+                pointer<float>(grad_weight) + column * in;  // so far the gradient with respect to the scaled weights
+            for (Index i = 0; i < in; ++i) {
+                gain_sums[i] += result[i] * row[i];
+                shift_sums[i] += offset * row[i];
+                result[i] = result[i] * factors[i] + offset * shifts[i];
+            }
+        }
+    }
+}
+
+}  // namespace spinlock_fast::training

@@ -1,0 +1,196 @@
+"""Datasets of several files (shards) whose rows are numbered consecutively."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spinlock_fast.data.hdf5_links import ExternalFilePolicy
+from spinlock_fast.data.input_files import FileIdentity
+from spinlock_fast.data.shard_index import ShardIndex, file_description, index_file
+from spinlock_fast.errors import DataError
+
+_TRANSPOSED = (
+    "; MATLAB stores arrays with reversed axes: if the first axis does not hold the rows, save the transposed array "
+    "(x = permute(x, ndims(x):-1:1))"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class ShardedDataset:
+    """One dataset over all shards, concatenated along the rows."""
+
+    path: str
+    row_shape: tuple[int, ...]
+    dtype: np.dtype[Any]  # native byte order
+    shards: tuple[ShardIndex, ...]
+
+    @property
+    def row_bytes(self) -> int:
+        return prod(self.row_shape) * self.dtype.itemsize
+
+    @property
+    def h5py_reason(self) -> str:
+        """Why h5py reads it; empty if the native reader does."""
+        return next((shard.h5py_reason for shard in self.shards if shard.native_layout is None), "")
+
+    @property
+    def has_packing(self) -> bool:
+        """Whether stored numbers are packed (fill values, scale, offset)."""
+        return any(shard.packing is not None for shard in self.shards)
+
+    @property
+    def unpacked_dtype(self) -> np.dtype[Any]:
+        """Type of the unpacked values."""
+        packings = [shard.packing for shard in self.shards if shard.packing is not None]
+        if not packings:
+            return self.dtype
+        dtypes = [packing.dtype for packing in packings]
+        if len(packings) < len(self.shards):
+            dtypes.append(self.dtype)
+        return np.result_type(*dtypes)
+
+    @property
+    def chunk_rows(self) -> int:
+        """Largest number of rows per chunk; 1 if not chunked."""
+        return max(shard.chunk_rows for shard in self.shards)
+
+    @property
+    def chunk_bytes(self) -> int:
+        return max(shard.chunk_bytes for shard in self.shards)
+
+
+@dataclass(frozen=True)
+class ShardedDatasets:
+    """Datasets with the same rows in the same files."""
+
+    files: tuple[Path, ...]
+    identities: tuple[FileIdentity, ...]
+    shard_rows: tuple[int, ...]
+    datasets: tuple[ShardedDataset, ...]
+
+    @classmethod
+    def open(
+        cls,
+        files: Sequence[Path],
+        paths: Sequence[str],
+        noun: str = "datasets",
+        policy: ExternalFilePolicy | None = None,
+    ) -> ShardedDatasets:
+        """Indexes every file.
+
+        Args:
+            files: the shards.
+            paths: dataset paths within each file.
+            noun: what error messages call the datasets.
+            policy: files from which linked and virtual datasets may take values.
+
+        Raises:
+            DataError: a file or dataset cannot be read, or the shapes or types of shards or datasets differ.
+        """
+        shards: list[dict[str, ShardIndex]] = []
+        for file in files:
+            shards.append(indexes := index_file(file, list(paths), policy))
+            rows = {path: index.shape[0] for path, index in indexes.items()}
+            if len(set(rows.values())) > 1:
+                listed = ", ".join(f"{path} has {count}" for path, count in rows.items())
+                hint = _TRANSPOSED if any(index.matlab for index in indexes.values()) else ""
+                raise DataError(f"{file}: {noun} differ in their number of rows: {listed}{hint}")
+        datasets = []
+        for path in paths:
+            first = shards[0][path]
+            for indexes in shards:
+                index = indexes[path]
+                if index.shape[1:] != first.shape[1:]:
+                    raise DataError(
+                        f"{index.file}: {path}: rows of shape {index.shape[1:]}, but {first.shape[1:]} in {first.file}"
+                    )
+                if index.dtype != first.dtype:
+                    raise DataError(
+                        f"{index.file}: {path}: numbers of type {index.dtype}, but {first.dtype} in {first.file}"
+                    )
+            datasets.append(
+                ShardedDataset(path, first.shape[1:], first.dtype, tuple(indexes[path] for indexes in shards))
+            )
+        shard_rows = tuple(indexes[paths[0]].shape[0] for indexes in shards)
+        if sum(shard_rows) == 0:
+            raise DataError(f"{files[0]}: {paths[0]} has no rows")
+        return cls(tuple(files), tuple(indexes[paths[0]].identity for indexes in shards), shard_rows, tuple(datasets))
+
+    @property
+    def rows(self) -> int:
+        return sum(self.shard_rows)
+
+    @property
+    def native_datasets(self) -> tuple[ShardedDataset, ...]:
+        """The datasets that the native reader supports, in order."""
+        return tuple(dataset for dataset in self.datasets if not dataset.h5py_reason)
+
+    def unpack(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Replaces the stored numbers of packed datasets in a batch by their values; see `Packing`.
+
+        Args:
+            batch: tensors [b, ...] by dataset path, and "index": row numbers [b] over all shards.
+        """
+        for dataset in self.datasets:
+            if not dataset.has_packing:
+                continue
+            stored = batch[dataset.path]
+            values = np.empty(stored.shape, dataset.unpacked_dtype)
+            shard_of_row = np.searchsorted(np.cumsum(self.shard_rows), batch["index"].numpy(), side="right")
+            for i in np.unique(shard_of_row):
+                rows = shard_of_row == i
+                packing = dataset.shards[int(i)].packing
+                part = stored.numpy()[rows]
+                values[rows] = part if packing is None else packing(part)
+            unpack = torch.from_numpy(values)
+            batch[dataset.path] = unpack.pin_memory() if stored.is_pinned() else unpack
+        return batch
+
+    @property
+    def origins(self) -> dict[str, tuple[FileIdentity, ...]]:
+        """Identities of all files that hold values of a dataset, by its path."""
+        return {
+            dataset.path: tuple(identity for shard in dataset.shards for identity in shard.identities)
+            for dataset in self.datasets
+        }
+
+    @property
+    def all_files(self) -> tuple[Path, ...]:
+        """All files that hold values, including linked and virtual sources."""
+        paths = (source.path for dataset in self.datasets for shard in dataset.shards for source in shard.backing_files)
+        return tuple(dict.fromkeys((*self.files, *paths)))
+
+    def select(self, path: str) -> ShardedDatasets:
+        """Only the dataset with this path."""
+        return replace(self, datasets=tuple(dataset for dataset in self.datasets if dataset.path == path))
+
+    def native_descriptions(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Arguments `files` and `datasets` of `_native.RowReader`."""
+        files = list(dict.fromkeys(_storage(shard) for dataset in self.native_datasets for shard in dataset.shards))
+        numbers = {file: i for i, file in enumerate(files)}
+        datasets = [
+            {
+                "name": dataset.path,
+                "item_size": dataset.dtype.itemsize,
+                "row_shape": list(dataset.row_shape),
+                "shards": [
+                    {"file": numbers[_storage(shard)], **(shard.native_layout or {})} for shard in dataset.shards
+                ],
+            }
+            for dataset in self.native_datasets
+        ]
+        return [file_description(*file) for file in files], datasets
+
+
+def _storage(shard: ShardIndex) -> tuple[Path, FileIdentity, str]:
+    """The file that stores a dataset, its identity, and its name in error messages."""
+    label = str(shard.file) if shard.storage_file == shard.file else f"{shard.file} (values in {shard.storage_file})"
+    return shard.storage_file, shard.storage_identity, label
