@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spinlock_fast.config.schema import RunConfig
 from spinlock_fast.models import decoder_refit
-from spinlock_fast.models.decoder_refit import decoder_inputs, decoder_output, least_squares, refit_decoder
+from spinlock_fast.models.decoder_refit import decoder_hidden, decoder_output_layer, least_squares, refit_decoder
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
 from spinlock_fast.training.trainer import Trainer
 
@@ -41,7 +41,7 @@ def error(model: CategoricalHierarchicalVQVAE, x: Tensor) -> float:
 def test_the_fit_is_the_least_squares_of_the_rows(model: CategoricalHierarchicalVQVAE, x: Tensor) -> None:
     tokens, before = model.get_tokens(x), error(model, x)
     with torch.no_grad():
-        hidden = decoder_inputs(model, x).double()
+        hidden = decoder_hidden(model, x).double()
     weights, constant = least_squares(hidden, x.double(), 1e-9)
     best = float((hidden @ weights + constant - x).square().mean())
     refit_decoder(model, x, 1e-9)
@@ -64,9 +64,9 @@ def test_least_squares_finds_a_plane_and_shrinks_towards_the_mean() -> None:
 
 
 def test_a_large_penalty_leaves_the_trained_weights(model: CategoricalHierarchicalVQVAE, x: Tensor) -> None:
-    before = decoder_output(model).weight.detach().clone()
+    before = decoder_output_layer(model).weight.detach().clone()
     refit_decoder(model, x, 1e9)
-    torch.testing.assert_close(decoder_output(model).weight.detach(), before, atol=1e-6, rtol=0)
+    torch.testing.assert_close(decoder_output_layer(model).weight.detach(), before, atol=1e-6, rtol=0)
 
 
 def test_blocks_of_rows_give_what_all_rows_give(
@@ -74,10 +74,12 @@ def test_blocks_of_rows_give_what_all_rows_give(
 ) -> None:
     whole = copy.deepcopy(model)
     refit_decoder(whole, x, 0.01)
-    monkeypatch.setattr(decoder_refit, "_ROWS_AT_ONCE", 64)
+    monkeypatch.setattr(decoder_refit, "_ROWS_PER_BLOCK", 64)
     refit_decoder(model.train(), x, 0.01)
     assert model.training  # its mode stays
-    torch.testing.assert_close(decoder_output(model).weight, decoder_output(whole).weight, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(
+        decoder_output_layer(model).weight, decoder_output_layer(whole).weight, atol=1e-4, rtol=1e-3
+    )
 
 
 def test_a_run_that_asks_for_it_ends_with_the_fit_on_its_training_rows(x: Tensor) -> None:

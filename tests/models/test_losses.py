@@ -8,7 +8,7 @@ from spinlock_fast.config.schema import TrainingConfig
 from spinlock_fast.kernels.layout import CodebookLayout
 from spinlock_fast.kernels.topo_loss import topographic_correlations, topographic_loss
 from spinlock_fast.models.losses import (
-    TOPO_PRE_SHARE,
+    TOPO_PRE_WEIGHT,
     LossTerms,
     LossWeights,
     code_orthogonality,
@@ -149,7 +149,7 @@ def test_the_topographic_term_takes_the_first_rows(topo_samples):
     out = model(x)
     n = min(topo_samples, 12)
     first = x[:n], out["latents"][:n], out["tokens"][:n]
-    expected = topographic_loss(*first, out["codebook"], model.quantizer.layout, TOPO_PRE_SHARE)
+    expected = topographic_loss(*first, out["codebook"], model.quantizer.layout, TOPO_PRE_WEIGHT)
     torch.testing.assert_close(loss_terms(model, x, out, topo_samples).topographic, expected)
 
 

@@ -155,7 +155,7 @@ def test_topo_looks_at_the_first_1024_rows_alone(model: CategoricalHierarchicalV
 
 
 def test_completion_adds_families_purity_and_sizes(model: CategoricalHierarchicalVQVAE, found: metrics.Metrics) -> None:
-    metrics.complete(found, model, NAMES, 0.25)
+    metrics.add_model_metrics(found, model, NAMES, 0.25)
     assert [c["families"] for c in found["categories"]] == [{"a": 3, "b": 1}, {"a": 2, "b": 4}]
     assert [c["purity"] for c in found["categories"]] == pytest.approx([3 / 4, 4 / 6])
     assert found["categories"][0]["feature_names"] == ["a::3", "a::4", "b::5", "a::0"]

@@ -104,7 +104,7 @@ def test_a_generator_makes_it_repeatable():
 
 
 def test_large_codebooks_start_from_distinct_rows(monkeypatch):
-    monkeypatch.setattr(module, "_PLUS_PLUS_LIMIT", 3)
+    monkeypatch.setattr(module, "_MAX_PLUS_PLUS_CODES", 3)
     z, _ = helpers.random_group(LAYOUT, 30, seed=0)
     codebook, _ = kmeans(z, LAYOUT, iterations=0)
     for book in helpers.split_codebooks(codebook, LAYOUT):

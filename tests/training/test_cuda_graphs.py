@@ -17,11 +17,11 @@ from spinlock_fast.kernels import table_cache
 from spinlock_fast.kernels._triton.tables import book_table
 from spinlock_fast.kernels.layout import CodebookLayout
 from spinlock_fast.kernels.precision import cuda_matmul
-from spinlock_fast.models.losses import _factors
+from spinlock_fast.models.losses import _weight_tensor
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
-from spinlock_fast.quantize.grouped import _over_dims
+from spinlock_fast.quantize.grouped import _factor_per_dim
 from spinlock_fast.training import loop
-from spinlock_fast.training.cuda_graphs import WARM_UP, StepLauncher, _CudaCapture
+from spinlock_fast.training.cuda_graphs import WARM_UP_STEPS, StepLauncher, _CudaCapture
 from spinlock_fast.training.loop import TrainingRun
 from spinlock_fast.training.observer import SilentObserver
 from spinlock_fast.training.step import StepKind
@@ -47,10 +47,10 @@ class Log:
 def test_steps_are_captured_once_when_warm_and_then_replayed() -> None:
     log = Log()
     launcher = StepLauncher(log, CPU, capture=log.capture)
-    assert [launcher.run(PLAIN, 100) for _ in range(WARM_UP)] == [1] * WARM_UP
+    assert [launcher.run(PLAIN, 100) for _ in range(WARM_UP_STEPS)] == [1] * WARM_UP_STEPS
     assert [launcher.run(PLAIN, most) for most in (100, 4, 3, 1)] == [4, 4, 1, 1]
     assert log.said == [
-        *[PLAIN] * WARM_UP,
+        *[PLAIN] * WARM_UP_STEPS,
         ("captured", PLAIN, 4),
         (PLAIN, 4),
         (PLAIN, 4),
@@ -63,10 +63,10 @@ def test_steps_are_captured_once_when_warm_and_then_replayed() -> None:
 def test_each_kind_warms_up_by_itself() -> None:
     log = Log()
     launcher = StepLauncher(log, CPU, capture=log.capture)
-    for kind in [PLAIN, LAST] * WARM_UP:
+    for kind in [PLAIN, LAST] * WARM_UP_STEPS:
         launcher.run(kind, 1)
     launcher.run(LAST, 1)
-    assert log.said == [*[PLAIN, LAST] * WARM_UP, ("captured", LAST, 1), (LAST, 1)]
+    assert log.said == [*[PLAIN, LAST] * WARM_UP_STEPS, ("captured", LAST, 1), (LAST, 1)]
 
 
 @pytest.mark.parametrize("graphs", [True, False])
@@ -87,8 +87,8 @@ def test_a_failed_capture_is_said_once_and_training_goes_on(caplog: pytest.LogCa
             raise RuntimeError("capture was invalidated")
 
     launcher = StepLauncher(log, CPU, capture=capture)
-    assert [launcher.run(PLAIN, 100) for _ in range(WARM_UP + 3)] == [1] * (WARM_UP + 3)
-    assert log.said == [PLAIN] * (WARM_UP + 3)
+    assert [launcher.run(PLAIN, 100) for _ in range(WARM_UP_STEPS + 3)] == [1] * (WARM_UP_STEPS + 3)
+    assert log.said == [PLAIN] * (WARM_UP_STEPS + 3)
     (record,) = caplog.records
     assert "not as CUDA graphs: operation not permitted when stream is capturing more lines" in record.message
 
@@ -97,15 +97,15 @@ def test_other_work_beside_the_steps_is_done_each_time() -> None:
     log = Log()
     launcher = StepLauncher(log, CPU, capture=log.capture)
     done: list[str] = []
-    again = launcher.beside(lambda: done.append("work"), "validations")
-    for _ in range(WARM_UP + 2):
+    again = launcher.captured(lambda: done.append("work"), "validations")
+    for _ in range(WARM_UP_STEPS + 2):
         again()
-    assert done == ["work"] * (WARM_UP + 2)
+    assert done == ["work"] * (WARM_UP_STEPS + 2)
     assert log.said == []
 
 
 class Kinds(StepLauncher):
-    """Takes as many steps as it may, and notes them."""
+    """Records each launch and counts it as the most steps allowed."""
 
     seen: list[tuple[StepKind, int]]
 
@@ -125,7 +125,7 @@ class Kinds(StepLauncher):
         (64, 1, [(RESET, 1)] * 8),
     ],
 )
-def test_the_loop_asks_for_runs_of_steps_alike(
+def test_loop_launches_consecutive_steps_of_a_kind_together(
     rows: int, interval: int, expected: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop, "StepLauncher", Kinds)
@@ -183,12 +183,12 @@ def test_the_precision_of_products_is_set_for_a_while(user: Callable[[], None]) 
         by_newer("none")
 
 
-def test_steps_are_captured_anew_where_tensors_have_moved() -> None:
+def test_moved_tensors_discard_the_graphs() -> None:
     log = Log()
     launcher = StepLauncher(log, CPU, capture=log.capture)
-    for places in ("here", "here", "there"):
-        launcher.follow(places)
-        for _ in range(WARM_UP + 1):
+    for layout in ("first", "first", "second"):
+        launcher.check_layout(layout)
+        for _ in range(WARM_UP_STEPS + 1):
             launcher.run(PLAIN, 1)
     captures = [said for said in log.said if said == ("captured", PLAIN, 1)]
     assert len(captures) == 2
@@ -230,11 +230,11 @@ def layouts(count: int) -> list[CodebookLayout]:
 
 def quantizer_shares(i: int) -> Any:
     """Of the loss, by batch size."""
-    return _over_dims(layouts(1)[0], 0.25 / (i + 1), torch.float32, CPU)
+    return _factor_per_dim(layouts(1)[0], 0.25 / (i + 1), torch.float32, CPU)
 
 
 def loss_weights(i: int) -> Any:
-    return _factors((1.0, float(i)), torch.float32, CPU)
+    return _weight_tensor((1.0, float(i)), torch.float32, CPU)
 
 
 def codebook_offsets(i: int) -> Any:

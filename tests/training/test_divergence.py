@@ -16,7 +16,7 @@ from helpers import planted_matrix, raises_one_line, write_arrays
 from spinlock_fast.config.schema import RunConfig
 from spinlock_fast.errors import TrainingError
 from spinlock_fast.train import main as train_main
-from spinlock_fast.training.divergence import MOST_REWINDS, DivergenceError
+from spinlock_fast.training.divergence import MAX_REWINDS, DivergenceError
 from spinlock_fast.training.observer import SilentObserver
 from spinlock_fast.training.step import StepKind, TrainingStep
 from spinlock_fast.training.trainer import Trainer
@@ -96,7 +96,7 @@ def test_rewind_halves_the_learning_rate_and_says_so(broken_at: list[int], caplo
 
 def test_rewind_ends_after_some_times(broken_at: list[int]) -> None:
     broken_at += range(100)
-    with raises_one_line(DivergenceError, "not finite", f"also after {MOST_REWINDS} halvings"):
+    with raises_one_line(DivergenceError, "not finite", f"also after {MAX_REWINDS} halvings"):
         trainer(on_divergence="rewind").fit(X, GROUPS)
 
 

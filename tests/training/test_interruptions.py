@@ -22,7 +22,7 @@ import yaml
 from helpers import write_arrays
 
 from spinlock_fast.checkpoints.directory import checkpoint_hash, load_checkpoint, load_torch, save_torch
-from spinlock_fast.checkpoints.integrity import MANIFEST, RESUME, RESUME_BEFORE, STATES
+from spinlock_fast.checkpoints.integrity import MANIFEST, PREVIOUS_RESUME, RESUME, STATES
 from spinlock_fast.checkpoints.resumable import write_state
 from spinlock_fast.checkpoints.run_directory import (
     BEST,
@@ -116,7 +116,7 @@ def everything(directory: Path) -> dict[str, bytes]:
         ["model.levels=[{latent_dim: 4, num_tokens: 4000}]"],  # more codes than rows
         ["training.learning_rate=1e30"],
         ["families.mine.dataset=y"],
-        ["training.mixing=-1"],
+        ["training.mixup_scale=-1"],
     ],
 )
 def test_a_new_run_that_fails_leaves_the_finished_one(
@@ -192,7 +192,7 @@ class Late:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize(("place", "name"), [(trainer_module, "evaluate_with_use"), (pipeline, "write_results")])
+@pytest.mark.parametrize(("place", "name"), [(trainer_module, "evaluate_with_counts"), (pipeline, "write_results")])
 def test_a_signal_after_the_last_step_is_not_lost(
     config: Path,
     whole: Path,
@@ -241,7 +241,7 @@ def test_a_signal_that_is_ignored_stays_ignored(
 def test_a_resumed_run_adds_up_its_time(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "out"
     with monkeypatch.context() as patch:
-        Late(signal.SIGTERM, patch, trainer_module, "evaluate_with_use")
+        Late(signal.SIGTERM, patch, trainer_module, "evaluate_with_counts")
         assert train(config, output) == 143
     state = load_torch(output / PARTIAL / RESUME)
     stages = state["seconds"]
@@ -257,16 +257,16 @@ def test_a_resumed_run_adds_up_its_time(config: Path, tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("value", [np.inf, np.nan])
-def test_a_figure_that_json_has_not_is_written_as_null(
+def test_nonfinite_metric_is_written_as_null(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], value: float
 ) -> None:
-    complete = trainer_module.complete
+    add_model_metrics = trainer_module.add_model_metrics
 
-    def spoil(metrics: dict[str, Any], *rest: Any) -> None:
-        complete(metrics, *rest)
+    def add_nonfinite(metrics: dict[str, Any], *rest: Any) -> None:
+        add_model_metrics(metrics, *rest)
         metrics["categories"][0]["partial_mse"] = value
 
-    monkeypatch.setattr(trainer_module, "complete", spoil)
+    monkeypatch.setattr(trainer_module, "add_model_metrics", add_nonfinite)
     assert run(train_main, config, "--output", tmp_path / "out") == 0
     assert json.loads((tmp_path / "out" / METRICS).read_text())["categories"][0]["partial_mse"] is None
     assert "categories[0].partial_mse" in capsys.readouterr().err
@@ -317,9 +317,9 @@ def test_identical_runs_have_one_hash(config: Path, whole: Path, tmp_path: Path)
 def interrupted(config: Path, output: Path) -> None:
     """A run that was stopped after its last step, with two states."""
     with pytest.MonkeyPatch.context() as patch:
-        Late(signal.SIGTERM, patch, trainer_module, "evaluate_with_use")
+        Late(signal.SIGTERM, patch, trainer_module, "evaluate_with_counts")
         assert train(config, output) == 143
-    assert (output / PARTIAL / RESUME_BEFORE).exists()
+    assert (output / PARTIAL / PREVIOUS_RESUME).exists()
 
 
 @pytest.mark.parametrize("where", [0.1, 0.5, 0.9])
@@ -341,7 +341,7 @@ def test_two_damaged_states_are_an_error(config: Path, tmp_path: Path, capsys: p
     for name in STATES:
         flip(output / PARTIAL / name, 0.5)
     assert train(config, output, resume=True) == 3
-    assert RESUME_BEFORE in capsys.readouterr().err
+    assert PREVIOUS_RESUME in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("damage", ["gone", "{"])
@@ -395,7 +395,7 @@ def test_a_kill_between_two_states_leaves_one(tmp_path: Path, monkeypatch: pytes
 def test_an_unfinished_run_of_an_earlier_version_is_resumed(config: Path, whole: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     interrupted(config, output)
-    state = load_torch(output / PARTIAL / RESUME_BEFORE)
+    state = load_torch(output / PARTIAL / PREVIOUS_RESUME)
     del state["seconds"]
     for key in ("num_epochs", "reset_left_out", "before_last", "seconds", "epoch_seconds"):
         del state["run"][key]

@@ -206,10 +206,10 @@ def test_parameters_replaced_between_epochs_end_the_training() -> None:
     settings = CategoricalVQVAEConfig(input_dim=4, group_indices={"a": [0, 1, 2, 3]}, codebook_init="uniform")
     model = CategoricalHierarchicalVQVAE(settings)
     step = TrainingStep(model, torch.randn(40, 4), TrainingConfig())
-    places = step.places()
+    places = step.memory_layout()
     model.shared_decoder[0].weight.data = model.shared_decoder[0].weight.data.clone()
-    assert step.places() != places
+    assert step.memory_layout() != places
     decoder = model.shared_decoder[0]
     decoder.load_state_dict({name: value.clone() for name, value in decoder.state_dict().items()}, assign=True)
     with pytest.raises(RuntimeError, match="assign=True"):
-        step.places()
+        step.memory_layout()

@@ -12,7 +12,8 @@ from helpers import planted_matrix
 
 from spinlock_fast.config.schema import FeatureCleaningConfig, RunConfig
 from spinlock_fast.features.matrix import fit_matrix_normalizer
-from spinlock_fast.training.trainer import Trainer, TrainResult
+from spinlock_fast.training.result import TrainResult
+from spinlock_fast.training.trainer import Trainer
 
 SIZES = [6, 9, 5]
 GROUPS = {"a": list(range(6)), "b": list(range(6, 15)), "c": list(range(15, 20))}

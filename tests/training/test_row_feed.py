@@ -23,10 +23,11 @@ from spinlock_fast.data.host_rows import HostRows, place_rows
 from spinlock_fast.data.row_view import RowView
 from spinlock_fast.errors import DataError, Interrupted
 from spinlock_fast.features.categories import category_correlation, discover_categories
-from spinlock_fast.training import row_feed, trainer
+from spinlock_fast.training import result, row_feed
 from spinlock_fast.training.observer import SilentObserver
+from spinlock_fast.training.result import TrainResult
 from spinlock_fast.training.row_feed import CopyStream, StreamedFeed
-from spinlock_fast.training.trainer import Trainer, TrainResult
+from spinlock_fast.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 SIZES = [6, 9, 5]
@@ -50,7 +51,7 @@ def x() -> np.ndarray[Any, Any]:
 @pytest.fixture
 def halves(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Sets how many steps of 64 rows have their rows in a half of the table."""
-    return lambda steps: monkeypatch.setattr(row_feed, "_HALF_BYTES", steps * STEP_BYTES)
+    return lambda steps: monkeypatch.setattr(row_feed, "_HALF_BUFFER_BYTES", steps * STEP_BYTES)
 
 
 def made(where: str, observer: SilentObserver | None = None, **options: Any) -> Trainer:
@@ -127,7 +128,7 @@ def test_streamed_training_is_resident_training(
     "options",
     [
         {"model__codebook_init": "product", "training__decoder_refit": 0.01, "training__test_fraction": 0.1},
-        {"model__codebook_init": "uniform", "training__input_noise": 0.3, "training__mixing": 0.2},
+        {"model__codebook_init": "uniform", "training__input_noise": 0.3, "training__mixup_scale": 0.2},
         {
             "training__dead_code_reset_interval": 1,
             "training__dead_code_strategy": "sample",
@@ -201,7 +202,7 @@ def test_rows_that_must_lie_on_the_device_and_do_not_fit_are_refused_in_one_line
 def test_a_run_that_streams_says_so(x: np.ndarray[Any, Any], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     made("never", training__num_epochs=1).fit(x, GROUPS)
-    assert "540 rows stay in main memory and follow to cpu" in caplog.text
+    assert "540 rows stay in main memory and are copied to cpu step by step" in caplog.text
 
 
 def test_free_memory_of_a_container_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,7 +236,7 @@ def test_a_matrix_is_trained_on_as_it_is(x: np.ndarray[Any, Any], tmp_path: Path
 def test_a_bad_value_is_named_by_its_row_in_the_matrix(
     x: np.ndarray[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "_ROWS_AT_ONCE", 128)
+    monkeypatch.setattr(result, "_ROWS_PER_BLOCK", 128)
     bad = x.copy()
     bad[300, 7] = bad[301, 2] = np.inf
     with raises_one_line(DataError, "x[300, 7] is inf"):
@@ -268,7 +269,7 @@ def peak_of_own_memory() -> Iterator[list[int]]:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells the memory of a process")
 def test_a_memory_map_is_not_read_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """192 MB of rows, of which training, checks, categories and validation see all."""
-    monkeypatch.setattr(row_feed, "_HALF_BYTES", 1 << 22)
+    monkeypatch.setattr(row_feed, "_HALF_BUFFER_BYTES", 1 << 22)
     shape, sizes = (400_000, 120), [40, 40, 40]
     matrix: np.memmap[Any, Any] = np.memmap(tmp_path / "x", np.float32, "w+", shape=shape)
     for start in range(0, shape[0], 40_000):
@@ -391,9 +392,9 @@ def test_no_step_of_a_device_reads_rows_of_another(
 
     for done in (0, 0, steps // 2, 0):
         order = torch.randperm(count)
-        places, step = feed.begin(order, done), done
+        places, step = feed.begin_epoch(order, done), done
         while step < steps:
-            launched = min(feed.ready(step), 2, steps - step)
+            launched = min(feed.steps_available(step), 2, steps - step)
             for _ in range(launched):
                 mine = slice(step * batch, (step + 1) * batch)
                 device.steps.put(lambda mine=mine, places=places, order=order: check(places[mine], order[mine]))  # type: ignore[misc]

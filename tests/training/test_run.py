@@ -825,7 +825,7 @@ def test_the_dispatcher_knows_its_verbs(capsys: pytest.CaptureFixture[str]) -> N
 def test_the_time_to_encode_is_estimated_before_it_is_spent(
     config: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("spinlock_fast.training.run._ESTIMATE_ROWS", 160)
+    monkeypatch.setattr("spinlock_fast.training.preparation._ESTIMATE_ROWS", 160)
     arguments = ["--set", f"dataset_path={data}", "--set", "training.num_epochs=1", "--output", tmp_path / "out"]
     assert run(train_main, config, *arguments) == 0
     text = " ".join(capsys.readouterr().err.split())

@@ -23,8 +23,9 @@ from spinlock_fast.training import trainer as trainer_module
 from spinlock_fast.training.cuda_graphs import StepLauncher
 from spinlock_fast.training.loop import TrainingRun
 from spinlock_fast.training.observer import EpochRecord, SilentObserver
+from spinlock_fast.training.result import TrainResult
 from spinlock_fast.training.step import StepKind, TrainingStep
-from spinlock_fast.training.trainer import Trainer, TrainResult
+from spinlock_fast.training.trainer import Trainer
 
 SIZES = [6, 9, 5]
 GROUPS = {"cluster_2": list(range(6)), "cluster_10": list(range(6, 15)), "cluster_1": list(range(15, 20))}
@@ -300,7 +301,7 @@ def test_learning_rate_warms_up_and_follows_the_cosine(x: np.ndarray[Any, Any]) 
         {"model__rotation_trick": True},
         {"model__codebook_init": "uniform"},
         {"model__codebook_init": "product"},
-        {"training__input_noise": 0.3, "training__mixing": 0.2},
+        {"training__input_noise": 0.3, "training__mixup_scale": 0.2},
         {"training__optimizer": "adamw", "training__weight_decay": 0.01},
         {"training__topo_weight": 0.0, "training__informativeness_weight": 0.0},
         {"training__dead_code_reset_steps": 2, "training__dead_code_strategy": "sample"},
@@ -384,8 +385,8 @@ def test_a_signal_after_the_last_step_is_obeyed(
 
         with monkeypatch.context() as patch:
             if moment == "evaluate":
-                measured = trainer_module.evaluate_with_use
-                patch.setattr(trainer_module, "evaluate_with_use", lambda *a: (late(), measured(*a))[1])  # noqa: B023
+                measured = trainer_module.evaluate_with_counts
+                patch.setattr(trainer_module, "evaluate_with_counts", lambda *a: (late(), measured(*a))[1])  # noqa: B023
             else:
                 best = TrainingRun.best_model
                 patch.setattr(TrainingRun, "best_model", lambda self: (late(), best(self))[1])  # noqa: B023
@@ -537,14 +538,14 @@ class Listener(SilentObserver):
 
 @pytest.fixture
 def _late(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures are read as on a device that works by itself."""
-    started = TrainingRun.__init__
+    """Epoch summaries are read after the steps of the next epoch were launched, as on CUDA."""
+    init = TrainingRun.__init__
 
-    def late(self: TrainingRun, *args: Any) -> None:
-        started(self, *args)
-        self._reads_late = True
+    def init_overlapped(self: TrainingRun, *args: Any, **options: Any) -> None:
+        init(self, *args, **options)
+        self._overlap_readback = True
 
-    monkeypatch.setattr(TrainingRun, "__init__", late)
+    monkeypatch.setattr(TrainingRun, "__init__", init_overlapped)
 
 
 EPOCHS_APART = {
@@ -631,7 +632,7 @@ def test_refit_and_evaluation_run_on_the_device_of_the_data(x: np.ndarray[Any, A
         yield
         depth[0] -= 1
 
-    for name in ("refit_decoder", "evaluate_with_use", "evaluate"):
+    for name in ("refit_decoder", "evaluate_with_counts", "evaluate"):
         plain = getattr(module, name)
 
         def called(*args: Any, name: str = name, plain: Any = plain) -> Any:
@@ -642,6 +643,12 @@ def test_refit_and_evaluation_run_on_the_device_of_the_data(x: np.ndarray[Any, A
     monkeypatch.setattr(module, "device_guard", guard)
     monkeypatch.setattr(metrics, "device_guard", guard)
     trainer(training__num_epochs=2, training__decoder_refit=0.1, training__test_fraction=0.1).fit(x, GROUPS)
-    assert [name for name, _ in seen] == ["refit_decoder", "evaluate_with_use", "evaluate"]
+    assert [name for name, _ in seen] == ["refit_decoder", "evaluate_with_counts", "evaluate"]
     assert all(inside for _, inside in seen)
     assert depth == [0]
+
+
+def test_use_torch_compile_is_logged_as_ineffective(x: np.ndarray[Any, Any], caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        trainer(training__use_torch_compile=True, training__num_epochs=1).fit(x, GROUPS)
+    assert sum("use_torch_compile has no effect" in message for message in caplog.messages) == 1
