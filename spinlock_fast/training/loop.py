@@ -33,7 +33,7 @@ from spinlock_fast.training.divergence import (
 )
 from spinlock_fast.training.model_selection import ModelSelection, check_selection_state
 from spinlock_fast.training.observer import EpochRecord, Observer
-from spinlock_fast.training.step import EpochSummary, StepKind, TrainingStep, learning_rate, learning_rates
+from spinlock_fast.training.step import EpochSummary, StepKind, TrainingStep, learning_rates
 
 log = logging.getLogger(__name__)
 
@@ -296,14 +296,14 @@ class TrainingRun:
         return summary
 
     def _epoch_record(self, summary: EpochSummary, epoch: int, seconds: float) -> EpochRecord:
-        steps = self.training_step.steps_per_epoch
+        rates = learning_rates(self.training, self.training_step.steps_per_epoch, epoch)
         diverged_at, self.rewinds.diverged_steps = self.rewinds.diverged_steps or None, []
         return EpochRecord(
             epoch=epoch + 1,
             train_loss=summary.loss,
             terms=dict(zip(LossTerms._fields, summary.terms, strict=True)),
             utilization=summary.utilization,
-            learning_rate=self.rewinds.rate_scale * learning_rate(self.training, steps, (epoch + 1) * steps - 1),
+            learning_rate=self.rewinds.rate_scale * float(rates[-1]),
             seconds=seconds,
             diverged_at=diverged_at,
         )

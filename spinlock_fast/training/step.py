@@ -194,17 +194,16 @@ def _unpack_summary(packed: Tensor) -> EpochSummary:
     return EpochSummary(loss, terms, utilization, divmod(int(first), len(terms)) if first >= 0 else None)
 
 
-def learning_rate(training: TrainingConfig, steps_per_epoch: int, step: int) -> float:
-    """The learning rate of a step of the run, from 0: linear warm-up, then constant or cosine decay to zero."""
-    warmup, total = training.warmup_epochs * steps_per_epoch, training.num_epochs * steps_per_epoch
-    if step < warmup:
-        return training.learning_rate * (step + 1) / warmup
-    if training.scheduler == "cosine":
-        return training.learning_rate * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
-    return training.learning_rate
-
-
 def learning_rates(training: TrainingConfig, steps_per_epoch: int, epoch: int) -> Tensor:
-    """[steps_per_epoch] float64: the learning rate of each step of an epoch, from 0."""
+    """[steps_per_epoch] float64 learning rates of an epoch, from 0: linear warm-up, then constant or cosine decay."""
+    warmup, total = training.warmup_epochs * steps_per_epoch, training.num_epochs * steps_per_epoch
+
+    def rate(step: int) -> float:
+        if step < warmup:
+            return training.learning_rate * (step + 1) / warmup
+        if training.scheduler == "cosine":
+            return training.learning_rate * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+        return training.learning_rate
+
     steps = range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch)
-    return torch.tensor([learning_rate(training, steps_per_epoch, step) for step in steps], dtype=torch.float64)
+    return torch.tensor([rate(step) for step in steps], dtype=torch.float64)

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -156,9 +157,8 @@ class Trainer:
         if data.dtype != np.float32:
             data = transform(data) if transform is not None else data.astype(np.float32)
             transform = None
-        train_rows, val_view, test_rows = (
-            RowView(data, rows, transform) for rows in (split.train, split.val, split.test)
-        )
+        rows = partial(RowView, data, transform=transform)
+        train_rows = rows(split.train)
         groups, discover_seconds = group_indices, 0.0
         if groups is None:
             groups = find_categories(train_rows, names, self.config)
@@ -166,14 +166,12 @@ class Trainer:
         model_config = self._model_config(train_rows, groups, levels)
         correlation_max = self._checked_correlation(train_rows, model_config)
         _check_memory(model_config, device)
-        run, final_state = self._train(
-            model_config, train_rows, val_view, split, device, started + discover_seconds, resume
-        )
+        run, final_state = self._train(model_config, rows, split, device, started + discover_seconds, resume)
         with device_guard(device):  # `_train` has restored the caller's device
             model = run.best_model()
             if training.decoder_refit:
                 refit_decoder(model, run.x_train, training.decoder_refit)
-            metrics = self._evaluate(model, run, test_rows, split, final_state)
+            metrics = self._evaluate(model, run, rows, split, final_state)
         add_model_metrics(metrics, model, names, correlation_max)
         constant = [c["name"] for c in metrics["categories"] if max(c["perplexity"]) < 1.0 + 1e-6]
         if constant:
@@ -193,8 +191,7 @@ class Trainer:
     def _train(
         self,
         model_config: CategoricalVQVAEConfig,
-        train_rows: RowView,
-        val_rows: RowView,
+        rows: Callable[[NDArray[np.int64]], RowView],
         split: Split,
         device: torch.device,
         started: float,
@@ -214,14 +211,14 @@ class Trainer:
                 self.observer,
                 self._requested_signal,
                 model,
-                self._place_rows(train_rows, device),
-                self._place_rows(val_rows, device),
+                self._place_rows(rows(split.train), device),
+                self._place_rows(rows(split.val), device),
                 train_rows=split.train,
                 val_rows=split.val,
                 started=started,
             )
             if model_config.extra_inputs:
-                model.fit_extra_inputs(*(torch.from_numpy(values) for values in mean_and_std(train_rows)))
+                model.fit_extra_inputs(*(torch.from_numpy(values) for values in mean_and_std(rows(split.train))))
             if resume is not None:
                 with reading(resume, "the saved state"):
                     run.load(resume)
@@ -240,7 +237,7 @@ class Trainer:
         self,
         model: CategoricalHierarchicalVQVAE,
         run: TrainingRun,
-        test_rows: RowView,
+        rows: Callable[[NDArray[np.int64]], RowView],
         split: Split,
         final_state: dict[str, Any],
     ) -> Metrics:
@@ -252,7 +249,7 @@ class Trainer:
         model.quantizer.rows_seen.fill_(metrics["val_rows"])
         if split.test.size:
             self._raise_if_stopped(final_state)
-            x_test = self._place_rows(test_rows, run.device)
+            x_test = self._place_rows(rows(split.test), run.device)
             metrics["test"] = evaluate(model, x_test, training, split.test, "test")
         return metrics
 

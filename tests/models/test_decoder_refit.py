@@ -1,4 +1,4 @@
-"""The fit of the decoder's last layer."""
+"""Ridge regression of the decoder's output layer."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def error(model: CategoricalHierarchicalVQVAE, x: Tensor) -> float:
         return float((model(x)["reconstruction"] - x).square().mean())
 
 
-def test_the_fit_is_the_least_squares_of_the_rows(model: CategoricalHierarchicalVQVAE, x: Tensor) -> None:
+def test_refit_is_the_least_squares_solution(model: CategoricalHierarchicalVQVAE, x: Tensor) -> None:
     tokens, before = model.get_tokens(x), error(model, x)
     with torch.no_grad():
         hidden = decoder_hidden(model, x).double()
@@ -63,13 +63,13 @@ def test_least_squares_finds_a_plane_and_shrinks_towards_the_mean() -> None:
     torch.testing.assert_close(constant, targets.mean(0))
 
 
-def test_a_large_penalty_leaves_the_trained_weights(model: CategoricalHierarchicalVQVAE, x: Tensor) -> None:
+def test_large_penalty_keeps_the_trained_weights(model: CategoricalHierarchicalVQVAE, x: Tensor) -> None:
     before = decoder_output_layer(model).weight.detach().clone()
     refit_decoder(model, x, 1e9)
     torch.testing.assert_close(decoder_output_layer(model).weight.detach(), before, atol=1e-6, rtol=0)
 
 
-def test_blocks_of_rows_give_what_all_rows_give(
+def test_blocks_of_rows_equal_all_rows_at_once(
     model: CategoricalHierarchicalVQVAE, x: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = copy.deepcopy(model)
@@ -82,7 +82,7 @@ def test_blocks_of_rows_give_what_all_rows_give(
     )
 
 
-def test_a_run_that_asks_for_it_ends_with_the_fit_on_its_training_rows(x: Tensor) -> None:
+def test_decoder_refit_uses_the_training_rows_of_the_run(x: Tensor) -> None:
     settings = {"device": "cpu", "training.num_epochs": 2, "training.val_every_n_epochs": 2}
     plain = Trainer.from_config(RunConfig(), settings).fit(x, GROUPS)
     fitted = Trainer.from_config(RunConfig(), {**settings, "training.decoder_refit": 0.01}).fit(x, GROUPS)

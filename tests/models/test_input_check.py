@@ -1,4 +1,4 @@
-"""Rows that a checkpoint knows, and rows that it does not."""
+"""Recognising rows of a run, and rows out of distribution."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from spinlock_fast.models.input_check import (
 )
 
 
-def test_the_same_data_give_the_same_split_even_with_equal_rows() -> None:
+def test_unchanged_data_get_their_split_despite_equal_rows() -> None:
     keys = np.array([5, 5, 7, 8, 5], np.int64)
     known = KnownRows.of(keys, np.array([1]), np.array([3]))
     assert known.splits_of(keys).tolist() == [TRAIN, VALIDATION, TRAIN, TEST, TRAIN]
@@ -29,7 +29,7 @@ def test_the_same_data_give_the_same_split_even_with_equal_rows() -> None:
 
 
 @pytest.mark.parametrize("shape", [(4,), (3, 5), (700,), (64, 63)])
-def test_a_key_depends_on_a_row_alone(shape: tuple[int, ...]) -> None:
+def test_key_depends_only_on_the_row(shape: tuple[int, ...]) -> None:
     x = torch.randn(20, *shape)
     keys = row_keys(x, "family")
     assert len(set(keys.tolist())) == 20
@@ -42,7 +42,7 @@ def test_a_key_depends_on_a_row_alone(shape: tuple[int, ...]) -> None:
     assert (row_keys(changed, "family") != keys).nonzero().flatten().tolist() == [3]
 
 
-def test_any_missing_value_is_the_same_to_a_key() -> None:
+def test_missing_values_have_the_same_key() -> None:
     x = torch.zeros(2, 3)
     x[0, 1] = torch.tensor([0x7FC00001], dtype=torch.int32).view(torch.float32)[0]
     x[1, 1] = float("nan")
@@ -50,7 +50,7 @@ def test_any_missing_value_is_the_same_to_a_key() -> None:
     assert keys[0] == keys[1] != row_keys(torch.zeros(1, 3), "family")[0]
 
 
-def test_a_few_heavy_rows_are_not_far_outside() -> None:
+def test_few_heavy_tailed_rows_are_not_out_of_distribution() -> None:
     rng = np.random.default_rng(0)
     errors = rng.lognormal(-3.0, 1.0, 5000)
     of_the_run = RowStatistic.of(errors[:50])
@@ -61,14 +61,14 @@ def test_a_few_heavy_rows_are_not_far_outside() -> None:
     assert of_the_run.is_exceeded_by(np.array([np.nan]))
 
 
-def test_a_checkpoint_that_does_not_know_is_silent() -> None:
+def test_no_reference_gives_no_warning() -> None:
     check = InputCheck(None, 10)
     check.add_features(np.zeros((10, 2), np.float32))
     assert check.summary() is None
     assert check.warning() is None
 
 
-def test_the_range_survives_a_checkpoint() -> None:
+def test_training_range_round_trips() -> None:
     known = TrainingRange(np.zeros(2), np.ones(2), RowStatistic(100, 0.01, 0.02), RowStatistic(10, 0.1, 0.1))
     again = TrainingRange.from_state(known.state())
     assert (again.outside, again.error) == (known.outside, known.error)

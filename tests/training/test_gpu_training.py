@@ -94,7 +94,7 @@ def made_run(x: np.ndarray[Any, Any], stop: Callable[[], int | None] = lambda: N
         {"model__rotation_trick": True},
     ],
 )
-def test_graphs_train_like_steps_one_by_one(x: np.ndarray[Any, Any], options: dict[str, Any]) -> None:
+def test_graphs_train_like_eager_steps(x: np.ndarray[Any, Any], options: dict[str, Any]) -> None:
     eager = trainer(training__cuda_graphs=False, **options).fit(x, GROUPS)
     graphs = trainer(**options).fit(x, GROUPS)
     assert losses(graphs) == pytest.approx(losses(eager), rel=0.03)
@@ -102,8 +102,8 @@ def test_graphs_train_like_steps_one_by_one(x: np.ndarray[Any, Any], options: di
     assert graphs.metrics["val_loss"] == pytest.approx(eager.metrics["val_loss"], rel=0.1)
 
 
-def test_training_on_a_gpu_ends_like_training_on_a_cpu(x: np.ndarray[Any, Any]) -> None:
-    """The same first weights, rows and losses; without dropout only rounding (TF32) differs."""
+def test_gpu_training_matches_cpu_training(x: np.ndarray[Any, Any]) -> None:
+    """Initial weights, rows and losses are the same; without dropout only rounding (TF32) differs."""
     gpu = trainer().fit(x, GROUPS)
     cpu = trainer(device="cpu").fit(x, GROUPS)
     assert losses(gpu)[0] == pytest.approx(losses(cpu)[0], rel=0.1)  # k-means draws from the device's generator
@@ -122,7 +122,7 @@ def test_every_kind_of_step_is_captured_once(x: np.ndarray[Any, Any], caplog: py
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-def test_dropout_draws_anew_at_every_replay(x: np.ndarray[Any, Any]) -> None:
+def test_replays_draw_new_dropout_masks(x: np.ndarray[Any, Any]) -> None:
     run = made_run(
         x, training__batch_size=990, training__learning_rate=1e-12, training__num_epochs=8, model__dropout=0.5
     )
@@ -138,7 +138,7 @@ def losses_of(run: TrainingRun) -> list[float]:
 
 
 @pytest.mark.parametrize("reset", [False, True])
-def test_a_step_does_not_wait_for_the_device(x: np.ndarray[Any, Any], reset: bool) -> None:
+def test_step_does_not_synchronise(x: np.ndarray[Any, Any], reset: bool) -> None:
     run = made_run(x)
     step = run.training_step
     with dedicated_stream(run.device):
@@ -153,7 +153,7 @@ def test_a_step_does_not_wait_for_the_device(x: np.ndarray[Any, Any], reset: boo
             torch.cuda.set_sync_debug_mode("default")
 
 
-def test_an_epoch_of_replays_does_not_wait_for_the_device(x: np.ndarray[Any, Any]) -> None:
+def test_epoch_of_replays_does_not_synchronise(x: np.ndarray[Any, Any]) -> None:
     run = made_run(x)
     with dedicated_stream(run.device):
         for epoch in range(5):  # all kinds are captured after these
@@ -169,7 +169,7 @@ def test_an_epoch_of_replays_does_not_wait_for_the_device(x: np.ndarray[Any, Any
     assert run.training_step.summary().first_nonfinite is None
 
 
-def test_a_validation_is_a_graph_that_measures_the_model_as_it_is(
+def test_captured_validation_measures_the_current_model(
     x: np.ndarray[Any, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     run = made_run(x)
@@ -193,7 +193,7 @@ def test_a_validation_is_a_graph_that_measures_the_model_as_it_is(
 
 
 class StopAt(SilentObserver):
-    """Stops a trainer after an epoch, and keeps what it saves."""
+    """Stops a trainer after an epoch and keeps the saved state."""
 
     def __init__(self, epoch: int) -> None:
         self.epoch = epoch
@@ -211,9 +211,7 @@ class StopAt(SilentObserver):
 @pytest.mark.usefixtures("short_halves")
 @pytest.mark.parametrize("where", ["always", "never"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
-    x: np.ndarray[Any, Any], dropout: float, where: str
-) -> None:
+def test_interrupted_run_resumes_equally(x: np.ndarray[Any, Any], dropout: float, where: str) -> None:
     options = {"model__dropout": dropout, "training__data_on_device": where}
     whole = trainer(**options).fit(x, GROUPS)
     observer = StopAt(epoch=4)
@@ -228,7 +226,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
     assert len(losses(resumed)) == len(losses(whole))
 
 
-def test_a_run_goes_on_on_another_device(x: np.ndarray[Any, Any]) -> None:
+def test_run_resumes_on_another_device(x: np.ndarray[Any, Any]) -> None:
     observer = StopAt(epoch=2)
     broken = observer.trainer = trainer(observer)
     with pytest.raises(Interrupted):
@@ -260,7 +258,7 @@ def test_a_gpu_model_is_the_same_model_on_a_cpu(x: np.ndarray[Any, Any]) -> None
     assert there["utilization"] == pytest.approx(here["utilization"], abs=0.02)
 
 
-def test_a_step_that_waits_is_named_and_training_goes_on(
+def test_synchronising_step_warns_and_training_continues(
     x: np.ndarray[Any, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     original = TrainingStep.__call__
@@ -276,7 +274,7 @@ def test_a_step_that_waits_is_named_and_training_goes_on(
     assert "test_gpu_training.py" in caplog.text
 
 
-def test_a_broken_capture_is_named_and_training_goes_on(
+def test_broken_capture_warns_and_training_continues(
     x: np.ndarray[Any, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     original = TrainingStep.__call__
@@ -297,7 +295,7 @@ def test_a_broken_capture_is_named_and_training_goes_on(
     assert caplog.text.count("not as CUDA graphs") == 1
 
 
-def test_settings_and_random_state_of_the_caller_come_back(x: np.ndarray[Any, Any]) -> None:
+def test_caller_settings_and_random_state_are_restored(x: np.ndarray[Any, Any]) -> None:
     def settings() -> tuple[Any, ...]:
         matmul = torch.backends.cuda.matmul
         return (
@@ -315,7 +313,7 @@ def test_settings_and_random_state_of_the_caller_come_back(x: np.ndarray[Any, An
     assert settings() == before
 
 
-def test_rows_that_do_not_fit_are_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_do_not_fit_are_rejected_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     original = torch.empty
 
     def empty(*args: Any, **kwargs: Any) -> Any:
@@ -330,13 +328,13 @@ def test_rows_that_do_not_fit_are_refused_in_one_line(monkeypatch: pytest.Monkey
 
 @pytest.fixture
 def short_halves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of six steps in a half of the table: two halves and a part of one make an epoch."""
+    """Halves of six steps: an epoch has two full chunks and a partial one."""
     monkeypatch.setattr(row_feed, "_HALF_BUFFER_BYTES", 6 * 64 * 20 * 4)
 
 
 @pytest.mark.usefixtures("short_halves")
-def test_rows_arrive_in_time_and_are_kept_as_long_as_steps_need_them() -> None:
-    """Steps are slow and launched far ahead; rows are sent as soon as events allow."""
+def test_streamed_rows_are_complete_while_steps_read_them() -> None:
+    """Steps are slow and launched far ahead of the device; rows are sent as soon as events allow."""
     x = torch.randn(990, 20)
     feed = StreamedFeed(HostRows(RowView(x.numpy()), torch.device("cuda:0")), 64)
     there = x.cuda()
@@ -380,8 +378,8 @@ def test_replayed_steps_read_the_rows_of_their_order(x: np.ndarray[Any, Any], ca
 
 @pytest.mark.usefixtures("short_halves")
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_streamed_training_is_resident_training(x: np.ndarray[Any, Any], deterministic: bool) -> None:
-    """Bit for bit where two resident runs are; else no further apart than those, but for a factor."""
+def test_streamed_training_equals_resident_training(x: np.ndarray[Any, Any], deterministic: bool) -> None:
+    """Bit-identical if two resident runs are; otherwise their distance is a multiple of that of two resident runs."""
     options = {
         "model__dropout": 0.1,
         "training__test_fraction": 0.1,
@@ -404,12 +402,12 @@ def test_streamed_training_is_resident_training(x: np.ndarray[Any, Any], determi
 
 
 def distance(a: TrainResult, b: TrainResult) -> float:
-    """Between the weights at the end of two runs."""
+    """Largest difference of the final weights of two runs."""
     states = a.final_state["model_state_dict"], b.final_state["model_state_dict"]
     return max(float((states[0][name].double() - states[1][name].double()).abs().max()) for name in states[0])
 
 
-def test_losses_that_explode_are_raised_from_replays(x: np.ndarray[Any, Any]) -> None:
+def test_exploding_loss_raises_from_replays(x: np.ndarray[Any, Any]) -> None:
     from spinlock_fast.errors import TrainingError
 
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""The training step: its rows, its rates, and that a device can make it without the host."""
+"""The training step: rows, learning rates, and no host synchronisation."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def settings(options: dict[str, Any]) -> RunConfig:
 
 @pytest.fixture(autouse=True)
 def _as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the CPU kernels, whose work torch cannot see."""
+    """Disables the CPU kernels, whose operations torch cannot record."""
     monkeypatch.setenv("SPINLOCK_FAST_BACKEND", "reference")
 
 
 def warmed_up_step(options: dict[str, Any]) -> TrainingStep:
-    """A step whose optimizer has its state and whose codes are fitted, at the start of an epoch."""
+    """A step at the start of an epoch, with initialised optimizer state and codes."""
     config = settings(options)
     model = CategoricalHierarchicalVQVAE(
         CategoricalVQVAEConfig(**config.model.model_dump(), input_dim=20, group_indices=GROUPS)
@@ -108,7 +108,7 @@ def test_mixup_rows_lie_on_the_line_to_the_next_row(
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_no_operation_of_a_step_needs_the_host(options: dict[str, Any]) -> None:
+def test_step_has_no_operation_that_synchronises(options: dict[str, Any]) -> None:
     step = warmed_up_step(options)
     with DeviceOnly() as mode:
         for partial_batch, reset in ((False, False), (False, True), (True, False)):
@@ -117,10 +117,8 @@ def test_no_operation_of_a_step_needs_the_host(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_a_step_on_a_device_without_values_copies_nothing_there(
-    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The meta device plays the accelerator: it has no values to read, and the host is another device."""
+def test_step_copies_nothing_to_the_device(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The meta device acts as the accelerator: it has no values to read, and the host is another device."""
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())  # unknown to that device
     config = settings(options)
     model = CategoricalHierarchicalVQVAE(
@@ -161,15 +159,15 @@ def test_a_step_on_a_device_without_values_copies_nothing_there(
         lambda x: x.to("meta"),
     ],
 )
-def test_the_watch_finds_what_needs_the_host(needy: Callable[[Tensor], object]) -> None:
+def test_device_only_mode_detects_synchronisation(needy: Callable[[Tensor], object]) -> None:
     x = torch.randn(8)
     with pytest.raises(HostNeededError), DeviceOnly():
         needy(x)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_what_lasts_keeps_its_place(options: dict[str, Any]) -> None:
-    """A CUDA graph reads and writes addresses."""
+def test_persistent_tensors_keep_their_addresses(options: dict[str, Any]) -> None:
+    """CUDA graphs read and write fixed addresses."""
     step = warmed_up_step(options)
     before = {name: value.data_ptr() for name, value in lasting_tensors(step).items()}
     for kind in (StepKind(False, False), StepKind(False, True), StepKind(True, False)):
@@ -207,8 +205,8 @@ def trained(options: dict[str, Any]) -> TrainResult:
         {"training.data_on_device": "never"},
     ],
 )
-def test_recorded_steps_train_like_steps_one_by_one(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rates, rows, dropout, moving averages, resets: nothing that changes may be fixed by recording it once."""
+def test_recorded_steps_train_like_eager_steps(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recording must not freeze rates, rows, dropout, moving averages or resets."""
     monkeypatch.setattr(row_feed, "_HALF_BUFFER_BYTES", 3 * 64 * 20 * 4)  # three steps per half
     plain = trained(options)
     monkeypatch.setattr(RecordingLauncher, "made", [], raising=False)
@@ -224,7 +222,7 @@ def test_recorded_steps_train_like_steps_one_by_one(options: dict[str, Any], mon
     assert [r.train_loss for r in replayed.history] == [r.train_loss for r in plain.history]
 
 
-def test_every_row_is_seen_once_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_row_is_used_once_per_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     step = warmed_up_step({})
     inputs, _ = recorded_batches(step, monkeypatch)
     for position in range(step.steps_per_epoch):
@@ -234,7 +232,7 @@ def test_every_row_is_seen_once_an_epoch(monkeypatch: pytest.MonkeyPatch) -> Non
     assert torch.equal(torch.cat(inputs), step.x[order])
 
 
-def test_every_step_has_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_step_uses_its_learning_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     step = warmed_up_step({"training.scheduler": "cosine", "training.warmup_epochs": 1})
     rates = learning_rates(step.training, step.steps_per_epoch, 0)
     assert len(set(rates.tolist())) == step.steps_per_epoch
@@ -245,8 +243,8 @@ def test_every_step_has_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == rates.tolist()
 
 
-def test_a_step_launches_little_besides_the_model_and_its_losses() -> None:
-    """Every operation is a launch on a device, and they are of microseconds."""
+def test_step_launches_few_operations_besides_model_and_losses() -> None:
+    """Every operation is a kernel launch of some microseconds."""
     step = warmed_up_step({})
     x = step.x[: step.batch_size]
 
@@ -266,7 +264,7 @@ def test_a_step_launches_little_besides_the_model_and_its_losses() -> None:
     assert not inside.seen - whole.seen
 
 
-def test_the_summary_weighs_every_row_alike_and_finds_the_first_bad_term() -> None:
+def test_summary_weights_rows_equally_and_finds_the_first_nonfinite_term() -> None:
     step = warmed_up_step({"training.topo_weight": 0.0})
     step.loss_values[:] = torch.arange(5.0)[:, None]
     found = step.summary()
@@ -280,14 +278,14 @@ def test_the_summary_weighs_every_row_alike_and_finds_the_first_bad_term() -> No
     assert step.summary().first_nonfinite == (2, 1)
 
 
-def test_rates_warm_up_and_follow_the_cosine() -> None:
+def test_learning_rates_warm_up_and_follow_the_cosine() -> None:
     training = TrainingConfig(num_epochs=4, warmup_epochs=1, scheduler="cosine", learning_rate=0.1)
     rates = torch.cat([learning_rates(training, 2, epoch) for epoch in range(4)])
     cosine = 0.05 * (1 + torch.cos(torch.pi * torch.arange(6, dtype=torch.float64) / 6))
     torch.testing.assert_close(rates, torch.cat([torch.tensor([0.05, 0.1], dtype=torch.float64), cosine]))
 
 
-def test_a_loaded_state_lies_where_the_old_one_did() -> None:
+def test_load_keeps_addresses() -> None:
     step, other = warmed_up_step({}), warmed_up_step({})
     state = copy.deepcopy(other.state())
     state["optimizer_state_dict"]["param_groups"][0]["lr"] = 5.0
