@@ -86,11 +86,11 @@ def evaluate_with_counts(
     layout = model.quantizer.layout
     left_out: list[int] = []
     with device_guard(x.device):
-        packed, found = _measure_to_host(model, x, training)
+        packed, measured = _measure_to_host(model, x, training)
         if has_unusable_values(float(packed[0]), packed.tolist(), x.shape):
             x, _, left_out = without_outliers(model, x, numbers, what)
-            packed, found = _measure_to_host(model, x, training)
-    scalars, partial, used, entropy, active, rows_of_codes = packed.split([part.numel() for part in found])
+            packed, measured = _measure_to_host(model, x, training)
+    scalars, partial, used, entropy, active, rows_of_codes = packed.split([part.numel() for part in measured])
     metrics = {
         **_named_scalars(scalars.tolist()),
         "val_rows": x.shape[0],
@@ -106,8 +106,8 @@ def _measure_to_host(
     model: CategoricalHierarchicalVQVAE, x: Rows, training: TrainingConfig
 ) -> tuple[Tensor, _DeviceMetrics]:
     """The result of `measure`, packed into one host tensor (one transfer and synchronisation), and on the device."""
-    found = measure(model, x, training)
-    return torch.cat([part.flatten().to(torch.float64) for part in found]).cpu(), found
+    measured = measure(model, x, training)
+    return torch.cat([part.flatten().to(torch.float64) for part in measured]).cpu(), measured
 
 
 class Validation:
@@ -156,7 +156,7 @@ def _measure(model: CategoricalHierarchicalVQVAE, x: Rows, weights: LossWeights)
     layout = model.quantizer.layout
     N, F = x.shape
     index = layout.indices(x.device)
-    first = min(TOPO_ROWS, N)
+    topo_count = min(TOPO_ROWS, N)
     error = torch.zeros((), dtype=torch.float64, device=x.device)
     vq = torch.zeros_like(error)
     scatter = torch.zeros(F, dtype=torch.float64, device=x.device)
@@ -164,7 +164,7 @@ def _measure(model: CategoricalHierarchicalVQVAE, x: Rows, weights: LossWeights)
     code_sums = torch.zeros(layout.groups, layout.max_codes, F, dtype=torch.float64, device=x.device)
     uncoded = torch.zeros(layout.groups, dtype=torch.bool, device=x.device)
     centre = torch.zeros_like(scatter)
-    seen: list[Tensor] = []
+    topo_rows: list[Tensor] = []
     latents: list[Tensor] = []
     codes: list[Tensor] = []
     done = 0
@@ -180,13 +180,13 @@ def _measure(model: CategoricalHierarchicalVQVAE, x: Rows, weights: LossWeights)
         code_sums += sums
         scatter += centred.square_().sum(0)
         uncoded |= (out["tokens"] < 0).any(0)
-        if done < first:
-            seen.append(rows[: first - done])
-            latents.append(out["latents"][: first - done])
-            codes.append(out["tokens"][: first - done])
+        if done < topo_count:
+            topo_rows.append(rows[: topo_count - done])
+            latents.append(out["latents"][: topo_count - done])
+            codes.append(out["tokens"][: topo_count - done])
         done += rows.shape[0]
     codebook = model.quantizer.embedding.detach()
-    pre, post = topographic_correlations(torch.cat(seen), torch.cat(latents), torch.cat(codes), codebook, layout)
+    pre, post = topographic_correlations(torch.cat(topo_rows), torch.cat(latents), torch.cat(codes), codebook, layout)
     # All rows of a code share a partial reconstruction, so its error follows from the mean and scatter of the rows.
     code_means = code_sums / code_counts.clamp(min=1.0)
     residual = decode_codes(codebook, model.code_decoders, layout).double() - centre - code_means
@@ -201,18 +201,18 @@ def _measure(model: CategoricalHierarchicalVQVAE, x: Rows, weights: LossWeights)
     )
     used = code_counts.flatten()[index.packed_codes]
     # The reference computes in float64 on every device.
-    share, entropy = code_usage(used, layout, backend="reference")
+    utilization, perplexity = code_usage(used, layout, backend="reference")
     scalars = {
         "reconstruction_error": terms.reconstruction,
-        "utilization": share.mean(),
-        "perplexity": entropy.mean(),
-        "perplexity_over_k": (entropy / index.num_codes).mean(),
+        "utilization": utilization.mean(),
+        "perplexity": perplexity.mean(),
+        "perplexity_over_k": (perplexity / index.num_codes).mean(),
         "val_loss": terms.total(weights),
         "topo_pre": pre,
         "topo_post": post,
     }
     packed = torch.stack([scalars[name].double() for name in _SCALARS])
-    return _DeviceMetrics(packed, partial, share, entropy, (used > 0).sum(), used)
+    return _DeviceMetrics(packed, partial, utilization, perplexity, (used > 0).sum(), used)
 
 
 def _categories(

@@ -265,7 +265,7 @@ def test_synchronising_step_warns_and_training_continues(
 
     def waiting(self: TrainingStep, kind: StepKind) -> None:
         original(self, kind)
-        float(self.values.sum())
+        float(self.loss_values.sum())
 
     monkeypatch.setattr(TrainingStep, "__call__", waiting)
     result = trainer().fit(x, GROUPS)

@@ -499,7 +499,7 @@ def test_category_with_one_used_code_warns(x: np.ndarray[Any, Any], caplog: pyte
     level = {"num_tokens": 1, "latent_dim": 4}
     levels = {name: [level if name == "cluster_1" else {"num_tokens": 8, "latent_dim": 4}] for name in GROUPS}
     trainer(training__num_epochs=1).fit(x, GROUPS, levels=levels)
-    assert "cluster_1: one code serves every sample" in caplog.text
+    assert "cluster_1: every sample has the same code" in caplog.text
 
 
 def test_term_of_weight_zero_may_be_nonfinite(x: np.ndarray[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -603,17 +603,17 @@ def test_interruption_reports_the_pending_epoch(x: np.ndarray[Any, Any]) -> None
 def test_overlapped_readback_reports_the_first_nonfinite_step(
     x: np.ndarray[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = TrainingStep.__call__
+    original = TrainingStep.__call__
     steps = 0
 
-    def breaks(self: TrainingStep, kind: Any) -> None:
+    def breaking_step(self: TrainingStep, kind: Any) -> None:
         nonlocal steps
         steps += 1
-        made(self, kind)
-        if steps == self.count + 2:  # the second step of the second epoch
-            self.values[1, 1] = torch.nan
+        original(self, kind)
+        if steps == self.steps_per_epoch + 2:  # the second step of the second epoch
+            self.loss_values[1, 1] = torch.nan
 
-    monkeypatch.setattr(TrainingStep, "__call__", breaks)
+    monkeypatch.setattr(TrainingStep, "__call__", breaking_step)
     run = trainer(training__num_epochs=6, training__val_every_n_epochs=5)
     with pytest.raises(TrainingError, match=r"reconstruction loss is not finite from step \d+ on \(epoch 2\)"):
         run.fit(x, GROUPS)
