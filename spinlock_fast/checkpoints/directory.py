@@ -136,7 +136,7 @@ def load_payload(directory: str | Path) -> dict[str, Any]:
     directory = Path(directory)
     path = _model_path(directory)
     if path is None:
-        advice = f"; its run is unfinished, --resume {directory} goes on" if unfinished(directory) else ""
+        advice = f"; its run is unfinished; --resume {directory} continues it" if unfinished(directory) else ""
         raise DataError(f"{directory}: no {BEST} there; it is not the directory of a finished run{advice}")
     check_integrity(directory, path.name)
     payload = load_torch(path)

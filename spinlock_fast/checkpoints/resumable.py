@@ -96,7 +96,7 @@ def read_resumable(directory: Path, config: RunConfig) -> dict[str, Any]:
         except DataError as error:
             if previous is None:
                 raise
-            log.warning("%s; going on from the state before, %s", error, previous)
+            log.warning("%s; resuming from the previous state, %s", error, previous)
     diverged = "diverged_at" in state["run"]
     _check_same_settings(state["config"], config, _CHANGEABLE | (_CHANGEABLE_AFTER_DIVERGENCE if diverged else set()))
     return state

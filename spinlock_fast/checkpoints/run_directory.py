@@ -243,7 +243,7 @@ def _check_subdirectory(directory: Path, path: Path) -> None:
     if path.is_symlink() or not path.is_dir():
         raise OutputError(f"{path}: is not a directory of {directory}; move it away")
     if os.stat(path).st_dev != os.stat(directory).st_dev:
-        raise OutputError(f"{path}: lies on another file system than {directory}; move it away")
+        raise OutputError(f"{path}: is on another file system than {directory}; move it away")
 
 
 def unfinished(directory: Path) -> bool:

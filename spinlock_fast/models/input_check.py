@@ -194,5 +194,5 @@ class InputCheck:
             text += f"reconstruction error {summary['error']:.3g} ({summary['error_in_training']:.3g} in validation), "
         return (
             f"{text}{summary['outside_range']:.1%} of features outside the range of training "
-            f"({summary['outside_range_in_training']:.1%} in training); their tokens tell little"
+            f"({summary['outside_range_in_training']:.1%} in training); their tokens carry little information"
         )

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from spinlock_fast.checkpoints.directory import CONFIG, write_results
 from spinlock_fast.checkpoints.resumable import check_same_features, read_resumable
@@ -25,7 +26,8 @@ from spinlock_fast.models.metrics import Metrics
 from spinlock_fast.output.atomic_files import write_text
 from spinlock_fast.training.async_checkpointer import AsyncCheckpointer
 from spinlock_fast.training.observer import Display
-from spinlock_fast.training.preparation import open_source, prepare
+from spinlock_fast.training.preparation import PreparedFeatures, open_source, prepare
+from spinlock_fast.training.result import TrainResult
 from spinlock_fast.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -80,33 +82,38 @@ def run(config: RunConfig, display: Display, resume: Path | None = None) -> RunR
                 resume=state["run"] if state is not None else None,
             )
         display.training_finished()
-        metrics = result.metrics
-        metrics |= {"missing_values": prepared.missing, "units": units(config.training)}
-        errors = RowStatistic.of(row_errors(result.model, prepared.x, result.split.val))
-        training_range = TrainingRange(prepared.low, prepared.high, prepared.outside, errors)
         seconds = stage_seconds()
         total = seconds.pop("total")
-        metrics["seconds"] = {**seconds, "train": metrics["seconds"]["train"], "total": total}
-        write_results(
-            partial,
-            config,
-            result.model,
-            {
-                **prepared.checkpoint_entries(),
-                "streams": streams,
-                "training_range": training_range.state(),
-                "code_usage": result.model.quantizer.usage,
-                "code_usage_rows": int(result.model.quantizer.rows_seen),
-            },
-            prepared.normalizer.by_category(result.model.config.group_indices),
-            metrics,
-            {"best_epoch": result.best_epoch, "epochs": [vars(record) for record in result.history]},
-            checkpointer.resumable(result.final_state),
-        )
+        result.metrics["seconds"] = {**seconds, "train": result.metrics["seconds"]["train"], "total": total}
+        result.metrics |= {"missing_values": prepared.missing, "units": units(config.training)}
+        _write_result(partial, config, prepared, result, streams, checkpointer.resumable(result.final_state))
         output.publish()
     if signals.number is not None:
         raise Interrupted(f"stopped when the run was done: {directory} is complete", signals.number)
-    return RunResult(directory, metrics)
+    return RunResult(directory, result.metrics)
+
+
+def _write_result(
+    directory: Path,
+    config: RunConfig,
+    prepared: PreparedFeatures,
+    result: TrainResult,
+    streams: int,
+    resumable: dict[str, Any],
+) -> None:
+    """Writes the checkpoint files of a finished training; see `write_results`."""
+    model = result.model
+    errors = RowStatistic.of(row_errors(model, prepared.x, result.split.val))
+    entries = {
+        **prepared.checkpoint_entries(),
+        "streams": streams,
+        "training_range": TrainingRange(prepared.low, prepared.high, prepared.outside, errors).state(),
+        "code_usage": model.quantizer.usage,
+        "code_usage_rows": int(model.quantizer.rows_seen),
+    }
+    normalization = prepared.normalizer.by_category(model.config.group_indices)
+    history = {"best_epoch": result.best_epoch, "epochs": [vars(record) for record in result.history]}
+    write_results(directory, config, model, entries, normalization, result.metrics, history, resumable)
 
 
 def output_directory(config: RunConfig) -> Path:

@@ -91,6 +91,6 @@ def test_decoder_refit_uses_the_training_rows_of_the_run(x: Tensor) -> None:
     refit_decoder(plain.model, rows, 0.01)
     for name, value in plain.model.state_dict().items():
         torch.testing.assert_close(fitted.model.state_dict()[name], value, rtol=1e-4, atol=1e-5)
-    # What a resumed run goes on from has no fit in it.
+    # The resumable state does not include the refit.
     state = fitted.final_state["model_state_dict"]["shared_decoder.3.weight"]
     assert torch.equal(state, plain.final_state["model_state_dict"]["shared_decoder.3.weight"])

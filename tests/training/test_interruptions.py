@@ -331,7 +331,7 @@ def test_damaged_state_falls_back_to_the_previous_one(
     flip(output / PARTIAL / RESUME, where)
     assert run(train_main, config, "--resume", output) == 0
     text = " ".join(capsys.readouterr().err.split())
-    assert "is damaged: its SHA-256 is not in manifest.json; going on from the state before" in text
+    assert "is damaged: its SHA-256 is not in manifest.json; resuming from the previous state" in text
     assert_same_weights(output, whole)
 
 
