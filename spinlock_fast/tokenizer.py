@@ -282,7 +282,7 @@ class Tokenizer:
                 f"row {row} of a block overflows in the encoder of {self.model.codebook_names[book]}: "
                 "its features are far outside those of training"
             )
-        if check.known is not None:
+        if check.reference is not None:
             some = slice(-start % check.stride, None, check.stride)
             decoded = self.model.decode_from_tokens(torch.from_numpy(tokens[some]).to(self.device)).cpu().numpy()
             check.add_errors(np.square(decoded - x[some]).mean(1))

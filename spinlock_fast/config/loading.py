@@ -14,7 +14,14 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from spinlock_fast.config.schema import ENCODER_PARAMS, FamilyConfig, LevelConfig, RunConfig, Section
+from spinlock_fast.config.schema import (
+    ENCODER_PARAMS,
+    FamilyConfig,
+    LevelConfig,
+    RunConfig,
+    Section,
+    with_current_names,
+)
 from spinlock_fast.errors import ConfigError
 from spinlock_fast.messages import one_line, shown
 
@@ -193,6 +200,8 @@ def _is_section(key: str) -> bool:
 
 def check_config(data: Mapping[str, Any], source: str = "configuration") -> RunConfig:
     """`RunConfig` from plain data; raises ConfigError with one line."""
+    if isinstance(data.get("training"), Mapping):
+        data = {**data, "training": with_current_names(data["training"])}
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:

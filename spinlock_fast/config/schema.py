@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
@@ -203,19 +204,29 @@ class ModelConfig(Section):
         return value
 
 
+# Keys of `training` that earlier versions wrote -> current keys.
+_RENAMED_TRAINING_KEYS = {"mixing": "mixup_scale", "mixing_decays": "mixup_decay"}
+
+
+def with_current_names(training: Mapping[str, Any]) -> dict[str, Any]:
+    """The section `training` with renamed keys under their current names; of two names for one key the later wins."""
+    return {_RENAMED_TRAINING_KEYS.get(key, key): value for key, value in training.items()}
+
+
 class TrainingConfig(Section):
     batch_size: PositiveInt = Field(default=512, description="rows a step, at most the training rows")
     learning_rate: PositiveFloat = Field(default=1e-3, description="step size of the optimizer")
     num_epochs: PositiveInt = Field(default=200, description="passes over the training rows")
-    mixing: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+    mixup_scale: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
         default=0.0,
-        description="training rows move towards or away from another row by up to this share of the way, targets too",
+        description="mixup with extrapolation of training rows, inputs and targets: x + u (x' - x) with u ~ U(-m, m), "
+        "where m is this scale; old name: mixing",
     )
     input_noise: NonNegativeFloat = Field(
         default=0.0, description="standard deviation of noise on the inputs of training, whose targets stay clean"
     )
-    mixing_decays: bool = Field(
-        default=False, description="the share of mixing falls, and warms up, in proportion to the learning rate"
+    mixup_decay: bool = Field(
+        default=False, description="mixup_scale follows the learning rate of the schedule; old name: mixing_decays"
     )
     decoder_refit: NonNegativeFloat = Field(
         default=0.0,
@@ -301,7 +312,8 @@ class TrainingConfig(Section):
         default=True, description="replay training steps as CUDA graphs; no effect on other devices"
     )
     use_torch_compile: bool = Field(
-        default=False, description="compile the training step with torch.compile; no effect on other devices than CUDA"
+        default=False,
+        description="accepted, without effect: on CUDA devices steps are captured as CUDA graphs, see cuda_graphs",
     )
     normalization_method: Literal["standard", "mad"] = Field(
         default="standard", description="mean and standard deviation, or median and MAD"
@@ -312,6 +324,11 @@ class TrainingConfig(Section):
     def mapping_file(self) -> str | None:
         """The JSON file of categories; None where they are discovered."""
         return self.category_mapping_file or (None if self.category_assignment == "auto" else self.category_assignment)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _old_names(cls, data: Any) -> Any:
+        return with_current_names(data) if isinstance(data, Mapping) else data
 
     @model_validator(mode="after")
     def _fractions(self) -> TrainingConfig:

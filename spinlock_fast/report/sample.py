@@ -19,7 +19,7 @@ from spinlock_fast.errors import DataError
 from spinlock_fast.features.categories import category_correlation, max_off_diagonal
 from spinlock_fast.features.statistics import correlation
 from spinlock_fast.models.input_check import InputCheck, row_errors
-from spinlock_fast.models.metrics import complete, evaluate
+from spinlock_fast.models.metrics import add_model_metrics, evaluate
 from spinlock_fast.report.contents import Contents
 
 log = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ def measure_sample(contents: Contents, data: str | list[str]) -> Sample:
     if not contents.metrics:
         training = contents.config.training if contents.config else TrainingConfig()
         contents.metrics = evaluate(tokenizer.model, place_rows(RowView(x), tokenizer.device), training)
-        complete(
+        add_model_metrics(
             contents.metrics,
             tokenizer.model,
             tokenizer.feature_names,
