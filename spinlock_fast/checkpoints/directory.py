@@ -165,9 +165,9 @@ def model_from_payload(payload: Mapping[str, Any]) -> CategoricalHierarchicalVQV
     try:
         config = CategoricalVQVAEConfig(**settings)
     except (ValidationError, TypeError) as error:
-        raise DataError(f"model_config: {_first_problem(error)}{written_by(payload)}") from None
-    with reading(payload, "model_state_dict"):
-        sizes = shapes(weights)
+        raise DataError(f"model_config: {_first_problem(error)}{writer_note(payload)}") from None
+    with payload_errors(payload, "model_state_dict"):
+        sizes = tensor_shapes(weights)
     # Checked before the model is built: a damaged configuration could ask for any amount of memory.
     if config.parameter_count() > sum(map(math.prod, sizes.values())):
         raise DataError(
@@ -180,8 +180,8 @@ def model_from_payload(payload: Mapping[str, Any]) -> CategoricalHierarchicalVQV
     with payload_errors(payload, "model_state_dict"):
         model.load_state_dict(weights)
     if "code_usage" in payload:  # missing in files of earlier versions
-        with reading(payload, "code_usage"):
-            usage = array(payload["code_usage"], "code_usage", "fiu", model.quantizer.usage.shape)
+        with payload_errors(payload, "code_usage"):
+            usage = checked_array(payload["code_usage"], "code_usage", "fiu", model.quantizer.usage.shape)
             model.quantizer.usage.copy_(torch.from_numpy(usage))
             model.quantizer.rows_seen.fill_(int(payload["code_usage_rows"]))
     return model.eval()

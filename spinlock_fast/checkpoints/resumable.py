@@ -22,7 +22,7 @@ from spinlock_fast.checkpoints.integrity import (
 )
 from spinlock_fast.checkpoints.run_directory import FINAL, PARTIAL, check_integrity, find
 from spinlock_fast.config.schema import RunConfig, with_current_names
-from spinlock_fast.data.untrusted import reading
+from spinlock_fast.data.payload_checks import payload_errors
 from spinlock_fast.errors import ConfigError, DataError, OutputError
 from spinlock_fast.output.atomic_files import sync_directory
 
@@ -141,7 +141,7 @@ def _check_same_settings(saved: Mapping[str, Any], config: RunConfig, changeable
 
 def check_same_features(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raises DataError if the features of a resumed run have changed; warns if they differ by rounding."""
-    with reading({}, "the saved state"):
+    with payload_errors({}, "the saved state"):
         same = all(saved[key] == now[key] for key in ("shape", "feature_names", "group_indices"))
         same = same and all(np.allclose(saved[key], now[key], rtol=1e-3, atol=1e-4) for key in ("mean", "std"))
         identical = saved["fletcher32"] == now["fletcher32"]

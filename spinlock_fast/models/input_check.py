@@ -64,8 +64,8 @@ class KnownRows:
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> KnownRows:
         """The inverse of `state`; raises DataError."""
-        keys = array(state["keys"], "keys", "i", [None])
-        return cls(keys, array(state["parts"], "parts", "u", keys.shape))
+        keys = checked_array(state["keys"], "keys", "i", [None])
+        return cls(keys, checked_array(state["parts"], "parts", "u", keys.shape))
 
 
 class RowStatistic(NamedTuple):
@@ -121,7 +121,7 @@ class TrainingRange:
     def from_state(cls, state: Mapping[str, Any], features: int | None = None) -> TrainingRange:
         """The inverse of `state`; raises DataError, also if there are not `features` features (None: any number)."""
         outside, error = (RowStatistic.from_state(state[name]) for name in ("outside", "error"))
-        low, high = (array(state[name], name, "f", [features]) for name in ("low", "high"))
+        low, high = (checked_array(state[name], name, "f", [features]) for name in ("low", "high"))
         return cls(low, high, outside, error)
 
 

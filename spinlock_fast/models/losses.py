@@ -120,10 +120,10 @@ def loss_terms(
     inputs = [x, *out.values(), model.quantizer.embedding]
     works = [topographic, reconstruction_error, informativeness]
     if model.quantizer.use_ema:
-        orthogonality = later(orthogonality_after_update, inputs)
-        topo, reconstruction, partial = side_by_side(works, inputs)
+        orthogonality = defer(orthogonality_after_update, inputs)
+        topo, reconstruction, partial = run_on_side_streams(works, inputs)
     else:
-        topo, reconstruction, partial, orthogonality = side_by_side([*works, orthogonality_after_update], inputs)
+        topo, reconstruction, partial, orthogonality = run_on_side_streams([*works, orthogonality_after_update], inputs)
     return LossTerms(reconstruction, out["vq_loss"], orthogonality, partial, topo)
 
 

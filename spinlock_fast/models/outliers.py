@@ -31,7 +31,7 @@ def measurable_rows(model: CategoricalHierarchicalVQVAE, x: Rows) -> NDArray[np.
     was_training = model.training
     model.eval()
     masks = []
-    for rows in blocks_of(x):
+    for rows in row_blocks(x):
         out = model(rows)
         error = (out["reconstruction"] - rows).square().sum(1)
         masks.append((out["tokens"] >= 0).all(1) & error.isfinite() & (rows.abs().amax(1) <= MAX_MAGNITUDE))
@@ -44,7 +44,7 @@ def masked_rows(x: Rows, mask: NDArray[np.bool_]) -> Rows:
     """The rows of x selected by a mask [N], on the same device or in host memory."""
     selected = np.flatnonzero(mask)
     if isinstance(x, HostRows):
-        return HostRows(x.rows.part(selected), x.device)
+        return HostRows(x.rows.select(selected), x.device)
     return x[torch.from_numpy(selected).to(x.device)]
 
 
@@ -83,7 +83,7 @@ def without_outliers(
 def largest_magnitude(x: Rows) -> tuple[int, float]:
     """The row number of the largest absolute value, and that value."""
     row, largest, start = 0, -1.0, 0
-    for rows in blocks_of(x):
+    for rows in row_blocks(x):
         magnitudes = rows.abs().amax(1)
         i = int(magnitudes.argmax())
         if float(magnitudes[i]) > largest:

@@ -348,7 +348,7 @@ class CategoricalHierarchicalVQVAE(TransientBuffers):
         """
         weight = self.encoder_layers.first.weight
         with _eval_mode(self):
-            rows = real_numbers(x, "x").to(weight)
+            rows = to_real_tensor(x, "x").to(weight)
             return self.quantizer.assign(self.encode(rows)).codes
 
     @torch.no_grad()

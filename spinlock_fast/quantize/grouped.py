@@ -123,7 +123,7 @@ class GroupedVectorQuantizer(TransientBuffers):
 
         layout = self.layout
         index = layout.indices(torch.device("cpu"))
-        bound = (1.0 / index.num_codes)[index.code_book][index.entry_code]
+        bound = (1.0 / index.num_codes)[index.codebook_of_code][index.code_of_entry]
         codes = 2.0 * torch.rand(layout.total_entries) - 1.0
         codes = codes * bound.to(codes.device)
         if use_ema:
@@ -271,8 +271,8 @@ class GroupedVectorQuantizer(TransientBuffers):
         if not sums.numel():
             return (assignment.squared_error * factors).sum()
         codes = embedding.to(sums.dtype)
-        entries = counts[index.entry_code] * codes.square() - 2.0 * codes * sums
-        surrogate = (entries * factors[index.code_book[index.entry_code]]).sum()
+        entries = counts[index.code_of_entry] * codes.square() - 2.0 * codes * sums
+        surrogate = (entries * factors[index.codebook_of_code[index.code_of_entry]]).sum()
         return (assignment.squared_error.detach() * factors).sum() + (surrogate - surrogate.detach())
 
     @torch.no_grad()

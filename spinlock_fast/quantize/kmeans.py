@@ -156,7 +156,7 @@ def _initialize_codes(
         codes, counts = kmeans(rows, layout, processes=processes)
         codebook.copy_(codes)
         cluster_size.copy_(counts)
-        code_sum.copy_(codes * counts[layout.indices(z.device).entry_code])
+        code_sum.copy_(codes * counts[layout.indices(z.device).code_of_entry])
         initialized.fill_(True)
     first.awaited = False
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spinlock_fast.config.schema import TrainingConfig
-from spinlock_fast.data.untrusted import shape_difference, shapes
+from spinlock_fast.data.payload_checks import shape_difference, tensor_shapes
 from spinlock_fast.errors import DataError
 from spinlock_fast.messages import shown
 
@@ -93,6 +93,6 @@ def check_selection_state(state: Mapping[str, Any], weights: Mapping[str, Tensor
     for name in ("best_loss", "counted_loss"):
         if not isinstance(state[name], (int, float)):
             raise DataError(f"{name} must be a number, got {shown(state[name])}")
-    best = shapes(state["best_state_dict"])
-    if best and (problem := shape_difference(best, shapes(weights))):
+    best = tensor_shapes(state["best_state_dict"])
+    if best and (problem := shape_difference(best, tensor_shapes(weights))):
         raise DataError(f"best_state_dict: {problem}")

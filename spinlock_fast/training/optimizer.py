@@ -114,11 +114,11 @@ class FusedAdam:
         return _with_layout_of(like, gradient)
 
     def _triton_update(self, used: list[int], gradients: list[Tensor]) -> None:
-        """The update by the Triton kernel, in launches of at most `TENSORS` tensors."""
-        from spinlock_fast.kernels.adam.triton import TENSORS, Adam
+        """The update by the Triton kernel, in launches of at most `MAX_TENSORS` tensors."""
+        from spinlock_fast.kernels.adam.triton_update import MAX_TENSORS, AdamLauncher
 
-        for first in range(0, len(used), TENSORS):
-            part = used[first : first + TENSORS]
+        for first in range(0, len(used), MAX_TENSORS):
+            part = used[first : first + MAX_TENSORS]
             tensors = [self.parameters[i] for i in part], [self.mean[i] for i in part], [self.square[i] for i in part]
             key = tuple(t.data_ptr() for ts in tensors for t in ts)
             make = partial(AdamLauncher, *tensors, _BETAS, _EPS, self.weight_decay, self.decoupled)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from spinlock_fast import _native
 from spinlock_fast.config.schema import RunConfig
-from spinlock_fast.data.source import Source
+from spinlock_fast.data.feature_source import FeatureSource
 from spinlock_fast.data.split import Split, split_rows
 from spinlock_fast.errors import ConfigError, DataError
 from spinlock_fast.features.categories import MIN_ROWS, read_mapping
@@ -72,14 +72,14 @@ class PreparedFeatures:
         }
 
 
-def open_source(config: RunConfig) -> Source:
+def open_source(config: RunConfig) -> FeatureSource:
     """The configured data; raises DataError, or ConfigError if dataset_path is not set."""
     if config.dataset_path is None:
         raise ConfigError("dataset_path: required, not given; name an HDF5 file, a glob or a list of files")
-    return Source(config.dataset_path, config.datasets(), allow_external=config.data.allow_external)
+    return FeatureSource(config.dataset_path, config.datasets(), allow_external=config.data.allow_external)
 
 
-def prepare(source: Source, config: RunConfig, device: torch.device, display: Display) -> PreparedFeatures:
+def prepare(source: FeatureSource, config: RunConfig, device: torch.device, display: Display) -> PreparedFeatures:
     """Encodes, cleans, groups and normalises the rows of a source.
 
     Cleaning, categories and normalisation are fitted to the training rows.

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from spinlock_fast.data.arrays import without_mask
+from spinlock_fast.data.input_arrays import masked_to_nan
 from spinlock_fast.data.split import Split
 from spinlock_fast.errors import DataError
 from spinlock_fast.features.matrix import MatrixNormalizer
@@ -76,7 +76,7 @@ def as_feature_matrix(x: ArrayLike | Tensor) -> NDArray[Any]:
         x = x.detach().cpu()
         array = (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x).numpy()
     else:
-        array = without_mask(x)
+        array = masked_to_nan(x)
     if array.ndim != 2 or array.shape[1] == 0:
         raise DataError(f"x must be a matrix [N, F] with at least one column, got {list(array.shape)}")
     if array.dtype.kind not in "fiub":

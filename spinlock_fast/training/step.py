@@ -117,11 +117,11 @@ class TrainingStep:
         torch.index_select(self._epoch_rows, 0, self._step_index, out=self._batch_rows)
         torch.index_select(self._epoch_rates, 0, self._step_index, out=self._rate)
         target, x = self._augmented_batch(self.remainder if kind.partial_batch else self.batch_size)
-        with self._precision(), joined(self.x.device):
+        with self._precision(), deferred_scope(self.x.device):
             # The reconstruction is decoded in `loss_terms`, on a side stream.
             out, apply_ema = self.model.encode_and_quantize(x)
             terms = loss_terms(self.model, target, out, self.training.topo_samples, apply_ema)
-            later(lambda: self._store_losses(terms), [self.loss_values, *terms], after_others=True)
+            defer(lambda: self._store_losses(terms), [self.loss_values, *terms], after_deferred=True)
             self.optimizer.zero_grad()
             terms.backward(self.weights)
         self.optimizer.step()

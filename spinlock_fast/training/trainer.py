@@ -20,7 +20,6 @@ from spinlock_fast.config.loading import apply_overrides, load_config
 from spinlock_fast.config.random_streams import seed_torch, streams_of, version
 from spinlock_fast.config.schema import Levels, RunConfig
 from spinlock_fast.data.host_rows import HostRows, Rows, free_memory, place_rows
-from spinlock_fast.data.input_arrays import masked_to_nan
 from spinlock_fast.data.payload_checks import payload_errors
 from spinlock_fast.data.row_view import RowView
 from spinlock_fast.data.split import Split, split_rows

@@ -1,4 +1,4 @@
-"""Networks, projection and losses under torch.compile: Dynamo traces the PyTorch implementations and their gradients."""
+"""Networks, projection and losses under torch.compile: Dynamo traces the PyTorch implementations."""
 
 import pytest
 import torch

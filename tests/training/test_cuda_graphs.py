@@ -12,11 +12,10 @@ import torch
 
 from spinlock_fast.config.loading import apply_overrides
 from spinlock_fast.config.schema import RunConfig
-from spinlock_fast.kernels import layout as kernel_layout
-from spinlock_fast.kernels import table_cache
-from spinlock_fast.kernels._triton.tables import book_table
-from spinlock_fast.kernels.layout import CodebookLayout
-from spinlock_fast.kernels.precision import cuda_matmul
+from spinlock_fast.kernels._common import launch_sizes, ragged, table_cache
+from spinlock_fast.kernels._common import layout as kernel_layout
+from spinlock_fast.kernels._common.layout import CodebookLayout
+from spinlock_fast.kernels._common.precision import cuda_matmul
 from spinlock_fast.models.losses import _weight_tensor
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
 from spinlock_fast.quantize.grouped import _factor_per_dim
