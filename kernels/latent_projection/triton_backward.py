@@ -19,7 +19,7 @@ from spinlock_fast.kernels.latent_projection.triton_forward import ProjectConfig
 
 @triton.jit
 def _load_part(grad_ptr, part_weight_ptr, normed_ptr, start, m, rows, o, size, first_column, total):
-    """Columns o of a part: mask, offsets, gradient times the weights of the part, normalised values; [rows, columns]."""
+    """Columns o of a part: mask, offsets, gradient times part_weight, normalised values; [rows, columns]."""
     column = first_column + o
     entries = start * total + ((m * total)[:, None] + column[None, :])
     inside = (m < rows)[:, None] & (o < size)[None, :]
