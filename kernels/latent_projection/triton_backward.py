@@ -187,19 +187,19 @@ def project_bwd_weights_kernel(
 @launches
 def backward(
     grad: Tensor,
-    given: Sequence[Tensor],
+    tensors: Sequence[Tensor],
     saved: Sequence[Tensor],
     outputs: Ragged,
     parts: Ragged,
     dropout: float,
     precision: str,
 ) -> tuple[Tensor, ...]:
-    """Gradients of x, gain, shift, weight, bias, part_weight, part_bias, where `given` are these.
+    """Gradients of x, gain, shift, weight, bias, part_weight, part_bias, where `tensors` are these.
 
     Those of the parameters are deferred, see `streams.defer`.
     """
     seed, statistics, normed, deviation = saved
-    x, gain, shift, weight, _, part_weight, _ = (tensor.contiguous() for tensor in given)
+    x, gain, shift, weight, _, part_weight, _ = (tensor.contiguous() for tensor in tensors)
     G, B, E = x.shape
     config = ProjectConfig.of(E, outputs, parts, precision)
     grad = grad.contiguous()
