@@ -79,9 +79,7 @@ class _TritonProject(torch.autograd.Function):
 
         x, *parameters, outputs, parts, eps, part_eps, dropout = arguments
         ctx.precision = dot_precision()
-        out, *saved = triton_forward.forward(
-            tensors[0], tensors[1:], outputs, parts, eps, part_eps, dropout, ctx.precision
-        )
+        out, *saved = triton_forward.forward(x, parameters, outputs, parts, eps, part_eps, dropout, ctx.precision)
         ctx.outputs, ctx.parts, ctx.eps, ctx.dropout = outputs, parts, (eps, part_eps), dropout
         ctx.save_for_backward(x, *parameters, *saved)
         return out
