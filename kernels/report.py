@@ -39,10 +39,10 @@ _MEMORY, _FLOAT32, _TF32 = 3.35e12, 67e12, 495e12
 
 def launches(capability: int) -> list[KernelLaunch]:
     """The launches of all operations on a device of that compute capability."""
-    found: list[KernelLaunch] = []
+    all_launches: list[KernelLaunch] = []
     for name in OPERATIONS:
-        found += importlib.import_module(f"spinlock_fast.kernels._compile_report.{name}").launches(capability)
-    return found
+        all_launches += importlib.import_module(f"spinlock_fast.kernels._compile_report.{name}").launches(capability)
+    return all_launches
 
 
 def compile_launch(launch: KernelLaunch, capability: int) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def spills(row: dict[str, Any]) -> bool:
     return bool(row["stack"] or row["local"])
 
 
-def _print_table(found: Sequence[dict[str, Any]]) -> None:
+def _print_table(report_rows: Sequence[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -128,7 +128,7 @@ def _print_table(found: Sequence[dict[str, Any]]) -> None:
         table.add_column(column)
     for column in numbers:
         table.add_column(column, justify="right")
-    for row in found:
+    for row in report_rows:
         operations = (row["float_ops"] + row["dot_ops"]) / 1e6
         values = [row["capability"], row["num_warps"], row["registers"], row["shared"], row["stack"], row["local"]]
         values += [row["matrix_instructions"], f"{row['bytes']:,}", f"{operations:,.1f}", f"{row['h100_least_us']:.2f}"]
@@ -147,11 +147,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         parser.error("TRITON_INTERPRET=1 is set: kernels that are interpreted cannot be compiled")
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # the default; setting it avoids a warning
-    found = rows(options.capability or CAPABILITIES, quick=options.quick)
-    _print_table(found)
+    report_rows = rows(options.capability or CAPABILITIES)
+    _print_table(report_rows)
     if options.json:
-        Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
-    return int(any(spills(row) for row in found))
+        Path(options.json).write_text(json.dumps(report_rows, indent=1) + "\n")
+    return int(any(spills(row) for row in report_rows))
 
 
 if __name__ == "__main__":

@@ -56,13 +56,13 @@ class Ragged:
 
     def indices(self, device: torch.device) -> _Indices:
         """The index tensors on `device`; cached."""
-        found = self._cache.get(device)
-        if found is None:
+        indices = self._cache.get(device)
+        if indices is None:
             with real_tensors():
-                found = self._cache[device] = self._build(device)
+                indices = self._cache[device] = self._build(device)
         if is_capturing(device):
-            retain(found)
-        return found
+            retain(indices)
+        return indices
 
     def _build(self, device: torch.device) -> _Indices:
         host: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}  # independent of the default dtype and device

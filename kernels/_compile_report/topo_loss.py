@@ -40,7 +40,7 @@ def _backward() -> list[KernelLaunch]:
     S, G, width, entries = ROWS, LAYOUT.groups, LAYOUT.total_dims, LAYOUT.total_entries
     pairs = S * S
     shape = f"{S} rows, {G} codebooks"
-    found = [
+    result = [
         KernelLaunch(
             triton_backward.topo_weights_bwd_kernel, shape, {"BLOCK_S": triton_forward.BLOCK_PAIRS},
             num_bytes=4 * 7 * pairs // 2, float_ops=14 * pairs // 2, dot_ops=0,
@@ -49,7 +49,7 @@ def _backward() -> list[KernelLaunch]:
     for tiles in triton_backward.LATENTS_TILES:
         dims = [d for d in LAYOUT.dims if triton_backward.handles_width(tiles, d)]
         dims = dims or [triton_backward.columns_per_program(tiles)]
-        found.append(
+        result.append(
             KernelLaunch.of(
                 triton_backward.topo_latents_bwd_kernel, f"{S} rows, {len(dims)} codebooks of {sum(dims)}", tiles,
                 num_bytes=4 * (2 * S * sum(dims) + pairs), float_ops=6 * pairs * len(dims),
@@ -57,7 +57,7 @@ def _backward() -> list[KernelLaunch]:
             )
         )  # fmt: skip
     for codes in (16, 32, 64):
-        found.append(
+        result.append(
             KernelLaunch.of(
                 triton_backward.topo_codes_bwd_kernel, f"{shape}, K <= {codes}", triton_backward.codes_tiles(codes),
                 num_bytes=4 * (2 * S * width + entries + pairs) + 8 * S * G,
@@ -65,4 +65,4 @@ def _backward() -> list[KernelLaunch]:
                 dot_ops=2 * pairs * LAYOUT.total_codes + 4 * S * entries,
             )
         )  # fmt: skip
-    return found
+    return result

@@ -159,7 +159,7 @@ def code_decoders_bwd_kernel(
     grad_b1_ptr,  # [G, H]
     grad_w2_ptr,  # [G, H, F]
     grad_b2_ptr,  # [G, F]
-    row_tiles,  # row_tiles of rows, 0 where no row's gradient is asked for
+    row_tiles,  # 0 if the gradient of quantized is not needed
     B,
     G,
     F,

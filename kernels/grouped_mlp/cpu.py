@@ -32,14 +32,14 @@ def forward(
 
 def backward(
     grad: Tensor,
-    given: Sequence[Tensor],
+    tensors: Sequence[Tensor],
     saved: Sequence[Tensor],
     inputs: Ragged,
     dropout: float,
     needs_x: bool,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, w1, b1, w2, b2, where `given` are these and `saved` is the rest of what `forward` returned."""
-    x, w1, _, w2, _ = given
+    """Gradients of x, w1, b1, w2, b2, where `tensors` are these and `saved` is the rest of what `forward` returned."""
+    x, w1, _, w2, _ = tensors
     (hidden,) = saved
     (G, H, E), B = w2.shape, x.shape[0]
     grad = grad.contiguous()

@@ -66,34 +66,34 @@ class _GroupedMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         x, w1, b1, w2, b2, inputs, dropout, implementation = arguments
-        given = x, w1, b1, w2, b2
+        tensors = x, w1, b1, w2, b2
         if implementation == "cpu":
-            out, *saved = cpu.forward(*given, inputs, dropout)
+            out, *saved = cpu.forward(*tensors, inputs, dropout)
         elif implementation == "triton":
             from spinlock_fast.kernels.grouped_mlp import triton_forward
 
             ctx.precision = dot_precision()
-            out, *saved = triton_forward.forward(*given, inputs, dropout, ctx.precision)
+            out, *saved = triton_forward.forward(*tensors, inputs, dropout, ctx.precision)
         else:
-            out, *saved = pytorch.forward(*given, inputs, dropout)
+            out, *saved = pytorch.forward(*tensors, inputs, dropout)
         ctx.inputs, ctx.dropout, ctx.implementation = inputs, dropout, implementation
-        ctx.save_for_backward(*given, *saved)
+        ctx.save_for_backward(*tensors, *saved)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        given, saved = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        tensors, saved = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
         inputs, dropout, needed = ctx.inputs, ctx.dropout, ctx.needs_input_grad[:5]
         gradients: tuple[Tensor | None, ...]
         if needs_graph(grads):
             scale = keep_scale(dropout)
-            gradients = (*reference.mlp_gradients(given, saved[0], scale, inputs.sizes, grads, needed),)
+            gradients = (*reference.mlp_gradients(tensors, saved[0], scale, inputs.sizes, grads, needed),)
         elif ctx.implementation == "cpu":
-            gradients = cpu.backward(grads[0], given, saved, inputs, dropout, needed[0])
+            gradients = cpu.backward(grads[0], tensors, saved, inputs, dropout, needed[0])
         elif ctx.implementation == "triton":
             from spinlock_fast.kernels.grouped_mlp import triton_backward
 
-            gradients = triton_backward.backward(grads[0], given, saved, inputs, dropout, needed[0], ctx.precision)
+            gradients = triton_backward.backward(grads[0], tensors, saved, inputs, dropout, needed[0], ctx.precision)
         else:
-            gradients = pytorch.backward(grads[0], given, saved, inputs, dropout, needed[0])
+            gradients = pytorch.backward(grads[0], tensors, saved, inputs, dropout, needed[0])
         return *gradients, None, None, None

@@ -24,14 +24,14 @@ def forward(
 
 def backward(
     grad: Tensor,
-    given: Sequence[Tensor],
+    tensors: Sequence[Tensor],
     saved: Sequence[Tensor],
     inputs: Ragged,
     dropout: float,
     needs_x: bool,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, w1, b1, w2, b2, where `given` are these and `saved` is the rest of what `forward` returned."""
-    w2 = given[3]
+    """Gradients of x, w1, b1, w2, b2, where `tensors` are these and `saved` is the rest of what `forward` returned."""
+    w2 = tensors[3]
     hidden, x, w1 = saved
     # No gradient passes through a hidden value of 0, whether ReLU or dropout set it.
     scale = keep_scale(dropout)

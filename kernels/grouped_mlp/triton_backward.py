@@ -106,18 +106,18 @@ def grouped_mlp_bwd_first_kernel(
 @launches
 def backward(
     grad: Tensor,
-    given: Sequence[Tensor],
+    tensors: Sequence[Tensor],
     saved: Sequence[Tensor],
     inputs: Ragged,
     dropout: float,
     needs_x: bool,
     precision: str,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, w1, b1, w2, b2, where `given` are these and `saved` is the rest of what `forward` returned.
+    """Gradients of x, w1, b1, w2, b2, where `tensors` are these and `saved` is the rest of what `forward` returned.
 
     The gradients of the second layer are deferred, see `streams.defer`.
     """
-    x, w1, w2 = rows_of(given[0]), dense(given[1]), given[3]
+    x, w1, w2 = rows_of(tensors[0]), dense(tensors[1]), tensors[3]
     (hidden,) = saved
     grad = grad.contiguous()
 

@@ -27,10 +27,10 @@ def scaled_output_linear(
 
 
 def scaled_output_linear_backward(
-    grad: Tensor, given: Sequence[Tensor], saved: Sequence[Tensor], outputs: Ragged, needs_x: bool
+    grad: Tensor, tensors: Sequence[Tensor], saved: Sequence[Tensor], outputs: Ragged, needs_x: bool
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, gain, shift, weight, bias."""
-    x, gain, shift, weight, _ = (tensor.contiguous() for tensor in given)
+    x, gain, shift, weight, _ = (tensor.contiguous() for tensor in tensors)
     (scaled,) = saved
     _, B, width = x.shape
     grad = grad.contiguous()

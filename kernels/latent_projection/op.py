@@ -77,11 +77,11 @@ class _TritonProject(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         from spinlock_fast.kernels.latent_projection import triton_forward
 
-        *given, outputs, parts, eps, part_eps, dropout = arguments  # x, gain, shift, weight, bias, part_weight, ...
+        x, *parameters, outputs, parts, eps, part_eps, dropout = arguments
         ctx.precision = dot_precision()
-        out, *saved = triton_forward.forward(given[0], given[1:], outputs, parts, eps, part_eps, dropout, ctx.precision)
+        out, *saved = triton_forward.forward(x, parameters, outputs, parts, eps, part_eps, dropout, ctx.precision)
         ctx.outputs, ctx.parts, ctx.eps, ctx.dropout = outputs, parts, (eps, part_eps), dropout
-        ctx.save_for_backward(*given, *saved)
+        ctx.save_for_backward(x, *parameters, *saved)
         return out
 
     @staticmethod
@@ -100,9 +100,9 @@ class _TritonProject(torch.autograd.Function):
 def _project_gradients(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     from spinlock_fast.kernels.latent_projection import triton_backward
 
-    given, saved = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
-    found = triton_backward.backward(grads[0], given, saved, ctx.outputs, ctx.parts, ctx.dropout, ctx.precision)
-    return *found, *[None] * 5
+    tensors, saved = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
+    results = triton_backward.backward(grads[0], tensors, saved, ctx.outputs, ctx.parts, ctx.dropout, ctx.precision)
+    return *results, *[None] * 5
 
 
 def scaled_output_linear(
@@ -139,22 +139,22 @@ class _ScaledOutputLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         x, gain, shift, weight, bias, outputs, native = arguments
-        given = x, gain, shift, weight, bias
+        tensors = x, gain, shift, weight, bias
         linear = cpu.scaled_output_linear if native else pytorch.scaled_output_linear
-        out, *saved = linear(*given, outputs)
+        out, *saved = linear(*tensors, outputs)
         ctx.outputs, ctx.native = outputs, native
-        ctx.save_for_backward(*given, *saved)
+        ctx.save_for_backward(*tensors, *saved)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        given, saved = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        tensors, saved = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
         outputs: Ragged = ctx.outputs
         if needs_graph(grads):
             formula = partial(reference.scaled_output_linear, sizes=outputs.sizes)
-            return *gradients(formula, given, grads, ctx.needs_input_grad[:5]), None, None
+            return *gradients(formula, tensors, grads, ctx.needs_input_grad[:5]), None, None
         backward = cpu.scaled_output_linear_backward if ctx.native else pytorch.scaled_output_linear_backward
-        return *backward(grads[0], given, saved, outputs, ctx.needs_input_grad[0]), None, None
+        return *backward(grads[0], tensors, saved, outputs, ctx.needs_input_grad[0]), None, None
 
 
 def normalize_(x: Tensor, eps: float = 1e-5) -> Tensor:
@@ -213,11 +213,11 @@ def ragged_layer_norm(
         return out
     x = torch.nn.functional.dropout(x, dropout)
     wide = torch.promote_types(x.dtype, torch.float32)
-    given = (x.to(wide), weight.to(wide), bias.to(wide))
+    tensors = (x.to(wide), weight.to(wide), bias.to(wide))
     if in_transform():
-        out = reference.ragged_layer_norm(*given, segments.sizes, eps)
+        out = reference.ragged_layer_norm(*tensors, segments.sizes, eps)
     else:
-        out = _RaggedLayerNorm.apply(*given, segments, eps, 0.0, False)  # type: ignore[no-untyped-call]
+        out = _RaggedLayerNorm.apply(*tensors, segments, eps, 0.0, False)  # type: ignore[no-untyped-call]
     return out.to(x.dtype)
 
 
@@ -227,12 +227,12 @@ class _RaggedLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         x, weight, bias, segments, eps, dropout, native = arguments
-        found: tuple[Tensor | None, ...]
+        results: tuple[Tensor | None, ...]
         if native:
-            found = cpu.ragged_layer_norm(x, weight, bias, segments, eps, dropout)
+            results = cpu.ragged_layer_norm(x, weight, bias, segments, eps, dropout)
         else:
-            found = pytorch.ragged_layer_norm(x, weight, bias, segments, eps)
-        out, *saved = found
+            results = pytorch.ragged_layer_norm(x, weight, bias, segments, eps)
+        out, *saved = results
         ctx.segments, ctx.eps, ctx.dropout, ctx.native = segments, eps, dropout, native
         ctx.save_for_backward(x, weight, bias, *saved)
         assert out is not None
@@ -253,7 +253,7 @@ def _layer_norm_gradients(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]
     _, weight, _, *saved = ctx.saved_tensors
     needs_x = ctx.needs_input_grad[0]
     if ctx.native:
-        found = cpu.ragged_layer_norm_backward(grads[0], weight, saved, ctx.segments, ctx.dropout, needs_x)
+        results = cpu.ragged_layer_norm_backward(grads[0], weight, saved, ctx.segments, ctx.dropout, needs_x)
     else:
-        found = pytorch.ragged_layer_norm_backward(grads[0], weight, saved, ctx.segments, needs_x)
-    return *found, *[None] * 4
+        results = pytorch.ragged_layer_norm_backward(grads[0], weight, saved, ctx.segments, needs_x)
+    return *results, *[None] * 4

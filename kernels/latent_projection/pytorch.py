@@ -21,10 +21,10 @@ def scaled_output_linear(
 
 
 def scaled_output_linear_backward(
-    grad: Tensor, given: Sequence[Tensor], saved: Sequence[Tensor], outputs: Ragged, needs_x: bool
+    grad: Tensor, tensors: Sequence[Tensor], saved: Sequence[Tensor], outputs: Ragged, needs_x: bool
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, gain, shift, weight, bias."""
-    x, gain, shift = given[:3]
+    x, gain, shift = tensors[:3]
     weight, scaled = saved
     padded = outputs.pad_columns(grad)  # [G, B, n_max]
     grad_bias = grad.sum(0)

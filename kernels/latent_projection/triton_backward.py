@@ -19,7 +19,7 @@ from spinlock_fast.kernels.latent_projection.triton_forward import ProjectConfig
 
 @triton.jit
 def _load_part(grad_ptr, part_weight_ptr, normed_ptr, start, m, rows, o, size, first_column, total):
-    """Columns o of a part: mask, offsets, gradient times part weights, normalised values; [rows, columns]."""
+    """Columns o of a part: mask, offsets, gradient times part_weight, normalised values; [rows, columns]."""
     column = first_column + o
     entries = start * total + ((m * total)[:, None] + column[None, :])
     inside = (m < rows)[:, None] & (o < size)[None, :]
@@ -187,19 +187,19 @@ def project_bwd_weights_kernel(
 @launches
 def backward(
     grad: Tensor,
-    given: Sequence[Tensor],
+    tensors: Sequence[Tensor],
     saved: Sequence[Tensor],
     outputs: Ragged,
     parts: Ragged,
     dropout: float,
     precision: str,
 ) -> tuple[Tensor, ...]:
-    """Gradients of x, gain, shift, weight, bias, part_weight, part_bias, where `given` are these.
+    """Gradients of x, gain, shift, weight, bias, part_weight, part_bias, where `tensors` are these.
 
     Those of the parameters are deferred, see `streams.defer`.
     """
     seed, statistics, normed, deviation = saved
-    x, gain, shift, weight, _, part_weight, _ = (tensor.contiguous() for tensor in given)
+    x, gain, shift, weight, _, part_weight, _ = (tensor.contiguous() for tensor in tensors)
     G, B, E = x.shape
     config = ProjectConfig.of(E, outputs, parts, precision)
     grad = grad.contiguous()
