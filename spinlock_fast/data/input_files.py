@@ -62,14 +62,14 @@ def find_files(paths: str | Sequence[str]) -> list[Path]:
     """Expands a path, a glob or a list of those; raises DataError if a file is missing or not a regular file."""
     files: list[Path] = []
     for pattern in [paths] if isinstance(paths, str) else paths:
-        if (scheme := _REMOTE.match(pattern)) and not Path(pattern).exists():
+        if (scheme := _REMOTE.match(pattern)) and not os.path.exists(pattern):
             raise DataError(
                 f"{pattern}: {scheme[1]}:// addresses are not supported; copy the file to a local disk, or "
                 "mount the store and pass the mounted path"
             )
         if "\0" in pattern:
             raise DataError(f"{pattern!r}: a path cannot hold a NUL character")
-        if _GLOB.search(pattern) and not Path(pattern).exists():
+        if _GLOB.search(pattern) and not os.path.exists(pattern):
             matches = sorted(glob.glob(pattern, recursive=True), key=_natural_sort_key)
             if not matches:
                 raise DataError(f"{pattern}: no file matches{_generate_hint(pattern)}")
@@ -82,9 +82,9 @@ def find_files(paths: str | Sequence[str]) -> list[Path]:
     if duplicate is not None:
         raise DataError(f"dataset_path lists {duplicate} twice")
     for file in files:
-        if file.is_dir():
+        if os.path.isdir(file):
             raise DataError(f"{file}: is a directory; name the file, or a glob such as {file}/*.h5")
-        if not file.exists():
+        if not os.path.exists(file):  # unlike `Path.exists`, False for a name that is too long
             raise DataError(f"{file}: no such file{_generate_hint(str(file))}")
         check_regular(file)
     return files
@@ -209,6 +209,12 @@ def reporting_damage(file: Path, path: str) -> Iterator[None]:
 
 
 def _generate_hint(path: str) -> str:
+    """How to obtain a missing data file."""
+    if (size := re.fullmatch(r"(10k|100k)_full_features\.h5", Path(path).name)) is not None:
+        return (
+            f"; name your copy with `--set dataset_path=FILE.h5`, start small with `make train`, or simulate it with "
+            f"`python -m spinlock_fast.generate --config configs/data/{size[1]}.yaml --output {path}`"
+        )
     name = path if not _GLOB.search(path) else "FILE.h5"
     return f"; simulate one with `python -m spinlock_fast.generate --operators 512 --output {name}`"
 

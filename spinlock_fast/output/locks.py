@@ -20,7 +20,7 @@ _WAIT_SECONDS = 5.0  # for worker processes of a killed process, which inherit i
 
 def lock_path(output: Path) -> Path:
     """Path of the lock file of an output: inside a directory, next to a file."""
-    return output / ".lock" if output.is_dir() else output.with_name(f".{output.name[:200]}.lock")
+    return output / ".lock" if os.path.isdir(output) else output.with_name(f".{output.name[:200]}.lock")
 
 
 @contextmanager
@@ -55,7 +55,7 @@ def locked_output_file(output: Path) -> Iterator[None]:
         OutputError: another process is writing the file, or its directory cannot be written.
     """
     target = Path(os.path.realpath(output))
-    if target.exists() and not target.is_file():
+    if os.path.exists(target) and not target.is_file():
         yield
         return
     try:
@@ -90,8 +90,12 @@ def _acquire(path: Path, output: Path) -> int:
                 raise OutputError(f"{output}: is being written by {_holder(descriptor)}")
             if _is_same_file(descriptor, path):
                 text = f"{os.getpid()} {socket.gethostname()} {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
-                os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, text.encode(), 0)
+                try:
+                    os.ftruncate(descriptor, 0)
+                    os.pwrite(descriptor, text.encode(), 0)
+                except OSError:  # the disk is full
+                    os.unlink(path)
+                    raise
                 return descriptor
         except BaseException:
             os.close(descriptor)
