@@ -31,8 +31,8 @@ double decoder_forward(const DecoderTask& t, const Workspace& w) {
     float* hidden = t.hidden + t.slice.first_code * H;
     float* decoded = t.decoded + t.slice.first_code * F;
     float* error_sums = t.error_sums + t.slice.first_code * F;
-    Product first{K,      H, D, {t.codebook + t.slice.first_entry, D, 1}, {t.w1 + t.slice.first_column * H, H, 1},
-                  hidden, H};
+    const float *code_vectors = t.codebook + t.slice.first_entry, *w1 = t.w1 + t.slice.first_column * H;
+    Product first{K, H, D, {code_vectors, D, 1}, {w1, H, 1}, hidden, H};
     first.bias = t.b1 + t.g * H;
     first.relu = true;
     product(first, w);

@@ -23,9 +23,8 @@ void mlp_forward(const MatrixAddress& x, const MatrixAddress& w1, Address b1, co
     Index column = 0;
     for (Index g = 0; g < static_cast<Index>(sizes.size()); ++g) {
         const Index n = sizes[static_cast<std::size_t>(g)];
-        Product p{
-            B, H, n, block(operand(x), 0, column), block(operand(w1), column, 0), pointer<float>(hidden) + g * B * H,
-            H};
+        float* hidden_g = pointer<float>(hidden) + g * B * H;
+        Product p{B, H, n, block(operand(x), 0, column), block(operand(w1), column, 0), hidden_g, H};
         p.bias = pointer<const float>(b1) + g * H;
         p.relu = true;
         p.dropout = dropout;
@@ -33,8 +32,7 @@ void mlp_forward(const MatrixAddress& x, const MatrixAddress& w1, Address b1, co
         first.push_back(p);
         Operand weight = operand(w2);
         weight.p += g * w2_group;
-        Product q{B, E, H, {pointer<const float>(hidden) + g * B * H, H, 1}, weight, pointer<float>(out) + g * B * E,
-                  E};
+        Product q{B, E, H, row_major(hidden_g, H), weight, pointer<float>(out) + g * B * E, E};
         q.alpha = dropout_scale(rate);
         q.sparse = true;
         q.bias = pointer<const float>(b2) + g * E;

@@ -37,13 +37,8 @@ void output_linear(Address x, Address gain, Address shift, Address weight, Addre
     column = 0;
     for (Index g = 0; g < static_cast<Index>(sizes.size()); ++g) {
         const Index n = sizes[static_cast<std::size_t>(g)];
-        Product p{B,
-                  n,
-                  in,
-                  {pointer<const float>(x) + g * B * in, in, 1},
-                  {pointer<const float>(scaled) + column * in, 1, in},
-                  pointer<float>(out) + column,
-                  total};
+        const float *x_g = pointer<const float>(x) + g * B * in, *w_g = pointer<const float>(scaled) + column * in;
+        Product p{B, n, in, row_major(x_g, in), transposed(w_g, in), pointer<float>(out) + column, total};
         p.bias = offset.data() + column;
         products.push_back(p);
         column += n;
@@ -60,21 +55,11 @@ void output_linear_backward(Address grad, Address x, Address gain, Address shift
     Index column = 0;
     for (Index g = 0; g < static_cast<Index>(sizes.size()); ++g) {
         const Index n = sizes[static_cast<std::size_t>(g)];
-        const float* part = pointer<const float>(grad) + column;
-        products.push_back({B,
-                            in,
-                            n,
-                            {part, total, 1},
-                            {pointer<const float>(scaled) + column * in, in, 1},
-                            pointer<float>(grad_x) + g * B * in,
-                            in});
-        products.push_back({n,
-                            in,
-                            B,
-                            {part, 1, total},
-                            {pointer<const float>(x) + g * B * in, in, 1},
-                            pointer<float>(grad_weight) + column * in,
-                            in});
+        const float *x_g = pointer<const float>(x) + g * B * in, *w_g = pointer<const float>(scaled) + column * in;
+        const float* grad_g = pointer<const float>(grad) + column;
+        float *grad_x_g = pointer<float>(grad_x) + g * B * in, *grad_w_g = pointer<float>(grad_weight) + column * in;
+        products.push_back({B, in, n, row_major(grad_g, total), row_major(w_g, in), grad_x_g, in});
+        products.push_back({n, in, B, transposed(grad_g, total), row_major(x_g, in), grad_w_g, in});
         column += n;
     }
     run_products(products, threads);

@@ -18,6 +18,10 @@ inline Operand operand(const MatrixAddress& o) {
     return {pointer<const float>(std::get<0>(o)), std::get<1>(o), std::get<2>(o)};
 }
 
+// A matrix of contiguous rows, `row` elements apart, and its transpose.
+inline Operand row_major(const float* p, Index row) { return {p, row, 1}; }
+inline Operand transposed(const float* p, Index row) { return {p, 1, row}; }
+
 inline Operand block(Operand o, Index i, Index j) { return {o.p + i * o.row + j * o.column, o.row, o.column}; }
 
 // Splits products by rows of the result into pieces that balance the threads.

@@ -22,6 +22,16 @@ std::unique_ptr<T[]> uninitialised(Index n) {
     return std::make_unique_for_overwrite<T[]>(static_cast<std::size_t>(n));
 }
 
+ResidualTask make_task(Address x, Index x_row, Index D, Address codebook, const std::vector<Index>& num_codes,
+                       Address mask, bool cosine, int gradient, Address codes) {
+    ResidualTask task{};
+    task.x = pointer<const float>(x), task.x_row = x_row, task.D = D, task.codebook = pointer<const float>(codebook);
+    task.stages = static_cast<Index>(num_codes.size()), task.num_codes = num_codes.data();
+    task.mask = pointer<const std::uint8_t>(mask), task.codes = pointer<std::int64_t>(codes);
+    task.cosine = cosine, task.gradient = static_cast<Gradient>(gradient);
+    return task;
+}
+
 }  // namespace
 
 void residual_assign(Address x, Index x_row, Index N, Index D, Address codebook, const std::vector<Index>& num_codes,
@@ -41,22 +51,10 @@ void residual_assign(Address x, Index x_row, Index N, Index D, Address codebook,
     const auto centers = uninitialised<float>(stages * D),
                inverse_norms = uninitialised<float>(cosine ? N * stages : 1);
     const auto zero_stage = uninitialised<std::int32_t>(N);
-    const ResidualTask task{pointer<const float>(x),
-                            x_row,
-                            D,
-                            stages,
-                            num_codes.data(),
-                            pointer<const float>(codebook),
-                            pointer<const std::uint8_t>(mask),
-                            cosine,
-                            static_cast<Gradient>(gradient),
-                            transposed.get(),
-                            norms.get(),
-                            centers.get(),
-                            pointer<std::int64_t>(codes),
-                            inverse_norms.get(),
-                            zero_stage.get(),
-                            pointer<float>(quantized)};
+    ResidualTask task = make_task(x, x_row, D, codebook, num_codes, mask, cosine, gradient, codes);
+    task.transposed = transposed.get(), task.norms = norms.get(), task.centers = centers.get();
+    task.inverse_norms = inverse_norms.get(), task.zero_stage = zero_stage.get();
+    task.quantized = pointer<float>(quantized);
     parallel_for(stages, threads, [&](Index q) { k.residual_pack_codebook(task, q); });
     const Workspaces workspaces(partial, k.residual_buffer_floats(std::min(kRowsPerTask, N), D));
     parallel_for(divide_up(N, kRowsPerTask), threads, [&](Index i) {
@@ -85,11 +83,7 @@ void residual_backward(Address grad, Address grad_errors, Address x, Index x_row
     check_sizes(N, {D, x_row});
     check_codes(pointer<const std::int64_t>(codes), N, num_codes, "residual_vq");
     const Kernels& k = kernels();
-    ResidualTask task{};
-    task.x = pointer<const float>(x), task.x_row = x_row, task.D = D, task.codebook = pointer<const float>(codebook);
-    task.stages = static_cast<Index>(num_codes.size()), task.num_codes = num_codes.data();
-    task.mask = pointer<const std::uint8_t>(mask), task.codes = pointer<std::int64_t>(codes);
-    task.cosine = cosine, task.gradient = static_cast<Gradient>(gradient);
+    const ResidualTask task = make_task(x, x_row, D, codebook, num_codes, mask, cosine, gradient, codes);
     const Workspaces workspaces(0, k.residual_buffer_floats(1, D));
     parallel_for(divide_up(N, kRowsPerTask), threads, [&](Index i) {
         k.residual_backward(task, i * kRowsPerTask, std::min(N, (i + 1) * kRowsPerTask), pointer<const float>(grad),

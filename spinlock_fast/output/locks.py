@@ -93,7 +93,7 @@ def _acquire(path: Path, output: Path) -> int:
                 try:
                     os.ftruncate(descriptor, 0)
                     os.pwrite(descriptor, text.encode(), 0)
-                except OSError:  # a full disk
+                except OSError:  # the disk is full
                     os.unlink(path)
                     raise
                 return descriptor

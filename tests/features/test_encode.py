@@ -169,14 +169,14 @@ def test_a_budget_below_one_row_names_the_one_that_fits(path):
 
 
 def test_memory_stays_within_the_budget(path, monkeypatch):
-    held, take = [], BatchMemory._block
+    held, take = [], BatchMemory._unused_block
 
     def noted(memory):
         block = take(memory)
         held.append(sum(block.nbytes for block in memory._blocks))
         return block
 
-    monkeypatch.setattr(BatchMemory, "_block", noted)
+    monkeypatch.setattr(BatchMemory, "_unused_block", noted)
     columns(path, {"temporal": FAMILIES["temporal"]}, budget=20_000)
     assert 0 < max(held) <= 15_000  # and a copy without NaN
 

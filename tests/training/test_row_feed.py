@@ -192,7 +192,7 @@ def test_resident_rows_that_do_not_fit_are_rejected_in_one_line(
     def full(self: HostRows) -> Tensor:
         raise kind("CUDA out of memory. Tried to allocate")
 
-    monkeypatch.setattr(HostRows, "resident", full)
+    monkeypatch.setattr(HostRows, "to_device", full)
     monkeypatch.setattr(host_rows, "free_memory", lambda device: 2e9)
     with raises_one_line(DataError, "600 rows of 20 features take 0.00 GB, but cpu has 2.00 GB free", "data_on_device"):
         place_rows(RowView(x), CPU, "always")
