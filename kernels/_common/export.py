@@ -15,7 +15,8 @@ def exporting() -> bool:
     Runtimes of exported graphs lack the operators of this package, so inference is traced as PyTorch operations.
     Training keeps the operators, which define gradients.
     """
-    return torch.compiler.is_exporting()
+    # Not `is_exporting()`, which torch.compile of torch 2.11 takes to be True.
+    return torch.compiler._is_exporting_flag
 
 
 @contextmanager
