@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import planted_matrix, raises_one_line
+from helpers import planted_matrix, raises_one_line, stop_after
 from torch import Tensor
 
 from spinlock_fast.config.loading import apply_overrides
@@ -158,17 +158,17 @@ class StateRecorder(SilentObserver):
         self.state = copy.deepcopy(state)
 
 
-@pytest.mark.parametrize("stop_after", [1, 4, 6, 9, 11, 18])
+@pytest.mark.parametrize("steps", [1, 4, 6, 9, 11, 18])
 def test_streamed_run_resumes_within_an_epoch(
-    x: np.ndarray[Any, Any], set_steps_per_half: Callable[[int], None], stop_after: int
+    x: np.ndarray[Any, Any], set_steps_per_half: Callable[[int], None], steps: int
 ) -> None:
     set_steps_per_half(2)
     whole = trainer_with("always").fit(x, GROUPS)
     observer = StateRecorder()
     broken = trainer_with("never", observer)
-    with stopped_after(stop_after, broken), pytest.raises(Interrupted):
+    with stop_after(steps, broken), pytest.raises(Interrupted):
         broken.fit(x, GROUPS)
-    assert observer.state["epoch"] * 9 + observer.state["step"] == stop_after
+    assert observer.state["epoch"] * 9 + observer.state["step"] == steps
     set_steps_per_half(3)  # a state does not depend on the size of the halves
     assert_same(whole, trainer_with("never").fit(x, GROUPS, resume=observer.state))
     assert_same(whole, trainer_with("always").fit(x, GROUPS, resume=observer.state))

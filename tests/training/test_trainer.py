@@ -134,14 +134,14 @@ class StateRecorder(SilentObserver):
         }
 
 
-@pytest.mark.parametrize("stop_after", [1, 7, 12])
-def test_resumed_run_equals_an_uninterrupted_run(x: np.ndarray[Any, Any], stop_after: int) -> None:
+@pytest.mark.parametrize("steps", [1, 7, 12])
+def test_resumed_run_equals_an_uninterrupted_run(x: np.ndarray[Any, Any], steps: int) -> None:
     settings = {"training__dead_code_reset_interval": 1, "training__dead_code_threshold": 0.5}
     whole = trainer(**settings).fit(x, GROUPS)
 
     observer = StateRecorder()
     broken = trainer(observer, **settings)
-    with stop_after(stop_after, broken), pytest.raises(Interrupted) as stopped:
+    with stop_after(steps, broken), pytest.raises(Interrupted) as stopped:
         broken.fit(x, GROUPS)
     assert stopped.value.exit_status == 143
     resumed = trainer(**settings).fit(x, GROUPS, resume=observer.state)
@@ -401,7 +401,7 @@ def test_signal_after_the_last_step_interrupts(
 def test_resumed_run_adds_up_its_seconds(x: np.ndarray[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = CallbackRecorder()
     run = trainer(recorder)
-    with stopped_after(6, run), pytest.raises(Interrupted):  # in the second epoch
+    with stop_after(6, run), pytest.raises(Interrupted):  # in the second epoch
         run.fit(x, GROUPS)
     state = recorder.states[-1]
     assert state["seconds"] > sum(record["seconds"] for record in state["history"]) > 0
