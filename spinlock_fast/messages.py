@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 import unicodedata
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 _MESSAGE_LIMIT = 1000
 # Right-to-left and isolate marks change the order in which a terminal shows the characters around them.
 _BIDIRECTIONAL_MARKS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+_NUMBERS = re.compile(r"[-+0-9.eE ,]+|[-+]?(inf|nan)")  # a number or a range of numbers, such as "-0.5"
 
 
 def printable(text: str) -> str:
@@ -19,6 +22,12 @@ def printable(text: str) -> str:
     if text.isascii() and text.isprintable():
         return text
     return "".join(_escaped(c) if _is_unsafe(c) else c for c in text)
+
+
+def csv_text(text: str) -> str:
+    """A printable text for a CSV field; an apostrophe precedes one that a spreadsheet would evaluate."""
+    text = printable(text)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) and not _NUMBERS.fullmatch(text) else text
 
 
 def _is_unsafe(character: str) -> bool:
@@ -55,3 +64,12 @@ def shown(value: Any, limit: int = 60) -> str:
     """`repr` of a value for a message: at most `limit` characters, in a time that does not depend on its size."""
     text = printable(_BoundedRepr(limit).repr(value))
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def format_bytes(size: float) -> str:
+    """A number of bytes in three significant digits and a decimal unit: 36,900 -> "36.9 kB"."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 999.5:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import stat
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import ValidationError
 
-from spinlock_fast.config.schema import ENCODER_PARAMS, FamilyConfig, LevelConfig, RunConfig, Section
+from spinlock_fast.config.problems import describe_problems
+from spinlock_fast.config.schema import RunConfig, Section
 from spinlock_fast.errors import ConfigError
-from spinlock_fast.messages import one_line, shown
+from spinlock_fast.messages import one_line
 
 # Of the file, and of the tree of values that its aliases expand to.
 _MAX_BYTES = 16_000_000
@@ -192,14 +191,11 @@ def _is_section(key: str) -> bool:
 
 
 def check_config(data: Mapping[str, Any], source: str = "configuration") -> RunConfig:
-    """`RunConfig` from plain data; raises ConfigError with one line."""
+    """`RunConfig` from plain data; raises ConfigError with one line per wrong key."""
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
-        # A misspelt key also leaves its proper form missing: name the misspelling.
-        problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise ConfigError(f"{source}: {_describe(problems[0], data)}{more}") from None
+        raise ConfigError(*(f"{source}: {problem}" for problem in describe_problems(error, data))) from None
 
 
 def dump_config(config: RunConfig) -> str:
@@ -213,52 +209,6 @@ def apply_overrides(config: RunConfig, overrides: Sequence[str] | Mapping[str, A
     for key, value in _parse_overrides(overrides):
         _set_dotted(data, key, value)
     return check_config(data)
-
-
-def help_text() -> str:
-    """Every key with its type, default and description."""
-    lines: list[str] = []
-    _help_section(RunConfig, "", lines)
-    for name, params in ENCODER_PARAMS.items():
-        lines.append(f"\nfamilies.<name>.encoder_params of {name}:")
-        _help_section(params, "  ", lines)
-    return "\n".join(lines)
-
-
-def _help_section(section: type[BaseModel], indent: str, lines: list[str]) -> None:
-    for key, field in section.model_fields.items():
-        inner = field.annotation
-        nested = inner if isinstance(inner, type) and issubclass(inner, Section) else None
-        family = get_args(inner)[1] if get_origin(inner) is dict and key == "families" else None
-        if nested is not None or family is not None:
-            lines.append(f"\n{indent}{key}:{'  # ' + (field.description or '')}")
-            if nested is not None:
-                _help_section(nested, indent + "  ", lines)
-            elif family is not None:
-                lines.append(f"{indent}  <name>:")
-                _help_section(family, indent + "    ", lines)
-            continue
-        default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
-        if isinstance(default, str) and default.endswith("Params()"):
-            default = "{}"
-        lines.append(f"{indent}{key}  ({_type_name(inner)}, default {default})")
-        lines.append(f"{indent}    {field.description}")
-
-
-def _type_name(annotation: Any) -> str:
-    origin = get_origin(annotation)
-    if annotation is type(None):
-        return "null"
-    if origin is None:
-        return getattr(annotation, "__name__", str(annotation))
-    args = get_args(annotation)
-    if str(origin) == "typing.Literal":
-        return " | ".join(str(arg) for arg in args)
-    if str(origin) in ("typing.Annotated",):
-        return _type_name(args[0])
-    if origin in (list, dict, tuple):
-        return f"{origin.__name__}[{', '.join(_type_name(arg) for arg in args)}]"
-    return " | ".join(_type_name(arg) for arg in args)
 
 
 def _parse_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -285,71 +235,3 @@ def _set_dotted(data: dict[str, Any], dotted: str, value: Any) -> None:
             raise ConfigError(f"{dotted}: {parent} holds a value, not a section")
         data = child
     data[last] = value
-
-
-def _describe(problem: ErrorDetails, data: Mapping[str, Any]) -> str:
-    keys = _keys(problem["loc"], data, problem["type"] == "missing")
-    place = ".".join(keys)
-    if problem["type"] == "extra_forbidden":
-        return f"{place}: unknown key{_suggest(keys, data)}"
-    if problem["type"] == "missing":
-        return f"{place}: required, not given"
-    message = problem["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:] if message.startswith(("Input", "Value")) else message
-    if problem["type"] == "value_error" and not place:
-        return message
-    given = problem["input"]
-    nearest = ""
-    if problem["type"] == "literal_error" and isinstance(given, str):
-        allowed = re.findall(r"'([^']+)'", problem.get("ctx", {}).get("expected", ""))
-        close = difflib.get_close_matches(given, allowed, 1)
-        nearest = f"; did you mean {close[0]!r}?" if close else ""
-    if problem["type"] == "value_error":
-        return f"{place}: {message}" + ("" if isinstance(given, dict) else f", got {shown(given)}")
-    return f"{place}: {message}, got {shown(given)} ({type(given).__name__}){nearest}"
-
-
-_ABSENT = object()
-
-
-def _keys(loc: tuple[int | str, ...], data: Any, missing: bool) -> list[str]:
-    """The user's keys in a path; pydantic mixes the names of union members into it."""
-    keys: list[str] = []
-    for part in loc:
-        child = _child(data, part)
-        if child is not _ABSENT:
-            data = child
-        elif not (missing and part == loc[-1]):
-            continue
-        keys.append(str(part))
-    return keys
-
-
-def _child(data: Any, part: int | str) -> Any:
-    if isinstance(data, Mapping):
-        return data.get(part, _ABSENT)
-    if isinstance(data, list) and isinstance(part, int) and part < len(data):
-        return data[part]
-    return _ABSENT
-
-
-def _suggest(keys: list[str], data: Mapping[str, Any]) -> str:
-    """What an unknown key may have been meant to be."""
-    allowed = list(_section_at(keys[:-1], data).model_fields)
-    close = difflib.get_close_matches(keys[-1], allowed, 1)
-    if close:
-        return f"; did you mean {close[0]!r}? (--help-config lists all)"
-    return f"; allowed: {', '.join(allowed) or 'no keys at all'}"
-
-
-def _section_at(keys: list[str], data: Mapping[str, Any]) -> type[BaseModel]:
-    match keys:
-        case ["families", _]:
-            return FamilyConfig
-        case ["families", name, "encoder_params"]:
-            return ENCODER_PARAMS[data["families"][name]["encoder"]]
-        case ["model", "levels", *_]:
-            return LevelConfig
-        case [name] if isinstance(section := RunConfig.model_fields[name].annotation, type):
-            return section
-    return RunConfig

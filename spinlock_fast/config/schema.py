@@ -30,9 +30,9 @@ def parse_bytes(value: object) -> int:
 
 
 ByteSize = Annotated[int, BeforeValidator(parse_bytes)]
-_INT32_MAX = 2**31 - 1
-PositiveInt = Annotated[int, Field(ge=1, le=_INT32_MAX)]
-NonNegativeInt = Annotated[int, Field(ge=0, le=_INT32_MAX)]
+INT32_MAX = 2**31 - 1
+PositiveInt = Annotated[int, Field(ge=1, le=INT32_MAX)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=INT32_MAX)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
