@@ -25,8 +25,8 @@ from spinlock_fast.features.row_keys import row_keys
 from spinlock_fast.kernels._common.guard import device_guard
 from spinlock_fast.models.input_check import InputCheck, KnownRows, TrainingRange
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE
-from spinlock_fast.output.hdf5_files import replacing_hdf5
 from spinlock_fast.output.locks import written_by_one
+from spinlock_fast.output.token_files import TokenTable, check_format, token_file
 
 log = logging.getLogger(__name__)
 
@@ -300,34 +300,33 @@ def write_tokens(
     memory_budget: int = _DEFAULT_BUDGET,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
-    """Tokens of an HDF5 file into another: dataset `tokens` [N, G], the narrowest unsigned integer.
+    """Writes the tokens of an HDF5 file to a file whose ending names the format; see `token_file`.
 
-    Attributes of the dataset: codebook_names, codebook_sizes, checkpoint_sha256.
+    Holds at most `memory_budget` bytes of raw values at once; an earlier file is replaced when all rows are written.
+
+    Args:
+        progress: called with (rows written, all rows).
 
     Returns:
-        N.
+        Number of rows.
 
     Raises:
+        ConfigError: the format needs a package that is not installed.
         DataError: the data cannot be read.
         OutputError: the file cannot be written, or is the input.
     """
     model = tokenizer.model
+    check_format(output)
     with tokenizer.source(data) as source:
         rows = source.rows
         if any(output.exists() and output.samefile(file) for file in source.all_files):
             raise OutputError(f"{output}: is the file that is read")
     if output.is_dir():
         raise OutputError(f"{output}: is a directory; name a file")
-    largest = max(model.quantizer.num_codes)
-    dtype = next(kind for kind in (np.uint8, np.uint16, np.uint32) if largest - 1 <= np.iinfo(kind).max)
-    with written_by_one(output), replacing_hdf5(output) as writer:
-        chunk = (min(rows, 8192), model.num_codebooks)
-        out = writer.file.create_dataset("tokens", (rows, model.num_codebooks), dtype, chunks=chunk, compression="gzip")
-        out.attrs["codebook_names"] = model.codebook_names
-        out.attrs["codebook_sizes"] = np.array(model.quantizer.num_codes)
-        out.attrs["checkpoint_sha256"] = tokenizer.checkpoint_hash
+    table = TokenTable(rows, model.codebook_names, model.quantizer.num_codes, tokenizer.checkpoint_hash)
+    with written_by_one(output), token_file(output, table) as write:
         for start, tokens in tokenizer.encode_file(data, memory_budget):
-            writer.write(out, start, tokens.astype(dtype))
+            write(tokens)
             if progress is not None:
                 progress(start + len(tokens), rows)
     return rows
