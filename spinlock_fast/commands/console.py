@@ -22,7 +22,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from spinlock_fast.checkpoints.run_directory import TENSORBOARD
+from spinlock_fast.checkpoints.run_directory import PARTIAL, TENSORBOARD
 from spinlock_fast.commands.tensorboard import ScalarFile
 from spinlock_fast.config.schema import LoggingConfig
 from spinlock_fast.models.metrics import Metrics
@@ -158,7 +158,7 @@ def _tensorboard(directory: Path | None, config: LoggingConfig) -> ScalarFile | 
     if directory is None or config.tensorboard is False:
         return None
     try:
-        return ScalarFile(directory / TENSORBOARD)
+        return ScalarFile(directory / PARTIAL / TENSORBOARD)
     except ImportError:
         if config.tensorboard:
             logging.getLogger(__name__).warning(
@@ -207,13 +207,15 @@ def print_summary(metrics: Metrics, console: Console | None = None) -> None:
             str(category["features"]),
             escape(", ".join(f"{name[:3].upper()} {count}" for name, count in families.items())),
             f"{category['purity']:.0%}" if "purity" in category else "",
-            f"{category['partial_mse']:.4f}",
+            f"{category['mse']:.4f}",
             " ".join(f"{value:.2f}" for value in category["utilization"]),
             " ".join(f"{k:2d}" for k in category["codes"]),
         )
     console.print()
     console.print(table)
-    console.print("MSE: own features from one codebook alone; levels in the order L0, L1, L2\n", style="dim")
+    console.print(
+        "MSE: features of the category, decoded from all codes; utilization and codes: levels L0, L1, L2\n", style="dim"
+    )
 
 
 def describe_rows(metrics: Metrics) -> str:

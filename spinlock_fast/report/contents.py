@@ -130,7 +130,7 @@ def read_contents(directory: str | Path, device: str | torch.device = "cpu") -> 
         tokenizer=tokenizer,
         config=config,
         metrics=metrics,
-        measured_on=_count(metrics.get("val_rows", 0), "validation row"),
+        measured_on=_count(metrics.get("val_rows", 0), "row" if metrics.get("rows") == "all" else "validation row"),
         epochs=epochs,
         best_epoch=history.get("best_epoch"),
         notes=notes,

@@ -25,6 +25,7 @@ class _Category(_File):
     name: str
     features: Count | None = None
     families: dict[str, Count] | None = None
+    mse: Number | None = None
     partial_mse: Number | None = None
     utilization: list[Number] | None = None
     perplexity: list[Number] | None = None

@@ -86,7 +86,7 @@ def measure_sample(contents: Contents, data: str | list[str]) -> Sample:
         category_correlation=np.where(_alone(contents), np.nan, between),
         affinity=_affinity(rows, contents.groups),
     )
-    if not contents.metrics:
+    if "quality" not in contents.metrics:
         training = contents.config.training if contents.config else TrainingConfig()
         contents.metrics = evaluate(tokenizer.model, place_rows(RowView(x), tokenizer.device), training)
         complete(

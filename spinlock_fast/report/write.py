@@ -58,8 +58,8 @@ def write_report(
     contents = read_contents(checkpoint, resolve_device(device))
     check_writable(Path(output))
     sample = _read_sample(contents, data, kinds)
-    if not contents.metrics:
-        contents.notes.append("no metrics.json and no data: what would be measured is left out")
+    if "quality" not in contents.metrics:
+        contents.notes.append("no measured metrics and no data: figures of quality are left out")
     files = []
     with directory_written_by_one(Path(output)), matplotlib.style.context(["default", RC]):
         for kind in kinds:
@@ -72,7 +72,7 @@ def _read_sample(contents: Contents, data: str | list[str] | None, kinds: Sequen
 
     if data is not None:
         return measure_sample(contents, data)
-    if set(kinds) == {"engineering"} and contents.metrics:
+    if set(kinds) == {"engineering"} and "quality" in contents.metrics:
         return None  # it draws nothing that needs data
     left_out = "panels that need data are left out (--data)"
     if contents.config is None or contents.config.dataset_path is None:
