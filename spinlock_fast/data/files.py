@@ -220,6 +220,12 @@ def one_line(error: BaseException) -> str:
 
 
 def _how_to_make(path: str) -> str:
+    """How to obtain a missing data file."""
+    if (size := re.fullmatch(r"(10k|100k)_full_features\.h5", Path(path).name)) is not None:
+        return (
+            f"; name your copy with `--set dataset_path=FILE.h5`, start small with `make train`, or simulate it with "
+            f"`python -m spinlock_fast.generate --config configs/data/{size[1]}.yaml --output {path}`"
+        )
     name = path if not _GLOB.search(path) else "FILE.h5"
     return f"; simulate one with `python -m spinlock_fast.generate --operators 512 --output {name}`"
 

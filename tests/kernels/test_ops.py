@@ -133,12 +133,16 @@ def test_triton_where_it_cannot_run_says_why(monkeypatch):
         resolve_backend("triton", torch.zeros(1))
 
 
-def test_the_choice_is_logged_once(caplog):
+@pytest.mark.parametrize(("variable", "expected"), [(None, "native"), ("reference", "reference")])
+def test_the_choice_is_logged_once(caplog, monkeypatch, variable, expected):
+    monkeypatch.delenv(backend.VARIABLE, raising=False)
+    if variable is not None:
+        monkeypatch.setenv(backend.VARIABLE, variable)
     backend._say_once.cache_clear()
     with caplog.at_level(logging.INFO, logger=backend.__name__):
         for _ in range(3):
             resolve_backend("auto", torch.zeros(1))
-    assert [record.getMessage() for record in caplog.records] == ["backend reference on cpu"]
+    assert [record.getMessage() for record in caplog.records] == [f"backend {expected} on cpu"]
 
 
 def test_operators_on_a_cpu_leave_the_precision_of_cuda_alone(monkeypatch):
