@@ -12,6 +12,7 @@ from spinlock_fast.config.schema import RunConfig
 from spinlock_fast.data.split import split_rows
 from spinlock_fast.device import resolve_device
 from spinlock_fast.features.encode import block_rows, encode_seconds, make_encoders
+from spinlock_fast.messages import format_bytes
 from spinlock_fast.models.losses import LossWeights, loss_terms
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
 from spinlock_fast.training.run import open_source, output_directory
@@ -39,7 +40,7 @@ def print_plan(config: RunConfig) -> None:
             info = source.datasets[family.name]
             lines.append(
                 f"  {family.name}: {info.path} {[rows, *info.row_shape]} "
-                f"({rows * info.row_bytes / 1e9:.3g} GB) -> {family.encoder_name}, {family.encoder.output_dim} columns"
+                f"({format_bytes(rows * info.row_bytes)}) -> {family.encoder_name}, {family.encoder.output_dim} columns"
             )
         blocks = (4 * block_rows(info, config.memory_budget) * info.row_bytes for info in source.datasets.values())
         block_bytes = max(blocks)
@@ -55,8 +56,8 @@ def print_plan(config: RunConfig) -> None:
         *lines,
         f"split: {split.train.size:,} training, {split.val.size:,} validation, {split.test.size:,} test samples",
         f"training: {training.num_epochs} epochs of {steps} steps, batch {batch}, on {device}",
-        f"memory: {4 * rows * columns * 5 / 1e9:.2f} GB for {columns} columns while cleaning, "
-        f"{block_bytes / 1e9:.2f} GB for raw features (memory_budget {config.memory_budget / 1e9:.3g} GB)",
+        f"memory: {format_bytes(4 * rows * columns * 5)} for {columns} columns while cleaning, "
+        f"{format_bytes(block_bytes)} for raw features (memory_budget {format_bytes(config.memory_budget)})",
         f"time: about {seconds:.0f} s to encode, {total - seconds:.0f} s to train, "
         "extrapolated from one block and four steps",
         f"output: {directory}",

@@ -20,7 +20,13 @@ from rich.console import Console
 from spinlock_fast import Tokenizer
 from spinlock_fast.analysis import AnalysisConfig, analyze_observations, write_tables
 from spinlock_fast.analysis.observations import distances, observe
-from spinlock_fast.analysis.words import association_grid, code_lines, mute_codebooks, print_analysis, unused_codes
+from spinlock_fast.analysis.summary_text import (
+    association_grid,
+    code_lines,
+    mute_codebooks,
+    print_analysis,
+    unused_codes,
+)
 from spinlock_fast.analyze import main as analyze_main
 from spinlock_fast.commands.main import main as dispatch
 from spinlock_fast.errors import ConfigError

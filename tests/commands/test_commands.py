@@ -1,9 +1,12 @@
 import signal
+from pathlib import Path
 
 import pytest
 
-from spinlock_fast.commands.main import VERBS, command_of
+from spinlock_fast import __version__
+from spinlock_fast.commands.main import VERBS, command_of, main
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 ARGUMENTS = {
     "generate": ["--output", "x.h5"],
     "train": ["run.yaml"],
@@ -33,3 +36,43 @@ def test_a_command_started_by_torchrun_is_refused(verb, tmp_path, monkeypatch, c
     assert error.startswith("error: WORLD_SIZE is 2")
     assert error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_version_is_printed(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"spinlock-fast {__version__}\n"
+
+
+@pytest.mark.parametrize(("verb", "hint"), [("trian", "did you mean train?"), ("xyzzy", "choose from generate, train")])
+def test_unknown_verb_suggests_the_nearest(verb, hint, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([verb, "run.yaml"])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: unknown verb '{verb}'; {hint}")
+    assert error.count("\n") == 1
+
+
+def test_help_describes_every_verb(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"  {verb}" in text and description in text for verb, description in VERBS.items())
+
+
+@pytest.mark.parametrize("size", ["10k", "100k"])
+def test_missing_published_data_set_names_the_ways_to_get_it(size, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        command_of("train")([str(CONFIGS / f"{size}.yaml")])
+    assert ended.value.code == 3
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: datasets/")
+    for advice in (
+        "--set dataset_path=",
+        "make train",
+        f"generate --config configs/data/{size}.yaml --output datasets/",
+    ):
+        assert advice in error
