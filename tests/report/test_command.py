@@ -17,8 +17,8 @@ from helpers import write_dataset
 from spinlock_fast.commands.main import main as spinlock_fast_main
 from spinlock_fast.report import KINDS, write_report
 from spinlock_fast.report.__main__ import main
-from spinlock_fast.report.contents import read_contents
-from spinlock_fast.report.sample import measure_sample
+from spinlock_fast.report.checkpoint_summary import read_checkpoint_summary
+from spinlock_fast.report.data_statistics import measure_data
 
 FILES = {f"{kind}.{suffix}" for kind in KINDS for suffix in ("png", "svg")}
 
@@ -71,7 +71,7 @@ def test_without_data_one_line_says_what_is_left_out(
     assert status == 0
     assert len(err.splitlines()) == 1
     assert "gone.h5" in err
-    assert "panels that need data are left out" in err
+    assert "panels that need data are omitted" in err
     assert len(out.splitlines()) == 2
 
 
@@ -86,11 +86,11 @@ def test_an_old_checkpoint_reports_what_it_has(copy: Path, tmp_path: Path, capsy
 
 def test_metrics_that_lack_are_measured_on_the_data(copy: Path, small: Path) -> None:
     (copy / "metrics.json").unlink()
-    contents = read_contents(copy)
-    sample = measure_sample(contents, str(small.parent / "data.h5"))
-    assert contents.measured_on == f"{sample.rows} rows of data.h5"
-    assert contents.metrics["val_rows"] == 120
-    assert contents.metrics["active_codes"] == int(sample.used.sum())
+    summary = read_checkpoint_summary(copy)
+    statistics = measure_data(summary, str(small.parent / "data.h5"))
+    assert summary.measured_on == f"{statistics.rows} rows of data.h5"
+    assert summary.metrics["val_rows"] == 120
+    assert summary.metrics["active_codes"] == int(statistics.used.sum())
 
 
 def test_metrics_without_an_entry_leave_its_panel_out(copy: Path, tmp_path: Path) -> None:
@@ -223,8 +223,8 @@ def test_a_file_of_wrong_contents_is_one_line(
     change: dict[str, object],
     expected: str,
 ) -> None:
-    contents = json.loads((copy / file).read_text())
-    (copy / file).write_text(json.dumps({**contents, **change}))
+    summary = json.loads((copy / file).read_text())
+    (copy / file).write_text(json.dumps({**summary, **change}))
     status, _, err = run(capsys, copy, "--output", tmp_path / "out")
     assert status == 3
     assert len(err.splitlines()) == 1
