@@ -12,7 +12,7 @@ SIZES = {"slow": 4, "fast": 3}  # features of the categories
 NUM_CODES = [6, 4, 3, 6, 4, 3]
 
 
-def codebooks(seed: int = 0) -> Codebooks:
+def planted_codebooks(seed: int = 0) -> Codebooks:
     rng = np.random.default_rng(seed)
     names = [(category, level) for category in SIZES for level in range(3)]
     return Codebooks(
@@ -40,7 +40,7 @@ def operators(rows: int, *, seed: int, dependent: bool = True) -> Observations:
     if dependent:
         features[:, :2] += tokens[:, :1]
     return Observations(
-        codebooks(),
+        planted_codebooks(),
         np.arange(rows) * 10,
         tokens,
         rng.random((rows, 6), dtype=np.float32),

@@ -1,4 +1,4 @@
-"""Tables as columns by name, and their files."""
+"""Tables as dicts of columns, and their CSV and Parquet files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def select(table: Table, rows: NDArray[Any]) -> Table:
 
 
 def length(table: Table) -> int:
-    """Rows of a table."""
+    """Number of rows of a table."""
     return len(next(iter(table.values())))
 
 
@@ -50,7 +50,7 @@ def write_tables(tables: Mapping[str, Table], directory: Path, formats: tuple[st
 
 
 def _write_csv(table: Table, path: Path) -> None:
-    """RFC 4180 with a header; six digits; an empty field for NaN; no text that a spreadsheet evaluates."""
+    """RFC 4180 with a header, six significant digits, empty fields for NaN, and no text that is a formula."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(map(csv_text, table))
@@ -73,7 +73,7 @@ def _write_parquet(table: Table, path: Path) -> None:
     columns = {}
     for name, column in table.items():
         if column.dtype.kind == "U":
-            # Few different texts in many rows.
+            # Few distinct texts in many rows.
             columns[name] = pa.array(column.tolist(), pa.string()).dictionary_encode()
         else:
             columns[name] = pa.array(column, from_pandas=True)
