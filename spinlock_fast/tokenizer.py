@@ -220,7 +220,7 @@ class Tokenizer:
         """
         for family in self.families:
             found = source.datasets[family.name]
-            if not family.fits(found.row_shape):
+            if not family.accepts(found.row_shape):
                 raise DataError(
                     f"{source.files[0]}: {found.path}: rows of shape {found.row_shape}, "
                     f"but the checkpoint was trained on {family.row_shape}"
@@ -261,7 +261,7 @@ class Tokenizer:
     def _prepare(
         self, columns: NDArray[np.float32], place: Callable[[int], str], check: InputCheck | None
     ) -> NDArray[np.float32]:
-        kept = self.cleaner.kept(columns)
+        kept = self.cleaner.select(columns)
         if check is not None:
             check.add_features(kept)
         x = self.normalizer(self.cleaner.clip(kept))

@@ -1,4 +1,4 @@
-"""Reading a run's settings from YAML, with errors that name the key."""
+"""Reads the settings of a run from YAML, with error messages that name the key."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from spinlock_fast.config.schema import RunConfig, Section
 from spinlock_fast.errors import ConfigError
 from spinlock_fast.messages import one_line
 
-# Of the file, and of the tree of values that its aliases expand to.
+# Limits of a file and of the values that its aliases expand to.
 _MAX_BYTES = 16_000_000
 _MAX_NODES = 1_000_000
 
 
 class BoundedLoader(yaml.SafeLoader):
-    """SafeLoader that bounds what aliases expand to.
+    """SafeLoader with a limit on the expansion of aliases.
 
-    A value that Python cannot hold (a date without such a month, an integer of 5,000 digits) is a ConstructorError.
+    Raises ConstructorError for a value that Python cannot represent, such as month 13 or an integer of 5,000 digits.
     """
 
     def get_single_node(self) -> yaml.Node | None:
@@ -42,7 +42,7 @@ class BoundedLoader(yaml.SafeLoader):
 
 
 class _Loader(BoundedLoader):
-    """A loader that reads 1e-8 as a number (YAML 1.2) and refuses a key given twice."""
+    """A loader that reads 1e-8 as a number (YAML 1.2) and refuses duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -58,8 +58,8 @@ class _Loader(BoundedLoader):
 
 
 def _check_expansion(root: yaml.Node) -> None:
-    """Raises where an alias refers to a value that contains it, or where aliases expand to too many values."""
-    sizes: dict[int, int] = {}  # values of the tree under a node, by its id
+    """Raises ConstructorError for a recursive alias, or where aliases expand to too many values."""
+    sizes: dict[int, int] = {}  # id of a node -> number of values below it
     open_nodes: set[int] = set()
     stack = [root]
     while stack:
@@ -91,7 +91,7 @@ def _children(node: yaml.Node) -> list[yaml.Node]:
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes a text which `_Loader` would read as a number."""
+    """SafeDumper that quotes texts which `_Loader` would read as numbers."""
 
 
 for _kind in (_Loader, _Dumper):
@@ -111,10 +111,10 @@ def parse_yaml(text: str, loader: type[BoundedLoader] = _Loader) -> Any:
 
 
 def read_text_file(path: Path, what: str = "file") -> str:
-    """The text of a settings file.
+    """Reads a settings file.
 
     Raises:
-        ConfigError: no such `what`, not a regular file (a pipe, a device), too large, or not UTF-8.
+        ConfigError: the file (called `what` in messages) does not exist, is not regular, is too large, or not UTF-8.
     """
     try:
         mode = path.stat()
@@ -123,9 +123,7 @@ def read_text_file(path: Path, what: str = "file") -> str:
         if not stat.S_ISREG(mode.st_mode):
             raise ConfigError(f"{path}: is not a regular file")
         if mode.st_size > _MAX_BYTES:
-            raise ConfigError(
-                f"{path}: holds {mode.st_size:,} bytes, more than the {_MAX_BYTES:,} of any settings file"
-            )
+            raise ConfigError(f"{path}: has {mode.st_size:,} bytes; at most {_MAX_BYTES:,} are read")
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such {what}") from None
@@ -135,7 +133,7 @@ def read_text_file(path: Path, what: str = "file") -> str:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The keys of a YAML file, none for an empty one; raises ConfigError with one line."""
+    """The keys of a YAML file, none for an empty file; raises ConfigError with one line."""
     text = read_text_file(path, "configuration file")
     try:
         data = parse_yaml(text)
@@ -157,14 +155,14 @@ def load_config(path: str | Path, overrides: Sequence[str] | Mapping[str, Any] =
             from dotted key to value.
 
     Returns:
-        The checked settings; `output_dir` is filled in from the file's name when absent.
+        The validated settings; `output_dir` defaults to checkpoints/<name of the file>.
 
     Raises:
-        ConfigError: one line naming the key, what was given and what is allowed.
+        ConfigError: one line per wrong key, with the given and the allowed values.
     """
     path = Path(path)
     data = read_yaml(path)
-    # A section with nothing under it is an empty one.
+    # A section without keys is null in YAML.
     data = {key: {} if value is None and _is_section(key) else value for key, value in data.items()}
     pairs = _parse_overrides(overrides)
     if "families" not in data and any(key.startswith("families.") for key, _ in pairs):
@@ -179,8 +177,8 @@ def load_config(path: str | Path, overrides: Sequence[str] | Mapping[str, Any] =
 
 
 def load_written_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """`load_config` of the file that a run wrote; one from before `feature_cleaning.nan_fill` was made with zero."""
-    # A run writes every setting into its file.
+    """`load_config` of a file written by a run; nan_fill is zero in files of versions without this setting."""
+    # A run writes every setting, so that a missing one identifies an earlier version.
     older = path.is_file() and not re.search(r"^ +nan_fill:", path.read_text("utf-8", "replace"), re.MULTILINE)
     return load_config(path, [*(["feature_cleaning.nan_fill=zero"] if older else []), *overrides])
 
@@ -199,12 +197,12 @@ def check_config(data: Mapping[str, Any], source: str = "configuration") -> RunC
 
 
 def dump_config(config: RunConfig) -> str:
-    """YAML text that `load_config` reads back to the same settings."""
+    """YAML text of the settings, which `load_config` reads back unchanged."""
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def apply_overrides(config: RunConfig, overrides: Sequence[str] | Mapping[str, Any]) -> RunConfig:
-    """The settings with some of them replaced; raises ConfigError."""
+    """The settings with overrides; raises ConfigError."""
     data = config.model_dump(mode="json")
     for key, value in _parse_overrides(overrides):
         _set_dotted(data, key, value)
@@ -220,7 +218,7 @@ def _parse_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> list[tuple
         if not equals or not key.strip():
             raise ConfigError(f"--set {text}: expected key=value, such as training.num_epochs=5")
         try:
-            # A leading * is a glob here, not a YAML alias.
+            # A leading * starts a glob here, not a YAML alias.
             pairs.append((key.strip(), value if value.lstrip().startswith("*") else parse_yaml(value)))
         except yaml.YAMLError as error:
             raise ConfigError(f"--set {text}: not valid YAML: {one_line(error)}") from None

@@ -19,15 +19,20 @@ _ABSENT = object()
 _Key = tuple[str, ...]
 
 
-def describe_problems(error: ValidationError, data: Mapping[str, Any]) -> list[str]:
-    """One line for each wrong key of `data`, unknown keys first, at most 20 lines."""
+def describe_problems(error: ValidationError, data: Mapping[str, Any], root: type[BaseModel] = RunConfig) -> list[str]:
+    """One line for each wrong key of `data`, unknown keys first, at most 20 lines.
+
+    Args:
+        data: the settings that were validated.
+        root: the model that they were validated against.
+    """
     by_key: dict[_Key, list[ErrorDetails]] = {}
     for problem in error.errors(include_url=False):
         key = _user_key(problem["loc"], data, problem["type"] == "missing")
         by_key.setdefault(key, []).append(problem)
     unknown = {key for key, problems in by_key.items() if problems[0]["type"] == "extra_forbidden"}
     lines = [
-        _describe(key, problems[0], data)
+        _describe(key, problems[0], data, root)
         for key, problems in sorted(by_key.items(), key=lambda item: item[0] not in unknown)
         if not _is_consequence(key, problems[0], by_key, unknown)
     ]
@@ -48,10 +53,10 @@ def _is_consequence(
     return any(len(other) > len(key) > 0 and other[: len(key)] == key for other in by_key)
 
 
-def _describe(key: _Key, problem: ErrorDetails, data: Mapping[str, Any]) -> str:
+def _describe(key: _Key, problem: ErrorDetails, data: Mapping[str, Any], root: type[BaseModel]) -> str:
     name = ".".join(key)
     if problem["type"] == "extra_forbidden":
-        return f"{name}: unknown key{_suggestion(key, data)}"
+        return f"{name}: unknown key{_suggestion(key, data, root)}"
     if problem["type"] == "missing":
         return f"{name}: required, not given"
     message = problem["msg"].removeprefix("Value error, ")
@@ -90,21 +95,21 @@ def _child(data: Any, part: int | str) -> Any:
     return _ABSENT
 
 
-def _suggestion(key: _Key, data: Mapping[str, Any]) -> str:
+def _suggestion(key: _Key, data: Mapping[str, Any], root: type[BaseModel]) -> str:
     """The key that an unknown one probably stands for, else all keys of its section."""
-    if elsewhere := [full for full in _full_names() if full.rpartition(".")[2] == key[-1]]:
+    if elsewhere := [full for full in _full_names(root) if full.rpartition(".")[2] == key[-1]]:
         return f"; did you mean {' or '.join(map(repr, elsewhere))}?"
-    allowed = list(_section_at(key[:-1], data).model_fields)
+    allowed = list(_section_at(key[:-1], data, root).model_fields)
     close = difflib.get_close_matches(key[-1], allowed, 1)
     if close:
-        return f"; did you mean {close[0]!r}? (--help-config lists all)"
+        return f"; did you mean {close[0]!r}?" + (" (--help-config lists all)" if root is RunConfig else "")
     return f"; allowed: {', '.join(allowed) or 'no keys at all'}"
 
 
-def _full_names() -> list[str]:
+def _full_names(root: type[BaseModel]) -> list[str]:
     """Every key of the file outside of `families`, with its section: "device", "training.num_epochs"."""
     names: list[str] = []
-    for key, field in RunConfig.model_fields.items():
+    for key, field in root.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, Section):
             names += [f"{key}.{inner}" for inner in kind.model_fields]
@@ -113,7 +118,8 @@ def _full_names() -> list[str]:
     return names
 
 
-def _section_at(key: _Key, data: Mapping[str, Any]) -> type[BaseModel]:
+def _section_at(key: _Key, data: Mapping[str, Any], root: type[BaseModel]) -> type[BaseModel]:
+    """The model of the section at a key; `root` where it is none."""
     match key:
         case ["families", _]:
             return FamilyConfig
@@ -121,6 +127,6 @@ def _section_at(key: _Key, data: Mapping[str, Any]) -> type[BaseModel]:
             return ENCODER_PARAMS[data["families"][name]["encoder"]]
         case ["model", "levels", *_]:
             return LevelConfig
-        case [name] if isinstance(section := RunConfig.model_fields[name].annotation, type):
+        case [name] if isinstance(section := root.model_fields[name].annotation, type):
             return section
-    return RunConfig
+    return root

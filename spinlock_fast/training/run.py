@@ -210,7 +210,7 @@ def prepare(source: Source, config: RunConfig, device: torch.device, display: Di
     clock.lap("load_encode")
     display.stage(f"cleaning {columns.shape[1]} columns")
     cleaner = fit_cleaner(columns[split.train], config.feature_cleaning)
-    kept = cleaner.kept(columns)
+    kept = cleaner.select(columns)
     width = columns.shape[1]
     del columns  # the raw matrix is no longer needed
     low, high, outside = training_range(kept, split, cleaner)

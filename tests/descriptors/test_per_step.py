@@ -11,7 +11,7 @@ from scipy import stats
 from torch import Tensor
 
 from spinlock_fast.descriptors.cross_channel import symmetric_eigenvalues
-from spinlock_fast.descriptors.per_step import StepFeatures, StepSeries, joined
+from spinlock_fast.descriptors.per_step import StepFeatures, StepSeries, concatenate_series
 from spinlock_fast.descriptors.registry import temporal_names
 from spinlock_fast.descriptors.spectral import Wavenumbers
 
@@ -222,6 +222,6 @@ def test_blocks_join_to_the_whole() -> None:
     initial = torch.zeros(1, 3, G, G)
     whole = StepFeatures(initial, 10.0, WAVES).block(states)
     steps = StepFeatures(initial, 10.0, WAVES)
-    parts = joined([steps.block(states[:2]), steps.block(states[2:])])
+    parts = concatenate_series([steps.block(states[:2]), steps.block(states[2:])])
     for name, value in vars(whole).items():
         assert torch.allclose(getattr(parts, name).double(), value.double(), atol=1e-5, rtol=1e-5), name

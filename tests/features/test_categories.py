@@ -217,4 +217,4 @@ def test_a_mapping_is_read_as_it_stands(tmp_path):
 
 def test_names_that_are_no_feature_are_counted(tmp_path, caplog):
     assign_categories(write(tmp_path, {"a": ["summary::a", "summary::mispelt"]}), NAMES)
-    assert "1 of 2 names are no feature" in caplog.text
+    assert "1 of 2 names match no feature" in caplog.text

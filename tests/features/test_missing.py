@@ -86,7 +86,7 @@ def test_a_column_without_a_training_value_says_nothing_to_a_network(
     params = MLPEncoderParams(hidden_dims=[8], output_dim=4)
     mlp = FamilyConfig(encoder="MLPEncoder", encoder_params=params, dataset="x")
     before, family = encoded(write(tmp_path / "a.h5", table), mlp)
-    assert family.dropped.tolist() == [False, False, True, False, True, False]
+    assert family.dropped_columns.tolist() == [False, False, True, False, True, False]
     other = table.copy()
     other[:, 2], other[:, 4] = 1e6, -1e6
     whole = torch.from_numpy(other)
@@ -154,7 +154,7 @@ def test_a_large_family_is_sampled_alike_every_time(
 ) -> None:
     path = write(tmp_path / "a.h5", np.tile(table, (10, 1)))
     rows = np.arange(0, 10 * ROWS, 3)
-    monkeypatch.setattr(module, "_MOST_ROWS", 400)
+    monkeypatch.setattr(module, "_MAX_ROWS", 400)
     read: list[int] = []
     original = Source.read_rows
 
@@ -180,7 +180,7 @@ def test_what_was_filled_is_reported_in_one_line(
     assert found.missing == {"x": int(np.isnan(table).sum())}
     assert "60 missing values filled with the median of the training rows" in line
     assert "column 0 (6), column 1 (4), column 5 (50)" in line
-    assert "no value in the training rows, so left out: column 2, column 4" in line
+    assert "dropped, no value in the training rows: column 2, column 4" in line
     wide = np.full((ROWS, 400), np.nan, np.float32)
     wide[1:] = np.random.default_rng(0).standard_normal((ROWS - 1, 400))
     caplog.clear()

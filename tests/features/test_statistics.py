@@ -87,7 +87,7 @@ def test_column_blocks_cover_every_column_once_on_torchs_threads(monkeypatch, th
         found[:, columns] += block.T
         names.add(threading.current_thread().name.split("-")[0].split("_")[0])
 
-    statistics.for_column_blocks(x, work)
+    statistics.map_column_blocks(x, work)
     np.testing.assert_array_equal(found, x)
     assert names == ({"MainThread"} if threads == 1 else {"ThreadPoolExecutor"})
 
@@ -99,4 +99,4 @@ def test_what_fails_on_a_thread_is_raised(monkeypatch):
         raise ValueError(f"item {item}")
 
     with pytest.raises(ValueError, match="item 0"):
-        statistics.on_threads(work, range(4))
+        statistics.map_on_threads(work, range(4))
