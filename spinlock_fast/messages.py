@@ -1,4 +1,4 @@
-"""Text that goes into messages: one line, of bounded length, without control characters."""
+"""Text of messages: one line, bounded length, no control characters."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _NUMBERS = re.compile(r"[-+0-9.eE ,]+|[-+]?(inf|nan)")  # a number or a range of
 
 
 def printable(text: str) -> str:
-    """The text with control characters, line ends, lone surrogates and bidirectional marks as escapes such as \\x1b.
+    """The text with control characters, line ends, lone surrogates and bidirectional marks escaped, such as \\x1b.
 
-    What a file calls its datasets and columns must not reach a terminal, an SVG or an XML file as it is.
+    Names of datasets and columns come from files, and must not reach a terminal, an SVG or an XML file unescaped.
     """
     if text.isascii() and text.isprintable():
         return text
@@ -39,9 +39,9 @@ def _escaped(character: str) -> str:
 
 
 def one_line(message: object, limit: int = _MESSAGE_LIMIT) -> str:
-    """The text of an error or a message as one printable line; the middle of a long one is left out."""
+    """The text of an error or a message as one printable line; the middle of a long text is omitted."""
     text = str(message)
-    if len(text) > 8 * limit:  # what follows looks at every character
+    if len(text) > 8 * limit:  # bounds the time of the loops below
         text = text[: 4 * limit] + text[-4 * limit :]
     text = printable(" ".join(text.split()))
     return text if len(text) <= limit else f"{text[: limit - limit // 4]} ... {text[-limit // 4 :]}"
@@ -61,7 +61,7 @@ class _BoundedRepr(reprlib.Repr):
 
 
 def shown(value: Any, limit: int = 60) -> str:
-    """`repr` of a value for a message: at most `limit` characters, in a time that does not depend on its size."""
+    """`repr` of a value in at most `limit` characters, in a time that does not depend on its size."""
     text = printable(_BoundedRepr(limit).repr(value))
     return text if len(text) <= limit else text[: limit - 3] + "..."
 

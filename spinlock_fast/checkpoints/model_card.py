@@ -117,8 +117,8 @@ def _quality(metrics: Metrics) -> str:
 | utilization | {metrics["utilization"]:.3f} | share of codes in use, mean over codebooks |
 | perplexity / K | {metrics["perplexity_over_k"]:.3f} | 1 where all codes are used equally |
 | codes in use | {metrics["active_codes"]} of {metrics["total_codes"]} | |
-| distances kept | {metrics["topo_pre"]:.3f}, {metrics["topo_post"]:.3f} | correlation of distances between operators: \
-features with latents, latents with codes |
+| distance preservation | {metrics["topo_pre"]:.3f}, {metrics["topo_post"]:.3f} | correlation of distances \
+between operators: features with latents, latents with codes |
 | category correlation | {metrics["category_correlation_max"]:.3f} | largest mean absolute one of two \
 categories' features |
 """

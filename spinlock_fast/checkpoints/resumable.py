@@ -21,6 +21,7 @@ from spinlock_fast.checkpoints.integrity import (
     write_state_manifest,
 )
 from spinlock_fast.checkpoints.run_directory import FINAL, PARTIAL, check_integrity, find
+from spinlock_fast.config.loading import resolve_aliases
 from spinlock_fast.config.schema import RunConfig
 from spinlock_fast.data.untrusted import reading
 from spinlock_fast.errors import ConfigError, DataError, OutputError
@@ -44,7 +45,6 @@ _FREE_TO_CHANGE = {
     "training.use_torch_compile",
     "training.cuda_graphs",
     "training.data_on_device",
-    "training.checkpoint_dir",
 }
 # What may differ besides where the run has diverged.
 _FREE_AFTER_DIVERGENCE = {
@@ -127,7 +127,7 @@ def _known_states(directory: Path) -> list[str] | None:
 
 
 def _check_same_settings(saved: Mapping[str, Any], config: RunConfig, free_to_change: set[str]) -> None:
-    old, new = _flat(saved), _flat(config.model_dump(mode="json"))
+    old, new = _flat(resolve_aliases(saved)), _flat(config.model_dump(mode="json"))
     old.setdefault("feature_cleaning.nan_fill", "zero")  # what runs did before there was the setting
     for key in old.keys() | new.keys():
         if old.get(key) != new.get(key) and not any(

@@ -1,4 +1,4 @@
-"""`--dry-run`: what a run would do, need and take, without writing anything."""
+"""`--dry-run`: plan, sizes, memory and time estimate of a run, without writing anything."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE, Categorical
 from spinlock_fast.training.run import open_source, output_directory
 
 _PROBE_STEPS = 4
-_PROBE_CATEGORY = 15  # features of a category in the probe; discovery decides the real number
+_PROBE_CATEGORY = 15  # features per category in the probe; the actual number comes from discovery
 
 
 def print_plan(config: RunConfig) -> None:
-    """Checks settings and data and prints sizes, memory and a time estimate measured on a sample.
+    """Checks settings and data, and prints sizes, memory and an estimate of the time.
 
     Raises:
-        ConfigError, DataError: as a run would, as far as headers and one block of data tell.
+        ConfigError, DataError: as a run does, as far as file headers and one block of data show.
     """
     device = resolve_device(config.device)
     directory = output_directory(config)
@@ -66,7 +66,7 @@ def print_plan(config: RunConfig) -> None:
 
 
 def _probe_step(config: RunConfig, features: int, batch: int, device: torch.device) -> float:
-    """Seconds of a training step on random data, categories of equal size; without the optimizer's few percent."""
+    """Seconds of a training step without the optimizer, on random data with categories of equal size."""
     groups = {
         f"cluster_{i}": list(range(start, min(start + _PROBE_CATEGORY, features)))
         for i, start in enumerate(range(0, features, _PROBE_CATEGORY), start=1)

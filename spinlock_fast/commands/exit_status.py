@@ -1,4 +1,4 @@
-"""Runs a command and turns its outcome into the exit status of the process; docs/reliability.md has the table."""
+"""Runs a command and sets the exit status of the process; see the table in docs/reliability.md."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from spinlock_fast.errors import ConfigError, Interrupted, SpinlockFastError, is
 from spinlock_fast.interrupts import handling
 from spinlock_fast.messages import one_line
 
-READER_GONE = 141  # standard output is a closed pipe, as after SIGPIPE
+READER_GONE = 141  # standard output is a closed pipe, the status of SIGPIPE
 
 
 def exit_with(command: Callable[[], None]) -> NoReturn:
@@ -49,7 +49,7 @@ def _report(problems: Sequence[str], status: int) -> int:
 
 
 def _refuse_several_processes() -> None:
-    """Raises ConfigError under a launcher such as torchrun: every process would write the same output."""
+    """Raises ConfigError under a launcher such as torchrun, where every process would write the same output."""
     processes = os.environ.get("WORLD_SIZE", "1")
     if processes.strip() not in ("", "1"):
         raise ConfigError(

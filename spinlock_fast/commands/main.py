@@ -25,7 +25,7 @@ VERBS = {
 
 
 def command_of(verb: str) -> Callable[[Sequence[str] | None], None]:
-    """The function of `python -m spinlock_fast.<verb>`, which takes the command line without the verb."""
+    """The main function of a verb, which takes the arguments after it."""
     module = "report.__main__" if verb == "report" else verb
     command: Callable[[Sequence[str] | None], None] = import_module(f"spinlock_fast.{module}").main
     return command

@@ -425,9 +425,9 @@ def _run_config(settings: Mapping[str, Any], families: list[FamilyEncoder], mode
     """The settings of the original run, as far as this package has them."""
     flat = {**settings, **settings.get("training", {})}
     training: dict[str, Any] = {}
-    for key in TrainingConfig.model_fields:
+    for key in (*TrainingConfig.model_fields, "category_mapping_file"):
         value = flat.get("epochs" if key == "num_epochs" and "epochs" in flat else key)
-        if value is not None and key not in ("checkpoint_dir", "category_assignment"):
+        if value is not None and key != "category_assignment":
             training[key] = value
     data: dict[str, Any] = {
         "random_seed": int(settings.get("random_seed", 42)),

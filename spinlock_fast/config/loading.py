@@ -171,8 +171,7 @@ def load_config(path: str | Path, overrides: Sequence[str] | Mapping[str, Any] =
         _set_dotted(data, key, value)
     config = check_config(data, source=str(path))
     if config.output_dir is None:
-        output = config.training.checkpoint_dir or f"checkpoints/{path.stem}"
-        config = config.model_copy(update={"output_dir": output})
+        config = config.model_copy(update={"output_dir": f"checkpoints/{path.stem}"})
     return config
 
 
@@ -191,9 +190,37 @@ def _is_section(key: str) -> bool:
 def check_config(data: Mapping[str, Any], source: str = "configuration") -> RunConfig:
     """`RunConfig` from plain data; raises ConfigError with one line per wrong key."""
     try:
+        data = resolve_aliases(data)
+    except ValueError as error:
+        raise ConfigError(f"{source}: {error}") from None
+    try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
         raise ConfigError(*(f"{source}: {problem}" for problem in describe_problems(error, data))) from None
+
+
+def resolve_aliases(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain settings with aliases replaced by the names of `RunConfig`.
+
+    training.checkpoint_dir stands for output_dir, training.category_mapping_file for training.category_assignment; null
+    stands for a missing key.
+
+    Raises:
+        ValueError: output_dir and its alias differ.
+    """
+    settings, training = dict(data), data.get("training")
+    if not isinstance(training, Mapping):
+        return settings
+    training = settings["training"] = dict(training)
+    directory, mapping = (training.pop(alias, None) for alias in ("checkpoint_dir", "category_mapping_file"))
+    if mapping is not None:
+        training["category_assignment"] = mapping
+    if directory is not None:
+        if settings.get("output_dir") not in (None, directory):
+            output = settings["output_dir"]
+            raise ValueError(f"output_dir ({output}) and training.checkpoint_dir ({directory}) are the same setting")
+        settings["output_dir"] = directory
+    return settings
 
 
 def dump_config(config: RunConfig) -> str:

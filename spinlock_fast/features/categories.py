@@ -131,13 +131,13 @@ def read_mapping(path: str | Path) -> dict[str, list[str | int]]:
     try:
         text = read_text_file(Path(path))
     except ConfigError as error:
-        raise ConfigError(f"training.category_mapping_file: {error}") from None
+        raise ConfigError(f"training.category_assignment: {error}") from None
     try:
         data = json.loads(text, object_pairs_hook=_distinct_keys)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"training.category_mapping_file: {path} is not JSON: {one_line(error)}") from None
+        raise ConfigError(f"training.category_assignment: {path} is not JSON: {one_line(error)}") from None
     if not isinstance(data, dict) or not all(isinstance(members, list) for members in data.values()):
-        raise ConfigError(f"training.category_mapping_file: {path}: expected {{category: [features]}}")
+        raise ConfigError(f"training.category_assignment: {path}: expected {{category: [features]}}")
     return data
 
 
@@ -169,12 +169,12 @@ def assign_categories(path: str | Path, feature_names: Sequence[str]) -> Groups:
                 continue
             if i in place:
                 raise ConfigError(
-                    f"training.category_mapping_file: feature {feature_names[i]!r} is in {place[i]} and in {category}"
+                    f"training.category_assignment: feature {feature_names[i]!r} is in {place[i]} and in {category}"
                 )
             place[i] = category
             groups.setdefault(category, []).append(i)
     if not groups:
-        raise ConfigError(f"training.category_mapping_file: {path} names none of the features")
+        raise ConfigError(f"training.category_assignment: {path} names none of the features")
     listed = sum(len(members) for members in data.values())
     if listed > len(place):
         log.warning(
@@ -190,7 +190,7 @@ def _feature_index(member: object, position: dict[str, int], path: str | Path) -
     if isinstance(member, int) and not isinstance(member, bool) and 0 <= member < len(position):
         return member
     raise ConfigError(
-        f"training.category_mapping_file: {path}: {member!r} is neither a feature's name "
+        f"training.category_assignment: {path}: {member!r} is neither a feature's name "
         f"nor one of 0..{len(position) - 1}"
     )
 

@@ -351,8 +351,8 @@ def _totals(summary: CheckpointSummary) -> list[list[str]]:
     """Label and value of the figures of the whole model."""
     shown = (
         ("quality", "quality"),
-        ("distance correlation, latents", "topo_pre"),
-        ("distance correlation, codes", "topo_post"),
+        ("distance preservation, latents", "topo_pre"),
+        ("distance preservation, codes", "topo_post"),
     )
     rows = [[label, f"{summary.metrics[key]:.3f}"] for label, key in shown if key in summary.metrics]
     rows.append(["latent dimensions, all codebooks", f"{sum(codebook.dim for codebook in summary.codebooks):,}"])

@@ -89,7 +89,7 @@ class ParameterSpace(Section):
 
 
 class GeneratorConfig(Section):
-    """The whole file."""
+    """All settings of a generated data set."""
 
     operators: PositiveInt | None = Field(default=None, description="operators to simulate, without --operators")
     random_seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=42, description="seed of all random numbers")

@@ -170,10 +170,9 @@ def _same_place(a: Path, b: Path) -> bool:
 
 def output_directory(config: RunConfig) -> Path:
     """Where the run writes; raises ConfigError where it is not set."""
-    name = config.output_dir or config.training.checkpoint_dir
-    if name is None:
+    if config.output_dir is None:
         raise ConfigError("output_dir: not set")
-    return Path(name)
+    return Path(config.output_dir)
 
 
 def open_source(config: RunConfig) -> Source:

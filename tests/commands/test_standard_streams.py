@@ -14,7 +14,7 @@ from helpers import raises_one_line
 from rich.console import Console
 
 from spinlock_fast.commands.exit_status import exit_with
-from spinlock_fast.commands.standard_streams import Messages, ReaderGone, Results, tolerant_streams
+from spinlock_fast.commands.standard_streams import MessageStream, ReaderGone, ResultStream, tolerant_streams
 from spinlock_fast.errors import OutputError
 
 
@@ -34,7 +34,7 @@ class Broken(io.StringIO):
 @pytest.mark.parametrize("number", [errno.EPIPE, errno.EIO, errno.ENOSPC, errno.EBADF])
 def test_messages_that_nobody_reads_are_dropped(number: int) -> None:
     stream = Broken(number)
-    messages = Messages(stream)
+    messages = MessageStream(stream)
     for _ in range(3):
         assert messages.write("text") == 4
         messages.flush()
@@ -46,20 +46,20 @@ def test_messages_that_nobody_reads_are_dropped(number: int) -> None:
 @pytest.mark.parametrize(("number", "terminal"), [(errno.EPIPE, False), (errno.EIO, True)])
 def test_results_that_nobody_reads_end_the_command(number: int, terminal: bool) -> None:
     with pytest.raises(ReaderGone):
-        Results(Broken(number, terminal)).write("text")
+        ResultStream(Broken(number, terminal)).write("text")
     with pytest.raises(ReaderGone):
-        Console(file=Results(Broken(number, terminal)), width=80).print("text")  # type: ignore[arg-type]
+        Console(file=ResultStream(Broken(number, terminal)), width=80).print("text")  # type: ignore[arg-type]
 
 
 def test_results_on_a_full_disk_are_an_output_error() -> None:
     with raises_one_line(OutputError, "standard output cannot be written: No space left"):
-        Results(Broken(errno.ENOSPC)).write("text")
+        ResultStream(Broken(errno.ENOSPC)).write("text")
 
 
 def test_streams_are_given_back() -> None:
     before = sys.stdout, sys.stderr
     with tolerant_streams():
-        assert isinstance(sys.stderr, Messages)
+        assert isinstance(sys.stderr, MessageStream)
     assert (sys.stdout, sys.stderr) == before
 
 

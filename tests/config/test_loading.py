@@ -461,6 +461,15 @@ def test_datasets_of_families_in_order(load):
     assert list(config.datasets().items()) == [("x", "a/b"), ("temporal", "features/temporal/features")]
 
 
+def test_aliases_are_read_and_not_written(load):
+    config = load("training: {checkpoint_dir: out, category_mapping_file: map.json}")
+    assert (config.output_dir, config.training.category_assignment) == ("out", "map.json")
+    assert "checkpoint_dir" not in dump_config(config)
+    assert "category_mapping_file" not in dump_config(config)
+    assert load("training: {checkpoint_dir: null, category_mapping_file: null}") == load("")
+    refused(load, "training: {checkpoint_dir: 3}", "output_dir: input should be a valid string, got 3")
+
+
 def test_plain_data_are_checked_alike():
     assert check_config({"random_seed": 3}).random_seed == 3
     with helpers.raises_one_line(ConfigError, "configuration", "random_sed", "random_seed"):

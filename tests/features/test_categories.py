@@ -201,7 +201,7 @@ def test_features_that_cleaning_dropped_are_passed_over(tmp_path):
     ],
 )
 def test_files_that_are_no_categories(tmp_path, content, text):
-    with helpers.raises_one_line(ConfigError, text, "category_mapping_file"):
+    with helpers.raises_one_line(ConfigError, text, "training.category_assignment"):
         assign_categories(write(tmp_path, content), NAMES)
 
 

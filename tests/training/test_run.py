@@ -263,7 +263,7 @@ def test_evaluate_names_what_it_measured(
     assert "Measured on 16 held-out samples" in shown.out
     assert "far outside" not in shown.err
     assert run(evaluate_main, checkpoint, data, "--rows", "all") == 0
-    assert "Measured on all 160 samples, of which 144 were trained on" in shown_text(capsys)
+    assert "Measured on all 160 samples, 144 of them training samples" in shown_text(capsys)
 
 
 def shown_text(capsys: pytest.CaptureFixture[str]) -> str:
