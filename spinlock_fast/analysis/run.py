@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from spinlock_fast.analysis.associations import associations_table, code_counts, cooccurrence_table, lifts_table
 from spinlock_fast.analysis.codes import codes_table, features_table, one_hot, samples_table
-from spinlock_fast.analysis.conditions import make_conditions
+from spinlock_fast.analysis.conditions import Condition, make_conditions
 from spinlock_fast.analysis.neighbours import agreement_table, nearest_operators, neighbours_table
 from spinlock_fast.analysis.observations import Observations, Progress, collect_observations
 from spinlock_fast.analysis.refinement import refinement_table
+from spinlock_fast.analysis.significance import Counts
 from spinlock_fast.analysis.stability import stability_table
 from spinlock_fast.analysis.tables import Table
 from spinlock_fast.config.random_streams import Stream, generator
@@ -140,11 +141,15 @@ def analyze_observations(
     run("codes", "Codes", lambda: codes_table(observed, counts))
     run("features", "Features of codes", lambda: features_table(observed, members, notes))
     run("samples", "Samples of codes", lambda: samples_table(observed, config.samples, random))
-    stage("Nearest operators")
-    started = time.perf_counter()
-    nearest, distance = nearest_operators(observed.codebooks, observed.tokens, queries, min(config.neighbours, N - 1))
-    tables["neighbours"] = neighbours_table(observed, queries, nearest, distance)
-    seconds["neighbours"] = round(time.perf_counter() - started, 2)
+    nearest = np.empty((0, 0), np.int64)
+
+    def find_neighbours() -> Table:
+        nonlocal nearest
+        count = min(config.neighbours, N - 1)
+        nearest, distance = nearest_operators(observed.codebooks, observed.tokens, queries, count)
+        return neighbours_table(observed, queries, nearest, distance)
+
+    run("neighbours", "Nearest operators", find_neighbours)
     if conditions:
         run(
             "associations",
@@ -160,14 +165,27 @@ def analyze_observations(
             "Co-occurring codes",
             lambda: cooccurrence_table(observed, members, counts, config.alpha, notes),
         )
-    summary = {
-        "operators": N,
+    return Analysis(tables, _summary(observed, conditions, counts, tables, config.alpha, notes, seconds))
+
+
+def _summary(
+    observed: Observations,
+    conditions: Sequence[Condition],
+    counts: Counts,
+    tables: Mapping[str, Table],
+    alpha: float,
+    notes: list[str],
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    """The entries of summary.json; `found` counts the rows with q <= alpha of each table of tests."""
+    return {
+        "operators": len(observed.tokens),
         "codebooks": len(observed.codebooks.names),
         "codes": int(counts.size),
         "codes_in_use": int((counts > 0).sum()),
         "conditions": [condition.name for condition in conditions],
         "found": {
-            name: {"tests": int(np.isfinite(table["q"]).sum()), "found": int((table["q"] <= config.alpha).sum())}
+            name: {"tests": int(np.isfinite(table["q"]).sum()), "found": int((table["q"] <= alpha).sum())}
             for name, table in tables.items()
             if "q" in table and name != "cooccurrence"
         },
@@ -175,4 +193,3 @@ def analyze_observations(
         "notes": notes,
         "seconds": seconds,
     }
-    return Analysis(tables, summary)

@@ -171,7 +171,7 @@ class ModelConfig(Section):
     group_hidden_dim: PositiveInt = Field(default=512, description="hidden width of a category's MLP")
     levels: Levels = Field(
         default=[],
-        description="codebook sizes: [] derives them from the number of features; a list for all categories, or one per name",
+        description="codebook sizes: [] derives them from the number of features; a list for all or for each category",
     )
     compression_ratios: str = Field(
         default="0.5:1:1.5", description="latent dimensions per feature of each level, coarse to fine"
@@ -179,13 +179,13 @@ class ModelConfig(Section):
     uniform_codebook_init: bool = Field(default=False, description="all levels have as many codes as level 0")
     unassigned_features: Literal["decoded", "nearest"] = Field(
         default="decoded",
-        description="features in no category are reconstructed from all codes; nearest: they are also inputs of the most "
-        "correlated category",
+        description="features in no category are reconstructed from all codes; nearest: they are also inputs of the "
+        "most correlated category",
     )
     codebook_init: Literal["kmeans", "uniform", "product"] = Field(
         default="kmeans",
-        description="initial codes: k-means++ on the first rows, or uniform random; product: k-means after the principal "
-        "components of a category are divided among its levels (Ge et al. 2013)",
+        description="initial codes: k-means++ on the first rows, or uniform random; product: k-means after dividing "
+        "the principal components of a category among its levels (Ge et al. 2013)",
     )
     commitment_cost: NonNegativeFloat = Field(
         default=0.25, description="weight of the commitment loss of the quantizer (van den Oord et al. 2017)"
@@ -238,9 +238,7 @@ class TrainingConfig(Section):
     )
     warmup_epochs: NonNegativeInt = Field(default=0, description="epochs of linear warm-up")
     category_assignment: str = Field(
-        default="auto",
-        description="auto: discover categories; or the path of a JSON file {category: [feature names]}; alias "
-        "category_mapping_file",
+        default="auto", description="auto, or a JSON file {category: [feature names]}; alias category_mapping_file"
     )
     num_categories_auto: Annotated[int, Field(ge=2)] | None = Field(
         default=None,
@@ -296,13 +294,13 @@ class TrainingConfig(Section):
     save_minutes: PositiveFloat = Field(default=5.0, description="maximum minutes between resumable checkpoints")
     on_divergence: Literal["stop", "rewind"] = Field(
         default="stop",
-        description="on a non-finite loss: stop, or rewind to the last finite state with half the learning rate, at most "
-        "5 times",
+        description="on a non-finite loss: stop, or rewind to the last finite state with half the learning rate, "
+        "at most 5 times",
     )
     data_on_device: Literal["auto", "always", "never"] = Field(
         default="auto",
-        description="keep training rows on the device (always) or stream them from main memory (never); auto: on the "
-        "device where they take at most half of its free memory",
+        description="keep rows on the device (always) or stream them from main memory (never); auto: on the device where "
+        "they take at most half of its free memory",
     )
     cuda_graphs: bool = Field(
         default=True, description="capture training steps as CUDA graphs; no effect on other devices"
@@ -353,9 +351,7 @@ class RunConfig(Section):
     data: DataConfig = Field(default_factory=DataConfig, description="see its section")
     memory_budget: ByteSize = Field(default=1_250_000_000, description="maximum bytes of raw features in memory")
     output_dir: str | None = Field(
-        default=None,
-        description="checkpoint directory; by default checkpoints/<name of the config file>; alias "
-        "training.checkpoint_dir",
+        default=None, description="checkpoint directory (checkpoints/<config name>); alias training.checkpoint_dir"
     )
     random_seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=42, description="seed of all random numbers")
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")

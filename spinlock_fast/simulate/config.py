@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from spinlock_fast.config.loading import read_yaml
 from spinlock_fast.config.problems import describe_problems
@@ -21,6 +21,17 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 Range = Annotated[tuple[float, float], Field(strict=False)]
 IntegerRange = Annotated[tuple[int, int], Field(strict=False)]
+
+
+# Smallest and largest value that a range of `ParameterSpace` may contain.
+_LIMITS: dict[str, tuple[float, float]] = {
+    "num_layers": (2, 8),
+    "base_channels": (1, 64),
+    "dropout_rate": (0.0, 0.9),
+    "noise_scale": (1e-12, 10.0),
+    "noise_correlation": (0.0, 32.0),
+    "step_size": (1e-6, 1.0),
+}
 
 
 class ParameterSpace(Section):
@@ -50,35 +61,13 @@ class ParameterSpace(Section):
         default=(0.05, 0.6), description="step of the residual update, weight of the convex update"
     )
 
-    @field_validator("num_layers")
+    @field_validator(*_LIMITS)
     @classmethod
-    def _two_layers(cls, value: tuple[int, int]) -> tuple[int, int]:
-        return _increasing(value, 2, 8)
-
-    @field_validator("base_channels")
-    @classmethod
-    def _channels(cls, value: tuple[int, int]) -> tuple[int, int]:
-        return _increasing(value, 1, 64)
-
-    @field_validator("dropout_rate")
-    @classmethod
-    def _rates(cls, value: tuple[float, float]) -> tuple[float, float]:
-        return _increasing(value, 0.0, 0.9)
-
-    @field_validator("noise_scale")
-    @classmethod
-    def _scales(cls, value: tuple[float, float]) -> tuple[float, float]:
-        return _increasing(value, 1e-12, 10.0)
-
-    @field_validator("noise_correlation")
-    @classmethod
-    def _lengths(cls, value: tuple[float, float]) -> tuple[float, float]:
-        return _increasing(value, 0.0, 32.0)
-
-    @field_validator("step_size")
-    @classmethod
-    def _steps(cls, value: tuple[float, float]) -> tuple[float, float]:
-        return _increasing(value, 1e-6, 1.0)
+    def _increasing_within_limits(cls, value: tuple[Any, Any], info: ValidationInfo) -> tuple[Any, Any]:
+        low, high = _LIMITS[str(info.field_name)]
+        if not low <= value[0] <= value[1] <= high:
+            raise ValueError(f"expected two increasing numbers between {low} and {high}")
+        return value
 
     @field_validator("kernel_size", "activation", "noise_schedule", "normalization")
     @classmethod
@@ -127,12 +116,6 @@ class GeneratorConfig(Section):
         return self.model_dump(
             mode="json", exclude={"operators", "device", "batch_operators", "workers", "compression"}
         )
-
-
-def _increasing(value: tuple[Any, Any], low: float, high: float) -> tuple[Any, Any]:
-    if not low <= value[0] <= value[1] <= high:
-        raise ValueError(f"expected two increasing numbers between {low} and {high}")
-    return value
 
 
 def load_generator_config(path: str | Path | None, changes: Mapping[str, Any] | None = None) -> GeneratorConfig:
