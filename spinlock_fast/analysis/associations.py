@@ -110,17 +110,17 @@ def cooccurrence_table(
     a, b = counts[used[first]], counts[used[second]]
     p = hypergeometric_p(n, a, b, N)
     q = false_discovery_rate(p)
-    kept = np.flatnonzero(q <= alpha)
-    kept = kept[np.argsort(p[kept], kind="stable")]
+    significant = np.flatnonzero(q <= alpha)
+    significant = significant[np.argsort(p[significant], kind="stable")]
     expected = a * b / N
-    table: Table = {f"{name}_a": values for name, values in code_columns(observed, used[first[kept]]).items()}
-    table |= {f"{name}_b": values for name, values in code_columns(observed, used[second[kept]]).items()}
+    table: Table = {f"{name}_a": values for name, values in code_columns(observed, used[first[significant]]).items()}
+    table |= {f"{name}_b": values for name, values in code_columns(observed, used[second[significant]]).items()}
     return table | {
-        "count": n[kept],
-        "expected": expected[kept],
-        "lift": n[kept] / expected[kept],
-        "p": p[kept],
-        "q": q[kept],
+        "count": n[significant],
+        "expected": expected[significant],
+        "lift": n[significant] / expected[significant],
+        "p": p[significant],
+        "q": q[significant],
     }
 
 

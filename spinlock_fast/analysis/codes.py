@@ -82,8 +82,10 @@ def code_quartiles(members: csr_matrix, x: NDArray[np.floating]) -> Array:
         for code in range(members.shape[0]):
             rows = members.indices[members.indptr[code] : members.indptr[code + 1]]
             if rows.size:
-                some = rows[np.linspace(0, rows.size - 1, min(rows.size, _PROFILE_ROWS)).astype(np.int64)]
-                out[:, code, columns] = np.quantile(values[:, some], [0.25, 0.5, 0.75], axis=1, overwrite_input=True)
+                evenly_spaced = rows[np.linspace(0, rows.size - 1, min(rows.size, _PROFILE_ROWS)).astype(np.int64)]
+                out[:, code, columns] = np.quantile(
+                    values[:, evenly_spaced], [0.25, 0.5, 0.75], axis=1, overwrite_input=True
+                )
 
     _map_column_blocks(work, x.shape[1])
     return out
@@ -147,11 +149,11 @@ def features_table(observed: Observations, members: csr_matrix, notes: list[str]
     columns["q"] = false_discovery_rate(columns["p"])
     F = columns["q"].shape[1]
     codes = np.repeat(used, F).reshape(-1, F)
-    if (kept := max(1, _MAX_TABLE_ROWS // max(used.size, 1))) < F:
-        notes.append(f"features: only the {kept} with the largest |AUC - 0.5| of each code")
-        best = np.sort(np.argsort(-np.abs(columns["auc"] - 0.5), axis=1, kind="stable")[:, :kept], axis=1)
+    if (num_features := max(1, _MAX_TABLE_ROWS // max(used.size, 1))) < F:
+        notes.append(f"features: only the {num_features} with the largest |AUC - 0.5| of each code")
+        best = np.sort(np.argsort(-np.abs(columns["auc"] - 0.5), axis=1, kind="stable")[:, :num_features], axis=1)
         columns = {name: np.take_along_axis(values, best, 1) for name, values in columns.items()}
-        codes = codes[:, :kept]
+        codes = codes[:, :num_features]
     order = ("kind", "feature", "q25", "median", "q75", "median_all", "robust_z", "auc", "p", "q")
     return {**code_columns(observed, codes.ravel()), **{name: columns[name].ravel() for name in order}}
 
@@ -179,15 +181,15 @@ def _fill_missing(x: NDArray[np.float32], names: list[str]) -> tuple[NDArray[np.
         known = x[np.isfinite(x[:, i]), i]
         if known.size and known.min() < known.max():
             medians[i] = np.median(known)
-    kept = np.ascontiguousarray(x[:, list(medians)])
-    for column, median in zip(kept.T, medians.values(), strict=True):
+    filled = np.ascontiguousarray(x[:, list(medians)])
+    for column, median in zip(filled.T, medians.values(), strict=True):
         column[~np.isfinite(column)] = median
-    return kept, [names[i] for i in medians]
+    return filled, [names[i] for i in medians]
 
 
 def samples_table(observed: Observations, per_kind: int, generator: np.random.Generator) -> Table:
     """Example operators of each code: the nearest, random ones, and those nearest to another code."""
-    found: dict[str, list[int | str | float]] = {
+    columns: dict[str, list[int | str | float]] = {
         name: [] for name in ("all_code", "kind", "rank", "row", "distance", "margin")
     }
     codebooks = observed.codebooks
@@ -199,13 +201,13 @@ def samples_table(observed: Observations, per_kind: int, generator: np.random.Ge
                 "random": generator.permutation(rows)[:per_kind],
                 "boundary": rows[np.argsort(margin[rows], kind="stable")[:per_kind]],
             }
-            for kind, some in chosen.items():
-                for rank, row in enumerate(some.tolist()):
+            for kind, examples in chosen.items():
+                for rank, row in enumerate(examples.tolist()):
                     values = (first + code, kind, rank, int(observed.rows[row]), distance[row], margin[row])
-                    for column, value in zip(found.values(), values, strict=True):
+                    for column, value in zip(columns.values(), values, strict=True):
                         column.append(value)
-    codes = np.array(found.pop("all_code"), np.int64)
-    return {**code_columns(observed, codes), **{name: np.array(values) for name, values in found.items()}}
+    codes = np.array(columns.pop("all_code"), np.int64)
+    return {**code_columns(observed, codes), **{name: np.array(values) for name, values in columns.items()}}
 
 
 def _rows_by_code(tokens: NDArray[np.int64], codes: int) -> list[NDArray[np.int64]]:

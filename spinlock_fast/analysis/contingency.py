@@ -56,11 +56,11 @@ def expected_mutual_information(table: Counts) -> float:
     lengths = np.maximum(high - low + 1, 0)
     cell = np.repeat(np.arange(a.size), lengths)
     n = np.arange(cell.size) - np.repeat(np.cumsum(lengths) - lengths, lengths) + low[cell]
-    fixed = log_factorial[a] + log_factorial[b] + log_factorial[N - a] + log_factorial[N - b] - log_factorial[N]
+    log_margins = log_factorial[a] + log_factorial[b] + log_factorial[N - a] + log_factorial[N - b] - log_factorial[N]
     a, b = a[cell], b[cell]
-    ways = log_factorial[n] + log_factorial[a - n] + log_factorial[b - n] + log_factorial[N - a - b + n]
-    gain = log[n] + (log[N] - log[a] - log[b])
-    return float((n / N * gain * np.exp(fixed[cell] - ways)).sum())
+    log_arrangements = log_factorial[n] + log_factorial[a - n] + log_factorial[b - n] + log_factorial[N - a - b + n]
+    log_ratio = log[n] + (log[N] - log[a] - log[b])
+    return float((n / N * log_ratio * np.exp(log_margins[cell] - log_arrangements)).sum())
 
 
 def adjusted_mutual_information(table: Counts) -> float:

@@ -41,17 +41,17 @@ def nearest_operators(
     query_points = _token_coordinates(coordinates, tokens[queries])
     rows = np.empty((len(queries), 0), np.int64)
     square = np.empty((len(queries), 0), np.float32)
-    kept = min(count + _SPARE_CANDIDATES, len(tokens) - 1)
+    num_candidates = min(count + _SPARE_CANDIDATES, len(tokens) - 1)
     for start in range(0, len(tokens), _ROWS_AT_ONCE):
         block = _token_coordinates(coordinates, tokens[start : start + _ROWS_AT_ONCE])
         square_distance = query_points @ block.T
         square_distance *= -2.0
         square_distance += np.square(block).sum(1)  # without |query|^2, which does not change the order
         square_distance[_query_positions(queries, start, len(block))] = np.inf
-        best = np.argpartition(square_distance, min(kept, len(block)) - 1, axis=1)[:, :kept]
+        best = np.argpartition(square_distance, min(num_candidates, len(block)) - 1, axis=1)[:, :num_candidates]
         rows = np.concatenate([rows, best + start], axis=1)
         square = np.concatenate([square, np.take_along_axis(square_distance, best, 1)], axis=1)
-        order = np.argsort(square, axis=1, kind="stable")[:, :kept]
+        order = np.argsort(square, axis=1, kind="stable")[:, :num_candidates]
         rows, square = np.take_along_axis(rows, order, 1), np.take_along_axis(square, order, 1)
     distance = _exact_distances(coordinates, tokens, queries, rows)
     order = np.lexsort((rows, distance), axis=1)[:, :count]

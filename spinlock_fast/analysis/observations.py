@@ -118,9 +118,9 @@ def collect_observations(
         names = [name for family in mixed for name in measured_names(source, family)]
         check = InputCheck(tokenizer.training_range, total)
         for start, raw, x in tokenizer.raw_and_features(source, memory_budget, check):
-            here = rows[np.searchsorted(rows, start) : np.searchsorted(rows, start + len(x))] - start
-            if here.size:
-                parts.append(_block(tokenizer, codebooks, {name: raw[name] for name in mixed}, x, here, check))
+            local_rows = rows[np.searchsorted(rows, start) : np.searchsorted(rows, start + len(x))] - start
+            if local_rows.size:
+                parts.append(_block(tokenizer, codebooks, {name: raw[name] for name in mixed}, x, local_rows, check))
             if progress is not None:
                 progress(start + len(x), total)
         parameters, labels = read_conditions(source, rows, notes)
@@ -168,29 +168,29 @@ def _block(
     codebooks: Codebooks,
     raw: Mapping[str, Tensor],
     x: Floats,
-    here: NDArray[np.int64],
+    local_rows: NDArray[np.int64],
     check: InputCheck,
 ) -> _Block:
     model = tokenizer.model
-    index = torch.from_numpy(here)
+    index = torch.from_numpy(local_rows)
     with torch.no_grad():
-        rows = torch.from_numpy(x[here]).to(tokenizer.device)
+        rows = torch.from_numpy(x[local_rows]).to(tokenizer.device)
         tokens = model.get_tokens(rows)
         if bool((tokens < 0).any()):
             raise DataError("an operator overflows in the encoder: its features are far outside those of training")
-        some = slice(None, None, check.stride)
-        check.add_errors((model.decode_from_tokens(tokens[some]) - rows[some]).square().mean(1).cpu().numpy())
+        sampled = slice(None, None, check.stride)
+        check.add_errors((model.decode_from_tokens(tokens[sampled]) - rows[sampled]).square().mean(1).cpu().numpy())
         distance, margin = code_distances(model.encode(rows), model.quantizer.embedding, tokens, model.quantizer.layout)
     columns = []
     for values in raw.values():
         chosen = values[index.to(values.device)]
         columns.append(chosen if chosen.ndim == 2 else chosen.nanmean(1))
-    measured = torch.cat(columns, 1) if columns else torch.empty(len(here), 0)
+    measured = torch.cat(columns, 1) if columns else torch.empty(len(local_rows), 0)
     return (
         tokens.cpu().numpy(),
         distance.cpu().numpy(),
         margin.cpu().numpy(),
-        tokenizer.normalizer.inverse(x[here]),
+        tokenizer.normalizer.inverse(x[local_rows]),
         measured.cpu().numpy(),
     )
 
@@ -204,9 +204,9 @@ def code_distances(latents: Tensor, codebook: Tensor, tokens: Tensor, layout: Co
     for g in range(layout.groups):
         codes = codebook[layout.entry_slice(g)].view(layout.num_codes[g], layout.dims[g])
         part = latents[:, layout.column_slice(g)]
-        every = torch.cdist(part, codes, compute_mode="donot_use_mm_for_euclid_dist")
-        own = every.gather(1, tokens[:, g : g + 1])
-        others = every.scatter(1, tokens[:, g : g + 1], float("inf"))
+        distance = torch.cdist(part, codes, compute_mode="donot_use_mm_for_euclid_dist")
+        own = distance.gather(1, tokens[:, g : g + 1])
+        others = distance.scatter(1, tokens[:, g : g + 1], float("inf"))
         chosen.append(own[:, 0])
         further.append((others.min(1).values - own[:, 0]).clamp(min=0.0))
     return torch.stack(chosen, 1), torch.stack(further, 1)
@@ -235,16 +235,16 @@ def read_conditions(
         parameters = {name: values[:, i].astype(np.float64) for i, name in enumerate(names)}
     labels = {}
     for name, path in LABELS.items():
-        found = _read(source, path, rows, notes)
-        if found is not None:
-            if found.ndim != 1 or found.dtype.kind not in "OSfiub":
-                raise _wrong_shape(source, path, "texts or numbers [N]", found)
-            labels[name] = np.array([text_of(v) for v in found]) if found.dtype.kind in "OS" else found
+        values = _read(source, path, rows, notes)
+        if values is not None:
+            if values.ndim != 1 or values.dtype.kind not in "OSfiub":
+                raise _wrong_shape(source, path, "texts or numbers [N]", values)
+            labels[name] = np.array([text_of(v) for v in values]) if values.dtype.kind in "OS" else values
     return parameters, labels
 
 
-def _wrong_shape(source: Source, path: str, expected: str, found: NDArray[Any]) -> DataError:
-    return DataError(f"{source.files[0]}: {path}: expected {expected}, got {found.dtype} of shape {found.shape}")
+def _wrong_shape(source: Source, path: str, expected: str, values: NDArray[Any]) -> DataError:
+    return DataError(f"{source.files[0]}: {path}: expected {expected}, got {values.dtype} of shape {values.shape}")
 
 
 def _parameter_names(source: Source, width: int) -> list[str]:
@@ -254,11 +254,13 @@ def _parameter_names(source: Source, width: int) -> list[str]:
 
 
 def _read(source: Source, path: str, rows: NDArray[np.int64], notes: list[str]) -> NDArray[Any] | None:
-    whole = source.read_whole(path)
-    if whole is None:
+    values_of_file = source.read_whole(path)
+    if values_of_file is None:
         notes.append(f"the data have no {path}")
         return None
-    if len(whole) != source.rows:
-        raise DataError(f"{source.files[0]}: {path}: has {len(whole)} rows, but the features have {source.rows}")
-    found: NDArray[Any] = whole[rows]
-    return found
+    if len(values_of_file) != source.rows:
+        raise DataError(
+            f"{source.files[0]}: {path}: has {len(values_of_file)} rows, but the features have {source.rows}"
+        )
+    values: NDArray[Any] = values_of_file[rows]
+    return values

@@ -36,8 +36,12 @@ def refinement_table(observed: Observations) -> Table:
             own = entropy(np.bincount(token))
             within = total - _between(x, cells, counts)
             eta = 1 - within / total if total > 0 else 0.0
-            left = N - counts.size
-            epsilon = 1 - within / left * (N - 1) / total if total > 0 and left > 0 else float("nan")
+            degrees_of_freedom = N - counts.size
+            epsilon = (
+                1 - within / degrees_of_freedom * (N - 1) / total
+                if total > 0 and degrees_of_freedom > 0
+                else float("nan")
+            )
             rows.append(
                 (
                     category,

@@ -47,7 +47,7 @@ def hypergeometric_p(n: Any, a: Any, b: Any, total: int) -> Array:
     n, a, b = (np.asarray(v, np.float64) for v in np.broadcast_arrays(n, a, b))
     shape = n.shape
     n, a, b = n.ravel(), a.ravel(), b.ravel()
-    rest = total - a - b
+    neither = total - a - b
     upper = n * total >= a * b
     log_probability = _log_choose(a, n) + _log_choose(total - a, b - n) - _log_choose(np.full(n.shape, float(total)), b)
     tail = np.ones(n.size)
@@ -56,8 +56,8 @@ def hypergeometric_p(n: Any, a: Any, b: Any, total: int) -> Array:
     active = np.arange(n.size)
     while active.size:
         k, up = at[active], upper[active]
-        rising = (a[active] - k) * (b[active] - k) / ((k + 1) * np.maximum(rest[active] + k + 1, 1))
-        falling = k * (rest[active] + k) / ((a[active] - k + 1) * (b[active] - k + 1))
+        rising = (a[active] - k) * (b[active] - k) / ((k + 1) * np.maximum(neither[active] + k + 1, 1))
+        falling = k * (neither[active] + k) / ((a[active] - k + 1) * (b[active] - k + 1))
         term[active] *= np.where(up, rising, falling)
         at[active] += np.where(up, 1.0, -1.0)
         tail[active] += term[active]

@@ -55,8 +55,8 @@ def unused_codes(codes: Table) -> str:
     names, counts = np.unique(unused, return_counts=True)
     order = np.argsort(-counts, kind="stable")
     shown = [f"{counts[i]} of {names[i]}" for i in order[:8]]
-    rest = int(counts[order[8:]].sum())
-    return ", ".join(shown + ([f"{rest} of others"] if rest else []))
+    num_others = int(counts[order[8:]].sum())
+    return ", ".join(shown + ([f"{num_others} of others"] if num_others else []))
 
 
 def constant_codebooks(codes: Table) -> list[str]:
@@ -95,10 +95,10 @@ def _print_associations(analysis: Analysis, console: Console) -> None:
         for name, justify in (("condition", "left"), ("best codebook", "left"), ("AMI", "right"), ("chance", "right")):
             grid.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
         grid.add_column("codebooks", justify="right", no_wrap=True)
-        whole = analysis.tables["associations"]
+        associations = analysis.tables["associations"]
         for i in range(min(length(significant), _MAX_ASSOCIATIONS)):
-            selected = whole["condition"] == significant["condition"][i]
-            num_significant = int((whole["q"][selected] <= alpha).sum())
+            selected = associations["condition"] == significant["condition"][i]
+            num_significant = int((associations["q"][selected] <= alpha).sum())
             grid.add_row(
                 escape(str(significant["condition"][i])),
                 escape(str(significant["codebook"][i])),

@@ -63,15 +63,15 @@ def _describe(key: _Key, problem: ErrorDetails, data: Mapping[str, Any], root: t
     message = message[0].lower() + message[1:] if message.startswith(("Input", "Value")) else message
     if problem["type"] == "value_error" and not name:
         return message
-    given = problem["input"]
+    value = problem["input"]
     if problem["type"] == "value_error":
-        return f"{name}: {message}" + ("" if isinstance(given, dict) else f", got {shown(given)}")
+        return f"{name}: {message}" + ("" if isinstance(value, dict) else f", got {shown(value)}")
     nearest = ""
-    if problem["type"] == "literal_error" and isinstance(given, str):
+    if problem["type"] == "literal_error" and isinstance(value, str):
         allowed = re.findall(r"'([^']+)'", problem.get("ctx", {}).get("expected", ""))
-        close = difflib.get_close_matches(given, allowed, 1)
+        close = difflib.get_close_matches(value, allowed, 1)
         nearest = f"; did you mean {close[0]!r}?" if close else ""
-    return f"{name}: {message}, got {shown(given)} ({type(given).__name__}){nearest}"
+    return f"{name}: {message}, got {shown(value)} ({type(value).__name__}){nearest}"
 
 
 def _user_key(loc: tuple[int | str, ...], data: Any, missing: bool) -> _Key:

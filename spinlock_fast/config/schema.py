@@ -299,8 +299,8 @@ class TrainingConfig(Section):
     )
     data_on_device: Literal["auto", "always", "never"] = Field(
         default="auto",
-        description="keep rows on the device (always) or stream them from main memory (never); auto: on the device where "
-        "they take at most half of its free memory",
+        description="keep rows on the device (always) or stream them from main memory (never); auto: on the device "
+        "where they take at most half of its free memory",
     )
     cuda_graphs: bool = Field(
         default=True, description="capture training steps as CUDA graphs; no effect on other devices"

@@ -191,7 +191,7 @@ def _frequency_features(probes: Tensor) -> list[Tensor]:
 def _crossing_features(probes: Tensor) -> list[Tensor]:
     """Share of the variance over time, and the rate of mean crossings."""
     over_time = probes.var(3, correction=0).mean((1, 2))
-    whole = probes.flatten(2).var(2, correction=0).mean(1)
+    total_variance = probes.flatten(2).var(2, correction=0).mean(1)
     above = probes > probes.mean(3, keepdim=True)
     crossings = (above[..., 1:] != above[..., :-1]).double().mean((1, 2, 3))
-    return [over_time / (whole + _TINY), crossings]
+    return [over_time / (total_variance + _TINY), crossings]

@@ -142,12 +142,12 @@ def read_mapping(path: str | Path) -> dict[str, list[str | int]]:
 
 
 def _distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    mapping: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found:
+        if key in mapping:
             raise ValueError(f"{shown(key)} is given twice")
-        found[key] = value
-    return found
+        mapping[key] = value
+    return mapping
 
 
 def assign_categories(path: str | Path, feature_names: Sequence[str]) -> Groups:
@@ -160,25 +160,28 @@ def assign_categories(path: str | Path, feature_names: Sequence[str]) -> Groups:
     """
     data = read_mapping(path)
     position = {name: i for i, name in enumerate(feature_names)}
-    place: dict[int, str] = {}
+    category_of: dict[int, str] = {}
     groups: Groups = {}
     for category, members in data.items():
         for member in members:
             i = _feature_index(member, position, path)
             if i is None:
                 continue
-            if i in place:
+            if i in category_of:
                 raise ConfigError(
-                    f"training.category_assignment: feature {feature_names[i]!r} is in {place[i]} and in {category}"
+                    f"training.category_assignment: {feature_names[i]!r} is in {category_of[i]} and in {category}"
                 )
-            place[i] = category
+            category_of[i] = category
             groups.setdefault(category, []).append(i)
     if not groups:
         raise ConfigError(f"training.category_assignment: {path} names none of the features")
     listed = sum(len(members) for members in data.values())
-    if listed > len(place):
+    if listed > len(category_of):
         log.warning(
-            "%s: %d of %d names match no feature (misspelt, or dropped by cleaning)", path, listed - len(place), listed
+            "%s: %d of %d names match no feature (misspelt, or dropped by cleaning)",
+            path,
+            listed - len(category_of),
+            listed,
         )
     return groups
 

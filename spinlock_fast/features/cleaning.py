@@ -43,14 +43,14 @@ class FeatureCleaner:
         """Selected columns [N, F] of columns [N, C] with NaN replaced; a copy."""
         if x.ndim != 2 or x.shape[1] != self.keep.size:
             raise DataError(f"expected {self.keep.size} columns, got shape {x.shape}")
-        kept: NDArray[np.float32] = x[:, self.keep].astype(np.float32, copy=False)
-        rows, columns = np.nonzero(np.isnan(kept))
-        kept[rows, columns] = self.fill[self.keep].astype(np.float32)[columns]
-        return kept
+        selected: NDArray[np.float32] = x[:, self.keep].astype(np.float32, copy=False)
+        rows, columns = np.nonzero(np.isnan(selected))
+        selected[rows, columns] = self.fill[self.keep].astype(np.float32)[columns]
+        return selected
 
-    def clip(self, kept: NDArray[np.float32]) -> NDArray[np.float32]:
+    def clip(self, selected: NDArray[np.float32]) -> NDArray[np.float32]:
         """Clips selected columns [N, F] in place."""
-        return np.clip(kept, self.low.astype(np.float32), self.high.astype(np.float32), out=kept)
+        return np.clip(selected, self.low.astype(np.float32), self.high.astype(np.float32), out=selected)
 
     def state(self) -> dict[str, Any]:
         """State for `from_state`: tensors."""
@@ -119,35 +119,35 @@ def clip_bounds(x: Matrix, config: FeatureCleaningConfig) -> tuple[NDArray[np.fl
     """Per column of x [N, F]: lower and upper bound of values that are not outliers."""
     if config.outlier_method == "mad":
         median, mad = median_and_mad(x)
-        reach = np.where(mad > 0, config.mad_threshold * config.mad_scale * mad, np.inf)
-        return median - reach, median + reach
+        half_width = np.where(mad > 0, config.mad_threshold * config.mad_scale * mad, np.inf)
+        return median - half_width, median + half_width
     if config.outlier_method == "percentile":
         low, high = np.percentile(x, config.percentile_range, axis=0)
         # A column with one rare value must not become constant.
         return np.where(high > low, low, -np.inf), np.where(high > low, high, np.inf)
     if config.outlier_method == "iqr":
         first, third = np.percentile(x, [25.0, 75.0], axis=0)
-        reach = np.where(third > first, config.iqr_multiplier * (third - first), np.inf)
-        return first - reach, third + reach
+        half_width = np.where(third > first, config.iqr_multiplier * (third - first), np.inf)
+        return first - half_width, third + half_width
     bound = np.full(x.shape[1], np.inf)
     return -bound, bound
 
 
 def _duplicates(x: Matrix, candidates: NDArray[np.int64], threshold: float) -> NDArray[np.int64]:
     """Candidates to drop: each has a correlation above the threshold with a more informative column that stays."""
-    alike = np.abs(correlation(x, candidates)) > threshold
-    np.fill_diagonal(alike, False)
-    involved = np.flatnonzero(alike.any(axis=0))
+    is_duplicate = np.abs(correlation(x, candidates)) > threshold
+    np.fill_diagonal(is_duplicate, False)
+    duplicated = np.flatnonzero(is_duplicate.any(axis=0))
     score = np.full(candidates.size, np.inf)
 
     def rate(part: NDArray[np.int64]) -> None:
         score[part] = informativeness(x[:, candidates[part]].astype(np.float64))
 
-    map_on_threads(rate, np.array_split(involved, -(-involved.size // _SCORED_AT_ONCE)) if involved.size else [])
+    map_on_threads(rate, np.array_split(duplicated, -(-duplicated.size // _SCORED_AT_ONCE)) if duplicated.size else [])
     dropped = np.zeros(candidates.size, dtype=bool)
-    for column in involved[np.argsort(-score[involved], kind="stable")]:
+    for column in duplicated[np.argsort(-score[duplicated], kind="stable")]:
         if not dropped[column]:
-            dropped |= alike[column]
+            dropped |= is_duplicate[column]
             dropped[column] = False
     return candidates[dropped]
 

@@ -66,7 +66,7 @@ class FamilyEncoder:
     def accepts(self, row_shape: Sequence[int]) -> bool:
         """Whether the encoder accepts rows of a shape."""
         return len(row_shape) == len(self.row_shape) and all(
-            expected in (ANY_LENGTH, given) for expected, given in zip(self.row_shape, row_shape, strict=True)
+            expected in (ANY_LENGTH, size) for expected, size in zip(self.row_shape, row_shape, strict=True)
         )
 
     def to(self, device: torch.device) -> None:
@@ -158,10 +158,10 @@ class FamilyEncoder:
         shape = tuple(int(size) for size in state["row_shape"])
         if not isinstance(state["dataset"], str) or not isinstance(name, str):
             raise DataError(f"{shown(name)}: names of families and datasets must be text")
-        found = shapes(state["state_dict"])
+        actual = shapes(state["state_dict"])
         with torch.device("meta"):  # allocates nothing for a network larger than its weights
             expected = shapes(build_encoder(shape, params).state_dict())
-        if problem := shape_difference(found, expected):
+        if problem := shape_difference(actual, expected):
             raise DataError(f"{name}: {problem}")
         encoder = build_encoder(shape, params)
         encoder.load_state_dict(state["state_dict"])
@@ -189,7 +189,7 @@ def _broadcasts(shape: tuple[int, ...], row_shape: tuple[int, ...]) -> bool:
     if len(shape) > len(row_shape):
         return False
     last = row_shape[len(row_shape) - len(shape) :]
-    return all(found in (1, size) or size == ANY_LENGTH for found, size in zip(shape, last, strict=True))
+    return all(actual in (1, size) or size == ANY_LENGTH for actual, size in zip(shape, last, strict=True))
 
 
 def make_encoders(
@@ -297,8 +297,8 @@ def encode_blocks(
     """Encodes one family block by block; see `encode_rows`."""
     info = source.datasets[family.name]
     rows = block_rows(info, memory_budget)
-    left = memory_budget - rows * info.row_bytes  # without the copy that has no NaN
-    for start, raw in source.batches([family.name], rows, left, device):
+    read_budget = memory_budget - rows * info.row_bytes  # without the copy that has no NaN
+    for start, raw in source.batches([family.name], rows, read_budget, device):
         values = raw[family.name]
         counts = _missing_by_column(values)
         if counts.any() and training_rows is not None and family.fill is None:

@@ -70,9 +70,9 @@ def fit_matrix_normalizer(
     sample = np.asarray(x[rows[:: -(-len(rows) // most)]], dtype=np.float64)
     if _standardized(*_center_and_scale(sample[:, chosen], method), len(sample)):
         return None
-    whole = _RowSubset(x, rows)
+    training_rows = _RowSubset(x, rows)
     if method == "standard" and len(sample) < len(rows):  # sample statistics of heavy-tailed columns are unreliable
-        mean, std = mean_and_std(whole)  # type: ignore[arg-type]
+        mean, std = mean_and_std(training_rows)  # type: ignore[arg-type]
         if _standardized(mean[chosen], std[chosen], len(rows)):
             return None
     low, high = np.full(x.shape[1], -np.inf), np.full(x.shape[1], np.inf)
@@ -80,7 +80,7 @@ def fit_matrix_normalizer(
         low, high = clip_bounds(sample, cleaning)
     if method == "mad":
         return MatrixNormalizer(low, high, fit_normalizer(np.clip(sample, low, high), method))
-    center, scale = mean_and_std(replace(whole, low=low, high=high))  # type: ignore[arg-type]
+    center, scale = mean_and_std(replace(training_rows, low=low, high=high))  # type: ignore[arg-type]
     constant = scale <= np.finfo(np.float32).eps * np.abs(center)  # its deviations are rounding errors
     return MatrixNormalizer(low, high, Normalizer(method, center, np.where(constant, 1.0, scale)))
 

@@ -89,17 +89,17 @@ def missing_report(
         names: [D] column names; indices by default.
         filling: description of the replacement.
     """
-    called = names or [f"column {i}" for i in range(len(counts))]
+    column_names = names or [f"column {i}" for i in range(len(counts))]
     filled = np.flatnonzero((counts > 0) & ~dropped)
     parts = []
     if filled.size:
         parts.append(
             f"{counts[filled].sum():,} missing values filled with {filling} in "
-            f"{_list_names([f'{called[i]} ({counts[i]:,})' for i in filled])}"
+            f"{_list_names([f'{column_names[i]} ({counts[i]:,})' for i in filled])}"
         )
     if dropped.any():
         parts.append(
-            f"dropped, no value in the training rows: {_list_names([called[i] for i in np.flatnonzero(dropped)])}"
+            f"dropped, no value in the training rows: {_list_names([column_names[i] for i in np.flatnonzero(dropped)])}"
         )
     return f"{family}: {'; '.join(parts)}"
 

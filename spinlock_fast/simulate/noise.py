@@ -112,9 +112,9 @@ class NoiseSource:
     def _mask(self, theta: Theta, rng: np.random.Generator) -> Tensor:
         """Mask of channel dropout (Tompson et al. 2015) with kept channels scaled by 1 / (1 - rate): [S, layers, C]."""
         layers, channels = theta.num_layers - 1, theta.base_channels
-        kept = rng.random((BLOCK_STEPS, layers, channels)) >= theta.dropout_rate
+        keep_mask = rng.random((BLOCK_STEPS, layers, channels)) >= theta.dropout_rate
         mask = torch.zeros(BLOCK_STEPS, *self._mask_shape)
-        mask[:, :layers, :channels] = torch.from_numpy(kept / (1.0 - theta.dropout_rate)).float()
+        mask[:, :layers, :channels] = torch.from_numpy(keep_mask / (1.0 - theta.dropout_rate)).float()
         return mask
 
     def _draw(self, rng: np.random.Generator, out: Tensor) -> None:

@@ -67,8 +67,8 @@ def generate(
             if stopped.is_set() and done < writer.rows:
                 if sum(map(len, batch)) >= CHUNK_ROWS:
                     _write_chunks(writer, concatenate_rows(batch))
-                kept = f"{writer.finished} of {writer.rows} operators are kept, --resume continues"
-                raise Interrupted(f"stopped; {kept}", stopped.signal_number)
+                progress = f"{writer.finished} of {writer.rows} operators are kept, --resume continues"
+                raise Interrupted(f"stopped; {progress}", stopped.signal_number)
         writer.finish()
     return Path(output)
 
@@ -87,9 +87,9 @@ def _provenance(config: GeneratorConfig, device: str, operator_range: tuple[int,
 
 def _write_chunks(writer: Writer, rows: Rows) -> Rows:
     """Writes as many rows as fill whole chunks, so that no chunk is compressed twice; returns the rest."""
-    whole = len(rows) // CHUNK_ROWS * CHUNK_ROWS
-    writer.write(rows.select(slice(whole)))
-    return rows.select(slice(whole, None))
+    num_rows = len(rows) // CHUNK_ROWS * CHUNK_ROWS
+    writer.write(rows.select(slice(num_rows)))
+    return rows.select(slice(num_rows, None))
 
 
 class _StopEvent(threading.Event):

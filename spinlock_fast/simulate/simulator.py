@@ -111,14 +111,14 @@ class Simulator:
     ) -> Iterator[tuple[int, Rows]]:
         context = get_context("spawn")  # a fork would inherit locks of the parent's threads
         with ProcessPoolExecutor(workers, context, _start_worker, (self.config,)) as pool:
-            left, waiting = iter(firsts), deque[tuple[int, Future[Rows]]]()
+            remaining, pending = iter(firsts), deque[tuple[int, Future[Rows]]]()
             try:
                 while not stopped():
-                    for first in islice(left, 4 * workers - len(waiting)):
-                        waiting.append((first, pool.submit(_in_worker, first)))
-                    if not waiting:
+                    for first in islice(remaining, 4 * workers - len(pending)):
+                        pending.append((first, pool.submit(_in_worker, first)))
+                    if not pending:
                         return
-                    first, future = waiting.popleft()
+                    first, future = pending.popleft()
                     yield first, future.result()
             except BrokenProcessPool:
                 if not stopped():

@@ -23,6 +23,7 @@ import numpy as np
 from spinlock_fast.config.schema import DEFAULT_DATASETS
 from spinlock_fast.descriptors.registry import aggregated_names, registry, temporal_names, trajectory_names
 from spinlock_fast.errors import ConfigError, DataError, OutputError
+from spinlock_fast.messages import one_line
 from spinlock_fast.output.atomic_files import check_no_link, check_regular, check_writable, reserve, sync_directory
 from spinlock_fast.output.hdf5_files import new_file
 from spinlock_fast.output.locks import locked
@@ -196,15 +197,15 @@ class Writer:
             os.replace(self._legacy_partial, partial)
         self._legacy_partial.unlink(missing_ok=True)
         resumed = resume and partial.exists()
-        kept = self.finished = self._check_resumable(partial) if resumed else 0
-        size = self.rows * _PARAMETER_BYTES + (partial.stat().st_size if kept else 0)
+        num_copied = self.finished = self._check_resumable(partial) if resumed else 0
+        size = self.rows * _PARAMETER_BYTES + (partial.stat().st_size if num_copied else 0)
         self._file = new_file(self._new_partial, size + _METADATA_BYTES, _FORMAT)
         self._create(self._file)
-        if kept:
+        if num_copied:
             with _reading(partial) as source:
                 for path in self._row_datasets():
-                    _copy_compressed_chunks(source[path], self._file[path], kept)
-            self._file[_FINISHED][:kept] = 1
+                    _copy_compressed_chunks(source[path], self._file[path], num_copied)
+            self._file[_FINISHED][:num_copied] = 1
         self._file.swmr_mode = True
         self._file.flush()
         os.replace(self._new_partial, partial)
@@ -266,13 +267,13 @@ class Writer:
         """Number of leading complete rows of an existing file; raises ConfigError where its settings differ."""
         with _reading(path) as file:
             for name, value in self._provenance.items():
-                if (found := file.attrs.get(name)) != value:
+                if (existing := file.attrs.get(name)) != value:
                     raise ConfigError(
-                        f"{path}: made with other settings: {_difference(name, found, value)}; --overwrite replaces it"
+                        f"{path}: has other settings: {_difference(name, existing, value)}; --overwrite replaces it"
                     )
             finished = file[_FINISHED][:]
-        whole = len(finished) if finished.all() else int(np.argmin(finished))
-        return whole if whole == len(finished) else whole // CHUNK_ROWS * CHUNK_ROWS
+        num_complete = len(finished) if finished.all() else int(np.argmin(finished))
+        return num_complete if num_complete == len(finished) else num_complete // CHUNK_ROWS * CHUNK_ROWS
 
     def _close(self) -> None:
         if self._file is not None:
@@ -291,12 +292,12 @@ class Writer:
             raise OutputError(self._reason(error)) from None
 
     def _reason(self, error: BaseException) -> str:
-        text = " ".join(str(error).split())
+        text = one_line(error)
         # HDF5 reports the system's error number in its message only.
-        numbers = [n for n in _LIMITS if getattr(error, "errno", None) == n or f"errno = {n}" in text]
-        why = _LIMITS[numbers[0]] if numbers else getattr(error, "strerror", None) or text
-        kept = f"; {self.finished} of {self.rows} operators are kept, --resume continues" if self.finished else ""
-        return f"{self.partial}: cannot be written: {why}{kept}"
+        numbers = [n for n in _LIMITS if getattr(error, "errno", None) == n or f"errno = {n}" in str(error)]
+        reason = _LIMITS[numbers[0]] if numbers else getattr(error, "strerror", None) or text
+        hint = f"; {self.finished} of {self.rows} operators are kept, --resume continues" if self.finished else ""
+        return f"{self.partial}: cannot be written: {reason}{hint}"
 
 
 def _regular_target(output: Path) -> Path:
@@ -306,10 +307,10 @@ def _regular_target(output: Path) -> Path:
 
 
 def _copy_compressed_chunks(source: h5py.Dataset, target: h5py.Dataset, rows: int) -> None:
-    rest = (0,) * (source.ndim - 1)
+    offset = (0,) * (source.ndim - 1)
     for row in range(0, rows, source.chunks[0]):
-        mask, data = source.id.read_direct_chunk((row, *rest))
-        target.id.write_direct_chunk((row, *rest), data, mask)
+        mask, data = source.id.read_direct_chunk((row, *offset))
+        target.id.write_direct_chunk((row, *offset), data, mask)
 
 
 @contextlib.contextmanager
@@ -318,18 +319,18 @@ def _reading(path: Path) -> Iterator[h5py.File]:
         with h5py.File(path, "r", libver="latest", swmr=True) as file:
             yield file
     except (OSError, RuntimeError, KeyError) as error:
-        text = " ".join(str(error).split())
+        text = one_line(error)
         raise DataError(f"{path}: cannot be resumed, the file is damaged ({text}); --overwrite replaces it") from None
 
 
-def _difference(name: str, found: object, value: object) -> str:
+def _difference(name: str, existing: object, value: object) -> str:
     """Text of the difference of an attribute; names the differing setting where both values are JSON objects."""
     with contextlib.suppress(TypeError, ValueError, AttributeError):
-        old, new = (_flatten(json.loads(str(text))) for text in (found, value))
+        old, new = (_flatten(json.loads(str(text))) for text in (existing, value))
         for key in sorted({*old, *new}):
             if old.get(key) != new.get(key):
                 return f"{key} was {old.get(key)}, is {new.get(key)}"
-    return f"{name} was {found}, is {value}"
+    return f"{name} was {existing}, is {value}"
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
