@@ -1,4 +1,4 @@
-"""Operators whose tokens are known to depend on one parameter, or on nothing."""
+"""Synthetic operators whose tokens depend on one parameter, or on none."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def planted_codebooks(seed: int = 0) -> Codebooks:
 
 
 def operators(rows: int, *, seed: int, dependent: bool = True) -> Observations:
-    """Tokens of category "slow" follow theta "step", with noise, where `dependent`; all others follow nothing.
+    """Tokens of category "slow" depend on theta "step" with noise, where `dependent`; others are independent.
 
     Features of "slow" follow its level-0 token; other features, parameters and labels are noise.
     """
@@ -59,7 +59,7 @@ def operators(rows: int, *, seed: int, dependent: bool = True) -> Observations:
 
 
 def rows_where(table: dict[str, Any], **values: object) -> np.ndarray[Any, Any]:
-    """Numbers of the rows of a table whose columns have these values."""
+    """Indices of the rows of a table with the given column values."""
     chosen = np.ones(len(next(iter(table.values()))), bool)
     for name, value in values.items():
         chosen &= table[name] == value

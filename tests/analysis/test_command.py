@@ -1,4 +1,4 @@
-"""`analyze` end to end, and its files."""
+"""The command `analyze` and its files."""
 
 from __future__ import annotations
 

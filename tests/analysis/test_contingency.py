@@ -38,7 +38,7 @@ def test_information_is_that_of_scikit_learn(rows: int, codes: int, levels: int,
 
 
 def test_rare_labels_have_the_expected_information_of_scikit_learn() -> None:
-    """Where a cell expects less than one count, the larger counts weigh more than a normal limit has it."""
+    """Expected counts below one: the tail is heavier than that of the normal approximation."""
     table = np.array([[30, 20_000], [5, 40], [1, 60]])
     a, b = (np.repeat(index.ravel(), table.ravel()) for index in np.indices(table.shape))
     expected = sklearn_expected(contingency_matrix(a, b, sparse=True, dtype=np.int64), table.sum())
@@ -78,7 +78,7 @@ def test_p_values_of_independent_labels_are_uniform() -> None:
 
 
 def test_one_dependence_among_many_tests_is_found() -> None:
-    """Which takes more tables than the first stage draws: 1 / 200 is not below 0.05 / 300."""
+    """Needs more tables than the first stage draws: 1 / 200 is not below 0.05 / 300."""
     rng = np.random.default_rng(0)
     tests = []
     for seed in range(300):

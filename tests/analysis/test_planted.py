@@ -1,4 +1,4 @@
-"""Planted structure is found, and nothing else."""
+"""Planted associations are found, and no others."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def lowest(tables: dict[str, dict[str, np.ndarray]]) -> str:
 
 
 def test_of_tokens_that_depend_on_nothing_nothing_is_found() -> None:
-    """20 data sets: a rate of 5 % allows one with a false finding, two are likely enough, five are not (p 0.003)."""
+    """With a false discovery rate of 5 %, five or more of 20 independent data sets with a discovery have p = 0.003."""
     false: dict[str, int] = {"associations": 0, "lifts": 0, "features": 0, "pairs": 0}
     config = AnalysisConfig(queries=10)
     for seed in range(20):

@@ -1,4 +1,4 @@
-"""Every table against its formula, written slowly."""
+"""Every table against a direct implementation of its formula."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Standard streams that go away."""
+"""Closed standard streams."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ def test_the_baseline_takes_the_top_level_keys(load):
 
 
 def test_the_baseline_is_kept_as_a_configuration(load):
-    """But for the places of the data, the scale of the MAD and the fill, which the original leaves out."""
+    """Equal except for paths, mad_scale and nan_fill, which the original does not set."""
     kept = load_config(ROOT / "configs" / "baseline-100k.yaml")
     written = load(BASELINE + "feature_cleaning: {mad_scale: 1.0, nan_fill: zero}\n")
     places = {"dataset_path": None, "output_dir": None}

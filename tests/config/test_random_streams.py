@@ -1,4 +1,4 @@
-"""Streams of random numbers: none repeats another, and a run reseeds its own device alone."""
+"""Random streams are distinct, and a run seeds its own device only."""
 
 from __future__ import annotations
 

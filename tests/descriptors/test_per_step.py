@@ -1,4 +1,4 @@
-"""Features of single states on fields whose answers are known."""
+"""Features of single states on fields with known values."""
 
 from __future__ import annotations
 

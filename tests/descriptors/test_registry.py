@@ -1,4 +1,4 @@
-"""Names of features, and the page that explains them."""
+"""The feature registry and docs/features.md."""
 
 from __future__ import annotations
 

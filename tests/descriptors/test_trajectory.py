@@ -1,4 +1,4 @@
-"""Features of trajectories on series whose answers are known."""
+"""Features of trajectories on series with known values."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_temporal_share() -> None:
 
 
 def driven(strength: float) -> Tensor:
-    """Channel 0 drives channel 1 with a lag of one step; channel 2 stands alone."""
+    """Channel 0 drives channel 1 with a lag of one step; channel 2 is independent."""
     noise = normal(3, 64, T)
     x = torch.zeros_like(noise)
     for t in range(1, T):

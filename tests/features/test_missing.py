@@ -1,4 +1,4 @@
-"""Missing raw values become the median of the training rows."""
+"""Missing raw values are replaced by the median of the training rows."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(small: Path, tmp_path: Path) -> Path:
-    """A checkpoint that a test may spoil."""
+    """A copy of a checkpoint that a test may modify."""
     return Path(shutil.copytree(small, tmp_path / "copy"))
 
 

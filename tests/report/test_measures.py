@@ -1,4 +1,4 @@
-"""What the dashboards compute themselves, against plain formulas."""
+"""Statistics of the dashboards against direct formulas."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each dashboard with 2 to 40 categories and names of any length: readable, and nothing but what was measured."""
+"""Dashboards with 2 to 40 categories and long names are readable and show the measured values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line: what it says, and the status it ends with."""
+"""Output and exit status of the command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Initial conditions and noise against what their names promise."""
+"""Statistics of initial conditions and noise."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""theta: ranges, shares, and independence of how many operators are asked for."""
+"""theta: ranges, shares, and independence of the number of operators."""
 
 from __future__ import annotations
 

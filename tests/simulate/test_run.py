@@ -1,4 +1,4 @@
-"""The file: its layout, shards, what is there already, kills, signals and full disks."""
+"""The data file: layout, shards, existing files, kills, signals and full disks."""
 
 from __future__ import annotations
 
@@ -257,7 +257,7 @@ def test_a_killed_run_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_second_run_of_the_same_file_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: dict[str, bool]
 ) -> None:
-    """It comes while the first one writes, which loses nothing."""
+    """A second process is refused during a run, which is not affected."""
     stream = Simulator.stream
 
     def second(self: Simulator, start: int, stop: int, *rest: Any) -> Iterator[Rows]:

@@ -1,4 +1,4 @@
-"""Operators as rows: the same in any company, moved by each parameter, finite when they diverge."""
+"""Simulated rows do not depend on batches and workers, depend on each parameter, and are finite on divergence."""
 
 from __future__ import annotations
 
