@@ -169,7 +169,7 @@ def test_distances_and_margins_are_those_of_every_code(checkpoints: list[Path], 
         np.testing.assert_allclose(margin[:, g].numpy(), (every[:, 1] - every[:, 0]).detach().numpy(), atol=1e-4)
 
 
-def test_more_rows_than_asked_for_are_thinned_evenly(checkpoints: list[Path], data: Path) -> None:
+def test_larger_files_are_sampled_evenly(checkpoints: list[Path], data: Path) -> None:
     tokenizer = Tokenizer.from_checkpoint(checkpoints[0])
     whole, part = (
         collect_observations(tokenizer, data, most, budget) for most, budget in ((10**6, 10**8), (40, 350_000))
@@ -195,7 +195,7 @@ def test_shards_are_one_data_set(checkpoints: list[Path], tmp_path: Path) -> Non
         np.testing.assert_array_equal(numbers, many.parameters[name])
 
 
-def test_data_without_conditions_are_analysed_all_the_same(checkpoints: list[Path], tmp_path: Path) -> None:
+def test_data_without_conditions_are_analysed(checkpoints: list[Path], tmp_path: Path) -> None:
     bare = write_dataset(tmp_path / "bare.h5", 40, seed=5, omit=("metadata", "parameters"))
     assert run(analyze_main, checkpoints[0], bare, "--output", tmp_path / "out", "--format", "csv", "--quiet") == 0
     names = {path.stem for path in (tmp_path / "out").iterdir()}
@@ -266,7 +266,7 @@ def test_texts_of_fixed_length_are_texts(checkpoints: list[Path], data: Path, tm
     np.testing.assert_array_equal(*labels)
 
 
-def test_one_category_of_one_level_is_analysed_and_put_in_words(tmp_path: Path) -> None:
+def test_one_category_of_one_level_is_analysed_and_summarised(tmp_path: Path) -> None:
     observed = operators(60, seed=0)
     codebooks = observed.codebooks
     one = replace(
@@ -307,7 +307,7 @@ def test_the_dispatcher_knows_analyze(capsys: pytest.CaptureFixture[str]) -> Non
     assert "--compare" in capsys.readouterr().out
 
 
-def test_words_name_what_is_found_and_what_is_not() -> None:
+def test_summary_names_significant_and_other_conditions() -> None:
     tables = analyze_observations(operators(600, seed=0), AnalysisConfig()).tables
     found, not_found = association_grid(tables["associations"], 0.05)
     assert found["condition"].tolist() == ["step"]

@@ -45,7 +45,7 @@ def test_rare_labels_have_the_expected_information_of_scikit_learn() -> None:
     assert expected_mutual_information(table) == pytest.approx(expected, rel=1e-10)
 
 
-def test_labels_that_do_not_vary_tell_nothing() -> None:
+def test_constant_labels_have_no_information() -> None:
     table = np.array([[40, 60]])
     assert adjusted_mutual_information(table) == 0.0
     test = PermutationTest(table, np.random.default_rng(0))

@@ -59,7 +59,7 @@ def test_auc_and_p_are_those_of_scikit_learn_and_scipy_ties_included() -> None:
             assert p[i, f] == pytest.approx(test.pvalue, rel=1e-9)
 
 
-def test_a_code_of_nobody_or_everybody_has_no_auc() -> None:
+def test_code_without_or_with_all_operators_has_no_auc() -> None:
     tokens = np.zeros((30, 1), np.int64)
     members = one_hot(tokens, np.array([0, 2]))
     auc, p = code_auc(members, np.random.default_rng(0).random((30, 3)))
@@ -94,7 +94,7 @@ def test_profiles_are_quartiles_in_units_of_all_operators() -> None:
     assert table["robust_z"][i] == pytest.approx((np.median(mine) - np.median(x)) / (1.4826 * mad), rel=1e-4)
 
 
-def test_of_very_many_rows_the_clearest_features_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_tables_keep_the_features_with_the_largest_auc(monkeypatch: pytest.MonkeyPatch) -> None:
     from spinlock_fast.analysis import codes
 
     whole = features_table(OBSERVED, MEMBERS, [])
@@ -109,7 +109,7 @@ def test_of_very_many_rows_the_clearest_features_are_kept(monkeypatch: pytest.Mo
     assert set(part["q"]) <= set(whole["q"])  # over all tests, those that are not kept as well
 
 
-def test_gaps_of_measured_columns_become_medians_and_flat_columns_go() -> None:
+def test_missing_values_are_filled_and_constant_columns_dropped() -> None:
     measured = np.array([[1, np.nan, 5, np.nan], [3, np.nan, 5, 2], [np.nan, np.nan, 5, 4]], np.float32)
     filled, names = _fill_missing(measured, ["a", "b", "c", "d"])
     assert names == ["a", "d"]

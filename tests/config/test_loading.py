@@ -444,7 +444,7 @@ def test_sizes_in_bytes(value, expected):
 @pytest.mark.parametrize(
     "value", [0, -1, "0", "0.1B", "1.5 XB", "GB", "", "1 2", "-1GB", None, True, 1.5, [1], "1G", "9" * 400 + "GB"]
 )
-def test_sizes_that_are_none(value):
+def test_invalid_sizes_are_refused(value):
     with pytest.raises(ValueError, match="expected a size"):
         parse_bytes(value)
 

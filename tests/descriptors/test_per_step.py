@@ -144,7 +144,7 @@ def test_gradients_and_interfaces_of_stripes() -> None:
     assert (f["spatial_min"], f["spatial_max"]) == (-1.0, 1.0)
 
 
-def test_channels_that_go_together() -> None:
+def test_correlated_channels() -> None:
     base = white(channels=1)[0]
     same = features_of(torch.stack([base, 2.0 * base, -base]))
     assert same["cross_channel_correlation_01"] == pytest.approx(1.0, abs=1e-4)
@@ -199,7 +199,7 @@ def test_energy_activity_and_norms() -> None:
 
 
 @pytest.mark.parametrize("velocity", [(0.4, 0.0), (0.0, -0.7), (0.3, 0.5)])
-def test_a_translation_is_found(velocity: tuple[float, float]) -> None:
+def test_velocity_of_a_translation(velocity: tuple[float, float]) -> None:
     spectrum = torch.fft.fft2(torch.stack([plane_wave(2, 1), plane_wave(1, -3), plane_wave(0, 2) + plane_wave(3, 0)]))
     k = 2 * math.pi * torch.fft.fftfreq(G, dtype=torch.float64)
     moved = spectrum * torch.exp(-1j * (k[None, :] * velocity[0] + k[:, None] * velocity[1]))
@@ -209,7 +209,7 @@ def test_a_translation_is_found(velocity: tuple[float, float]) -> None:
     assert series.velocity[1, 0].tolist() == pytest.approx(list(velocity), abs=0.02)
 
 
-def test_values_at_the_bound_are_seen() -> None:
+def test_values_at_the_clipping_bound_are_flagged() -> None:
     inside, at_bound = torch.full((3, G, G), 9.9), torch.zeros(3, G, G)
     at_bound[0, :2] = -10.0  # 128 of 12,288 values: just above a percent
     almost = torch.zeros(3, G, G)

@@ -80,7 +80,7 @@ def test_a_column_without_information_is_dropped(
     assert keep.tolist() == [True, False, False, True, False, True]
 
 
-def test_a_column_without_a_training_value_says_nothing_to_a_network(
+def test_column_without_a_training_value_does_not_affect_the_encoder(
     tmp_path: Path, table: np.ndarray[Any, Any]
 ) -> None:
     params = MLPEncoderParams(hidden_dims=[8], output_dim=4)
@@ -171,7 +171,7 @@ def test_a_large_family_is_sampled_alike_every_time(
     assert abs(float(fills[0][0]) - 300.0) < 0.5
 
 
-def test_what_was_filled_is_reported_in_one_line(
+def test_filled_values_are_reported_in_one_line(
     tmp_path: Path, table: np.ndarray[Any, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):

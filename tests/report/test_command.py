@@ -55,7 +55,7 @@ def test_all_dashboards_are_written_from_the_data_of_the_run_alike_each_time(
     assert b"<dc:date>" not in (tmp_path / "again" / "semantic.svg").read_bytes()
 
 
-def test_the_verb_and_one_type(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_dashboard_by_type(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         spinlock_fast_main(["report", str(small), "--output", str(tmp_path), "--type", "engineering"])
     assert end.value.code == 0
@@ -63,7 +63,7 @@ def test_the_verb_and_one_type(small: Path, tmp_path: Path, capsys: pytest.Captu
     assert "engineering.png" in capsys.readouterr().out
 
 
-def test_without_data_one_line_says_what_is_left_out(
+def test_without_data_one_line_names_the_omitted_parts(
     copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (copy / "config.yaml").write_text((copy / "config.yaml").read_text().replace("data.h5", "gone.h5"))
@@ -84,7 +84,7 @@ def test_an_old_checkpoint_reports_what_it_has(copy: Path, tmp_path: Path, capsy
     assert len(err.splitlines()) == 3
 
 
-def test_metrics_that_lack_are_measured_on_the_data(copy: Path, small: Path) -> None:
+def test_missing_metrics_are_measured_on_the_data(copy: Path, small: Path) -> None:
     (copy / "metrics.json").unlink()
     summary = read_checkpoint_summary(copy)
     statistics = measure_data(summary, str(small.parent / "data.h5"))
@@ -93,7 +93,7 @@ def test_metrics_that_lack_are_measured_on_the_data(copy: Path, small: Path) -> 
     assert summary.metrics["active_codes"] == int(statistics.used.sum())
 
 
-def test_metrics_without_an_entry_leave_its_panel_out(copy: Path, tmp_path: Path) -> None:
+def test_panel_of_a_missing_metric_is_omitted(copy: Path, tmp_path: Path) -> None:
     metrics = json.loads((copy / "metrics.json").read_text())
     del metrics["active_codes"], metrics["topo_pre"]
     for category in metrics["categories"]:
@@ -118,7 +118,7 @@ def without_manifest(copy: Path) -> Path:
         (lambda copy: (without_manifest(copy) / "best_model.pt").write_bytes(b"x"), "not a checkpoint"),
     ],
 )
-def test_a_checkpoint_that_cannot_serve_is_one_line(
+def test_unusable_checkpoint_is_one_line(
     copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], spoil: object, text: str
 ) -> None:
     assert callable(spoil)
@@ -215,7 +215,7 @@ def test_names_of_the_data_are_drawn_as_they_stand(tmp_path: Path, capsys: pytes
         ("training_history.json", {"epochs": [{"epoch": 1, "train_loss": float("nan")}]}, "not JSON: NaN"),
     ],
 )
-def test_a_file_of_wrong_contents_is_one_line(
+def test_invalid_run_file_is_one_line(
     copy: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

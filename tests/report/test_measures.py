@@ -148,7 +148,7 @@ def test_principal_components_keep_distances() -> None:
     assert np.allclose(np.linalg.norm(found[0] - found[1:], axis=1), np.linalg.norm(plane[0] - plane[1:], axis=1))
 
 
-def test_far_points_are_moved_to_the_edge_and_counted() -> None:
+def test_outliers_are_clipped_and_counted() -> None:
     points = np.random.default_rng(0).uniform(-1, 1, (200, 2))
     assert clip_outliers(points)[1] == 0
     points[7] = (50.0, 0.0)

@@ -63,7 +63,7 @@ def test_dashboards_are_readable(directories: dict[int, Path], count: int, kind:
 
 
 @pytest.mark.parametrize(("kind", "measured"), [*((kind, False) for kind in KINDS), ("engineering", True)])
-def test_what_is_missing_leaves_no_gap(checkpoint: Path, kind: str, measured: bool) -> None:
+def test_missing_parts_leave_no_gap(checkpoint: Path, kind: str, measured: bool) -> None:
     summary = read_checkpoint_summary(checkpoint)
     summary.epochs, summary.metrics = [], summary.metrics if measured else {}
     assert_readable(draw(kind, summary, None))
@@ -162,7 +162,7 @@ def test_maps_hold_each_code_once(checkpoint: Path) -> None:
     ]
 
 
-def test_many_categories_get_no_colour_but_one(directories: dict[int, Path]) -> None:
+def test_many_categories_share_one_colour(directories: dict[int, Path]) -> None:
     summary, statistics, metrics = read(directories[40])
     codes = panel(draw("topological", summary, statistics), "code vectors, latent")
     in_focus = [

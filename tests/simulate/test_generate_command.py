@@ -62,7 +62,7 @@ def test_a_small_set(capsys: pytest.CaptureFixture[str], tmp_path: Path, small: 
         (["--operators", "4", "--overwrite", "--resume"], "--overwrite and --resume exclude each other"),
     ],
 )
-def test_arguments_that_cannot_serve(
+def test_invalid_arguments_are_refused(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     status, out, errors = run(capsys, "--output", str(tmp_path / "data.h5"), *arguments)
@@ -93,7 +93,7 @@ def test_arguments_that_cannot_serve(
         ("a: [", "not valid YAML"),
     ],
 )
-def test_settings_that_cannot_serve(text: str, message: str, tmp_path: Path) -> None:
+def test_invalid_settings_are_refused(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "settings.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError) as error:

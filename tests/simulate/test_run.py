@@ -147,7 +147,7 @@ def test_only_whole_chunks_are_written_whatever_the_tiles(
     assert sizes == [8, 8, 8]
 
 
-def test_what_is_there_is_not_lost_by_accident(complete: Path, tmp_path: Path) -> None:
+def test_existing_files_are_not_replaced_without_overwrite(complete: Path, tmp_path: Path) -> None:
     path = tmp_path / "data.h5"
     path.write_bytes(b"precious")
     with pytest.raises(OutputError, match="exists; --overwrite"):
@@ -163,7 +163,7 @@ def test_what_is_there_is_not_lost_by_accident(complete: Path, tmp_path: Path) -
         (tmp_path / name).unlink()
 
 
-def test_a_complete_file_is_left_alone_by_resume(complete: Path) -> None:
+def test_resume_does_not_change_a_complete_file(complete: Path) -> None:
     before = complete.stat().st_mtime_ns
     assert generate(CONFIG, complete, resume=True) == complete
     assert complete.stat().st_mtime_ns == before
@@ -181,7 +181,7 @@ def test_a_damaged_file_is_not_resumed(tmp_path: Path) -> None:
         generate(CONFIG, tmp_path / "data.h5", resume=True)
 
 
-def test_places_that_cannot_be_written(tmp_path: Path) -> None:
+def test_unwritable_outputs_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError):
         generate(CONFIG, tmp_path / "file" / "data.h5")
@@ -189,7 +189,7 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
         generate(CONFIG, tmp_path)
 
 
-def test_settings_that_leave_nothing_to_do(tmp_path: Path) -> None:
+def test_settings_without_operators_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--operators"):
         generate(CONFIG.model_copy(update={"operators": None}), tmp_path / "data.h5")
     with pytest.raises(ConfigError, match="is empty for"):
@@ -322,7 +322,7 @@ def test_a_signal_ends_the_run_between_operators(
     assert sorted(os.listdir(tmp_path)) == ["data.h5.partial"]
 
 
-def test_a_resumed_file_is_the_uninterrupted_one(
+def test_resumed_file_equals_an_uninterrupted_one(
     complete: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stream = Simulator.stream

@@ -151,7 +151,7 @@ def test_each_parameter_moves_features(name: str, base_features: np.ndarray) -> 
     assert (apart > 3 * spread).sum() >= 3
 
 
-def test_a_change_moves_what_it_should() -> None:
+def test_change_of_a_parameter_changes_its_features() -> None:
     simulator = Simulator(SMALL.model_copy(update={"gain": 1e-3}), CPU)  # hardly a network: the noise itself shows
 
     def features(**changes: object) -> dict[str, float]:
@@ -185,7 +185,7 @@ def test_padding_in_a_tile_changes_nothing_but_rounding() -> None:
         assert torch.allclose(out[:, i], alone[:, 0], atol=1e-4, rtol=1e-4), theta
 
 
-def test_a_network_is_the_formula() -> None:
+def test_network_matches_the_formula() -> None:
     theta = dataclasses.replace(BASE, normalization="layer", activation="gelu", kernel_size=5, base_channels=8)
     u = torch.randn(2, 1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     mask = torch.rand(2, 1, 2, 8)
