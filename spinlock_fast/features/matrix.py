@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from spinlock_fast.config.schema import FeatureCleaningConfig
 from spinlock_fast.features.cleaning import clip_bounds
 from spinlock_fast.features.normalize import Normalizer, fit_normalizer
-from spinlock_fast.features.statistics import mean_and_std, robust_scale
+from spinlock_fast.features.statistics import center_and_scale, mean_and_std
 
 _SAMPLED_ROWS = 50_000
 _SAMPLED_BYTES = 1 << 28
@@ -68,7 +68,7 @@ def fit_matrix_normalizer(
     chosen = slice(None) if columns is None else np.asarray(columns)
     most = max(1, min(_SAMPLED_ROWS, _SAMPLED_BYTES // (8 * x.shape[1])))
     sample = np.asarray(x[rows[:: -(-len(rows) // most)]], dtype=np.float64)
-    if _standardized(*_center_and_scale(sample[:, chosen], method), len(sample)):
+    if _standardized(*center_and_scale(sample[:, chosen], method), len(sample)):
         return None
     training_rows = _RowSubset(x, rows)
     if method == "standard" and len(sample) < len(rows):  # sample statistics of heavy-tailed columns are unreliable
@@ -100,12 +100,6 @@ class _RowSubset:
 
     def __getitem__(self, places: slice) -> NDArray[np.float64]:
         return np.clip(self.matrix[self.numbers[places]].astype(np.float64), self.low, self.high)
-
-
-def _center_and_scale(
-    x: NDArray[np.float64], method: Literal["standard", "mad"]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    return robust_scale(x) if method == "mad" else mean_and_std(x)
 
 
 def _standardized(center: NDArray[np.float64], scale: NDArray[np.float64], rows: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 
@@ -13,8 +14,4 @@ def family_of(feature_name: str) -> str:
 
 def count_families(feature_names: Sequence[str], members: Sequence[int]) -> dict[str, int]:
     """Number of features of each family among `members`, in order of appearance."""
-    counts: dict[str, int] = {}
-    for i in members:
-        family = family_of(feature_names[i])
-        counts[family] = counts.get(family, 0) + 1
-    return counts
+    return dict(Counter(family_of(feature_names[i]) for i in members))

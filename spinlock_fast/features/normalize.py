@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from spinlock_fast.config.schema import TrainingConfig
 from spinlock_fast.data.untrusted import array, finite
 from spinlock_fast.errors import DataError
-from spinlock_fast.features.statistics import Matrix, mean_and_std, robust_scale
+from spinlock_fast.features.statistics import Matrix, center_and_scale
 from spinlock_fast.messages import shown
 
 _ROWS_AT_ONCE = 8192
@@ -75,10 +75,7 @@ class Normalizer:
 
 def fit_normalizer(x: Matrix, method: Literal["standard", "mad"]) -> Normalizer:
     """Centre and scale of the columns of x [N, F]; a constant column gets scale 1."""
-    if method == "mad":
-        center, scale = robust_scale(x)
-    else:
-        center, scale = mean_and_std(x)
+    center, scale = center_and_scale(x, method)
     return Normalizer(method, center.astype(np.float64), np.where(scale > 0, scale, 1.0))
 
 

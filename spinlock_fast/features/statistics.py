@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -77,6 +77,11 @@ def robust_scale(x: Matrix, mad_scale: float = MAD_TO_SIGMA) -> tuple[Vector, Ve
     """Per column: the median, and mad_scale * MAD, or the standard deviation where MAD = 0."""
     median, mad = median_and_mad(x)
     return median, np.where(mad > 0, mad_scale * mad, mean_and_std(x)[1])
+
+
+def center_and_scale(x: Blocks, method: Literal["standard", "mad"]) -> tuple[Vector, Vector]:
+    """Per column: mean and standard deviation, or median and robust scale."""
+    return robust_scale(x) if method == "mad" else mean_and_std(x)  # type: ignore[arg-type]
 
 
 def nan_median(x: Matrix) -> Vector:

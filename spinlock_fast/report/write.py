@@ -91,17 +91,13 @@ def _measure_run_data(
 
 def draw(kind: str, summary: CheckpointSummary, statistics: DataStatistics | None) -> Figure:
     """Draws one dashboard; without statistics, panels that need data are omitted."""
-    if kind == "engineering":
-        from spinlock_fast.report.engineering import draw_engineering
-
-        return draw_engineering(summary)
-    if kind == "topological":
-        from spinlock_fast.report.topological import draw_topological
-
-        return draw_topological(summary, statistics)
+    from spinlock_fast.report.engineering import draw_engineering
     from spinlock_fast.report.semantic import draw_semantic
+    from spinlock_fast.report.topological import draw_topological
 
-    return draw_semantic(summary, statistics)
+    if kind == "engineering":
+        return draw_engineering(summary)
+    return (draw_topological if kind == "topological" else draw_semantic)(summary, statistics)
 
 
 def _save_figure(figure: Figure, stem: Path) -> list[Path]:
