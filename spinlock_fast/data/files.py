@@ -18,7 +18,7 @@ from typing import Any
 import h5py
 
 from spinlock_fast.errors import DataError
-from spinlock_fast.messages import one_line
+from spinlock_fast.messages import printable
 
 log = logging.getLogger(__name__)
 
@@ -185,7 +185,7 @@ def _not_opened(file: Path, error: BaseException) -> DataError:
         if number == errno.EAGAIN:
             return DataError(f"{file}: another program is writing to it")
         return DataError(f"{file}: cannot be locked: {_reason(number)}; see HDF5_USE_FILE_LOCKING")
-    if (found := _ERRNO.search(str(error))) and (number := int(found[1])) in _SYSTEM_ERRORS:
+    if (found := _ERRNO.search(text)) and (number := int(found[1])) in _SYSTEM_ERRORS:
         return _unreadable(file, OSError(number, _reason(number)))
     what = "truncated" if "truncated" in text else "damaged, or its writer has not closed it"
     return DataError(f"{file}: the file is {what}: {text}")
@@ -212,6 +212,11 @@ def naming_damage(file: Path, path: str) -> Iterator[None]:
         raise
     except H5PY_ERRORS as error:
         raise DataError(f"{file}: {path}: the file is damaged: {one_line(error)}") from None
+
+
+def one_line(error: BaseException) -> str:
+    """The text of an error without line breaks."""
+    return printable(" ".join(str(error).split()))
 
 
 def _how_to_make(path: str) -> str:

@@ -11,11 +11,10 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from spinlock_fast.data.files import H5PY_ERRORS, TooManyOpenFilesError, open_file
+from spinlock_fast.data.files import H5PY_ERRORS, TooManyOpenFilesError, one_line, open_file
 from spinlock_fast.data.index import ShardIndex
 from spinlock_fast.data.table import Table, Tables
 from spinlock_fast.errors import DataError
-from spinlock_fast.messages import one_line
 
 _OPEN_FILES = 16
 _SPARE_DESCRIPTORS = 4  # libhdf5 opens a file before it sees that it is open already

@@ -12,9 +12,8 @@ from typing import Any
 
 import h5py
 
-from spinlock_fast.data.files import H5PY_ERRORS, check_regular, identify, naming_damage, open_file
+from spinlock_fast.data.files import H5PY_ERRORS, check_regular, identify, naming_damage, one_line, open_file
 from spinlock_fast.errors import DataError
-from spinlock_fast.messages import one_line
 
 _MOST_LINKS = 16  # as libhdf5 follows at most
 

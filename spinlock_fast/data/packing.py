@@ -9,8 +9,8 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from spinlock_fast.data.files import one_line
 from spinlock_fast.errors import DataError
-from spinlock_fast.messages import one_line
 
 # What netCDF writes where nothing was written, without an attribute that says so. Bytes have no such value: all 256 of
 # them are data.

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from spinlock_fast.errors import OutputError
-from spinlock_fast.messages import one_line
 
 # Names of temporary files: .NAME.HOST-PID-RANDOM.SUFFIX. Host and process tell whether the writer still lives.
 _TEMPORARY = re.compile(r"\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}(?:\.[^.]*)?$")
@@ -195,7 +194,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         try:
             write(temporary)
         except RuntimeError as error:  # what torch.save makes of a full disk
-            raise OutputError(f"{path}: cannot be written: {one_line(error)}") from None
+            raise OutputError(f"{path}: cannot be written: {_one_line(error)}") from None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -238,4 +237,8 @@ def check_writable(directory: Path) -> None:
 def _reason(error: Exception) -> str:
     # HDF5 puts a page of detail where others put a phrase.
     number = getattr(error, "errno", None)
-    return os.strerror(number) if number else one_line(error)
+    return os.strerror(number) if number else _one_line(error)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
