@@ -46,9 +46,9 @@ from spinlock_fast.features.normalize import fit_normalizer
 from spinlock_fast.models.metrics import Validation
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
 from spinlock_fast.tokenizer import Tokenizer
-from spinlock_fast.training.cuda_graphs import WARM_UP, own_stream
+from spinlock_fast.training.cuda_graphs import WARM_UP_STEPS, dedicated_stream
 from spinlock_fast.training.observer import SilentObserver
-from spinlock_fast.training.run import open_source, prepare
+from spinlock_fast.training.preparation import open_source, prepare
 from spinlock_fast.training.trainer import find_categories
 
 COLUMNS, COPIES = 268, 60  # raw columns; those among them that say what another one says
@@ -158,18 +158,18 @@ def train_and_use(x: Any, split: Any, watch: Stopwatch, emit: Emit, batch: int =
     validate = run.launcher.beside(validation.run, "validations")
     validation.run()
     untrained = validation.result()["val_loss"]
-    with own_stream(device):
+    with dedicated_stream(device):
         if device.type == "cuda":
-            for _ in range(WARM_UP + 1):
+            for _ in range(WARM_UP_STEPS + 1):
                 one_epoch(run)
         else:
             step_seconds(run, 1)
         _, epoch = watch(lambda: one_epoch(run))
-        for _ in range(WARM_UP + 1 if device.type == "cuda" else 1):
+        for _ in range(WARM_UP_STEPS + 1 if device.type == "cuda" else 1):
             validate()
         found, validated = watch(lambda: (validate(), validation.result())[1])
         assert found["val_loss"] < untrained, "training did not lower the validation loss"
-        emit("train_epoch", len(x), epoch, steps=run.one_step.count)
+        emit("train_epoch", len(x), epoch, steps=run.training_step.steps_per_epoch)
         emit("validate", len(x), validated, val_rows=len(x_val))
         everything = rows.to(device)
         tokens, took = watch(
@@ -378,7 +378,7 @@ def bench_epoch(benchmark: Any, features: Any) -> None:
     x, split = features
     device = "cuda" if torch.cuda.is_available() else "cpu"
     run = training_run(512, device=device, x=torch.from_numpy(x[split.train]))
-    with own_stream(run.device):
+    with dedicated_stream(run.device):
         one_epoch(run)
         benchmark.pedantic(lambda: one_epoch(run), rounds=3)
 

@@ -72,12 +72,12 @@ def timed_steps(steps: int, device: str, rows: int, batch: int, features: Sequen
     """Times of training steps on `rows` random rows, once the steps are known to train."""
     x = torch.randn(rows, sum(features), generator=torch.Generator().manual_seed(0))
     run = training_run(batch, features, device=device, x=x, **options)
-    assert run.one_step.x.shape[0] == rows
+    assert run.training_step.x.shape[0] == rows
     before = [p.detach().clone() for p in run.model.parameters()]
     step_seconds(run, 1)
     still = [i for i, (a, p) in enumerate(zip(before, run.model.parameters(), strict=True)) if torch.equal(a, p)]
     assert not still, f"parameters {still} did not move"
-    assert math.isfinite(run.one_step.summary().loss)
+    assert math.isfinite(run.training_step.summary().loss)
     return percentiles(step_seconds(run, steps))
 
 
@@ -222,7 +222,7 @@ def bench_step_by_data(benchmark: Any, device: torch.device, rows: int) -> None:
     x = torch.randn(rows, sum(SEED_FEATURES), generator=torch.Generator().manual_seed(0))
     run = training_run(512, device=str(device), x=x)
     step_seconds(run, 1)
-    assert math.isfinite(run.one_step.summary().loss)
+    assert math.isfinite(run.training_step.summary().loss)
     benchmark.pedantic(lambda: step_seconds(run, 1), rounds=3)
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from spinlock_fast.benchmark import SEED_FEATURES, training_run
 from spinlock_fast.device import resolve_device
-from spinlock_fast.training.cuda_graphs import WARM_UP, own_stream
+from spinlock_fast.training.cuda_graphs import WARM_UP_STEPS, dedicated_stream
 from spinlock_fast.training.loop import TrainingRun
 
 WAYS = {"resident": "always", "streamed": "never"}
@@ -37,21 +37,21 @@ WAYS = {"resident": "always", "streamed": "never"}
 
 def check_rows(run: TrainingRun, x: Tensor) -> None:
     """Raises AssertionError where a step of an epoch would find other rows than the order gives it."""
-    step = run.one_step
+    step = run.training_step
     order, there = torch.randperm(len(x)), x.to(run.device)
-    places, numbers = step.feed.begin(order, 0).to(run.device), order.to(run.device)
-    differences = torch.zeros(step.count, dtype=torch.int64, device=run.device)
-    for i in range(step.count):
-        assert step.feed.ready(i) >= 1
-        mine = slice(i * step.batch, (i + 1) * step.batch)
+    places, numbers = step.feed.begin_epoch(order, 0).to(run.device), order.to(run.device)
+    differences = torch.zeros(step.steps_per_epoch, dtype=torch.int64, device=run.device)
+    for i in range(step.steps_per_epoch):
+        assert step.feed.steps_available(i) >= 1
+        mine = slice(i * step.batch_size, (i + 1) * step.batch_size)
         differences[i] = (step.x[places[mine]] != there[numbers[mine]]).any(1).sum()
     assert not differences.any(), f"steps {differences.nonzero()[:, 0].tolist()[:5]} read other rows than their own"
 
 
 def epoch_seconds(run: TrainingRun) -> tuple[float, float]:
     """Seconds of an epoch, and of what the host did for its rows in it."""
-    feed, spent = run.one_step.feed, 0.0
-    original = feed.ready
+    feed, spent = run.training_step.feed, 0.0
+    original = feed.steps_available
 
     def timed(step: int) -> int:
         nonlocal spent
@@ -60,13 +60,13 @@ def epoch_seconds(run: TrainingRun) -> tuple[float, float]:
         spent += time.perf_counter() - started
         return steps
 
-    feed.ready = timed  # type: ignore[method-assign]
+    feed.steps_available = timed  # type: ignore[method-assign]
     try:
         started = time.perf_counter()
         one_epoch(run)  # its summary waits for the device
         return time.perf_counter() - started, spent
     finally:
-        del feed.ready
+        del feed.steps_available
 
 
 def measured(rows: int, batch: int, device: str, epochs: int) -> dict[str, Any]:
@@ -76,19 +76,19 @@ def measured(rows: int, batch: int, device: str, epochs: int) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     waits: list[float] = []
     for run in runs.values():
-        with own_stream(run.device):
+        with dedicated_stream(run.device):
             check_rows(run, x)
-            for _ in range(WARM_UP + 1 if run.launcher.capturing else 1):
+            for _ in range(WARM_UP_STEPS + 1 if run.launcher.capturing else 1):
                 one_epoch(run)
     for _ in range(epochs):
         for way, run in runs.items():
-            with own_stream(run.device):
+            with dedicated_stream(run.device):
                 whole, spent = epoch_seconds(run)
             seconds[way].append(whole)
             if way == "streamed":
                 waits.append(spent / whole)
-    steps = runs["resident"].one_step.count
-    assert all(math.isfinite(run.one_step.summary().loss) for run in runs.values())
+    steps = runs["resident"].training_step.steps_per_epoch
+    assert all(math.isfinite(run.training_step.summary().loss) for run in runs.values())
     ratios = [a / b for a, b in zip(seconds["resident"], seconds["streamed"], strict=True)]
     streamed = statistics.median(seconds["streamed"])
     return {

@@ -13,11 +13,13 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from spinlock_fast.checkpoints.directory import Staging, save_torch
+from spinlock_fast.checkpoints.directory import save_torch
+from spinlock_fast.checkpoints.host_copies import PinnedStaging
 from spinlock_fast.config.loading import apply_overrides
 from spinlock_fast.config.schema import RunConfig
+from spinlock_fast.models.initialization import initialize_codebooks
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
-from spinlock_fast.training.cuda_graphs import WARM_UP, own_stream
+from spinlock_fast.training.cuda_graphs import WARM_UP_STEPS, dedicated_stream
 from spinlock_fast.training.loop import TrainingRun
 from spinlock_fast.training.observer import SilentObserver
 
@@ -46,7 +48,7 @@ def made_run(
     config = apply_overrides(config, {"training.cuda_graphs": steps_per_launch > 0, "training.num_epochs": 10_000})
     run = TrainingRun(config, SilentObserver(), lambda: None, model, x[held_out:], x[:held_out])
     run.launcher.steps_per_launch = max(steps_per_launch, 1)
-    run.initialize_codes()
+    initialize_codebooks(model, run.x_train)
     return run
 
 
@@ -65,12 +67,12 @@ def one_epoch(run: TrainingRun, after_launch: Callable[[int], None] = lambda ste
     finally:
         run.launcher.run = original  # type: ignore[method-assign]
     run.epoch, run.step = run.epoch + 1, 0
-    assert run.one_step.summary().first_bad is None, "the loss is not finite"
+    assert run.training_step.summary().first_nonfinite is None, "the loss is not finite"
 
 
 def step_times(run: TrainingRun) -> dict[str, Any]:
     """Milliseconds of a step, of an epoch, and of the host's part in it."""
-    for _ in range(WARM_UP + 1 if run.launcher.capturing else 1):
+    for _ in range(WARM_UP_STEPS + 1 if run.launcher.capturing else 1):
         one_epoch(run)
     steps_ms: list[float] = []
     epochs_ms: list[float] = []
@@ -86,13 +88,13 @@ def step_times(run: TrainingRun) -> dict[str, Any]:
         one_epoch(run, mark)
         epochs_ms.append(1e3 * (time.perf_counter() - host[0]))
         launching_ms.append(1e3 * (host[-1] - host[0]))
-        whole = len(counts) - (run.one_step.rest > 0)
+        whole = len(counts) - (run.training_step.remainder > 0)
         steps_ms += [_between(marks[i], marks[i + 1]) / counts[i] for i in range(whole) for _ in range(counts[i])]
     return {
         "step_ms": percentiles(steps_ms),
         "epoch_ms": percentiles(epochs_ms),
         "launching_an_epoch_ms": percentiles(launching_ms),
-        "steps_per_epoch": run.one_step.count,
+        "steps_per_epoch": run.training_step.steps_per_epoch,
         "graphs": run.launcher.capturing,
     }
 
@@ -122,15 +124,17 @@ def between_epochs(run: TrainingRun) -> dict[str, float]:
             times.append(1e3 * (time.perf_counter() - started))
         return statistics.median(times[1:])
 
-    staging = Staging(run.device.type)
-    for _ in range(WARM_UP + 1):  # until it is a graph
+    staging = PinnedStaging(run.device.type)
+    for _ in range(WARM_UP_STEPS + 1):  # until it is a graph
         run._validate()
     with tempfile.TemporaryDirectory() as directory:
         return {
             "validation_ms": median(run._validate),
-            "keeping_the_best_ms": median(run._keep_best),
-            "summary_and_record_ms": median(lambda: run._record(run._finite(run.one_step.summary(), 0), 0, 0.0)),
-            "order_of_rows_ms": median(lambda: run._rows_of(run.epoch + (run._order or (0,))[0] % 2 + 1)),
+            "keeping_the_best_ms": median(lambda: run.selection.save_weights(run.model)),
+            "summary_and_record_ms": median(
+                lambda: run._epoch_record(run._check_finite(run.training_step.summary(), 0), 0, 0.0)
+            ),
+            "order_of_rows_ms": median(lambda: run.row_order(run.epoch + (run._row_order or (0,))[0] % 2 + 1)),
             "state_to_host_ms": median(lambda: staging(run.state())),
             "saving_a_state_ms": median(
                 lambda: save_torch(Path(directory) / "state.pt", {"run": staging(run.state())})
@@ -142,10 +146,10 @@ def top_operations(run: TrainingRun) -> dict[str, Any]:
     """Device time by kernel (host time by operation on a CPU) over some steps, and launches a step."""
     on_cuda = run.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
-    kind = run.one_step.kind(0, reset=False)
-    steps = min(_PROFILED_STEPS if on_cuda else 8, run.one_step.full)
+    kind = run.training_step.kind(0, reset=False)
+    steps = min(_PROFILED_STEPS if on_cuda else 8, run.training_step.full_batches)
     run.model.train()
-    run.one_step.begin_epoch(run._rows_of(run.epoch), torch.full((run.one_step.count,), 1e-3), 0)
+    run.training_step.begin_epoch(run.row_order(run.epoch), torch.full((run.training_step.steps_per_epoch,), 1e-3), 0)
     with profile(activities=activities) as found:
         started, done = time.perf_counter(), 0
         while done < steps:
@@ -179,7 +183,6 @@ def measured(
     rows: int,
     device: torch.device,
     launches: Sequence[int] = (0, 1, 4, 16),
-    compiled: bool = False,
 ) -> dict[str, Any]:
     """Step times for each number of steps a launch (0: no graphs), and a profile of the fastest way.
 
@@ -189,31 +192,27 @@ def measured(
         rows: N, of which a tenth is for validation.
         device: where.
         launches: steps a launch; only 0 on a CPU.
-        compiled: also with torch.compile, which takes its time.
     """
     ways: dict[str, Any] = {}
     fastest: TrainingRun | None = None
     best = float("inf")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    for compile_it in (False, True) if compiled and device.type == "cuda" else (False,):
-        for count in launches if device.type == "cuda" else (0,):
-            options = apply_overrides(config, {"training.use_torch_compile": compile_it})
-            with own_stream(device):
-                run = made_run(options, model_config, rows, device, count)
-                times = step_times(run)
-            name = f"graphs of {count}" if count else "one by one"
-            ways[name + (", compiled" if compile_it else "")] = times
-            if times["step_ms"]["p50"] < best:
-                best, fastest = times["step_ms"]["p50"], run
+    for count in launches if device.type == "cuda" else (0,):
+        with dedicated_stream(device):
+            run = made_run(config, model_config, rows, device, count)
+            times = step_times(run)
+        ways[f"graphs of {count}" if count else "one by one"] = times
+        if times["step_ms"]["p50"] < best:
+            best, fastest = times["step_ms"]["p50"], run
     assert fastest is not None
-    with own_stream(device):
+    with dedicated_stream(device):
         return {
             "rows": rows,
             "features": model_config.input_dim,
             "codebooks": fastest.model.num_codebooks,
             "codes": fastest.model.quantizer.layout.total_codes,
-            "batch": fastest.one_step.batch,
+            "batch": fastest.training_step.batch_size,
             "topo_samples": config.training.topo_samples,
             "ways": ways,
             "between_epochs": between_epochs(fastest),

@@ -36,6 +36,7 @@ from spinlock_fast.config.loading import load_config
 from spinlock_fast.config.random_streams import Stream, generator
 from spinlock_fast.config.schema import RunConfig
 from spinlock_fast.device import resolve_device
+from spinlock_fast.models.initialization import initialize_codebooks
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
 from spinlock_fast.training.loop import TrainingRun
 from spinlock_fast.training.observer import SilentObserver
@@ -115,7 +116,7 @@ def compare(data: Data, epochs: int, seed: int, settings: Mapping[str, Any] | No
         data.train.device
     )
     run = TrainingRun(config, SilentObserver(), lambda: None, model, data.train, data.val)
-    run.initialize_codes()
+    initialize_codebooks(model, run.x_train)
     baseline = baseline_of(model)
     before = score(model, data.val), score(baseline, data.val)
     assert abs(before[0] - before[1]) <= 1e-4 * before[1], f"the start is not the same: {before}"

@@ -34,7 +34,7 @@ from study_variants import VARIANTS
 
 from spinlock_fast.config.schema import LevelConfig
 from spinlock_fast.models.decoder_refit import least_squares
-from spinlock_fast.models.pq_init import component_bits
+from spinlock_fast.models.initialization import component_bits
 from spinlock_fast.quantize import resolve_levels
 
 LEVELS = (2, 3, 4, 5)

@@ -22,7 +22,7 @@ _RECIPE: Settings = {
     "model.dropout": 0.0,
     "training.informativeness_weight": 0.001,
     "training.input_noise": 0.1,
-    "training.mixing": 0.4,
+    "training.mixup_scale": 0.4,
     "training.learning_rate": 1e-3,
     "training.scheduler": "cosine",
     "training.warmup_epochs": 10,
@@ -40,7 +40,7 @@ _changed = partial(_with, _RECIPE)
 def _regularised(noise: float, mixing: float, dropout: float, commitment: float = 0.01, **more: Any) -> Settings:
     return _changed(
         training__input_noise=noise,
-        training__mixing=mixing,
+        training__mixup_scale=mixing,
         model__dropout=dropout,
         model__commitment_cost=commitment,
         **more,
@@ -54,7 +54,7 @@ _COMBINED: Settings = _changed(
     training__learning_rate=2e-3,
     training__dead_code_threshold=0.2,
     training__dead_code_reset_interval=5,
-    training__mixing_decays=True,
+    training__mixup_decay=True,
     training__decoder_refit=0.03,
 )
 
@@ -82,7 +82,7 @@ COMBINATIONS: dict[str, Settings] = {
     "read_all_commitment_0.25": _read_all(model__commitment_cost=0.25),
     "read_all_commitment_0.5": _read_all(model__commitment_cost=0.5),
     "read_all_decoder_dropout_0.1": _read_all(model__decoder_dropout=0.1),
-    "read_all_no_mixing": _read_all(training__mixing=0.0),
+    "read_all_no_mixing": _read_all(training__mixup_scale=0.0),
     "read_all_no_noise": _read_all(training__input_noise=0.0),
     "read_all_n0.2": _read_all(training__input_noise=0.2),
     "read_all_adam": _read_all(**_ADAM),
@@ -94,9 +94,9 @@ COMBINATIONS: dict[str, Settings] = {
     "read_all_adamw_3": _read_all(training__weight_decay=3.0),
     "read_all_batch_64": _read_all(training__batch_size=64, training__topo_samples=64),
     "combined": _COMBINED,
-    "combined_mixing_stays": _combined(training__mixing_decays=False),
+    "combined_mixing_stays": _combined(training__mixup_decay=False),
     "combined_n0.2": _combined(training__input_noise=0.2),
-    "combined_n0.3_m0.2": _combined(training__input_noise=0.3, training__mixing=0.2),
+    "combined_n0.3_m0.2": _combined(training__input_noise=0.3, training__mixup_scale=0.2),
     "combined_c0.05": _combined(model__commitment_cost=0.05),
     "combined_info_0.03": _combined(training__informativeness_weight=0.03),
     "combined_topo_0.1": _combined(training__topo_weight=0.1),
@@ -106,8 +106,8 @@ COMBINATIONS: dict[str, Settings] = {
     "combined_adamw_1": _combined(training__optimizer="adamw", training__weight_decay=1.0),
     "combined_resets_10_steps": _combined(training__dead_code_reset_steps=10),
     "combined_decay_0.99": _combined(model__decay=0.99),
-    "combined_no_mixing": _combined(training__mixing=0.0),
-    "combined_no_noise_no_mixing": _combined(training__input_noise=0.0, training__mixing=0.0),
+    "combined_no_mixing": _combined(training__mixup_scale=0.0),
+    "combined_no_noise_no_mixing": _combined(training__input_noise=0.0, training__mixup_scale=0.0),
     "combined_resets_25": _combined(training__dead_code_reset_interval=25),
 }
 
@@ -168,7 +168,7 @@ VARIANTS: dict[str, Settings] = {
     "baseline_product_start": {"model.codebook_init": "product"},
     "baseline_info_0.001": {"training.informativeness_weight": 0.001},
     "baseline_noise_0.2": {"training.input_noise": 0.2},
-    "baseline_mixing_0.4": {"training.mixing": 0.4},
+    "baseline_mixing_0.4": {"training.mixup_scale": 0.4},
     "baseline_dropout_0": {"model.dropout": 0.0},
     "baseline_cosine": {"training.scheduler": "cosine", "training.warmup_epochs": 10},
     "baseline_uniform_start": {"model.codebook_init": "uniform"},

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
     from spinlock_fast.quantize import GroupedVectorQuantizer
     from spinlock_fast.tokenizer import Tokenizer
-    from spinlock_fast.training.trainer import Trainer, TrainResult
+    from spinlock_fast.training.result import TrainResult
+    from spinlock_fast.training.trainer import Trainer
 
 _MODULES = {
     "CategoricalHierarchicalVQVAE": "models.vqvae",
@@ -24,7 +25,7 @@ _MODULES = {
     "ResidualVQ": "dropin",
     "Tokenizer": "tokenizer",
     "Trainer": "training.trainer",
-    "TrainResult": "training.trainer",
+    "TrainResult": "training.result",
     "VectorQuantize": "dropin",
     "from_pretrained_codebook": "compat.pretrained",
     "load_checkpoint": "checkpoints.directory",

@@ -16,8 +16,9 @@ from spinlock_fast.config.schema import RunConfig
 from spinlock_fast.data.host_rows import place_rows
 from spinlock_fast.data.row_view import RowView
 from spinlock_fast.device import resolve_device
+from spinlock_fast.models.initialization import initialize_codebooks
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
-from spinlock_fast.training.cuda_graphs import own_stream
+from spinlock_fast.training.cuda_graphs import dedicated_stream
 from spinlock_fast.training.loop import TrainingRun
 from spinlock_fast.training.observer import SilentObserver
 from spinlock_fast.training.step import learning_rates
@@ -83,7 +84,7 @@ def training_run(
         matrix, where = x.numpy(), config.training.data_on_device
         x_train, x_val = (place_rows(RowView(rows), place, where) for rows in (matrix, matrix[:1]))
         run = TrainingRun(config, SilentObserver(), lambda: None, model, x_train, x_val)
-        run.initialize_codes()
+        initialize_codebooks(model, x_train)
     model.train()
     return run
 
@@ -91,16 +92,18 @@ def training_run(
 def step_seconds(run: TrainingRun, steps: int) -> list[float]:
     """Seconds of each of `steps` steps; a launch of several steps is divided evenly."""
     seconds: list[float] = []
-    step = run.one_step
-    with own_stream(run.device):
+    step = run.training_step
+    with dedicated_stream(run.device):
         done = 0
         while done < _WARM_UP + steps:
-            if done % step.full == 0:
+            if done % step.full_batches == 0:
                 order = torch.randperm(run.x_train.shape[0])
-                step.begin_epoch(order, learning_rates(run.training, step.count, 0), 0)
-            most = min(step.full - done % step.full, step.feed.ready(done % step.full))
+                step.begin_epoch(order, learning_rates(run.training, step.steps_per_epoch, 0), 0)
+            most = min(
+                step.full_batches - done % step.full_batches, step.feed.steps_available(done % step.full_batches)
+            )
             started = _clock(run.device)
-            count = run.launcher.run(step.kind(done % step.full, reset=False), most)
+            count = run.launcher.run(step.kind(done % step.full_batches, reset=False), most)
             each = (_clock(run.device) - started) / count
             if done >= _WARM_UP:
                 seconds += [each] * count

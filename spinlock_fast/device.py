@@ -1,4 +1,4 @@
-"""The device that a name stands for."""
+"""Resolving device names."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from spinlock_fast.kernels.backend import resolve_backend
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device of "auto", "cpu", "cuda" or "cuda:N"; raises ConfigError where it is not there."""
+    """The device for "auto", "cpu", "cuda" or "cuda:N"; raises ConfigError if it is not available."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
@@ -17,6 +17,6 @@ def resolve_device(name: str) -> torch.device:
         raise ConfigError(f"device: {name} is not available; {torch.cuda.device_count()} CUDA devices were found")
     try:
         resolve_backend("auto", torch.empty(0, device=device))
-    except (ValueError, RuntimeError) as error:  # of the environment variable
+    except (ValueError, RuntimeError) as error:  # SPINLOCK_FAST_BACKEND is invalid
         raise ConfigError(str(error)) from None
     return device

@@ -1,4 +1,4 @@
-"""Signals that ask a command to end: SIGINT, SIGTERM, and SIGHUP, which closing a terminal sends."""
+"""Signals that stop a command: SIGINT, SIGTERM, and SIGHUP, which is sent when a terminal is closed."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def stopping_signals() -> list[int]:
 
 
 @contextmanager
-def handling(handler: Handler) -> Iterator[None]:
-    """Within the block the handler gets these signals; no effect but in the main thread, which alone can set one."""
+def handle_signals(handler: Handler) -> Iterator[None]:
+    """Installs a handler for the stopping signals inside the block; does nothing outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    old = {number: signal.signal(number, handler) for number in stopping_signals()}
+    previous = {number: signal.signal(number, handler) for number in stopping_signals()}
     try:
         yield
     finally:
-        for number, before in old.items():
-            signal.signal(number, before)
+        for number, old_handler in previous.items():
+            signal.signal(number, old_handler)

@@ -281,7 +281,7 @@ class Tokenizer:
                 f"row {start + row}: overflow in the encoder of {self.model.codebook_names[g]}: "
                 "its features are far outside the range of training"
             )
-        if check.known is not None:
+        if check.reference is not None:
             sampled = slice(-start % check.stride, None, check.stride)
             decoded = self.model.decode_from_tokens(torch.from_numpy(tokens[sampled]).to(self.device)).cpu().numpy()
             check.add_errors(np.square(decoded - x[sampled]).mean(1))

@@ -27,12 +27,12 @@ def test_losses_are_those_of_the_trainer() -> None:
     history = Trainer(config).fit(x, groups, val_rows=rows).history
 
     run = training_run(32, SIZES, 16, x=x[:128], training__num_epochs=2, model__dropout=0.0)
-    step = run.one_step
+    step = run.training_step
     losses = []
     for epoch in range(2):
         order = generator(config.random_seed, Stream.ROW_ORDER, epoch).permutation(128)
-        step.begin_epoch(torch.from_numpy(order), learning_rates(run.training, step.count, epoch), 0)
-        for position in range(step.count):
+        step.begin_epoch(torch.from_numpy(order), learning_rates(run.training, step.steps_per_epoch, epoch), 0)
+        for position in range(step.steps_per_epoch):
             run.launcher.run(step.kind(position, reset=False), 1)
         losses.append(step.summary().loss)
     assert losses == [record.train_loss for record in history]

@@ -1,1 +1,1 @@
-"""Checkpoint directories: what a run leaves on disk, how it is written, checked and read back."""
+"""Checkpoint directories: writing, integrity checks and reading."""

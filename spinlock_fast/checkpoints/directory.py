@@ -1,4 +1,4 @@
-"""The checkpoint directory: what a run leaves, and how it is read back."""
+"""Writing and reading the files of a checkpoint directory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import pickle
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,6 +16,7 @@ import torch
 from pydantic import ValidationError
 
 from spinlock_fast import __version__
+from spinlock_fast.checkpoints.host_copies import to_cpu
 from spinlock_fast.checkpoints.integrity import RESUME, file_sha256, write_manifest
 from spinlock_fast.checkpoints.model_card import model_card
 from spinlock_fast.checkpoints.run_directory import (
@@ -46,7 +47,7 @@ __all__ = ["BEST", "CONFIG", "FILES", "FINAL", "HISTORY", "METRICS", "RESUME", "
 
 log = logging.getLogger(__name__)
 
-_KEYS = (
+_REQUIRED_KEYS = (
     "model_state_dict",
     "model_config",
     "encoder_state_dicts",
@@ -57,19 +58,15 @@ _KEYS = (
     "epoch",
 )
 
-# Entries of a tensor begin at multiples of this in a buffer that many share.
-_ALIGNMENT = 16
 
-
-class _Sink:
-    """What torch.save writes to; keeps the error of a write, of which torch's own message says nothing."""
+class _ErrorKeepingFile:
+    """A file for torch.save that keeps the OSError of a failed write, which torch replaces by a generic error."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
-        """Writes; raises OSError."""
         try:
             return self._file.write(data)
         except OSError as error:
@@ -77,17 +74,19 @@ class _Sink:
             raise
 
     def flush(self) -> None:
-        """Flushes."""
         self._file.flush()
 
 
 def save_torch(path: Path, payload: Mapping[str, Any]) -> None:
-    """A file that `torch.load(weights_only=True)` reads, the same for the same payload; raises OutputError."""
+    """Writes a file for `torch.load(weights_only=True)`, atomically; raises OutputError.
+
+    Equal payloads give identical files.
+    """
 
     def write(temporary: Path) -> None:
-        # Given a name, torch would put it into the archive, and so into the file's hash.
+        # Given a path, torch would store its name in the archive, and so change the file's hash.
         with open(temporary, "wb") as file:
-            sink = _Sink(file)
+            sink = _ErrorKeepingFile(file)
             try:
                 torch.save(dict(payload), sink)  # type: ignore[arg-type]
             except RuntimeError:
@@ -99,10 +98,10 @@ def save_torch(path: Path, payload: Mapping[str, Any]) -> None:
 
 
 def load_torch(path: Path) -> dict[str, Any]:
-    """Tensors and plain values of a file, on the CPU; never runs code from it.
+    """Reads tensors and plain values from a file, onto the CPU, without running code from it.
 
     Raises:
-        DataError: missing, damaged, or holding anything but tensors and plain values.
+        DataError: the file is missing, damaged, or holds other types than tensors and plain values.
     """
     try:
         return load_restricted(path)
@@ -114,7 +113,7 @@ def load_torch(path: Path) -> dict[str, Any]:
 
 
 def load_restricted(path: Path) -> dict[str, Any]:
-    """As `load_torch`, but raises pickle.UnpicklingError for a type that may not be loaded."""
+    """As `load_torch`, but raises pickle.UnpicklingError for types that may not be loaded."""
     try:
         if path.exists() and not zipfile.is_zipfile(path):
             raise DataError(f"{path}: not a checkpoint, or a damaged one (torch files are zip archives)")
@@ -129,29 +128,29 @@ def load_restricted(path: Path) -> dict[str, Any]:
 
 
 def load_payload(directory: str | Path) -> dict[str, Any]:
-    """The contents of best_model.pt (final_model.pt where there is no best) of a checkpoint directory.
+    """The contents of best_model.pt of a checkpoint directory (of final_model.pt if that is missing).
 
     Raises:
-        DataError: no checkpoint there, or one without a part that is needed.
+        DataError: there is no checkpoint, or a required entry is missing.
     """
     directory = Path(directory)
     path = _model_path(directory)
     if path is None:
-        advice = f"; its run is unfinished, --resume {directory} goes on" if unfinished(directory) else ""
+        advice = f"; its run is unfinished; --resume {directory} continues it" if unfinished(directory) else ""
         raise DataError(f"{directory}: no {BEST} there; it is not the directory of a finished run{advice}")
     check_integrity(directory, path.name)
     payload = load_torch(path)
-    missing = [key for key in _KEYS if key not in payload]
+    missing = [key for key in _REQUIRED_KEYS if key not in payload]
     if missing:
         raise DataError(f"{path}: {missing[0]} is missing; it is not a checkpoint of this package")
     return payload
 
 
 def model_from_payload(payload: Mapping[str, Any]) -> CategoricalHierarchicalVQVAE:
-    """The model of a checkpoint in eval mode.
+    """The model of a payload, in eval mode.
 
     Raises:
-        DataError: settings or weights are not those of this version's model; names the version that wrote them.
+        DataError: settings or weights do not fit the model; names the version that wrote them.
     """
     settings, weights = payload["model_config"], payload["model_state_dict"]
     if not isinstance(settings, Mapping) or not isinstance(weights, Mapping):
@@ -162,7 +161,7 @@ def model_from_payload(payload: Mapping[str, Any]) -> CategoricalHierarchicalVQV
         raise DataError(f"model_config: {_first_problem(error)}{written_by(payload)}") from None
     with reading(payload, "model_state_dict"):
         sizes = shapes(weights)
-    # A model that is much larger than its weights would take memory for nothing.
+    # Checked before the model is built: a damaged configuration could ask for any amount of memory.
     if config.parameter_count() > sum(map(math.prod, sizes.values())):
         raise DataError(
             f"model_config describes {config.parameter_count():,} parameters, but model_state_dict holds "
@@ -173,7 +172,7 @@ def model_from_payload(payload: Mapping[str, Any]) -> CategoricalHierarchicalVQV
         raise DataError(f"model_state_dict: {problem}{written_by(payload)}")
     with reading(payload, "model_state_dict"):
         model.load_state_dict(weights)
-    if "code_usage" in payload:  # earlier versions did not keep it
+    if "code_usage" in payload:  # missing in files of earlier versions
         with reading(payload, "code_usage"):
             usage = array(payload["code_usage"], "code_usage", "fiu", model.quantizer.usage.shape)
             model.quantizer.usage.copy_(torch.from_numpy(usage))
@@ -190,15 +189,18 @@ def _first_problem(error: ValidationError | TypeError) -> str:
 
 
 def load_checkpoint(directory: str | Path) -> CategoricalHierarchicalVQVAE:
-    """The model of a checkpoint directory, in eval mode, on the CPU; raises DataError.
+    """The model of a checkpoint directory, in eval mode, on the CPU.
 
     Its quantizer's `utilization()` and `perplexity()` are those of the run's validation rows.
+
+    Raises:
+        DataError: there is no checkpoint, or it cannot be read.
     """
     return model_from_payload(load_payload(directory))
 
 
 def load_run_config(directory: str | Path) -> RunConfig:
-    """The settings of the run that made a checkpoint directory; raises ConfigError."""
+    """The settings of a checkpoint directory's run; raises ConfigError."""
     directory = Path(directory)
     try:
         check_integrity(directory, CONFIG)
@@ -208,7 +210,7 @@ def load_run_config(directory: str | Path) -> RunConfig:
 
 
 def checkpoint_hash(directory: str | Path) -> str:
-    """SHA-256 of the model file, as hexadecimal text."""
+    """SHA-256 of the model file, in hexadecimal."""
     path = _model_path(Path(directory))
     if path is None:
         raise DataError(f"{directory}: no {BEST} there; it is not the directory of a finished run")
@@ -218,61 +220,6 @@ def checkpoint_hash(directory: str | Path) -> str:
 def _model_path(directory: Path) -> Path | None:
     paths = (find(directory, name) for name in (BEST, FINAL))
     return next((path for path in paths if path.exists()), None)
-
-
-def plain(value: Any, copy: bool = False, fetched: Mapping[int, torch.Tensor] | None = None) -> Any:
-    """The same value from tensors, dicts, lists, numbers, texts and None alone, tensors on the CPU.
-
-    Args:
-        copy: so that the result stays as it is when the value changes.
-        fetched: what to take instead of some tensors, by their id.
-    """
-    if isinstance(value, torch.Tensor):
-        if fetched is not None and id(value) in fetched:
-            return fetched[id(value)]
-        return value.detach().to("cpu", copy=copy)
-    if isinstance(value, np.ndarray):
-        return torch.from_numpy(value.copy() if copy else value)
-    if isinstance(value, Mapping):
-        return {key: plain(inner, copy, fetched) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(inner, copy, fetched) for inner in value]
-    return value
-
-
-class Staging:
-    """`plain(value, copy=True)`, many times: tensors of a device go into one page-locked buffer, with one wait.
-
-    The buffer is used again: a result is valid until the next one is made. It is kept as long as this object, since
-    to give page-locked memory back from another thread could break the capture of a CUDA graph.
-    """
-
-    def __init__(self, device_type: str = "cuda") -> None:
-        self.device_type = device_type
-        self._buffer = torch.empty(0, dtype=torch.float32)
-
-    def __call__(self, value: Any) -> Any:
-        found = [t for t in _tensors(value) if t.device.type == self.device_type and t.dtype == torch.float32]
-        if not found:
-            return plain(value, copy=True)
-        sizes = [-(-t.numel() // _ALIGNMENT) * _ALIGNMENT for t in found]
-        if self._buffer.numel() < sum(sizes):
-            self._buffer = torch.empty(sum(sizes), dtype=torch.float32, pin_memory=self.device_type == "cuda")
-        places = self._buffer[: sum(sizes)].split(sizes)
-        fetched = {id(t): place[: t.numel()].view(t.shape) for t, place in zip(found, places, strict=True)}
-        for t in found:
-            fetched[id(t)].copy_(t.detach(), non_blocking=True)
-        if self.device_type == "cuda":
-            torch.cuda.current_stream(found[0].device).synchronize()
-        return plain(value, copy=True, fetched=fetched)
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (Mapping, list, tuple)):
-        for inner in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(inner)
 
 
 def write_results(
@@ -288,8 +235,10 @@ def write_results(
     """Writes the files of a finished run, the manifest last.
 
     Args:
-        parts: the entries of the payload that are not the model's.
-        resumable: the state at the end, as resume.pt holds it, for final_model.pt.
+        parts: entries of the model files that do not come from the model.
+        normalization: arrays of normalization_stats.npz.
+        history: contents of training_history.json.
+        resumable: the final state in the format of resume.pt, stored in final_model.pt.
 
     Raises:
         OutputError: a file cannot be written.
@@ -302,9 +251,9 @@ def write_results(
     write_atomically(directory / SAFETENSORS, lambda temporary: temporary.write_bytes(save(tensors)))
     write_normalization(directory / NORMALIZATION, normalization)
     write_json(directory / HISTORY, finite_or_null(history))
-    end = resumable["run"]
-    last = model_payload(model, end["model_state_dict"], end["epoch"], parts)
-    save_torch(directory / FINAL, {**last, "run_state": resumable})
+    final = resumable["run"]
+    final_payload = model_payload(model, final["model_state_dict"], final["epoch"], parts)
+    save_torch(directory / FINAL, {**final_payload, "run_state": resumable})
     write_text(directory / CARD, model_card(metrics, config))
     save_torch(directory / BEST, payload)
     write_json(directory / METRICS, finite_or_null(metrics))
@@ -312,7 +261,7 @@ def write_results(
 
 
 def finite_or_null(value: Any, name: str = "") -> Any:
-    """The same value with None, and a warning that names it, for each number that JSON does not have."""
+    """A nested value with None for non-finite numbers, which JSON does not have; a warning names each."""
     if isinstance(value, Mapping):
         return {key: finite_or_null(inner, f"{name}.{key}" if name else str(key)) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -329,18 +278,18 @@ def model_payload(
     epoch: int,
     parts: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The entries of a model file."""
+    """Contents of a model file."""
     return {
         "written_by": f"spinlock-fast {__version__}",
         "model_state_dict": {key: value.detach().cpu() for key, value in state_dict.items()},
         "model_config": model.config.model_dump(mode="json"),
         "epoch": epoch,
-        **plain(parts),
+        **to_cpu(parts),
     }
 
 
 def write_normalization(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
-    """normalization_stats.npz."""
+    """Writes normalization_stats.npz, atomically; raises OutputError."""
 
     def write(temporary: Path) -> None:
         with open(temporary, "wb") as file:

@@ -1,12 +1,12 @@
-"""The output directory of a run: it is built beside an earlier result, and takes its place when it is whole.
+"""The output directory of a run, which replaces an earlier result atomically once the run is complete.
 
     DIR/                 the finished result
-    DIR/.partial/        the run that is being made: configuration, resumable states, then its results
-    DIR/.new/            `.partial` under this name is whole; its files move to DIR, those that were there to `previous`
-    DIR/previous/DATE/   what stood there before, until somebody deletes it
+    DIR/.partial/        the current run: configuration, resumable states, then its results
+    DIR/.new/            a complete run while its files are moved to DIR, and those of the earlier result to `previous`
+    DIR/previous/DATE/   earlier results; never deleted
 
-The rename of `.partial` to `.new` decides: before it the earlier result counts, after it the new one does, and the next
-run completes a move that a kill has broken off. Until then `find` tells where a file of the result is.
+Renaming `.partial` to `.new` publishes the run: before it the earlier result is valid, after it the new one. If a move
+is interrupted, the next run completes it; until then `find` locates the files of the result.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ FILES = (BEST, FINAL, *STATES, SAFETENSORS, CONFIG, NORMALIZATION, HISTORY, METR
 PARTIAL = ".partial"
 NEW = ".new"
 PREVIOUS = "previous"
-_MOVES = "moves.json"  # within `.new`: what goes where
+_MOVES = "moves.json"  # in `.new`: the list of moves
 
 log = logging.getLogger(__name__)
 
 
 def find(directory: Path, name: str) -> Path:
-    """Where a file of the result in a directory is, be it that a kill has broken off its publication."""
+    """Path of a file of the result in a directory, also if its publication was interrupted."""
     new = directory / NEW / name
     return new if (directory / NEW / _MOVES).exists() and new.exists() else directory / name
 
 
 def check_integrity(directory: Path, name: str) -> None:
-    """Compares a file of a checkpoint directory with the manifest, if it has one.
+    """Compares the SHA-256 of a file of a checkpoint directory with the manifest, if there is one.
 
     Raises:
         DataError: the file is damaged or was replaced, or the manifest cannot be read.
@@ -69,36 +69,36 @@ def check_integrity(directory: Path, name: str) -> None:
                 f"{path}: is damaged: its SHA-256 is not that of {manifest_path.name} "
                 "(delete that file to use a model that was replaced on purpose)"
             )
-        # A run has put its result in the place of this one meanwhile.
+        # Another run was published in the meantime: check again.
 
 
 class RunDirectory:
-    """The output directory, under its lock; a context manager.
+    """A locked output directory; a context manager.
 
     Args:
-        path: made where it is not there, and removed again where nothing came of it.
+        path: created if it does not exist, and removed on exit if it is empty.
 
     Raises:
-        OutputError: another process writes there, or it cannot be written.
+        OutputError: another process holds the lock, or the directory cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.partial = path / PARTIAL
-        self._made: list[Path] = []
+        self._created: list[Path] = []
         self._lock = ExitStack()
         self._resumed = False
 
     def __enter__(self) -> RunDirectory:
         try:
-            self._made = [path for path in (self.path, *self.path.parents) if not path.exists()]
+            self._created = [path for path in (self.path, *self.path.parents) if not path.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.enter_context(locked(self.path))
             for name in (PARTIAL, NEW, PREVIOUS):
-                _check_place(self.path, self.path / name)
+                _check_subdirectory(self.path, self.path / name)
             self._finish_moves()
         except BaseException as error:
-            self._leave()
+            self._release()
             if isinstance(error, (OSError, ValueError)):
                 reason = getattr(error, "strerror", None) or error
                 raise OutputError(f"{self.path}: cannot be written: {reason}") from None
@@ -108,43 +108,43 @@ class RunDirectory:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # A run that ended before its first state leaves nothing that anybody could use.
+        # Without a state there is nothing to resume.
         if self.partial.is_dir() and not unfinished(self.path):
             shutil.rmtree(self.partial, ignore_errors=True)
-        self._leave()
+        self._release()
 
-    def _leave(self) -> None:
+    def _release(self) -> None:
         self._lock.close()
-        for path in self._made:
+        for path in self._created:
             with suppress(OSError, ValueError):
                 path.rmdir()
 
     def begin(self, resumed: bool) -> Path:
-        """The directory to build the run in.
+        """Creates the directory `.partial` for the run and returns it.
 
         Args:
-            resumed: go on with what is there; otherwise an unfinished run is moved to `previous`.
+            resumed: continue the unfinished run there; otherwise it is moved to `previous`.
 
         Raises:
-            OutputError: it cannot be made.
+            OutputError: it cannot be created.
         """
         self._resumed = resumed
         try:
             if not resumed and self.partial.is_dir():
-                self._set_unfinished_aside()
+                self._archive_unfinished()
             self.partial.mkdir(exist_ok=True)
         except OSError as error:
             raise OutputError(f"{self.partial}: cannot be written: {error.strerror}") from None
         return self.partial
 
     def publish(self) -> None:
-        """Puts the whole run that `.partial` holds in the place of what is there; raises OutputError."""
+        """Replaces the earlier result by the complete run in `.partial`; raises OutputError."""
         try:
-            self._remove_hidden()
+            self._remove_temporary_files()
             published = sorted(path.name for path in self.partial.iterdir() if path.name not in (*STATES, _MOVES))
-            aside, removed = self._leaving()
-            previous = self._date_of(self.path / aside[0]) if aside else ""
-            moves = {"published": published, "previous": previous, "set_aside": aside, "removed": removed}
+            archived, removed = self._replaced_files()
+            previous = self._archive_name(self.path / archived[0]) if archived else ""
+            moves = {"published": published, "previous": previous, "set_aside": archived, "removed": removed}
             write_json(self.partial / _MOVES, moves)
             sync_directory(self.partial)
             os.rename(self.partial, self.path / NEW)
@@ -152,40 +152,40 @@ class RunDirectory:
             self._finish_moves()
         except OSError as error:
             raise OutputError(f"{self.path}: the result cannot be moved there: {error.strerror}") from None
-        if aside:
+        if archived:
             log.warning("%s held an earlier result: moved to %s", self.path, self.path / PREVIOUS / previous)
 
-    def _leaving(self) -> tuple[list[str], list[str]]:
-        """Names that go to `previous`, and names of states that this run has gone on with."""
-        there = [name for name in FILES if os.path.lexists(self.path / name)]
-        consumed = [name for name in there if name in STATES and self._resumed]
-        if any(name in (BEST, FINAL, *STATES) and name not in consumed for name in there):
-            return [name for name in there if name not in consumed], consumed
-        # Without a model, files are left-overs; but no file can replace a directory.
-        return [name for name in there if (self.path / name).is_dir()], consumed
+    def _replaced_files(self) -> tuple[list[str], list[str]]:
+        """Names of files to move to `previous`, and of states to remove because this run has resumed them."""
+        existing = [name for name in FILES if os.path.lexists(self.path / name)]
+        consumed = [name for name in existing if name in STATES and self._resumed]
+        if any(name in (BEST, FINAL, *STATES) and name not in consumed for name in existing):
+            return [name for name in existing if name not in consumed], consumed
+        # Without a model the files are overwritten; directories cannot be replaced by files.
+        return [name for name in existing if (self.path / name).is_dir()], consumed
 
     def _finish_moves(self) -> None:
-        """Completes a publication from whatever point it has reached."""
+        """Completes a publication from any point at which it was interrupted."""
         new = self.path / NEW
         if not new.is_dir():
             return
         try:
             moves = json.loads((new / _MOVES).read_bytes())
         except FileNotFoundError:
-            # Everything has moved: the list of moves goes last.
+            # All files were moved: the list of moves is deleted last.
             new.rmdir()
             return
         except ValueError:
             raise OutputError(f"{new / _MOVES}: is damaged; move the files of {new} to {self.path} by hand") from None
-        aside = self.path / PREVIOUS / moves["previous"]
+        archive = self.path / PREVIOUS / moves["previous"]
         if moves["set_aside"]:
-            aside.mkdir(parents=True, exist_ok=True)
+            archive.mkdir(parents=True, exist_ok=True)
         for name in moves["set_aside"]:
-            _keep(self.path / name, aside / name, stays=name in moves["published"])
+            _archive_file(self.path / name, archive / name, replaced=name in moves["published"])
         for name in moves["removed"]:
             (self.path / name).unlink(missing_ok=True)
         if moves["set_aside"]:
-            sync_directory(aside)
+            sync_directory(archive)
         for name in moves["published"]:
             if (new / name).exists():
                 os.replace(new / name, self.path / name)
@@ -196,24 +196,24 @@ class RunDirectory:
         new.rmdir()
         sync_directory(self.path)
 
-    def _remove_hidden(self) -> None:
-        """Removes what a writer that was killed has left unfinished."""
+    def _remove_temporary_files(self) -> None:
+        """Removes the temporary files of a killed writer."""
         for path in self.partial.glob(".*"):
             path.unlink()
 
-    def _set_unfinished_aside(self) -> None:
+    def _archive_unfinished(self) -> None:
         state = next((self.partial / name for name in (*STATES, FINAL) if (self.partial / name).exists()), None)
         if state is None:  # killed before its first state
             shutil.rmtree(self.partial)
             return
-        self._remove_hidden()
-        aside = self.path / PREVIOUS / self._date_of(state)
-        aside.parent.mkdir(exist_ok=True)
-        os.rename(self.partial, aside)
-        log.warning("%s held an unfinished run: moved to %s", self.path, aside)
+        self._remove_temporary_files()
+        archive = self.path / PREVIOUS / self._archive_name(state)
+        archive.parent.mkdir(exist_ok=True)
+        os.rename(self.partial, archive)
+        log.warning("%s held an unfinished run: moved to %s", self.path, archive)
 
-    def _date_of(self, path: Path) -> str:
-        """A name below `previous` that is free: when a file was written."""
+    def _archive_name(self, path: Path) -> str:
+        """An unused name in `previous`: the date at which a file was written."""
         date = time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(path.stat().st_mtime))
         name, count = date, 1
         while os.path.lexists(self.path / PREVIOUS / name):
@@ -222,41 +222,41 @@ class RunDirectory:
         return name
 
 
-def _keep(path: Path, aside: Path, stays: bool) -> None:
-    """Moves a file to the earlier ones. One whose name is used again is linked: its place is never empty."""
-    if os.path.lexists(aside) or not os.path.lexists(path):
+def _archive_file(path: Path, target: Path, replaced: bool) -> None:
+    """Moves a file to `target`, or links it there if a new file will replace it, so that `path` always exists."""
+    if os.path.lexists(target) or not os.path.lexists(path):
         return
-    if stays and path.is_file():
+    if replaced and path.is_file():
         try:
-            os.link(path, aside, follow_symlinks=False)
+            os.link(path, target, follow_symlinks=False)
         except OSError:  # a file system without links
             pass
         else:
             return
-    os.rename(path, aside)
+    os.rename(path, target)
 
 
-def _check_place(directory: Path, place: Path) -> None:
-    """Raises OutputError where something else than a directory of the same file system has the name."""
-    if not os.path.lexists(place):
+def _check_subdirectory(directory: Path, path: Path) -> None:
+    """Raises OutputError if `path` exists and is not a directory on the same file system."""
+    if not os.path.lexists(path):
         return
-    if place.is_symlink() or not place.is_dir():
-        raise OutputError(f"{place}: is not a directory of {directory}; move it away")
-    if os.stat(place).st_dev != os.stat(directory).st_dev:
-        raise OutputError(f"{place}: lies on another file system than {directory}; move it away")
+    if path.is_symlink() or not path.is_dir():
+        raise OutputError(f"{path}: is not a directory of {directory}; move it away")
+    if os.stat(path).st_dev != os.stat(directory).st_dev:
+        raise OutputError(f"{path}: is on another file system than {directory}; move it away")
 
 
 def unfinished(directory: Path) -> bool:
-    """Whether a directory holds a run that has begun and can be resumed; a final model is a state as well."""
+    """Whether a directory has an unfinished run that can be resumed, from a state or a final model."""
     return any((directory / PARTIAL / name).exists() for name in (*STATES, FINAL))
 
 
 def run_to_resume(directory: Path) -> Path:
-    """The output directory that a user means, who may name `.partial` within it."""
+    """The output directory, given itself or its `.partial`."""
     return directory.parent if directory.name == PARTIAL else directory
 
 
 def config_to_resume(directory: Path) -> Path:
-    """The settings of the run that --resume goes on with."""
+    """Path of the settings of the run that --resume continues."""
     path = directory / PARTIAL / CONFIG
     return path if unfinished(directory) and path.exists() else find(directory, CONFIG)

@@ -6,7 +6,7 @@ import argparse
 import re
 from typing import NoReturn
 
-from spinlock_fast.config.schema import parse_bytes
+from spinlock_fast.config.byte_sizes import parse_bytes
 from spinlock_fast.messages import one_line, shown
 
 

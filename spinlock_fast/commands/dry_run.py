@@ -15,7 +15,8 @@ from spinlock_fast.features.encode import block_rows, encode_seconds, make_encod
 from spinlock_fast.messages import format_bytes
 from spinlock_fast.models.losses import LossWeights, loss_terms
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
-from spinlock_fast.training.run import open_source, output_directory
+from spinlock_fast.training.preparation import open_source
+from spinlock_fast.training.run import output_directory
 
 _PROBE_STEPS = 4
 _PROBE_CATEGORY = 15  # features per category in the probe; the actual number comes from discovery

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from spinlock_fast.commands.standard_streams import ReaderGone, tolerant_streams
 from spinlock_fast.errors import ConfigError, Interrupted, SpinlockFastError, is_out_of_memory
-from spinlock_fast.interrupts import handling
+from spinlock_fast.interrupts import handle_signals
 from spinlock_fast.messages import one_line
 
 READER_GONE = 141  # standard output is a closed pipe, the status of SIGPIPE
@@ -26,7 +26,7 @@ def exit_with(command: Callable[[], None]) -> NoReturn:
 def _status_of(command: Callable[[], None]) -> int:
     try:
         # A signal raises, so that unfinished files are removed; `train` installs its own handler.
-        with handling(_interrupt):
+        with handle_signals(_interrupt):
             _refuse_several_processes()
             command()
             sys.stdout.flush()

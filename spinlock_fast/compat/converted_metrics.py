@@ -11,7 +11,7 @@ from spinlock_fast.config.schema import TrainingConfig
 from spinlock_fast.data.host_rows import place_rows
 from spinlock_fast.data.row_view import RowView
 from spinlock_fast.features.categories import category_correlation, max_off_diagonal
-from spinlock_fast.models.metrics import Metrics, complete, evaluate
+from spinlock_fast.models.metrics import Metrics, add_model_metrics, evaluate
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE
 
 
@@ -35,12 +35,12 @@ def converted_metrics(
     """
     if x is None:
         metrics: Metrics = {"total_codes": model.quantizer.layout.total_codes, "categories": _sizes(model)}
-        complete(metrics, model, feature_names, 0.0)
+        add_model_metrics(metrics, model, feature_names, 0.0)
         del metrics["category_correlation_max"]
     else:
         metrics = evaluate(model, place_rows(RowView(x), model.feature_order.device), training)
         correlation = max_off_diagonal(category_correlation(x, model.config.group_indices))
-        complete(metrics, model, feature_names, correlation)
+        add_model_metrics(metrics, model, feature_names, correlation)
         metrics |= {"samples": len(x), "rows": "all"}
     return metrics | {"converted_epoch": epoch}
 

@@ -14,8 +14,8 @@ from spinlock_fast.kernels.ema_update import ema_update
 from spinlock_fast.kernels.layout import CodebookLayout
 from spinlock_fast.kernels.snapshot import snapshot
 from spinlock_fast.kernels.vq_assign import Assignment, quantize, vq_assign
-from spinlock_fast.quantize.activation_checkpointing import kept, once
-from spinlock_fast.quantize.module_state import keep_wide
+from spinlock_fast.quantize.activation_checkpointing import first_run_values, once
+from spinlock_fast.quantize.module_state import keep_float32
 from spinlock_fast.quantize.process_group import Processes
 
 
@@ -70,7 +70,8 @@ class VectorQuantizer(nn.Module):
             self.register_buffer("ema_w", self.embedding.weight.detach().to(wide, copy=True))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VectorQuantizer:
-        return keep_wide(self, ("ema_cluster_size", "ema_w"), lambda: super(VectorQuantizer, self)._apply(fn, recurse))  # type: ignore[no-untyped-call]
+        averages = ("ema_cluster_size", "ema_w")
+        return keep_float32(self, averages, lambda: super(VectorQuantizer, self)._apply(fn, recurse))  # type: ignore[no-untyped-call]
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
@@ -86,7 +87,7 @@ class VectorQuantizer(nn.Module):
         if not inputs.ndim or inputs.shape[-1] != self.embedding_dim:
             raise ValueError(f"inputs must be [..., {self.embedding_dim}], got {list(inputs.shape)}")
         flat = inputs.reshape(-1, self.embedding_dim)
-        weight = kept(self, self.embedding.weight) if self.training else self.embedding.weight
+        weight = first_run_values(self, self.embedding.weight) if self.training else self.embedding.weight
         found = vq_assign(flat, weight.detach().flatten(), self._layout, centred=False)
         codes = found.codes[:, 0]
         # The losses see the codes that the inputs were assigned to: taken before they move.

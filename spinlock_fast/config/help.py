@@ -12,7 +12,8 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from spinlock_fast.config.schema import ENCODER_PARAMS, INT32_MAX, RunConfig, Section, parse_bytes
+from spinlock_fast.config.byte_sizes import parse_bytes
+from spinlock_fast.config.schema import ENCODER_PARAMS, INT32_MAX, RunConfig, Section
 from spinlock_fast.messages import format_bytes
 
 _SCALARS = {bool: "true or false", int: "integer", float: "number", str: "text", NoneType: "null"}

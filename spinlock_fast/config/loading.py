@@ -13,7 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from spinlock_fast.config.problems import describe_problems
-from spinlock_fast.config.schema import RunConfig, Section
+from spinlock_fast.config.schema import RunConfig, Section, with_current_names
 from spinlock_fast.errors import ConfigError
 from spinlock_fast.messages import one_line
 
@@ -200,7 +200,7 @@ def check_config(data: Mapping[str, Any], source: str = "configuration") -> RunC
 
 
 def resolve_aliases(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain settings with aliases replaced by the names of `RunConfig`.
+    """Plain settings with aliases and old names replaced by the names of `RunConfig`; see also `with_current_names`.
 
     training.checkpoint_dir stands for output_dir, training.category_mapping_file for training.category_assignment; null
     stands for a missing key.
@@ -211,7 +211,7 @@ def resolve_aliases(data: Mapping[str, Any]) -> dict[str, Any]:
     settings, training = dict(data), data.get("training")
     if not isinstance(training, Mapping):
         return settings
-    training = settings["training"] = dict(training)
+    training = settings["training"] = with_current_names(training)
     directory, mapping = (training.pop(alias, None) for alias in ("checkpoint_dir", "category_mapping_file"))
     if mapping is not None:
         training["category_assignment"] = mapping

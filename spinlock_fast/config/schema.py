@@ -3,31 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-_BYTE_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
-_BYTE_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
-
-
-def parse_bytes(value: object) -> int:
-    """Number of bytes of an integer or of a text such as "1.25GB" or "512 MiB"; raises ValueError."""
-    if isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1:
-        number, unit = float(value), ""
-    elif isinstance(value, str) and (
-        match := re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]?i?b?)\s*", value, re.IGNORECASE)
-    ):
-        number, unit = float(match[1]), match[2].lower()
-    else:
-        raise ValueError("expected a size such as 1.25GB, 512MiB or a number of bytes")
-    if unit not in _BYTE_UNITS:
-        raise ValueError("expected a size such as 1.25GB, 512MiB or a number of bytes")
-    size = number * _BYTE_UNITS[unit]
-    if not 1 <= size < 2**63:
-        raise ValueError("expected a size above zero and below 8 EiB")
-    return int(size)
-
+from spinlock_fast.config.byte_sizes import parse_bytes
 
 ByteSize = Annotated[int, BeforeValidator(parse_bytes)]
 INT32_MAX = 2**31 - 1
@@ -210,19 +191,29 @@ class ModelConfig(Section):
         return value
 
 
+# Keys of `training` that earlier versions wrote -> current keys.
+_RENAMED_TRAINING_KEYS = {"mixing": "mixup_scale", "mixing_decays": "mixup_decay"}
+
+
+def with_current_names(training: Mapping[str, Any]) -> dict[str, Any]:
+    """The section `training` with renamed keys under their current names; of two names for one key the later wins."""
+    return {_RENAMED_TRAINING_KEYS.get(key, key): value for key, value in training.items()}
+
+
 class TrainingConfig(Section):
     batch_size: PositiveInt = Field(default=512, description="rows per step, at most the number of training rows")
     learning_rate: PositiveFloat = Field(default=1e-3, description="learning rate of the optimizer")
     num_epochs: PositiveInt = Field(default=200, description="passes over the training rows")
-    mixing: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+    mixup_scale: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
         default=0.0,
-        description="training rows move towards or away from another row by up to this share of the way, targets too",
+        description="mixup with extrapolation of training rows, inputs and targets: x + u (x' - x) with u ~ U(-m, m), "
+        "where m is this scale; old name: mixing",
     )
     input_noise: NonNegativeFloat = Field(
         default=0.0, description="standard deviation of noise added to training inputs, not to targets"
     )
-    mixing_decays: bool = Field(
-        default=False, description="the share of mixing falls, and warms up, in proportion to the learning rate"
+    mixup_decay: bool = Field(
+        default=False, description="mixup_scale follows the learning rate of the schedule; old name: mixing_decays"
     )
     decoder_refit: NonNegativeFloat = Field(
         default=0.0,
@@ -306,7 +297,8 @@ class TrainingConfig(Section):
         default=True, description="capture training steps as CUDA graphs; no effect on other devices"
     )
     use_torch_compile: bool = Field(
-        default=False, description="compile the training step with torch.compile; no effect on other devices than CUDA"
+        default=False,
+        description="accepted, without effect: on CUDA devices steps are captured as CUDA graphs, see cuda_graphs",
     )
     normalization_method: Literal["standard", "mad"] = Field(
         default="standard", description="normalisation of features: mean and standard deviation, or median and MAD"
@@ -316,6 +308,11 @@ class TrainingConfig(Section):
     def mapping_file(self) -> str | None:
         """The JSON file of categories; None where they are discovered."""
         return None if self.category_assignment == "auto" else self.category_assignment
+
+    @model_validator(mode="before")
+    @classmethod
+    def _old_names(cls, data: Any) -> Any:
+        return with_current_names(data) if isinstance(data, Mapping) else data
 
     @model_validator(mode="after")
     def _fractions(self) -> TrainingConfig:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from spinlock_fast import _native
-from spinlock_fast.config.schema import parse_bytes
+from spinlock_fast.config.byte_sizes import parse_bytes
 from spinlock_fast.data.backing import descriptor_limit
 from spinlock_fast.data.cache import decoded_once
 from spinlock_fast.data.epochs import SharedPosition

@@ -13,9 +13,9 @@ from spinlock_fast.dropin.shapes import widened
 from spinlock_fast.dropin.start import laplace, start_codes
 from spinlock_fast.kernels.export import exporting
 from spinlock_fast.kernels.residual_vq.reference import tally, unit
-from spinlock_fast.quantize.activation_checkpointing import kept
+from spinlock_fast.quantize.activation_checkpointing import first_run_values
 from spinlock_fast.quantize.buffers import TransientBuffers
-from spinlock_fast.quantize.module_state import FirstBatch, keep_wide
+from spinlock_fast.quantize.module_state import FirstBatch, keep_float32
 from spinlock_fast.quantize.process_group import Processes
 
 # Buffers of `affine.Affine` that have no value before the first batch.
@@ -119,7 +119,7 @@ class Codebook(TransientBuffers):
         return self.use_ddp is not False and self.processes.size() > 1
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        return keep_wide(self, ("cluster_size", "embed_avg"), lambda: super(Codebook, self)._apply(fn, recurse))
+        return keep_float32(self, ("cluster_size", "embed_avg"), lambda: super(Codebook, self)._apply(fn, recurse))
 
     def codes(self, dtype: torch.dtype) -> Tensor:
         """[H, K, D], with their gradient where learnable."""
@@ -128,7 +128,7 @@ class Codebook(TransientBuffers):
     @property
     def used(self) -> Tensor:
         """The codes [H, K, D] that this pass compares with: a recomputation takes those of its first run."""
-        return kept(self, self.embed) if self.training else self.embed
+        return first_run_values(self, self.embed) if self.training else self.embed
 
     def start(self, rows: Tensor, mask: Tensor | None) -> None:
         """Fits the codes to rows [H, N, D] by k-means, once."""

@@ -1,4 +1,4 @@
-"""Least squares for the last layer of the decoder."""
+"""Ridge regression of the decoder's output layer."""
 
 from __future__ import annotations
 
@@ -9,66 +9,76 @@ from spinlock_fast.data.host_rows import Rows
 from spinlock_fast.kernels._common.single_thread import single_thread
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE
 
-_ROWS_AT_ONCE = 8192
+_ROWS_PER_BLOCK = 8192
 
 
 @torch.no_grad()
 def refit_decoder(model: CategoricalHierarchicalVQVAE, x: Rows, penalty: float) -> None:
-    """Fits the last layer of the shared decoder to rows x [N, F], in place; the tokens stay as they are.
+    """Refits the output layer of the shared decoder to rows x [N, F], in place; tokens do not change.
 
-    Mixed and noisy rows, and the last steps' own noise, leave the trained layer beside the least squares of the rows as
-    they are. Ridge regression towards the trained weights follows the rows where they tell much and stays elsewhere.
+    Augmentation and the noise of the last steps leave the trained layer away from the least-squares solution of the
+    rows themselves. This is ridge regression with the trained weights as the prior mean.
 
     Args:
-        model: trained; changed.
-        x: training rows, finite, for the model's device.
-        penalty: above 0, as a share of the inputs' mean variance.
+        model: a trained model, changed in place.
+        x: [N, F] training rows, finite, for the model's device.
+        penalty: above 0, relative to the mean variance of the layer's inputs.
     """
     was_training = model.training
     model.eval()
-    last = decoder_output(model)
+    output = decoder_output_layer(model)
     try:
-        # Sums over blocks of rows: all of them at once would take N times the width of every layer.
+        # Moments are summed over blocks of rows, to bound the memory of activations.
         count, total = 0, torch.zeros((), dtype=torch.float64, device=x.device)
-        for rows in x.split(_ROWS_AT_ONCE):
-            hidden = decoder_inputs(model, rows)
-            both = torch.cat([hidden, rows - last(hidden)], 1).double()
-            both = torch.cat([both, both.new_ones(len(both), 1)], 1)
+        for rows in x.split(_ROWS_PER_BLOCK):
+            hidden = decoder_hidden(model, rows)
+            columns = torch.cat([hidden, rows - output(hidden)], 1).double()
+            columns = torch.cat([columns, columns.new_ones(len(columns), 1)], 1)
             with single_thread(x.device):
-                total = total + both.T @ both
+                total = total + columns.T @ columns
             count += len(rows)
     finally:
         model.train(was_training)
-    H, means = last.in_features, total[-1, :-1] / count
+    H, means = output.in_features, total[-1, :-1] / count
     moments = total[:-1, :-1] - count * torch.outer(means, means)
     with single_thread(x.device):
-        weights, constant = _solve(moments[:H, :H], moments[:H, H:], means[:H], means[H:], penalty)
-    last.weight.add_(weights.T)
-    last.bias.add_(constant)
+        weights, intercept = _solve_ridge(moments[:H, :H], moments[:H, H:], means[:H], means[H:], penalty)
+    output.weight.add_(weights.T)
+    output.bias.add_(intercept)
 
 
-def decoder_output(model: CategoricalHierarchicalVQVAE) -> nn.Linear:
-    """The last layer of the shared decoder."""
-    last = model.shared_decoder[-1]
-    assert isinstance(last, nn.Linear)
-    return last
+def decoder_output_layer(model: CategoricalHierarchicalVQVAE) -> nn.Linear:
+    """The output layer of the shared decoder."""
+    output = model.shared_decoder[-1]
+    assert isinstance(output, nn.Linear)
+    return output
 
 
-def decoder_inputs(model: CategoricalHierarchicalVQVAE, x: Tensor) -> Tensor:
-    """What the last layer of the shared decoder reads of rows x [N, F], without dropout: [N, hidden]."""
-    first, activation, *_ = model.shared_decoder
-    hidden: Tensor = activation(first(model.quantize(model.encode(x))[0]))
+def decoder_hidden(model: CategoricalHierarchicalVQVAE, x: Tensor) -> Tensor:
+    """Hidden activations of the shared decoder for rows x [N, F], without dropout: [N, hidden]."""
+    layer, activation, *_ = model.shared_decoder
+    hidden: Tensor = activation(layer(model.quantize(model.encode(x))[0]))
     return hidden
 
 
 def least_squares(inputs: Tensor, targets: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
-    """Ridge regression: weights [in, out] and constant [out]; the penalty is a share of the inputs' mean variance."""
-    centre, goal = inputs.mean(0), targets.mean(0)
-    a = inputs - centre
-    return _solve(a.T @ a, a.T @ (targets - goal), centre, goal, penalty)
+    """Ridge regression of targets [N, out] on inputs [N, in].
+
+    Args:
+        penalty: relative to the mean variance of the inputs.
+
+    Returns:
+        weights [in, out] and intercept [out].
+    """
+    input_mean, target_mean = inputs.mean(0), targets.mean(0)
+    centred = inputs - input_mean
+    return _solve_ridge(centred.T @ centred, centred.T @ (targets - target_mean), input_mean, target_mean, penalty)
 
 
-def _solve(gram: Tensor, cross: Tensor, centre: Tensor, goal: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
+def _solve_ridge(
+    gram: Tensor, cross: Tensor, input_mean: Tensor, target_mean: Tensor, penalty: float
+) -> tuple[Tensor, Tensor]:
+    """Weights and intercept from centred second moments."""
     ridge = penalty * gram.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny)
     weights = torch.linalg.solve(gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), cross)
-    return weights, goal - centre @ weights
+    return weights, target_mean - input_mean @ weights

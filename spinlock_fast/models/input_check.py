@@ -1,4 +1,4 @@
-"""Whether rows are those that a tokenizer was trained on, like them, or far outside of them."""
+"""Compares rows with the training rows of a tokenizer: the same, similar, or out of distribution."""
 
 from __future__ import annotations
 
@@ -18,98 +18,98 @@ Floats = NDArray[np.floating]
 
 TRAIN, VALIDATION, TEST, UNKNOWN = range(4)
 
-# A mean is far off where it exceeds that of the run by this factor, and by as many of its standard errors: rows are
-# heavy-tailed, so that the mean of a few is often several standard errors away.
-_FACTOR = 2.0
-_ERRORS = 8.0
-_SAMPLED_ROWS = 2048  # whose reconstruction error is measured
+# A mean is out of distribution if it exceeds that of the run by this factor and by this many standard errors. Rows are
+# heavy-tailed: the mean of few rows is often several standard errors away.
+_MEAN_FACTOR = 2.0
+_STANDARD_ERRORS = 8.0
+_SAMPLED_ROWS = 2048  # rows whose reconstruction error is measured
 
 
 @dataclass(frozen=True)
 class KnownRows:
-    """The rows of a run: which were trained on, and which held out.
+    """The rows of a run's data set and the split of each.
 
     Args:
-        keys: [N] of its data set, in order; see `row_keys`.
-        parts: [N] TRAIN, VALIDATION or TEST.
+        keys: [N] keys of the rows, in order; see `row_keys`.
+        splits: [N] TRAIN, VALIDATION or TEST.
     """
 
     keys: NDArray[np.int64]
-    parts: NDArray[np.uint8]
+    splits: NDArray[np.uint8]
 
     @classmethod
     def of(cls, keys: NDArray[np.int64], validation: NDArray[np.int64], test: NDArray[np.int64]) -> KnownRows:
-        """All rows but those of validation and test, by number, are training rows."""
-        parts = np.full(len(keys), TRAIN, np.uint8)
-        parts[validation], parts[test] = VALIDATION, TEST
-        return cls(keys, parts)
+        """From the row numbers of validation and test; all other rows are training rows."""
+        splits = np.full(len(keys), TRAIN, np.uint8)
+        splits[validation], splits[test] = VALIDATION, TEST
+        return cls(keys, splits)
 
-    def parts_of(self, keys: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """[n] the part that each row was in, or UNKNOWN; a row that equals a training row was trained on.
+    def splits_of(self, keys: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """[n] the split of each row, or UNKNOWN; a row equal to a training row counts as TRAIN.
 
-        The data set as it was gives its split as it was, even where rows are equal.
+        The unchanged data set gets its own splits, also for equal rows.
         """
         if np.array_equal(keys, self.keys):
-            return self.parts
-        order = np.lexsort((self.parts, self.keys))  # of equal keys the training row first
-        place = np.searchsorted(self.keys[order], keys)
-        found = order[np.minimum(place, len(order) - 1)]
-        parts: NDArray[np.uint8] = np.where(self.keys[found] == keys, self.parts[found], UNKNOWN).astype(np.uint8)
-        return parts
+            return self.splits
+        order = np.lexsort((self.splits, self.keys))  # training rows first among equal keys
+        position = np.searchsorted(self.keys[order], keys)
+        nearest = order[np.minimum(position, len(order) - 1)]
+        splits: NDArray[np.uint8] = np.where(self.keys[nearest] == keys, self.splits[nearest], UNKNOWN).astype(np.uint8)
+        return splits
 
     def state(self) -> dict[str, Any]:
-        """Tensors that `from_state` takes."""
-        return {"keys": torch.from_numpy(self.keys), "parts": torch.from_numpy(self.parts)}
+        """Tensors for `from_state`."""
+        return {"keys": torch.from_numpy(self.keys), "parts": torch.from_numpy(self.splits)}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> KnownRows:
-        """What `state` gave; raises DataError."""
+        """The inverse of `state`; raises DataError."""
         keys = array(state["keys"], "keys", "i", [None])
         return cls(keys, array(state["parts"], "parts", "u", keys.shape))
 
 
-class Spread(NamedTuple):
-    """Of a figure of each of `rows` rows."""
+class RowStatistic(NamedTuple):
+    """Mean and standard deviation of a value per row."""
 
     rows: int
     mean: float
     std: float
 
     @classmethod
-    def from_state(cls, state: Any) -> Spread:
-        """Of a list of its three figures."""
+    def from_state(cls, state: Any) -> RowStatistic:
+        """From a list of the three fields."""
         rows, mean, std = state
         return cls(int(rows), float(mean), float(std))
 
     @classmethod
-    def of(cls, values: Floats) -> Spread:
+    def of(cls, values: Floats) -> RowStatistic:
         return cls(len(values), float(values.mean()), float(values.std()))
 
-    def far_below(self, values: Floats) -> bool:
-        """Whether the mean of values [n] is far above this one, beyond what heavy-tailed rows explain."""
-        found = float(values.mean())
-        deviation = max(self.std, self.mean)  # of a few rows it may be found too small
-        reach = _ERRORS * deviation * math.sqrt(1.0 / len(values) + 1.0 / max(self.rows, 1))
-        return not math.isfinite(found) or found > max(_FACTOR * self.mean, self.mean + reach)
+    def is_exceeded_by(self, values: Floats) -> bool:
+        """Whether the mean of values [n] is far above this mean, beyond what heavy-tailed rows explain."""
+        mean = float(values.mean())
+        deviation = max(self.std, self.mean)  # a few rows may underestimate it
+        reach = _STANDARD_ERRORS * deviation * math.sqrt(1.0 / len(values) + 1.0 / max(self.rows, 1))
+        return not math.isfinite(mean) or mean > max(_MEAN_FACTOR * self.mean, self.mean + reach)
 
 
 @dataclass(frozen=True)
 class TrainingRange:
-    """What the rows of a run looked like.
+    """Value ranges and errors of the rows of a run.
 
     Args:
-        low, high: [F] clip bounds, or the least and largest training value of a feature that is not clipped.
-        outside: share of a row's features outside of these, before clipping.
-        error: mean squared error of the reconstruction of a held-out row, normalised.
+        low, high: [F] clip bounds; for a feature that is not clipped, its least and largest training value.
+        outside: share of a row's features outside these bounds, before clipping.
+        error: mean squared reconstruction error of a held-out row, in normalised units.
     """
 
     low: NDArray[np.float64]
     high: NDArray[np.float64]
-    outside: Spread
-    error: Spread
+    outside: RowStatistic
+    error: RowStatistic
 
     def state(self) -> dict[str, Any]:
-        """Tensors and plain values that `from_state` takes."""
+        """Tensors and plain values for `from_state`."""
         return {
             "low": torch.from_numpy(self.low),
             "high": torch.from_numpy(self.high),
@@ -119,10 +119,10 @@ class TrainingRange:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], features: int | None = None) -> TrainingRange:
-        """What `state` gave, of so many features (None: any number); raises DataError."""
-        spreads = [Spread.from_state(state[name]) for name in ("outside", "error")]
+        """The inverse of `state`; raises DataError, also if there are not `features` features (None: any number)."""
+        outside, error = (RowStatistic.from_state(state[name]) for name in ("outside", "error"))
         low, high = (array(state[name], name, "f", [features]) for name in ("low", "high"))
-        return cls(low, high, *spreads)
+        return cls(low, high, outside, error)
 
 
 def outside_share(features: Floats, low: Floats, high: Floats) -> NDArray[np.float64]:
@@ -134,65 +134,65 @@ def outside_share(features: Floats, low: Floats, high: Floats) -> NDArray[np.flo
 
 @torch.no_grad()
 def row_errors(model: CategoricalHierarchicalVQVAE, x: NDArray[np.float32], rows: NDArray[np.int64]) -> Floats:
-    """Mean squared error of the reconstruction of rows of normalised features x [N, F], of 2,048 at most."""
-    some = torch.from_numpy(x[rows[:: max(1, len(rows) // _SAMPLED_ROWS)]]).to(model.feature_order.device)
-    errors: NDArray[np.float32] = (model(some)["reconstruction"] - some).square().mean(1).cpu().numpy()
+    """[n] mean squared reconstruction errors of at most 2,048 of the given rows of normalised features x [N, F]."""
+    sample = torch.from_numpy(x[rows[:: max(1, len(rows) // _SAMPLED_ROWS)]]).to(model.feature_order.device)
+    errors: NDArray[np.float32] = (model(sample)["reconstruction"] - sample).square().mean(1).cpu().numpy()
     return errors
 
 
 class InputCheck:
-    """Gathers what passes through a tokenizer, and compares it with the rows of the run that made it.
+    """Compares the rows that pass through a tokenizer with those of its training run.
 
     Args:
-        known: None where the checkpoint does not say (it was made by an earlier version, or converted).
-        rows: expected in all; of more than 2,048 the error is measured on rows spread evenly.
+        reference: None if the checkpoint has none (it was converted, or made by an earlier version).
+        rows: expected number of rows; errors of more than 2,048 are measured on evenly spaced rows.
     """
 
-    def __init__(self, known: TrainingRange | None, rows: int) -> None:
-        self.known = known
+    def __init__(self, reference: TrainingRange | None, rows: int) -> None:
+        self.reference = reference
         self.stride = max(1, rows // _SAMPLED_ROWS)
         self._outside: list[NDArray[np.float64]] = []
         self._errors: list[Floats] = []
 
     def add_features(self, features: NDArray[np.float32]) -> None:
-        """Kept features [n, F] before clipping."""
-        if self.known is not None:
-            self._outside.append(outside_share(features, self.known.low, self.known.high))
+        """Adds cleaned features [n, F] before clipping."""
+        if self.reference is not None:
+            self._outside.append(outside_share(features, self.reference.low, self.reference.high))
 
     def add_errors(self, errors: Floats) -> None:
-        """Mean squared reconstruction error of rows [n]."""
+        """Adds mean squared reconstruction errors [n] of rows."""
         self._errors.append(errors)
 
-    def only(self, rows: NDArray[np.int64]) -> None:
-        """Leaves out the features of all rows but some, by number; before errors are added."""
+    def restrict_to(self, rows: NDArray[np.int64]) -> None:
+        """Keeps only the features of the given row numbers; call before `add_errors`."""
         if self._outside:
             self._outside = [np.concatenate(self._outside)[rows]]
 
     def summary(self) -> dict[str, Any] | None:
-        """Means of these rows and of those of the run, and whether these are far outside; None: not known."""
-        if self.known is None or not sum(map(len, self._outside)):
+        """Means of these rows and of the run's, and whether these are out of distribution; None without a reference."""
+        if self.reference is None or not sum(map(len, self._outside)):
             return None
         outside = np.concatenate(self._outside)
-        found: dict[str, Any] = {
+        summary: dict[str, Any] = {
             "outside_range": float(outside.mean()),
-            "outside_range_in_training": self.known.outside.mean,
-            "far_outside": self.known.outside.far_below(outside),
+            "outside_range_in_training": self.reference.outside.mean,
+            "far_outside": self.reference.outside.is_exceeded_by(outside),
         }
         if self._errors:
             errors = np.concatenate(self._errors)
-            found |= {"error": float(errors.mean()), "error_in_training": self.known.error.mean}
-            found["far_outside"] |= self.known.error.far_below(errors)
-        return found
+            summary |= {"error": float(errors.mean()), "error_in_training": self.reference.error.mean}
+            summary["far_outside"] |= self.reference.error.is_exceeded_by(errors)
+        return summary
 
     def warning(self) -> str | None:
-        """One line where the rows lie far outside of what the tokenizer was trained on, else None."""
-        found = self.summary()
-        if found is None or not found["far_outside"]:
+        """A one-line warning if the rows are out of distribution, else None."""
+        summary = self.summary()
+        if summary is None or not summary["far_outside"]:
             return None
         text = "these rows lie far outside of what the tokenizer was trained on: "
-        if "error" in found:
-            text += f"reconstruction error {found['error']:.3g} ({found['error_in_training']:.3g} in validation), "
+        if "error" in summary:
+            text += f"reconstruction error {summary['error']:.3g} ({summary['error_in_training']:.3g} in validation), "
         return (
-            f"{text}{found['outside_range']:.1%} of features outside the range of training "
-            f"({found['outside_range_in_training']:.1%} in training); their tokens tell little"
+            f"{text}{summary['outside_range']:.1%} of features outside the range of training "
+            f"({summary['outside_range_in_training']:.1%} in training); their tokens carry little information"
         )

@@ -1,7 +1,7 @@
-"""Layers that act on every category, or every codebook, at once.
+"""Layers that apply to all categories, or all codebooks, in batched operations.
 
 Parameters are packed without padding: a category or codebook of n features owns n rows. The modules hold the parameters
-and define each layer; `spinlock_fast.models.vqvae` runs them through `kernels/grouped_mlp`, which fuses several layers.
+and define each layer; `spinlock_fast.models.vqvae` evaluates several layers in one fused kernel.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from spinlock_fast.kernels.grouped_mlp import Ragged, ragged_layer_norm, scaled_
 
 
 def _uniform(shape: Sequence[int], bound: Tensor) -> nn.Parameter:
-    # The initialisation of torch.nn.Linear: U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
-    start = 2.0 * torch.rand(*shape) - 1.0
-    return nn.Parameter(start * bound.to(start))
+    # As torch.nn.Linear: U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
+    values = 2.0 * torch.rand(*shape) - 1.0
+    return nn.Parameter(values * bound.to(values))
 
 
 class RaggedInputLinear(nn.Module):
@@ -27,8 +27,8 @@ class RaggedInputLinear(nn.Module):
         super().__init__()
         self.inputs = Ragged.of(sizes)
         fan_in = torch.tensor([float(n) for n in sizes], device="cpu")
-        book = torch.tensor([g for g, n in enumerate(sizes) for _ in range(n)], device="cpu")
-        self.weight = _uniform((sum(sizes), out_features), fan_in.rsqrt()[book][:, None])  # a row per input
+        group_of_row = torch.tensor([g for g, n in enumerate(sizes) for _ in range(n)], device="cpu")
+        self.weight = _uniform((sum(sizes), out_features), fan_in.rsqrt()[group_of_row][:, None])  # a row per input
         self.bias = _uniform((len(sizes), out_features), fan_in.rsqrt()[:, None])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ class RaggedOutputLinear(nn.Module):
 
 
 class GroupedLinear(nn.Module):
-    """G linear layers of one shape: [G, B, in] -> [G, B, out]."""
+    """G linear layers of the same shape: [G, B, in] -> [G, B, out]."""
 
     def __init__(self, groups: int, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class GroupedLinear(nn.Module):
 
 
 class GroupedLayerNorm(nn.Module):
-    """Layer normalisation with parameters of its own per group: [G, B, D] -> [G, B, D]."""
+    """Layer normalisation with separate parameters per group: [G, B, D] -> [G, B, D]."""
 
     def __init__(self, groups: int, dim: int, eps: float = 1e-5) -> None:
         super().__init__()

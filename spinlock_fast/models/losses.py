@@ -1,4 +1,4 @@
-"""The training objective: five terms and their weights."""
+"""The training loss: five terms and their weights."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from spinlock_fast.kernels.topo_loss import topographic_loss
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE
 from spinlock_fast.quantize import GroupedVectorQuantizer
 
-TOPO_PRE_SHARE = 0.3  # the rest is that of the second correlation
+# Weight of the correlation of distances between features and latents; the rest is that of latents and codes.
+TOPO_PRE_WEIGHT = 0.3
+
+_weight_tensors: TableCache[Tensor] = TableCache(64)
 
 
-_weights: TableCache[Tensor] = TableCache(64)
-
-
-def _factors(weights: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _weight_tensor(weights: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     key = (weights, dtype, device)
-    return _weights.get(key, device, lambda: torch.tensor(weights, dtype=dtype, device=device))
+    return _weight_tensors.get(key, device, lambda: torch.tensor(weights, dtype=dtype, device=device))
 
 
 class LossTerms(NamedTuple):
-    """Unweighted terms, each a scalar."""
+    """Unweighted loss terms, each a scalar."""
 
     reconstruction: Tensor
     vq: Tensor
@@ -37,24 +37,25 @@ class LossTerms(NamedTuple):
     topographic: Tensor
 
     def total(self, weights: LossWeights) -> Tensor:
-        """The weighted sum; a term of weight 0 has no part in it, finite or not."""
-        used, factors = self._weighted(weights)
-        return torch.stack(used) @ factors if used else torch.zeros_like(self.reconstruction)
+        """The weighted sum. Terms of weight 0 are left out, so they need not be finite."""
+        terms, factors = self._weighted(weights)
+        return torch.stack(terms) @ factors if terms else torch.zeros_like(self.reconstruction)
 
     def backward(self, weights: LossWeights) -> None:
-        """The gradients of `total`, without waiting for it."""
-        used, factors = self._weighted(weights)
-        roots = [(term, factor) for term, factor in zip(used, factors, strict=True) if term.requires_grad]
+        """Backpropagates `total` from each term, without computing the sum."""
+        terms, factors = self._weighted(weights)
+        roots = [(term, factor) for term, factor in zip(terms, factors, strict=True) if term.requires_grad]
         torch.autograd.backward([term for term, _ in roots], [factor for _, factor in roots])
 
     def _weighted(self, weights: LossWeights) -> tuple[list[Tensor], Tensor]:
-        used = [(weight, term) for weight, term in zip(weights, self, strict=True) if weight != 0.0]
-        factors = _factors(tuple(weight for weight, _ in used), self.reconstruction.dtype, self.reconstruction.device)
-        return [term for _, term in used], factors
+        """Terms with a weight, and their weights [terms]."""
+        pairs = [(weight, term) for weight, term in zip(weights, self, strict=True) if weight != 0.0]
+        weight_values, like = tuple(weight for weight, _ in pairs), self.reconstruction
+        return [term for _, term in pairs], _weight_tensor(weight_values, like.dtype, like.device)
 
 
 class LossWeights(NamedTuple):
-    """Factors of `LossTerms`."""
+    """Weights of `LossTerms`."""
 
     reconstruction: float
     vq: float
@@ -78,57 +79,58 @@ def loss_terms(
     x: Tensor,
     out: dict[str, Tensor],
     topo_samples: int,
-    move_codes: Callable[[], None] | None = None,
+    apply_ema: Callable[[], None] | None = None,
 ) -> LossTerms:
-    """All terms of a batch.
+    """The loss terms of a batch.
+
+    Independent terms run on side streams of a CUDA device. The code update and the orthogonality of codes without a
+    gradient are deferred: only the optimizer waits for them, see `streams.later`.
 
     Args:
-        x: [B, F] the features.
-        out: what `model(x)` returned, or `model.to_codes(x)`: then decoding is done beside the other terms.
-        topo_samples: the topographic term takes the first so many rows.
-        move_codes: what `model.to_codes(x)` has left to do. Nothing waits for it before the optimizer, nor for the
-            orthogonality of codes without a gradient, see `streams.later`.
+        x: [B, F] reconstruction targets.
+        out: the outputs of `model(x)`, or of `model.encode_and_quantize(x)`, in which case the decoder runs here.
+        topo_samples: number of leading rows that enter the topographic term.
+        apply_ema: the code update returned by `model.encode_and_quantize(x)`.
     """
     layout, codes, codebook = model.quantizer.layout, out["tokens"], out["codebook"]
     quantized = out["quantized"]
     rows = x, out["latents"], codes
 
     def topographic() -> Tensor:
-        # A slice of all rows would be copied by its gradient.
+        # Slicing all rows would add a copy to the backward pass.
         first_x, first_latents, first_codes = (t[:topo_samples] if topo_samples < len(t) else t for t in rows)
-        return topographic_loss(first_x, first_latents, first_codes, codebook, layout, TOPO_PRE_SHARE)
+        return topographic_loss(first_x, first_latents, first_codes, codebook, layout, TOPO_PRE_WEIGHT)
 
-    def error() -> Tensor:
+    def reconstruction_error() -> Tensor:
         reconstruction = out["reconstruction"] if "reconstruction" in out else model.decode(quantized)
         squared = torch.nn.functional.mse_loss(reconstruction, x, reduction="none")
         if model.config.extra_inputs:
             squared = squared * model.error_weight
-        # Row by row: the mean of all at once needs memory set to zero, after which a CUDA graph idles for 12 us.
+        # Mean by rows first: a full reduction zeroes a buffer, after which a CUDA graph idles for 12 us.
         return squared.mean(1).mean()
 
     def informativeness() -> Tensor:
         return partial_loss(x, quantized, codes, codebook, model.code_decoders, layout)
 
-    def orthogonality_of_moved() -> Tensor:
-        if move_codes is not None:
-            move_codes()
+    def orthogonality_after_update() -> Tensor:
+        if apply_ema is not None:
+            apply_ema()
         return code_orthogonality(model.quantizer)
 
     inputs = [x, *out.values(), model.quantizer.embedding]
-    works = [topographic, error, informativeness]
+    works = [topographic, reconstruction_error, informativeness]
     if model.quantizer.use_ema:
-        orthogonality = later(orthogonality_of_moved, inputs)
+        orthogonality = later(orthogonality_after_update, inputs)
         topo, reconstruction, partial = side_by_side(works, inputs)
     else:
-        topo, reconstruction, partial, orthogonality = side_by_side([*works, orthogonality_of_moved], inputs)
+        topo, reconstruction, partial, orthogonality = side_by_side([*works, orthogonality_after_update], inputs)
     return LossTerms(reconstruction, out["vq_loss"], orthogonality, partial, topo)
 
 
 def code_orthogonality(quantizer: GroupedVectorQuantizer) -> Tensor:
-    """Mean over codebooks of the mean squared cosine between two of its codes.
+    """Mean over codebooks of the mean squared cosine similarity between distinct codes; a scalar.
 
-    Codes that follow a moving average are buffers, so this is then a constant without gradient; a
-    codebook of one code counts as 0.
+    Codes updated by moving average are buffers, so the term has no gradient then. A codebook of one code counts as 0.
     """
     layout = quantizer.layout
     codes = layout.pad_codebook(quantizer.embedding)  # [G, K_max, D_max]

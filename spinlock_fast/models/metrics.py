@@ -1,4 +1,4 @@
-"""What a trained model is worth, measured on held-out rows."""
+"""Metrics of a trained model on held-out rows."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from spinlock_fast.data.host_rows import Rows, blocks_of
 from spinlock_fast.features.names import count_families
 from spinlock_fast.kernels._common.guard import device_guard
 from spinlock_fast.kernels.code_decoders import code_statistics, decode_codes
-from spinlock_fast.kernels.ema_update import perplexity, utilization
+from spinlock_fast.kernels.ema_update import code_usage
 from spinlock_fast.kernels.topo_loss import topographic_correlations
-from spinlock_fast.models.losses import TOPO_PRE_SHARE, LossTerms, LossWeights, code_orthogonality
-from spinlock_fast.models.outliers import spoiled, without_outliers
+from spinlock_fast.models.losses import TOPO_PRE_WEIGHT, LossTerms, LossWeights, code_orthogonality
+from spinlock_fast.models.outliers import has_unusable_values, without_outliers
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE
 
 Metrics = dict[str, Any]
 
 TOPO_ROWS = 1024
-# What `_Measured.scalars` holds, in this order.
+# Entries of `_DeviceMetrics.scalars`, in this order.
 _SCALARS = (
     "reconstruction_error",
     "utilization",
@@ -36,16 +36,16 @@ _SCALARS = (
 )
 
 
-class _Measured(NamedTuple):
-    """Everything that metrics are made of, on the device."""
+class _DeviceMetrics(NamedTuple):
+    """All measurements, on the device."""
 
     scalars: Tensor  # [7] float64
     feature_errors: Tensor  # [F] float64, mean squared error of the reconstruction from all codes
     partial: Tensor  # [G, F] float64, mean squared error of each partial decoder and feature
     utilization: Tensor  # [G]
     perplexity: Tensor  # [G]
-    active: Tensor  # codes in use
-    used: Tensor  # [codes] rows of each code
+    active: Tensor  # number of codes with at least one row
+    used: Tensor  # [sum K] rows of each code
 
 
 def evaluate(
@@ -55,11 +55,11 @@ def evaluate(
     numbers: NDArray[np.int64] | None = None,
     what: str = "",
 ) -> Metrics:
-    """Metrics of a model on rows x [N, F]; see `evaluate_with_use`."""
-    return evaluate_with_use(model, x, training, numbers, what)[0]
+    """Metrics of a model on rows x [N, F]; see `evaluate_with_counts`."""
+    return evaluate_with_counts(model, x, training, numbers, what)[0]
 
 
-def evaluate_with_use(
+def evaluate_with_counts(
     model: CategoricalHierarchicalVQVAE,
     x: Rows,
     training: TrainingConfig,
@@ -68,14 +68,14 @@ def evaluate_with_use(
 ) -> tuple[Metrics, Tensor]:
     """Metrics of a model on rows x [N, F], in eval mode.
 
-    Rows of which no finite error or code exists would leave NaN of every mean: they are left out, counted in
-    `rows_left_out`, and a warning names them.
+    Rows without a finite error or code would make every mean NaN: they are left out and listed in `rows_left_out`
+    and in a warning.
 
     Args:
-        model: to be measured.
-        x: [N, F] rows.
-        training: weights of the loss.
-        numbers: [N] of the rows in the data, for the warning; 0 .. N - 1 when not given.
+        model: the model.
+        x: [N, F] normalised rows.
+        training: weights of the loss terms.
+        numbers: [N] numbers of the rows in the data, for the warning; 0 .. N - 1 if not given.
         what: kind of the rows, for the warning.
 
     Returns:
@@ -83,18 +83,18 @@ def evaluate_with_use(
         codebooks), val_rows, val_loss, topo_pre, topo_post (on the first min(1024, N) rows),
         active_codes, total_codes, and categories: name, features, mse (of the category's features, decoded from all
         codes), partial_mse (the same from one codebook alone, mean over its codebooks), utilization,
-        perplexity, codes and dims per level. And the rows of each code [codes], of all codebooks in order.
+        perplexity, codes and dims per level. And the number of rows of each code [sum K].
     """
     layout = model.quantizer.layout
     left_out: list[int] = []
     with device_guard(x.device):
-        packed, found = _measured(model, x, training)
-        if spoiled(float(packed[0]), packed.tolist(), x.shape):
+        packed, measured = _measure_to_host(model, x, training)
+        if has_unusable_values(float(packed[0]), packed.tolist(), x.shape):
             x, _, left_out = without_outliers(model, x, numbers, what)
-            packed, found = _measured(model, x, training)
-    scalars, errors, partial, used, entropy, active, rows_of_codes = packed.split([part.numel() for part in found])
+            packed, measured = _measure_to_host(model, x, training)
+    scalars, errors, partial, used, entropy, active, rows_of_codes = packed.split([part.numel() for part in measured])
     metrics = {
-        **_named(scalars.tolist()),
+        **_named_scalars(scalars.tolist()),
         "val_rows": x.shape[0],
         "total_codes": layout.total_codes,
         "active_codes": int(active),
@@ -104,21 +104,23 @@ def evaluate_with_use(
     return metrics, rows_of_codes
 
 
-def _measured(model: CategoricalHierarchicalVQVAE, x: Rows, training: TrainingConfig) -> tuple[Tensor, _Measured]:
-    """What `measure` gives, in one tensor of the host (one transfer, and one wait) and on the device."""
-    found = measure(model, x, training)
-    return torch.cat([part.flatten().to(torch.float64) for part in found]).cpu(), found
+def _measure_to_host(
+    model: CategoricalHierarchicalVQVAE, x: Rows, training: TrainingConfig
+) -> tuple[Tensor, _DeviceMetrics]:
+    """The result of `measure`, packed into one host tensor (one transfer and synchronisation), and on the device."""
+    measured = measure(model, x, training)
+    return torch.cat([part.flatten().to(torch.float64) for part in measured]).cpu(), measured
 
 
 class Validation:
-    """What `evaluate` gives as numbers with a fraction: what a training run records and selects by.
+    """The scalar metrics of `evaluate`, measured repeatedly during training.
 
-    The device works in `run`, whose result keeps its place: a CUDA graph can hold it where the rows are on the device.
+    `run` writes to a tensor with a fixed address, so it can be captured in a CUDA graph if the rows are on the device.
 
     Args:
-        model: measured as it is at each call.
-        x: [N, F] rows, which stay.
-        training: weights of the loss.
+        model: the model, with its current weights at each call.
+        x: [N, F] normalised rows, at a fixed address.
+        training: weights of the loss terms.
     """
 
     def __init__(self, model: CategoricalHierarchicalVQVAE, x: Rows, training: TrainingConfig) -> None:
@@ -128,22 +130,22 @@ class Validation:
         self._scalars = torch.zeros(len(_SCALARS), dtype=torch.float64, device=x.device)
 
     def run(self) -> None:
-        """Measures, and waits for nothing."""
+        """Measures, without host synchronisation."""
         self._scalars.copy_(measure(self.model, self.x, self.training).scalars)
 
     def result(self) -> dict[str, float]:
-        """What `run` found; waits for it."""
-        return _named(self._scalars.tolist())
+        """The metrics of the last `run`; synchronises with the device."""
+        return _named_scalars(self._scalars.tolist())
 
 
-def _named(scalars: Sequence[float]) -> dict[str, float]:
+def _named_scalars(scalars: Sequence[float]) -> dict[str, float]:
     error = scalars[0]
     return {"quality": min(max(1.0 - error, 0.0), 1.0), **dict(zip(_SCALARS, scalars, strict=True))}
 
 
 @torch.no_grad()
-def measure(model: CategoricalHierarchicalVQVAE, x: Rows, training: TrainingConfig) -> _Measured:
-    """The part of `evaluate` that the device does; no shape depends on values, and nothing waits but for rows."""
+def measure(model: CategoricalHierarchicalVQVAE, x: Rows, training: TrainingConfig) -> _DeviceMetrics:
+    """The measurements of `evaluate`. No shape depends on values; only rows in host memory are waited for."""
     was_training = model.training
     model.eval()
     try:
@@ -152,11 +154,11 @@ def measure(model: CategoricalHierarchicalVQVAE, x: Rows, training: TrainingConf
         model.train(was_training)
 
 
-def _measure(model: CategoricalHierarchicalVQVAE, x: Rows, weights: LossWeights) -> _Measured:
+def _measure(model: CategoricalHierarchicalVQVAE, x: Rows, weights: LossWeights) -> _DeviceMetrics:
     layout = model.quantizer.layout
     N, F = x.shape
     index = layout.indices(x.device)
-    first = min(TOPO_ROWS, N)
+    topo_count = min(TOPO_ROWS, N)
     error = torch.zeros((), dtype=torch.float64, device=x.device)
     vq = torch.zeros_like(error)
     feature_errors = torch.zeros(F, dtype=torch.float64, device=x.device)
@@ -165,13 +167,13 @@ def _measure(model: CategoricalHierarchicalVQVAE, x: Rows, weights: LossWeights)
     code_sums = torch.zeros(layout.groups, layout.max_codes, F, dtype=torch.float64, device=x.device)
     uncoded = torch.zeros(layout.groups, dtype=torch.bool, device=x.device)
     centre = torch.zeros_like(scatter)
-    seen: list[Tensor] = []
+    topo_rows: list[Tensor] = []
     latents: list[Tensor] = []
     codes: list[Tensor] = []
     done = 0
     for rows in blocks_of(x):
         if not done:
-            centre = rows.mean(0, dtype=torch.float64)  # near that of all rows: sums of squares cancel less about it
+            centre = rows.mean(0, dtype=torch.float64)  # shifts sums of squares, which reduces cancellation
         out = model(rows)
         squared = (out["reconstruction"] - rows).square()
         error += squared.sum(dtype=torch.float64)
@@ -183,38 +185,39 @@ def _measure(model: CategoricalHierarchicalVQVAE, x: Rows, weights: LossWeights)
         code_sums += sums
         scatter += centred.square_().sum(0)
         uncoded |= (out["tokens"] < 0).any(0)
-        if done < first:
-            seen.append(rows[: first - done])
-            latents.append(out["latents"][: first - done])
-            codes.append(out["tokens"][: first - done])
+        if done < topo_count:
+            topo_rows.append(rows[: topo_count - done])
+            latents.append(out["latents"][: topo_count - done])
+            codes.append(out["tokens"][: topo_count - done])
         done += rows.shape[0]
     codebook = model.quantizer.embedding.detach()
-    pre, post = topographic_correlations(torch.cat(seen), torch.cat(latents), torch.cat(codes), codebook, layout)
-    # Rows of one code have one partial reconstruction: what is left of them is their scatter about its mean.
+    pre, post = topographic_correlations(torch.cat(topo_rows), torch.cat(latents), torch.cat(codes), codebook, layout)
+    # All rows of a code share a partial reconstruction, so its error follows from the mean and scatter of the rows.
     code_means = code_sums / code_counts.clamp(min=1.0)
-    off = decode_codes(codebook, model.code_decoders, layout).double() - centre - code_means
-    partial = (code_counts * (off.square() - code_means.square())).sum(1) + scatter
+    residual = decode_codes(codebook, model.code_decoders, layout).double() - centre - code_means
+    partial = (code_counts * (residual.square() - code_means.square())).sum(1) + scatter
     partial = partial.masked_fill(uncoded[:, None], torch.nan) / N  # [G, F]
     terms = LossTerms(
         reconstruction=error / (N * F),
         vq=vq / N,
         orthogonality=code_orthogonality(model.quantizer).double(),
         informativeness=partial.mean(),
-        topographic=(1.0 - torch.lerp(post, pre, TOPO_PRE_SHARE)).double(),
+        topographic=(1.0 - torch.lerp(post, pre, TOPO_PRE_WEIGHT)).double(),
     )
     used = code_counts.flatten()[index.packed_codes]
-    share, entropy = utilization(used, layout), perplexity(used, layout)
+    # The reference computes in float64 on every device.
+    utilization, perplexity = code_usage(used, layout, backend="reference")
     scalars = {
         "reconstruction_error": terms.reconstruction,
-        "utilization": share.mean(),
-        "perplexity": entropy.mean(),
-        "perplexity_over_k": (entropy / index.num_codes).mean(),
+        "utilization": utilization.mean(),
+        "perplexity": perplexity.mean(),
+        "perplexity_over_k": (perplexity / index.num_codes).mean(),
         "val_loss": terms.total(weights),
         "topo_pre": pre,
         "topo_post": post,
     }
     packed = torch.stack([scalars[name].double() for name in _SCALARS])
-    return _Measured(packed, feature_errors / N, partial, share, entropy, (used > 0).sum(), used)
+    return _DeviceMetrics(packed, feature_errors / N, partial, utilization, perplexity, (used > 0).sum(), used)
 
 
 def _categories(
@@ -243,15 +246,15 @@ def _categories(
     return rows
 
 
-def complete(
+def add_model_metrics(
     metrics: Metrics,
     model: CategoricalHierarchicalVQVAE,
     feature_names: Sequence[str],
     category_correlation_max: float,
 ) -> None:
-    """Adds what does not depend on the rows: families, names, sizes, backend, device, versions.
+    """Adds, in place, what does not depend on the rows: families, names, sizes, backend, device, versions.
 
-    Of each category `also_reads` names the features in no category that its encoder reads.
+    `also_reads` of a category lists the uncategorised features that its encoder reads.
     """
     trainable, codes = model.num_parameters()
     config = model.config
@@ -273,12 +276,12 @@ def complete(
 
 
 def device_name(device: torch.device) -> str:
-    """What results are quoted with."""
+    """Name of the device, as reported with results."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def versions() -> dict[str, str]:
-    """Versions that determine the numbers."""
+    """Versions of the packages that determine the results."""
     from spinlock_fast import __version__
 
     return {"spinlock_fast": __version__, "torch": torch.__version__, "numpy": np.__version__}

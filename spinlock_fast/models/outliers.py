@@ -1,4 +1,4 @@
-"""Rows so far out that nothing finite can be said of them: found, named and left out of what is measured."""
+"""Outlier rows whose error or code is not finite: detection, and exclusion from metrics."""
 
 from __future__ import annotations
 
@@ -15,73 +15,78 @@ from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE
 
 log = logging.getLogger(__name__)
 
-LARGEST = 1e9  # of a feature: fourth powers of larger values, as in correlations of distances, overflow in float32
-_NAMED = 5  # rows that a message names
+MAX_MAGNITUDE = 1e9  # of a feature; fourth powers of larger values overflow float32 in correlations of distances
+_LISTED_ROWS = 5  # in a message
 
 
-def spoiled(reconstruction_error: float, figures: Iterable[float], shape: Sequence[int]) -> bool:
-    """Whether figures of rows [N, F] are not finite, or the error is that of a feature beyond `LARGEST`."""
+def has_unusable_values(reconstruction_error: float, metrics: Iterable[float], shape: Sequence[int]) -> bool:
+    """Whether a metric of rows [N, F] is not finite, or the error implies a feature beyond `MAX_MAGNITUDE`."""
     total = reconstruction_error * shape[0] * shape[1]
-    return total > LARGEST**2 / 4 or not all(map(math.isfinite, figures))
+    return total > MAX_MAGNITUDE**2 / 4 or not all(map(math.isfinite, metrics))
 
 
 @torch.no_grad()
 def measurable_rows(model: CategoricalHierarchicalVQVAE, x: Rows) -> NDArray[np.bool_]:
-    """Which rows [N] have a code in every codebook, a finite error, and features of at most `LARGEST`."""
+    """Mask [N] of rows with a code in every codebook, a finite error, and features of at most `MAX_MAGNITUDE`."""
     was_training = model.training
     model.eval()
-    found = []
+    masks = []
     for rows in blocks_of(x):
         out = model(rows)
         error = (out["reconstruction"] - rows).square().sum(1)
-        found.append((out["tokens"] >= 0).all(1) & error.isfinite() & (rows.abs().amax(1) <= LARGEST))
+        masks.append((out["tokens"] >= 0).all(1) & error.isfinite() & (rows.abs().amax(1) <= MAX_MAGNITUDE))
     model.train(was_training)
-    measurable: NDArray[np.bool_] = torch.cat(found).cpu().numpy()
+    measurable: NDArray[np.bool_] = torch.cat(masks).cpu().numpy()
     return measurable
 
 
-def some_rows(x: Rows, keep: NDArray[np.bool_]) -> Rows:
-    """The rows that a mask [N] chooses, where the others lie."""
-    places = np.flatnonzero(keep)
+def masked_rows(x: Rows, mask: NDArray[np.bool_]) -> Rows:
+    """The rows of x selected by a mask [N], on the same device or in host memory."""
+    selected = np.flatnonzero(mask)
     if isinstance(x, HostRows):
-        return HostRows(x.rows.part(places), x.device)
-    return x[torch.from_numpy(places).to(x.device)]
+        return HostRows(x.rows.part(selected), x.device)
+    return x[torch.from_numpy(selected).to(x.device)]
 
 
 def without_outliers(
     model: CategoricalHierarchicalVQVAE, x: Rows, numbers: NDArray[np.int64] | None, what: str
 ) -> tuple[Rows, NDArray[np.int64], list[int]]:
-    """The measurable rows, their numbers, and the numbers of the others, which a warning names.
+    """Removes rows without a finite error or code, and logs a warning that lists them.
+
+    All rows are kept if none of them is measurable.
 
     Args:
-        model: by which rows are judged.
+        model: computes errors and codes.
         x: [N, F] rows.
-        numbers: [N] of the rows in the data; 0 .. N - 1 when not given.
-        what: names the rows in the warning.
+        numbers: [N] numbers of the rows in the data; 0 .. N - 1 if not given.
+        what: kind of the rows, for the warning.
+
+    Returns:
+        The remaining rows, their numbers, and the numbers of the removed rows.
     """
     numbers = np.arange(x.shape[0]) if numbers is None else numbers
     keep = measurable_rows(model, x)
     if keep.all() or not keep.any():
         return x, numbers, []
     left_out = [int(number) for number in numbers[~keep]]
-    more = f" and {len(left_out) - _NAMED} more" if len(left_out) > _NAMED else ""
+    more = f" and {len(left_out) - _LISTED_ROWS} more" if len(left_out) > _LISTED_ROWS else ""
     log.warning(
         "%s row%s %s%s: the features are too large for a finite error or code; left out of the metrics",
         what,
         "" if len(left_out) == 1 else "s",
-        ", ".join(map(str, left_out[:_NAMED])),
+        ", ".join(map(str, left_out[:_LISTED_ROWS])),
         more,
     )
-    return some_rows(x, keep), numbers[keep], left_out
+    return masked_rows(x, keep), numbers[keep], left_out
 
 
-def largest_value(x: Rows) -> tuple[int, float]:
-    """The row of the largest absolute value, and that value."""
+def largest_magnitude(x: Rows) -> tuple[int, float]:
+    """The row number of the largest absolute value, and that value."""
     row, largest, start = 0, -1.0, 0
     for rows in blocks_of(x):
-        each = rows.abs().amax(1)
-        place = int(each.argmax())
-        if float(each[place]) > largest:
-            row, largest = start + place, float(each[place])
+        magnitudes = rows.abs().amax(1)
+        i = int(magnitudes.argmax())
+        if float(magnitudes[i]) > largest:
+            row, largest = start + i, float(magnitudes[i])
         start += rows.shape[0]
     return row, largest

@@ -30,8 +30,8 @@ from spinlock_fast.quantize.buffers import TransientBuffers
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for a while; every part gets its own mode back."""
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block; every submodule gets its own mode back."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -42,7 +42,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class EncoderLayers(NamedTuple):
-    """What encodes all categories, in its order."""
+    """The layers of the encoder and the heads, in order."""
 
     first: RaggedInputLinear
     hidden_dropout: nn.Dropout
@@ -53,28 +53,29 @@ class EncoderLayers(NamedTuple):
     head_norm: RaggedLayerNorm
 
 
-def _rate(dropout: nn.Dropout) -> float:
+def _dropout_rate(dropout: nn.Dropout) -> float:
     return dropout.p if dropout.training else 0.0
 
 
-_ROUNDING = 1e-6  # of a float32 mean
+_RELATIVE_EPS = 1e-6  # rounding error of a float32 mean
 _PARTIAL_HIDDEN = 128
 _SHARED_HIDDEN = 256
 
 
 class CategoricalVQVAEConfig(ModelConfig):
-    """What builds a model: `ModelConfig` plus the features and their categories.
+    """Configuration of a model: `ModelConfig` plus the features and their categories.
 
     Args:
         input_dim: F, number of features.
-        group_indices: features of each category; a feature belongs to at most one. The order of the
-            categories is the order of the tokens. A feature in no category is still reconstructed, from all codes.
+        group_indices: features of each category; a feature belongs to at most one. Tokens are in the order of the
+            categories. A feature in no category is reconstructed from all codes, but not encoded.
         extra_inputs: features in no category that the encoder of a category reads after its own, standardised.
-        levels: None or [] sizes the codebooks from the number of features; a list serves all
-            categories; a mapping gives each its own.
+        levels: codebook sizes; None or [] derives them from the number of features, a list applies to all categories,
+            a mapping has an entry per category.
 
     Raises:
-        pydantic.ValidationError (a ValueError): features doubled or out of range, extra inputs of no category.
+        pydantic.ValidationError (a ValueError): a feature is given twice or out of range, or `extra_inputs` names an
+            unknown category.
     """
 
     input_dim: PositiveInt = Field(description="features")
@@ -110,7 +111,7 @@ class CategoricalVQVAEConfig(ModelConfig):
 
     @property
     def inputs(self) -> dict[str, list[int]]:
-        """What the encoder of each category reads: its features, then its extra inputs."""
+        """Input features of each category's encoder: its own, then its extra inputs."""
         return {name: [*members, *self.extra_inputs.get(name, [])] for name, members in self.group_indices.items()}
 
     def resolved_levels(self) -> dict[str, list[LevelConfig]]:
@@ -118,7 +119,7 @@ class CategoricalVQVAEConfig(ModelConfig):
         return resolve_levels(self.group_sizes, self.levels, self.compression_ratios, self.uniform_codebook_init)
 
     def parameter_count(self) -> int:
-        """Weights and code entries of the model, without building it."""
+        """Number of weights and code entries, without building the model."""
         levels = [level for category in self.resolved_levels().values() for level in category]
         D, G = sum(level.latent_dim for level in levels), len(levels)
         F, E, H, C = self.input_dim, self.group_embedding_dim, self.group_hidden_dim, len(self.group_indices)
@@ -132,12 +133,13 @@ class CategoricalVQVAEConfig(ModelConfig):
 
 
 class CategoricalHierarchicalVQVAE(TransientBuffers):
-    """Features [B, F] -> G tokens and back.
+    """Categorical hierarchical VQ-VAE: features [B, F] to G tokens and back.
 
-    Per category an MLP (n -> hidden -> embedding, LayerNorm), per codebook a projection with
-    LayerNorm and a nearest code; one decoder from all codes, and one partial decoder per codebook.
+    Each category has an MLP encoder (n -> hidden -> embedding, LayerNorm); each of its codebooks a linear head with
+    LayerNorm, quantized to the nearest code. A shared decoder reads the codes of all codebooks; partial decoders, one
+    per codebook, enter the training loss.
 
-    Tokens are ordered category by category, level by level: cluster_1 L0, L1, L2, cluster_2 L0, ...
+    Tokens are ordered by category, then level: cluster_1 L0, L1, L2, cluster_2 L0, ...
     """
 
     feature_order: Tensor
@@ -150,9 +152,9 @@ class CategoricalHierarchicalVQVAE(TransientBuffers):
         self.config = config
         self.levels = config.resolved_levels()
         self.categories = list(config.group_indices)
-        books = [level for name in self.categories for level in self.levels[name]]
-        num_codes = [book.num_tokens for book in books]
-        dims = [book.latent_dim for book in books]
+        levels = [level for name in self.categories for level in self.levels[name]]
+        num_codes = [level.num_tokens for level in levels]
+        dims = [level.latent_dim for level in levels]
         inputs = config.inputs
         sizes = [len(members) for members in inputs.values()]
         category_dims = [sum(level.latent_dim for level in self.levels[name]) for name in self.categories]
@@ -210,7 +212,7 @@ class CategoricalHierarchicalVQVAE(TransientBuffers):
         return [f"{name}/L{level}" for name in self.categories for level in range(len(self.levels[name]))]
 
     def category_slice(self, category: str) -> slice:
-        """Tokens of a category; raises KeyError with the known names."""
+        """Positions of a category's tokens; raises KeyError listing the categories."""
         if category not in self.levels:
             raise KeyError(f"no category {category!r}; there are {', '.join(self.categories)}")
         before = self.categories[: self.categories.index(category)]
@@ -230,7 +232,7 @@ class CategoricalHierarchicalVQVAE(TransientBuffers):
             layers.second.weight,
             layers.second.bias,
             layers.first.inputs,
-            _rate(layers.hidden_dropout),
+            _dropout_rate(layers.hidden_dropout),
         )  # [C, B, E]
         norm, head, head_norm = layers.norm, layers.head, layers.head_norm
         return project(
@@ -245,31 +247,31 @@ class CategoricalHierarchicalVQVAE(TransientBuffers):
             head_norm.segments,
             norm.eps,
             head_norm.eps,
-            _rate(layers.dropout),
+            _dropout_rate(layers.dropout),
         )
 
     def encoder_inputs(self, x: Tensor) -> Tensor:
-        """Features [B, F] -> what the encoders read [B, sum n], category by category; extra inputs standardised."""
+        """Features [B, F] -> packed encoder inputs [B, sum n], by category; extra inputs are standardised."""
         ordered = x[:, self.feature_order]
         return (ordered - self.input_mean) * self.input_scale if self.config.extra_inputs else ordered
 
     @torch.no_grad()
     def fit_extra_inputs(self, mean: Tensor, std: Tensor) -> None:
-        """Standardises the extra inputs by mean [F] and std [F] of the training rows; other features stay as they are.
+        """Sets the standardisation of the extra inputs from mean [F] and std [F] of the training rows.
 
-        Sets `error_weight` [F] as well: the squared error of an extra input of standard deviation s > 1 counts 1 / s in
-        training, so that a few unscaled features do not decide alone what the networks learn.
+        Also sets `error_weight` [F]: the squared error of an extra input with standard deviation s > 1 is weighted by
+        1 / s in training, so that features of large scale do not dominate the loss.
         """
         extra = [i for members in self.config.extra_inputs.values() for i in members]
         if not extra:
             return
-        centre, spread = torch.zeros_like(mean), torch.ones_like(std)
-        centre[extra] = mean[extra]
-        spread[extra] = torch.where(std > _ROUNDING * mean.abs(), std, 1.0)[extra]  # a constant has none
+        shift, scale = torch.zeros_like(mean), torch.ones_like(std)
+        shift[extra] = mean[extra]
+        scale[extra] = torch.where(std > _RELATIVE_EPS * mean.abs(), std, 1.0)[extra]  # 1 for constant features
         order = self.feature_order.cpu()
-        self.input_mean.copy_(centre[order])
-        self.input_scale.copy_(spread[order].reciprocal())
-        self.error_weight.copy_(spread.clamp(min=1.0).reciprocal())
+        self.input_mean.copy_(shift[order])
+        self.input_scale.copy_(scale[order].reciprocal())
+        self.error_weight.copy_(scale.clamp(min=1.0).reciprocal())
 
     def quantize(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Latents [B, sum D] -> quantized [B, sum D], tokens [B, G], commitment loss."""
@@ -286,21 +288,21 @@ class CategoricalHierarchicalVQVAE(TransientBuffers):
             second.weight.t()[None],
             second.bias[None],
             Ragged.of([first.in_features]),
-            _rate(dropout),
+            _dropout_rate(dropout),
         )
-        return features.squeeze(0)  # its gradient is a view: that of an index is a copy into zeros
+        return features.squeeze(0)  # not [0], whose gradient copies into a zero tensor
 
     @property
     def code_decoders(self) -> Decoders:
-        """The parameters of the partial decoders."""
+        """Parameters of the partial decoders."""
         first, _, second = cast(tuple[RaggedInputLinear, nn.ReLU, GroupedLinear], tuple(self.partial_decoders))
         return Decoders(first.weight, first.bias, second.weight, second.bias)
 
     @property
     def encoder_layers(self) -> EncoderLayers:
-        """The layers of encoder and heads."""
-        parts: list[Any] = [*self.category_mlp, *self.heads]
-        first, _, hidden_dropout, second, norm, head, dropout, head_norm = parts
+        """Layers of the encoder and the heads."""
+        layers: list[Any] = [*self.category_mlp, *self.heads]
+        first, _, hidden_dropout, second, norm, head, dropout, head_norm = layers
         return EncoderLayers(first, hidden_dropout, second, norm, head, dropout, head_norm)
 
     def partial_reconstructions(self, quantized: Tensor) -> Tensor:
@@ -309,20 +311,20 @@ class CategoricalHierarchicalVQVAE(TransientBuffers):
         return features
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Features [B, F] -> what training and evaluation need.
+        """Encodes, quantizes and decodes features [B, F]; in training mode, also updates the codes.
 
         Returns:
-            reconstruction [B, F], tokens [B, G], vq_loss, latents and quantized [B, sum D], and codebook
-            [sum K D]: the codes that the tokens stand for, which training moves on within this call.
+            reconstruction [B, F], tokens [B, G], vq_loss (scalar), latents and quantized [B, sum D], and codebook
+            [sum K D]: the codes that the tokens index, before the update of this call.
         """
-        out, move_codes = self.to_codes(x)
-        move_codes()
+        out, apply_ema = self.encode_and_quantize(x)
+        apply_ema()
         return {"reconstruction": self.decode(out["quantized"]), **out}
 
-    def to_codes(self, x: Tensor) -> tuple[dict[str, Tensor], Callable[[], None]]:
-        """What `forward` returns without the reconstruction, and what is left to do: in training, to move the codes."""
+    def encode_and_quantize(self, x: Tensor) -> tuple[dict[str, Tensor], Callable[[], None]]:
+        """`forward` without the reconstruction, and a function that updates the codes (outside training: nothing)."""
         latents = self.encode(x)
-        quantized, tokens, vq_loss, codebook, move_codes = self.quantizer.quantize_by(latents)
+        quantized, tokens, vq_loss, codebook, apply_ema = self.quantizer.quantize_with_codebook(latents)
         out = {
             "tokens": tokens,
             "vq_loss": vq_loss,
@@ -330,27 +332,31 @@ class CategoricalHierarchicalVQVAE(TransientBuffers):
             "quantized": quantized,
             "codebook": snapshot(codebook) if self.training else codebook,
         }
-        return out, move_codes
+        return out, apply_ema
 
     @torch.no_grad()
     def get_tokens(self, x: Tensor | ArrayLike) -> Tensor:
-        """Features [B, F] -> tokens [B, G] int64, without dropout, gradient or change of the codes.
+        """Features [B, F] -> tokens [B, G] int64, without dropout, gradients or code updates.
 
         Args:
-            x: real numbers of any type, torch or numpy, on any device.
+            x: real numbers of any dtype, torch or numpy, on any device.
 
         Raises:
-            DataError: x holds no real numbers.
+            DataError: the dtype of x is not real.
         """
         weight = self.encoder_layers.first.weight
-        with _evaluating(self):
+        with _eval_mode(self):
             rows = real_numbers(x, "x").to(weight)
             return self.quantizer.assign(self.encode(rows)).codes
 
     @torch.no_grad()
     def decode_from_tokens(self, tokens: Tensor | ArrayLike) -> Tensor:
-        """Tokens [B, G], torch or numpy -> features [B, F], without dropout; raises IndexError outside a codebook."""
-        with _evaluating(self):
+        """Tokens [B, G], torch or numpy -> features [B, F], without dropout.
+
+        Raises:
+            IndexError: a token is out of range.
+        """
+        with _eval_mode(self):
             index = tokens if isinstance(tokens, Tensor) else torch.from_numpy(np.array(tokens, np.int64, order="C"))
             return self.decode(self.quantizer.lookup(index.to(self.feature_order)))
 
@@ -365,11 +371,11 @@ class CategoricalHierarchicalVQVAE(TransientBuffers):
         max_fraction: float = 0.25,
         latents: Tensor | None = None,
     ) -> Tensor:
-        """Replaces hardly used codes; [G] how many. See `GroupedVectorQuantizer.reset_dead_codes`."""
+        """Replaces dead codes; returns their number per codebook [G]. See `GroupedVectorQuantizer.reset_dead_codes`."""
         return self.quantizer.reset_dead_codes(threshold, strategy, max_fraction, latents)
 
     def num_parameters(self) -> tuple[int, int]:
-        """Trainable parameters besides the codes, and code entries."""
+        """Number of trainable parameters other than codes, and of code entries."""
         codes = self.quantizer.layout.total_entries
         trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
         return trainable - (0 if self.quantizer.use_ema else codes), codes

@@ -1,4 +1,4 @@
-"""A group of ragged codebooks that quantize side by side."""
+"""`GroupedVectorQuantizer`: codebooks of different sizes, quantized in batched operations."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from spinlock_fast.kernels.export import exporting
 from spinlock_fast.kernels.layout import CodebookLayout
 from spinlock_fast.kernels.table_cache import TableCache
 from spinlock_fast.kernels.vq_assign import Assignment, lookup, vq_assign
-from spinlock_fast.quantize.activation_checkpointing import kept, once
+from spinlock_fast.quantize.activation_checkpointing import first_run_values, once
 from spinlock_fast.quantize.buffers import TransientBuffers
 from spinlock_fast.quantize.kmeans import initialize_codes, kmeans
-from spinlock_fast.quantize.module_state import FirstBatch, keep_wide
+from spinlock_fast.quantize.module_state import FirstBatch, keep_float32
 from spinlock_fast.quantize.process_group import Processes
 
 Gradient = Literal["straight_through", "rotation"] | None
 
 
-# By batch size: a graph that was captured with one keeps it, whatever sizes come after.
-_shares: TableCache[Tensor] = TableCache(256)
+# Keyed by the batch size, among others; captured graphs keep their entry alive.
+_factor_tables: TableCache[Tensor] = TableCache(256)
 
 
-def _over_dims(layout: CodebookLayout, factor: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """factor / D_g of every codebook [G]."""
+def _factor_per_dim(layout: CodebookLayout, factor: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[G] factor / D_g of each codebook."""
     key = (layout, factor, dtype, device)
-    return _shares.get(key, device, lambda: factor / layout.indices(device).dims.to(dtype))
+    return _factor_tables.get(key, device, lambda: factor / layout.indices(device).dims.to(dtype))
 
 
-def _nothing() -> None:
+def _no_update() -> None:
     pass
 
 
@@ -46,34 +46,35 @@ class GroupedVectorQuantizer(TransientBuffers):
     Args:
         num_codes: K_g of each codebook.
         dims: D_g of each codebook.
-        decay: of the moving averages; 0 replaces codes by the batch means.
-        commitment_weight: factor of the commitment loss.
-        codebook_init: "kmeans" fits the codes to the first training batch (`initialize` does it
-            beforehand), "uniform" draws them from U(-1/K_g, 1/K_g).
-        use_ema: codes follow the latents by moving average (van den Oord et al. 2017). False makes
-            them a parameter, moved by the gradient of mean((sg(z) - e)^2).
-        rotation_trick: gradient by rotation instead of straight through (arXiv 2410.06424).
-        centred: subtract each codebook's mean code before distances are formed, which keeps codes of data
-            far from the origin exact. LayerNorm-ed latents do not need it.
-        sync: counts, sums and the start by k-means are those of all processes: one all-reduce a step, of a size
-            that does not depend on the data. Decided in each call: `init_process_group` may come after construction.
-        process_group: of `torch.distributed`: the processes that share updates; None for all. A copy has the same
-            group; it cannot be pickled, so that after unpickling it must be set again.
-        smoothing: "none" leaves idle codes in place, "laplace" is the rule of the 2017 paper.
-        backend: "auto", "triton" or "reference". "auto" takes the environment variable
-            SPINLOCK_FAST_BACKEND where it is set, else Triton on CUDA devices.
+        decay: decay of the moving averages; 0 replaces codes by the batch means.
+        commitment_weight: weight of the commitment loss.
+        codebook_init: "kmeans" fits the codes to the first training batch, unless `initialize` was called before;
+            "uniform" draws them from U(-1/K_g, 1/K_g).
+        use_ema: updates codes by moving average (van den Oord et al. 2017). False makes them a parameter, trained by
+            the gradient of mean((sg(z) - e)^2).
+        rotation_trick: rotation gradient instead of straight-through (arXiv 2410.06424).
+        smoothing: "none" leaves unused codes in place; "laplace" is the rule of the 2017 paper.
+        centred: subtracts each codebook's mean code before distances are computed, which avoids cancellation for data
+            far from the origin. Not needed for LayerNorm-ed latents.
+        sync: sums the counts and sums of all processes in updates and in the k-means initialisation, with one
+            all-reduce per step of a size that does not depend on the data. Evaluated in each call, so
+            `init_process_group` may be called after construction.
+        backend: "auto", "triton" or "reference". "auto" uses the environment variable SPINLOCK_FAST_BACKEND if it is
+            set, else Triton on CUDA devices.
+        process_group: the processes of `torch.distributed` that share updates; None for all. Copies have the same
+            group. It cannot be pickled: set it again after unpickling.
 
     Shapes:
         z [..., sum D] -> quantized [..., sum D], codes [..., G] int64, loss scalar.
 
-    A row that is not finite in a codebook gets code -1 and NaN there, has no part in the loss and in any
-    average, and is counted in `nonfinite_rows`. A masked row gets code -1 and zeros, and no gradient.
+    A row that is not finite in a codebook gets code -1 and NaN there, is left out of the loss and the averages, and is
+    counted in `nonfinite_rows`. A masked row gets code -1 and zeros, and no gradient.
 
-    The moving averages stay float32 where the module is cast to half precision, and counts of use are int64. Under
-    activation checkpointing (`torch.utils.checkpoint`) a recomputation takes the codes of the first run and moves none.
+    The moving averages stay float32 if the module is cast to half precision; usage counts are int64. Under activation
+    checkpointing (`torch.utils.checkpoint`) a recomputation uses the codes of the first run and does not update them.
 
     Raises:
-        ValueError: sizes that make no group, or shapes that do not fit it.
+        ValueError: invalid sizes or options, or an input whose shape does not fit.
     """
 
     embedding: Tensor
@@ -123,22 +124,22 @@ class GroupedVectorQuantizer(TransientBuffers):
         layout = self.layout
         index = layout.indices(torch.device("cpu"))
         bound = (1.0 / index.num_codes)[index.code_book][index.entry_code]
-        start = 2.0 * torch.rand(layout.total_entries) - 1.0
-        start = start * bound.to(start.device)
+        codes = 2.0 * torch.rand(layout.total_entries) - 1.0
+        codes = codes * bound.to(codes.device)
         if use_ema:
-            self.register_buffer("embedding", start)
+            self.register_buffer("embedding", codes)
         else:
-            self.embedding = nn.Parameter(start)
-        wide = torch.promote_types(start.dtype, torch.float32)
-        self.register_buffer("cluster_size", torch.ones(layout.total_codes, dtype=wide))
-        self.register_buffer("embedding_sum", start.to(wide, copy=True))
+            self.embedding = nn.Parameter(codes)
+        average_dtype = torch.promote_types(codes.dtype, torch.float32)
+        self.register_buffer("cluster_size", torch.ones(layout.total_codes, dtype=average_dtype))
+        self.register_buffer("embedding_sum", codes.to(average_dtype, copy=True))
         self.register_buffer("initialized", torch.tensor(codebook_init == "uniform"))
         self.register_transient_buffers()
         self._first_batch = FirstBatch(codebook_init == "kmeans", self.processes)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        wide = ("cluster_size", "embedding_sum")
-        return keep_wide(self, wide, lambda: super(GroupedVectorQuantizer, self)._apply(fn, recurse))
+        averages = ("cluster_size", "embedding_sum")
+        return keep_float32(self, averages, lambda: super(GroupedVectorQuantizer, self)._apply(fn, recurse))
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
@@ -151,7 +152,7 @@ class GroupedVectorQuantizer(TransientBuffers):
 
     @property
     def shared(self) -> bool:
-        """Whether counts and sums are those of several processes, as of now."""
+        """Whether updates currently sum over several processes."""
         return self.sync and self.processes.size() > 1
 
     def transient_buffers(self) -> dict[str, Tensor]:
@@ -162,17 +163,17 @@ class GroupedVectorQuantizer(TransientBuffers):
 
     @property
     def backend(self) -> str:
-        """The implementation in use where the codes are: "triton" or "reference"."""
+        """The implementation used on the device of the codes: "triton" or "reference"."""
         return resolve_backend(self.requested_backend, self.embedding)
 
     @property
     def needs_initialization(self) -> bool:
-        """Whether the next call in training mode fits the codes to its latents first."""
+        """Whether the next call in training mode first fits the codes to its latents."""
         return self._first_batch.awaited
 
     @property
     def nonfinite_rows(self) -> Tensor:
-        """Rows of training since `reset_usage` that some codebook could not code: the most of any codebook."""
+        """Training rows since `reset_usage` without a code: the maximum over codebooks."""
         coded = self.usage.new_zeros(self.layout.groups)
         coded.index_add_(0, self.layout.indices(self.usage.device).code_book, self.usage)
         return (self.rows_seen - coded).max().clamp(min=0)
@@ -194,95 +195,95 @@ class GroupedVectorQuantizer(TransientBuffers):
 
         Args:
             z: [..., sum D] latents.
-            mask: [...] bool; where False a row gives code -1 and zeros and takes no part in the loss.
+            mask: [...] bool; rows with False get code -1 and zeros and are left out of the loss.
 
         Returns:
             quantized [..., sum D], codes [..., G], and the loss: the sum over codebooks of
             commitment_weight * mean((z - sg(e))^2) (with learned codes also mean((sg(z) - e)^2)).
         """
-        *found, move_codes = self.quantize(z, mask)
-        move_codes()
-        quantized, codes, loss = found
+        quantized, codes, loss, apply_ema = self.quantize(z, mask)
+        apply_ema()
         return quantized, codes, loss
 
     def quantize(self, z: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Callable[[], None]]:
-        """What `forward` returns, and the update of the codes that is left to do, if any."""
-        found = self.quantize_by(z, mask)
-        return found[0], found[1], found[2], found[4]
+        """The results of `forward`, and a function that applies the code update (does nothing outside training)."""
+        quantized, codes, loss, _, apply_ema = self.quantize_with_codebook(z, mask)
+        return quantized, codes, loss, apply_ema
 
-    def quantize_by(
+    def quantize_with_codebook(
         self, z: Tensor, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Callable[[], None]]:
-        """As `quantize`, with the codes [sum K D] that this pass compares with before the update, without gradient.
-
-        They move in place with the update.
-        """
+        """As `quantize`, with the detached codes [sum K D] before `apply_ema`, which are a view that it changes."""
         check_dense("z", z)
         flat = z.reshape(-1, z.shape[-1]) if z.ndim else z
-        rows = None if mask is None else mask.reshape(-1)
+        flat_mask = None if mask is None else mask.reshape(-1)
         if mask is not None and mask.shape != z.shape[:-1]:
             raise ValueError(f"mask must be {list(z.shape[:-1])}, got {list(mask.shape)}")
         updating = self.training and not self.frozen
         if self.training:
-            once(self, lambda: self._initialize_from(flat, rows))
-        embedding = kept(self, self.embedding) if self.training else self.embedding
+            once(self, lambda: self._initialize_from(flat, flat_mask))
+        embedding = first_run_values(self, self.embedding) if self.training else self.embedding
         gradient: Gradient = "rotation" if self.rotation_trick else "straight_through"
         if not self.training and exporting():
             gradient = None
-        found = vq_assign(
+        assignment = vq_assign(
             flat,
             embedding,
             self.layout,
-            rows,
+            flat_mask,
             self.centred,
             gradient=gradient,
             with_sums=updating or (gradient is not None and not self.use_ema),
             backend=self.requested_backend,
         )
-        loss = self._loss(found, flat.shape[0] if rows is None else rows.sum().clamp(min=1), embedding)
-        update = partial(self._update, found, flat.shape[0] if rows is None else rows.sum())
-        quantized = found.quantized.to(z.dtype).view(z.shape)
-        codes = found.codes.view(*z.shape[:-1], self.layout.groups)
-        move_codes = partial(once, self, update, self.usage) if updating else _nothing
-        return quantized, codes, loss, embedding.detach(), move_codes
+        rows = flat.shape[0] if flat_mask is None else flat_mask.sum()
+        loss = self._loss(assignment, rows.clamp(min=1) if isinstance(rows, Tensor) else rows, embedding)
+        update = partial(self._update, assignment, rows)
+        quantized = assignment.quantized.to(z.dtype).view(z.shape)
+        codes = assignment.codes.view(*z.shape[:-1], self.layout.groups)
+        apply_ema = partial(once, self, update, self.usage) if updating else _no_update
+        return quantized, codes, loss, embedding.detach(), apply_ema
 
     def assign(self, z: Tensor, mask: Tensor | None = None) -> Assignment:
-        """Nearest codes of z [N, sum D] without gradient or update."""
+        """Nearest codes of z [N, sum D], without gradient or code update."""
         return vq_assign(z, self.embedding, self.layout, mask, self.centred, backend=self.requested_backend)
 
-    def _loss(self, found: Assignment, rows: Tensor | int, embedding: Tensor) -> Tensor:
-        errors = found.error_parts
+    def _loss(self, assignment: Assignment, rows: Tensor | int, embedding: Tensor) -> Tensor:
+        errors = assignment.error_parts
         if not isinstance(rows, Tensor):
             rows = torch.sym_max(rows, 1)
-        # The shares are kept for each number of rows, but an exported graph serves them all.
-        divided_at_end = isinstance(rows, Tensor) or exporting()
-        count: Any = 1 if divided_at_end else rows
-        shares = partial(_over_dims, self.layout, dtype=errors.dtype, device=errors.device)
-        loss = (errors * shares(self.commitment_weight / count)).sum()
+        # Factors are cached per number of rows; an exported graph must work for any number.
+        divide_last = isinstance(rows, Tensor) or exporting()
+        count: Any = 1 if divide_last else rows
+        factors = partial(_factor_per_dim, self.layout, dtype=errors.dtype, device=errors.device)
+        loss = (errors * factors(self.commitment_weight / count)).sum()
         if not self.use_ema:
-            loss = loss + self._learned_error(found, embedding, shares(1.0 / count))
-        return loss / rows if divided_at_end else loss
+            loss = loss + self._codebook_error(assignment, embedding, factors(1.0 / count))
+        return loss / rows if divide_last else loss
 
-    def _learned_error(self, found: Assignment, embedding: Tensor, shares: Tensor) -> Tensor:
-        """Sum over rows and codebooks of shares [G] * ||sg(z) - e||^2, whose gradient to e is 2 (n e - s) * share."""
-        index = self.layout.indices(found.codes.device)
-        counts, sums = found.counts, found.sums
+    def _codebook_error(self, assignment: Assignment, embedding: Tensor, factors: Tensor) -> Tensor:
+        """Sum over rows and codebooks of factors [G] * ||sg(z) - e||^2.
+
+        Its gradient 2 (n e - s) * factor is that of n e^2 - 2 e s, with n rows of sum s per code.
+        """
+        index = self.layout.indices(assignment.codes.device)
+        counts, sums = assignment.counts, assignment.sums
         if not sums.numel():
-            return (found.squared_error * shares).sum()
+            return (assignment.squared_error * factors).sum()
         codes = embedding.to(sums.dtype)
         entries = counts[index.entry_code] * codes.square() - 2.0 * codes * sums
-        moving = (entries * shares[index.code_book[index.entry_code]]).sum()
-        return (found.squared_error.detach() * shares).sum() + (moving - moving.detach())
+        surrogate = (entries * factors[index.code_book[index.entry_code]]).sum()
+        return (assignment.squared_error.detach() * factors).sum() + (surrogate - surrogate.detach())
 
     @torch.no_grad()
-    def _initialize_from(self, z: Tensor, rows: Tensor | None) -> None:
-        """k-means on the first batch of training, inside one operator so that it can be compiled."""
+    def _initialize_from(self, z: Tensor, mask: Tensor | None) -> None:
+        """k-means on the first training batch, in one custom operator, which torch.compile does not trace."""
         if not self.needs_initialization:
             return
-        usable = torch.isfinite(z).all(1)
+        valid = torch.isfinite(z).all(1)
         initialize_codes(
             z.detach(),
-            usable if rows is None else usable & rows,
+            valid if mask is None else valid & mask,
             self.embedding.data,
             self.cluster_size,
             self.embedding_sum,
@@ -293,13 +294,13 @@ class GroupedVectorQuantizer(TransientBuffers):
         )
 
     @torch.no_grad()
-    def _update(self, found: Assignment, rows: Tensor | int) -> None:
-        counts, sums = found.count_parts, found.sum_parts
+    def _update(self, assignment: Assignment, rows: Tensor | int) -> None:
+        counts, sums = assignment.count_parts, assignment.sum_parts
         if self.shared:
-            seen = torch.as_tensor(rows, dtype=counts.dtype, device=counts.device)
-            packed = self.processes.sum_(torch.cat([found.counts, found.sums, seen[None]]))
-            counts, sums, seen = packed.split([counts.shape[1], sums.shape[1], 1])
-            rows = seen[0].to(torch.int64)
+            row_count = torch.as_tensor(rows, dtype=counts.dtype, device=counts.device)
+            packed = self.processes.sum_(torch.cat([assignment.counts, assignment.sums, row_count[None]]))
+            counts, sums, row_count = packed.split([counts.shape[1], sums.shape[1], 1])
+            rows = row_count[0].to(torch.int64)
         self.rows_seen += rows
         if self.use_ema:
             ema_update(
@@ -321,9 +322,9 @@ class GroupedVectorQuantizer(TransientBuffers):
 
     @torch.no_grad()
     def initialize(self, z: Tensor, iterations: int = 10, generator: torch.Generator | None = None) -> None:
-        """Fits the codes to rows z [N, sum D] by k-means; moving counts start as the rows of each code.
+        """Fits the codes to rows z [N, sum D] by k-means; moving counts become the number of rows of each code.
 
-        Where several processes share the quantizer, each of them calls this, and the rows of all are fitted.
+        If several processes share the quantizer, all of them must call this; the rows of all are fitted.
         """
         processes = self.processes if self.shared else None
         codebook, counts = kmeans(z.detach(), self.layout, iterations, generator, processes)
@@ -335,31 +336,31 @@ class GroupedVectorQuantizer(TransientBuffers):
         self._first_batch.awaited = False
 
     def codebook(self, g: int) -> Tensor:
-        """Codes of codebook g [K_g, D_g], a view."""
+        """Codes of codebook g, a view [K_g, D_g]."""
         layout = self.layout
         if not 0 <= g < layout.groups:
             raise IndexError(f"codebook {g} of {layout.groups}")
         return self.embedding[layout.entry_slice(g)].view(layout.num_codes[g], layout.dims[g])
 
     def lookup(self, codes: Tensor) -> Tensor:
-        """Code vectors [..., sum D] of indices [..., G]; raises IndexError outside a codebook."""
+        """Code vectors [..., sum D] of codes [..., G]; raises IndexError for a code out of range."""
         flat = lookup(codes.reshape(-1, codes.shape[-1]), self.embedding, self.layout)
         return flat.view(*codes.shape[:-1], self.layout.total_dims)
 
     def freeze(self, frozen: bool = True) -> None:
-        """Stops (or restarts) updates of the codes in training mode."""
+        """Stops (or resumes) code updates in training mode."""
         self.frozen = frozen
 
     def utilization(self) -> Tensor:
-        """[G] share of codes used in training since `reset_usage`, at most 1."""
+        """[G] fraction of codes used in training since `reset_usage`."""
         return code_usage(self.usage, self.layout, backend=self.requested_backend)[0]
 
     def perplexity(self) -> Tensor:
-        """[G] exp of the entropy of code use in training since `reset_usage`."""
+        """[G] exponential of the entropy of code usage in training since `reset_usage`."""
         return code_usage(self.usage, self.layout, backend=self.requested_backend)[1]
 
     def reset_usage(self) -> None:
-        """Starts a new window for `utilization` and `perplexity`."""
+        """Resets the counts of `utilization` and `perplexity`."""
         self.usage.zero_()
         self.rows_seen.zero_()
 
@@ -371,12 +372,14 @@ class GroupedVectorQuantizer(TransientBuffers):
         latents: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Replaces codes used less than `threshold` of their codebook's mean; [G] how many.
+        """Replaces dead codes; returns their number per codebook [G].
 
         Args:
-            strategy: "perturb" copies often used codes with noise, "sample" takes rows of `latents`.
-            max_fraction: largest share of a codebook that is replaced.
-            latents: [N, sum D].
+            threshold: a code is dead if its moving count is below this fraction of its codebook's mean.
+            strategy: "perturb" copies frequently used codes with noise; "sample" takes rows of `latents`.
+            max_fraction: largest fraction of a codebook that is replaced.
+            latents: [N, sum D], for "sample".
+            generator: source of randomness.
         """
         return reset_dead_codes(
             self.embedding.data,

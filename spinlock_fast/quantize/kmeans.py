@@ -1,4 +1,4 @@
-"""k-means++ and Lloyd's algorithm on every codebook of a group at once."""
+"""k-means++ and Lloyd's algorithm on all codebooks of a group at once."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from spinlock_fast.kernels.vq_assign import vq_assign
 from spinlock_fast.quantize.module_state import FirstBatch
 from spinlock_fast.quantize.process_group import Processes
 
-# Seeding by k-means++ takes one pass over the rows per code; above this, codes start from distinct rows.
-_PLUS_PLUS_LIMIT = 1024
-# Several processes start from so many rows of theirs, or as many as there are codes.
+# k-means++ takes one pass over the rows per code; larger codebooks are seeded with distinct random rows.
+_MAX_PLUS_PLUS_CODES = 1024
+# Size of the seeding sample of several processes; as many rows as codes, if that is more.
 _SEED_ROWS = 8192
 
 
@@ -24,43 +24,44 @@ def kmeans(
     generator: torch.Generator | None = None,
     processes: Processes | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Codebooks that fit the rows.
+    """Fits codebooks to rows.
 
-    Seeds by k-means++ (Arthur and Vassilvitskii 2007; distinct random rows above 1,024 codes), then
-    runs Lloyd's iterations. A code that loses all its rows keeps its place.
+    Seeds by k-means++ (Arthur and Vassilvitskii 2007; distinct random rows above 1,024 codes), then runs Lloyd's
+    algorithm. A code without rows keeps its value.
 
     Args:
-        z: [N, sum D] latents; rows that are not finite are left out.
+        z: [N, sum D] latents; rows that are not finite are ignored.
         layout: sizes of the group.
         iterations: Lloyd iterations.
         generator: source of randomness on the device of z.
-        processes: all of these call this function with rows of theirs, and get the same codes, those of all rows.
-            Codes start from a sample of the rows, at most 8,192 (or as many as there are codes).
+        processes: processes that all call this function with their own rows and get the same codes, fitted to all
+            rows. Codes are seeded from a sample of at most 8,192 rows (or as many as there are codes).
 
     Returns:
-        codebook [sum K D] and the rows of each code [sum K], float32 or wider.
+        codebook [sum K D] and the number of rows of each code [sum K], float32 or wider.
 
     Raises:
         ValueError: no row is finite, in any process.
     """
     z = z[torch.isfinite(z).all(1)].to(torch.promote_types(z.dtype, torch.float32))
-    first = processes is None or processes.rank() == 0
+    draws = processes is None or processes.rank() == 0  # one process draws the seeds for all
     sample = z if processes is None else processes.sample(z, max(_SEED_ROWS, layout.max_codes))
     if sample.shape[0] == 0:
         raise ValueError("k-means needs at least one finite row")
-    seeds = _plus_plus if layout.max_codes <= _PLUS_PLUS_LIMIT else _distinct_rows
+    seeds = _plus_plus if layout.max_codes <= _MAX_PLUS_PLUS_CODES else _distinct_rows
     codebook = z.new_zeros(layout.total_entries)
-    if first:  # one process draws for all
+    if draws:
         codebook = layout.pack_codebook(seeds(layout.pad_columns(sample), layout.max_codes, generator))
     if processes is not None:
         processes.sum_(codebook)
     index = layout.indices(z.device)
 
     def assign() -> tuple[Tensor, Tensor]:
-        found = vq_assign(z, codebook, layout)
+        assignment = vq_assign(z, codebook, layout)
         if processes is None:
-            return found.counts, found.sums
-        counts, sums = processes.sum_(torch.cat([found.counts, found.sums])).split([layout.total_codes, len(codebook)])
+            return assignment.counts, assignment.sums
+        packed = processes.sum_(torch.cat([assignment.counts, assignment.sums]))
+        counts, sums = packed.split([layout.total_codes, len(codebook)])
         return counts, sums
 
     for _ in range(iterations):
@@ -71,23 +72,25 @@ def kmeans(
 
 
 def _plus_plus(padded: Tensor, codes: int, generator: torch.Generator | None) -> Tensor:
+    """k-means++ seeds [G, codes, D] from rows [G, N, D]."""
     G, N, D = padded.shape
-    book = torch.arange(G, device=padded.device)
+    group = torch.arange(G, device=padded.device)
     centres = padded.new_empty(G, codes, D)
     distance = padded.new_ones(G, N)
     for k in range(codes):
-        # Inverse of the cumulative distribution; where every row is a centre already, uniform.
+        # Samples by the inverse cumulative distribution; uniformly if every row is a centre already.
         weight = torch.where(distance.sum(1, keepdim=True) > 0, distance, 1.0).to(torch.float64)
         cumulative = weight.cumsum(1)
         draw = torch.rand(G, 1, dtype=torch.float64, device=padded.device, generator=generator)
         row = torch.searchsorted(cumulative, draw * cumulative[:, -1:], right=True).clamp(max=N - 1)[:, 0]
-        centres[:, k] = padded[book, row]
+        centres[:, k] = padded[group, row]
         new = (padded - centres[:, k : k + 1]).square().sum(-1)
         distance = new if k == 0 else torch.minimum(distance, new)
     return centres
 
 
 def _distinct_rows(padded: Tensor, codes: int, generator: torch.Generator | None) -> Tensor:
+    """[G, codes, D] distinct random rows, repeated if there are fewer than codes."""
     N = padded.shape[1]
     order = torch.randperm(N, device=padded.device, generator=generator)
     return padded[:, order.repeat(-(-codes // N))[:codes]]
@@ -95,7 +98,7 @@ def _distinct_rows(padded: Tensor, codes: int, generator: torch.Generator | None
 
 def initialize_codes(
     z: Tensor,
-    usable: Tensor,
+    valid: Tensor,
     codebook: Tensor,
     cluster_size: Tensor,
     code_sum: Tensor,
@@ -104,26 +107,28 @@ def initialize_codes(
     first: FirstBatch,
     sync: bool = True,
 ) -> None:
-    """Fits codes in place to the usable rows by k-means, unless `initialized` says that it was done.
+    """Fits codes to the valid rows by k-means, in place, unless `initialized` is True.
+
+    Changes nothing if there is no valid row in any process.
 
     Args:
         z: [N, sum D] latents.
-        usable: [N] bool; without any, in any process, nothing changes.
-        codebook: [sum K D], changed.
-        cluster_size: [sum K], changed: rows of each code.
-        code_sum: [sum K D], changed: code vectors times rows.
-        initialized: bool scalar, set.
-        first: told as well.
-        sync: the processes of `first` fit the rows of all of them.
+        valid: [N] bool mask of rows.
+        codebook: [sum K D], overwritten.
+        cluster_size: [sum K], overwritten with the number of rows of each code.
+        code_sum: [sum K D], overwritten with code vectors times these numbers.
+        initialized: bool scalar, set to True.
+        first: host-side flag, updated as well.
+        sync: fits the rows of all processes of `first`.
     """
     torch.ops.spinlock_fast.initialize_codes(
-        z, usable, codebook, cluster_size, code_sum, initialized, layout.num_codes, layout.dims, first.key, sync
+        z, valid, codebook, cluster_size, code_sum, initialized, layout.num_codes, layout.dims, first.key, sync
     )
 
 
 torch.library.define(
     "spinlock_fast::initialize_codes",
-    "(Tensor z, Tensor usable, Tensor(a!) codebook, Tensor(b!) cluster_size, Tensor(c!) code_sum,"
+    "(Tensor z, Tensor valid, Tensor(a!) codebook, Tensor(b!) cluster_size, Tensor(c!) code_sum,"
     " Tensor(d!) initialized, int[] num_codes, int[] dims, str key, bool sync) -> ()",
 )
 
@@ -131,7 +136,7 @@ torch.library.define(
 @torch.library.impl("spinlock_fast::initialize_codes", "default")
 def _initialize_codes(
     z: Tensor,
-    usable: Tensor,
+    valid: Tensor,
     codebook: Tensor,
     cluster_size: Tensor,
     code_sum: Tensor,
@@ -144,20 +149,16 @@ def _initialize_codes(
     layout, first = CodebookLayout.of(num_codes, dims), FirstBatch.of(key)
     processes = first.processes if sync and first.processes.size() > 1 else None
     if not bool(initialized):
-        rows = z[usable]
-        anywhere = torch.tensor(len(rows), device=z.device)
-        if int(anywhere if processes is None else processes.sum_(anywhere)) == 0:
+        rows = z[valid]
+        row_count = torch.tensor(len(rows), device=z.device)
+        if int(row_count if processes is None else processes.sum_(row_count)) == 0:
             return
-        fitted, counts = kmeans(rows, layout, processes=processes)
-        codebook.copy_(fitted)
+        codes, counts = kmeans(rows, layout, processes=processes)
+        codebook.copy_(codes)
         cluster_size.copy_(counts)
-        code_sum.copy_(fitted * counts[layout.indices(z.device).entry_code])
+        code_sum.copy_(codes * counts[layout.indices(z.device).entry_code])
         initialized.fill_(True)
     first.awaited = False
 
 
-def _fake_initialize_codes(*arguments: object) -> None:
-    return None
-
-
-torch.library.register_fake("spinlock_fast::initialize_codes", _fake_initialize_codes)
+torch.library.register_fake("spinlock_fast::initialize_codes", lambda *arguments: None)

@@ -1,4 +1,4 @@
-"""State of quantizers that buffers alone do not hold right."""
+"""State of quantizers besides their buffers: a host-side initialisation flag, and float32 averages."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class FirstBatch:
-    """Whether codes still wait for a batch to be fitted to, as the host knows it.
+    """Host-side flag: whether the codes still have to be fitted to the first batch.
 
-    Reading the buffer that says so waits for the device. The operator that fits the codes sets `awaited`; it finds
-    this object by `key`, since operators take no objects. torch.compile guards on `awaited`: the next call compiles a
-    graph without the operator.
+    Reading the `initialized` buffer instead would synchronise with the device. The operator that fits the codes clears
+    `awaited`; it looks this object up by `key`, since operators take no objects. torch.compile guards on `awaited`, so
+    the next call compiles a graph without the operator.
 
     Args:
-        awaited: whether they wait.
-        processes: those that share the quantizer, for the operator.
+        awaited: whether the codes have to be fitted.
+        processes: the processes that share the quantizer, for the operator.
     """
 
     def __init__(self, awaited: bool, processes: Processes) -> None:
@@ -41,7 +41,7 @@ class FirstBatch:
 
     @staticmethod
     def of(key: str) -> FirstBatch:
-        """That of a quantizer in use."""
+        """The live object with this key."""
         return _first_batches[key]
 
 
@@ -49,10 +49,10 @@ _first_batches: weakref.WeakValueDictionary[str, FirstBatch] = weakref.WeakValue
 _numbers = itertools.count()
 
 
-def keep_wide(module: M, names: Sequence[str], apply: Callable[[], M]) -> M:
-    """`apply()`, a cast or move of `module`, which leaves the buffers `names` in float32 or wider.
+def keep_float32(module: M, names: Sequence[str], apply: Callable[[], M]) -> M:
+    """Runs `apply`, a cast or move of `module`, and keeps the named buffers in float32 or wider.
 
-    Half precision would lose a moving average's small steps.
+    Half precision would round away the small steps of a moving average.
     """
     before = {name: getattr(module, name, None) for name in names}
     result = apply()

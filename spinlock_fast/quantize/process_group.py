@@ -1,4 +1,4 @@
-"""Which processes of `torch.distributed` share the updates of a quantizer."""
+"""Collective operations of the processes that share the updates of a quantizer."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _LOST = (
 
 
 class Processes:
-    """A process group, or all processes. What it says is asked anew each time: `init_process_group` may come later.
+    """A process group of `torch.distributed`, or all processes.
 
-    A copy by `copy.deepcopy` is of the same group. A group cannot be pickled: after unpickling, `size` raises where
-    several processes run, until the group is set again.
+    Evaluated in each call, so `init_process_group` may be called later. `copy.deepcopy` keeps the group. A group cannot
+    be pickled: after unpickling, `size` raises if there are several processes, until the group is set again.
 
     Args:
-        group: None for all processes, whichever they are when they are asked for.
+        group: None for all processes.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
@@ -27,7 +27,7 @@ class Processes:
         self.lost = False
 
     def set(self, group: dist.ProcessGroup | None) -> None:
-        """From now on the processes of `group`; None for all."""
+        """Replaces the group; None for all processes."""
         self.group, self.lost = group, False
 
     def __deepcopy__(self, memo: dict[int, object]) -> Processes:
@@ -39,7 +39,7 @@ class Processes:
         return {"group": None, "lost": self.lost or self.group is not None}
 
     def size(self) -> int:
-        """Number of processes: 1 without `torch.distributed`, or where this process is not in the group.
+        """Number of processes; 1 without `torch.distributed`, or if this process is not in the group.
 
         Raises:
             RuntimeError: the group was lost in pickling, and there are several processes.
@@ -51,37 +51,37 @@ class Processes:
         return max(1, dist.get_world_size(self.group))
 
     def rank(self) -> int:
-        """The number of this process, from 0; to be asked where `size` is above 1."""
+        """Rank of this process; requires `size() > 1`."""
         return dist.get_rank(self.group)
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """`tensor` becomes the sum of the tensors of all processes."""
+        """All-reduces `tensor` in place by sum."""
         dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def max_(self, tensor: Tensor) -> Tensor:
-        """`tensor` becomes the greatest of the tensors of all processes, entry by entry."""
+        """All-reduces `tensor` in place by elementwise maximum."""
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
         return tensor
 
-    def sample(self, rows: Tensor, most: int) -> Tensor:
-        """Random rows of all processes, the same in all of them.
+    def sample(self, rows: Tensor, max_rows: int) -> Tensor:
+        """A random sample of the rows of all processes, identical on each of them.
 
-        Each process gives distinct rows, in proportion to how many it has.
+        Each process contributes distinct rows in proportion to its number of rows.
 
         Args:
             rows: [N, D] floating-point rows of this process; N may differ between processes, and be 0.
-            most: how many are given at most; all of them where there are fewer.
+            max_rows: size of the sample, if there are as many rows.
 
         Returns:
-            [min(sum of N, most), D].
+            [min(sum of N, max_rows), D].
         """
         size, rank = self.size(), self.rank()
         counts = torch.zeros(size, dtype=torch.int64, device=rows.device)
         counts[rank] = len(rows)
-        before = [0, *self.sum_(counts).cumsum(0).tolist()]
-        total = before[-1]
-        first, last = (min(total, most) * before[r] // max(total, 1) for r in (rank, rank + 1))
-        packed = rows.new_zeros(min(total, most), rows.shape[1])
+        offsets = [0, *self.sum_(counts).cumsum(0).tolist()]
+        total = offsets[-1]
+        first, last = (min(total, max_rows) * offsets[r] // max(total, 1) for r in (rank, rank + 1))
+        packed = rows.new_zeros(min(total, max_rows), rows.shape[1])
         packed[first:last] = rows[torch.randperm(len(rows), device=rows.device)[: last - first]]
         return self.sum_(packed) if len(packed) else packed

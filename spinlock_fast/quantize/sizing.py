@@ -1,4 +1,4 @@
-"""How many codes of how many dimensions each category gets."""
+"""Codebook sizes: codes and dimensions of each level of each category."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from spinlock_fast.config.schema import LevelConfig, Levels, parse_ratios
 
 
 def size_codebooks(num_features: int, ratios: Sequence[float], uniform: bool = False) -> list[LevelConfig]:
-    """Codebooks of one category, coarse to fine.
+    """Codebook sizes of one category, coarse to fine.
 
     With n features and base = int(7 log2 n): level 0 has max(4 (base // 4), 15) codes, level l
     max(6, int(base / 2^l)); level l has max(4, 4 ceil(n r_l / 4)) dimensions.
@@ -37,11 +37,12 @@ def size_codebooks(num_features: int, ratios: Sequence[float], uniform: bool = F
 def resolve_levels(
     group_sizes: Mapping[str, int], levels: Levels | None, compression_ratios: str, uniform: bool = False
 ) -> dict[str, list[LevelConfig]]:
-    """Codebooks of every category, in the order of `group_sizes`.
+    """Codebook sizes of every category, in the order of `group_sizes`.
 
     Args:
-        group_sizes: features of each category.
-        levels: None or [] to size from the features, a list for all categories, or one per category.
+        group_sizes: number of features of each category.
+        levels: None or [] to derive sizes from the features, a list for all categories, or a mapping with one list per
+            category.
         compression_ratios: text such as "0.5:1:1.5".
         uniform: see `size_codebooks`.
 
@@ -54,8 +55,8 @@ def resolve_levels(
     if isinstance(levels, list):
         return {name: list(levels) for name in group_sizes}
     if set(levels) != set(group_sizes):
-        odd = sorted(set(levels) ^ set(group_sizes))[0]
-        raise ValueError(f"levels and categories differ: {odd!r} is in only one of them")
+        name = sorted(set(levels) ^ set(group_sizes))[0]
+        raise ValueError(f"levels and categories differ: {name!r} is in only one of them")
     empty = [name for name in group_sizes if not levels[name]]
     if empty:
         raise ValueError(f"levels.{empty[0]}: at least one codebook is needed")

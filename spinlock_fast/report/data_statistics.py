@@ -19,7 +19,7 @@ from spinlock_fast.errors import DataError
 from spinlock_fast.features.categories import category_correlation, max_off_diagonal
 from spinlock_fast.features.statistics import correlation
 from spinlock_fast.models.input_check import InputCheck, row_errors
-from spinlock_fast.models.metrics import complete, evaluate
+from spinlock_fast.models.metrics import add_model_metrics, evaluate
 from spinlock_fast.report.checkpoint_summary import CheckpointSummary
 
 log = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ def measure_data(summary: CheckpointSummary, data: str | list[str]) -> DataStati
     if "quality" not in summary.metrics:
         training = summary.config.training if summary.config else TrainingConfig()
         summary.metrics = evaluate(tokenizer.model, place_rows(RowView(x), tokenizer.device), training)
-        complete(
+        add_model_metrics(
             summary.metrics,
             tokenizer.model,
             tokenizer.feature_names,

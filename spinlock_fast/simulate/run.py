@@ -13,7 +13,7 @@ from typing import Any
 
 from spinlock_fast.device import resolve_device
 from spinlock_fast.errors import ConfigError, Interrupted
-from spinlock_fast.interrupts import handling
+from spinlock_fast.interrupts import handle_signals
 from spinlock_fast.simulate.config import GeneratorConfig
 from spinlock_fast.simulate.progress import ProgressDisplay
 from spinlock_fast.simulate.simulator import Rows, Simulator, concatenate_rows
@@ -107,5 +107,5 @@ def _stop_on_signal() -> Iterator[_StopEvent]:
         stop.signal_number = stop.signal_number or number
         stop.set()
 
-    with handling(handle):
+    with handle_signals(handle):
         yield stop

@@ -1,4 +1,4 @@
-"""Training steps as CUDA graphs: captured once per kind of step, replayed with one launch."""
+"""Training steps as CUDA graphs: captured once per kind of step, then replayed with one launch."""
 
 from __future__ import annotations
 
@@ -21,26 +21,27 @@ log = logging.getLogger(__name__)
 Step = Callable[[StepKind], None]
 Replay = Callable[[], None]
 
-# Steps of a kind that run one by one before it is captured. They are steps of the training like all
-# others: they make the optimizer's state, compile kernels, fill the caches of the libraries.
-WARM_UP = 3
-_ONE_KIND = StepKind(last=False, reset=False)  # what all repetitions of other work are
+# Eager steps of a kind before it is captured. They are ordinary training steps: they create the optimizer's state,
+# compile kernels and fill the caches of libraries.
+WARM_UP_STEPS = 3
 
-# Steps in one graph. More of them leave fewer gaps between launches, but an interruption waits for all.
+# Steps per graph. More steps leave fewer gaps between launches, but an interruption waits for all of them.
 STEPS_PER_LAUNCH = 4
+
+_WORK_KIND = StepKind(partial_batch=False, reset=False)  # of work passed to `StepLauncher.captured`
 
 
 class StepLauncher:
-    """Runs training steps: one by one, or as CUDA graphs once they are warm.
+    """Runs training steps eagerly, or as CUDA graphs after a warm-up.
 
-    Where the step cannot be captured it goes on one by one and says why, once.
+    If a step cannot be captured, all steps run eagerly, and one warning gives the reason.
 
     Args:
-        step: makes the next step; its tensors keep their places.
-        device: of those tensors. On any but a CUDA device steps run one by one.
-        graphs: False never captures.
-        capture: how some steps of a kind become something to replay.
-        name: of the steps, for what is said of them.
+        step: runs the next step; its tensors keep their addresses.
+        device: of those tensors; only CUDA devices capture.
+        graphs: False disables capture.
+        capture: makes a replay of a number of steps of a kind; CUDA capture if not given.
+        name: of the steps, for the warning.
     """
 
     def __init__(
@@ -57,68 +58,71 @@ class StepLauncher:
         self._device = device
         self._name = name
         self._capture = capture or _CudaCapture(device)
-        self._done: Counter[StepKind] = Counter()
+        self._eager_steps: Counter[StepKind] = Counter()
         self._replays: dict[tuple[StepKind, int], Replay] = {}
-        self._places: object = None
-        self._others: list[StepLauncher] = []
+        self._layout: object = None
+        self._work_launchers: list[StepLauncher] = []
 
-    def run(self, kind: StepKind, most: int) -> int:
-        """Runs one step or several of a kind, at most `most`; returns how many."""
+    def run(self, kind: StepKind, max_steps: int) -> int:
+        """Launches between one and `max_steps` steps of a kind; returns how many."""
         if not self.capturing:
             self.step(kind)
             return 1
-        if self._done[kind] < WARM_UP:
-            self._done[kind] += 1
-            if self._done[kind] == WARM_UP and self._device.type == "cuda":
-                self._step_watched(kind)
+        if self._eager_steps[kind] < WARM_UP_STEPS:
+            self._eager_steps[kind] += 1
+            if self._eager_steps[kind] == WARM_UP_STEPS and self._device.type == "cuda":
+                self._step_with_sync_debugging(kind)
             else:
                 self.step(kind)
             return 1
-        count = self.steps_per_launch if most >= self.steps_per_launch else 1
-        replay = self._replays.get((kind, count)) or self._captured(kind, count)
+        count = self.steps_per_launch if max_steps >= self.steps_per_launch else 1
+        replay = self._replays.get((kind, count)) or self._captured_steps(kind, count)
         if replay is None:
-            return self.run(kind, most)
+            return self.run(kind, max_steps)
         replay()
         return count
 
-    def beside(self, work: Callable[[], None], name: str) -> Callable[[], None]:
-        """Other work that is repeated, always the same, to be called each time: replayed once it is warm.
+    def captured(self, work: Callable[[], None], name: str) -> Callable[[], None]:
+        """A function that runs `work`, as a CUDA graph after the warm-up.
 
-        Its graph shares the memory of the others, so it runs before or after them, never at the same time.
+        The graph shares the memory pool of the steps, so it must not run concurrently with them.
+
+        Args:
+            work: launches the same kernels at every call.
+            name: of the work, for the warning.
         """
-        on_cuda = self._device.type == "cuda"
-        capture = self._capture if on_cuda else None
+        capture = self._capture if self._device.type == "cuda" else None
         launcher = StepLauncher(lambda _: work(), self._device, self.capturing, capture, name)
 
-        def again() -> None:
-            launcher.run(_ONE_KIND, 1)
+        def run() -> None:
+            launcher.run(_WORK_KIND, 1)
 
-        self._others.append(launcher)
-        return again
+        self._work_launchers.append(launcher)
+        return run
 
-    def follow(self, places: object) -> None:
-        """Says where the tensors of the work lie now; where they have moved, its graphs are captured anew."""
-        if places != self._places:
+    def check_layout(self, layout: object) -> None:
+        """Discards the graphs if the addresses or strides of the tensors have changed; they are captured again."""
+        if layout != self._layout:
             self._replays.clear()
-        self._places = places
-        for other in self._others:
-            other.follow(places)
+        self._layout = layout
+        for launcher in self._work_launchers:
+            launcher.check_layout(layout)
 
-    def _captured(self, kind: StepKind, count: int) -> Replay | None:
+    def _captured_steps(self, kind: StepKind, count: int) -> Replay | None:
         try:
             replay = self._capture(self.step, kind, count)
         except RuntimeError as error:
-            # Leaving the capture raises, too, and hides what went wrong inside.
-            first = error.__context__ if isinstance(error.__context__, Exception) else error
-            self._give_up(" ".join(str(first).split())[:200])
+            # Ending an invalidated capture raises as well and hides the cause.
+            cause = error.__context__ if isinstance(error.__context__, Exception) else error
+            self._disable_capture(" ".join(str(cause).split())[:200])
             return None
         self._replays[kind, count] = replay
         return replay
 
-    def _step_watched(self, kind: StepKind) -> None:
-        """A step, and whether it waits for the device: found here, nothing is broken; in a capture much is."""
-        waits, others = [], []
-        with warnings.catch_warnings(record=True) as heard:
+    def _step_with_sync_debugging(self, kind: StepKind) -> None:
+        """Runs one step with sync debugging; a host synchronisation disables capture, which it would invalidate."""
+        synchronizations, other_warnings = [], []
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             before = torch.cuda.get_sync_debug_mode()
             torch.cuda.set_sync_debug_mode("warn")
@@ -126,25 +130,25 @@ class StepLauncher:
                 self.step(kind)
             finally:
                 torch.cuda.set_sync_debug_mode(before)
-        for warning in heard:
+        for warning in caught:
             text = str(warning.message)
             if "synchronizing CUDA operation" in text:
-                waits.append(f"{Path(warning.filename).name}:{warning.lineno}")
+                synchronizations.append(f"{Path(warning.filename).name}:{warning.lineno}")
             elif "ynchronization debug mode" not in text:
-                others.append(warning)
-        for warning in others:
+                other_warnings.append(warning)
+        for warning in other_warnings:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-        if waits:
-            self._give_up(f"{waits[0]} waits for the device")
+        if synchronizations:
+            self._disable_capture(f"{synchronizations[0]} synchronises with the device")
 
-    def _give_up(self, reason: str) -> None:
+    def _disable_capture(self, reason: str) -> None:
         self.capturing = False
         self._replays.clear()
         log.warning("%s run one by one, not as CUDA graphs: %s", self._name, reason)
 
 
-class _Graph:
-    """A captured graph and the tables that it reads."""
+class _CapturedGraph:
+    """A captured graph, and references to the cached tables that it reads."""
 
     def __init__(self, graph: torch.cuda.CUDAGraph, tables: dict[int, Any]) -> None:
         self._graph, self._tables = graph, tables
@@ -154,7 +158,7 @@ class _Graph:
 
 
 class _CudaCapture:
-    """Captures steps into graphs that share one pool of memory. No graph reads what another left there."""
+    """Captures steps into graphs that share one memory pool; no graph reads memory that another graph wrote there."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -165,22 +169,22 @@ class _CudaCapture:
             self._pool = torch.cuda.graph_pool_handle()
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
         try:
-            # What other threads do meanwhile (write a checkpoint, read rows) must not break the capture.
+            # thread_local: CUDA calls of other threads (checkpoints, row readers) must not invalidate the capture.
             capture = torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local")
             with captured_tables() as tables, capture:
                 for _ in range(count):
                     step(kind)
         except RuntimeError:
-            # A broken capture leaves the generator's state as if it still went on; a copy of it does not.
+            # An invalidated capture leaves the generator's state marked as capturing; a copy of the state is not.
             generator = torch.cuda.default_generators[self._device.index]
             generator.graphsafe_set_state(generator.clone_state())
             raise
-        return _Graph(graph, tables).replay
+        return _CapturedGraph(graph, tables).replay
 
 
 @contextmanager
-def own_stream(device: torch.device) -> Iterator[None]:
-    """Puts what follows on a stream of its own: the default one cannot be captured, and a switch would cost waits."""
+def dedicated_stream(device: torch.device) -> Iterator[None]:
+    """Makes a new CUDA stream current; the default stream cannot be captured. Does nothing on other devices."""
     if device.type != "cuda":
         yield
         return
@@ -192,5 +196,5 @@ def own_stream(device: torch.device) -> Iterator[None]:
             with torch.cuda.stream(stream):
                 yield
         finally:
-            torch.cuda.set_stream(caller)  # a broken capture may have left another one
+            torch.cuda.set_stream(caller)  # an invalidated capture may leave another stream current
             caller.wait_stream(stream)

@@ -1,4 +1,4 @@
-"""Metrics of a checkpoint on a file."""
+"""Evaluates a checkpoint on data files."""
 
 from __future__ import annotations
 
@@ -18,38 +18,42 @@ from spinlock_fast.device import resolve_device
 from spinlock_fast.errors import DataError
 from spinlock_fast.features.categories import category_correlation, max_off_diagonal
 from spinlock_fast.models.input_check import TEST, TRAIN, VALIDATION, InputCheck, row_errors
-from spinlock_fast.models.metrics import complete, evaluate
+from spinlock_fast.models.metrics import add_model_metrics, evaluate
 from spinlock_fast.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-Rows = Literal["auto", "heldout", "all", "train", "validation", "test"]
-_PARTS = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
+RowSelection = Literal["auto", "heldout", "all", "train", "validation", "test"]
+_SPLITS = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
 
 
 def evaluate_file(
     checkpoint: str | Path,
     data: str | Path | list[str],
     device: str = "auto",
-    rows: Rows = "auto",
+    rows: RowSelection = "auto",
     *,
     allow_external: bool = True,
 ) -> dict[str, Any]:
-    """All metrics of a checkpoint on rows of an HDF5 file; the weights of val_loss are the run's.
+    """Metrics of a checkpoint on rows of HDF5 files, with the loss weights of its run.
 
-    Rows that the checkpoint was trained on are recognised by their values, in whatever file and order.
+    Rows of the run are recognised by their values, in any file and order.
 
     Args:
-        rows: which are measured. "heldout": those that it was not trained on; "train", "validation" and "test": those
-            of the run's split; "auto": held-out rows where the file has training rows as well, else all.
-        allow_external: False refuses data files that take values from outside of their directory.
+        checkpoint: checkpoint directory.
+        data: HDF5 file, glob or list of files.
+        device: see `resolve_device`.
+        rows: which rows are measured. "heldout": those that the checkpoint was not trained on; "train", "validation"
+            and "test": those of the run's split; "auto": held-out rows if the data also have training rows, else all.
+        allow_external: False refuses data files with links to outside their directory.
 
     Returns:
-        Those of `metrics.evaluate` on val_rows rows; rows: which, as above; samples: rows of the file; trained_rows:
-        how many of the file were trained on (None: the checkpoint does not say); compared_with_training: see
-        `InputCheck.summary`; category_correlation_max, of all rows of the file.
+        The metrics of `metrics.evaluate` and `add_model_metrics`, and: rows, the selection that was measured; samples,
+        rows in the data; trained_rows, how many of them the checkpoint was trained on (None if it does not record
+        them); compared_with_training, see `InputCheck.summary`.
+
     Raises:
-        DataError: the checkpoint or the data cannot serve, or there are no such rows.
+        DataError: the checkpoint or the data cannot be read, or no row is selected.
     """
     tokenizer = Tokenizer.from_checkpoint(checkpoint, resolve_device(device))
     tokenizer.allow_external = allow_external
@@ -63,17 +67,17 @@ def evaluate_file(
             if tokenizer.known_rows is not None:
                 keys.append(tokenizer.row_keys(raw))
     x = np.concatenate(blocks)
-    parts = tokenizer.known_rows.parts_of(np.concatenate(keys)) if tokenizer.known_rows is not None else None
-    measured, chosen = _choose(rows, parts, len(x))
-    metrics = evaluate(tokenizer.model, place_rows(RowView(x, chosen), tokenizer.device), training)
-    groups = tokenizer.model.config.group_indices
-    complete(metrics, tokenizer.model, tokenizer.feature_names, max_off_diagonal(category_correlation(x, groups)))
-    check.only(chosen)
-    check.add_errors(row_errors(tokenizer.model, x, chosen))
+    splits = tokenizer.known_rows.splits_of(np.concatenate(keys)) if tokenizer.known_rows is not None else None
+    selection, selected = _select_rows(rows, splits, len(x))
+    metrics = evaluate(tokenizer.model, place_rows(RowView(x, selected), tokenizer.device), training)
+    correlation = category_correlation(x, tokenizer.model.config.group_indices)
+    add_model_metrics(metrics, tokenizer.model, tokenizer.feature_names, max_off_diagonal(correlation))
+    check.restrict_to(selected)
+    check.add_errors(row_errors(tokenizer.model, x, selected))
     metrics |= {
-        "rows": measured,
+        "rows": selection,
         "samples": len(x),
-        "trained_rows": None if parts is None else int((parts == TRAIN).sum()),
+        "trained_rows": None if splits is None else int((splits == TRAIN).sum()),
         "compared_with_training": check.summary(),
     }
     warning = check.warning()
@@ -82,10 +86,10 @@ def evaluate_file(
     return metrics
 
 
-def _choose(rows: Rows, parts: NDArray[np.uint8] | None, count: int) -> tuple[str, NDArray[np.int64]]:
-    """The name of the rows that are measured, and their numbers."""
-    everything = np.arange(count)
-    if parts is None:
+def _select_rows(rows: RowSelection, splits: NDArray[np.uint8] | None, count: int) -> tuple[str, NDArray[np.int64]]:
+    """The resolved selection, and the numbers of its rows."""
+    all_rows = np.arange(count)
+    if splits is None:
         if rows not in ("auto", "all"):
             raise DataError(
                 "the checkpoint does not say which rows it was trained on (it was converted, or made by an earlier "
@@ -94,15 +98,15 @@ def _choose(rows: Rows, parts: NDArray[np.uint8] | None, count: int) -> tuple[st
         log.warning(
             "the checkpoint does not say which rows it was trained on: training rows may be among those measured"
         )
-        return "all", everything
-    trained = parts == TRAIN
+        return "all", all_rows
+    trained = splits == TRAIN
     if rows == "auto":
         if trained.all():
             log.warning("every row of these data was trained on: held-out rows have a larger error")
         rows = "heldout" if trained.any() and not trained.all() else "all"
     if rows == "all":
-        return rows, everything
-    chosen = np.flatnonzero(~trained if rows == "heldout" else parts == _PARTS[rows])
-    if not chosen.size:
+        return rows, all_rows
+    selected = np.flatnonzero(~trained if rows == "heldout" else splits == _SPLITS[rows])
+    if not selected.size:
         raise DataError(f"these data hold no {'held-out' if rows == 'heldout' else rows} rows of the run")
-    return rows, chosen
+    return rows, selected

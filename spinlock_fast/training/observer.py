@@ -1,4 +1,4 @@
-"""Notifications of a training run: start, finished epochs, states to save."""
+"""Callbacks of a training run: start, finished epochs, states to save."""
 
 from __future__ import annotations
 
@@ -18,22 +18,33 @@ class EpochRecord:
     seconds: float
     resets: int | None = None
     validation: dict[str, float] | None = None
-    diverged_at: list[int] | None = None  # steps at which a loss was not finite, before the run went back to this epoch
+    diverged_at: list[int] | None = None  # steps with a non-finite loss, before the run was rewound to this epoch
 
 
 class Observer(Protocol):
-    """What a `Trainer` tells while it runs."""
+    """Callbacks of a `Trainer`."""
 
     def training_started(self, epochs: int, first_epoch: int, rows: int) -> None: ...
 
     def epoch_finished(self, record: EpochRecord) -> None: ...
 
     def save(self, state: dict[str, Any]) -> None:
-        """Keeps a state from which the run can go on; its tensors change with the next step."""
+        """Saves a resumable state. The next step changes its tensors in place."""
+
+
+class Display(Observer, Protocol):
+    """An observer that also shows the stages of the pipeline."""
+
+    def stage(self, text: str) -> None: ...
+
+    def encoded(self, family: str, done: int, rows: int) -> None: ...
+
+    def training_finished(self) -> None:
+        """Called after the last epoch; closes the display's files."""
 
 
 class SilentObserver:
-    """Hears everything, says and keeps nothing."""
+    """An observer that does nothing."""
 
     def training_started(self, epochs: int, first_epoch: int, rows: int) -> None:
         pass

@@ -1,4 +1,4 @@
-"""Adam in one fused operation, with the rate in a tensor."""
+"""Fused Adam and AdamW whose learning rate is a tensor."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ _EPS = 1e-8
 
 
 class FusedAdam:
-    """Adam (Kingma and Ba 2015), or AdamW (Loshchilov and Hutter 2019) where the decay is decoupled.
+    """Adam (Kingma and Ba 2015), or AdamW (Loshchilov and Hutter 2019) with decoupled weight decay.
 
-    The arithmetic is that of `torch.optim.Adam(fused=True)`, and so is the form of `state_dict`. It is not used itself
-    because making one imports torch's compiler, which takes longer than loading 10,000 rows.
+    Computes what `torch.optim.Adam(fused=True)` does, with the same `state_dict`. That class is not used because its
+    constructor imports torch's compiler, which takes longer than loading 10,000 rows. On CUDA all parameters are
+    updated by one Triton kernel.
 
-    Parameters may get other memory (`p.data = ...`) or other strides between steps. Gradients may have any strides and,
-    where a parameter's `grad_dtype` allows it, any real dtype.
+    Parameters may change their memory (`p.data = ...`) or strides between steps. Gradients may have any strides and,
+    if the parameter's `grad_dtype` allows it, any real dtype.
 
     Args:
-        parameters: to be moved; those without a gradient stay.
+        parameters: to be optimized; those without a gradient are left unchanged.
         rate: learning rate, a tensor of one element that is read at every step, on the device if that is CUDA.
-        weight_decay: L2 penalty, or the share of a weight that goes with each step at rate 1.
-        decoupled: AdamW.
+        weight_decay: L2 penalty of Adam, decay per unit of learning rate of AdamW.
+        decoupled: True for AdamW.
     """
 
     def __init__(
@@ -41,19 +42,19 @@ class FusedAdam:
         self.decoupled = decoupled
         self.mean = [torch.zeros_like(p, memory_format=torch.preserve_format) for p in self.parameters]
         self.square = [torch.zeros_like(p, memory_format=torch.preserve_format) for p in self.parameters]
-        self.count = torch.zeros((), device=self.parameters[0].device)  # steps done, of all parameters
-        self._places: list[tuple[int, tuple[int, ...]]] = []
+        self.count = torch.zeros((), device=self.parameters[0].device)  # steps taken
+        self._layout: list[tuple[int, tuple[int, ...]]] = []
         self._dense: list[bool] = []
-        self._launches: TableCache[Any] = TableCache(32)  # by the tensors' addresses, which they hold
+        self._launches: TableCache[Any] = TableCache(32)  # keyed by the addresses of the tensors
 
     def zero_grad(self) -> None:
-        """Forgets the gradients."""
+        """Sets the gradients to None."""
         for parameter in self.parameters:
             parameter.grad = None
 
     @torch.no_grad()
     def step(self) -> None:
-        """Moves the parameters against their gradients.
+        """Updates the parameters that have a gradient.
 
         Raises:
             RuntimeError: no parameter has a gradient.
@@ -65,42 +66,42 @@ class FusedAdam:
                 "no parameter has a gradient; an optimizer does not follow parameters that are replaced, as by"
                 " load_state_dict(assign=True): make it afterwards"
             )
-        self._follow_parameters()
+        self._match_parameter_layout()
         gradients = [self._gradient(i) for i in used]
         if runs_triton("auto", *self.parameters) and all(self._dense[i] for i in used):
-            self._move_by_triton(used, gradients)
+            self._triton_update(used, gradients)
             return
         self.count += 1
-        # torch's operation reads memory entry by entry, whatever the strides: gaps are left out of what it is given.
+        # torch's operation ignores strides and reads memory in order, so parameters with gaps are copied.
         targets: list[Tensor] = [self.parameters[i] for i in used]
-        parameters = [p if self._dense[i] else _laid_out_as(p, p) for i, p in zip(used, targets, strict=True)]
-        self._move(parameters, gradients, *([ts[i] for i in used] for ts in self._moments))
-        for target, moved in zip(targets, parameters, strict=True):
-            if target is not moved:
-                target.copy_(moved)
+        parameters = [p if self._dense[i] else _with_layout_of(p, p) for i, p in zip(used, targets, strict=True)]
+        self._torch_update(parameters, gradients, *([ts[i] for i in used] for ts in self._moments))
+        for target, updated in zip(targets, parameters, strict=True):
+            if target is not updated:
+                target.copy_(updated)
 
-    def places(self) -> list[tuple[int, tuple[int, ...]]]:
-        """Where every parameter lies: its address and strides."""
+    def memory_layout(self) -> list[tuple[int, tuple[int, ...]]]:
+        """Address and strides of every parameter."""
         return [(p.data_ptr(), p.stride()) for p in self.parameters]
 
-    def _follow_parameters(self) -> None:
-        """Gives moments the strides of parameters that have other memory than at the last step."""
-        places = self.places()
-        if places == self._places:
+    def _match_parameter_layout(self) -> None:
+        """Copies moments to the strides of their parameters, if a parameter's memory changed since the last step."""
+        layout = self.memory_layout()
+        if layout == self._layout:
             return
         self._dense = []
         for i, p in enumerate(self.parameters):
-            now, before = (f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in (p, self.mean[i]))
-            if now != before:
+            parameter, moments = (f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in (p, self.mean[i]))
+            if parameter != moments:
                 raise ValueError(
-                    f"parameter {i} is {now}, its moments are {before}: make an optimizer after the change"
+                    f"parameter {i} is {parameter}, its moments are {moments}: make an optimizer after the change"
                 )
             strides = torch.empty_like(p).stride()
             self._dense.append(strides == p.stride())
             for moment in self._moments:
                 if moment[i].stride() != strides:
-                    moment[i] = _laid_out_as(p, moment[i])
-        self._places = places
+                    moment[i] = _with_layout_of(p, moment[i])
+        self._layout = layout
 
     def _gradient(self, i: int) -> Tensor:
         """The gradient of a parameter, with the dtype and strides of its moments."""
@@ -110,22 +111,22 @@ class FusedAdam:
             raise ValueError(f"the gradient of parameter {i} is sparse")
         if gradient.stride() == like.stride() and gradient.dtype == like.dtype:
             return gradient
-        return _laid_out_as(like, gradient)
+        return _with_layout_of(like, gradient)
 
-    def _move_by_triton(self, used: list[int], gradients: list[Tensor]) -> None:
-        """The update by our kernel, in as many launches as it takes to name all tensors."""
+    def _triton_update(self, used: list[int], gradients: list[Tensor]) -> None:
+        """The update by the Triton kernel, in launches of at most `TENSORS` tensors."""
         from spinlock_fast.kernels.adam.triton import TENSORS, Adam
 
         for first in range(0, len(used), TENSORS):
-            some = used[first : first + TENSORS]
-            tensors = [self.parameters[i] for i in some], [self.mean[i] for i in some], [self.square[i] for i in some]
+            part = used[first : first + TENSORS]
+            tensors = [self.parameters[i] for i in part], [self.mean[i] for i in part], [self.square[i] for i in part]
             key = tuple(t.data_ptr() for ts in tensors for t in ts)
             make = partial(Adam, *tensors, _BETAS, _EPS, self.weight_decay, self.decoupled)
             launch = self._launches.get(key, self.count.device, make)
             launch(gradients[first : first + TENSORS], self.count, self.rate)
         self.count += 1
 
-    def _move(
+    def _torch_update(
         self, parameters: list[Tensor], gradients: list[Tensor], means: list[Tensor], squares: list[Tensor]
     ) -> None:
         """The update by torch's fused operation."""
@@ -151,7 +152,7 @@ class FusedAdam:
         return self.mean, self.square
 
     def state_dict(self) -> dict[str, Any]:
-        """As `torch.optim.Adam` gives it; the tensors go on changing."""
+        """The state dict of `torch.optim.Adam`; later steps change its tensors in place."""
         state = {
             i: {"step": self.count, "exp_avg": mean, "exp_avg_sq": square}
             for i, (mean, square) in enumerate(zip(self.mean, self.square, strict=True))
@@ -161,11 +162,11 @@ class FusedAdam:
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Copies a state into the tensors that are there; the rate stays. One without entries is that of no step.
+        """Copies a state into the existing tensors; the learning rate stays. An empty state resets the moments.
 
         Raises:
-            ValueError: the state is of other parameters, or of some that have made different numbers of steps. Then
-                nothing has changed.
+            ValueError: the state has other parameters, or parameters with different numbers of steps. Nothing is
+                changed then.
         """
         state = state_dict["state"] or {
             i: {"step": 0.0, "exp_avg": torch.zeros(()).expand_as(p), "exp_avg_sq": torch.zeros(()).expand_as(p)}
@@ -179,13 +180,13 @@ class FusedAdam:
                     shapes = f"{tuple(state[i][name].shape)}, not {tuple(parameter.shape)}"
                     raise ValueError(f"{name} of parameter {i} has the shape {shapes}")
         if len({float(saved["step"]) for saved in state.values()}) > 1:
-            raise ValueError("the parameters have made different numbers of steps")
+            raise ValueError("the parameters have different numbers of steps")
         for i, saved in state.items():
             self.mean[i].copy_(saved["exp_avg"])
             self.square[i].copy_(saved["exp_avg_sq"])
         self.count.fill_(float(state[0]["step"]))
 
 
-def _laid_out_as(like: Tensor, values: Tensor) -> Tensor:
-    """Values in fresh memory with the dtype and, but for gaps, the strides of another tensor."""
+def _with_layout_of(like: Tensor, values: Tensor) -> Tensor:
+    """A dense copy of `values` with the dtype and the order of strides of `like`."""
     return torch.empty_like(like).copy_(values)

@@ -13,115 +13,124 @@ from torch import Tensor
 
 from spinlock_fast.data.host_rows import HostRows, Rows
 
-_HALF_BYTES = 1 << 24  # size of each half of the double buffer; the first copy of an epoch is not overlapped
-_READERS = 4  # threads that gather rows; with a memory map, several can wait for the disk at once
+_HALF_BUFFER_BYTES = 1 << 24  # size of each half of the double buffer; the first copy of an epoch is not overlapped
+_READERS = 4  # threads that gather rows; with a memory map, several reads can be in flight
 
 
-class Feed(Protocol):
-    """Gives the steps of an epoch their rows."""
+class RowFeed(Protocol):
+    """Supplies the rows of the steps of an epoch."""
 
     table: Tensor
-    """[M, F] on the device; keeps its place."""
+    """[M, F] on the device, at a fixed address."""
 
-    def begin(self, order: Tensor, done: int) -> Tensor:
-        """Starts an epoch of which `done` steps are made; where in the table each row of the order [N] will lie."""
+    def begin_epoch(self, order: Tensor, steps_done: int) -> Tensor:
+        """Starts an epoch at a step.
 
-    def ready(self, step: int) -> int:
-        """How many steps can be launched, from this one of the epoch on; all before it have been."""
+        Args:
+            order: [N] the permutation of the rows.
+            steps_done: steps of the epoch that a resumed run has made.
+
+        Returns:
+            [N] the row of `table` that holds each row of `order` at its step.
+        """
+
+    def steps_available(self, step: int) -> int:
+        """How many steps of the epoch can be launched from `step` on; all steps before it were launched."""
 
 
 class ResidentFeed:
-    """All rows are there."""
+    """All rows are on the device."""
 
     def __init__(self, x: Tensor) -> None:
         self.table = x
 
-    def begin(self, order: Tensor, done: int) -> Tensor:
+    def begin_epoch(self, order: Tensor, steps_done: int) -> Tensor:
         return order
 
-    def ready(self, step: int) -> int:
+    def steps_available(self, step: int) -> int:
         return sys.maxsize
 
 
 class StreamedFeed:
-    """The table has two halves: while the steps of one run, threads gather the rows of the other.
+    """A double buffer: steps read one half of the table while threads gather the rows of the other half.
 
-    Rows lie in a half in the order of their steps. Host memory, halves and copies are waited for where they are used
-    again, so the host is never more than two halves ahead of the device.
+    Each half holds the rows of consecutive steps, in their order; chunk i of the epoch is in half i % 2. Staging
+    memory, halves and copies are synchronised before they are reused, so the host is at most two halves ahead of the
+    device.
 
     Args:
         x: the rows.
-        batch: rows of a step.
+        batch_size: rows per step.
     """
 
-    def __init__(self, x: HostRows, batch: int) -> None:
-        steps = -(-len(x) // batch)
-        self._batch = batch
-        self._steps = min(max(1, _HALF_BYTES // (4 * batch * x.shape[1])), steps)  # of a half
-        self._half = self._steps * batch
-        self.table = torch.empty(2 * self._half, x.shape[1], dtype=torch.float32, device=x.device)
-        halves = self.table.split(self._half)
+    def __init__(self, x: HostRows, batch_size: int) -> None:
+        steps_per_epoch = -(-len(x) // batch_size)
+        steps_per_half = max(1, _HALF_BUFFER_BYTES // (4 * batch_size * x.shape[1]))
+        self._steps_per_half = min(steps_per_half, steps_per_epoch)
+        self._rows_per_half = self._steps_per_half * batch_size
+        self.table = torch.empty(2 * self._rows_per_half, x.shape[1], dtype=torch.float32, device=x.device)
+        halves = self.table.split(self._rows_per_half)
         self._transfer: Transfer = CopyStream(halves) if x.device.type == "cuda" else NoTransfer(halves)
         self._rows = x.rows
         self._readers = ThreadPoolExecutor(_READERS, "rows")
-        self._gathering: list[Future[None]] = []
+        self._pending_reads: list[Future[None]] = []
         self._order: NDArray[np.int64] = np.empty(0, np.int64)
-        self._current: int | None = None  # which piece of the order the steps are at; it lies in half current % 2
+        self._current_chunk: int | None = None
 
-    def begin(self, order: Tensor, done: int) -> Tensor:
-        self._leave()
-        self._wait()
+    def begin_epoch(self, order: Tensor, steps_done: int) -> Tensor:
+        self._release_current_half()
+        self._wait_for_readers()
         self._order = order.numpy()
-        self._gather(done // self._steps)
+        self._start_reading(steps_done // self._steps_per_half)
         return torch.arange(len(order)) % len(self.table)
 
-    def ready(self, step: int) -> int:
-        piece = step // self._steps
-        if piece != self._current:
-            self._leave()
-            self._wait()
-            self._transfer.send(piece % 2, len(self._piece(piece)))
-            self._current = piece
-            self._gather(piece + 1)
-        return (piece + 1) * self._steps - step
+    def steps_available(self, step: int) -> int:
+        chunk = step // self._steps_per_half
+        if chunk != self._current_chunk:
+            self._release_current_half()
+            self._wait_for_readers()
+            self._transfer.send(chunk % 2, len(self._chunk_rows(chunk)))
+            self._current_chunk = chunk
+            self._start_reading(chunk + 1)
+        return (chunk + 1) * self._steps_per_half - step
 
-    def _piece(self, piece: int) -> NDArray[np.int64]:
-        return self._order[piece * self._half : (piece + 1) * self._half]
+    def _chunk_rows(self, chunk: int) -> NDArray[np.int64]:
+        return self._order[chunk * self._rows_per_half : (chunk + 1) * self._rows_per_half]
 
-    def _gather(self, piece: int) -> None:
-        """Starts to gather a piece of the order; nothing is left to do after the last."""
-        numbers = self._piece(piece)
-        if not len(numbers):
+    def _start_reading(self, chunk: int) -> None:
+        """Starts to gather the rows of a chunk; does nothing after the last chunk."""
+        rows = self._chunk_rows(chunk)
+        if not len(rows):
             return
-        host = self._transfer.staging(piece % 2)[: len(numbers)].numpy()
-        parts = zip(np.array_split(numbers, _READERS), np.array_split(host, _READERS), strict=True)
-        self._gathering = [self._readers.submit(self._rows.read, part, out) for part, out in parts]
+        staging = self._transfer.staging(chunk % 2)[: len(rows)].numpy()
+        parts = zip(np.array_split(rows, _READERS), np.array_split(staging, _READERS), strict=True)
+        self._pending_reads = [self._readers.submit(self._rows.read, part, out) for part, out in parts]
 
-    def _wait(self) -> None:
-        while self._gathering:
-            self._gathering.pop().result()
+    def _wait_for_readers(self) -> None:
+        while self._pending_reads:
+            self._pending_reads.pop().result()
 
-    def _leave(self) -> None:
-        if self._current is not None:
-            self._transfer.release(self._current % 2)
-            self._current = None
+    def _release_current_half(self) -> None:
+        if self._current_chunk is not None:
+            self._transfer.release(self._current_chunk % 2)
+            self._current_chunk = None
 
 
 class Transfer(Protocol):
-    """Brings gathered rows into a half of the table."""
+    """Copies gathered rows into a half of the table."""
 
     def staging(self, half: int) -> Tensor:
-        """Host memory to gather the rows of a half in; waits until it is free."""
+        """Host memory to gather the rows of a half in; waits until its last copy is complete."""
 
     def send(self, half: int, rows: int) -> None:
-        """Copies the first rows to the device once no step reads the half; steps launched later wait for that."""
+        """Copies the first rows to the device after the steps that read the half; later steps wait for the copy."""
 
     def release(self, half: int) -> None:
-        """No step that is launched from now on reads what lies in the half."""
+        """Marks the half as unused by steps launched from now on."""
 
 
 class NoTransfer:
-    """On a CPU rows are gathered where they are read: a step is over when its call returns."""
+    """For a CPU: rows are gathered into the table itself, since a step is complete when its call returns."""
 
     def __init__(self, halves: tuple[Tensor, ...]) -> None:
         self._halves = halves
@@ -137,14 +146,17 @@ class NoTransfer:
 
 
 class CopyStream:
-    """Copies from page-locked memory beside the steps. Threads that gather never call CUDA: a capture forbids it."""
+    """Copies from pinned memory on a stream of its own.
+
+    Reader threads make no CUDA call, which would invalidate a capture in progress.
+    """
 
     def __init__(self, halves: tuple[Tensor, ...]) -> None:
         self._device = device = halves[0].device
         self._halves = halves
         self._staging = [torch.empty(half.shape, dtype=half.dtype, pin_memory=device.type == "cuda") for half in halves]
         self._stream: Any = torch.cuda.Stream(device)
-        self._stream.wait_stream(self._steps_stream())  # what had the memory of the halves before
+        self._stream.wait_stream(self._steps_stream())  # earlier users of the halves' memory
         self._sent = [torch.cuda.Event() for _ in halves]
         self._free = [torch.cuda.Event() for _ in halves]
 
@@ -169,6 +181,6 @@ class CopyStream:
         self._halves[half][:rows].copy_(self._staging[half][:rows], non_blocking=True)
 
 
-def feed_rows(x: Rows, batch: int) -> Feed:
-    """What gives the steps of an epoch rows x [N, F]."""
-    return StreamedFeed(x, batch) if isinstance(x, HostRows) else ResidentFeed(x)
+def make_row_feed(x: Rows, batch_size: int) -> RowFeed:
+    """The feed for rows x [N, F], by where they are stored."""
+    return StreamedFeed(x, batch_size) if isinstance(x, HostRows) else ResidentFeed(x)

@@ -1,4 +1,4 @@
-"""One training step as the device sees it: rows, losses, gradients, codes, all without a word to the host."""
+"""One training step without host synchronisation: rows, losses, gradients, moving averages."""
 
 from __future__ import annotations
 
@@ -18,99 +18,94 @@ from spinlock_fast.kernels.streams import joined, later
 from spinlock_fast.models.losses import LossTerms, LossWeights, loss_terms
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE
 from spinlock_fast.training.optimizer import FusedAdam
-from spinlock_fast.training.row_feed import feed_rows
+from spinlock_fast.training.row_feed import make_row_feed
 
 
 class StepKind(NamedTuple):
-    """What the host must know of a step before it starts."""
+    """What distinguishes steps on the host; steps of one kind launch the same kernels."""
 
-    last: bool  # the rows that are left over at the end of an epoch, fewer than a batch
-    reset: bool  # dead codes are replaced after it
+    partial_batch: bool  # the remainder at the end of an epoch
+    reset: bool  # dead codes are replaced after the step
 
 
 class EpochSummary(NamedTuple):
-    """What the steps of an epoch left on the device."""
+    """Losses of an epoch."""
 
     loss: float
     terms: list[float]  # unweighted means over rows, in the order of LossTerms
     utilization: float
-    first_bad: tuple[int, int] | None  # step of the epoch and term that first was not finite
+    first_nonfinite: tuple[int, int] | None  # step of the epoch, index of the loss term
 
 
 class TrainingStep:
-    """A step that finds its rows and its learning rate by a counter on the device.
+    """A training step that reads its rows and learning rate at a step counter on the device.
 
-    Nothing in `__call__` waits for the device or depends on a value of the host that changes from step
-    to step, so that it can be captured once and replayed: the order of rows, the rates and the values
-    of the loss lie in tensors that keep their place.
+    `__call__` never synchronises and depends on no host value that changes between steps, so it can be captured in a
+    CUDA graph and replayed: row order, learning rates and losses are tensors with fixed addresses.
 
     Args:
         model: in training mode while steps run.
-        rows: [N, F] training rows, for the model's device.
+        x: [N, F] training rows, for the model's device.
         training: settings.
     """
 
-    def __init__(self, model: CategoricalHierarchicalVQVAE, rows: Rows, training: TrainingConfig) -> None:
+    def __init__(self, model: CategoricalHierarchicalVQVAE, x: Rows, training: TrainingConfig) -> None:
         self.model = model
         self.training = training
         self.weights = LossWeights.of(training)
-        self.rows, device = rows.shape[0], rows.device
-        self.batch = min(training.batch_size, self.rows)
-        self.feed = feed_rows(rows, self.batch)
+        self.rows, device = x.shape[0], x.device
+        self.batch_size = min(training.batch_size, self.rows)
+        self.feed = make_row_feed(x, self.batch_size)
         self.x = self.feed.table
-        self.full, self.rest = divmod(self.rows, self.batch)  # steps of a whole batch, rows of the last step
-        self.count = self.full + (self.rest > 0)  # steps of an epoch
-        on_cuda = device.type == "cuda"
-        # What each step of an epoch needs, in one table so that one operation finds it: places of rows in x, and the
-        # bits of the rate. The fused kernels read the rate on the device: float32 there, a double on the CPU.
-        self._plan = torch.zeros(self.count, self.batch + 1, dtype=torch.int64, device=device)
-        self._now = torch.zeros(1, self.batch + 1, dtype=torch.int64, device=device)
-        self._rate_type = torch.float32 if on_cuda else torch.float64
-        self._rate = _rates_in(self._now, self._rate_type)
-        self._position = torch.zeros(1, dtype=torch.int64, device=device)
-        self.values = torch.zeros(self.count, 1 + len(LossTerms._fields), device=device)  # loss and terms of each step
-        self._sizes = torch.full((self.count, 1), self.batch, dtype=torch.float64, device=device)
-        if self.rest:
-            self._sizes[-1] = self.rest
-        self._weighted = torch.tensor([weight != 0.0 for weight in self.weights], device=device)
+        self.full_batches, self.remainder = divmod(self.rows, self.batch_size)
+        self.steps_per_epoch = self.full_batches + (self.remainder > 0)
+        # Rows of `x` and learning rate of every step of an epoch, and those of the current step. The fused optimizer
+        # reads the rate on the device: float32 on CUDA, float64 on a CPU.
+        self._epoch_rows = torch.zeros(self.steps_per_epoch, self.batch_size, dtype=torch.int64, device=device)
+        self._batch_rows = torch.zeros(1, self.batch_size, dtype=torch.int64, device=device)
+        rate_dtype = torch.float32 if device.type == "cuda" else torch.float64
+        self._epoch_rates = torch.zeros(self.steps_per_epoch, dtype=rate_dtype, device=device)
+        self._rate = torch.zeros(1, dtype=rate_dtype, device=device)
+        self._step_index = torch.zeros(1, dtype=torch.int64, device=device)
+        self.loss_values = torch.zeros(self.steps_per_epoch, 1 + len(LossTerms._fields), device=device)  # total, terms
+        self._batch_sizes = torch.full((self.steps_per_epoch, 1), self.batch_size, dtype=torch.float64, device=device)
+        if self.remainder:
+            self._batch_sizes[-1] = self.remainder
+        self._has_weight = torch.tensor([weight != 0.0 for weight in self.weights], device=device)
         self.optimizer = FusedAdam(
             model.parameters(), self._rate, training.weight_decay, decoupled=training.optimizer == "adamw"
         )
-        self._terms = self._loss_terms
-        self._model: Any = model.to_codes  # decoding is done beside the other terms of the loss
-        if training.use_torch_compile and on_cuda:
-            # A shape of its own for the last batch: one graph for any shape would be slower for both.
-            compiled = torch.compile(model, dynamic=False)
-            self._model = lambda x: (compiled(x), None)
-            self._terms = torch.compile(self._loss_terms, dynamic=False)
 
-    def kind(self, position: int, reset: bool) -> StepKind:
-        """The kind of the step at a position of the epoch."""
-        return StepKind(last=position >= self.full, reset=reset)
+    def kind(self, step: int, reset: bool) -> StepKind:
+        """The kind of a step of the epoch, from 0."""
+        return StepKind(partial_batch=step >= self.full_batches, reset=reset)
 
-    def begin_epoch(self, order: Tensor, rates: Tensor, done: int) -> None:
-        """Sets the order of rows [N] and the rate of each step; `done` steps of the epoch have been made."""
-        order = self.feed.begin(order, done)
-        plan = torch.zeros(self._plan.shape, dtype=torch.int64, pin_memory=self._plan.is_cuda)
-        whole = self.full * self.batch
-        plan[: self.full, : self.batch] = order[:whole].view(self.full, self.batch)
-        if self.rest:
-            plan[self.full, : self.rest] = order[whole:]
-        _rates_in(plan, self._rate_type).copy_(rates)
-        self._plan.copy_(plan, non_blocking=True)
-        self._position.fill_(done)
-        if done == 0:
-            self.values.zero_()
+    def begin_epoch(self, order: Tensor, rates: Tensor, steps_done: int) -> None:
+        """Sets the order of rows [N] and the learning rate of each step [steps_per_epoch].
 
-    def places(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
-        """Where every tensor of the model lies: its address and strides.
+        Args:
+            steps_done: steps of the epoch that a resumed run has made.
+        """
+        order = self.feed.begin_epoch(order, steps_done)
+        pinned = self._epoch_rows.is_cuda
+        rows = torch.zeros(self._epoch_rows.shape, dtype=torch.int64, pin_memory=pinned)
+        rows.view(-1)[: self.rows] = order
+        self._epoch_rows.copy_(rows, non_blocking=True)
+        host_rates = torch.empty(self._epoch_rates.shape, dtype=self._epoch_rates.dtype, pin_memory=pinned)
+        self._epoch_rates.copy_(host_rates.copy_(rates), non_blocking=True)
+        self._step_index.fill_(steps_done)
+        if steps_done == 0:
+            self.loss_values.zero_()
+
+    def memory_layout(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """Address and strides of every tensor of the model.
 
         Raises:
-            RuntimeError: the model has other parameters than those that the optimizer moves.
+            RuntimeError: the model has other parameters than the optimizer.
         """
         parameters = list(self.model.parameters())
-        moved = self.optimizer.parameters
-        if len(parameters) != len(moved) or any(a is not b for a, b in zip(parameters, moved, strict=True)):
+        optimized = self.optimizer.parameters
+        if len(parameters) != len(optimized) or any(a is not b for a, b in zip(parameters, optimized, strict=True)):
             raise RuntimeError(
                 "parameters of the model were replaced, as by load_state_dict(assign=True), and would not be trained:"
                 " replace them before the training starts"
@@ -118,13 +113,15 @@ class TrainingStep:
         return tuple((t.data_ptr(), t.stride()) for t in (*parameters, *self.model.buffers()))
 
     def __call__(self, kind: StepKind) -> None:
-        """The next step."""
-        torch.index_select(self._plan, 0, self._position, out=self._now)
-        x, seen = self._rows(self.rest if kind.last else self.batch)
+        """Runs the next step."""
+        torch.index_select(self._epoch_rows, 0, self._step_index, out=self._batch_rows)
+        torch.index_select(self._epoch_rates, 0, self._step_index, out=self._rate)
+        target, x = self._augmented_batch(self.remainder if kind.partial_batch else self.batch_size)
         with self._precision(), joined(self.x.device):
-            out, move_codes = self._model(seen)
-            terms = self._terms(x, out, move_codes)
-            later(lambda: self._note(terms), [self.values, *terms], after_others=True)
+            # The reconstruction is decoded in `loss_terms`, on a side stream.
+            out, apply_ema = self.model.encode_and_quantize(x)
+            terms = loss_terms(self.model, target, out, self.training.topo_samples, apply_ema)
+            later(lambda: self._store_losses(terms), [self.loss_values, *terms], after_others=True)
             self.optimizer.zero_grad()
             terms.backward(self.weights)
         self.optimizer.step()
@@ -132,93 +129,81 @@ class TrainingStep:
             self.reset_dead_codes(out["latents"].detach())
 
     @torch.no_grad()
-    def _note(self, terms: LossTerms) -> None:
-        """Keeps the values of a step, and goes on to the next."""
+    def _store_losses(self, terms: LossTerms) -> None:
+        """Stores the losses of the current step and increments the step counter."""
         values = torch.stack([terms.total(self.weights), *terms])
-        self.values.index_copy_(0, self._position, values[None])
-        self._position.add_(1)
+        self.loss_values.index_copy_(0, self._step_index, values[None])
+        self._step_index.add_(1)
 
     def reset_dead_codes(self, latents: Tensor | None) -> Tensor:
-        """Replaces dead codes as the settings say; [G] how many."""
+        """Replaces dead codes as the settings say; returns their number per codebook [G]."""
         training = self.training
         return self.model.reset_dead_codes(
             training.dead_code_threshold, training.dead_code_strategy, training.max_reset_fraction, latents
         )
 
     def summary(self) -> EpochSummary:
-        """Means over the epoch; waits for the device."""
-        return self.summary_to_come()()
+        """Means over the steps launched so far in the epoch; synchronises with the device."""
+        return self.start_summary()()
 
-    def summary_to_come(self) -> Callable[[], EpochSummary]:
-        """What gives the means over the steps that were launched so far: only it waits for the device."""
-        values = self.values.to(torch.float64)
-        means = (values * self._sizes).sum(0) / self.rows
-        bad = (~torch.isfinite(values[:, 1:]) & self._weighted).flatten()
-        place = torch.where(bad.any(), bad.to(torch.uint8).argmax(), -1)
-        used = self.model.quantizer.utilization().mean()
-        packed = torch.cat([means, used[None], place[None]])
+    def start_summary(self) -> Callable[[], EpochSummary]:
+        """Starts to compute `summary` asynchronously; the returned function synchronises and returns it."""
+        values = self.loss_values.to(torch.float64)
+        means = (values * self._batch_sizes).sum(0) / self.rows
+        nonfinite = (~torch.isfinite(values[:, 1:]) & self._has_weight).flatten()
+        first = torch.where(nonfinite.any(), nonfinite.to(torch.uint8).argmax(), -1)
+        utilization = self.model.quantizer.utilization().mean()
+        packed = torch.cat([means, utilization[None], first[None]])
         if not packed.is_cuda:
-            return lambda: _unpacked(packed)
+            return lambda: _unpack_summary(packed)
         host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
         host.copy_(packed, non_blocking=True)
-        there = torch.cuda.Event()
-        there.record()
+        copied = torch.cuda.Event()
+        copied.record()
 
         def read() -> EpochSummary:
-            there.synchronize()
-            return _unpacked(host)
+            copied.synchronize()
+            return _unpack_summary(host)
 
         return read
 
     def state(self) -> dict[str, Any]:
-        """What `load` needs, in the middle of an epoch or at its end."""
-        return {"optimizer_state_dict": self.optimizer.state_dict(), "values": self.values}
+        """What `load` restores, at any step of an epoch."""
+        return {"optimizer_state_dict": self.optimizer.state_dict(), "values": self.loss_values}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Goes back to a state; every tensor keeps its place."""
+        """Restores a state in place; every tensor keeps its address."""
         self.optimizer.load_state_dict(state["optimizer_state_dict"])
-        self.values.copy_(state["values"])
+        self.loss_values.copy_(state["values"])
 
-    def _rows(self, count: int) -> tuple[Tensor, Tensor]:
-        """The rows that a step has to give, and as it sees them: noisy rows are not learnt by heart.
-
-        The way to the next row may shrink with the learning rate.
-        """
+    def _augmented_batch(self, count: int) -> tuple[Tensor, Tensor]:
+        """The first `count` rows of the current batch: reconstruction targets (mixup), and inputs (mixup and noise)."""
         training = self.training
-        rows, mixing, fade = self._now[0, :count], training.mixing, None
-        if training.mixing_decays:
-            mixing, fade = mixing / training.learning_rate, self._rate
-        return augmented_rows(self.x, rows, mixing, training.input_noise, fade)
-
-    def _loss_terms(self, x: Tensor, out: dict[str, Tensor], move_codes: Callable[[], None] | None) -> LossTerms:
-        return loss_terms(self.model, x, out, self.training.topo_samples, move_codes)
+        rows, scale, rate_factor = self._batch_rows[0, :count], training.mixup_scale, None
+        if training.mixup_decay:
+            scale, rate_factor = scale / training.learning_rate, self._rate
+        return augmented_rows(self.x, rows, scale, training.input_noise, rate_factor)
 
     def _precision(self) -> AbstractContextManager[None]:
-        """TF32 for the networks, forward and backward; what compares distances asks for float32 by itself."""
+        """TF32 for the networks, forward and backward; distance kernels choose float32 themselves."""
         return cuda_matmul(tf32=True) if self.x.is_cuda else nullcontext()
 
 
-def _unpacked(packed: Tensor) -> EpochSummary:
+def _unpack_summary(packed: Tensor) -> EpochSummary:
     loss, *terms, utilization, first = packed.tolist()
     return EpochSummary(loss, terms, utilization, divmod(int(first), len(terms)) if first >= 0 else None)
 
 
-def _rates_in(plan: Tensor, dtype: torch.dtype) -> Tensor:
-    """The last column of a plan [S, batch + 1] as rates [S]: of a float32 its first half alone."""
-    return plan[:, -1:].view(dtype)[:, 0] if dtype == torch.float64 else plan.view(dtype)[:, -2]
-
-
-def learning_rate(training: TrainingConfig, steps_per_epoch: int, step: int) -> float:
-    """The rate of a step, counted from 0 over the whole run."""
-    warmup, total = training.warmup_epochs * steps_per_epoch, training.num_epochs * steps_per_epoch
-    if step < warmup:
-        return training.learning_rate * (step + 1) / warmup
-    if training.scheduler == "cosine":
-        return training.learning_rate * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
-    return training.learning_rate
-
-
 def learning_rates(training: TrainingConfig, steps_per_epoch: int, epoch: int) -> Tensor:
-    """[steps_per_epoch] float64: the rate of each step of an epoch, counted from 0."""
+    """[steps_per_epoch] float64 learning rates of an epoch, from 0: linear warm-up, then constant or cosine decay."""
+    warmup, total = training.warmup_epochs * steps_per_epoch, training.num_epochs * steps_per_epoch
+
+    def rate(step: int) -> float:
+        if step < warmup:
+            return training.learning_rate * (step + 1) / warmup
+        if training.scheduler == "cosine":
+            return training.learning_rate * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+        return training.learning_rate
+
     steps = range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch)
-    return torch.tensor([learning_rate(training, steps_per_epoch, step) for step in steps], dtype=torch.float64)
+    return torch.tensor([rate(step) for step in steps], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Training on a matrix of features: what a user calls."""
+"""`Trainer`: trains a tokenizer on a matrix of features."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from torch import Tensor
 from spinlock_fast.config.loading import apply_overrides, load_config
 from spinlock_fast.config.random_streams import seed_torch, streams_of, version
 from spinlock_fast.config.schema import Levels, RunConfig
-from spinlock_fast.data.arrays import without_mask
 from spinlock_fast.data.host_rows import HostRows, Rows, free_memory, place_rows
 from spinlock_fast.data.row_view import RowView
 from spinlock_fast.data.split import Split, split_rows
@@ -39,66 +38,23 @@ from spinlock_fast.features.normalize import units
 from spinlock_fast.features.statistics import Blocks, mean_and_std
 from spinlock_fast.kernels._common.guard import device_guard
 from spinlock_fast.models.decoder_refit import refit_decoder
-from spinlock_fast.models.metrics import Metrics, complete, evaluate, evaluate_with_use
+from spinlock_fast.models.initialization import initialize_codebooks
+from spinlock_fast.models.metrics import Metrics, add_model_metrics, evaluate, evaluate_with_counts
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
 from spinlock_fast.training.loop import TrainingRun
-from spinlock_fast.training.observer import EpochRecord, Observer, SilentObserver
+from spinlock_fast.training.observer import Observer, SilentObserver
+from spinlock_fast.training.result import TrainResult, as_feature_matrix
 
 log = logging.getLogger(__name__)
-
-_ROWS_AT_ONCE = 16384  # that are looked at when data are checked
-
-
-@dataclass
-class TrainResult:
-    """What `Trainer.fit` returns.
-
-    `model` is the one of the best validation, in eval mode; its quantizer's `utilization()` and `perplexity()` are
-    those of the validation rows. It takes normalised rows: `normalizer` makes them of rows in the units of x (None: x
-    was taken as it is). `encode` and `decode` do both steps.
-    """
-
-    model: CategoricalHierarchicalVQVAE
-    metrics: Metrics
-    history: list[EpochRecord]
-    best_epoch: int
-    split: Split
-    final_state: dict[str, Any] = field(repr=False)
-    normalizer: MatrixNormalizer | None = field(default=None, repr=False)
-
-    def encode(self, x: ArrayLike | Tensor) -> Any:
-        """Rows [N, F] in the units of the x that was fitted -> tokens [N, G] int64.
-
-        Returns:
-            A torch tensor where a torch tensor was given, else a numpy array.
-
-        Raises:
-            DataError: x is not a finite matrix of F columns.
-        """
-        data = _as_matrix(x)
-        if data.shape[1] != self.model.config.input_dim:
-            raise DataError(f"x must be [N, {self.model.config.input_dim}], got {list(data.shape)}")
-        rows = self.normalizer(data) if self.normalizer is not None else data.astype(np.float32, copy=False)
-        blocks = [self.model.get_tokens(part).cpu() for part in torch.from_numpy(rows).split(_ROWS_AT_ONCE)]
-        tokens = torch.cat(blocks)
-        return tokens if isinstance(x, Tensor) else tokens.numpy()
-
-    def decode(self, tokens: Any) -> Any:
-        """Tokens [N, G] -> rows [N, F] in the units of the x that was fitted; raises IndexError outside a codebook."""
-        index = tokens if isinstance(tokens, Tensor) else torch.from_numpy(np.array(tokens, np.int64))
-        blocks = [self.model.decode_from_tokens(part).cpu() for part in index.split(_ROWS_AT_ONCE)]
-        rows = torch.cat(blocks).numpy()
-        rows = self.normalizer.inverse(rows) if self.normalizer is not None else rows
-        return torch.from_numpy(rows) if isinstance(tokens, Tensor) else rows
 
 
 class Trainer:
     """Trains a tokenizer on a matrix of features.
 
     Args:
-        config: settings; `device`, `random_seed`, `model` and `training` matter here.
-        observer: is told of every epoch and keeps resumable states.
-        stop_requested: asked after every step for the number of a signal that asks `fit` to end, as `stop` does.
+        config: settings; `device`, `random_seed`, `feature_cleaning`, `model` and `training` are used.
+        observer: receives epoch records and resumable states.
+        stop_requested: called after every launch of steps; returns the number of a signal that ends `fit`, else None.
     """
 
     def __init__(
@@ -111,7 +67,7 @@ class Trainer:
         self.observer = observer or SilentObserver()
         self._stop_requested = stop_requested
         self._stop_signal: int | None = None
-        self._ended = False  # the last `fit` has; there is nothing to stop
+        self._finished = False  # the last `fit` returned or raised
 
     @classmethod
     def from_config(
@@ -126,14 +82,14 @@ class Trainer:
         return cls(load_config(config, overrides), observer)
 
     def stop(self, signal_number: int) -> None:
-        """Ends `fit` after the current step: it saves a resumable state and raises Interrupted.
+        """Ends `fit` after the current launch of steps: it saves a resumable state and raises Interrupted.
 
         Before the first `fit` it ends that one; after a `fit` has returned or raised it has no effect.
         """
-        if not self._ended:
+        if not self._finished:
             self._stop_signal = signal_number
 
-    def _asked_to_stop(self) -> int | None:
+    def _requested_signal(self) -> int | None:
         return self._stop_signal if self._stop_signal is not None else self._stop_requested()
 
     def fit(
@@ -152,30 +108,30 @@ class Trainer:
         Args:
             x: [N, F] numbers without NaN or Inf. A contiguous float32 matrix is not copied as a whole; it may be a
                 memory map larger than the memory, see `training.data_on_device`.
-            group_indices: features of each category; discovered on the training rows when not given.
-            levels: codebook sizes, see `CategoricalVQVAEConfig`; the configuration's when not given.
-            feature_names: F names; "family::name" lets categories report their families.
-            val_rows: rows to validate on; drawn by the seed when not given.
-            normalize: columns of an x that is not standardised (by the training rows; by features in a category where
-                `group_indices` is given) are clipped as `feature_cleaning` says, then normalised as
-                `training.normalization_method` says. Errors and quality are in those units, see metrics["units"], and
-                new rows are for `TrainResult.encode`. A standardised x, and any x with False, is taken as it is.
-            resume: a state that an observer was given to save.
+            group_indices: features of each category; discovered on the training rows if not given.
+            levels: codebook sizes, see `CategoricalVQVAEConfig`; those of the configuration if not given.
+            feature_names: F names; with "family::name" the metrics of a category list its families.
+            val_rows: numbers of the validation rows; drawn by the seed if not given.
+            normalize: clips the columns as `feature_cleaning` says and normalises them as
+                `training.normalization_method` says, both fitted to the training rows, unless x (its columns in a
+                category, if `group_indices` is given) is standardised already. Errors and quality are in those units,
+                see metrics["units"]; `TrainResult.encode` takes new rows in the units of x. False: x is used as it is.
+            resume: a state that an observer received in `save`.
 
         Returns:
-            The best model, its metrics (those of metrics.json that a matrix determines), the history.
+            The best model, its metrics (the entries of metrics.json that a matrix determines), and the history.
 
         Raises:
             DataError: x is not a finite matrix, or has too few rows.
-            TrainingError: a loss became NaN or infinite; names the first step and term.
-            Interrupted: `stop` was called.
+            TrainingError: a loss is not finite; names the first step and term.
+            Interrupted: `stop` was called, or `stop_requested` returned a signal.
         """
-        self._ended = False
+        self._finished = False
         try:
             with streams_of(version() if resume is None else resume.get("streams", 1)):
                 return self._fit(x, group_indices, levels, feature_names, val_rows, normalize, resume)
         finally:
-            self._ended, self._stop_signal = True, None
+            self._finished, self._stop_signal = True, None
 
     def _fit(
         self,
@@ -188,120 +144,143 @@ class Trainer:
         resume: Mapping[str, Any] | None,
     ) -> TrainResult:
         started = time.perf_counter()
-        data = _as_matrix(x)
+        data = as_feature_matrix(x)
         N, F = data.shape
         names = list(feature_names) if feature_names is not None else [f"feature_{i}" for i in range(F)]
         if len(names) != F:
             raise DataError(f"feature_names has {len(names)} names for {F} columns")
-        training, seed = self.config.training, self.config.random_seed
-        split = split_rows(N, training, seed, val_rows)
+        training = self.config.training
+        split = split_rows(N, training, self.config.random_seed, val_rows)
         device = resolve_device(self.config.device)
-        groups = group_indices
-        discover_seconds = 0.0
-        normalizer = self._normalizer(data, split, groups) if normalize else None
+        normalizer = self._normalizer(data, split, group_indices) if normalize else None
         transform = normalizer
         if data.dtype != np.float32:
             data = transform(data) if transform is not None else data.astype(np.float32)
             transform = None
-        train_rows = RowView(data, split.train, transform)
+        rows = partial(RowView, data, transform=transform)
+        train_rows = rows(split.train)
+        groups, discover_seconds = group_indices, 0.0
         if groups is None:
             groups = find_categories(train_rows, names, self.config)
             discover_seconds = time.perf_counter() - started
         model_config = self._model_config(train_rows, groups, levels)
-        read = sum(len(members) for members in model_config.inputs.values())
-        if read < F:
-            log.warning("%d of %d features are in no category: they are reconstructed, but not encoded", F - read, F)
-        correlation_max = max_off_diagonal(category_correlation(train_rows, groups))
-        if correlation_max > training.orthogonality_target:
-            log.warning(
-                "category correlation reaches %.3f, above orthogonality_target %.3f: some categories overlap "
-                "(more of them: training.num_categories_auto)",
-                correlation_max,
-                training.orthogonality_target,
-            )
+        correlation_max = self._checked_correlation(train_rows, model_config)
         _check_memory(model_config, device)
-        with _random_state_of_its_own(device):
-            seed_torch(seed, device)
+        run, final_state = self._train(model_config, rows, split, device, started + discover_seconds, resume)
+        with device_guard(device):  # `_train` has restored the caller's device
+            model = run.best_model()
+            if training.decoder_refit:
+                refit_decoder(model, run.x_train, training.decoder_refit)
+            metrics = self._evaluate(model, run, rows, split, final_state)
+        add_model_metrics(metrics, model, names, correlation_max)
+        constant = [c["name"] for c in metrics["categories"] if max(c["perplexity"]) < 1.0 + 1e-6]
+        if constant:
+            log.warning("%s: every sample has the same code; the tokens carry no information", ", ".join(constant))
+        metrics |= {
+            "epochs": len(run.history),
+            "best_epoch": run.selection.best_epoch,
+            "samples": N,
+            "rows": "heldout",
+            "units": units(training) if normalizer is not None else "those of x",
+        }
+        self._raise_if_stopped(final_state)
+        total = run.seconds_before + time.perf_counter() - started
+        metrics["seconds"] = {"discover": discover_seconds, "train": total - discover_seconds, "total": total}
+        return TrainResult(model, metrics, run.history, run.selection.best_epoch, split, final_state, normalizer)
+
+    def _train(
+        self,
+        model_config: CategoricalVQVAEConfig,
+        rows: Callable[[NDArray[np.int64]], RowView],
+        split: Split,
+        device: torch.device,
+        started: float,
+        resume: Mapping[str, Any] | None,
+    ) -> tuple[TrainingRun, dict[str, Any]]:
+        """The finished run and its final state, which includes the random state that a longer run continues from."""
+        with _forked_rng(device):
+            seed_torch(self.config.random_seed, device)
             model = CategoricalHierarchicalVQVAE(model_config).to(device)
             largest = max(model.quantizer.num_codes)
             if split.train.size < largest:
                 raise DataError(
                     f"{split.train.size} training rows are fewer than the {largest} codes of the largest codebook"
                 )
-            x_train = self._placed(train_rows, device)
-            x_val = self._placed(RowView(data, split.val, transform), device)
-            run = TrainingRun(self.config, self.observer, self._asked_to_stop, model, x_train, x_val)
-            run.began, run.train_numbers, run.val_numbers = started + discover_seconds, split.train, split.val
+            run = TrainingRun(
+                self.config,
+                self.observer,
+                self._requested_signal,
+                model,
+                self._place_rows(rows(split.train), device),
+                self._place_rows(rows(split.val), device),
+                train_rows=split.train,
+                val_rows=split.val,
+                started=started,
+            )
             if model_config.extra_inputs:
-                model.fit_extra_inputs(*(torch.from_numpy(values) for values in mean_and_std(train_rows)))
+                model.fit_extra_inputs(*(torch.from_numpy(values) for values in mean_and_std(rows(split.train))))
             if resume is not None:
                 with reading(resume, "the saved state"):
                     run.load(resume)
             else:
-                run.initialize_codes()
+                initialize_codebooks(model, run.x_train)
             try:
                 run.train()
             except torch.OutOfMemoryError:
                 raise TrainingError(
-                    f"{device} has no memory left for a step of {run.one_step.batch} rows; "
+                    f"{device} has no memory left for a step of {run.training_step.batch_size} rows; "
                     "a smaller training.batch_size or training.topo_samples may help"
                 ) from None
-            final_state = run.state()  # with the random state of the run, which a longer run goes on with
-        with device_guard(device):  # the run above gave the caller's device back
-            best_model = run.best_model()
-            if training.decoder_refit:
-                refit_decoder(best_model, x_train, training.decoder_refit)
-            self._stop_before_the_end(final_state)
-            metrics, code_use = evaluate_with_use(best_model, run.x_val, training, run.val_numbers, "validation")
-            best_model.quantizer.usage.copy_(code_use)
-            best_model.quantizer.rows_seen.fill_(metrics["val_rows"])
-            if split.test.size:
-                self._stop_before_the_end(final_state)
-                x_test = self._placed(RowView(data, split.test, transform), device)
-                metrics["test"] = evaluate(best_model, x_test, training, split.test, "test")
-        complete(metrics, best_model, names, correlation_max)
-        idle = [c["name"] for c in metrics["categories"] if max(c["perplexity"]) < 1.0 + 1e-6]
-        if idle:
-            log.warning("%s: one code serves every sample, so these tokens say nothing", ", ".join(idle))
-        metrics |= {
-            "epochs": len(run.history),
-            "best_epoch": run.best_epoch,
-            "samples": N,
-            "rows": "heldout",
-            "units": units(training) if normalizer is not None else "those of x",
-        }
-        self._stop_before_the_end(final_state)
-        total = run.seconds_before + time.perf_counter() - started
-        metrics["seconds"] = {"discover": discover_seconds, "train": total - discover_seconds, "total": total}
-        return TrainResult(best_model, metrics, run.history, run.best_epoch, split, final_state, normalizer)
+            return run, run.state()
 
-    def _stop_before_the_end(self, final_state: dict[str, Any]) -> None:
-        """Ends a run that is asked to stop while it is measured: all epochs are in the state that is saved."""
-        stopped_by = self._asked_to_stop()
+    def _evaluate(
+        self,
+        model: CategoricalHierarchicalVQVAE,
+        run: TrainingRun,
+        rows: Callable[[NDArray[np.int64]], RowView],
+        split: Split,
+        final_state: dict[str, Any],
+    ) -> Metrics:
+        """Metrics of the validation rows, whose code usage the quantizer gets, and of the test rows if any."""
+        training = self.config.training
+        self._raise_if_stopped(final_state)
+        metrics, code_counts = evaluate_with_counts(model, run.x_val, training, run.val_rows, "validation")
+        model.quantizer.usage.copy_(code_counts)
+        model.quantizer.rows_seen.fill_(metrics["val_rows"])
+        if split.test.size:
+            self._raise_if_stopped(final_state)
+            x_test = self._place_rows(rows(split.test), run.device)
+            metrics["test"] = evaluate(model, x_test, training, split.test, "test")
+        return metrics
+
+    def _raise_if_stopped(self, final_state: dict[str, Any]) -> None:
+        """Saves the final state and raises Interrupted if `fit` was asked to stop after the last epoch."""
+        stopped_by = self._requested_signal()
         if stopped_by is not None:
             self.observer.save(final_state)
             raise Interrupted("stopped after the last epoch, before the metrics", stopped_by)
 
     def _normalizer(self, x: NDArray[Any], split: Split, groups: Groups | None) -> MatrixNormalizer | None:
+        """The transform of x to normalised features; None if x is standardised."""
         training = self.config.training
         columns = None if groups is None else [int(i) for members in groups.values() for i in members]
         if columns is not None and not all(0 <= i < x.shape[1] for i in columns):
-            return None  # the model refuses such groups
-        found = fit_matrix_normalizer(
+            return None  # CategoricalVQVAEConfig raises the error
+        normalizer = fit_matrix_normalizer(
             x, split.train, self.config.feature_cleaning, training.normalization_method, columns or None
         )
-        if found is not None:
+        if normalizer is not None:
             log.warning(
                 "x is not standardised: its columns are clipped and normalised by the training rows, and errors are in "
                 "%s; result.encode(x) takes rows as they are (normalize=False: train on x as it is)",
                 units(training),
             )
-        return found
+        return normalizer
 
-    def _placed(self, rows: RowView, device: torch.device) -> Rows:
+    def _place_rows(self, rows: RowView, device: torch.device) -> Rows:
         placed = place_rows(rows, device, self.config.training.data_on_device)
         if isinstance(placed, HostRows):
-            log.info("%s rows stay in main memory and follow to %s as they are needed", f"{len(placed):,}", device)
+            log.info("%s rows stay in main memory and are copied to %s step by step", f"{len(placed):,}", device)
         return placed
 
     def _model_config(
@@ -310,14 +289,9 @@ class Trainer:
         settings = self.config.model.model_dump()
         if levels is not None:
             settings["levels"] = levels
+        group_indices = {name: list(map(int, members)) for name, members in groups.items()}
         try:
-            config = CategoricalVQVAEConfig(
-                **{
-                    **settings,
-                    "input_dim": x.shape[1],
-                    "group_indices": {k: list(map(int, v)) for k, v in groups.items()},
-                }
-            )
+            config = CategoricalVQVAEConfig(**{**settings, "input_dim": x.shape[1], "group_indices": group_indices})
         except ValueError as error:
             problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
             raise ConfigError(f"model: {problem.removeprefix('Value error, ')}") from None
@@ -325,9 +299,25 @@ class Trainer:
             return config.model_copy(update={"extra_inputs": nearest_categories(x, config.group_indices)})
         return config
 
+    def _checked_correlation(self, train_rows: Blocks, config: CategoricalVQVAEConfig) -> float:
+        """The largest correlation of two categories; warns of high correlation and of features without a category."""
+        target, F = self.config.training.orthogonality_target, config.input_dim
+        encoded = sum(len(members) for members in config.inputs.values())
+        if encoded < F:
+            log.warning("%d of %d features are in no category: they are reconstructed, but not encoded", F - encoded, F)
+        correlation_max = max_off_diagonal(category_correlation(train_rows, config.group_indices))
+        if correlation_max > target:
+            log.warning(
+                "category correlation reaches %.3f, above orthogonality_target %.3f: some categories overlap "
+                "(more of them: training.num_categories_auto)",
+                correlation_max,
+                target,
+            )
+        return correlation_max
+
 
 def _check_memory(config: CategoricalVQVAEConfig, device: torch.device) -> None:
-    """Raises ConfigError where weights, gradients and the two moments of Adam cannot fit."""
+    """Raises ConfigError if weights, gradients and the two moments of Adam do not fit the free memory."""
     count = config.parameter_count()
     needed, free = 4 * 4 * count, min(free_memory(device), free_memory(torch.device("cpu")))
     if needed > free:
@@ -338,54 +328,28 @@ def _check_memory(config: CategoricalVQVAEConfig, device: torch.device) -> None:
 
 
 def find_categories(x: Blocks, feature_names: Sequence[str], config: RunConfig) -> Groups:
-    """Categories of features as `training.category_assignment` says; see `discover_categories`."""
+    """Categories of features, as `training.category_assignment` says; see `discover_categories`."""
     training = config.training
     if training.mapping_file is not None:
         return assign_categories(training.mapping_file, feature_names)
     groups = discover_categories(x, feature_names, training, config.random_seed)
-    asked = training.num_categories_auto
-    if asked is not None and len(groups) != asked:
+    requested = training.num_categories_auto
+    if requested is not None and len(groups) != requested:
         log.warning(
             "%d categories instead of num_categories_auto %d: those under min_features_per_category %d were merged",
             len(groups),
-            asked,
+            requested,
             training.min_features_per_category,
         )
     return groups
 
 
 @contextmanager
-def _random_state_of_its_own(device: torch.device) -> Iterator[None]:
-    """Gives the caller's random state back afterwards; a CUDA device is the current one meanwhile."""
+def _forked_rng(device: torch.device) -> Iterator[None]:
+    """Restores the caller's random state on exit; a CUDA device is the current device inside the block."""
     if device.type != "cuda":
         with torch.random.fork_rng(devices=[]):
             yield
         return
     with torch.cuda.device(device), torch.random.fork_rng(devices=[torch.cuda.current_device()]):
         yield
-
-
-def _as_matrix(x: ArrayLike | Tensor) -> NDArray[Any]:
-    """x as a numeric matrix that is finite in float32.
-
-    A contiguous float32 matrix is returned as it is, be it in memory or mapped into it; other types keep their
-    precision until they are normalised.
-    """
-    if isinstance(x, Tensor):
-        x = x.detach().cpu()
-        array = (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x).numpy()
-    else:
-        array = without_mask(x)
-    if array.ndim != 2 or array.shape[1] == 0:
-        raise DataError(f"x must be a matrix [N, F] with at least one column, got {list(array.shape)}")
-    if array.dtype.kind not in "fiub":
-        raise DataError(f"x must hold numbers, got {array.dtype}")
-    data = np.ascontiguousarray(array, dtype=np.float32) if array.dtype == np.float32 else array
-    for start in range(0, len(data), _ROWS_AT_ONCE):
-        with np.errstate(over="ignore"):
-            values = data[start : start + _ROWS_AT_ONCE].astype(np.float32, copy=False)
-        finite = np.isfinite(values)
-        if not finite.all():
-            row, column = np.argwhere(~finite)[0] + (start, 0)
-            raise DataError(f"x[{row}, {column}] is {float(data[row, column])}; features must be finite in float32")
-    return data

@@ -15,7 +15,7 @@ from helpers import ARCHITECTURE, FAMILIES, SUMMARY, TEMPORAL, write_dataset
 from spinlock_fast.benchmark import training_run
 from spinlock_fast.config.loading import apply_overrides
 from spinlock_fast.config.schema import RunConfig
-from spinlock_fast.training.run import open_source, prepare
+from spinlock_fast.training.preparation import open_source, prepare
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -242,8 +242,8 @@ def test_rows_that_a_step_should_not_read_are_found(monkeypatch: pytest.MonkeyPa
     x = torch.randn(100, 8)
     run = training_run(32, [3, 5], 8, x=x, training__data_on_device="never")
     check_rows(run, x)
-    begin = run.one_step.feed.begin
-    monkeypatch.setattr(run.one_step.feed, "begin", lambda order, done: begin(order, done).roll(40))
+    begin = run.training_step.feed.begin_epoch
+    monkeypatch.setattr(run.training_step.feed, "begin_epoch", lambda order, done: begin(order, done).roll(40))
     with pytest.raises(AssertionError, match="other rows"):
         check_rows(run, x)
 

@@ -56,7 +56,7 @@ def renamed(weights, old, new):
         (lambda p: p["model_state_dict"].update({"heads.0.bias": [1.0]}), "'heads.0.bias' must be a tensor"),
     ],
 )
-def test_another_versions_contents_are_named_with_their_writer(payload, tmp_path, change, expected):
+def test_incompatible_payload_reports_its_writer(payload, tmp_path, change, expected):
     spoilt = copy.deepcopy(payload)
     spoilt["written_by"] = "spinlock-fast 9.9.9"
     change(spoilt)
@@ -65,7 +65,7 @@ def test_another_versions_contents_are_named_with_their_writer(payload, tmp_path
         load_checkpoint(tmp_path)
 
 
-def test_a_checkpoint_without_its_writers_name_loads(payload, tmp_path):
+def test_checkpoint_without_written_by_loads(payload, tmp_path):
     save_torch(tmp_path / BEST, {key: value for key, value in payload.items() if key != "written_by"})
     loaded = load_checkpoint(tmp_path)
     for name, value in payload["model_state_dict"].items():
@@ -86,14 +86,14 @@ def test_parameters_are_counted_without_building_the_model(settings):
     assert model.config.parameter_count() == sum(model.num_parameters())
 
 
-def test_a_model_that_no_memory_can_hold_is_refused():
+def test_model_larger_than_memory_is_rejected():
     config = apply_overrides(RunConfig(), {"model.group_hidden_dim": 10**9, "device": "cpu"})
     x = torch.from_numpy(planted_matrix(200, [4, 5], seed=0))
     with raises_one_line(ConfigError, "parameters need", "model.group_hidden_dim"):
         Trainer(config).fit(x, GROUPS)
 
 
-def test_what_torch_and_numpy_raise_without_memory_is_recognised():
+def test_out_of_memory_errors_are_recognised():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(10**15)
     assert is_out_of_memory(caught.value)

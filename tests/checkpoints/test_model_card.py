@@ -1,4 +1,4 @@
-"""The model card says what was measured, and nothing else."""
+"""The model card reports what was measured."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ METRICS: dict[str, Any] = {
 }
 
 
-def test_the_card_holds_the_figures_of_the_run() -> None:
+def test_card_has_the_metrics_of_the_run() -> None:
     card = model_card(METRICS, RunConfig(dataset_path=["/home/someone/a.h5", "b.h5"], random_seed=7))
     for text in ("1,600 operators of `a.h5`, `b.h5`", "Seed 7", "12,345 parameters", "| 0.8000 |", "epoch 5 of 7"):
         assert text in card
@@ -52,7 +52,7 @@ def test_the_card_holds_the_figures_of_the_run() -> None:
     assert "/home" not in card
 
 
-def test_features_in_no_category_are_told_of() -> None:
+def test_uncategorised_features_are_reported() -> None:
     assert "in no category" not in model_card(METRICS, RunConfig())
     card = model_card({**METRICS, "features": 33}, RunConfig())
     assert "\n\n3 more of the features are in no category: they are reconstructed from all codes.\n\n" in card
@@ -62,7 +62,7 @@ def test_features_in_no_category_are_told_of() -> None:
     assert "no category (cluster_1 reads 2 of them as well):" in card
 
 
-def test_tables_of_the_card_are_whole() -> None:
+def test_card_tables_are_well_formed() -> None:
     card = model_card(METRICS, RunConfig(dataset_path="a.h5"))
     blocks = re.findall(r"(?:^\|.*\n)+", card, re.MULTILINE)
     assert len(blocks) == 3

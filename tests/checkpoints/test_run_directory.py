@@ -1,4 +1,4 @@
-"""A new result takes the place of an earlier one at one moment; whatever kill comes, one of them is whole."""
+"""A new result replaces an earlier one atomically, also if the process is killed."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from spinlock_fast.checkpoints.run_directory import (
 from spinlock_fast.errors import DataError, OutputError
 
 
-def test_a_first_result_has_the_directory_for_itself(tmp_path: Path) -> None:
+def test_first_result_is_published(tmp_path: Path) -> None:
     publish(tmp_path / "deep" / "out", "new")
     assert sorted(os.listdir(tmp_path / "deep" / "out")) == sorted([*NAMES, MANIFEST, TENSORBOARD])
 
 
-def test_every_earlier_result_is_kept_under_its_date(tmp_path: Path) -> None:
+def test_earlier_results_are_archived_by_date(tmp_path: Path) -> None:
     fill(tmp_path, "first")
     os.utime(tmp_path / BEST, (1.6e9, 1.6e9))
     expected = contents(tmp_path)
@@ -62,7 +62,7 @@ def fail(place: RunDirectory, with_state: bool) -> None:
 
 
 @pytest.mark.parametrize("with_state", [True, False])
-def test_a_run_that_fails_leaves_the_earlier_result(tmp_path: Path, with_state: bool) -> None:
+def test_failed_run_keeps_the_earlier_result(tmp_path: Path, with_state: bool) -> None:
     fill(tmp_path, "old")
     before = contents(tmp_path)
     for _ in range(2):
@@ -76,13 +76,13 @@ def test_a_run_that_fails_leaves_the_earlier_result(tmp_path: Path, with_state: 
     assert (tmp_path / PARTIAL).exists() == with_state
 
 
-def test_a_directory_that_nothing_came_of_goes_again(tmp_path: Path) -> None:
+def test_unused_directory_is_removed(tmp_path: Path) -> None:
     with pytest.raises(KeyError), RunDirectory(tmp_path / "a" / "b") as place:
         fail(place, with_state=False)
     assert os.listdir(tmp_path) == []
 
 
-def test_states_of_earlier_versions_end_with_the_run_that_goes_on_with_them(tmp_path: Path) -> None:
+def test_resumed_states_of_earlier_versions_are_removed(tmp_path: Path) -> None:
     (tmp_path / RESUME).write_text("state")
     (tmp_path / CONFIG).write_text("old")
     (tmp_path / TENSORBOARD).mkdir()
@@ -96,7 +96,7 @@ def test_states_of_earlier_versions_end_with_the_run_that_goes_on_with_them(tmp_
     assert (aside / RESUME).read_text() == "state"
 
 
-def test_what_is_not_a_directory_of_the_run_is_refused(tmp_path: Path) -> None:
+def test_foreign_subdirectories_are_rejected(tmp_path: Path) -> None:
     for name in (PARTIAL, NEW, PREVIOUS):
         (tmp_path / "out").mkdir()
         (tmp_path / "elsewhere").mkdir(exist_ok=True)
@@ -116,7 +116,7 @@ def test_without_links_files_are_moved(tmp_path: Path, monkeypatch: pytest.Monke
         raise OSError(errno.EPERM, "no links")
 
     monkeypatch.setattr(os, "link", refuse)
-    test_every_earlier_result_is_kept_under_its_date(tmp_path)
+    test_earlier_results_are_archived_by_date(tmp_path)
 
 
 KILLED = textwrap.dedent("""
@@ -218,13 +218,13 @@ KILLED = textwrap.dedent("""
 
 
 @pytest.mark.parametrize("links", [True, False])
-def test_a_kill_at_every_step_leaves_one_whole_result(tmp_path: Path, links: bool) -> None:
+def test_kill_at_any_step_leaves_a_complete_result(tmp_path: Path, links: bool) -> None:
     script = KILLED.format(tests=str(Path(__file__).parents[1]), root=str(tmp_path), links=links)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
 
 
-def test_a_changed_file_is_noticed(tmp_path: Path) -> None:
+def test_changed_file_is_detected(tmp_path: Path) -> None:
     fill(tmp_path, "old")
     check_integrity(tmp_path, BEST)
     (tmp_path / BEST).write_text("older")
@@ -238,15 +238,13 @@ def test_a_changed_file_is_noticed(tmp_path: Path) -> None:
     ("text", "words"),
     [("{", "damaged"), ("[]", "damaged"), ('{"format": 99}', "update spinlock-fast"), ("[" * 99999, "damaged")],
 )
-def test_a_manifest_that_cannot_serve(tmp_path: Path, text: str, words: str) -> None:
+def test_invalid_manifest_is_rejected(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / MANIFEST).write_text(text)
     with raises_one_line(DataError, words):
         read_manifest(tmp_path / MANIFEST)
 
 
-def test_a_result_that_is_replaced_while_it_is_read_is_no_damage(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_result_replaced_while_read_is_not_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(tmp_path, "old")
     hashed = run_directory.file_sha256
     calls = []

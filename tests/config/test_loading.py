@@ -7,6 +7,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from spinlock_fast.config.byte_sizes import parse_bytes
 from spinlock_fast.config.help import help_text
 from spinlock_fast.config.loading import apply_overrides, check_config, dump_config, load_config, parse_yaml
 from spinlock_fast.config.schema import (
@@ -15,7 +16,6 @@ from spinlock_fast.config.schema import (
     MLPEncoderParams,
     RunConfig,
     TemporalCNNEncoderParams,
-    parse_bytes,
 )
 from spinlock_fast.errors import ConfigError
 from spinlock_fast.messages import one_line
@@ -560,3 +560,15 @@ def test_a_pipe_a_folder_or_an_impossible_path_is_no_configuration(tmp_path):
     (tmp_path / "latin.yaml").write_bytes(b"dataset_path: \xe9.h5\n")
     with helpers.raises_one_line(ConfigError, "latin.yaml", "cannot be read"):
         load_config(tmp_path / "latin.yaml")
+
+
+@pytest.mark.parametrize("text", ["training: {mixing: 0.4, mixing_decays: true}", "training: {mixup_scale: 0.1}"])
+def test_old_names_of_mixup_settings_are_accepted(load, text):
+    config = load(text, ["training.mixing=0.3", "training.mixup_decay=true"])
+    assert (config.training.mixup_scale, config.training.mixup_decay) == (0.3, True)
+    assert apply_overrides(config, {"training.mixing": 0.5}).training.mixup_scale == 0.5
+    assert "mixing" not in dump_config(config)
+
+
+def test_an_error_in_an_old_name_names_the_current_key(load):
+    refused(load, "training: {mixing: 2.0}", "training.mixup_scale", "2.0")

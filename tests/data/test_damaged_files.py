@@ -46,8 +46,8 @@ def work(folder: Path, first: int, last: int) -> None:
     from spinlock_fast.data import HDF5Loader
     from spinlock_fast.errors import SpinlockFastError
     from spinlock_fast.tokenizer import Tokenizer, write_tokens
+    from spinlock_fast.training.observer import Display
     from spinlock_fast.training.run import run
-    from spinlock_fast.training.state_keeper import Display
 
     class Silent:
         def __getattr__(self, name: str) -> object:

@@ -1,4 +1,4 @@
-"""The fit of the decoder's last layer."""
+"""Ridge regression of the decoder's output layer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spinlock_fast.config.schema import RunConfig
 from spinlock_fast.models import decoder_refit
-from spinlock_fast.models.decoder_refit import decoder_inputs, decoder_output, least_squares, refit_decoder
+from spinlock_fast.models.decoder_refit import decoder_hidden, decoder_output_layer, least_squares, refit_decoder
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
 from spinlock_fast.training.trainer import Trainer
 
@@ -38,10 +38,10 @@ def error(model: CategoricalHierarchicalVQVAE, x: Tensor) -> float:
         return float((model(x)["reconstruction"] - x).square().mean())
 
 
-def test_the_fit_is_the_least_squares_of_the_rows(model: CategoricalHierarchicalVQVAE, x: Tensor) -> None:
+def test_refit_is_the_least_squares_solution(model: CategoricalHierarchicalVQVAE, x: Tensor) -> None:
     tokens, before = model.get_tokens(x), error(model, x)
     with torch.no_grad():
-        hidden = decoder_inputs(model, x).double()
+        hidden = decoder_hidden(model, x).double()
     weights, constant = least_squares(hidden, x.double(), 1e-9)
     best = float((hidden @ weights + constant - x).square().mean())
     refit_decoder(model, x, 1e-9)
@@ -63,24 +63,26 @@ def test_least_squares_finds_a_plane_and_shrinks_towards_the_mean() -> None:
     torch.testing.assert_close(constant, targets.mean(0))
 
 
-def test_a_large_penalty_leaves_the_trained_weights(model: CategoricalHierarchicalVQVAE, x: Tensor) -> None:
-    before = decoder_output(model).weight.detach().clone()
+def test_large_penalty_keeps_the_trained_weights(model: CategoricalHierarchicalVQVAE, x: Tensor) -> None:
+    before = decoder_output_layer(model).weight.detach().clone()
     refit_decoder(model, x, 1e9)
-    torch.testing.assert_close(decoder_output(model).weight.detach(), before, atol=1e-6, rtol=0)
+    torch.testing.assert_close(decoder_output_layer(model).weight.detach(), before, atol=1e-6, rtol=0)
 
 
-def test_blocks_of_rows_give_what_all_rows_give(
+def test_blocks_of_rows_equal_all_rows_at_once(
     model: CategoricalHierarchicalVQVAE, x: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = copy.deepcopy(model)
     refit_decoder(whole, x, 0.01)
-    monkeypatch.setattr(decoder_refit, "_ROWS_AT_ONCE", 64)
+    monkeypatch.setattr(decoder_refit, "_ROWS_PER_BLOCK", 64)
     refit_decoder(model.train(), x, 0.01)
     assert model.training  # its mode stays
-    torch.testing.assert_close(decoder_output(model).weight, decoder_output(whole).weight, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(
+        decoder_output_layer(model).weight, decoder_output_layer(whole).weight, atol=1e-4, rtol=1e-3
+    )
 
 
-def test_a_run_that_asks_for_it_ends_with_the_fit_on_its_training_rows(x: Tensor) -> None:
+def test_decoder_refit_uses_the_training_rows_of_the_run(x: Tensor) -> None:
     settings = {"device": "cpu", "training.num_epochs": 2, "training.val_every_n_epochs": 2}
     plain = Trainer.from_config(RunConfig(), settings).fit(x, GROUPS)
     fitted = Trainer.from_config(RunConfig(), {**settings, "training.decoder_refit": 0.01}).fit(x, GROUPS)
@@ -89,6 +91,6 @@ def test_a_run_that_asks_for_it_ends_with_the_fit_on_its_training_rows(x: Tensor
     refit_decoder(plain.model, rows, 0.01)
     for name, value in plain.model.state_dict().items():
         torch.testing.assert_close(fitted.model.state_dict()[name], value, rtol=1e-4, atol=1e-5)
-    # What a resumed run goes on from has no fit in it.
+    # The resumable state does not include the refit.
     state = fitted.final_state["model_state_dict"]["shared_decoder.3.weight"]
     assert torch.equal(state, plain.final_state["model_state_dict"]["shared_decoder.3.weight"])

@@ -1,4 +1,4 @@
-"""Rows that a checkpoint knows, and rows that it does not."""
+"""Recognising rows of a run, and rows out of distribution."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from spinlock_fast.models.input_check import (
     VALIDATION,
     InputCheck,
     KnownRows,
-    Spread,
+    RowStatistic,
     TrainingRange,
 )
 
 
-def test_the_same_data_give_the_same_split_even_with_equal_rows() -> None:
+def test_unchanged_data_get_their_split_despite_equal_rows() -> None:
     keys = np.array([5, 5, 7, 8, 5], np.int64)
     known = KnownRows.of(keys, np.array([1]), np.array([3]))
-    assert known.parts_of(keys).tolist() == [TRAIN, VALIDATION, TRAIN, TEST, TRAIN]
-    assert known.parts_of(np.array([8, 5, 9, 7, -1], np.int64)).tolist() == [TEST, TRAIN, UNKNOWN, TRAIN, UNKNOWN]
+    assert known.splits_of(keys).tolist() == [TRAIN, VALIDATION, TRAIN, TEST, TRAIN]
+    assert known.splits_of(np.array([8, 5, 9, 7, -1], np.int64)).tolist() == [TEST, TRAIN, UNKNOWN, TRAIN, UNKNOWN]
     again = KnownRows.from_state(known.state())
-    assert again.parts_of(keys).tolist() == known.parts_of(keys).tolist()
+    assert again.splits_of(keys).tolist() == known.splits_of(keys).tolist()
 
 
 @pytest.mark.parametrize("shape", [(4,), (3, 5), (700,), (64, 63)])
-def test_a_key_depends_on_a_row_alone(shape: tuple[int, ...]) -> None:
+def test_key_depends_only_on_the_row(shape: tuple[int, ...]) -> None:
     x = torch.randn(20, *shape)
     keys = row_keys(x, "family")
     assert len(set(keys.tolist())) == 20
@@ -42,7 +42,7 @@ def test_a_key_depends_on_a_row_alone(shape: tuple[int, ...]) -> None:
     assert (row_keys(changed, "family") != keys).nonzero().flatten().tolist() == [3]
 
 
-def test_any_missing_value_is_the_same_to_a_key() -> None:
+def test_missing_values_have_the_same_key() -> None:
     x = torch.zeros(2, 3)
     x[0, 1] = torch.tensor([0x7FC00001], dtype=torch.int32).view(torch.float32)[0]
     x[1, 1] = float("nan")
@@ -50,26 +50,26 @@ def test_any_missing_value_is_the_same_to_a_key() -> None:
     assert keys[0] == keys[1] != row_keys(torch.zeros(1, 3), "family")[0]
 
 
-def test_a_few_heavy_rows_are_not_far_outside() -> None:
+def test_few_heavy_tailed_rows_are_not_out_of_distribution() -> None:
     rng = np.random.default_rng(0)
     errors = rng.lognormal(-3.0, 1.0, 5000)
-    of_the_run = Spread.of(errors[:50])
+    of_the_run = RowStatistic.of(errors[:50])
     for rows in (1, 3, 30, 400):
-        alarms = [of_the_run.far_below(rng.choice(errors, rows)) for _ in range(500)]
+        alarms = [of_the_run.is_exceeded_by(rng.choice(errors, rows)) for _ in range(500)]
         assert np.mean(alarms) < 0.02
-        assert of_the_run.far_below(40.0 * rng.choice(errors, rows) + 1.0)
-    assert of_the_run.far_below(np.array([np.nan]))
+        assert of_the_run.is_exceeded_by(40.0 * rng.choice(errors, rows) + 1.0)
+    assert of_the_run.is_exceeded_by(np.array([np.nan]))
 
 
-def test_a_checkpoint_that_does_not_know_is_silent() -> None:
+def test_no_reference_gives_no_warning() -> None:
     check = InputCheck(None, 10)
     check.add_features(np.zeros((10, 2), np.float32))
     assert check.summary() is None
     assert check.warning() is None
 
 
-def test_the_range_survives_a_checkpoint() -> None:
-    known = TrainingRange(np.zeros(2), np.ones(2), Spread(100, 0.01, 0.02), Spread(10, 0.1, 0.1))
+def test_training_range_round_trips() -> None:
+    known = TrainingRange(np.zeros(2), np.ones(2), RowStatistic(100, 0.01, 0.02), RowStatistic(10, 0.1, 0.1))
     again = TrainingRange.from_state(known.state())
     assert (again.outside, again.error) == (known.outside, known.error)
     check = InputCheck(again, 4)

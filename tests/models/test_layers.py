@@ -91,7 +91,7 @@ def ragged_norm():
 
 
 @pytest.mark.parametrize("case", [ragged_input, ragged_output, grouped, grouped_norm, ragged_norm])
-def test_values_and_gradients_are_those_of_a_loop_of_torch_layers(case):
+def test_values_and_gradients_equal_a_loop_of_torch_layers(case):
     ours, loop, split, join, weights, shape = case()
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     y = x.detach().clone().requires_grad_()
@@ -109,7 +109,7 @@ def test_values_and_gradients_are_those_of_a_loop_of_torch_layers(case):
 
 
 @pytest.mark.parametrize("case", [ragged_input, ragged_output, grouped, grouped_norm, ragged_norm])
-def test_a_batch_of_no_rows(case):
+def test_empty_batch(case):
     ours, _, _, _, _, shape = case()
     empty = tuple(0 if size == BATCH else size for size in shape)
     assert ours(torch.zeros(empty, dtype=torch.float64)).numel() == 0
@@ -123,7 +123,7 @@ def test_a_batch_of_no_rows(case):
         (lambda: GroupedLinear(2, 100, 200), [100, 100]),
     ],
 )
-def test_weights_start_like_those_of_torch_linear(layer, fan_in):
+def test_initial_weights_follow_torch_linear(layer, fan_in):
     module = layer()
     if isinstance(module, RaggedInputLinear):
         parts = list(zip(module.weight.split([400, 4]), module.bias, strict=True))
@@ -140,7 +140,7 @@ def test_weights_start_like_those_of_torch_linear(layer, fan_in):
 
 
 @pytest.mark.parametrize("layer", [GroupedLayerNorm(2, 3), RaggedLayerNorm([3, 2])])
-def test_normalisation_starts_as_the_identity_map(layer):
+def test_layer_norm_is_initialised_to_identity(layer):
     assert (layer.weight == 1).all()
     assert not layer.bias.any()
 
@@ -155,7 +155,7 @@ def test_equal_values_normalise_to_the_bias():
     assert x.grad.isfinite().all()
 
 
-def test_a_large_offset_does_not_spoil_the_variance():
+def test_variance_is_accurate_with_a_large_offset():
     layer = RaggedLayerNorm([8])
     x = torch.randn(4, 8)
     ours = layer(x + 1000.0).double()
@@ -164,6 +164,6 @@ def test_a_large_offset_does_not_spoil_the_variance():
     assert (ours - exact).abs().max() <= 2.0 * (eager - exact).abs().max() + 1e-6
 
 
-def test_no_index_is_part_of_the_state():
+def test_state_dict_has_no_index_tensors():
     for layer in (RaggedInputLinear(SIZES, 2), RaggedOutputLinear(2, SIZES), RaggedLayerNorm(SIZES)):
         assert set(layer.state_dict()) == {"weight", "bias"}

@@ -8,7 +8,7 @@ from spinlock_fast.config.schema import TrainingConfig
 from spinlock_fast.kernels.layout import CodebookLayout
 from spinlock_fast.kernels.topo_loss import topographic_correlations, topographic_loss
 from spinlock_fast.models.losses import (
-    TOPO_PRE_SHARE,
+    TOPO_PRE_WEIGHT,
     LossTerms,
     LossWeights,
     code_orthogonality,
@@ -62,7 +62,7 @@ def test_terms_against_the_formulas():
     assert terms.topographic.item() == pytest.approx(0.3 * (1 - pre) + 0.7 * (1 - post), abs=1e-9)
 
 
-def test_the_error_of_an_unscaled_extra_input_counts_less():
+def test_error_of_a_large_scale_extra_input_is_downweighted():
     model = make_model(
         group_indices={"a": [0, 1, 2, 3], "b": [4, 5, 6], "c": [7, 8, 9]}, extra_inputs={"b": [10]}
     ).eval()
@@ -119,11 +119,11 @@ def test_orthogonality_of_learned_codes_has_a_gradient():
     assert quantizer.embedding.grad.any()
 
 
-def test_orthogonality_of_a_moving_average_is_a_constant():
+def test_orthogonality_of_ema_codes_has_no_gradient():
     assert not code_orthogonality(GroupedVectorQuantizer([5], [3])).requires_grad
 
 
-def test_orthogonality_survives_a_zero_code():
+def test_orthogonality_of_a_zero_code_is_finite():
     quantizer = GroupedVectorQuantizer([3, 2], [2, 4], use_ema=False)
     quantizer.embedding.data[:2] = 0.0
     term = code_orthogonality(quantizer)
@@ -143,13 +143,13 @@ def test_topographic_loss_is_weighted():
 
 
 @pytest.mark.parametrize("topo_samples", [2, 10, 100])
-def test_the_topographic_term_takes_the_first_rows(topo_samples):
+def test_topographic_term_uses_the_first_rows(topo_samples):
     model = make_model().eval()
     x = torch.randn(12, 11, dtype=torch.float64)
     out = model(x)
     n = min(topo_samples, 12)
     first = x[:n], out["latents"][:n], out["tokens"][:n]
-    expected = topographic_loss(*first, out["codebook"], model.quantizer.layout, TOPO_PRE_SHARE)
+    expected = topographic_loss(*first, out["codebook"], model.quantizer.layout, TOPO_PRE_WEIGHT)
     torch.testing.assert_close(loss_terms(model, x, out, topo_samples).topographic, expected)
 
 
@@ -181,20 +181,20 @@ def test_total_is_the_weighted_sum():
     assert terms.total(LossWeights(1.0, 10.0, 0.1, 2.0, 0.5)).item() == pytest.approx(1 + 20 + 0.3 + 8 + 2.5)
 
 
-def test_a_term_of_weight_zero_may_be_anything():
+def test_term_of_weight_zero_may_be_nonfinite():
     terms = LossTerms(*(torch.tensor(v) for v in (1.0, 2.0, float("nan"), float("inf"), 5.0)))
     assert terms.total(LossWeights(1.0, 1.0, 0.0, 0.0, 0.0)).item() == 3.0
     assert terms.total(LossWeights(0.0, 0.0, 0.0, 0.0, 0.0)).item() == 0.0
 
 
-def test_a_row_that_is_not_finite_shows_in_the_loss():
+def test_nonfinite_row_makes_the_loss_nonfinite():
     model = make_model(codebook_init="uniform").eval()
     x = torch.randn(6, 11, dtype=torch.float64)
     x[2, 0] = torch.nan
     assert loss_terms(model, x, model(x), 16).reconstruction.isnan()
 
 
-def test_no_value_decides_what_a_step_runs():
+def test_step_operations_do_not_depend_on_values():
     model = make_model(codebook_init="uniform", dropout=0.1).float().train()
     x = torch.randn(30, 11)
     weights = LossWeights.of(TrainingConfig())

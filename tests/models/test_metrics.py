@@ -42,7 +42,7 @@ def found(model: CategoricalHierarchicalVQVAE) -> metrics.Metrics:
     return metrics.evaluate(model, x(), TrainingConfig())
 
 
-def test_evaluation_restores_the_mode_and_touches_no_code(model: CategoricalHierarchicalVQVAE) -> None:
+def test_evaluation_restores_the_mode_and_keeps_codes(model: CategoricalHierarchicalVQVAE) -> None:
     before = {key: value.clone() for key, value in model.state_dict().items()}
     metrics.evaluate(model, x(), TrainingConfig())
     assert model.training
@@ -70,7 +70,7 @@ def test_error_of_a_category_is_that_of_its_features(
     assert weighted == pytest.approx(found["reconstruction_error"], rel=1e-6)
 
 
-def test_use_of_codes_is_counted_from_the_tokens(model: CategoricalHierarchicalVQVAE, found: metrics.Metrics) -> None:
+def test_code_usage_is_counted_from_tokens(model: CategoricalHierarchicalVQVAE, found: metrics.Metrics) -> None:
     tokens = model.get_tokens(x()).numpy()
     sizes = model.quantizer.num_codes
     distinct = [len(np.unique(tokens[:, g])) for g in range(len(sizes))]
@@ -87,7 +87,7 @@ def test_use_of_codes_is_counted_from_the_tokens(model: CategoricalHierarchicalV
     assert levels == pytest.approx([d / k for d, k in zip(distinct, sizes, strict=True)])
 
 
-def test_the_validation_loss_is_the_whole_sum(model: CategoricalHierarchicalVQVAE, found: metrics.Metrics) -> None:
+def test_validation_loss_is_the_weighted_sum(model: CategoricalHierarchicalVQVAE, found: metrics.Metrics) -> None:
     model.eval()
     with torch.no_grad():
         terms = loss_terms(model, x(), model(x()), 1024)
@@ -96,7 +96,9 @@ def test_the_validation_loss_is_the_whole_sum(model: CategoricalHierarchicalVQVA
     assert 0.3 * (1 - found["topo_pre"]) + 0.7 * (1 - found["topo_post"]) == pytest.approx(float(terms.topographic))
 
 
-def test_a_category_is_judged_on_its_own_features(model: CategoricalHierarchicalVQVAE, found: metrics.Metrics) -> None:
+def test_partial_mse_covers_the_features_of_the_category(
+    model: CategoricalHierarchicalVQVAE, found: metrics.Metrics
+) -> None:
     with torch.no_grad():
         alone = model.partial_reconstructions(model.quantizer.lookup(model.get_tokens(x())))
     for category, members in zip(found["categories"], GROUPS.values(), strict=True):
@@ -105,7 +107,7 @@ def test_a_category_is_judged_on_its_own_features(model: CategoricalHierarchical
         assert category["partial_mse"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_blocks_make_no_difference(model: CategoricalHierarchicalVQVAE, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_do_not_depend_on_blocks(model: CategoricalHierarchicalVQVAE, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = metrics.evaluate(model, x(), TrainingConfig())
     monkeypatch.setattr(host_rows, "_ROWS_AT_ONCE", {"cpu": 17})
     blocks = metrics.evaluate(model, x(), TrainingConfig())
@@ -121,9 +123,7 @@ def test_blocks_are_of_nearly_one_size(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(torch.cat(host_rows.blocks_of(x())), x())
 
 
-def test_validation_gives_the_single_numbers_of_an_evaluation(
-    model: CategoricalHierarchicalVQVAE, found: metrics.Metrics
-) -> None:
+def test_validation_equals_the_scalars_of_evaluate(model: CategoricalHierarchicalVQVAE, found: metrics.Metrics) -> None:
     kept = {key: value for key, value in found.items() if isinstance(value, float)}
     validation = metrics.Validation(model, x(), TrainingConfig())
     validation.run()
@@ -132,10 +132,10 @@ def test_validation_gives_the_single_numbers_of_an_evaluation(
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_a_device_measures_without_the_host(
+def test_measure_does_not_synchronise(
     model: CategoricalHierarchicalVQVAE, training: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So that a run waits for a validation once, at its end, and a CUDA graph can hold it."""
+    """A run synchronises once per validation, and a CUDA graph can capture it."""
     monkeypatch.setenv("SPINLOCK_FAST_BACKEND", "reference")
     monkeypatch.setattr(host_rows, "_ROWS_AT_ONCE", {"cpu": 50})
     copied, rows = copy.deepcopy(model).train(training), x()
@@ -149,7 +149,7 @@ def test_a_device_measures_without_the_host(
     assert copied.training == training
 
 
-def test_a_row_that_no_code_serves_spoils_its_codebooks_alone(model: CategoricalHierarchicalVQVAE) -> None:
+def test_uncoded_row_makes_only_its_codebooks_nan(model: CategoricalHierarchicalVQVAE) -> None:
     rows = x()
     rows[3, GROUPS["cluster_2"]] = torch.nan
     found = metrics.measure(model, rows, TrainingConfig())
@@ -158,7 +158,7 @@ def test_a_row_that_no_code_serves_spoils_its_codebooks_alone(model: Categorical
     assert found.partial[model.category_slice("cluster_10")][:, others].isfinite().all()
 
 
-def test_topo_looks_at_the_first_1024_rows_alone(model: CategoricalHierarchicalVQVAE) -> None:
+def test_topo_metrics_use_the_first_1024_rows(model: CategoricalHierarchicalVQVAE) -> None:
     many = x(1100)  # in blocks of 550
     changed = many.clone()
     changed[1024:] *= 3.0
@@ -167,8 +167,10 @@ def test_topo_looks_at_the_first_1024_rows_alone(model: CategoricalHierarchicalV
     assert a["reconstruction_error"] != b["reconstruction_error"]
 
 
-def test_completion_adds_families_purity_and_sizes(model: CategoricalHierarchicalVQVAE, found: metrics.Metrics) -> None:
-    metrics.complete(found, model, NAMES, 0.25)
+def test_add_model_metrics_adds_families_purity_and_sizes(
+    model: CategoricalHierarchicalVQVAE, found: metrics.Metrics
+) -> None:
+    metrics.add_model_metrics(found, model, NAMES, 0.25)
     assert [c["families"] for c in found["categories"]] == [{"a": 3, "b": 1}, {"a": 2, "b": 4}]
     assert [c["purity"] for c in found["categories"]] == pytest.approx([3 / 4, 4 / 6])
     assert found["categories"][0]["feature_names"] == ["a::3", "a::4", "b::5", "a::0"]
@@ -183,13 +185,11 @@ def test_names_without_a_family_are_one_family() -> None:
 
 
 def test_scalars_begin_with_the_error() -> None:
-    """`evaluate` decides by it whether rows spoil the figures."""
+    """`evaluate` reads the error there to detect outliers."""
     assert metrics._SCALARS[0] == "reconstruction_error"
 
 
-def test_a_row_of_which_nothing_is_finite_is_left_out(
-    model: CategoricalHierarchicalVQVAE, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_nonfinite_row_is_left_out(model: CategoricalHierarchicalVQVAE, caplog: pytest.LogCaptureFixture) -> None:
     rows = x()
     rows[[5, 77]] = 1e35
     keep = torch.ones(len(rows), dtype=torch.bool)

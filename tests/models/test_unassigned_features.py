@@ -1,4 +1,4 @@
-"""Features in no category, through every command that meets a checkpoint."""
+"""Features in no category, in every command that reads a checkpoint."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(directory: Path, data: Path, **model: Any) -> Path:
-    """A configuration whose two categories leave out the features 0, 5 and 23."""
+    """A configuration with two categories, without the features 0, 5 and 23."""
     members = [i for i in range(24) if i not in (0, 5, 23)]
     (directory / "map.json").write_text(json.dumps({"first": members[::2], "second": members[1::2]}))
     training = {**TRAINING, "category_mapping_file": str(directory / "map.json")}
@@ -65,7 +65,7 @@ def checkpoint(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory / "checkpoint"
 
 
-def test_every_feature_is_read_and_told_of(checkpoint: Path) -> None:
+def test_every_feature_is_read_and_reported(checkpoint: Path) -> None:
     model = load_checkpoint(checkpoint)
     metrics = json.loads((checkpoint / "metrics.json").read_text())
     assert metrics["features"] == model.config.input_dim == 24
@@ -112,7 +112,7 @@ def test_reports_and_tables_are_made(checkpoint: Path, data: Path, tmp_path: Pat
     assert (tmp_path / "tables" / "codes.csv").exists()
 
 
-def test_its_codebooks_are_read_alone(checkpoint: Path) -> None:
+def test_codebooks_can_be_loaded_separately(checkpoint: Path) -> None:
     quantizer = from_pretrained_codebook(checkpoint)
     assert torch.equal(quantizer.embedding, load_checkpoint(checkpoint).quantizer.embedding)
 
@@ -121,7 +121,7 @@ def test_there_is_nothing_to_convert(checkpoint: Path, tmp_path: Path) -> None:
     assert run(convert_main, checkpoint, "--output", tmp_path / "converted") == 3
 
 
-def test_a_checkpoint_of_before_gives_the_same_tokens(data: Path, tmp_path: Path) -> None:
+def test_earlier_checkpoint_gives_the_same_tokens(data: Path, tmp_path: Path) -> None:
     config = settings(tmp_path, data)
     assert run(train_main, config, "--quiet", "--output", tmp_path / "out") == 0
     tokens = Tokenizer.from_checkpoint(tmp_path / "out").encode(data)

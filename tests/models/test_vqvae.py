@@ -80,7 +80,7 @@ def test_order_is_insertion_order_and_not_alphabetical():
     assert model.codebook_names[:6] == ["b/L0", "b/L1", "b/L2", "a/L0", "a/L1", "a/L2"]
 
 
-def test_a_token_depends_on_its_own_category_alone():
+def test_token_depends_only_on_its_category():
     model = make().eval()
     x = features(model)
     changed = x.clone()
@@ -132,7 +132,7 @@ def test_the_network_is_that_of_the_specification():
         torch.testing.assert_close(partial, hidden @ second.weight[g] + second.bias[g])
 
 
-def test_fused_layers_are_the_layers_one_by_one():
+def test_fused_layers_equal_separate_layers():
     model = make().double().eval()
     x = features(model).double()
     latents = model.heads(model.category_mlp(x[:, model.feature_order]))
@@ -141,7 +141,7 @@ def test_fused_layers_are_the_layers_one_by_one():
 
 
 @pytest.mark.parametrize("codebook_init", ["kmeans", "uniform"])
-def test_the_codebook_of_the_output_is_what_the_tokens_stand_for(codebook_init):
+def test_output_codebook_is_that_before_the_update(codebook_init):
     model = make(codebook_init=codebook_init).train()
     for seed in range(2):
         out = model(features(model, seed=seed))
@@ -163,7 +163,7 @@ def test_every_parameter_gets_a_gradient():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_get_tokens_leaves_codes_and_mode_alone(training):
+def test_get_tokens_keeps_codes_and_mode(training):
     model = make(codebook_init="uniform").train(training)
     before = state(model)
     usage = model.quantizer.usage.clone()
@@ -175,7 +175,7 @@ def test_get_tokens_leaves_codes_and_mode_alone(training):
     assert not tokens.requires_grad
 
 
-def test_get_tokens_of_an_unstarted_model_does_not_start_it():
+def test_get_tokens_does_not_initialise_codes():
     model = make().train()
     model.get_tokens(features(model))
     assert not model.quantizer.initialized
@@ -216,7 +216,7 @@ def test_tokens_decode_to_the_reconstruction():
 
 
 @pytest.mark.parametrize(("row", "g", "token"), [(0, 0, 15), (1, 8, 6), (1, 4, -1)])
-def test_tokens_outside_a_codebook_are_refused(row, g, token):
+def test_tokens_out_of_range_are_rejected(row, g, token):
     tokens = torch.zeros(2, 9, dtype=torch.int64)
     tokens[row, g] = token
     with pytest.raises(IndexError, match=f"{token} of row {row} is outside codebook {g}"):
@@ -247,7 +247,7 @@ def test_rows_do_not_influence_each_other_in_evaluation():
     torch.testing.assert_close(model(x)["reconstruction"][3:5], model(x[3:5])["reconstruction"])
 
 
-def test_state_makes_the_round_trip():
+def test_state_dict_round_trips():
     trained, fresh = make(), make()
     for seed in range(3):
         trained(features(trained, seed=seed))
@@ -260,7 +260,7 @@ def test_state_makes_the_round_trip():
     assert_same(state(fresh), state(trained))
 
 
-def test_configuration_makes_the_round_trip():
+def test_configuration_round_trips():
     config = make(use_ema=False, rotation_trick=True, decay=0.9).config
     again = CategoricalVQVAEConfig(**config.model_dump())
     assert again == config
@@ -282,7 +282,7 @@ def test_deep_copies_are_independent():
     assert_same(state(model), before)
 
 
-def test_a_feature_in_no_category_is_reconstructed_and_not_encoded():
+def test_uncategorised_feature_is_reconstructed_and_not_encoded():
     config = CategoricalVQVAEConfig(input_dim=5, group_indices={"a": [0, 1], "b": [3, 4]})
     model = CategoricalHierarchicalVQVAE(config).eval()
     x = features(model)
@@ -292,7 +292,7 @@ def test_a_feature_in_no_category_is_reconstructed_and_not_encoded():
     assert model(x)["reconstruction"].shape == (20, 5)
 
 
-def test_extra_inputs_are_read_standardised_by_their_category_alone():
+def test_extra_inputs_are_standardised_and_read_by_one_category():
     groups = {"a": [0, 1], "b": [3, 4]}
     model = CategoricalHierarchicalVQVAE(
         CategoricalVQVAEConfig(input_dim=5, group_indices=groups, extra_inputs={"b": [2]})
@@ -317,7 +317,7 @@ def test_extra_inputs_are_read_standardised_by_their_category_alone():
     assert torch.equal(again.get_tokens(x), model.get_tokens(x))
 
 
-def test_an_extra_input_far_from_zero_keeps_its_digits_and_a_constant_does_no_harm():
+def test_extra_inputs_with_offset_or_constant_are_finite_and_accurate():
     config = CategoricalVQVAEConfig(input_dim=4, group_indices={"a": [0, 1]}, extra_inputs={"a": [2, 3]})
     model = CategoricalHierarchicalVQVAE(config).eval()
     x = torch.randn(50, 4)
@@ -330,7 +330,7 @@ def test_an_extra_input_far_from_zero_keeps_its_digits_and_a_constant_does_no_ha
     assert model.error_weight[3] == 1.0
 
 
-def test_without_extra_inputs_a_model_has_no_scale():
+def test_model_without_extra_inputs_has_no_scale_buffers():
     model = make()
     assert not [name for name in model.state_dict() if "input" in name]
     assert torch.equal(model.encoder_inputs(x := features(model)), x[:, model.feature_order])
@@ -355,13 +355,13 @@ def test_without_extra_inputs_a_model_has_no_scale():
         ({"a": ["0"]}, {}, "integer"),
     ],
 )
-def test_configurations_that_make_no_model(groups, options, message):
+def test_invalid_configurations_are_rejected(groups, options, message):
     with pytest.raises(ValueError, match=message):
         CategoricalVQVAEConfig(input_dim=5, group_indices=groups, **options)
 
 
 @pytest.mark.parametrize("shape", [(4, 12), (13,), (2, 2, 13)])
-def test_features_of_another_shape_are_refused(shape):
+def test_features_of_another_shape_are_rejected(shape):
     with pytest.raises(ValueError, match=r"\[B, 13\]"):
         make()(torch.zeros(shape))
 
@@ -373,9 +373,7 @@ def test_an_empty_batch_has_empty_results():
 
 
 @pytest.mark.parametrize(("decoder", "encoder_varies", "decoder_varies"), [(None, True, True), (0.0, True, False)])
-def test_the_decoder_may_have_a_dropout_of_its_own(
-    decoder: float | None, encoder_varies: bool, decoder_varies: bool
-) -> None:
+def test_decoder_dropout_overrides_dropout(decoder: float | None, encoder_varies: bool, decoder_varies: bool) -> None:
     model = make(dropout=0.5, decoder_dropout=decoder, codebook_init="uniform").train()
     x = torch.randn(16, model.config.input_dim)
     quantized = torch.randn(16, model.quantizer.layout.total_dims)

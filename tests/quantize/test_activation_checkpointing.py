@@ -1,4 +1,4 @@
-"""Activation checkpointing around quantizers: gradients, states and random numbers are those without it."""
+"""Activation checkpointing around quantizers does not change gradients, states and random numbers."""
 
 import copy
 
@@ -61,7 +61,7 @@ MODES = {
 
 
 class Net(torch.nn.Module):
-    """A quantizer that is called twice, with dropout behind it: random numbers matter."""
+    """A quantizer called twice, followed by dropout, which draws random numbers."""
 
     def __init__(self, make):
         super().__init__()
@@ -78,7 +78,7 @@ class Net(torch.nn.Module):
 
 
 def train(net, mode):
-    """Gradients of two micro-batches at each of two steps, the later one's backward pass first; states at the end."""
+    """Gradients of two micro-batches in each of two steps, backward in reverse order; final states."""
     torch.manual_seed(5)
     gradients = []
     for step in range(2):
@@ -147,7 +147,7 @@ def test_the_whole_model(use_reentrant):
 
 
 class OwnCheckpoint(torch.autograd.Function):
-    """What other packages do: nothing tells the two runs apart for sure."""
+    """Recomputation by other packages, which cannot be distinguished from a first run."""
 
     @staticmethod
     def forward(ctx, net, x):
@@ -165,7 +165,7 @@ class OwnCheckpoint(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("kind", ["plain", "stages", "grouped", "original"])
-def test_other_recomputation_is_refused(kind):
+def test_unsupported_recomputation_is_rejected(kind):
     net = Net(KINDS[kind])
     x = torch.randn(2, 10, D, requires_grad=True)
     loss = OwnCheckpoint.apply(net, x).sum()
@@ -177,7 +177,7 @@ def test_other_recomputation_is_refused(kind):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_compiled_around_and_inside_of_a_region():
+def test_compile_around_and_inside_a_region():
     torch._dynamo.reset()
     x = torch.randn(2, 10, D)
     results = []

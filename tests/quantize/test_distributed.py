@@ -1,4 +1,4 @@
-"""Codebooks that several processes train together."""
+"""Codebooks trained by several processes."""
 
 import pytest
 import torch

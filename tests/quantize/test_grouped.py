@@ -41,7 +41,7 @@ def test_shapes_of_the_results(shape):
 
 
 @pytest.mark.parametrize("use_ema", [True, False])
-def test_empty_batches_train_without_a_trace(use_ema):
+def test_empty_batches_change_nothing(use_ema):
     quantizer = make(use_ema=use_ema)
     before = quantizer.embedding.detach().clone()
     assert quantizer(torch.zeros(0, 9))[2] == 0.0
@@ -49,7 +49,7 @@ def test_empty_batches_train_without_a_trace(use_ema):
     assert not quantizer.usage.any()
 
 
-def test_values_are_the_nearest_codes():
+def test_quantized_values_are_the_nearest_codes():
     quantizer = make().eval()
     z = latents()
     quantized, codes, _ = quantizer(z)
@@ -76,7 +76,7 @@ def test_commitment_loss_has_the_right_gradient_with_codes_fixed():
     torch.autograd.gradcheck(lambda t: quantizer(t)[2], z)
 
 
-def test_gradient_passes_straight_through():
+def test_straight_through_gradient():
     quantizer = make(commitment_weight=0.0).eval()
     z = latents(6).requires_grad_()
     upstream = torch.randn(6, 9)
@@ -84,7 +84,7 @@ def test_gradient_passes_straight_through():
     assert torch.equal(z.grad, upstream)
 
 
-def test_rotation_changes_the_gradient_and_not_the_value():
+def test_rotation_trick_changes_only_the_gradient():
     z = latents(6).requires_grad_()
     plain, rotated = make().eval()(z)[0], make(rotation_trick=True).eval()(z)[0]
     torch.testing.assert_close(plain, rotated, rtol=1e-4, atol=1e-5)
@@ -103,7 +103,7 @@ def test_rotation_of_a_zero_latent_is_finite():
     assert z.grad.isfinite().all()
 
 
-def test_codes_of_a_moving_average_are_buffers():
+def test_ema_codes_are_buffers():
     assert not list(make().parameters())
     assert [name for name, _ in make(use_ema=False).named_parameters()] == ["embedding"]
 
@@ -121,7 +121,7 @@ def test_learned_codes_get_the_gradient_of_their_error():
     torch.testing.assert_close(quantizer.embedding.grad, expected)
 
 
-def test_training_moves_the_codes_and_evaluation_does_not():
+def test_codes_are_updated_only_in_training():
     quantizer = make()
     before = snapshot(quantizer)
     quantizer.eval()(latents())
@@ -130,7 +130,7 @@ def test_training_moves_the_codes_and_evaluation_does_not():
     assert not torch.equal(quantizer.embedding, before["embedding"])
 
 
-def test_frozen_codes_stay_in_training_mode():
+def test_frozen_codes_are_not_updated():
     quantizer = make()
     quantizer.freeze()
     before = snapshot(quantizer)
@@ -141,7 +141,7 @@ def test_frozen_codes_stay_in_training_mode():
     assert not torch.equal(quantizer.embedding, before["embedding"])
 
 
-def test_the_loss_of_a_step_is_that_of_the_codes_before_it():
+def test_loss_uses_the_codes_before_the_update():
     quantizer = make()
     expected = copy.deepcopy(quantizer).eval()(latents())[2]
     assert torch.equal(quantizer.train()(latents())[2], expected)
@@ -155,7 +155,7 @@ def test_moving_average_follows_the_data():
     assert quantizer.eval()(z)[2] < 1e-3
 
 
-def test_codes_start_on_the_first_training_batch():
+def test_codes_are_fitted_to_the_first_training_batch():
     quantizer = GroupedVectorQuantizer(*SIZES)
     assert not quantizer.initialized
     quantizer.eval()(latents())
@@ -172,7 +172,7 @@ def test_codes_start_on_the_first_training_batch():
     )
 
 
-def test_codes_start_once():
+def test_codes_are_initialised_once():
     quantizer = GroupedVectorQuantizer(*SIZES, decay=0.99)
     quantizer(latents())
     before = quantizer.embedding.clone()
@@ -196,7 +196,7 @@ def test_a_first_batch_without_valid_rows_changes_nothing():
     assert not quantizer.initialized
 
 
-def test_state_makes_the_round_trip():
+def test_state_dict_round_trips():
     trained, fresh = make(), GroupedVectorQuantizer(*SIZES)
     trained(latents())
     fresh.load_state_dict(trained.state_dict())
@@ -206,7 +206,7 @@ def test_state_makes_the_round_trip():
 
 
 @pytest.mark.parametrize("prefix", ["", "quantizer."])
-def test_loaded_codes_are_not_started_again(prefix):
+def test_loaded_codes_are_not_initialised_again(prefix):
     trained, fresh = GroupedVectorQuantizer(*SIZES, decay=0.5), GroupedVectorQuantizer(*SIZES, decay=0.5)
     trained(latents())
     if prefix:
@@ -221,14 +221,14 @@ def test_loaded_codes_are_not_started_again(prefix):
     assert_same(snapshot(fresh), snapshot(trained))
 
 
-def test_an_untrained_state_still_starts_on_the_first_batch():
+def test_loaded_untrained_state_is_initialised_on_the_first_batch():
     fresh = make(codebook_init="kmeans")
     fresh.load_state_dict(GroupedVectorQuantizer(*SIZES).state_dict())
     fresh(50.0 + latents())
     assert fresh.initialized
 
 
-def test_usage_windows():
+def test_reset_usage_starts_a_new_window():
     quantizer = make()
     assert quantizer.utilization().tolist() == quantizer.perplexity().tolist() == [0.0] * 3
     for seed in range(10):
@@ -240,7 +240,7 @@ def test_usage_windows():
     assert not quantizer.utilization().any()
 
 
-def test_rows_that_are_not_finite_are_counted_and_never_coded():
+def test_nonfinite_rows_are_counted_and_not_coded():
     quantizer = make()
     z = latents()
     z[3], z[5, 0], z[7, 8] = torch.nan, torch.inf, torch.nan
@@ -255,7 +255,7 @@ def test_rows_that_are_not_finite_are_counted_and_never_coded():
     assert quantizer.nonfinite_rows == 0
 
 
-def test_masked_rows_take_no_part_in_values_loss_and_update():
+def test_masked_rows_do_not_affect_values_loss_and_update():
     z = latents()
     mask = torch.arange(40) % 3 != 0
     masked, alone = make(), make()
@@ -271,7 +271,7 @@ def test_masked_rows_take_no_part_in_values_loss_and_update():
 
 
 @pytest.mark.parametrize("use_ema", [True, False])
-def test_masked_rows_take_no_gradient(use_ema):
+def test_masked_rows_get_no_gradient(use_ema):
     quantizer = make(use_ema=use_ema)
     z = latents(6).requires_grad_()
     mask = torch.tensor([True, False, True, True, False, True])
@@ -301,7 +301,7 @@ def test_half_precision_latents(dtype):
     assert z.grad.isfinite().all()
 
 
-def test_reset_replaces_dead_codes_and_tells_how_many():
+def test_reset_replaces_and_counts_dead_codes():
     quantizer = make()
     quantizer.cluster_size[8:16] = torch.tensor([0.0, 0.0, 0.0, 5.0, 5.0, 5.0, 5.0, 5.0])
     assert quantizer.reset_dead_codes().tolist() == [0, 0, 2]
@@ -318,7 +318,7 @@ def test_reset_works_on_learned_codes():
 
 
 @pytest.mark.parametrize("g", [-1, 3])
-def test_codebooks_outside_the_group(g):
+def test_codebook_index_out_of_range(g):
     with pytest.raises(IndexError):
         make().codebook(g)
 
@@ -327,18 +327,18 @@ def test_codebooks_outside_the_group(g):
     "options",
     [{"decay": 1.0}, {"decay": -0.1}, {"codebook_init": "x"}, {"smoothing": "x"}, {"backend": "cuda"}],
 )
-def test_impossible_options_are_refused(options):
+def test_invalid_options_are_rejected(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         make(**options)
 
 
 @pytest.mark.parametrize("shape", [(4, 8), (9, 4)])
-def test_latents_of_another_width_are_refused(shape):
+def test_latents_of_another_width_are_rejected(shape):
     with pytest.raises(ValueError, match="9"):
         make()(torch.zeros(shape))
 
 
-def test_backend_and_sizes_can_be_asked_for():
+def test_backend_and_sizes_are_properties():
     quantizer = make()
     assert quantizer.backend == "reference"
     assert (quantizer.num_codes, quantizer.dims) == ((5, 3, 8), (3, 2, 4))
@@ -354,7 +354,7 @@ def test_deep_copies_are_independent():
     assert_same(snapshot(quantizer), before)
 
 
-def test_laplace_smoothing_moves_idle_codes():
+def test_laplace_smoothing_changes_unused_codes():
     plain, laplace = make(), make(smoothing="laplace")
     z = torch.cat([latents(8)] * 2)
     for _ in range(3):
@@ -373,7 +373,7 @@ def test_codes_in_half_precision(dtype):
     assert loss.isfinite()
 
 
-def test_a_first_use_under_inference_mode_leaves_training_possible():
+def test_training_after_first_use_in_inference_mode():
     quantizer = GroupedVectorQuantizer([3, 5], [2, 7], codebook_init="uniform")
     quantizer.layout._cache.clear()
     with torch.inference_mode():
@@ -383,7 +383,7 @@ def test_a_first_use_under_inference_mode_leaves_training_possible():
     assert z.grad.isfinite().all()
 
 
-def test_counts_go_on_beyond_what_a_float_holds():
+def test_usage_counts_exceed_float_precision():
     quantizer = make().to(torch.bfloat16)
     quantizer.usage += 1 << 24
     quantizer.rows_seen += (1 << 24) * 8
@@ -400,7 +400,7 @@ def test_counts_go_on_beyond_what_a_float_holds():
 
 
 @pytest.mark.parametrize("cast", [torch.nn.Module.half, torch.nn.Module.bfloat16])
-def test_averages_stay_wide_in_half_precision(cast):
+def test_averages_stay_float32_in_half_precision(cast):
     quantizer, wide = make(decay=0.999), make(decay=0.999)
     cast(quantizer)
     assert quantizer.embedding.dtype in (torch.float16, torch.bfloat16)
@@ -412,7 +412,7 @@ def test_averages_stay_wide_in_half_precision(cast):
     assert quantizer.double().cluster_size.dtype == torch.float64
 
 
-def test_masked_rows_leave_the_next_layer_without_nan():
+def test_masked_nonfinite_rows_do_not_reach_the_next_layer():
     quantizer, after = make(), torch.nn.Linear(9, 2)
     z = latents(6).requires_grad_()
     mask = torch.tensor([True, False, True, True, False, True])

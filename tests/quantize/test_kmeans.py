@@ -10,7 +10,7 @@ LAYOUT = CodebookLayout.of([4, 7, 2], [3, 2, 5])
 
 
 def clustered(layout: CodebookLayout, per_code: int, seed: int = 0):
-    """Rows in tight, well separated clusters, as many per codebook as it has codes, and their centres."""
+    """Rows in well separated clusters, one per code of each codebook, and the cluster centres."""
     generator = torch.Generator().manual_seed(seed)
     rows = per_code * 28  # a multiple of every K above
     parts, centres = [], []
@@ -34,7 +34,7 @@ def test_separated_clusters_are_found_in_every_codebook(seed):
         assert counts[LAYOUT.code_slice(g)].tolist() == [280 // LAYOUT.num_codes[g]] * LAYOUT.num_codes[g]
 
 
-def test_codes_are_the_means_of_their_rows_when_settled():
+def test_converged_codes_are_means_of_their_rows():
     z, _ = clustered(LAYOUT, 4)
     codebook, _ = kmeans(z, LAYOUT)
     again, _ = kmeans(z, LAYOUT, iterations=20, generator=torch.Generator().manual_seed(1))
@@ -74,13 +74,13 @@ def test_fewer_rows_than_codes_leave_codes_on_rows(rows):
         assert counts[LAYOUT.code_slice(g)].sum() == rows
 
 
-def test_equal_rows_are_no_problem():
+def test_equal_rows():
     codebook, counts = kmeans(torch.ones(6, LAYOUT.total_dims), LAYOUT)
     assert torch.equal(codebook, torch.ones(LAYOUT.total_entries))
     assert counts.sum() == 18
 
 
-def test_rows_that_are_not_finite_are_left_out():
+def test_nonfinite_rows_are_left_out():
     z, _ = helpers.random_group(LAYOUT, 40, seed=0)
     dirty = torch.cat([z, torch.full((3, LAYOUT.total_dims), torch.nan), torch.full((2, LAYOUT.total_dims), torch.inf)])
     clean = kmeans(z, LAYOUT, generator=torch.Generator().manual_seed(0))
@@ -94,7 +94,7 @@ def test_no_finite_row_is_an_error(rows):
         kmeans(torch.full((rows, LAYOUT.total_dims), torch.nan), LAYOUT)
 
 
-def test_a_generator_makes_it_repeatable():
+def test_generator_makes_kmeans_repeatable():
     z, _ = helpers.random_group(LAYOUT, 40, seed=0)
     results = []
     for noise in range(2):
@@ -103,8 +103,8 @@ def test_a_generator_makes_it_repeatable():
     assert torch.equal(*results)
 
 
-def test_large_codebooks_start_from_distinct_rows(monkeypatch):
-    monkeypatch.setattr(module, "_PLUS_PLUS_LIMIT", 3)
+def test_large_codebooks_are_seeded_with_distinct_rows(monkeypatch):
+    monkeypatch.setattr(module, "_MAX_PLUS_PLUS_CODES", 3)
     z, _ = helpers.random_group(LAYOUT, 30, seed=0)
     codebook, _ = kmeans(z, LAYOUT, iterations=0)
     for book in helpers.split_codebooks(codebook, LAYOUT):

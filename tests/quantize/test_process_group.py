@@ -1,4 +1,4 @@
-"""Quantizers that several processes train: one start of four processes, many checks."""
+"""Quantizers trained by several processes: many checks in one launch of four processes."""
 
 import copy
 import io
@@ -44,7 +44,7 @@ def latents(step, rows=80):
 
 
 def same_on(quantizer, ranks):
-    """Asserts that a state is equal in these processes, and finite."""
+    """Asserts that a state is finite and equal in these processes."""
     state = [value for value in quantizer.state_dict().values() if value.is_floating_point()]
     mine = torch.cat([value.double().flatten() for value in state])
     everywhere = [torch.empty_like(mine) for _ in range(WORLD)]
@@ -60,7 +60,7 @@ def loss_of(returned):
 
 
 def built_before(rank, built):
-    """Layers that were made before the process group share updates: the state is that of all rows in one process."""
+    """Layers constructed before the process group share updates: the state is that of one process with all rows."""
     for kind in ("vector", "in place", "original"):
         quantizer = built[kind]
         alone = copy.deepcopy(quantizer)
@@ -76,13 +76,13 @@ def built_before(rank, built):
 
 
 def dist_alone(quantizer):
-    """Makes a quantizer share nothing."""
+    """Disables synchronisation of a quantizer."""
     group = ALONE[dist.get_rank()]
     quantizer.process_group = group
 
 
 def halves(rank, groups):
-    """Two halves of the processes train two quantizers."""
+    """Each half of the processes trains its own quantizer."""
     first = rank - rank % 2
     for kind in KINDS:
         quantizer = make(kind, process_group=groups[rank // 2])
@@ -101,7 +101,7 @@ def halves(rank, groups):
 
 
 def mesh_counts_rows_once(rank):
-    """On a 2 x 2 mesh, replicas along one dimension have the same rows."""
+    """On a 2 x 2 mesh, replicas along one dimension get the same rows."""
     mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
     rows = latents(0).chunk(2)[mesh.get_local_rank("data")]
     for kind in ("vector", "stages", "grouped"):
@@ -116,7 +116,7 @@ def mesh_counts_rows_once(rank):
 
 
 def empty_and_masked_shares(rank):
-    """Shares of no row, of masked rows alone and of different sizes: loss 0 and no NaN where there is nothing."""
+    """Processes with no rows, only masked rows, or different numbers of rows: no NaN, and a loss of 0 without rows."""
     for kind in KINDS:
         quantizer = make(kind)
         for step in range(3):
@@ -140,7 +140,7 @@ def empty_and_masked_shares(rank):
 
 
 def k_means_start(rank):
-    """Every process has another cluster, one of them a single row: the codes find all of them."""
+    """Every process has a different cluster, one of a single row: the codes cover all of them."""
     centres = 20.0 * torch.eye(4)
     rows = centres[rank] + 0.1 * latents(rank, 1 if rank == 3 else 50)
     quantizers = {

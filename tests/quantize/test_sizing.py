@@ -49,7 +49,7 @@ def test_one_feature_gets_the_smallest_codebooks():
 
 
 @pytest.mark.parametrize("n", [0, -1])
-def test_a_category_without_features_is_refused(n):
+def test_category_without_features_is_rejected(n):
     with pytest.raises(ValueError, match="at least 1 feature"):
         size_codebooks(n, RATIOS)
 
@@ -63,7 +63,7 @@ def test_no_levels_are_sized_from_the_features(levels):
     assert pairs(resolve_levels({"a": 16}, levels, "0.5:1:1.5")["a"]) == pairs(size_codebooks(16, RATIOS))
 
 
-def test_a_list_of_levels_serves_all_categories():
+def test_list_of_levels_applies_to_all_categories():
     level = LevelConfig(num_tokens=5, latent_dim=2)
     assert resolve_levels({"b": 4, "a": 9}, [level], "1") == {"b": [level], "a": [level]}
 
@@ -78,7 +78,7 @@ def test_levels_by_category_keep_the_order_of_the_categories():
     ("levels", "name"),
     [({"a": 1}, "b"), ({"a": 1, "b": 1, "c": 1}, "c"), ({"a": 1, "b": 0}, "b")],
 )
-def test_levels_of_other_categories_are_refused(levels, name):
+def test_levels_of_unknown_categories_are_rejected(levels, name):
     level = LevelConfig(num_tokens=5, latent_dim=2)
     with pytest.raises(ValueError, match=name):
         resolve_levels({"a": 4, "b": 4}, {key: [level] * count for key, count in levels.items()}, "1")
@@ -90,6 +90,6 @@ def test_ratios_are_numbers_between_colons(text, ratios):
 
 
 @pytest.mark.parametrize("text", ["", ":", "1:", "a", "0", "-1:2", "nan", "inf", "1,2"])
-def test_other_ratios_are_refused(text):
+def test_invalid_ratios_are_rejected(text):
     with pytest.raises(ValueError, match="positive numbers"):
         parse_ratios(text)

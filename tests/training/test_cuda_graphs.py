@@ -1,4 +1,4 @@
-"""When steps are captured, how many run at a launch, and what happens where they cannot be captured."""
+"""Warm-up, capture and replay of steps, steps per launch, and the fallback to eager steps."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from spinlock_fast.kernels import table_cache
 from spinlock_fast.kernels._triton.tables import book_table
 from spinlock_fast.kernels.layout import CodebookLayout
 from spinlock_fast.kernels.precision import cuda_matmul
-from spinlock_fast.models.losses import _factors
+from spinlock_fast.models.losses import _weight_tensor
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
-from spinlock_fast.quantize.grouped import _over_dims
+from spinlock_fast.quantize.grouped import _factor_per_dim
 from spinlock_fast.training import loop
-from spinlock_fast.training.cuda_graphs import WARM_UP, StepLauncher, _CudaCapture
+from spinlock_fast.training.cuda_graphs import WARM_UP_STEPS, StepLauncher, _CudaCapture
 from spinlock_fast.training.loop import TrainingRun
 from spinlock_fast.training.observer import SilentObserver
 from spinlock_fast.training.step import StepKind
@@ -31,26 +31,26 @@ PLAIN, RESET, LAST = StepKind(False, False), StepKind(False, True), StepKind(Tru
 
 
 class Log:
-    """A step, and a capture, that write down what is asked of them."""
+    """A step and a capture that log their calls."""
 
     def __init__(self) -> None:
-        self.said: list[Any] = []
+        self.calls: list[Any] = []
 
     def __call__(self, kind: StepKind) -> None:
-        self.said.append(kind)
+        self.calls.append(kind)
 
     def capture(self, step: Callable[[StepKind], None], kind: StepKind, count: int) -> Callable[[], None]:
-        self.said.append(("captured", kind, count))
-        return lambda: self.said.append((kind, count))
+        self.calls.append(("captured", kind, count))
+        return lambda: self.calls.append((kind, count))
 
 
 def test_steps_are_captured_once_when_warm_and_then_replayed() -> None:
     log = Log()
     launcher = StepLauncher(log, CPU, capture=log.capture)
-    assert [launcher.run(PLAIN, 100) for _ in range(WARM_UP)] == [1] * WARM_UP
+    assert [launcher.run(PLAIN, 100) for _ in range(WARM_UP_STEPS)] == [1] * WARM_UP_STEPS
     assert [launcher.run(PLAIN, most) for most in (100, 4, 3, 1)] == [4, 4, 1, 1]
-    assert log.said == [
-        *[PLAIN] * WARM_UP,
+    assert log.calls == [
+        *[PLAIN] * WARM_UP_STEPS,
         ("captured", PLAIN, 4),
         (PLAIN, 4),
         (PLAIN, 4),
@@ -63,21 +63,21 @@ def test_steps_are_captured_once_when_warm_and_then_replayed() -> None:
 def test_each_kind_warms_up_by_itself() -> None:
     log = Log()
     launcher = StepLauncher(log, CPU, capture=log.capture)
-    for kind in [PLAIN, LAST] * WARM_UP:
+    for kind in [PLAIN, LAST] * WARM_UP_STEPS:
         launcher.run(kind, 1)
     launcher.run(LAST, 1)
-    assert log.said == [*[PLAIN, LAST] * WARM_UP, ("captured", LAST, 1), (LAST, 1)]
+    assert log.calls == [*[PLAIN, LAST] * WARM_UP_STEPS, ("captured", LAST, 1), (LAST, 1)]
 
 
 @pytest.mark.parametrize("graphs", [True, False])
-def test_a_cpu_and_a_run_without_graphs_make_every_step_alone(graphs: bool) -> None:
+def test_cpu_and_disabled_graphs_run_eagerly(graphs: bool) -> None:
     log = Log()
     launcher = StepLauncher(log, CPU, graphs, capture=None if graphs else log.capture)
     assert [launcher.run(PLAIN, 100) for _ in range(6)] == [1] * 6
-    assert log.said == [PLAIN] * 6
+    assert log.calls == [PLAIN] * 6
 
 
-def test_a_failed_capture_is_said_once_and_training_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+def test_failed_capture_warns_once_and_training_continues(caplog: pytest.LogCaptureFixture) -> None:
     log = Log()
 
     def capture(*args: Any) -> Callable[[], None]:
@@ -87,25 +87,25 @@ def test_a_failed_capture_is_said_once_and_training_goes_on(caplog: pytest.LogCa
             raise RuntimeError("capture was invalidated")
 
     launcher = StepLauncher(log, CPU, capture=capture)
-    assert [launcher.run(PLAIN, 100) for _ in range(WARM_UP + 3)] == [1] * (WARM_UP + 3)
-    assert log.said == [PLAIN] * (WARM_UP + 3)
+    assert [launcher.run(PLAIN, 100) for _ in range(WARM_UP_STEPS + 3)] == [1] * (WARM_UP_STEPS + 3)
+    assert log.calls == [PLAIN] * (WARM_UP_STEPS + 3)
     (record,) = caplog.records
     assert "not as CUDA graphs: operation not permitted when stream is capturing more lines" in record.message
 
 
-def test_other_work_beside_the_steps_is_done_each_time() -> None:
+def test_captured_work_runs_at_each_call() -> None:
     log = Log()
     launcher = StepLauncher(log, CPU, capture=log.capture)
     done: list[str] = []
-    again = launcher.beside(lambda: done.append("work"), "validations")
-    for _ in range(WARM_UP + 2):
+    again = launcher.captured(lambda: done.append("work"), "validations")
+    for _ in range(WARM_UP_STEPS + 2):
         again()
-    assert done == ["work"] * (WARM_UP + 2)
-    assert log.said == []
+    assert done == ["work"] * (WARM_UP_STEPS + 2)
+    assert log.calls == []
 
 
 class Kinds(StepLauncher):
-    """Takes as many steps as it may, and notes them."""
+    """Records each launch and counts it as the most steps allowed."""
 
     seen: list[tuple[StepKind, int]]
 
@@ -125,7 +125,7 @@ class Kinds(StepLauncher):
         (64, 1, [(RESET, 1)] * 8),
     ],
 )
-def test_the_loop_asks_for_runs_of_steps_alike(
+def test_loop_launches_consecutive_steps_of_a_kind_together(
     rows: int, interval: int, expected: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop, "StepLauncher", Kinds)
@@ -141,7 +141,7 @@ def test_the_loop_asks_for_runs_of_steps_alike(
 
 
 def numbers() -> tuple[Any, ...]:
-    """What torch says of CUDA products, by both of its interfaces."""
+    """The precision of CUDA matrix products, by both of torch's interfaces."""
     found: list[Any] = [torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision]  # type: ignore[attr-defined]
     for read in (torch.get_float32_matmul_precision, lambda: torch.backends.cuda.matmul.allow_tf32):
         try:
@@ -165,7 +165,7 @@ def by_newer(value: str) -> None:
         lambda: by_newer("ieee"),
     ],
 )
-def test_the_precision_of_products_is_set_for_a_while(user: Callable[[], None]) -> None:
+def test_matmul_precision_is_restored(user: Callable[[], None]) -> None:
     by_newer("none")
     user()
     before = numbers()
@@ -183,25 +183,25 @@ def test_the_precision_of_products_is_set_for_a_while(user: Callable[[], None]) 
         by_newer("none")
 
 
-def test_steps_are_captured_anew_where_tensors_have_moved() -> None:
+def test_moved_tensors_discard_the_graphs() -> None:
     log = Log()
     launcher = StepLauncher(log, CPU, capture=log.capture)
-    for places in ("here", "here", "there"):
-        launcher.follow(places)
-        for _ in range(WARM_UP + 1):
+    for layout in ("first", "first", "second"):
+        launcher.check_layout(layout)
+        for _ in range(WARM_UP_STEPS + 1):
             launcher.run(PLAIN, 1)
-    captures = [said for said in log.said if said == ("captured", PLAIN, 1)]
+    captures = [said for said in log.calls if said == ("captured", PLAIN, 1)]
     assert len(captures) == 2
 
 
 class FakeGraph:
-    """What stands for torch.cuda.CUDAGraph and torch.cuda.graph: notes what a capture was asked for."""
+    """Replaces torch.cuda.CUDAGraph and torch.cuda.graph; records the options of a capture."""
 
-    asked: dict[str, Any]
+    options: dict[str, Any]
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         if arguments:
-            FakeGraph.asked = options
+            FakeGraph.options = options
 
     def __enter__(self) -> None: ...
     def __exit__(self, *error: object) -> None: ...
@@ -221,7 +221,7 @@ def fake_capture(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Callable[[], 
 
 def test_another_thread_cannot_abort_a_capture(fake_capture: Callable[..., Callable[[], None]]) -> None:
     fake_capture(lambda: None)
-    assert FakeGraph.asked["capture_error_mode"] == "thread_local"
+    assert FakeGraph.options["capture_error_mode"] == "thread_local"
 
 
 def layouts(count: int) -> list[CodebookLayout]:
@@ -229,12 +229,12 @@ def layouts(count: int) -> list[CodebookLayout]:
 
 
 def quantizer_shares(i: int) -> Any:
-    """Of the loss, by batch size."""
-    return _over_dims(layouts(1)[0], 0.25 / (i + 1), torch.float32, CPU)
+    """Factors of the loss, by batch size."""
+    return _factor_per_dim(layouts(1)[0], 0.25 / (i + 1), torch.float32, CPU)
 
 
 def loss_weights(i: int) -> Any:
-    return _factors((1.0, float(i)), torch.float32, CPU)
+    return _weight_tensor((1.0, float(i)), torch.float32, CPU)
 
 
 def codebook_offsets(i: int) -> Any:
@@ -258,10 +258,10 @@ def points_of_topography(i: int) -> Any:
 @pytest.mark.parametrize(
     "table", [quantizer_shares, loss_weights, codebook_offsets, network_offsets, points_of_topography]
 )
-def test_tables_that_a_graph_reads_live_as_long_as_it(
+def test_cached_tables_live_as_long_as_their_graph(
     table: Callable[[int], Any], fake_capture: Callable[..., Callable[[], None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A graph has the address alone; 400 other sizes come after its own, and the caches are bounded."""
+    """A graph only has the address of a table; 400 further sizes overflow the bounded cache."""
     with monkeypatch.context() as warm_up:
         warm_up.setattr(table_cache, "capturing", lambda device: False)
         table(0)
@@ -277,7 +277,7 @@ def test_tables_that_a_graph_reads_live_as_long_as_it(
     assert seen[0]() is None
 
 
-def test_a_capture_of_a_user_keeps_its_tables_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_captured_by_a_user_are_kept_forever(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = weakref.ref(quantizer_shares(1000))
     monkeypatch.setattr(table_cache, "capturing", lambda device: True)
     assert quantizer_shares(1000) is kept()
@@ -287,7 +287,7 @@ def test_a_capture_of_a_user_keeps_its_tables_for_good(monkeypatch: pytest.Monke
     assert kept() is not None
 
 
-def test_layouts_that_a_graph_reads_keep_their_indices(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_captured_layouts_keep_their_indices(monkeypatch: pytest.MonkeyPatch) -> None:
     def indices() -> Any:
         return CodebookLayout.of([7, 5], [1, 3]).indices(CPU)
 

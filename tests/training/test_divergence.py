@@ -1,4 +1,4 @@
-"""Losses that are not finite: the run stops, or goes back to the last good state."""
+"""Non-finite losses: the run stops, or rewinds to the last good state."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from helpers import planted_matrix, raises_one_line, write_arrays
 from spinlock_fast.config.schema import RunConfig
 from spinlock_fast.errors import TrainingError
 from spinlock_fast.train import main as train_main
-from spinlock_fast.training.divergence import MOST_REWINDS, DivergenceError
+from spinlock_fast.training.divergence import MAX_REWINDS, DivergenceError
 from spinlock_fast.training.observer import SilentObserver
 from spinlock_fast.training.step import StepKind, TrainingStep
 from spinlock_fast.training.trainer import Trainer
@@ -42,7 +42,7 @@ def trainer(keeper: Keeper | None = None, **training: Any) -> Trainer:
 
 @pytest.fixture
 def broken_at(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Steps, by how many were made before, after which the weights are not finite."""
+    """Numbers of steps after which the weights become non-finite."""
     steps: list[int] = []
     made = 0
     original = TrainingStep.__call__
@@ -72,7 +72,7 @@ def test_stop_keeps_the_last_good_state(broken_at: list[int]) -> None:
     assert result.history[-1].learning_rate == 1e-4
 
 
-def test_a_state_that_is_kept_is_that_of_an_unbroken_run(broken_at: list[int]) -> None:
+def test_good_state_equals_that_of_an_uninterrupted_run(broken_at: list[int]) -> None:
     expected = trainer().fit(X, GROUPS)
     broken_at.append(6 * STEPS + 3 * STEPS)
     keeper = Keeper()
@@ -84,7 +84,7 @@ def test_a_state_that_is_kept_is_that_of_an_unbroken_run(broken_at: list[int]) -
         assert torch.equal(value, result.final_state["model_state_dict"][name]), name
 
 
-def test_rewind_halves_the_learning_rate_and_says_so(broken_at: list[int], caplog: pytest.LogCaptureFixture) -> None:
+def test_rewind_halves_the_learning_rate_and_warns(broken_at: list[int], caplog: pytest.LogCaptureFixture) -> None:
     broken_at += [3 * STEPS, 3 * STEPS + STEPS]  # the second while the epoch is repeated
     result = trainer(on_divergence="rewind").fit(X, GROUPS)
     assert [record.epoch for record in result.history] == list(range(1, 7))
@@ -94,9 +94,9 @@ def test_rewind_halves_the_learning_rate_and_says_so(broken_at: list[int], caplo
     assert all(np.isfinite(record.train_loss) for record in result.history)
 
 
-def test_rewind_ends_after_some_times(broken_at: list[int]) -> None:
+def test_rewinds_are_limited(broken_at: list[int]) -> None:
     broken_at += range(100)
-    with raises_one_line(DivergenceError, "not finite", f"also after {MOST_REWINDS} halvings"):
+    with raises_one_line(DivergenceError, "not finite", f"also after {MAX_REWINDS} halvings"):
         trainer(on_divergence="rewind").fit(X, GROUPS)
 
 
@@ -104,12 +104,12 @@ def test_rewind_ends_after_some_times(broken_at: list[int]) -> None:
 def test_features_of_1e30(action: str) -> None:
     x = X.copy()
     x[17, 8] = 1e30
-    with raises_one_line(TrainingError, "from step ", "row 17 holds a value of size 1e+30, in category second"):
+    with raises_one_line(TrainingError, "from step ", "row 17 has a value of magnitude 1e+30, in category second"):
         trainer(on_divergence=action).fit(x, GROUPS, val_rows=np.arange(20, 40), normalize=False)
 
 
 def test_a_learning_rate_of_1e6(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The command: one line, and either nothing to resume or a state that goes on with another rate."""
+    """The command prints one line; a saved state resumes with another rate."""
     data = write_arrays(tmp_path / "x.h5", {"x": X})
     config = {
         "dataset_path": str(data),
@@ -138,7 +138,7 @@ def test_a_learning_rate_of_1e6(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert status == 0 or (status == 1 and message.count("\n") == 1 and "not finite from step " in message)
 
 
-def test_the_command_goes_on_after_a_divergence(
+def test_diverged_run_resumes_with_another_rate(
     tmp_path: Path, broken_at: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write_arrays(tmp_path / "x.h5", {"x": X})

@@ -25,15 +25,17 @@ from spinlock_fast.data.host_rows import HostRows, place_rows
 from spinlock_fast.data.row_view import RowView
 from spinlock_fast.device import resolve_device
 from spinlock_fast.errors import DataError, Interrupted
+from spinlock_fast.models.initialization import initialize_codebooks
 from spinlock_fast.models.metrics import evaluate
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
 from spinlock_fast.training import row_feed
-from spinlock_fast.training.cuda_graphs import STEPS_PER_LAUNCH, WARM_UP, own_stream
+from spinlock_fast.training.cuda_graphs import STEPS_PER_LAUNCH, WARM_UP_STEPS, dedicated_stream
 from spinlock_fast.training.loop import TrainingRun
 from spinlock_fast.training.observer import SilentObserver
+from spinlock_fast.training.result import TrainResult
 from spinlock_fast.training.row_feed import StreamedFeed
 from spinlock_fast.training.step import StepKind, TrainingStep, learning_rates
-from spinlock_fast.training.trainer import Trainer, TrainResult
+from spinlock_fast.training.trainer import Trainer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -77,7 +79,7 @@ def made_run(x: np.ndarray[Any, Any], stop: Callable[[], int | None] = lambda: N
     where = config.training.data_on_device
     parts = (place_rows(RowView(part), resolve_device("cuda"), where) for part in (x[:990], x[990:]))
     run = TrainingRun(config, SilentObserver(), stop, model, *parts)
-    run.initialize_codes()
+    initialize_codebooks(model, run.x_train)
     return run
 
 
@@ -92,7 +94,7 @@ def made_run(x: np.ndarray[Any, Any], stop: Callable[[], int | None] = lambda: N
         {"model__rotation_trick": True},
     ],
 )
-def test_graphs_train_like_steps_one_by_one(x: np.ndarray[Any, Any], options: dict[str, Any]) -> None:
+def test_graphs_train_like_eager_steps(x: np.ndarray[Any, Any], options: dict[str, Any]) -> None:
     eager = trainer(training__cuda_graphs=False, **options).fit(x, GROUPS)
     graphs = trainer(**options).fit(x, GROUPS)
     assert losses(graphs) == pytest.approx(losses(eager), rel=0.03)
@@ -100,8 +102,8 @@ def test_graphs_train_like_steps_one_by_one(x: np.ndarray[Any, Any], options: di
     assert graphs.metrics["val_loss"] == pytest.approx(eager.metrics["val_loss"], rel=0.1)
 
 
-def test_training_on_a_gpu_ends_like_training_on_a_cpu(x: np.ndarray[Any, Any]) -> None:
-    """The same first weights, rows and losses; without dropout only rounding (TF32) differs."""
+def test_gpu_training_matches_cpu_training(x: np.ndarray[Any, Any]) -> None:
+    """Initial weights, rows and losses are the same; without dropout only rounding (TF32) differs."""
     gpu = trainer().fit(x, GROUPS)
     cpu = trainer(device="cpu").fit(x, GROUPS)
     assert losses(gpu)[0] == pytest.approx(losses(cpu)[0], rel=0.1)  # k-means draws from the device's generator
@@ -120,7 +122,7 @@ def test_every_kind_of_step_is_captured_once(x: np.ndarray[Any, Any], caplog: py
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-def test_dropout_draws_anew_at_every_replay(x: np.ndarray[Any, Any]) -> None:
+def test_replays_draw_new_dropout_masks(x: np.ndarray[Any, Any]) -> None:
     run = made_run(
         x, training__batch_size=990, training__learning_rate=1e-12, training__num_epochs=8, model__dropout=0.5
     )
@@ -128,7 +130,7 @@ def test_dropout_draws_anew_at_every_replay(x: np.ndarray[Any, Any]) -> None:
     assert run.launcher.capturing
     found = losses_of(run)
     assert len(found) == 8
-    assert len(set(found[WARM_UP:])) == 8 - WARM_UP
+    assert len(set(found[WARM_UP_STEPS:])) == 8 - WARM_UP_STEPS
 
 
 def losses_of(run: TrainingRun) -> list[float]:
@@ -136,24 +138,24 @@ def losses_of(run: TrainingRun) -> list[float]:
 
 
 @pytest.mark.parametrize("reset", [False, True])
-def test_a_step_does_not_wait_for_the_device(x: np.ndarray[Any, Any], reset: bool) -> None:
+def test_step_does_not_synchronise(x: np.ndarray[Any, Any], reset: bool) -> None:
     run = made_run(x)
-    step = run.one_step
-    with own_stream(run.device):
+    step = run.training_step
+    with dedicated_stream(run.device):
         run._run_steps()
-        step.begin_epoch(run._rows_of(1), learning_rates(run.training, step.count, 1), 0)
+        step.begin_epoch(run.row_order(1), learning_rates(run.training, step.steps_per_epoch, 1), 0)
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            step(StepKind(last=False, reset=reset))
-            step(StepKind(last=True, reset=reset))
+            step(StepKind(partial_batch=False, reset=reset))
+            step(StepKind(partial_batch=True, reset=reset))
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
 
-def test_an_epoch_of_replays_does_not_wait_for_the_device(x: np.ndarray[Any, Any]) -> None:
+def test_epoch_of_replays_does_not_synchronise(x: np.ndarray[Any, Any]) -> None:
     run = made_run(x)
-    with own_stream(run.device):
+    with dedicated_stream(run.device):
         for epoch in range(5):  # all kinds are captured after these
             run.epoch, run.step = epoch, 0
             run._run_steps()
@@ -164,15 +166,15 @@ def test_an_epoch_of_replays_does_not_wait_for_the_device(x: np.ndarray[Any, Any
             run._run_steps()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    assert run.one_step.summary().first_bad is None
+    assert run.training_step.summary().first_nonfinite is None
 
 
-def test_a_validation_is_a_graph_that_measures_the_model_as_it_is(
+def test_captured_validation_measures_the_current_model(
     x: np.ndarray[Any, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     run = made_run(x)
-    with own_stream(run.device):
-        for epoch in range(WARM_UP + 2):  # the last two are replays of one capture
+    with dedicated_stream(run.device):
+        for epoch in range(WARM_UP_STEPS + 2):  # the last two are replays of one capture
             run.epoch, run.step = epoch, 0
             run._run_steps()
             kept = run._validate()
@@ -191,7 +193,7 @@ def test_a_validation_is_a_graph_that_measures_the_model_as_it_is(
 
 
 class StopAt(SilentObserver):
-    """Stops a trainer after an epoch, and keeps what it saves."""
+    """Stops a trainer after an epoch and keeps the saved state."""
 
     def __init__(self, epoch: int) -> None:
         self.epoch = epoch
@@ -209,9 +211,7 @@ class StopAt(SilentObserver):
 @pytest.mark.usefixtures("short_halves")
 @pytest.mark.parametrize("where", ["always", "never"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
-    x: np.ndarray[Any, Any], dropout: float, where: str
-) -> None:
+def test_interrupted_run_resumes_equally(x: np.ndarray[Any, Any], dropout: float, where: str) -> None:
     options = {"model__dropout": dropout, "training__data_on_device": where}
     whole = trainer(**options).fit(x, GROUPS)
     observer = StopAt(epoch=4)
@@ -226,15 +226,15 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
     assert len(losses(resumed)) == len(losses(whole))
 
 
-def test_a_run_goes_on_on_another_device(x: np.ndarray[Any, Any]) -> None:
+def test_run_resumes_on_another_device(x: np.ndarray[Any, Any]) -> None:
     observer = StopAt(epoch=2)
     broken = observer.trainer = trainer(observer)
     with pytest.raises(Interrupted):
         broken.fit(x, GROUPS)
-    from spinlock_fast.checkpoints.directory import plain
+    from spinlock_fast.checkpoints.host_copies import to_cpu
 
     whole = trainer().fit(x, GROUPS)
-    resumed = trainer(device="cpu").fit(x, GROUPS, resume=plain(observer.state))
+    resumed = trainer(device="cpu").fit(x, GROUPS, resume=to_cpu(observer.state))
     assert losses(resumed) == pytest.approx(losses(whole), rel=0.05)
 
 
@@ -258,14 +258,14 @@ def test_a_gpu_model_is_the_same_model_on_a_cpu(x: np.ndarray[Any, Any]) -> None
     assert there["utilization"] == pytest.approx(here["utilization"], abs=0.02)
 
 
-def test_a_step_that_waits_is_named_and_training_goes_on(
+def test_synchronising_step_warns_and_training_continues(
     x: np.ndarray[Any, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     original = TrainingStep.__call__
 
     def waiting(self: TrainingStep, kind: StepKind) -> None:
         original(self, kind)
-        float(self.values.sum())
+        float(self.loss_values.sum())
 
     monkeypatch.setattr(TrainingStep, "__call__", waiting)
     result = trainer().fit(x, GROUPS)
@@ -274,7 +274,7 @@ def test_a_step_that_waits_is_named_and_training_goes_on(
     assert "test_gpu_training.py" in caplog.text
 
 
-def test_a_broken_capture_is_named_and_training_goes_on(
+def test_broken_capture_warns_and_training_continues(
     x: np.ndarray[Any, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     original = TrainingStep.__call__
@@ -295,7 +295,7 @@ def test_a_broken_capture_is_named_and_training_goes_on(
     assert caplog.text.count("not as CUDA graphs") == 1
 
 
-def test_settings_and_random_state_of_the_caller_come_back(x: np.ndarray[Any, Any]) -> None:
+def test_caller_settings_and_random_state_are_restored(x: np.ndarray[Any, Any]) -> None:
     def settings() -> tuple[Any, ...]:
         matmul = torch.backends.cuda.matmul
         return (
@@ -313,7 +313,7 @@ def test_settings_and_random_state_of_the_caller_come_back(x: np.ndarray[Any, An
     assert settings() == before
 
 
-def test_rows_that_do_not_fit_are_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_do_not_fit_are_rejected_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     original = torch.empty
 
     def empty(*args: Any, **kwargs: Any) -> Any:
@@ -328,24 +328,24 @@ def test_rows_that_do_not_fit_are_refused_in_one_line(monkeypatch: pytest.Monkey
 
 @pytest.fixture
 def short_halves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of six steps in a half of the table: two halves and a part of one make an epoch."""
-    monkeypatch.setattr(row_feed, "_HALF_BYTES", 6 * 64 * 20 * 4)
+    """Halves of six steps: an epoch has two full chunks and a partial one."""
+    monkeypatch.setattr(row_feed, "_HALF_BUFFER_BYTES", 6 * 64 * 20 * 4)
 
 
 @pytest.mark.usefixtures("short_halves")
-def test_rows_arrive_in_time_and_are_kept_as_long_as_steps_need_them() -> None:
-    """Steps are slow and launched far ahead; rows are sent as soon as events allow."""
+def test_streamed_rows_are_complete_while_steps_read_them() -> None:
+    """Steps are slow and launched far ahead of the device; rows are sent as soon as events allow."""
     x = torch.randn(990, 20)
     feed = StreamedFeed(HostRows(RowView(x.numpy()), torch.device("cuda:0")), 64)
     there = x.cuda()
-    with own_stream(there.device):
+    with dedicated_stream(there.device):
         wrong = torch.zeros(16, dtype=torch.int64, device="cuda")
         orders = torch.stack([torch.randperm(990) for _ in range(6)])
         places, on_device = (torch.arange(990) % len(feed.table)).cuda(), orders.cuda()
         for order, numbers in zip(orders, on_device, strict=True):
-            assert torch.equal(feed.begin(order, 0), torch.arange(990) % len(feed.table))
+            assert torch.equal(feed.begin_epoch(order, 0), torch.arange(990) % len(feed.table))
             for step in range(16):
-                assert feed.ready(step) >= 1
+                assert feed.steps_available(step) >= 1
                 torch.cuda._sleep(500_000)
                 mine = slice(64 * step, 64 * (step + 1))
                 wrong[step] += (feed.table[places[mine]] != there[numbers[mine]]).sum()
@@ -356,21 +356,21 @@ def test_rows_arrive_in_time_and_are_kept_as_long_as_steps_need_them() -> None:
 def test_replayed_steps_read_the_rows_of_their_order(x: np.ndarray[Any, Any], caplog: pytest.LogCaptureFixture) -> None:
     run = made_run(x, training__data_on_device="never")
     assert isinstance(run.x_train, HostRows)
-    step = run.one_step
-    seen = torch.zeros(step.count, step.batch, 20, device="cuda")
-    model = step._model
+    step = run.training_step
+    seen = torch.zeros(step.steps_per_epoch, step.batch_size, 20, device="cuda")
+    encode = step.model.encode_and_quantize
 
-    def watched(batch: torch.Tensor) -> Any:
-        seen[:, : len(batch)].index_copy_(0, step._position, batch.detach()[None])
-        return model(batch)
+    def recorded(batch: torch.Tensor) -> Any:
+        seen[:, : len(batch)].index_copy_(0, step._step_index, batch.detach()[None])
+        return encode(batch)
 
-    step._model = watched
-    with own_stream(run.device):
-        for epoch in range(WARM_UP + 3):
+    step.model.encode_and_quantize = recorded  # type: ignore[method-assign]
+    with dedicated_stream(run.device):
+        for epoch in range(WARM_UP_STEPS + 3):
             seen.zero_()
             run.epoch, run.step = epoch, 0
             run._run_steps()
-            assert torch.equal(seen.flatten(0, 1)[:990].cpu(), torch.from_numpy(x)[run._rows_of(epoch)])
+            assert torch.equal(seen.flatten(0, 1)[:990].cpu(), torch.from_numpy(x)[run.row_order(epoch)])
     assert (StepKind(False, False), STEPS_PER_LAUNCH) in run.launcher._replays
     assert (StepKind(True, False), 1) in run.launcher._replays
     assert "one by one" not in caplog.text
@@ -378,12 +378,12 @@ def test_replayed_steps_read_the_rows_of_their_order(x: np.ndarray[Any, Any], ca
 
 @pytest.mark.usefixtures("short_halves")
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_streamed_training_is_resident_training(x: np.ndarray[Any, Any], deterministic: bool) -> None:
-    """Bit for bit where two resident runs are; else no further apart than those, but for a factor."""
+def test_streamed_training_equals_resident_training(x: np.ndarray[Any, Any], deterministic: bool) -> None:
+    """Bit-identical if two resident runs are; otherwise their distance is a multiple of that of two resident runs."""
     options = {
         "model__dropout": 0.1,
         "training__test_fraction": 0.1,
-        "training__mixing": 0.2,
+        "training__mixup_scale": 0.2,
         "training__input_noise": 0.1,
     }
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
@@ -402,21 +402,12 @@ def test_streamed_training_is_resident_training(x: np.ndarray[Any, Any], determi
 
 
 def distance(a: TrainResult, b: TrainResult) -> float:
-    """Between the weights at the end of two runs."""
+    """Largest difference of the final weights of two runs."""
     states = a.final_state["model_state_dict"], b.final_state["model_state_dict"]
     return max(float((states[0][name].double() - states[1][name].double()).abs().max()) for name in states[0])
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-def test_a_compiled_step_can_be_captured(x: np.ndarray[Any, Any], caplog: pytest.LogCaptureFixture) -> None:
-    eager = trainer(training__cuda_graphs=False).fit(x, GROUPS)
-    compiled = trainer(training__use_torch_compile=True).fit(x, GROUPS)
-    assert losses(compiled) == pytest.approx(losses(eager), rel=0.03)
-    assert "not as CUDA graphs" not in caplog.text
-
-
-def test_losses_that_explode_are_raised_from_replays(x: np.ndarray[Any, Any]) -> None:
+def test_exploding_loss_raises_from_replays(x: np.ndarray[Any, Any]) -> None:
     from spinlock_fast.errors import TrainingError
 
     with warnings.catch_warnings():

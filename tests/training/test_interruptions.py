@@ -1,4 +1,4 @@
-"""Runs that fail, are stopped, killed or damaged: what was good stays, and what was reached can be gone on with."""
+"""Failed, stopped, killed and damaged runs: earlier results are kept, and runs can be resumed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ import yaml
 from helpers import write_arrays
 
 from spinlock_fast.checkpoints.directory import checkpoint_hash, load_checkpoint, load_torch, save_torch
-from spinlock_fast.checkpoints.integrity import MANIFEST, RESUME, RESUME_BEFORE, STATES
+from spinlock_fast.checkpoints.integrity import MANIFEST, PREVIOUS_RESUME, RESUME, STATES
 from spinlock_fast.checkpoints.resumable import write_state
 from spinlock_fast.checkpoints.run_directory import (
     BEST,
@@ -116,10 +116,10 @@ def everything(directory: Path) -> dict[str, bytes]:
         ["model.levels=[{latent_dim: 4, num_tokens: 4000}]"],  # more codes than rows
         ["training.learning_rate=1e30"],
         ["families.mine.dataset=y"],
-        ["training.mixing=-1"],
+        ["training.mixup_scale=-1"],
     ],
 )
-def test_a_new_run_that_fails_leaves_the_finished_one(
+def test_failed_run_keeps_the_finished_run(
     config: Path, whole: Path, tmp_path: Path, settings: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out"
@@ -137,7 +137,7 @@ def test_a_new_run_that_fails_leaves_the_finished_one(
 
 
 @pytest.mark.slow
-def test_runs_that_are_killed_leave_every_finished_model(config: Path, data: Path, tmp_path: Path) -> None:
+def test_killed_runs_keep_every_finished_model(config: Path, data: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     assert train(config, output) == 0
     before = everything(output)
@@ -164,7 +164,7 @@ def test_runs_that_are_killed_leave_every_finished_model(config: Path, data: Pat
     assert load_checkpoint(output)
 
 
-def test_a_finished_run_trained_longer_keeps_the_shorter_one(config: Path, tmp_path: Path) -> None:
+def test_extended_run_archives_the_shorter_run(config: Path, tmp_path: Path) -> None:
     output, long = tmp_path / "out", tmp_path / "long"
     assert train(config, output, "training.num_epochs=2") == 0
     before = everything(output)
@@ -180,7 +180,7 @@ def test_a_finished_run_trained_longer_keeps_the_shorter_one(config: Path, tmp_p
 
 
 class Late:
-    """Sends a signal to this process when something of the run is called."""
+    """Sends a signal to this process when a function of the run is called."""
 
     def __init__(self, number: int, patch: pytest.MonkeyPatch, place: Any, name: str) -> None:
         self.function, self.number = getattr(place, name), number
@@ -192,8 +192,8 @@ class Late:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize(("place", "name"), [(trainer_module, "evaluate_with_use"), (pipeline, "write_results")])
-def test_a_signal_after_the_last_step_is_not_lost(
+@pytest.mark.parametrize(("place", "name"), [(trainer_module, "evaluate_with_counts"), (pipeline, "write_results")])
+def test_signal_after_the_last_step_is_handled(
     config: Path,
     whole: Path,
     tmp_path: Path,
@@ -218,30 +218,30 @@ def test_a_signal_after_the_last_step_is_not_lost(
     assert signal.getsignal(signal.SIGTERM) in (signal.SIG_DFL, signal.default_int_handler)
 
 
-def test_a_signal_before_the_first_step_ends_the_run_at_once(
+def test_signal_before_the_first_step_ends_the_run_at_once(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Late(signal.SIGHUP, monkeypatch, pipeline, "fingerprint")
+    Late(signal.SIGHUP, monkeypatch, pipeline, "prepare")
     assert train(config, tmp_path / "out") == 129
     assert "before the first step" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_a_signal_that_is_ignored_stays_ignored(
+def test_ignored_signal_stays_ignored(
     config: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
-        Late(signal.SIGHUP, monkeypatch, pipeline, "fingerprint")
+        Late(signal.SIGHUP, monkeypatch, pipeline, "prepare")
         assert train(config, tmp_path / "out") == 0
     finally:
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_resumed_run_adds_up_its_time(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resumed_run_adds_up_its_seconds(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "out"
     with monkeypatch.context() as patch:
-        Late(signal.SIGTERM, patch, trainer_module, "evaluate_with_use")
+        Late(signal.SIGTERM, patch, trainer_module, "evaluate_with_counts")
         assert train(config, output) == 143
     state = load_torch(output / PARTIAL / RESUME)
     stages = state["seconds"]
@@ -257,16 +257,16 @@ def test_a_resumed_run_adds_up_its_time(config: Path, tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("value", [np.inf, np.nan])
-def test_a_figure_that_json_has_not_is_written_as_null(
+def test_nonfinite_metric_is_written_as_null(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], value: float
 ) -> None:
-    complete = trainer_module.complete
+    add_model_metrics = trainer_module.add_model_metrics
 
-    def spoil(metrics: dict[str, Any], *rest: Any) -> None:
-        complete(metrics, *rest)
+    def add_nonfinite(metrics: dict[str, Any], *rest: Any) -> None:
+        add_model_metrics(metrics, *rest)
         metrics["categories"][0]["partial_mse"] = value
 
-    monkeypatch.setattr(trainer_module, "complete", spoil)
+    monkeypatch.setattr(trainer_module, "add_model_metrics", add_nonfinite)
     assert run(train_main, config, "--output", tmp_path / "out") == 0
     assert json.loads((tmp_path / "out" / METRICS).read_text())["categories"][0]["partial_mse"] is None
     assert "categories[0].partial_mse" in capsys.readouterr().err
@@ -287,7 +287,7 @@ def test_a_manifest_has_every_file(whole: Path) -> None:
 
 
 @pytest.mark.parametrize("where", [0.03, 0.4, 0.97])
-def test_a_flipped_bit_of_the_model_is_noticed(
+def test_flipped_bit_of_the_model_is_detected(
     whole: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], where: float
 ) -> None:
     copy = tmp_path / "copy"
@@ -309,21 +309,21 @@ def test_a_checkpoint_without_a_manifest_loads(whole: Path, data: Path, tmp_path
     assert run(evaluate_main, tmp_path, data, "--quiet") == 0
 
 
-def test_identical_runs_have_one_hash(config: Path, whole: Path, tmp_path: Path) -> None:
+def test_identical_runs_have_the_same_hash(config: Path, whole: Path, tmp_path: Path) -> None:
     assert train(config, tmp_path / "another_name") == 0
     assert checkpoint_hash(tmp_path / "another_name") == checkpoint_hash(whole)
 
 
 def interrupted(config: Path, output: Path) -> None:
-    """A run that was stopped after its last step, with two states."""
+    """A run stopped after its last step, with two states."""
     with pytest.MonkeyPatch.context() as patch:
-        Late(signal.SIGTERM, patch, trainer_module, "evaluate_with_use")
+        Late(signal.SIGTERM, patch, trainer_module, "evaluate_with_counts")
         assert train(config, output) == 143
-    assert (output / PARTIAL / RESUME_BEFORE).exists()
+    assert (output / PARTIAL / PREVIOUS_RESUME).exists()
 
 
 @pytest.mark.parametrize("where", [0.1, 0.5, 0.9])
-def test_a_damaged_state_falls_back_to_the_one_before(
+def test_damaged_state_falls_back_to_the_previous_one(
     config: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], where: float
 ) -> None:
     output = tmp_path / "out"
@@ -331,7 +331,7 @@ def test_a_damaged_state_falls_back_to_the_one_before(
     flip(output / PARTIAL / RESUME, where)
     assert run(train_main, config, "--resume", output) == 0
     text = " ".join(capsys.readouterr().err.split())
-    assert "is damaged: its SHA-256 is not in manifest.json; going on from the state before" in text
+    assert "is damaged: its SHA-256 is not in manifest.json; resuming from the previous state" in text
     assert_same_weights(output, whole)
 
 
@@ -341,11 +341,11 @@ def test_two_damaged_states_are_an_error(config: Path, tmp_path: Path, capsys: p
     for name in STATES:
         flip(output / PARTIAL / name, 0.5)
     assert train(config, output, resume=True) == 3
-    assert RESUME_BEFORE in capsys.readouterr().err
+    assert PREVIOUS_RESUME in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("damage", ["gone", "{"])
-def test_states_outlive_their_manifest(config: Path, whole: Path, tmp_path: Path, damage: str) -> None:
+def test_states_load_without_a_valid_manifest(config: Path, whole: Path, tmp_path: Path, damage: str) -> None:
     output = tmp_path / "out"
     interrupted(config, output)
     manifest = output / PARTIAL / MANIFEST
@@ -354,8 +354,8 @@ def test_states_outlive_their_manifest(config: Path, whole: Path, tmp_path: Path
     assert_same_weights(output, whole)
 
 
-def test_a_kill_between_two_states_leaves_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At each rename and write of a save, one state that the manifest knows is there."""
+def test_kill_while_saving_leaves_a_complete_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At each rename and write of a save, a state listed in the manifest exists."""
 
     class Killed(BaseException):
         pass
@@ -395,7 +395,7 @@ def test_a_kill_between_two_states_leaves_one(tmp_path: Path, monkeypatch: pytes
 def test_an_unfinished_run_of_an_earlier_version_is_resumed(config: Path, whole: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     interrupted(config, output)
-    state = load_torch(output / PARTIAL / RESUME_BEFORE)
+    state = load_torch(output / PARTIAL / PREVIOUS_RESUME)
     del state["seconds"]
     for key in ("num_epochs", "reset_left_out", "before_last", "seconds", "epoch_seconds"):
         del state["run"][key]
@@ -408,7 +408,7 @@ def test_an_unfinished_run_of_an_earlier_version_is_resumed(config: Path, whole:
     assert not (old / RESUME).exists()
 
 
-def test_partial_may_be_named_to_resume(config: Path, whole: Path, tmp_path: Path) -> None:
+def test_resume_accepts_the_partial_directory(config: Path, whole: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     interrupted(config, output)
     assert run(train_main, "--quiet", "--resume", output / PARTIAL) == 0
@@ -428,7 +428,7 @@ def test_tensorboard_files_move_with_the_run(config: Path, tmp_path: Path) -> No
 # --- output that nobody reads ---
 
 
-def test_a_run_whose_output_nobody_reads_is_saved(config: Path, whole: Path, tmp_path: Path) -> None:
+def test_run_with_a_broken_pipe_is_saved(config: Path, whole: Path, tmp_path: Path) -> None:
     """`train ... 2>&1 | head -1`."""
     read, write = os.pipe()
     process = train_process(config, "--output", tmp_path / "out", stdout=write, stderr=write)
@@ -457,7 +457,7 @@ def test_a_run_with_a_closed_stream(
 
 
 @pytest.mark.parametrize("kind", ["device", "fifo"])
-def test_metrics_and_tokens_may_go_to_devices(whole: Path, data: Path, tmp_path: Path, kind: str) -> None:
+def test_metrics_and_tokens_can_be_written_to_devices(whole: Path, data: Path, tmp_path: Path, kind: str) -> None:
     path, read = tmp_path / "output", []
     if kind == "device":
         try:

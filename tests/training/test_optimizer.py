@@ -1,4 +1,4 @@
-"""The fused Adam, against torch's."""
+"""Fused Adam compared with torch's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from spinlock_fast.training.step import TrainingStep
 
 
 @pytest.mark.parametrize(("decoupled", "decay"), [(False, 0.0), (False, 0.1), (True, 0.1)])
-def test_it_moves_weights_exactly_as_torch_does(decoupled: bool, decay: float) -> None:
+def test_updates_equal_those_of_torch(decoupled: bool, decay: float) -> None:
     ours = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3))
     theirs = copy.deepcopy(ours)
     rate = torch.zeros(1, dtype=torch.float64)
@@ -46,7 +46,7 @@ def test_it_moves_weights_exactly_as_torch_does(decoupled: bool, decay: float) -
     adam.load_state_dict(reference.state_dict())  # ours reads torch's
 
 
-def test_a_parameter_without_gradient_stays() -> None:
+def test_parameter_without_gradient_is_unchanged() -> None:
     used, idle = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
     adam = FusedAdam([idle, used], torch.full((1,), 0.1, dtype=torch.float64), weight_decay=0.5)
     used.sum().backward()
@@ -56,7 +56,7 @@ def test_a_parameter_without_gradient_stays() -> None:
 
 
 def shapes_of_the_model() -> list[tuple[int, ...]]:
-    """Of the parameters of 172 features in 11 categories."""
+    """Parameter shapes of a model of 172 features in 11 categories."""
     return [
         (172, 512), (11, 512), (11, 512, 256), (11, 256), (11, 256), (11, 256), (564, 256), (564,), (564,), (564,),
         (256, 564), (256,), (172, 256), (172,), (564, 128), (33, 128), (33, 128, 172), (33, 172),
@@ -65,7 +65,7 @@ def shapes_of_the_model() -> list[tuple[int, ...]]:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_graph_holds_the_launch() -> None:
+def test_graph_keeps_the_launch_arguments_alive() -> None:
     ours, theirs = ([nn.Parameter(torch.ones(shape, device="cuda")) for shape in shapes_of_the_model()] for _ in "ab")
     captured, plain = (FusedAdam(parameters, torch.full((1,), 0.1, device="cuda")) for parameters in (ours, theirs))
     for a, b in zip(ours, theirs, strict=True):
@@ -88,7 +88,7 @@ def test_a_graph_holds_the_launch() -> None:
 
 
 def test_training_does_not_import_the_compiler() -> None:
-    """It takes more than a second, of a run of ten."""
+    """The import takes more than a second."""
     code = """
 import sys, numpy, logging
 from spinlock_fast.config.schema import RunConfig
@@ -140,7 +140,7 @@ def test_strides_of_parameters_and_gradients_do_not_matter(
 
 
 @pytest.mark.parametrize("change", [lambda p: p.double(), lambda p: p[:2].clone()], ids=["dtype", "shape"])
-def test_a_parameter_that_no_longer_fits_its_moments_is_refused(
+def test_parameter_that_no_longer_fits_its_moments_is_rejected(
     change: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:
     parameter = nn.Parameter(torch.ones(3))
@@ -151,7 +151,7 @@ def test_a_parameter_that_no_longer_fits_its_moments_is_refused(
         adam.step()
 
 
-def test_parameters_that_were_replaced_are_an_error() -> None:
+def test_replaced_parameters_are_rejected() -> None:
     model = nn.Linear(3, 2)
     adam = FusedAdam(model.parameters(), torch.full((1,), 0.1, dtype=torch.float64))
     model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
@@ -160,7 +160,7 @@ def test_parameters_that_were_replaced_are_an_error() -> None:
         adam.step()
 
 
-def test_a_sparse_gradient_is_refused() -> None:
+def test_sparse_gradient_is_rejected() -> None:
     table = nn.Embedding(5, 3, sparse=True)
     adam = FusedAdam(table.parameters(), torch.full((1,), 0.1, dtype=torch.float64))
     table(torch.tensor([1])).sum().backward()
@@ -185,7 +185,7 @@ def stepped() -> tuple[nn.Linear, FusedAdam]:
         (lambda state: state[1].update(step=torch.tensor(7.0)), "different numbers of steps"),
     ],
 )
-def test_a_state_that_does_not_fit_changes_nothing(broken: Callable[[dict[int, Any]], Any], message: str) -> None:
+def test_mismatched_state_changes_nothing(broken: Callable[[dict[int, Any]], Any], message: str) -> None:
     adam, other = stepped()[1], stepped()[1]
     before = copy.deepcopy(adam.state_dict())
     state = copy.deepcopy(other.state_dict())
@@ -195,21 +195,21 @@ def test_a_state_that_does_not_fit_changes_nothing(broken: Callable[[dict[int, A
     torch.testing.assert_close(adam.state_dict(), before, rtol=0, atol=0)
 
 
-def test_the_state_of_no_step_starts_anew() -> None:
+def test_empty_state_resets_the_moments() -> None:
     model, adam = stepped()
     adam.load_state_dict(torch.optim.Adam(model.parameters()).state_dict())
     assert int(adam.count) == 0
     assert not any(bool(moment.any()) for moment in (*adam.mean, *adam.square))
 
 
-def test_parameters_replaced_between_epochs_end_the_training() -> None:
+def test_parameters_replaced_between_epochs_raise() -> None:
     settings = CategoricalVQVAEConfig(input_dim=4, group_indices={"a": [0, 1, 2, 3]}, codebook_init="uniform")
     model = CategoricalHierarchicalVQVAE(settings)
     step = TrainingStep(model, torch.randn(40, 4), TrainingConfig())
-    places = step.places()
+    places = step.memory_layout()
     model.shared_decoder[0].weight.data = model.shared_decoder[0].weight.data.clone()
-    assert step.places() != places
+    assert step.memory_layout() != places
     decoder = model.shared_decoder[0]
     decoder.load_state_dict({name: value.clone() for name, value in decoder.state_dict().items()}, assign=True)
     with pytest.raises(RuntimeError, match="assign=True"):
-        step.places()
+        step.memory_layout()

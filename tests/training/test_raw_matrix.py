@@ -1,4 +1,4 @@
-"""`Trainer.fit` on a matrix as it is measured, and what the result does with more rows."""
+"""`Trainer.fit` on a raw matrix, and the result applied to more rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from helpers import planted_matrix
 
 from spinlock_fast.config.schema import FeatureCleaningConfig, RunConfig
 from spinlock_fast.features.matrix import fit_matrix_normalizer
-from spinlock_fast.training.trainer import Trainer, TrainResult
+from spinlock_fast.training.result import TrainResult
+from spinlock_fast.training.trainer import Trainer
 
 SIZES = [6, 9, 5]
 GROUPS = {"a": list(range(6)), "b": list(range(6, 15)), "c": list(range(15, 20))}
@@ -31,7 +32,7 @@ def fit(x: Any, groups: Any = GROUPS, settings: dict[str, Any] | None = None, **
 
 @pytest.fixture(scope="module")
 def raw() -> np.ndarray[Any, Any]:
-    """[300, 20] of different units; one column is constant."""
+    """[300, 20] in different units, with a constant column."""
     x = planted_matrix(300, SIZES, seed=0) * np.geomspace(1e-3, 1e4, 20) + np.linspace(-500.0, 800.0, 20)
     x[:, 4] = 17.0
     return x
@@ -47,7 +48,7 @@ def same(a: TrainResult, b: TrainResult) -> bool:
     return all(torch.equal(value, others[key]) for key, value in mine.items())
 
 
-def test_a_raw_matrix_is_normalised_and_the_units_are_named(
+def test_raw_matrix_is_normalised_and_units_are_reported(
     raw: np.ndarray[Any, Any], result: TrainResult, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert result.metrics["quality"] > 0.4
@@ -67,7 +68,7 @@ def test_a_raw_matrix_is_normalised_and_the_units_are_named(
     assert unchanged.metrics["quality"] == 0.0
 
 
-def test_the_result_encodes_and_decodes_rows_as_they_are(raw: np.ndarray[Any, Any], result: TrainResult) -> None:
+def test_result_encodes_and_decodes_raw_rows(raw: np.ndarray[Any, Any], result: TrainResult) -> None:
     tokens = result.encode(raw)
     assert isinstance(tokens, np.ndarray)
     as_torch = result.encode(torch.from_numpy(raw))
@@ -85,7 +86,7 @@ def test_the_result_encodes_and_decodes_rows_as_they_are(raw: np.ndarray[Any, An
 
 
 @pytest.mark.parametrize("method", ["standard", "mad"])
-def test_a_standardised_matrix_is_taken_as_it_is(method: str) -> None:
+def test_standardised_matrix_is_not_normalised(method: str) -> None:
     settings = {"training.num_epochs": 1, "training.normalization_method": method}
     x = planted_matrix(300, SIZES, seed=0)
     if method == "mad":
@@ -100,7 +101,7 @@ def test_a_standardised_matrix_is_taken_as_it_is(method: str) -> None:
     np.testing.assert_array_equal(found.encode(x), tokens)
 
 
-def test_features_in_no_category_do_not_decide(raw: np.ndarray[Any, Any]) -> None:
+def test_uncategorised_features_do_not_trigger_normalisation(raw: np.ndarray[Any, Any]) -> None:
     x = planted_matrix(300, SIZES, seed=0)
     x[:, 15:] = 40.0 * x[:, 15:] + 7.0
     groups = {name: GROUPS[name] for name in ("a", "b")}
@@ -108,7 +109,7 @@ def test_features_in_no_category_do_not_decide(raw: np.ndarray[Any, Any]) -> Non
     assert fit(x, None, {"training.num_epochs": 1}).normalizer is not None
 
 
-def test_a_memory_map_is_normalised_as_it_is_read(tmp_path: Path, raw: np.ndarray[Any, Any]) -> None:
+def test_memory_map_is_normalised_block_by_block(tmp_path: Path, raw: np.ndarray[Any, Any]) -> None:
     settings = {"training.num_epochs": 2, "training.data_on_device": "never"}
     np.save(tmp_path / "x.npy", raw.astype(np.float32))
     mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
@@ -141,12 +142,12 @@ def test_outliers_are_clipped_as_the_pipeline_does(raw: np.ndarray[Any, Any]) ->
 
 
 @pytest.mark.parametrize("x", [np.zeros((300, 20), complex), np.full((300, 20), "a"), np.full((300, 20), None)])
-def test_a_matrix_of_no_numbers_is_refused(x: Any) -> None:
+def test_non_numeric_matrix_is_rejected(x: Any) -> None:
     with pytest.raises(ValueError, match="x must hold numbers"):
         fit(x)
 
 
-def test_values_under_a_mask_are_not_taken_for_data(raw: np.ndarray[Any, Any], result: TrainResult) -> None:
+def test_masked_array_values_are_not_used(raw: np.ndarray[Any, Any], result: TrainResult) -> None:
     x = np.ma.masked_array(raw)
     np.testing.assert_array_equal(result.encode(x), result.encode(raw))
     x[7, 3] = np.ma.masked
@@ -156,7 +157,7 @@ def test_values_under_a_mask_are_not_taken_for_data(raw: np.ndarray[Any, Any], r
         fit(np.ma.masked_array(np.arange(6000).reshape(300, 20), np.arange(6000).reshape(300, 20) == 1))
 
 
-def test_the_model_refuses_complex_numbers(result: TrainResult) -> None:
+def test_model_rejects_complex_numbers(result: TrainResult) -> None:
     for x in (np.zeros((2, 20), complex), torch.zeros(2, 20, dtype=torch.complex64)):
         with pytest.raises(ValueError, match="x: expected real numbers, got"):
             result.model.get_tokens(x)
@@ -183,7 +184,7 @@ def test_model_takes_numpy_and_any_precision(result: TrainResult, raw: np.ndarra
         assert torch.equal(result.model.decode_from_tokens(tokens), features)
 
 
-def test_code_use_after_a_fit_is_that_of_the_validation_rows(result: TrainResult) -> None:
+def test_code_usage_after_fit_is_that_of_the_validation_rows(result: TrainResult) -> None:
     used = [u for category in result.metrics["categories"] for u in category["utilization"]]
     perplexity = [p for category in result.metrics["categories"] for p in category["perplexity"]]
     np.testing.assert_allclose(result.model.quantizer.utilization().numpy(), used, rtol=1e-5)

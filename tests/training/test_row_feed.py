@@ -1,4 +1,4 @@
-"""Rows that follow to the device: the same rows, weights and metrics as rows that lie there, in less memory."""
+"""Streamed rows give the same weights and metrics as resident rows, in less memory."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ from spinlock_fast.data.host_rows import HostRows, place_rows
 from spinlock_fast.data.row_view import RowView
 from spinlock_fast.errors import DataError, Interrupted
 from spinlock_fast.features.categories import category_correlation, discover_categories
-from spinlock_fast.training import row_feed, trainer
+from spinlock_fast.training import result, row_feed
 from spinlock_fast.training.observer import SilentObserver
+from spinlock_fast.training.result import TrainResult
 from spinlock_fast.training.row_feed import CopyStream, StreamedFeed
-from spinlock_fast.training.trainer import Trainer, TrainResult
+from spinlock_fast.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 SIZES = [6, 9, 5]
@@ -49,8 +50,8 @@ def x() -> np.ndarray[Any, Any]:
 
 @pytest.fixture
 def halves(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Sets how many steps of 64 rows have their rows in a half of the table."""
-    return lambda steps: monkeypatch.setattr(row_feed, "_HALF_BYTES", steps * STEP_BYTES)
+    """Sets the number of steps of 64 rows per half of the table."""
+    return lambda steps: monkeypatch.setattr(row_feed, "_HALF_BUFFER_BYTES", steps * STEP_BYTES)
 
 
 def made(where: str, observer: SilentObserver | None = None, **options: Any) -> Trainer:
@@ -59,7 +60,7 @@ def made(where: str, observer: SilentObserver | None = None, **options: Any) -> 
 
 
 def assert_same(a: TrainResult, b: TrainResult) -> None:
-    """Bit for bit."""
+    """Bit-identical."""
     for one, other in ((a.model.state_dict(), b.model.state_dict()), *_states(a, b)):
         assert one.keys() == other.keys()
         assert all(torch.equal(value, other[name]) for name, value in one.items())
@@ -72,7 +73,7 @@ def _states(a: TrainResult, b: TrainResult) -> Iterator[tuple[dict[str, Tensor],
         yield a.final_state[name], b.final_state[name]
 
 
-def test_a_selection_reads_rows_of_a_matrix(x: np.ndarray[Any, Any]) -> None:
+def test_row_view_reads_rows_of_a_matrix(x: np.ndarray[Any, Any]) -> None:
     numbers = np.array([5, 3, 3, 599])
     chosen = RowView(x, numbers)
     assert chosen.shape == (4, 20)
@@ -84,7 +85,7 @@ def test_a_selection_reads_rows_of_a_matrix(x: np.ndarray[Any, Any]) -> None:
     assert np.array_equal(RowView(x)[:], x)
 
 
-def test_statistics_of_a_selection_are_those_of_its_rows(x: np.ndarray[Any, Any]) -> None:
+def test_statistics_of_a_row_view_are_those_of_its_rows(x: np.ndarray[Any, Any]) -> None:
     numbers = np.arange(0, 600, 2)
     chosen = RowView(x, numbers)
     assert np.array_equal(category_correlation(chosen, GROUPS), category_correlation(x[numbers], GROUPS))
@@ -116,7 +117,7 @@ def test_host_rows_read_like_a_tensor(x: np.ndarray[Any, Any]) -> None:
         {"training__dead_code_reset_steps": 5, "training__dead_code_threshold": 0.9},
     ],
 )
-def test_streamed_training_is_resident_training(
+def test_streamed_training_equals_resident_training(
     x: np.ndarray[Any, Any], halves: Callable[[int], None], steps: int, options: dict[str, Any]
 ) -> None:
     halves(steps)
@@ -127,7 +128,7 @@ def test_streamed_training_is_resident_training(
     "options",
     [
         {"model__codebook_init": "product", "training__decoder_refit": 0.01, "training__test_fraction": 0.1},
-        {"model__codebook_init": "uniform", "training__input_noise": 0.3, "training__mixing": 0.2},
+        {"model__codebook_init": "uniform", "training__input_noise": 0.3, "training__mixup_scale": 0.2},
         {
             "training__dead_code_reset_interval": 1,
             "training__dead_code_strategy": "sample",
@@ -140,10 +141,10 @@ def test_streamed_training_is_resident_training(
         },
     ],
 )
-def test_all_that_reads_rows_reads_them_from_the_host(
+def test_every_consumer_reads_host_rows(
     x: np.ndarray[Any, Any], halves: Callable[[int], None], options: dict[str, Any]
 ) -> None:
-    """Initial codes, refit, latents for dead codes, validation, test rows; categories are discovered."""
+    """Initial codes, refit, dead-code latents, validation, test rows and category discovery."""
     halves(2)
     assert_same(made("never", **options).fit(x), made("always", **options).fit(x))
 
@@ -158,7 +159,7 @@ class KeepState(SilentObserver):
 
 
 @pytest.mark.parametrize("stop_after", [1, 4, 6, 9, 11, 18])
-def test_a_streamed_run_goes_on_within_an_epoch(
+def test_streamed_run_resumes_within_an_epoch(
     x: np.ndarray[Any, Any], halves: Callable[[int], None], stop_after: int
 ) -> None:
     halves(2)
@@ -174,7 +175,7 @@ def test_a_streamed_run_goes_on_within_an_epoch(
 
 
 @pytest.mark.parametrize(("share", "streamed"), [(0.9, True), (2.1, False)])
-def test_rows_are_left_in_main_memory_where_they_would_fill_the_device(
+def test_rows_stay_in_host_memory_if_they_would_fill_the_device(
     x: np.ndarray[Any, Any], share: float, streamed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(host_rows, "free_memory", lambda device: share * x.nbytes)
@@ -185,7 +186,7 @@ def test_rows_are_left_in_main_memory_where_they_would_fill_the_device(
 
 
 @pytest.mark.parametrize("kind", [torch.OutOfMemoryError, MemoryError])
-def test_rows_that_must_lie_on_the_device_and_do_not_fit_are_refused_in_one_line(
+def test_resident_rows_that_do_not_fit_are_rejected_in_one_line(
     x: np.ndarray[Any, Any], kind: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(self: HostRows) -> Tensor:
@@ -198,13 +199,13 @@ def test_rows_that_must_lie_on_the_device_and_do_not_fit_are_refused_in_one_line
     assert isinstance(place_rows(RowView(x), CPU), HostRows)
 
 
-def test_a_run_that_streams_says_so(x: np.ndarray[Any, Any], caplog: pytest.LogCaptureFixture) -> None:
+def test_streamed_run_logs_where_rows_are(x: np.ndarray[Any, Any], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     made("never", training__num_epochs=1).fit(x, GROUPS)
-    assert "540 rows stay in main memory and follow to cpu" in caplog.text
+    assert "540 rows stay in main memory and are copied to cpu step by step" in caplog.text
 
 
-def test_free_memory_of_a_container_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_memory_respects_the_container_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     files = {
         "/proc/meminfo": "MemTotal:  9000 kB\nMemAvailable:    8000 kB\n",
         "/sys/fs/cgroup/memory.max": "3000000\n",
@@ -224,18 +225,16 @@ def test_free_memory_of_a_container_is_its_own(monkeypatch: pytest.MonkeyPatch) 
     assert host_rows.free_memory(CPU) == float("inf")
 
 
-def test_a_matrix_is_trained_on_as_it_is(x: np.ndarray[Any, Any], tmp_path: Path) -> None:
-    """Read-only memory maps, other types of numbers, other orders of elements."""
+def test_equal_matrices_train_equally_in_any_layout(x: np.ndarray[Any, Any], tmp_path: Path) -> None:
+    """Read-only memory maps, other dtypes and memory orders."""
     expected = made("always", training__num_epochs=1).fit(x, GROUPS)
     np.save(tmp_path / "x.npy", x)
     for same in (np.load(tmp_path / "x.npy", mmap_mode="r"), x.astype(np.float64), np.asfortranarray(x), x.tolist()):
         assert_same(made("never", training__num_epochs=1).fit(same, GROUPS), expected)
 
 
-def test_a_bad_value_is_named_by_its_row_in_the_matrix(
-    x: np.ndarray[Any, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(trainer, "_ROWS_AT_ONCE", 128)
+def test_nonfinite_value_is_reported_with_its_row(x: np.ndarray[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(result, "_ROWS_PER_BLOCK", 128)
     bad = x.copy()
     bad[300, 7] = bad[301, 2] = np.inf
     with raises_one_line(DataError, "x[300, 7] is inf"):
@@ -244,7 +243,7 @@ def test_a_bad_value_is_named_by_its_row_in_the_matrix(
 
 @contextmanager
 def peak_of_own_memory() -> Iterator[list[int]]:
-    """Bytes that the process holds at most beyond what it held, pages of mapped files not counted."""
+    """Peak growth of the process's memory in bytes, without pages of mapped files."""
 
     def held() -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -266,9 +265,9 @@ def peak_of_own_memory() -> Iterator[list[int]]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells the memory of a process")
-def test_a_memory_map_is_not_read_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """192 MB of rows, of which training, checks, categories and validation see all."""
-    monkeypatch.setattr(row_feed, "_HALF_BYTES", 1 << 22)
+def test_memory_map_is_not_loaded_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """192 MB of rows, all read by checks, category discovery, training and validation."""
+    monkeypatch.setattr(row_feed, "_HALF_BUFFER_BYTES", 1 << 22)
     shape, sizes = (400_000, 120), [40, 40, 40]
     matrix: np.memmap[Any, Any] = np.memmap(tmp_path / "x", np.float32, "w+", shape=shape)
     for start in range(0, shape[0], 40_000):
@@ -289,7 +288,7 @@ def test_a_memory_map_is_not_read_into_memory(tmp_path: Path, monkeypatch: pytes
 
 
 class Queue:
-    """A stream of a device that works when it likes."""
+    """A stream of a device with an arbitrary schedule."""
 
     def __init__(self, device: object = None) -> None:
         self.waiting: list[Callable[[], bool]] = []
@@ -326,7 +325,7 @@ class Mark:
 
 
 class Device:
-    """Runs its queues in an order that nothing but events decides."""
+    """Runs its queues in random order, constrained only by events."""
 
     def __init__(self, choose: Callable[[list[Queue]], list[Queue]]) -> None:
         self.choose = choose
@@ -359,7 +358,7 @@ ORDERS: dict[str, Callable[[list[Queue]], list[Queue]]] = {
 
 @pytest.mark.parametrize("order_of_work", ORDERS)
 @pytest.mark.parametrize(("count", "batch", "half"), [(270, 64, 1), (256, 64, 2), (900, 64, 3), (50, 64, 1)])
-def test_no_step_of_a_device_reads_rows_of_another(
+def test_no_step_reads_rows_of_another_step(
     count: int,
     batch: int,
     half: int,
@@ -367,7 +366,7 @@ def test_no_step_of_a_device_reads_rows_of_another(
     halves: Callable[[int], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Launched ahead and worked off in any order that events allow, each step finds its own rows in the table."""
+    """Launched ahead and executed in any order that events allow, each step finds its own rows in the table."""
     random.seed(0)
     device = Device(ORDERS[order_of_work])
     monkeypatch.setattr(Mark, "device", device, raising=False)
@@ -391,9 +390,9 @@ def test_no_step_of_a_device_reads_rows_of_another(
 
     for done in (0, 0, steps // 2, 0):
         order = torch.randperm(count)
-        places, step = feed.begin(order, done), done
+        places, step = feed.begin_epoch(order, done), done
         while step < steps:
-            launched = min(feed.ready(step), 2, steps - step)
+            launched = min(feed.steps_available(step), 2, steps - step)
             for _ in range(launched):
                 mine = slice(step * batch, (step + 1) * batch)
                 device.steps.put(lambda mine=mine, places=places, order=order: check(places[mine], order[mine]))  # type: ignore[misc]

@@ -93,11 +93,11 @@ def run(command: Callable[[list[str]], None], *arguments: object) -> int:
     return int(end.value.code or 0)
 
 
-def test_a_run_leaves_the_whole_directory(checkpoint: Path) -> None:
+def test_run_writes_every_file(checkpoint: Path) -> None:
     assert {path.name for path in checkpoint.iterdir()} == set(FILES) - {*STATES, "tensorboard"}
 
 
-def test_model_files_hold_what_is_promised(checkpoint: Path) -> None:
+def test_model_files_have_every_entry(checkpoint: Path) -> None:
     for name in ("best_model.pt", "final_model.pt"):
         payload = torch.load(checkpoint / name, weights_only=True)
         for key in ("model_state_dict", "model_config", "encoder_state_dicts", "feature_mask", "feature_cleaning"):
@@ -237,8 +237,8 @@ def test_evaluate_measures_the_held_out_rows_of_the_run(checkpoint: Path, data: 
     assert everything["reconstruction_error"] == pytest.approx(errors / 160, rel=1e-5)
 
 
-def test_evaluate_knows_training_rows_in_other_files(checkpoint: Path, tmp_path: Path) -> None:
-    """In another order, in shards, among new rows: what was not trained on is measured."""
+def test_evaluate_recognises_training_rows_in_other_files(checkpoint: Path, tmp_path: Path) -> None:
+    """Rows in another order, in shards and among new rows: those not trained on are measured."""
     arrays = synthetic_arrays(160, seed=3)
     order = np.random.default_rng(0).permutation(160)
     for i, rows in enumerate((order[:100], order[100:])):
@@ -255,7 +255,7 @@ def test_evaluate_knows_training_rows_in_other_files(checkpoint: Path, tmp_path:
     assert run(evaluate_main, checkpoint, new, "--rows", "test", "--quiet") == 3
 
 
-def test_evaluate_names_what_it_measured(
+def test_evaluate_reports_the_measured_rows(
     checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(evaluate_main, checkpoint, data) == 0
@@ -267,13 +267,13 @@ def test_evaluate_names_what_it_measured(
 
 
 def shown_text(capsys: pytest.CaptureFixture[str]) -> str:
-    """What was printed, without line breaks."""
+    """The printed text without line breaks."""
     shown = capsys.readouterr()
     return " ".join((shown.out + shown.err).split())
 
 
 def before_known_rows(checkpoint: Path, directory: Path) -> Path:
-    """A checkpoint as versions before `known_rows`, `training_range` and `nan_fill` wrote it."""
+    """A checkpoint in the format before `known_rows`, `training_range` and `nan_fill`."""
     shutil.copytree(checkpoint, directory)
     payload = torch.load(checkpoint / "best_model.pt", weights_only=True)
     for key in ("known_rows", "training_range", "code_usage"):
@@ -287,7 +287,7 @@ def before_known_rows(checkpoint: Path, directory: Path) -> Path:
     return directory
 
 
-def test_a_checkpoint_of_an_earlier_version_cannot_tell_its_rows(
+def test_checkpoint_without_known_rows_warns(
     checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     older = before_known_rows(checkpoint, tmp_path / "older")
@@ -334,7 +334,7 @@ def test_rows_far_outside_of_training_are_reported(
         caplog.clear()
 
 
-def test_code_use_of_a_loaded_model_is_that_of_the_run(checkpoint: Path, tmp_path: Path) -> None:
+def test_code_usage_of_a_loaded_model_is_that_of_the_run(checkpoint: Path, tmp_path: Path) -> None:
     metrics = json.loads((checkpoint / "metrics.json").read_text())
     quantizer = load_checkpoint(checkpoint).quantizer
     used = [u for category in metrics["categories"] for u in category["utilization"]]
@@ -344,8 +344,8 @@ def test_code_use_of_a_loaded_model_is_that_of_the_run(checkpoint: Path, tmp_pat
     assert float(older.utilization().max()) == 0.0
 
 
-def test_missing_values_tokenize_as_they_were_trained(checkpoint: Path, data: Path) -> None:
-    """The medians of the training rows put in by hand give the same tokens."""
+def test_missing_values_are_filled_as_in_training(checkpoint: Path, data: Path) -> None:
+    """Filling with the medians of the training rows by hand gives the same tokens."""
     tokenizer = Tokenizer.from_checkpoint(checkpoint)
     payload = torch.load(checkpoint / "best_model.pt", weights_only=True)
     with h5py.File(data) as file:
@@ -364,7 +364,7 @@ def test_missing_values_tokenize_as_they_were_trained(checkpoint: Path, data: Pa
     assert not np.array_equal(tokenizer.features(raw), tokenizer.features(zeros))
 
 
-def test_a_run_from_before_nan_fill_goes_on_with_zero(config: Path, data: Path, tmp_path: Path) -> None:
+def test_run_from_before_nan_fill_resumes_with_zero(config: Path, data: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     zero = ["--set", "feature_cleaning.nan_fill=zero", "--set", f"dataset_path={data}"]
     assert run(train_main, config, "--quiet", *zero, "--output", output, "--set", "training.num_epochs=1") == 0
@@ -378,7 +378,7 @@ def test_a_run_from_before_nan_fill_goes_on_with_zero(config: Path, data: Path, 
     assert load_config(output / "config.yaml").feature_cleaning.nan_fill == "zero"
 
 
-def test_features_and_encode_take_paths_and_say_what_they_want(checkpoint: Path, data: Path) -> None:
+def test_features_and_encode_accept_paths_and_reject_other_types(checkpoint: Path, data: Path) -> None:
     tokenizer = Tokenizer.from_checkpoint(checkpoint)
     with h5py.File(data) as file:
         raw = {name: file[path][:] for name, path in zip(CONFIG["families"], FAMILIES, strict=True)}
@@ -411,7 +411,7 @@ def test_a_family_may_be_any_dataset(config: Path, data: Path, tmp_path: Path) -
     assert all(name.startswith("mine::") for name in names)
 
 
-def test_standardized_families_tokenize_alike_from_the_checkpoint(config: Path, data: Path, tmp_path: Path) -> None:
+def test_standardized_families_survive_the_checkpoint(config: Path, data: Path, tmp_path: Path) -> None:
     arguments = ["--set", "families.summary.standardize=true", "--set", "families.temporal.standardize=true"]
     output = tmp_path / "out"
     assert run(train_main, config, "--quiet", *arguments, "--set", f"dataset_path={data}", "--output", output) == 0
@@ -432,7 +432,7 @@ def test_categories_from_a_mapping_file(config: Path, checkpoint: Path, data: Pa
     assert [c["name"] for c in metrics["categories"]] == ["last", "first"]
 
 
-def test_a_mapping_file_alone_is_enough(config: Path, checkpoint: Path, data: Path, tmp_path: Path) -> None:
+def test_mapping_file_without_category_assignment(config: Path, checkpoint: Path, data: Path, tmp_path: Path) -> None:
     names = Tokenizer.from_checkpoint(checkpoint).feature_names
     (tmp_path / "map.json").write_text(json.dumps({"energy [J]": names[:9], "[/x]": names[9:]}))
     arguments = [config, "--set", f"dataset_path={data}", "--output", tmp_path / "out"]
@@ -452,7 +452,7 @@ def test_more_shards_than_files_are_kept_open(config: Path, tmp_path: Path) -> N
     assert run(train_main, config, "--quiet", "--set", f"dataset_path={tmp_path}/shard_*.h5", "--output", output) == 0
 
 
-def test_resuming_into_another_directory_sets_its_run_aside(
+def test_resuming_into_another_directory_archives_its_run(
     config: Path, data: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
@@ -464,7 +464,7 @@ def test_resuming_into_another_directory_sets_its_run_aside(
     assert json.loads((checkpoint / "metrics.json").read_text())["epochs"] == 3
 
 
-def test_an_earlier_run_is_set_aside(config: Path, data: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_earlier_run_is_archived(config: Path, data: Path, checkpoint: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     shutil.copytree(checkpoint, output)
     assert run(train_main, config, "--quiet", "--set", f"dataset_path={data}", "--output", output) == 0
@@ -499,7 +499,7 @@ def train_process(*arguments: object) -> subprocess.Popen[str]:
 @pytest.mark.parametrize(
     ("numbers", "status"), [([signal.SIGTERM], 143), ([signal.SIGINT], 130), ([signal.SIGINT, signal.SIGINT], 130)]
 )
-def test_a_signal_leaves_a_run_that_resumes_to_the_same_weights(
+def test_signalled_run_resumes_to_the_same_weights(
     config: Path, data: Path, tmp_path: Path, numbers: list[int], status: int
 ) -> None:
     common = [config, "--set", f"dataset_path={data}", "--set", "training.num_epochs=400"]
@@ -540,7 +540,7 @@ def test_resuming_with_another_setting_names_it(
     assert "training.batch_size: 32, but the run to resume was started with 64" in capsys.readouterr().err
 
 
-def test_resuming_on_other_data_is_refused(
+def test_resuming_on_other_data_is_rejected(
     config: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out"
@@ -623,7 +623,7 @@ def drop(path: str) -> Callable[[h5py.File], None]:
         (put(ARCHITECTURE, 159, np.inf), "row 159"),
     ],
 )
-def test_data_that_cannot_serve(
+def test_unusable_data_is_rejected(
     config: Path,
     variant: Callable[[Callable[[h5py.File], None]], Path],
     tmp_path: Path,
@@ -641,7 +641,7 @@ def test_data_that_cannot_serve(
 
 
 @pytest.mark.parametrize("kind", ["missing", "text", "truncated", "directory", "glob"])
-def test_files_that_cannot_be_read(
+def test_unreadable_files_are_rejected(
     config: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     path: Path = tmp_path / "bad.h5"
@@ -675,7 +675,7 @@ def test_files_that_cannot_be_read(
         ([f"training.{name}_weight=0" for name in ("reconstruction", "vq", "informativeness", "topo")], "at least one"),
     ],
 )
-def test_settings_that_cannot_serve(
+def test_invalid_settings_are_rejected(
     config: Path,
     data: Path,
     tmp_path: Path,
@@ -692,7 +692,7 @@ def test_settings_that_cannot_serve(
     assert not (tmp_path / "out" / "config.yaml").exists()
 
 
-def test_output_that_cannot_be_written(
+def test_unwritable_output_is_rejected(
     config: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("")
@@ -713,9 +713,7 @@ def test_a_damaged_or_missing_checkpoint_is_one_line(
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_a_model_file_with_code_in_it_is_not_run(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_code_in_a_model_file_is_not_run(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     class Trap:
         def __reduce__(self) -> Any:
             return (os.mkdir, (str(tmp_path / "trapped"),))
@@ -725,7 +723,7 @@ def test_a_model_file_with_code_in_it_is_not_run(
     assert not (tmp_path / "trapped").exists()
 
 
-def test_rows_of_another_shape_are_refused(
+def test_rows_of_another_shape_are_rejected(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = write_dataset(tmp_path / "other.h5", 20, seed=0, summary_width=40)
@@ -755,13 +753,13 @@ def test_encode_takes_a_list_of_files(checkpoint: Path, data: Path) -> None:
     assert np.array_equal(tokenizer.encode([str(data)]), tokenizer.encode(data))
 
 
-def test_tokens_into_a_directory_are_refused_at_once(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+def test_tokenize_into_a_directory_is_rejected_at_once(checkpoint: Path, data: Path, tmp_path: Path) -> None:
     assert run(tokenize_main, checkpoint, data, "--output", tmp_path, "--quiet") == 4
 
 
 @pytest.fixture
 def raw_rows(data: Path) -> dict[str, np.ndarray[Any, Any]]:
-    """Four rows of every family of the data."""
+    """Four rows of each family."""
     with h5py.File(data) as file:
         return {family: file[dataset][:4].astype(np.float32) for family, dataset in DEFAULT_DATASETS.items()}
 
@@ -807,7 +805,7 @@ def test_encode_no_rows(
         (lambda x: 1.0, "got one number"),
     ],
 )
-def test_encode_refuses_what_are_no_real_numbers(
+def test_encode_rejects_other_than_real_numbers(
     checkpoint: Path, raw_rows: dict[str, np.ndarray[Any, Any]], change: Any, words: str
 ) -> None:
     raw_rows["summary"] = change(raw_rows["summary"])
@@ -815,7 +813,7 @@ def test_encode_refuses_what_are_no_real_numbers(
         Tokenizer.from_checkpoint(checkpoint).encode(raw_rows)
 
 
-def test_tokens_that_are_no_whole_numbers_are_refused(checkpoint: Path) -> None:
+def test_non_integer_tokens_are_rejected(checkpoint: Path) -> None:
     tokenizer = Tokenizer.from_checkpoint(checkpoint)
     tokens = np.zeros((2, tokenizer.model.num_codebooks))
     np.testing.assert_array_equal(tokenizer.decode(tokens), tokenizer.decode(tokens.astype(np.int64)))
@@ -823,13 +821,13 @@ def test_tokens_that_are_no_whole_numbers_are_refused(checkpoint: Path) -> None:
         tokenizer.decode(tokens + 0.7)
 
 
-def test_encode_names_missing_families(checkpoint: Path) -> None:
+def test_encode_reports_missing_families(checkpoint: Path) -> None:
     tokenizer = Tokenizer.from_checkpoint(checkpoint)
     with pytest.raises(ValueError, match="expected the families summary, temporal, architecture"):
         tokenizer.encode({"summary": np.zeros((2, 36), np.float32)})
 
 
-def test_the_dispatcher_knows_its_verbs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_dispatcher_lists_its_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     from spinlock_fast.commands.main import main
 
     assert run(main, "trane") == 2
@@ -837,10 +835,10 @@ def test_the_dispatcher_knows_its_verbs(capsys: pytest.CaptureFixture[str]) -> N
     assert run(main, "train", "--help-config") == 0
 
 
-def test_the_time_to_encode_is_estimated_before_it_is_spent(
+def test_encoding_time_is_estimated_beforehand(
     config: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("spinlock_fast.training.run._ESTIMATE_ROWS", 160)
+    monkeypatch.setattr("spinlock_fast.training.preparation._ESTIMATE_ROWS", 160)
     arguments = ["--set", f"dataset_path={data}", "--set", "training.num_epochs=1", "--output", tmp_path / "out"]
     assert run(train_main, config, *arguments) == 0
     text = " ".join(capsys.readouterr().err.split())
@@ -851,7 +849,7 @@ def test_the_time_to_encode_is_estimated_before_it_is_spent(
 
 @pytest.fixture
 def linking(data: Path, tmp_path: Path) -> Path:
-    """A file in another directory, whose families are links to those of `data`."""
+    """A file in another directory with links to the families of `data`."""
     path = tmp_path / "linking" / "linking.h5"
     path.parent.mkdir()
     with h5py.File(path, "w") as file:
@@ -862,18 +860,18 @@ def linking(data: Path, tmp_path: Path) -> Path:
     return path
 
 
-def test_linked_data_give_the_tokens_of_the_data_themselves(checkpoint: Path, data: Path, linking: Path) -> None:
+def test_linked_data_give_equal_tokens(checkpoint: Path, data: Path, linking: Path) -> None:
     tokenizer = Tokenizer.from_checkpoint(checkpoint)
     np.testing.assert_array_equal(tokenizer.encode(linking), tokenizer.encode(data))
 
 
-def test_tokenize_refuses_to_overwrite_what_a_link_leads_to(checkpoint: Path, data: Path, linking: Path) -> None:
+def test_tokenize_refuses_to_overwrite_a_link_target(checkpoint: Path, data: Path, linking: Path) -> None:
     before = data.read_bytes()
     assert run(tokenize_main, checkpoint, linking, "--output", data, "--quiet") == 4
     assert data.read_bytes() == before
 
 
-def test_commands_can_refuse_data_from_outside(
+def test_commands_can_reject_external_data(
     checkpoint: Path, config: Path, linking: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs = [
@@ -892,10 +890,10 @@ def test_commands_can_refuse_data_from_outside(
         assert "allow_external" in line
 
 
-def test_packed_data_train_and_tokenize_as_what_they_stand_for(
+def test_packed_data_train_and_tokenize_like_unpacked_data(
     config: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """int16 with a scale and a fill value, beside the same numbers as float32 with NaN."""
+    """int16 with a scale and a fill value, compared with the same numbers as float32 with NaN."""
     with h5py.File(data) as file:
         values = file[SUMMARY][:]
     scale = np.nanmax(np.abs(values)) / 30_000

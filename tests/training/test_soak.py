@@ -1,4 +1,4 @@
-"""A long run: memory stays flat, the loss stays finite."""
+"""A long run has constant memory and a finite loss."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class Memory(SilentObserver):
-    """The resident memory of the process after each epoch, in bytes."""
+    """Resident memory of the process after each epoch, in bytes."""
 
     def __init__(self) -> None:
         self.resident: list[int] = []
@@ -35,7 +35,7 @@ class Memory(SilentObserver):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory from /proc")
-def test_memory_is_flat_and_the_loss_finite() -> None:
+def test_long_run_has_constant_memory_and_finite_loss() -> None:
     batch, rows = 64, 1800
     per_epoch = -(-round(rows * 0.9) // batch)
     epochs = -(-STEPS // per_epoch)

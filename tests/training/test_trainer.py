@@ -23,8 +23,9 @@ from spinlock_fast.training import trainer as trainer_module
 from spinlock_fast.training.cuda_graphs import StepLauncher
 from spinlock_fast.training.loop import TrainingRun
 from spinlock_fast.training.observer import EpochRecord, SilentObserver
+from spinlock_fast.training.result import TrainResult
 from spinlock_fast.training.step import StepKind, TrainingStep
-from spinlock_fast.training.trainer import Trainer, TrainResult
+from spinlock_fast.training.trainer import Trainer
 
 SIZES = [6, 9, 5]
 GROUPS = {"cluster_2": list(range(6)), "cluster_10": list(range(6, 15)), "cluster_1": list(range(15, 20))}
@@ -78,7 +79,7 @@ def test_training_reduces_the_error_and_reports_every_metric(x: np.ndarray[Any, 
     json.dumps(m, allow_nan=False)
 
 
-def test_the_returned_model_is_the_best_validated_one(x: np.ndarray[Any, Any]) -> None:
+def test_returned_model_has_the_best_validation(x: np.ndarray[Any, Any]) -> None:
     result = trainer(training__num_epochs=8).fit(x, GROUPS)
     losses = {r.epoch: r.validation["val_loss"] for r in result.history if r.validation}
     assert result.best_epoch == min(losses, key=losses.__getitem__)
@@ -86,7 +87,7 @@ def test_the_returned_model_is_the_best_validated_one(x: np.ndarray[Any, Any]) -
     assert not result.model.training
 
 
-def test_two_runs_with_one_seed_are_identical(x: np.ndarray[Any, Any]) -> None:
+def test_runs_with_the_same_seed_are_identical(x: np.ndarray[Any, Any]) -> None:
     a, b = trainer().fit(x, GROUPS), trainer().fit(x, GROUPS)
     assert_same_weights(a, b)
     assert {**a.metrics, "seconds": 0} == {**b.metrics, "seconds": 0}
@@ -97,8 +98,8 @@ def test_another_seed_gives_another_model(x: np.ndarray[Any, Any]) -> None:
     assert a.metrics["reconstruction_error"] != b.metrics["reconstruction_error"]
 
 
-def test_the_seed_decides_the_first_weights(x: np.ndarray[Any, Any]) -> None:
-    """With the same rows in one batch, nothing but the first weights is left to the seed."""
+def test_seed_determines_the_initial_weights(x: np.ndarray[Any, Any]) -> None:
+    """With all rows in one batch, the seed only determines the initial weights."""
     settings = {
         "training__num_epochs": 1,
         "training__batch_size": 300,
@@ -113,7 +114,7 @@ def test_the_seed_decides_the_first_weights(x: np.ndarray[Any, Any]) -> None:
     assert (weights(a)[name] - weights(b)[name]).abs().mean() > 0.01
 
 
-def test_the_callers_random_state_is_untouched(x: np.ndarray[Any, Any]) -> None:
+def test_random_state_of_the_caller_is_unchanged(x: np.ndarray[Any, Any]) -> None:
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
@@ -134,7 +135,7 @@ class KeepState(SilentObserver):
 
 
 @pytest.mark.parametrize("stop_after", [1, 7, 12])
-def test_a_resumed_run_ends_like_an_unbroken_one(x: np.ndarray[Any, Any], stop_after: int) -> None:
+def test_resumed_run_equals_an_uninterrupted_run(x: np.ndarray[Any, Any], stop_after: int) -> None:
     settings = {"training__dead_code_reset_interval": 1, "training__dead_code_threshold": 0.5}
     whole = trainer(**settings).fit(x, GROUPS)
 
@@ -149,7 +150,7 @@ def test_a_resumed_run_ends_like_an_unbroken_one(x: np.ndarray[Any, Any], stop_a
     assert [r.train_loss for r in whole.history] == [r.train_loss for r in resumed.history]
 
 
-def test_a_state_is_not_changed_by_the_run_that_goes_on_from_it(x: np.ndarray[Any, Any]) -> None:
+def test_resuming_does_not_change_the_saved_state(x: np.ndarray[Any, Any]) -> None:
     done = trainer().fit(x, GROUPS).final_state
     before = copy.deepcopy(done)
     resumed = trainer(training__num_epochs=8).fit(x, GROUPS, resume=done)
@@ -167,7 +168,7 @@ def test_given_validation_rows_are_used(x: np.ndarray[Any, Any]) -> None:
 
 
 @pytest.mark.parametrize("rows", [[1, 1], [-1], [300], []])
-def test_impossible_validation_rows_are_refused(x: np.ndarray[Any, Any], rows: list[int]) -> None:
+def test_invalid_validation_rows_are_rejected(x: np.ndarray[Any, Any], rows: list[int]) -> None:
     with pytest.raises(DataError, match="val_rows"):
         trainer().fit(x, GROUPS, val_rows=rows)
 
@@ -186,7 +187,7 @@ def test_split_depends_on_the_seed_alone() -> None:
     assert not np.array_equal(split_rows(100, config, 1).val, split_rows(100, config, 2).val)
 
 
-def test_categories_are_discovered_when_not_given(x: np.ndarray[Any, Any]) -> None:
+def test_categories_are_discovered_if_not_given(x: np.ndarray[Any, Any]) -> None:
     result = trainer(training__num_epochs=1).fit(torch.from_numpy(x))
     found = {frozenset(members) for members in result.model.config.group_indices.values()}
     assert found == {frozenset(members) for members in GROUPS.values()}
@@ -198,21 +199,21 @@ def test_families_are_counted_from_feature_names(x: np.ndarray[Any, Any]) -> Non
     assert result.metrics["categories"][0]["families"] == {"b": 3, "a": 3}
 
 
-def test_levels_of_the_call_win_over_the_configuration(x: np.ndarray[Any, Any]) -> None:
+def test_levels_argument_overrides_the_configuration(x: np.ndarray[Any, Any]) -> None:
     level = {"num_tokens": 8, "latent_dim": 4}
     result = trainer(training__num_epochs=1).fit(x, GROUPS, levels={name: [level] for name in GROUPS})
     assert result.metrics["total_codes"] == 24
     assert result.model.num_codebooks == 3
 
 
-def test_a_feature_in_no_category_is_still_reconstructed(x: np.ndarray[Any, Any]) -> None:
+def test_uncategorised_feature_is_reconstructed(x: np.ndarray[Any, Any]) -> None:
     groups = {name: members[1:] for name, members in GROUPS.items()}
     result = trainer(training__num_epochs=1).fit(x, groups)
     assert result.model(torch.from_numpy(x))["reconstruction"].shape == x.shape
     assert not result.model.config.extra_inputs
 
 
-def test_a_feature_in_no_category_can_be_read_by_the_nearest(x: np.ndarray[Any, Any]) -> None:
+def test_uncategorised_feature_can_be_read_by_the_nearest_category(x: np.ndarray[Any, Any]) -> None:
     groups = {name: members[1:] for name, members in GROUPS.items()}
     setting = {"model__unassigned_features": "nearest", "training__num_epochs": 2}
     result = trainer(**setting).fit(x, groups)
@@ -231,7 +232,7 @@ def test_a_feature_in_no_category_can_be_read_by_the_nearest(x: np.ndarray[Any, 
     ("settings", "groups"),
     [({"model__levels": {"other": [{"num_tokens": 4, "latent_dim": 4}]}}, GROUPS), ({}, {"a": [0, 20]})],
 )
-def test_impossible_models_are_configuration_errors(
+def test_invalid_models_raise_configuration_errors(
     x: np.ndarray[Any, Any], settings: dict[str, Any], groups: dict[str, list[int]]
 ) -> None:
     with pytest.raises(ConfigError):
@@ -239,7 +240,7 @@ def test_impossible_models_are_configuration_errors(
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_value_that_is_not_finite_is_named(x: np.ndarray[Any, Any], value: float) -> None:
+def test_nonfinite_value_is_reported(x: np.ndarray[Any, Any], value: float) -> None:
     bad = x.copy()
     bad[17, 3] = value
     with pytest.raises(DataError, match=r"x\[17, 3\]"):
@@ -247,12 +248,12 @@ def test_a_value_that_is_not_finite_is_named(x: np.ndarray[Any, Any], value: flo
 
 
 @pytest.mark.parametrize("shape", [(300,), (300, 0), (10, 2, 3), (1, 20), (20, 20)])
-def test_data_of_the_wrong_size_are_refused(shape: tuple[int, ...]) -> None:
+def test_data_of_the_wrong_size_are_rejected(shape: tuple[int, ...]) -> None:
     with pytest.raises(DataError):
         trainer().fit(np.ones(shape, np.float32), GROUPS)
 
 
-def test_a_loss_that_explodes_is_raised_with_step_and_term(x: np.ndarray[Any, Any]) -> None:
+def test_exploding_loss_raises_with_step_and_term(x: np.ndarray[Any, Any]) -> None:
     with pytest.raises(TrainingError, match=r"the \w+ loss is not finite from step \d+"):
         trainer(training__learning_rate=1e30).fit(x, GROUPS)
 
@@ -300,7 +301,7 @@ def test_learning_rate_warms_up_and_follows_the_cosine(x: np.ndarray[Any, Any]) 
         {"model__rotation_trick": True},
         {"model__codebook_init": "uniform"},
         {"model__codebook_init": "product"},
-        {"training__input_noise": 0.3, "training__mixing": 0.2},
+        {"training__input_noise": 0.3, "training__mixup_scale": 0.2},
         {"training__optimizer": "adamw", "training__weight_decay": 0.01},
         {"training__topo_weight": 0.0, "training__informativeness_weight": 0.0},
         {"training__dead_code_reset_steps": 2, "training__dead_code_strategy": "sample"},
@@ -325,7 +326,7 @@ def test_history_terms_add_up_to_the_loss(x: np.ndarray[Any, Any]) -> None:
 
 @pytest.mark.parametrize("value", [1e11, 1e20, 1e30, 3e38])
 @pytest.mark.parametrize("where", ["validation", "test", "host"])
-def test_a_huge_row_is_named_and_left_out_of_the_metrics(
+def test_outlier_row_is_reported_and_left_out_of_the_metrics(
     x: np.ndarray[Any, Any], caplog: pytest.LogCaptureFixture, where: str, value: float
 ) -> None:
     kind = "test" if where == "test" else "validation"
@@ -351,10 +352,10 @@ def test_a_huge_row_is_named_and_left_out_of_the_metrics(
         assert found["val_rows"] == rows.val.size - 1
 
 
-def test_a_huge_training_row_is_named(x: np.ndarray[Any, Any]) -> None:
+def test_outlier_training_row_is_reported(x: np.ndarray[Any, Any]) -> None:
     bad = x.copy()
     bad[9, 3] = 1e30
-    with raises_one_line(TrainingError, "row 9 holds a value of size 1e+30"):
+    with raises_one_line(TrainingError, "row 9 has a value of magnitude 1e+30"):
         trainer().fit(bad, GROUPS, val_rows=[3, 100], normalize=False)
 
 
@@ -369,10 +370,10 @@ def test_a_stopped_trainer_can_be_used_again(x: np.ndarray[Any, Any]) -> None:
 
 
 @pytest.mark.parametrize("moment", ["best_model", "evaluate"])
-def test_a_signal_after_the_last_step_is_obeyed(
+def test_signal_after_the_last_step_interrupts(
     x: np.ndarray[Any, Any], monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    """It comes while the run is measured, from `stop` or from who is asked for signals."""
+    """The signal arrives during evaluation, by `stop` or `stop_requested`."""
     expected = trainer().fit(x, GROUPS)
     for by_call in (True, False):
         signals: list[int] = []
@@ -384,8 +385,8 @@ def test_a_signal_after_the_last_step_is_obeyed(
 
         with monkeypatch.context() as patch:
             if moment == "evaluate":
-                measured = trainer_module.evaluate_with_use
-                patch.setattr(trainer_module, "evaluate_with_use", lambda *a: (late(), measured(*a))[1])  # noqa: B023
+                measured = trainer_module.evaluate_with_counts
+                patch.setattr(trainer_module, "evaluate_with_counts", lambda *a: (late(), measured(*a))[1])  # noqa: B023
             else:
                 best = TrainingRun.best_model
                 patch.setattr(TrainingRun, "best_model", lambda self: (late(), best(self))[1])  # noqa: B023
@@ -397,7 +398,7 @@ def test_a_signal_after_the_last_step_is_obeyed(
         assert found.metrics["reconstruction_error"] == expected.metrics["reconstruction_error"]
 
 
-def test_a_resumed_run_adds_up_its_time(x: np.ndarray[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resumed_run_adds_up_its_seconds(x: np.ndarray[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     listener = Listener()
     run = trainer(listener)
     with stopped_after(6, run), pytest.raises(Interrupted):  # in the second epoch
@@ -425,7 +426,7 @@ LONGER = {
 
 
 @pytest.mark.parametrize("first", [2, 3, 4])
-def test_a_finished_run_trained_longer_is_the_long_run(x: np.ndarray[Any, Any], first: int) -> None:
+def test_extended_run_equals_a_longer_run(x: np.ndarray[Any, Any], first: int) -> None:
     whole = trainer(training__num_epochs=7, **LONGER).fit(x, GROUPS)
     torch.manual_seed(7)  # the caller's random state must not matter
     short = trainer(training__num_epochs=first, **LONGER).fit(x, GROUPS)
@@ -440,13 +441,13 @@ def test_a_finished_run_trained_longer_is_the_long_run(x: np.ndarray[Any, Any], 
         assert torch.equal(value, longer.model.state_dict()[key])
 
 
-def test_a_cosine_that_becomes_longer_is_mentioned(x: np.ndarray[Any, Any], caplog: pytest.LogCaptureFixture) -> None:
+def test_extending_a_cosine_schedule_warns(x: np.ndarray[Any, Any], caplog: pytest.LogCaptureFixture) -> None:
     done = trainer(training__scheduler="cosine").fit(x, GROUPS).final_state
     trainer(training__scheduler="cosine", training__num_epochs=5).fit(x, GROUPS, resume=done)
     assert "will differ from those of a run that had 5 from the start" in caplog.text
 
 
-def test_states_are_saved_by_minutes_too(x: np.ndarray[Any, Any]) -> None:
+def test_states_are_saved_after_save_minutes(x: np.ndarray[Any, Any]) -> None:
     listener = Listener()
     expected = trainer(listener, training__save_minutes=1e-9).fit(x, GROUPS)
     steps = -(-expected.split.train.size // 64)
@@ -456,8 +457,8 @@ def test_states_are_saved_by_minutes_too(x: np.ndarray[Any, Any]) -> None:
         assert_same_weights(trainer().fit(x, GROUPS, resume=state), expected)
 
 
-def test_small_steady_gains_are_gains(x: np.ndarray[Any, Any]) -> None:
-    """Early stopping compares with the last loss that counted, so that gains below min_delta add up."""
+def test_early_stopping_accumulates_small_gains(x: np.ndarray[Any, Any]) -> None:
+    """Early stopping compares with the last counted loss, so gains below min_delta add up."""
     plain = trainer(training__num_epochs=12).fit(x, GROUPS)
     losses = [r.validation["val_loss"] for r in plain.history if r.validation]
     gains = -np.diff(losses)
@@ -477,33 +478,31 @@ def test_small_steady_gains_are_gains(x: np.ndarray[Any, Any]) -> None:
     assert expected > 6  # comparing with the best loss alone would have stopped here
 
 
-def test_fewer_epochs_than_done_cannot_be_resumed(x: np.ndarray[Any, Any]) -> None:
+def test_resuming_with_fewer_epochs_than_done_is_rejected(x: np.ndarray[Any, Any]) -> None:
     done = trainer().fit(x, GROUPS).final_state
     with pytest.raises(ConfigError, match="has done 4 epochs"):
         trainer(training__num_epochs=3).fit(x, GROUPS, resume=done)
 
 
-def test_a_complete_run_says_so(x: np.ndarray[Any, Any], caplog: pytest.LogCaptureFixture) -> None:
+def test_resuming_a_complete_run_warns(x: np.ndarray[Any, Any], caplog: pytest.LogCaptureFixture) -> None:
     done = trainer().fit(x, GROUPS).final_state
     trainer().fit(x, GROUPS, resume=done)
     assert "the run is complete" in caplog.text
 
 
-def test_fewer_categories_than_asked_are_mentioned(x: np.ndarray[Any, Any], caplog: pytest.LogCaptureFixture) -> None:
+def test_fewer_categories_than_requested_warns(x: np.ndarray[Any, Any], caplog: pytest.LogCaptureFixture) -> None:
     trainer(training__num_epochs=1, training__num_categories_auto=15).fit(x)
     assert "instead of num_categories_auto 15" in caplog.text
 
 
-def test_a_category_with_one_code_in_use_is_mentioned(
-    x: np.ndarray[Any, Any], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_category_with_one_used_code_warns(x: np.ndarray[Any, Any], caplog: pytest.LogCaptureFixture) -> None:
     level = {"num_tokens": 1, "latent_dim": 4}
     levels = {name: [level if name == "cluster_1" else {"num_tokens": 8, "latent_dim": 4}] for name in GROUPS}
     trainer(training__num_epochs=1).fit(x, GROUPS, levels=levels)
-    assert "cluster_1: one code serves every sample" in caplog.text
+    assert "cluster_1: every sample has the same code" in caplog.text
 
 
-def test_a_term_of_weight_zero_may_be_anything(x: np.ndarray[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_term_of_weight_zero_may_be_nonfinite(x: np.ndarray[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     from spinlock_fast.models import losses
 
     monkeypatch.setattr(losses, "topographic_loss", lambda x, latents, *rest: latents.sum() * torch.nan)
@@ -513,7 +512,7 @@ def test_a_term_of_weight_zero_may_be_anything(x: np.ndarray[Any, Any], monkeypa
 
 
 @pytest.mark.parametrize("name", ["tritn", "triton"])
-def test_a_backend_that_cannot_serve_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_unavailable_backend_is_rejected_before_any_work(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv("SPINLOCK_FAST_BACKEND", name)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with raises_one_line(ConfigError, "triton"):
@@ -521,30 +520,30 @@ def test_a_backend_that_cannot_serve_is_refused_before_any_work(monkeypatch: pyt
 
 
 class Listener(SilentObserver):
-    """Writes down what it hears, and stops a run after some epochs."""
+    """Records callbacks, and stops a run after some epochs."""
 
     def __init__(self) -> None:
-        self.heard: list[Any] = []
+        self.callbacks: list[Any] = []
         self.states: list[dict[str, Any]] = []
 
     def epoch_finished(self, record: EpochRecord) -> None:
-        self.heard.append((record.epoch, record.train_loss, record.validation, record.resets))
+        self.callbacks.append((record.epoch, record.train_loss, record.validation, record.resets))
 
     def save(self, state: dict[str, Any]) -> None:
-        self.heard.append("saved")
+        self.callbacks.append("saved")
         self.states.append(copy.deepcopy(state))
 
 
 @pytest.fixture
 def _late(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures are read as on a device that works by itself."""
-    started = TrainingRun.__init__
+    """Epoch summaries are read after the steps of the next epoch were launched, as on CUDA."""
+    init = TrainingRun.__init__
 
-    def late(self: TrainingRun, *args: Any) -> None:
-        started(self, *args)
-        self._reads_late = True
+    def init_overlapped(self: TrainingRun, *args: Any, **options: Any) -> None:
+        init(self, *args, **options)
+        self._overlap_readback = True
 
-    monkeypatch.setattr(TrainingRun, "__init__", late)
+    monkeypatch.setattr(TrainingRun, "__init__", init_overlapped)
 
 
 EPOCHS_APART = {
@@ -560,20 +559,20 @@ def heard(x: np.ndarray[Any, Any]) -> tuple[Listener, TrainResult]:
     return listener, trainer(listener, **EPOCHS_APART).fit(x, GROUPS)
 
 
-def test_late_figures_are_those_of_their_epochs(x: np.ndarray[Any, Any], request: pytest.FixtureRequest) -> None:
+def test_overlapped_readback_reports_the_same_epochs(x: np.ndarray[Any, Any], request: pytest.FixtureRequest) -> None:
     early, expected = heard(x)
     request.getfixturevalue("_late")
     late, found = heard(x)
-    assert late.heard == early.heard
-    assert [item[0] for item in late.heard if item != "saved"] == list(range(1, 12))
-    assert late.heard.count("saved") == 2
+    assert late.callbacks == early.callbacks
+    assert [item[0] for item in late.callbacks if item != "saved"] == list(range(1, 12))
+    assert late.callbacks.count("saved") == 2
     for a, b in zip(found.history, expected.history, strict=True):
         assert vars(a) | {"seconds": 0.0} == vars(b) | {"seconds": 0.0}
         assert a.seconds > 0.0
 
 
 @pytest.mark.usefixtures("_late")
-def test_an_interruption_keeps_the_epoch_that_was_not_read(x: np.ndarray[Any, Any]) -> None:
+def test_interruption_reports_the_pending_epoch(x: np.ndarray[Any, Any]) -> None:
     whole, expected = heard(x)
     listener = Listener()
     run = trainer(listener, **EPOCHS_APART)
@@ -595,29 +594,33 @@ def test_an_interruption_keeps_the_epoch_that_was_not_read(x: np.ndarray[Any, An
     found = run.fit(x, GROUPS, resume=state)
     assert [r.train_loss for r in found.history] == [r.train_loss for r in expected.history]
     assert_same_weights(found, expected)
-    assert [item for item in listener.heard if item != "saved"] == [item for item in whole.heard if item != "saved"]
+    assert [item for item in listener.callbacks if item != "saved"] == [
+        item for item in whole.callbacks if item != "saved"
+    ]
 
 
 @pytest.mark.usefixtures("_late")
-def test_a_loss_that_breaks_is_told_by_its_own_step(x: np.ndarray[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    made = TrainingStep.__call__
+def test_overlapped_readback_reports_the_first_nonfinite_step(
+    x: np.ndarray[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = TrainingStep.__call__
     steps = 0
 
-    def breaks(self: TrainingStep, kind: Any) -> None:
+    def breaking_step(self: TrainingStep, kind: Any) -> None:
         nonlocal steps
         steps += 1
-        made(self, kind)
-        if steps == self.count + 2:  # the second step of the second epoch
-            self.values[1, 1] = torch.nan
+        original(self, kind)
+        if steps == self.steps_per_epoch + 2:  # the second step of the second epoch
+            self.loss_values[1, 1] = torch.nan
 
-    monkeypatch.setattr(TrainingStep, "__call__", breaks)
+    monkeypatch.setattr(TrainingStep, "__call__", breaking_step)
     run = trainer(training__num_epochs=6, training__val_every_n_epochs=5)
     with pytest.raises(TrainingError, match=r"reconstruction loss is not finite from step \d+ on \(epoch 2\)"):
         run.fit(x, GROUPS)
 
 
 def test_refit_and_evaluation_run_on_the_device_of_the_data(x: np.ndarray[Any, Any], monkeypatch: Any) -> None:
-    """What follows the steps of a run is inside a device guard of its own."""
+    """Refit and evaluation run inside a device guard."""
     from contextlib import contextmanager
 
     from spinlock_fast.models import metrics
@@ -631,7 +634,7 @@ def test_refit_and_evaluation_run_on_the_device_of_the_data(x: np.ndarray[Any, A
         yield
         depth[0] -= 1
 
-    for name in ("refit_decoder", "evaluate_with_use", "evaluate"):
+    for name in ("refit_decoder", "evaluate_with_counts", "evaluate"):
         plain = getattr(module, name)
 
         def called(*args: Any, name: str = name, plain: Any = plain) -> Any:
@@ -642,6 +645,12 @@ def test_refit_and_evaluation_run_on_the_device_of_the_data(x: np.ndarray[Any, A
     monkeypatch.setattr(module, "device_guard", guard)
     monkeypatch.setattr(metrics, "device_guard", guard)
     trainer(training__num_epochs=2, training__decoder_refit=0.1, training__test_fraction=0.1).fit(x, GROUPS)
-    assert [name for name, _ in seen] == ["refit_decoder", "evaluate_with_use", "evaluate"]
+    assert [name for name, _ in seen] == ["refit_decoder", "evaluate_with_counts", "evaluate"]
     assert all(inside for _, inside in seen)
     assert depth == [0]
+
+
+def test_use_torch_compile_is_logged_as_ineffective(x: np.ndarray[Any, Any], caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        trainer(training__use_torch_compile=True, training__num_epochs=1).fit(x, GROUPS)
+    assert sum("use_torch_compile has no effect" in message for message in caplog.messages) == 1

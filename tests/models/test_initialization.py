@@ -1,4 +1,4 @@
-"""The start from product quantization."""
+"""Initialisation by product quantization."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from spinlock_fast.config.schema import LevelConfig
 from spinlock_fast.kernels._common.single_thread import single_thread
 from spinlock_fast.models.decoder_refit import refit_decoder
-from spinlock_fast.models.pq_init import component_bits, deal, product_start
+from spinlock_fast.models.initialization import allocate_components, component_bits, product_quantization_init
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
 
 
@@ -24,7 +24,7 @@ def levels(*sizes: tuple[int, int]) -> list[LevelConfig]:
 
 
 def independent(rows: int, features: int) -> Tensor:
-    """Uniform features of variance 1 that know nothing of each other."""
+    """Independent uniform features of variance 1."""
     return (torch.rand(rows, features) - 0.5) * math.sqrt(12.0)
 
 
@@ -55,22 +55,22 @@ def test_bits_are_those_of_reverse_water_filling() -> None:
     assert component_bits(torch.zeros(3, dtype=torch.float64), 3.0).tolist() == [0.0, 0.0, 0.0]
 
 
-def test_components_go_where_bits_are_left() -> None:
-    assert deal([1.0, 3.0, 2.0, 0.0], levels((16, 8), (8, 8), (4, 8))) == [[1], [2], [0]]
+def test_components_go_to_the_level_with_the_most_unused_bits() -> None:
+    assert allocate_components([1.0, 3.0, 2.0, 0.0], levels((16, 8), (8, 8), (4, 8))) == [[1], [2], [0]]
 
 
-def test_a_level_takes_no_more_components_than_it_has_room_for() -> None:
-    assert deal([2.0, 2.0, 2.0, 2.0], levels((256, 4), (2, 3))) == [[0, 1], [2]]
+def test_level_gets_no_more_components_than_dimensions_allow() -> None:
+    assert allocate_components([2.0, 2.0, 2.0, 2.0], levels((256, 4), (2, 3))) == [[0, 1], [2]]
 
 
-def test_it_codes_better_than_k_means_and_uses_every_code() -> None:
+def test_product_init_beats_kmeans_and_uses_every_code() -> None:
     x, fresh = independent(1500, 9), independent(500, 9)
     plain = made()
     torch.manual_seed(1)
     plain.eval()
     plain.quantizer.initialize(plain.encode(x))
     start = made()
-    product_start(start, x)
+    product_quantization_init(start, x)
     assert error(start, fresh) < 0.45  # 1.5 bits a feature; the mean of the rows alone has 1
     start.eval()
     plain.eval()
@@ -85,11 +85,11 @@ def test_it_codes_better_than_k_means_and_uses_every_code() -> None:
     assert bool((counts > 0).all())
 
 
-def test_levels_share_out_what_they_code() -> None:
-    """A level tells its own components, and nothing of those of another level."""
+def test_levels_code_different_components() -> None:
+    """Each level codes its own components and none of another level."""
     x = independent(3000, 9) * torch.tensor([3.0, 1, 1, 1, 2.0, 1, 1, 1, 1])
     model = made()
-    product_start(model, x)
+    product_quantization_init(model, x)
     tokens = model.get_tokens(x)
     explained = torch.stack([_explained(tokens[:, g], x[:, [0, 4]]) for g in range(3)])  # [3, 2]
     assert (explained.max(0).values > 0.6).all()
@@ -97,10 +97,10 @@ def test_levels_share_out_what_they_code() -> None:
 
 
 @torch.no_grad()
-def test_networks_are_linear_where_no_code_is_between() -> None:
+def test_initial_networks_are_linear() -> None:
     x, fresh = independent(1500, 9), independent(500, 9)
     model = made()
-    product_start(model, x)
+    product_quantization_init(model, x)
     embeddings = model.eval().category_mlp(model.encoder_inputs(torch.cat([x, fresh])))
     for embedding, members in zip(embeddings, model.config.inputs.values(), strict=True):
         known, wanted = (torch.cat([e, torch.ones(len(e), 1)], 1) for e in (embedding[:1500], embedding[1500:]))
@@ -112,7 +112,7 @@ def test_networks_are_linear_where_no_code_is_between() -> None:
     torch.testing.assert_close(model.decode(middle), between, atol=1e-4, rtol=1e-4)
 
 
-def test_an_unscaled_feature_in_no_category_gets_codes() -> None:
+def test_uncategorised_feature_is_coded_by_its_reader() -> None:
     x, fresh = independent(1500, 9), independent(500, 9)
     errors = {}
     for read in (False, True):
@@ -123,7 +123,7 @@ def test_an_unscaled_feature_in_no_category_gets_codes() -> None:
         scale = torch.ones(9)
         scale[5] = 20.0
         model.fit_extra_inputs(*helpers.mean_and_std_of(x * scale))
-        product_start(model, x * scale)
+        product_quantization_init(model, x * scale)
         with torch.no_grad():
             squared = (model.eval()(fresh * scale)["reconstruction"] - fresh * scale).square().mean(0)
         errors[read] = float(squared[5])
@@ -132,27 +132,27 @@ def test_an_unscaled_feature_in_no_category_gets_codes() -> None:
 
 
 @pytest.mark.parametrize(("hidden", "embedding"), [(1, 1), (2, 3), (3, 5)])
-def test_narrow_networks_start_too(hidden: int, embedding: int) -> None:
+def test_narrow_networks_are_initialised(hidden: int, embedding: int) -> None:
     config = made().config.model_dump() | {"group_hidden_dim": hidden, "group_embedding_dim": embedding}
     model = CategoricalHierarchicalVQVAE(CategoricalVQVAEConfig(**config))
-    product_start(model, independent(200, 9))
+    product_quantization_init(model, independent(200, 9))
     assert all(bool(value.isfinite().all()) for value in model.state_dict().values())
 
 
 def _explained(tokens: Tensor, x: Tensor) -> Tensor:
-    """[columns] share of the variance that the means of the codes explain."""
+    """[columns] fraction of the variance explained by the means of the codes."""
     hot = torch.nn.functional.one_hot(tokens).to(x.dtype)
     means = hot.T @ x / hot.sum(0).clamp(min=1.0)[:, None]
     return 1.0 - (hot @ means - x).square().mean(0) / x.var(0)
 
 
-def test_the_mode_of_the_model_stays_and_the_seed_decides() -> None:
+def test_init_keeps_the_mode_and_depends_on_the_seed() -> None:
     x = independent(200, 9)
     models = []
     for _ in range(2):
         torch.manual_seed(3)
         model = made().train()
-        product_start(model, x)
+        product_quantization_init(model, x)
         assert model.training
         assert model.shared_decoder.training
         models.append(model)
@@ -161,11 +161,11 @@ def test_the_mode_of_the_model_stays_and_the_seed_decides() -> None:
 
 
 @pytest.mark.parametrize("rows", [20, 2])
-def test_few_rows_and_constant_features_give_a_finite_start(rows: int) -> None:
+def test_few_rows_and_constant_features_give_finite_weights(rows: int) -> None:
     x = independent(rows, 9)
     x[:, [1, 3, 5]] = 0.5
     model = made()
-    product_start(model, x)
+    product_quantization_init(model, x)
     assert all(bool(torch.isfinite(value).all()) for value in model.state_dict().values())
 
 
@@ -180,7 +180,7 @@ def threads(count: int) -> Iterator[None]:
 
 
 def test_weights_do_not_depend_on_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eigenvectors and solutions of linear systems do in the last bit, and after some epochs weights in the first."""
+    """Eigenvectors and linear solves would differ by rounding, and training would amplify it."""
     used = []
     for name in ("eigh", "solve", "qr"):
         plain = getattr(torch.linalg, name)
@@ -195,7 +195,7 @@ def test_weights_do_not_depend_on_the_number_of_threads(monkeypatch: pytest.Monk
         with threads(count):
             torch.manual_seed(1)
             model = made()
-            product_start(model, x)
+            product_quantization_init(model, x)
             refit_decoder(model, x, 0.01)
             assert torch.get_num_threads() == count
         found.append(model.state_dict())
@@ -206,7 +206,7 @@ def test_weights_do_not_depend_on_the_number_of_threads(monkeypatch: pytest.Monk
             assert torch.equal(value, other[name]), name
 
 
-def test_the_number_of_threads_is_given_back_after_an_error() -> None:
+def test_thread_count_is_restored_after_an_error() -> None:
     def fails() -> None:
         with single_thread(torch.device("cpu")):
             assert torch.get_num_threads() == 1

@@ -1,0 +1,167 @@
+"""Feature preparation: encoding, cleaning, category discovery and normalisation of a data set."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from spinlock_fast import _native
+from spinlock_fast.config.schema import RunConfig
+from spinlock_fast.data.source import Source
+from spinlock_fast.data.split import Split, split_rows
+from spinlock_fast.errors import ConfigError, DataError
+from spinlock_fast.features.categories import MIN_ROWS, read_mapping
+from spinlock_fast.features.cleaning import FeatureCleaner, fit_cleaner
+from spinlock_fast.features.encode import FamilyEncoder, block_rows, encode_rows, encode_seconds, make_encoders
+from spinlock_fast.features.normalize import Normalizer, fit_normalizer
+from spinlock_fast.features.statistics import mean_and_std
+from spinlock_fast.models.input_check import KnownRows, RowStatistic, outside_share
+from spinlock_fast.training.observer import Display
+from spinlock_fast.training.trainer import find_categories
+
+_RANGE_ROWS = 10_000  # about how many rows the share of out-of-range features is measured on
+_ESTIMATE_ROWS = 10_000  # least rows for which the encoding time is estimated
+
+
+@dataclass
+class PreparedFeatures:
+    """The model's input features, and the fitted transforms that produced them."""
+
+    x: NDArray[np.float32]  # [N, F], cleaned and normalised
+    encoders: list[FamilyEncoder]
+    cleaner: FeatureCleaner
+    normalizer: Normalizer
+    groups: dict[str, list[int]]
+    feature_names: list[str]
+    columns: int  # before cleaning
+    seconds: dict[str, float]  # per stage
+    known_rows: KnownRows
+    low: NDArray[np.float64]  # [F] range of the training rows before clipping, see `TrainingRange`
+    high: NDArray[np.float64]
+    outside: RowStatistic
+    missing: dict[str, int]  # missing raw values by family
+
+    def checkpoint_entries(self) -> dict[str, Any]:
+        """The entries of a model file that do not come from the model."""
+        cleaning = self.cleaner.state()
+        return {
+            "encoder_state_dicts": {family.name: family.state() for family in self.encoders},
+            "feature_mask": cleaning.pop("keep"),
+            "feature_cleaning": cleaning,
+            "normalization": self.normalizer.state(),
+            "feature_names": self.feature_names,
+            "known_rows": self.known_rows.state(),
+        }
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What `check_same_features` compares when a run is resumed."""
+        x = np.ascontiguousarray(self.x)
+        mean, std = mean_and_std(x)
+        return {
+            "shape": list(x.shape),
+            "fletcher32": _native.fletcher32(x),
+            "mean": torch.from_numpy(mean),
+            "std": torch.from_numpy(std),
+            "feature_names": self.feature_names,
+            "group_indices": self.groups,
+        }
+
+
+def open_source(config: RunConfig) -> Source:
+    """The configured data; raises DataError, or ConfigError if dataset_path is not set."""
+    if config.dataset_path is None:
+        raise ConfigError("dataset_path: required, not given; name an HDF5 file, a glob or a list of files")
+    return Source(config.dataset_path, config.datasets(), allow_external=config.data.allow_external)
+
+
+def prepare(source: Source, config: RunConfig, device: torch.device, display: Display) -> PreparedFeatures:
+    """Encodes, cleans, groups and normalises the rows of a source.
+
+    Cleaning, categories and normalisation are fitted to the training rows.
+
+    Raises:
+        ConfigError, DataError: a setting or the data cannot be used; checked before the data are read if possible.
+    """
+    timer = _StageTimer()
+    split = split_rows(source.rows, config.training, config.random_seed)
+    if split.train.size < MIN_ROWS:
+        raise DataError(f"{source.rows} rows leave {split.train.size} to train on: at least {MIN_ROWS} are needed")
+    if config.training.mapping_file is not None:
+        read_mapping(config.training.mapping_file)
+    for info in source.datasets.values():
+        block_rows(info, config.memory_budget)
+    training_rows = split.train if config.feature_cleaning.nan_fill == "median" else None
+    encoders = make_encoders(source, config.families, config.random_seed, config.memory_budget, training_rows)
+    size = sum(info.rows * info.row_bytes for info in source.datasets.values()) / 1e9
+    text = f"encoding {source.rows:,} samples of {len(config.families)} families"
+    if source.rows >= _ESTIMATE_ROWS:
+        seconds = encode_seconds(source, encoders, config.memory_budget, device)
+        text += f": {size:.3g} GB, about {seconds:.0f} s"
+    display.stage(text)
+    encoded = encode_rows(source, encoders, config.memory_budget, device, display.encoded, training_rows)
+    columns = encoded.columns
+    known_rows, missing = KnownRows.of(encoded.keys, split.val, split.test), encoded.missing
+    del encoded
+    names = [name for family in encoders for name in family.names]
+    timer.lap("load_encode")
+    display.stage(f"cleaning {columns.shape[1]} columns")
+    cleaner = fit_cleaner(columns[split.train], config.feature_cleaning)
+    kept = cleaner.select(columns)
+    width = columns.shape[1]
+    del columns  # frees the raw matrix
+    low, high, outside = training_range(kept, split, cleaner)
+    cleaned = cleaner.clip(kept)
+    kept_names = [name for name, keep in zip(names, cleaner.keep, strict=True) if keep]
+    timer.lap("clean")
+    display.stage(f"discovering categories of {len(kept_names)} features")
+    groups = find_categories(cleaned[split.train], kept_names, config)
+    timer.lap("discover")
+    normalizer = fit_normalizer(cleaned[split.train], config.training.normalization_method)
+    return PreparedFeatures(
+        x=normalizer(cleaned),
+        encoders=encoders,
+        cleaner=cleaner,
+        normalizer=normalizer,
+        groups=groups,
+        feature_names=kept_names,
+        columns=width,
+        seconds=timer.seconds,
+        known_rows=known_rows,
+        low=low,
+        high=high,
+        outside=outside,
+        missing=missing,
+    )
+
+
+def training_range(
+    kept: NDArray[np.float32], split: Split, cleaner: FeatureCleaner
+) -> tuple[NDArray[np.float64], NDArray[np.float64], RowStatistic]:
+    """The range of the training rows, and the share of features outside it; see `TrainingRange`.
+
+    Args:
+        kept: [N, F] features of all rows before clipping.
+    """
+    low, high = cleaner.low.copy(), cleaner.high.copy()
+    for bound, extreme in ((low, np.min), (high, np.max)):
+        for i in np.flatnonzero(~np.isfinite(bound)):
+            bound[i] = extreme(kept[split.train, i])
+    rows = np.sort(np.concatenate([split.train, split.val]))
+    sample = rows[:: max(1, len(rows) // _RANGE_ROWS)]
+    return low, high, RowStatistic.of(outside_share(kept[sample], low, high))
+
+
+class _StageTimer:
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Stores the seconds since the last lap."""
+        now = time.perf_counter()
+        self.seconds[name], self._last = now - self._last, now

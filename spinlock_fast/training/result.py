@@ -1,0 +1,92 @@
+"""The result of `Trainer.fit`, and the check of feature matrices that it takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from spinlock_fast.data.arrays import without_mask
+from spinlock_fast.data.split import Split
+from spinlock_fast.errors import DataError
+from spinlock_fast.features.matrix import MatrixNormalizer
+from spinlock_fast.models.metrics import Metrics
+from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE
+from spinlock_fast.training.observer import EpochRecord
+
+_ROWS_PER_BLOCK = 16384
+
+
+@dataclass
+class TrainResult:
+    """What `Trainer.fit` returns.
+
+    `model` has the weights of the best validation and is in eval mode; its quantizer's `utilization()` and
+    `perplexity()` are those of the validation rows. It takes normalised rows: `normalizer` converts rows in the units
+    of x to them (None if x was not normalised). `encode` and `decode` do both steps.
+    """
+
+    model: CategoricalHierarchicalVQVAE
+    metrics: Metrics
+    history: list[EpochRecord]
+    best_epoch: int
+    split: Split
+    final_state: dict[str, Any] = field(repr=False)
+    normalizer: MatrixNormalizer | None = field(default=None, repr=False)
+
+    def encode(self, x: ArrayLike | Tensor) -> Any:
+        """Rows [N, F] in the units of the fitted x -> tokens [N, G] int64.
+
+        Returns:
+            A torch tensor if x is one, else a numpy array.
+
+        Raises:
+            DataError: x is not a finite matrix of F columns.
+        """
+        data = as_feature_matrix(x)
+        if data.shape[1] != self.model.config.input_dim:
+            raise DataError(f"x must be [N, {self.model.config.input_dim}], got {list(data.shape)}")
+        rows = self.normalizer(data) if self.normalizer is not None else data.astype(np.float32, copy=False)
+        blocks = [self.model.get_tokens(block).cpu() for block in torch.from_numpy(rows).split(_ROWS_PER_BLOCK)]
+        tokens = torch.cat(blocks)
+        return tokens if isinstance(x, Tensor) else tokens.numpy()
+
+    def decode(self, tokens: Any) -> Any:
+        """Tokens [N, G] -> rows [N, F] in the units of the fitted x; raises IndexError for a token out of range."""
+        index = tokens if isinstance(tokens, Tensor) else torch.from_numpy(np.array(tokens, np.int64))
+        blocks = [self.model.decode_from_tokens(block).cpu() for block in index.split(_ROWS_PER_BLOCK)]
+        rows = torch.cat(blocks).numpy()
+        rows = self.normalizer.inverse(rows) if self.normalizer is not None else rows
+        return torch.from_numpy(rows) if isinstance(tokens, Tensor) else rows
+
+
+def as_feature_matrix(x: ArrayLike | Tensor) -> NDArray[Any]:
+    """x [N, F] as a numeric array, without a copy if it is contiguous float32 (in memory or memory-mapped).
+
+    Other dtypes are kept until normalisation.
+
+    Raises:
+        DataError: x is not a numeric matrix, or has a value that is not finite in float32.
+    """
+    if isinstance(x, Tensor):
+        x = x.detach().cpu()
+        array = (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x).numpy()
+    else:
+        array = without_mask(x)
+    if array.ndim != 2 or array.shape[1] == 0:
+        raise DataError(f"x must be a matrix [N, F] with at least one column, got {list(array.shape)}")
+    if array.dtype.kind not in "fiub":
+        raise DataError(f"x must hold numbers, got {array.dtype}")
+    data = np.ascontiguousarray(array, dtype=np.float32) if array.dtype == np.float32 else array
+    for start in range(0, len(data), _ROWS_PER_BLOCK):
+        with np.errstate(over="ignore"):
+            values = data[start : start + _ROWS_PER_BLOCK].astype(np.float32, copy=False)
+        finite = np.isfinite(values)
+        if not finite.all():
+            row, column = np.argwhere(~finite)[0] + (start, 0)
+            raise DataError(f"x[{row}, {column}] is {float(data[row, column])}; features must be finite in float32")
+    return data
