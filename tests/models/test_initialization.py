@@ -23,12 +23,12 @@ def levels(*sizes: tuple[int, int]) -> list[LevelConfig]:
     return [LevelConfig(num_tokens=codes, latent_dim=dims) for codes, dims in sizes]
 
 
-def independent(rows: int, features: int) -> Tensor:
+def independent_rows(rows: int, features: int) -> Tensor:
     """Independent uniform features of variance 1."""
     return (torch.rand(rows, features) - 0.5) * math.sqrt(12.0)
 
 
-def made() -> CategoricalHierarchicalVQVAE:
+def make_model() -> CategoricalHierarchicalVQVAE:
     config = CategoricalVQVAEConfig(
         input_dim=9,
         group_indices={"a": [0, 2, 4, 6, 8, 7], "b": [1, 3, 5]},
@@ -64,12 +64,12 @@ def test_level_gets_no_more_components_than_dimensions_allow() -> None:
 
 
 def test_product_init_beats_kmeans_and_uses_every_code() -> None:
-    x, fresh = independent(1500, 9), independent(500, 9)
-    plain = made()
+    x, fresh = independent_rows(1500, 9), independent_rows(500, 9)
+    plain = make_model()
     torch.manual_seed(1)
     plain.eval()
     plain.quantizer.initialize(plain.encode(x))
-    start = made()
+    start = make_model()
     product_quantization_init(start, x)
     assert error(start, fresh) < 0.45  # 1.5 bits a feature; the mean of the rows alone has 1
     start.eval()
@@ -87,8 +87,8 @@ def test_product_init_beats_kmeans_and_uses_every_code() -> None:
 
 def test_levels_code_different_components() -> None:
     """Each level codes its own components and none of another level."""
-    x = independent(3000, 9) * torch.tensor([3.0, 1, 1, 1, 2.0, 1, 1, 1, 1])
-    model = made()
+    x = independent_rows(3000, 9) * torch.tensor([3.0, 1, 1, 1, 2.0, 1, 1, 1, 1])
+    model = make_model()
     product_quantization_init(model, x)
     tokens = model.get_tokens(x)
     explained = torch.stack([_explained(tokens[:, g], x[:, [0, 4]]) for g in range(3)])  # [3, 2]
@@ -98,8 +98,8 @@ def test_levels_code_different_components() -> None:
 
 @torch.no_grad()
 def test_initial_networks_are_linear() -> None:
-    x, fresh = independent(1500, 9), independent(500, 9)
-    model = made()
+    x, fresh = independent_rows(1500, 9), independent_rows(500, 9)
+    model = make_model()
     product_quantization_init(model, x)
     embeddings = model.eval().category_mlp(model.encoder_inputs(torch.cat([x, fresh])))
     for embedding, members in zip(embeddings, model.config.inputs.values(), strict=True):
@@ -113,10 +113,10 @@ def test_initial_networks_are_linear() -> None:
 
 
 def test_uncategorised_feature_is_coded_by_its_reader() -> None:
-    x, fresh = independent(1500, 9), independent(500, 9)
+    x, fresh = independent_rows(1500, 9), independent_rows(500, 9)
     errors = {}
     for read in (False, True):
-        config = made().config.model_dump() | {"group_indices": {"a": [0, 2, 4, 6, 8, 7], "b": [1, 3]}}
+        config = make_model().config.model_dump() | {"group_indices": {"a": [0, 2, 4, 6, 8, 7], "b": [1, 3]}}
         model = CategoricalHierarchicalVQVAE(
             CategoricalVQVAEConfig(**config | {"extra_inputs": {"b": [5]} if read else {}})
         )
@@ -133,9 +133,9 @@ def test_uncategorised_feature_is_coded_by_its_reader() -> None:
 
 @pytest.mark.parametrize(("hidden", "embedding"), [(1, 1), (2, 3), (3, 5)])
 def test_narrow_networks_are_initialised(hidden: int, embedding: int) -> None:
-    config = made().config.model_dump() | {"group_hidden_dim": hidden, "group_embedding_dim": embedding}
+    config = make_model().config.model_dump() | {"group_hidden_dim": hidden, "group_embedding_dim": embedding}
     model = CategoricalHierarchicalVQVAE(CategoricalVQVAEConfig(**config))
-    product_quantization_init(model, independent(200, 9))
+    product_quantization_init(model, independent_rows(200, 9))
     assert all(bool(value.isfinite().all()) for value in model.state_dict().values())
 
 
@@ -147,11 +147,11 @@ def _explained(tokens: Tensor, x: Tensor) -> Tensor:
 
 
 def test_init_keeps_the_mode_and_depends_on_the_seed() -> None:
-    x = independent(200, 9)
+    x = independent_rows(200, 9)
     models = []
     for _ in range(2):
         torch.manual_seed(3)
-        model = made().train()
+        model = make_model().train()
         product_quantization_init(model, x)
         assert model.training
         assert model.shared_decoder.training
@@ -162,9 +162,9 @@ def test_init_keeps_the_mode_and_depends_on_the_seed() -> None:
 
 @pytest.mark.parametrize("rows", [20, 2])
 def test_few_rows_and_constant_features_give_finite_weights(rows: int) -> None:
-    x = independent(rows, 9)
+    x = independent_rows(rows, 9)
     x[:, [1, 3, 5]] = 0.5
-    model = made()
+    model = make_model()
     product_quantization_init(model, x)
     assert all(bool(torch.isfinite(value).all()) for value in model.state_dict().values())
 
@@ -190,11 +190,11 @@ def test_weights_do_not_depend_on_the_number_of_threads(monkeypatch: pytest.Monk
             return plain(*arguments)
 
         monkeypatch.setattr(torch.linalg, name, watched)
-    x, found = independent(300, 9), []
+    x, found = independent_rows(300, 9), []
     for count in (1, 2, 4):
         with threads(count):
             torch.manual_seed(1)
-            model = made()
+            model = make_model()
             product_quantization_init(model, x)
             refit_decoder(model, x, 0.01)
             assert torch.get_num_threads() == count

@@ -59,7 +59,7 @@ def loss_of(returned):
     return returned[2]["loss"] if isinstance(returned[2], dict) else returned[2].sum()
 
 
-def built_before(rank, built):
+def built_before_the_group(rank, built):
     """Layers constructed before the process group share updates: the state is that of one process with all rows."""
     for kind in ("vector", "in place", "original"):
         quantizer = built[kind]
@@ -69,13 +69,13 @@ def built_before(rank, built):
         same_on(quantizer, range(WORLD))
         if kind == "in place":  # the mean of the processes' gradients, of as many rows each
             continue
-        dist_alone(alone)
+        disable_sync(alone)
         for step in range(2):
             alone(latents(step))
         torch.testing.assert_close(quantizer.state_dict(), alone.state_dict())
 
 
-def dist_alone(quantizer):
+def disable_sync(quantizer):
     """Disables synchronisation of a quantizer."""
     group = ALONE[dist.get_rank()]
     quantizer.process_group = group
@@ -115,7 +115,7 @@ def mesh_counts_rows_once(rank):
             same_on(quantizer, range(WORLD))
 
 
-def empty_and_masked_shares(rank):
+def empty_and_masked_rows(rank):
     """Processes with no rows, only masked rows, or different numbers of rows: no NaN, and a loss of 0 without rows."""
     for kind in KINDS:
         quantizer = make(kind)
@@ -139,7 +139,7 @@ def empty_and_masked_shares(rank):
         same_on(quantizer, range(WORLD))
 
 
-def k_means_start(rank):
+def kmeans_initialization(rank):
     """Every process has a different cluster, one of a single row: the codes cover all of them."""
     centres = 20.0 * torch.eye(4)
     rows = centres[rank] + 0.1 * latents(rank, 1 if rank == 3 else 50)
@@ -187,11 +187,11 @@ def worker(rank, file):
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=WORLD)
     groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     ALONE.extend(dist.new_group([other]) for other in range(WORLD))
-    built_before(rank, built)
+    built_before_the_group(rank, built)
     halves(rank, groups)
     mesh_counts_rows_once(rank)
-    empty_and_masked_shares(rank)
-    k_means_start(rank)
+    empty_and_masked_rows(rank)
+    kmeans_initialization(rank)
     pickled_groups_are_lost(rank, groups)
     dist.barrier()
     dist.destroy_process_group()

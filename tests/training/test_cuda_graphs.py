@@ -27,10 +27,10 @@ from spinlock_fast.training.observer import SilentObserver
 from spinlock_fast.training.step import StepKind
 
 CPU = torch.device("cpu")
-PLAIN, RESET, LAST = StepKind(False, False), StepKind(False, True), StepKind(True, False)
+PLAIN, RESET, PARTIAL = StepKind(False, False), StepKind(False, True), StepKind(True, False)
 
 
-class Log:
+class CallLog:
     """A step and a capture that log their calls."""
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class Log:
 
 
 def test_steps_are_captured_once_when_warm_and_then_replayed() -> None:
-    log = Log()
+    log = CallLog()
     launcher = StepLauncher(log, CPU, capture=log.capture)
     assert [launcher.run(PLAIN, 100) for _ in range(WARM_UP_STEPS)] == [1] * WARM_UP_STEPS
     assert [launcher.run(PLAIN, most) for most in (100, 4, 3, 1)] == [4, 4, 1, 1]
@@ -61,24 +61,24 @@ def test_steps_are_captured_once_when_warm_and_then_replayed() -> None:
 
 
 def test_each_kind_warms_up_by_itself() -> None:
-    log = Log()
+    log = CallLog()
     launcher = StepLauncher(log, CPU, capture=log.capture)
-    for kind in [PLAIN, LAST] * WARM_UP_STEPS:
+    for kind in [PLAIN, PARTIAL] * WARM_UP_STEPS:
         launcher.run(kind, 1)
-    launcher.run(LAST, 1)
-    assert log.calls == [*[PLAIN, LAST] * WARM_UP_STEPS, ("captured", LAST, 1), (LAST, 1)]
+    launcher.run(PARTIAL, 1)
+    assert log.calls == [*[PLAIN, PARTIAL] * WARM_UP_STEPS, ("captured", PARTIAL, 1), (PARTIAL, 1)]
 
 
 @pytest.mark.parametrize("graphs", [True, False])
 def test_cpu_and_disabled_graphs_run_eagerly(graphs: bool) -> None:
-    log = Log()
+    log = CallLog()
     launcher = StepLauncher(log, CPU, graphs, capture=None if graphs else log.capture)
     assert [launcher.run(PLAIN, 100) for _ in range(6)] == [1] * 6
     assert log.calls == [PLAIN] * 6
 
 
 def test_failed_capture_warns_once_and_training_continues(caplog: pytest.LogCaptureFixture) -> None:
-    log = Log()
+    log = CallLog()
 
     def capture(*args: Any) -> Callable[[], None]:
         try:
@@ -94,7 +94,7 @@ def test_failed_capture_warns_once_and_training_continues(caplog: pytest.LogCapt
 
 
 def test_captured_work_runs_at_each_call() -> None:
-    log = Log()
+    log = CallLog()
     launcher = StepLauncher(log, CPU, capture=log.capture)
     done: list[str] = []
     again = launcher.captured(lambda: done.append("work"), "validations")
@@ -104,7 +104,7 @@ def test_captured_work_runs_at_each_call() -> None:
     assert log.calls == []
 
 
-class Kinds(StepLauncher):
+class LaunchRecorder(StepLauncher):
     """Records each launch and counts it as the most steps allowed."""
 
     seen: list[tuple[StepKind, int]]
@@ -117,7 +117,7 @@ class Kinds(StepLauncher):
 @pytest.mark.parametrize(
     ("rows", "interval", "expected"),
     [
-        (70, 0, [(PLAIN, 4), (LAST, 1)] * 2),
+        (70, 0, [(PLAIN, 4), (PARTIAL, 1)] * 2),
         (64, 0, [(PLAIN, 4)] * 2),
         (10, 0, [(PLAIN, 1)] * 2),
         (64, 3, [(PLAIN, 2), (RESET, 1), (PLAIN, 1), (PLAIN, 1), (RESET, 1), (PLAIN, 2)]),
@@ -128,8 +128,8 @@ class Kinds(StepLauncher):
 def test_loop_launches_consecutive_steps_of_a_kind_together(
     rows: int, interval: int, expected: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "StepLauncher", Kinds)
-    monkeypatch.setattr(Kinds, "seen", [], raising=False)
+    monkeypatch.setattr(loop, "StepLauncher", LaunchRecorder)
+    monkeypatch.setattr(LaunchRecorder, "seen", [], raising=False)
     config = apply_overrides(
         RunConfig(), {"training.batch_size": 16, "training.dead_code_reset_steps": interval, "training.num_epochs": 2}
     )
@@ -137,10 +137,10 @@ def test_loop_launches_consecutive_steps_of_a_kind_together(
     x = torch.randn(rows, 4)
     run = TrainingRun(config, SilentObserver(), lambda: None, CategoricalHierarchicalVQVAE(settings), x, x[:8])
     run.train()
-    assert Kinds.seen == expected
+    assert LaunchRecorder.seen == expected
 
 
-def numbers() -> tuple[Any, ...]:
+def precision_settings() -> tuple[Any, ...]:
     """The precision of CUDA matrix products, by both of torch's interfaces."""
     found: list[Any] = [torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision]  # type: ignore[attr-defined]
     for read in (torch.get_float32_matmul_precision, lambda: torch.backends.cuda.matmul.allow_tf32):
@@ -151,7 +151,7 @@ def numbers() -> tuple[Any, ...]:
     return tuple(found)
 
 
-def by_newer(value: str) -> None:
+def set_fp32_precision(value: str) -> None:
     torch.backends.cuda.matmul.fp32_precision = value
 
 
@@ -161,14 +161,14 @@ def by_newer(value: str) -> None:
         lambda: None,
         lambda: torch.set_float32_matmul_precision("high"),
         lambda: torch.set_float32_matmul_precision("medium"),
-        lambda: by_newer("tf32"),
-        lambda: by_newer("ieee"),
+        lambda: set_fp32_precision("tf32"),
+        lambda: set_fp32_precision("ieee"),
     ],
 )
 def test_matmul_precision_is_restored(user: Callable[[], None]) -> None:
-    by_newer("none")
+    set_fp32_precision("none")
     user()
-    before = numbers()
+    before = precision_settings()
     try:
         with cuda_matmul(tf32=True):
             assert torch.backends.cuda.matmul.allow_tf32
@@ -177,14 +177,14 @@ def test_matmul_precision_is_restored(user: Callable[[], None]) -> None:
                 assert not torch.backends.cuda.matmul.allow_tf32
                 assert torch.backends.cuda.matmul.fp32_precision == "ieee"
             assert torch.backends.cuda.matmul.allow_tf32
-        assert numbers() == before
+        assert precision_settings() == before
     finally:
         torch.set_float32_matmul_precision("highest")
-        by_newer("none")
+        set_fp32_precision("none")
 
 
 def test_moved_tensors_discard_the_graphs() -> None:
-    log = Log()
+    log = CallLog()
     launcher = StepLauncher(log, CPU, capture=log.capture)
     for layout in ("first", "first", "second"):
         launcher.check_layout(layout)
@@ -228,7 +228,7 @@ def layouts(count: int) -> list[CodebookLayout]:
     return [CodebookLayout.of([2 + i, 3], [1, 2]) for i in range(count)]
 
 
-def quantizer_shares(i: int) -> Any:
+def commitment_factors(i: int) -> Any:
     """Factors of the loss, by batch size."""
     return _factor_per_dim(layouts(1)[0], 0.25 / (i + 1), torch.float32, CPU)
 
@@ -248,7 +248,7 @@ def network_offsets(i: int) -> Any:
     return offset_table((i + 1,), (i + 1,), CPU)
 
 
-def points_of_topography(i: int) -> Any:
+def topographic_points(i: int) -> Any:
     pytest.importorskip("triton", reason="the package triton is not installed here")
     from spinlock_fast.kernels.topo_loss.triton import point_sets
 
@@ -256,7 +256,7 @@ def points_of_topography(i: int) -> Any:
 
 
 @pytest.mark.parametrize(
-    "table", [quantizer_shares, loss_weights, codebook_offsets, network_offsets, points_of_topography]
+    "table", [commitment_factors, loss_weights, codebook_offsets, network_offsets, topographic_points]
 )
 def test_cached_tables_live_as_long_as_their_graph(
     table: Callable[[int], Any], fake_capture: Callable[..., Callable[[], None]], monkeypatch: pytest.MonkeyPatch
@@ -278,12 +278,12 @@ def test_cached_tables_live_as_long_as_their_graph(
 
 
 def test_tables_captured_by_a_user_are_kept_forever(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = weakref.ref(quantizer_shares(1000))
+    kept = weakref.ref(commitment_factors(1000))
     monkeypatch.setattr(table_cache, "capturing", lambda device: True)
-    assert quantizer_shares(1000) is kept()
+    assert commitment_factors(1000) is kept()
     monkeypatch.undo()
     for i in range(400):
-        quantizer_shares(i)
+        commitment_factors(i)
     assert kept() is not None
 
 

@@ -26,7 +26,7 @@ GROUPS = {"first": list(range(6)), "second": list(range(6, 12))}
 STEPS = 3  # of an epoch
 
 
-class Keeper(SilentObserver):
+class StateRecorder(SilentObserver):
     def __init__(self) -> None:
         self.states: list[dict[str, Any]] = []
 
@@ -34,10 +34,10 @@ class Keeper(SilentObserver):
         self.states.append(copy.deepcopy(state))
 
 
-def trainer(keeper: Keeper | None = None, **training: Any) -> Trainer:
+def trainer(recorder: StateRecorder | None = None, **training: Any) -> Trainer:
     settings = {"batch_size": 64, "topo_samples": 64, "num_epochs": 6, "val_every_n_epochs": 1, **training}
     config = RunConfig.model_validate({"device": "cpu", "training": {"orthogonality_target": 10.0, **settings}})
-    return Trainer(config, keeper)
+    return Trainer(config, recorder)
 
 
 @pytest.fixture
@@ -61,10 +61,10 @@ def broken_at(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_stop_keeps_the_last_good_state(broken_at: list[int]) -> None:
     broken_at.append(3 * STEPS)
-    keeper = Keeper()
+    recorder = StateRecorder()
     with raises_one_line(DivergenceError, "loss is not finite from step 10 on (epoch 4)", "after epoch 3 is kept"):
-        trainer(keeper).fit(X, GROUPS)
-    state = keeper.states[-1]
+        trainer(recorder).fit(X, GROUPS)
+    state = recorder.states[-1]
     assert (state["epoch"], state["diverged_at"]) == (3, 10)
     assert all(bool(torch.isfinite(value).all()) for value in state["model_state_dict"].values())
     result = trainer(learning_rate=1e-4).fit(X, GROUPS, resume=state)
@@ -75,11 +75,11 @@ def test_stop_keeps_the_last_good_state(broken_at: list[int]) -> None:
 def test_good_state_equals_that_of_an_uninterrupted_run(broken_at: list[int]) -> None:
     expected = trainer().fit(X, GROUPS)
     broken_at.append(6 * STEPS + 3 * STEPS)
-    keeper = Keeper()
+    recorder = StateRecorder()
     with pytest.raises(DivergenceError):
-        trainer(keeper).fit(X, GROUPS)
+        trainer(recorder).fit(X, GROUPS)
     broken_at.clear()
-    result = trainer().fit(X, GROUPS, resume=keeper.states[-1])
+    result = trainer().fit(X, GROUPS, resume=recorder.states[-1])
     for name, value in expected.final_state["model_state_dict"].items():
         assert torch.equal(value, result.final_state["model_state_dict"][name]), name
 

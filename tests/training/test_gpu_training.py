@@ -71,7 +71,7 @@ def losses(result: TrainResult) -> list[float]:
     return [record.train_loss for record in result.history]
 
 
-def made_run(x: np.ndarray[Any, Any], stop: Callable[[], int | None] = lambda: None, **options: Any) -> TrainingRun:
+def training_run(x: np.ndarray[Any, Any], stop: Callable[[], int | None] = lambda: None, **options: Any) -> TrainingRun:
     config = trainer(**options).config
     model = CategoricalHierarchicalVQVAE(
         CategoricalVQVAEConfig(**config.model.model_dump(), input_dim=20, group_indices=GROUPS)
@@ -112,7 +112,7 @@ def test_gpu_training_matches_cpu_training(x: np.ndarray[Any, Any]) -> None:
 
 
 def test_every_kind_of_step_is_captured_once(x: np.ndarray[Any, Any], caplog: pytest.LogCaptureFixture) -> None:
-    run = made_run(x, training__dead_code_reset_steps=7)
+    run = training_run(x, training__dead_code_reset_steps=7)
     run.train()
     captured = set(run.launcher._replays)
     assert run.launcher.capturing, caplog.text
@@ -123,23 +123,23 @@ def test_every_kind_of_step_is_captured_once(x: np.ndarray[Any, Any], caplog: py
 
 
 def test_replays_draw_new_dropout_masks(x: np.ndarray[Any, Any]) -> None:
-    run = made_run(
+    run = training_run(
         x, training__batch_size=990, training__learning_rate=1e-12, training__num_epochs=8, model__dropout=0.5
     )
     run.train()
     assert run.launcher.capturing
-    found = losses_of(run)
+    found = step_losses(run)
     assert len(found) == 8
     assert len(set(found[WARM_UP_STEPS:])) == 8 - WARM_UP_STEPS
 
 
-def losses_of(run: TrainingRun) -> list[float]:
+def step_losses(run: TrainingRun) -> list[float]:
     return [record.train_loss for record in run.history]
 
 
 @pytest.mark.parametrize("reset", [False, True])
 def test_step_does_not_synchronise(x: np.ndarray[Any, Any], reset: bool) -> None:
-    run = made_run(x)
+    run = training_run(x)
     step = run.training_step
     with dedicated_stream(run.device):
         run._run_steps()
@@ -154,7 +154,7 @@ def test_step_does_not_synchronise(x: np.ndarray[Any, Any], reset: bool) -> None
 
 
 def test_epoch_of_replays_does_not_synchronise(x: np.ndarray[Any, Any]) -> None:
-    run = made_run(x)
+    run = training_run(x)
     with dedicated_stream(run.device):
         for epoch in range(5):  # all kinds are captured after these
             run.epoch, run.step = epoch, 0
@@ -172,7 +172,7 @@ def test_epoch_of_replays_does_not_synchronise(x: np.ndarray[Any, Any]) -> None:
 def test_captured_validation_measures_the_current_model(
     x: np.ndarray[Any, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = made_run(x)
+    run = training_run(x)
     with dedicated_stream(run.device):
         for epoch in range(WARM_UP_STEPS + 2):  # the last two are replays of one capture
             run.epoch, run.step = epoch, 0
@@ -263,11 +263,11 @@ def test_synchronising_step_warns_and_training_continues(
 ) -> None:
     original = TrainingStep.__call__
 
-    def waiting(self: TrainingStep, kind: StepKind) -> None:
+    def synchronising_step(self: TrainingStep, kind: StepKind) -> None:
         original(self, kind)
         float(self.loss_values.sum())
 
-    monkeypatch.setattr(TrainingStep, "__call__", waiting)
+    monkeypatch.setattr(TrainingStep, "__call__", synchronising_step)
     result = trainer().fit(x, GROUPS)
     assert math.isfinite(result.metrics["val_loss"])
     assert caplog.text.count("not as CUDA graphs") == 1
@@ -279,12 +279,12 @@ def test_broken_capture_warns_and_training_continues(
 ) -> None:
     original = TrainingStep.__call__
 
-    def breaking(self: TrainingStep, kind: StepKind) -> None:
+    def capture_breaking_step(self: TrainingStep, kind: StepKind) -> None:
         original(self, kind)
         if torch.cuda.is_current_stream_capturing():
             torch.cuda.current_stream().synchronize()  # not allowed in a capture
 
-    monkeypatch.setattr(TrainingStep, "__call__", breaking)
+    monkeypatch.setattr(TrainingStep, "__call__", capture_breaking_step)
     result = trainer(model__dropout=0.1).fit(x, GROUPS)
     monkeypatch.undo()
     assert caplog.text.count("not as CUDA graphs") == 1
@@ -354,7 +354,7 @@ def test_streamed_rows_are_complete_while_steps_read_them() -> None:
 
 @pytest.mark.usefixtures("short_halves")
 def test_replayed_steps_read_the_rows_of_their_order(x: np.ndarray[Any, Any], caplog: pytest.LogCaptureFixture) -> None:
-    run = made_run(x, training__data_on_device="never")
+    run = training_run(x, training__data_on_device="never")
     assert isinstance(run.x_train, HostRows)
     step = run.training_step
     seen = torch.zeros(step.steps_per_epoch, step.batch_size, 20, device="cuda")
@@ -393,7 +393,7 @@ def test_streamed_training_equals_resident_training(x: np.ndarray[Any, Any], det
         )
     finally:
         torch.use_deterministic_algorithms(False)
-    noise, found = distance(resident, again), distance(resident, streamed)
+    noise, found = weight_distance(resident, again), weight_distance(resident, streamed)
     assert found <= 20.0 * noise, f"{found} instead of {noise}"
     if noise == 0.0:
         assert {**resident.metrics, "seconds": 0} == {**streamed.metrics, "seconds": 0}
@@ -401,7 +401,7 @@ def test_streamed_training_equals_resident_training(x: np.ndarray[Any, Any], det
     assert losses(streamed) == pytest.approx(losses(resident), rel=0.03)
 
 
-def distance(a: TrainResult, b: TrainResult) -> float:
+def weight_distance(a: TrainResult, b: TrainResult) -> float:
     """Largest difference of the final weights of two runs."""
     states = a.final_state["model_state_dict"], b.final_state["model_state_dict"]
     return max(float((states[0][name].double() - states[1][name].double()).abs().max()) for name in states[0])

@@ -96,14 +96,14 @@ def assert_same_weights(a: Path, b: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished_run(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run."""
     output = tmp_path_factory.mktemp("whole") / "out"
     assert train(config, output) == 0
     return output
 
 
-def everything(directory: Path) -> dict[str, bytes]:
+def file_contents(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
 
 
@@ -120,15 +120,15 @@ def everything(directory: Path) -> dict[str, bytes]:
     ],
 )
 def test_failed_run_keeps_the_finished_run(
-    config: Path, whole: Path, tmp_path: Path, settings: list[str], capsys: pytest.CaptureFixture[str]
+    config: Path, finished_run: Path, tmp_path: Path, settings: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out"
     assert train(config, output) == 0
-    before = everything(output)
+    before = file_contents(output)
     capsys.readouterr()
     for _ in range(3):
         assert train(config, output, *settings) in (1, 2, 3)
-    assert everything(output) == before
+    assert file_contents(output) == before
     assert "Traceback" not in capsys.readouterr().err
     assert sorted(os.listdir(output)) == sorted(before)
     # A directory that held nothing holds nothing again.
@@ -140,7 +140,7 @@ def test_failed_run_keeps_the_finished_run(
 def test_killed_runs_keep_every_finished_model(config: Path, data: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     assert train(config, output) == 0
-    before = everything(output)
+    before = file_contents(output)
     for seed in (1, 2):
         process = train_process(
             config, "--output", output, "--set", f"random_seed={seed}", "--set", "training.num_epochs=100000"
@@ -153,7 +153,7 @@ def test_killed_runs_keep_every_finished_model(config: Path, data: Path, tmp_pat
             time.sleep(0.01)
         process.kill()
         process.communicate()
-        assert {key: value for key, value in everything(output).items() if not key.startswith(".")} == before
+        assert {key: value for key, value in file_contents(output).items() if not key.startswith(".")} == before
         assert run(evaluate_main, output, data, "--quiet") == 0
     (first,) = (output / PREVIOUS).iterdir()  # the first unfinished run can be gone on with, like the second
     for directory, seed in ((first, 1), (output, 2)):
@@ -167,19 +167,19 @@ def test_killed_runs_keep_every_finished_model(config: Path, data: Path, tmp_pat
 def test_extended_run_archives_the_shorter_run(config: Path, tmp_path: Path) -> None:
     output, long = tmp_path / "out", tmp_path / "long"
     assert train(config, output, "training.num_epochs=2") == 0
-    before = everything(output)
+    before = file_contents(output)
     assert train(config, output, resume=True) == 0
     assert train(config, long) == 0
     assert_same_weights(output, long)
     assert checkpoint_hash(output) == checkpoint_hash(long)
     (previous,) = (output / PREVIOUS).iterdir()
-    assert everything(previous) == before
+    assert file_contents(previous) == before
 
 
 # --- signals and times ---
 
 
-class Late:
+class SignalOnCall:
     """Sends a signal to this process when a function of the run is called."""
 
     def __init__(self, number: int, patch: pytest.MonkeyPatch, place: Any, name: str) -> None:
@@ -195,7 +195,7 @@ class Late:
 @pytest.mark.parametrize(("place", "name"), [(trainer_module, "evaluate_with_counts"), (pipeline, "write_results")])
 def test_signal_after_the_last_step_is_handled(
     config: Path,
-    whole: Path,
+    finished_run: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -205,7 +205,7 @@ def test_signal_after_the_last_step_is_handled(
 ) -> None:
     output = tmp_path / "out"
     with monkeypatch.context() as patch:
-        Late(number, patch, place, name)
+        SignalOnCall(number, patch, place, name)
         assert train(config, output) == 128 + number
     errors = capsys.readouterr().err.strip().splitlines()
     if place is pipeline:
@@ -214,25 +214,25 @@ def test_signal_after_the_last_step_is_handled(
         assert errors[-1].startswith("error: stopped after the last epoch")
         assert not (output / BEST).exists()
         assert train(config, output, resume=True) == 0
-    assert checkpoint_hash(output) == checkpoint_hash(whole)
+    assert checkpoint_hash(output) == checkpoint_hash(finished_run)
     assert signal.getsignal(signal.SIGTERM) in (signal.SIG_DFL, signal.default_int_handler)
 
 
 def test_signal_before_the_first_step_ends_the_run_at_once(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Late(signal.SIGHUP, monkeypatch, pipeline, "prepare")
+    SignalOnCall(signal.SIGHUP, monkeypatch, pipeline, "prepare")
     assert train(config, tmp_path / "out") == 129
     assert "before the first step" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 def test_ignored_signal_stays_ignored(
-    config: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: Path, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
-        Late(signal.SIGHUP, monkeypatch, pipeline, "prepare")
+        SignalOnCall(signal.SIGHUP, monkeypatch, pipeline, "prepare")
         assert train(config, tmp_path / "out") == 0
     finally:
         signal.signal(signal.SIGHUP, before)
@@ -241,7 +241,7 @@ def test_ignored_signal_stays_ignored(
 def test_resumed_run_adds_up_its_seconds(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "out"
     with monkeypatch.context() as patch:
-        Late(signal.SIGTERM, patch, trainer_module, "evaluate_with_counts")
+        SignalOnCall(signal.SIGTERM, patch, trainer_module, "evaluate_with_counts")
         assert train(config, output) == 143
     state = load_torch(output / PARTIAL / RESUME)
     stages = state["seconds"]
@@ -275,83 +275,83 @@ def test_nonfinite_metric_is_written_as_null(
 # --- integrity ---
 
 
-def flip(path: Path, where: float) -> None:
+def flip_bit(path: Path, where: float) -> None:
     content = bytearray(path.read_bytes())
     content[int(where * len(content))] ^= 0x10
     path.write_bytes(content)
 
 
-def test_a_manifest_has_every_file(whole: Path) -> None:
-    files = json.loads((whole / MANIFEST).read_text())["files"]
+def test_a_manifest_has_every_file(finished_run: Path) -> None:
+    files = json.loads((finished_run / MANIFEST).read_text())["files"]
     assert files.keys() == set(FILES) - {*STATES, MANIFEST, "tensorboard"}
 
 
 @pytest.mark.parametrize("where", [0.03, 0.4, 0.97])
 def test_flipped_bit_of_the_model_is_detected(
-    whole: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], where: float
+    finished_run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], where: float
 ) -> None:
     copy = tmp_path / "copy"
     copy.mkdir()
-    for name, content in everything(whole).items():
+    for name, content in file_contents(finished_run).items():
         (copy / name).write_bytes(content)
-    flip(copy / BEST, where)
+    flip_bit(copy / BEST, where)
     assert run(evaluate_main, copy, data, "--quiet") == 3
     assert f"{BEST}: is damaged: its SHA-256" in capsys.readouterr().err
-    flip(copy / FINAL, where)
+    flip_bit(copy / FINAL, where)
     with pytest.raises(DataError, match="SHA-256"):
         pipeline.read_resumable(copy, pipeline.RunConfig())
 
 
-def test_a_checkpoint_without_a_manifest_loads(whole: Path, data: Path, tmp_path: Path) -> None:
-    for name, content in everything(whole).items():
+def test_a_checkpoint_without_a_manifest_loads(finished_run: Path, data: Path, tmp_path: Path) -> None:
+    for name, content in file_contents(finished_run).items():
         if name != MANIFEST:
             (tmp_path / name).write_bytes(content)
     assert run(evaluate_main, tmp_path, data, "--quiet") == 0
 
 
-def test_identical_runs_have_the_same_hash(config: Path, whole: Path, tmp_path: Path) -> None:
+def test_identical_runs_have_the_same_hash(config: Path, finished_run: Path, tmp_path: Path) -> None:
     assert train(config, tmp_path / "another_name") == 0
-    assert checkpoint_hash(tmp_path / "another_name") == checkpoint_hash(whole)
+    assert checkpoint_hash(tmp_path / "another_name") == checkpoint_hash(finished_run)
 
 
-def interrupted(config: Path, output: Path) -> None:
+def interrupt_after_last_step(config: Path, output: Path) -> None:
     """A run stopped after its last step, with two states."""
     with pytest.MonkeyPatch.context() as patch:
-        Late(signal.SIGTERM, patch, trainer_module, "evaluate_with_counts")
+        SignalOnCall(signal.SIGTERM, patch, trainer_module, "evaluate_with_counts")
         assert train(config, output) == 143
     assert (output / PARTIAL / PREVIOUS_RESUME).exists()
 
 
 @pytest.mark.parametrize("where", [0.1, 0.5, 0.9])
 def test_damaged_state_falls_back_to_the_previous_one(
-    config: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], where: float
+    config: Path, finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], where: float
 ) -> None:
     output = tmp_path / "out"
-    interrupted(config, output)
-    flip(output / PARTIAL / RESUME, where)
+    interrupt_after_last_step(config, output)
+    flip_bit(output / PARTIAL / RESUME, where)
     assert run(train_main, config, "--resume", output) == 0
     text = " ".join(capsys.readouterr().err.split())
     assert "is damaged: its SHA-256 is not in manifest.json; resuming from the previous state" in text
-    assert_same_weights(output, whole)
+    assert_same_weights(output, finished_run)
 
 
 def test_two_damaged_states_are_an_error(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "out"
-    interrupted(config, output)
+    interrupt_after_last_step(config, output)
     for name in STATES:
-        flip(output / PARTIAL / name, 0.5)
+        flip_bit(output / PARTIAL / name, 0.5)
     assert train(config, output, resume=True) == 3
     assert PREVIOUS_RESUME in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("damage", ["gone", "{"])
-def test_states_load_without_a_valid_manifest(config: Path, whole: Path, tmp_path: Path, damage: str) -> None:
+def test_states_load_without_a_valid_manifest(config: Path, finished_run: Path, tmp_path: Path, damage: str) -> None:
     output = tmp_path / "out"
-    interrupted(config, output)
+    interrupt_after_last_step(config, output)
     manifest = output / PARTIAL / MANIFEST
     manifest.unlink() if damage == "gone" else manifest.write_text(damage)
     assert train(config, output, resume=True) == 0
-    assert_same_weights(output, whole)
+    assert_same_weights(output, finished_run)
 
 
 def test_kill_while_saving_leaves_a_complete_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -392,9 +392,9 @@ def test_kill_while_saving_leaves_a_complete_state(tmp_path: Path, monkeypatch: 
     assert count == 5
 
 
-def test_an_unfinished_run_of_an_earlier_version_is_resumed(config: Path, whole: Path, tmp_path: Path) -> None:
+def test_an_unfinished_run_of_an_earlier_version_is_resumed(config: Path, finished_run: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    interrupted(config, output)
+    interrupt_after_last_step(config, output)
     state = load_torch(output / PARTIAL / PREVIOUS_RESUME)
     del state["seconds"]
     for key in ("num_epochs", "reset_left_out", "before_last", "seconds", "epoch_seconds"):
@@ -404,15 +404,15 @@ def test_an_unfinished_run_of_an_earlier_version_is_resumed(config: Path, whole:
     save_torch(old / RESUME, state)
     (old / CONFIG).write_text((output / PARTIAL / CONFIG).read_text())
     assert run(train_main, "--quiet", "--resume", old) == 0
-    assert_same_weights(old, whole)
+    assert_same_weights(old, finished_run)
     assert not (old / RESUME).exists()
 
 
-def test_resume_accepts_the_partial_directory(config: Path, whole: Path, tmp_path: Path) -> None:
+def test_resume_accepts_the_partial_directory(config: Path, finished_run: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    interrupted(config, output)
+    interrupt_after_last_step(config, output)
     assert run(train_main, "--quiet", "--resume", output / PARTIAL) == 0
-    assert_same_weights(output, whole)
+    assert_same_weights(output, finished_run)
     assert not (output / PARTIAL).exists()
 
 
@@ -428,7 +428,7 @@ def test_tensorboard_files_move_with_the_run(config: Path, tmp_path: Path) -> No
 # --- output that nobody reads ---
 
 
-def test_run_with_a_broken_pipe_is_saved(config: Path, whole: Path, tmp_path: Path) -> None:
+def test_run_with_a_broken_pipe_is_saved(config: Path, finished_run: Path, tmp_path: Path) -> None:
     """`train ... 2>&1 | head -1`."""
     read, write = os.pipe()
     process = train_process(config, "--output", tmp_path / "out", stdout=write, stderr=write)
@@ -437,27 +437,29 @@ def test_run_with_a_broken_pipe_is_saved(config: Path, whole: Path, tmp_path: Pa
         assert text.read(1)
     process.wait(timeout=120)
     assert process.returncode == 141
-    assert checkpoint_hash(tmp_path / "out") == checkpoint_hash(whole)
+    assert checkpoint_hash(tmp_path / "out") == checkpoint_hash(finished_run)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("stream", "status"), [("stdout", 0), ("stderr", 0)])
 def test_a_run_with_a_closed_stream(
-    config: Path, whole: Path, data: Path, tmp_path: Path, stream: str, status: int
+    config: Path, finished_run: Path, data: Path, tmp_path: Path, stream: str, status: int
 ) -> None:
     number = {"stdout": 1, "stderr": 2}[stream]
     options = {"preexec_fn": lambda: os.close(number), stream: None}
     process = train_process(config, "--output", tmp_path / "out", **options)
     process.communicate(timeout=120)
     assert process.returncode == status
-    assert checkpoint_hash(tmp_path / "out") == checkpoint_hash(whole)
+    assert checkpoint_hash(tmp_path / "out") == checkpoint_hash(finished_run)
 
 
 # --- outputs that are no regular files ---
 
 
 @pytest.mark.parametrize("kind", ["device", "fifo"])
-def test_metrics_and_tokens_can_be_written_to_devices(whole: Path, data: Path, tmp_path: Path, kind: str) -> None:
+def test_metrics_and_tokens_can_be_written_to_devices(
+    finished_run: Path, data: Path, tmp_path: Path, kind: str
+) -> None:
     path, read = tmp_path / "output", []
     if kind == "device":
         try:
@@ -470,7 +472,7 @@ def test_metrics_and_tokens_can_be_written_to_devices(whole: Path, data: Path, t
         reader = threading.Thread(target=lambda: read.append(path.read_bytes()), daemon=True)
         if kind == "fifo":
             reader.start()
-        assert run(command, whole, data, "--quiet", option, path) == 0
+        assert run(command, finished_run, data, "--quiet", option, path) == 0
         if kind == "fifo":
             reader.join(10)
     assert not path.is_file()

@@ -100,7 +100,9 @@ sys.exit("torch._dynamo" in sys.modules)
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def by_both(start: torch.Tensor, change: Callable[[nn.Parameter, torch.Tensor], None]) -> tuple[torch.Tensor, ...]:
+def parameters_of_both(
+    start: torch.Tensor, change: Callable[[nn.Parameter, torch.Tensor], None]
+) -> tuple[torch.Tensor, ...]:
     """A parameter after three steps of ours and of torch's Adam; `change(parameter, gradient)` sets our gradient."""
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
     adam, reference = FusedAdam([ours], torch.full((1,), 0.1, dtype=torch.float64)), torch.optim.Adam([theirs], lr=0.1)
@@ -112,7 +114,7 @@ def by_both(start: torch.Tensor, change: Callable[[nn.Parameter, torch.Tensor], 
     return ours.detach(), theirs.detach()
 
 
-def turned(p: nn.Parameter, grad: torch.Tensor) -> None:
+def transposed(p: nn.Parameter, grad: torch.Tensor) -> None:
     p.grad = grad.t().contiguous().t()
 
 
@@ -121,7 +123,7 @@ def broadcast(p: nn.Parameter, grad: torch.Tensor) -> None:
     p.grad = grad[:, :1].expand_as(grad)
 
 
-def parameter_turned(p: nn.Parameter, grad: torch.Tensor) -> None:
+def parameter_transposed(p: nn.Parameter, grad: torch.Tensor) -> None:
     p.data = p.data.t().contiguous().t()
     p.grad = grad
 
@@ -131,11 +133,11 @@ def parameter_with_gaps(p: nn.Parameter, grad: torch.Tensor) -> None:
     p.grad = grad
 
 
-@pytest.mark.parametrize("change", [turned, broadcast, parameter_turned, parameter_with_gaps])
+@pytest.mark.parametrize("change", [transposed, broadcast, parameter_transposed, parameter_with_gaps])
 def test_strides_of_parameters_and_gradients_do_not_matter(
     change: Callable[[nn.Parameter, torch.Tensor], None],
 ) -> None:
-    ours, theirs = by_both(torch.randn(5, 7), change)
+    ours, theirs = parameters_of_both(torch.randn(5, 7), change)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
@@ -168,7 +170,7 @@ def test_sparse_gradient_is_rejected() -> None:
         adam.step()
 
 
-def stepped() -> tuple[nn.Linear, FusedAdam]:
+def model_after_a_step() -> tuple[nn.Linear, FusedAdam]:
     model = nn.Linear(3, 2)
     adam = FusedAdam(model.parameters(), torch.full((1,), 0.1, dtype=torch.float64))
     model(torch.ones(1, 3)).sum().backward()
@@ -186,7 +188,7 @@ def stepped() -> tuple[nn.Linear, FusedAdam]:
     ],
 )
 def test_mismatched_state_changes_nothing(broken: Callable[[dict[int, Any]], Any], message: str) -> None:
-    adam, other = stepped()[1], stepped()[1]
+    adam, other = model_after_a_step()[1], model_after_a_step()[1]
     before = copy.deepcopy(adam.state_dict())
     state = copy.deepcopy(other.state_dict())
     broken(state["state"])
@@ -196,7 +198,7 @@ def test_mismatched_state_changes_nothing(broken: Callable[[dict[int, Any]], Any
 
 
 def test_empty_state_resets_the_moments() -> None:
-    model, adam = stepped()
+    model, adam = model_after_a_step()
     adam.load_state_dict(torch.optim.Adam(model.parameters()).state_dict())
     assert int(adam.count) == 0
     assert not any(bool(moment.any()) for moment in (*adam.mean, *adam.square))

@@ -49,12 +49,12 @@ def x() -> np.ndarray[Any, Any]:
 
 
 @pytest.fixture
-def halves(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+def set_steps_per_half(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Sets the number of steps of 64 rows per half of the table."""
     return lambda steps: monkeypatch.setattr(row_feed, "_HALF_BUFFER_BYTES", steps * STEP_BYTES)
 
 
-def made(where: str, observer: SilentObserver | None = None, **options: Any) -> Trainer:
+def trainer_with(where: str, observer: SilentObserver | None = None, **options: Any) -> Trainer:
     dotted = {key.replace("__", "."): value for key, value in options.items()}
     return Trainer(apply_overrides(RunConfig(), {**SMALL, "training.data_on_device": where, **dotted}), observer)
 
@@ -118,10 +118,10 @@ def test_host_rows_read_like_a_tensor(x: np.ndarray[Any, Any]) -> None:
     ],
 )
 def test_streamed_training_equals_resident_training(
-    x: np.ndarray[Any, Any], halves: Callable[[int], None], steps: int, options: dict[str, Any]
+    x: np.ndarray[Any, Any], set_steps_per_half: Callable[[int], None], steps: int, options: dict[str, Any]
 ) -> None:
-    halves(steps)
-    assert_same(made("never", **options).fit(x, GROUPS), made("always", **options).fit(x, GROUPS))
+    set_steps_per_half(steps)
+    assert_same(trainer_with("never", **options).fit(x, GROUPS), trainer_with("always", **options).fit(x, GROUPS))
 
 
 @pytest.mark.parametrize(
@@ -142,14 +142,14 @@ def test_streamed_training_equals_resident_training(
     ],
 )
 def test_every_consumer_reads_host_rows(
-    x: np.ndarray[Any, Any], halves: Callable[[int], None], options: dict[str, Any]
+    x: np.ndarray[Any, Any], set_steps_per_half: Callable[[int], None], options: dict[str, Any]
 ) -> None:
     """Initial codes, refit, dead-code latents, validation, test rows and category discovery."""
-    halves(2)
-    assert_same(made("never", **options).fit(x), made("always", **options).fit(x))
+    set_steps_per_half(2)
+    assert_same(trainer_with("never", **options).fit(x), trainer_with("always", **options).fit(x))
 
 
-class KeepState(SilentObserver):
+class StateRecorder(SilentObserver):
     """Keeps a copy of the saved state."""
 
     state: dict[str, Any]
@@ -160,18 +160,18 @@ class KeepState(SilentObserver):
 
 @pytest.mark.parametrize("stop_after", [1, 4, 6, 9, 11, 18])
 def test_streamed_run_resumes_within_an_epoch(
-    x: np.ndarray[Any, Any], halves: Callable[[int], None], stop_after: int
+    x: np.ndarray[Any, Any], set_steps_per_half: Callable[[int], None], stop_after: int
 ) -> None:
-    halves(2)
-    whole = made("always").fit(x, GROUPS)
-    observer = KeepState()
-    broken = made("never", observer)
+    set_steps_per_half(2)
+    whole = trainer_with("always").fit(x, GROUPS)
+    observer = StateRecorder()
+    broken = trainer_with("never", observer)
     with stopped_after(stop_after, broken), pytest.raises(Interrupted):
         broken.fit(x, GROUPS)
     assert observer.state["epoch"] * 9 + observer.state["step"] == stop_after
-    halves(3)  # where the halves end is of no consequence for a state
-    assert_same(whole, made("never").fit(x, GROUPS, resume=observer.state))
-    assert_same(whole, made("always").fit(x, GROUPS, resume=observer.state))
+    set_steps_per_half(3)  # a state does not depend on the size of the halves
+    assert_same(whole, trainer_with("never").fit(x, GROUPS, resume=observer.state))
+    assert_same(whole, trainer_with("always").fit(x, GROUPS, resume=observer.state))
 
 
 @pytest.mark.parametrize(("share", "streamed"), [(0.9, True), (2.1, False)])
@@ -201,7 +201,7 @@ def test_resident_rows_that_do_not_fit_are_rejected_in_one_line(
 
 def test_streamed_run_logs_where_rows_are(x: np.ndarray[Any, Any], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    made("never", training__num_epochs=1).fit(x, GROUPS)
+    trainer_with("never", training__num_epochs=1).fit(x, GROUPS)
     assert "540 rows stay in main memory and are copied to cpu step by step" in caplog.text
 
 
@@ -227,10 +227,10 @@ def test_free_memory_respects_the_container_limit(monkeypatch: pytest.MonkeyPatc
 
 def test_equal_matrices_train_equally_in_any_layout(x: np.ndarray[Any, Any], tmp_path: Path) -> None:
     """Read-only memory maps, other dtypes and memory orders."""
-    expected = made("always", training__num_epochs=1).fit(x, GROUPS)
+    expected = trainer_with("always", training__num_epochs=1).fit(x, GROUPS)
     np.save(tmp_path / "x.npy", x)
     for same in (np.load(tmp_path / "x.npy", mmap_mode="r"), x.astype(np.float64), np.asfortranarray(x), x.tolist()):
-        assert_same(made("never", training__num_epochs=1).fit(same, GROUPS), expected)
+        assert_same(trainer_with("never", training__num_epochs=1).fit(same, GROUPS), expected)
 
 
 def test_nonfinite_value_is_reported_with_its_row(x: np.ndarray[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,7 +238,7 @@ def test_nonfinite_value_is_reported_with_its_row(x: np.ndarray[Any, Any], monke
     bad = x.copy()
     bad[300, 7] = bad[301, 2] = np.inf
     with raises_one_line(DataError, "x[300, 7] is inf"):
-        made("auto").fit(bad, GROUPS)
+        trainer_with("auto").fit(bad, GROUPS)
 
 
 @contextmanager
@@ -281,9 +281,9 @@ def test_memory_map_is_not_loaded_into_memory(tmp_path: Path, monkeypatch: pytes
         "model__group_hidden_dim": 16,
         "model__group_embedding_dim": 8,
     }
-    made("never", **settings).fit(matrix[:40_000])  # libraries have their memory
+    trainer_with("never", **settings).fit(matrix[:40_000])  # libraries have their memory
     with peak_of_own_memory() as peak:
-        made("never", **settings).fit(matrix)
+        trainer_with("never", **settings).fit(matrix)
     assert peak[0] < 0.5 * matrix.nbytes  # the order of rows, what is checked at once, the steps
 
 
@@ -296,17 +296,17 @@ class Queue:
     def put(self, work: Callable[[], None]) -> None:
         self.waiting.append(lambda: work() or True)
 
-    def wait_event(self, event: Mark) -> None:
+    def wait_event(self, event: Event) -> None:
         recorded = event.recorded
         self.waiting.append(lambda: recorded is None or recorded.is_set())
 
     def wait_stream(self, other: Queue) -> None:
-        event = Mark()
+        event = Event()
         event.record(other)
         self.wait_event(event)
 
 
-class Mark:
+class Event:
     """An event."""
 
     device: Device
@@ -363,21 +363,21 @@ def test_no_step_reads_rows_of_another_step(
     batch: int,
     half: int,
     order_of_work: str,
-    halves: Callable[[int], None],
+    set_steps_per_half: Callable[[int], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Launched ahead and executed in any order that events allow, each step finds its own rows in the table."""
     random.seed(0)
     device = Device(ORDERS[order_of_work])
-    monkeypatch.setattr(Mark, "device", device, raising=False)
-    monkeypatch.setattr(torch.cuda, "Event", Mark)
+    monkeypatch.setattr(Event, "device", device, raising=False)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "Stream", lambda _: device.copies)
     monkeypatch.setattr(torch.cuda, "stream", device.stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: device.current)
     at_once = CopyStream._copy
     monkeypatch.setattr(CopyStream, "_copy", lambda self, *what: device.current.put(lambda: at_once(self, *what)))
     monkeypatch.setattr(row_feed, "NoTransfer", CopyStream)
-    halves(half)
+    set_steps_per_half(half)
     x = torch.randn(count, 20)
     batch = min(batch, count)
     feed = StreamedFeed(HostRows(RowView(x.numpy()), CPU), batch)

@@ -222,12 +222,12 @@ def evaluated(checkpoint: Path, data: object, tmp_path: Path, *options: str) -> 
 
 
 def test_evaluate_measures_the_held_out_rows_of_the_run(checkpoint: Path, data: Path, tmp_path: Path) -> None:
-    of_the_run = json.loads((checkpoint / "metrics.json").read_text())
+    run_metrics = json.loads((checkpoint / "metrics.json").read_text())
     held_out = evaluated(checkpoint, data, tmp_path)
-    assert held_out["rows"] == of_the_run["rows"] == "heldout"
+    assert held_out["rows"] == run_metrics["rows"] == "heldout"
     assert held_out["val_rows"] == 16
-    assert held_out["reconstruction_error"] == pytest.approx(of_the_run["reconstruction_error"], rel=1e-5)
-    assert held_out["val_loss"] == pytest.approx(of_the_run["val_loss"], rel=1e-5)
+    assert held_out["reconstruction_error"] == pytest.approx(run_metrics["reconstruction_error"], rel=1e-5)
+    assert held_out["val_loss"] == pytest.approx(run_metrics["val_loss"], rel=1e-5)
     everything = evaluated(checkpoint, data, tmp_path, "--rows", "all")
     assert everything["rows"] == "all"
     assert everything["val_rows"] == everything["samples"] == 160
@@ -272,7 +272,7 @@ def shown_text(capsys: pytest.CaptureFixture[str]) -> str:
     return " ".join((shown.out + shown.err).split())
 
 
-def before_known_rows(checkpoint: Path, directory: Path) -> Path:
+def checkpoint_before_known_rows(checkpoint: Path, directory: Path) -> Path:
     """A checkpoint in the format before `known_rows`, `training_range` and `nan_fill`."""
     shutil.copytree(checkpoint, directory)
     payload = torch.load(checkpoint / "best_model.pt", weights_only=True)
@@ -290,7 +290,7 @@ def before_known_rows(checkpoint: Path, directory: Path) -> Path:
 def test_checkpoint_without_known_rows_warns(
     checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    older = before_known_rows(checkpoint, tmp_path / "older")
+    older = checkpoint_before_known_rows(checkpoint, tmp_path / "older")
     metrics = evaluated(older, data, tmp_path)
     assert (metrics["rows"], metrics["val_rows"], metrics["trained_rows"]) == ("all", 160, None)
     assert run(evaluate_main, older, data) == 0
@@ -340,7 +340,7 @@ def test_code_usage_of_a_loaded_model_is_that_of_the_run(checkpoint: Path, tmp_p
     used = [u for category in metrics["categories"] for u in category["utilization"]]
     np.testing.assert_allclose(quantizer.utilization().numpy(), used, rtol=1e-5)
     assert metrics["units"] == "standard deviations of the training rows"
-    older = load_checkpoint(before_known_rows(checkpoint, tmp_path / "older")).quantizer
+    older = load_checkpoint(checkpoint_before_known_rows(checkpoint, tmp_path / "older")).quantizer
     assert float(older.utilization().max()) == 0.0
 
 
@@ -848,7 +848,7 @@ def test_encoding_time_is_estimated_beforehand(
 
 
 @pytest.fixture
-def linking(data: Path, tmp_path: Path) -> Path:
+def linked_data(data: Path, tmp_path: Path) -> Path:
     """A file in another directory with links to the families of `data`."""
     path = tmp_path / "linking" / "linking.h5"
     path.parent.mkdir()
@@ -860,27 +860,34 @@ def linking(data: Path, tmp_path: Path) -> Path:
     return path
 
 
-def test_linked_data_give_equal_tokens(checkpoint: Path, data: Path, linking: Path) -> None:
+def test_linked_data_give_equal_tokens(checkpoint: Path, data: Path, linked_data: Path) -> None:
     tokenizer = Tokenizer.from_checkpoint(checkpoint)
-    np.testing.assert_array_equal(tokenizer.encode(linking), tokenizer.encode(data))
+    np.testing.assert_array_equal(tokenizer.encode(linked_data), tokenizer.encode(data))
 
 
-def test_tokenize_refuses_to_overwrite_a_link_target(checkpoint: Path, data: Path, linking: Path) -> None:
+def test_tokenize_refuses_to_overwrite_a_link_target(checkpoint: Path, data: Path, linked_data: Path) -> None:
     before = data.read_bytes()
-    assert run(tokenize_main, checkpoint, linking, "--output", data, "--quiet") == 4
+    assert run(tokenize_main, checkpoint, linked_data, "--output", data, "--quiet") == 4
     assert data.read_bytes() == before
 
 
 def test_commands_can_reject_external_data(
-    checkpoint: Path, config: Path, linking: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path, config: Path, linked_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs = [
-        (tokenize_main, checkpoint, linking, "--output", tmp_path / "t.h5", "--no-external"),
-        (evaluate_main, checkpoint, linking, "--no-external"),
+        (tokenize_main, checkpoint, linked_data, "--output", tmp_path / "t.h5", "--no-external"),
+        (evaluate_main, checkpoint, linked_data, "--no-external"),
         (
             train_main,
             config,
-            *("--set", f"dataset_path={linking}", "--set", "data.allow_external=false", "--output", tmp_path / "out"),
+            *(
+                "--set",
+                f"dataset_path={linked_data}",
+                "--set",
+                "data.allow_external=false",
+                "--output",
+                tmp_path / "out",
+            ),
         ),
     ]
     for command, *arguments in runs:

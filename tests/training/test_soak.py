@@ -20,7 +20,7 @@ STEPS = 10_000
 log = logging.getLogger(__name__)
 
 
-class Memory(SilentObserver):
+class MemoryRecorder(SilentObserver):
     """Resident memory of the process after each epoch, in bytes."""
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ def test_long_run_has_constant_memory_and_finite_loss() -> None:
         "dead_code_reset_interval": 5,
         "scheduler": "cosine",
     }
-    memory = Memory()
+    memory = MemoryRecorder()
     config = RunConfig.model_validate({"device": "cpu", "training": training})
     groups = {f"c{i}": list(range(8 * i, 8 * i + 8)) for i in range(4)}
     result = Trainer(config, memory).fit(planted_matrix(rows, [8] * 4, seed=1), groups)

@@ -43,7 +43,7 @@ def settings(options: dict[str, Any]) -> RunConfig:
 
 
 @pytest.fixture(autouse=True)
-def _as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def _reference_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """Disables the CPU kernels, whose operations torch cannot record."""
     monkeypatch.setenv("SPINLOCK_FAST_BACKEND", "reference")
 
@@ -58,13 +58,13 @@ def warmed_up_step(options: dict[str, Any]) -> TrainingStep:
     with torch.no_grad():
         model.quantizer.initialize(model.encode(x))
     step = TrainingStep(model.train(), x, config.training)
-    begin(step)
+    begin_epoch_of(step)
     step(StepKind(partial_batch=False, reset=True))
-    begin(step)
+    begin_epoch_of(step)
     return step
 
 
-def begin(step: TrainingStep, epoch: int = 0) -> None:
+def begin_epoch_of(step: TrainingStep, epoch: int = 0) -> None:
     order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(epoch))
     step.begin_epoch(order, learning_rates(step.training, step.steps_per_epoch, epoch), 0)
 
@@ -172,7 +172,7 @@ def test_persistent_tensors_keep_their_addresses(options: dict[str, Any]) -> Non
     before = {name: value.data_ptr() for name, value in lasting_tensors(step).items()}
     for kind in (StepKind(False, False), StepKind(False, True), StepKind(True, False)):
         step(kind)
-    begin(step, 1)
+    begin_epoch_of(step, 1)
     assert {name: value.data_ptr() for name, value in lasting_tensors(step).items()} == before
 
 

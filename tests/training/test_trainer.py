@@ -122,7 +122,7 @@ def test_random_state_of_the_caller_is_unchanged(x: np.ndarray[Any, Any]) -> Non
     assert torch.equal(torch.rand(3), expected)
 
 
-class KeepState(SilentObserver):
+class StateRecorder(SilentObserver):
     """Keeps a copy of the saved state."""
 
     def __init__(self) -> None:
@@ -139,7 +139,7 @@ def test_resumed_run_equals_an_uninterrupted_run(x: np.ndarray[Any, Any], stop_a
     settings = {"training__dead_code_reset_interval": 1, "training__dead_code_threshold": 0.5}
     whole = trainer(**settings).fit(x, GROUPS)
 
-    observer = KeepState()
+    observer = StateRecorder()
     broken = trainer(observer, **settings)
     with stopped_after(stop_after, broken), pytest.raises(Interrupted) as stopped:
         broken.fit(x, GROUPS)
@@ -219,7 +219,7 @@ def test_uncategorised_feature_can_be_read_by_the_nearest_category(x: np.ndarray
     result = trainer(**setting).fit(x, groups)
     assert result.model.config.extra_inputs == {"cluster_2": [0], "cluster_10": [6], "cluster_1": [15]}
     assert result.model.config.group_indices == groups
-    observer = KeepState()
+    observer = StateRecorder()
     broken = trainer(observer, **setting)
     broken.stop(signal.SIGTERM)
     with pytest.raises(Interrupted):
@@ -377,8 +377,8 @@ def test_signal_after_the_last_step_interrupts(
     expected = trainer().fit(x, GROUPS)
     for by_call in (True, False):
         signals: list[int] = []
-        listener = Listener()
-        run = Trainer(trainer().config, listener, lambda signals=signals: signals[0] if signals else None)  # type: ignore[misc]
+        recorder = CallbackRecorder()
+        run = Trainer(trainer().config, recorder, lambda signals=signals: signals[0] if signals else None)  # type: ignore[misc]
 
         def late(*_: object, run: Trainer = run, signals: list[int] = signals, by_call: bool = by_call) -> None:
             run.stop(15) if by_call else signals.append(15)
@@ -393,17 +393,17 @@ def test_signal_after_the_last_step_interrupts(
             with pytest.raises(Interrupted, match="after the last epoch") as stopped:
                 run.fit(x, GROUPS)
         assert stopped.value.exit_status == 143
-        found = trainer().fit(x, GROUPS, resume=listener.states[-1])
+        found = trainer().fit(x, GROUPS, resume=recorder.states[-1])
         assert_same_weights(found, expected)
         assert found.metrics["reconstruction_error"] == expected.metrics["reconstruction_error"]
 
 
 def test_resumed_run_adds_up_its_seconds(x: np.ndarray[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    listener = Listener()
-    run = trainer(listener)
+    recorder = CallbackRecorder()
+    run = trainer(recorder)
     with stopped_after(6, run), pytest.raises(Interrupted):  # in the second epoch
         run.fit(x, GROUPS)
-    state = listener.states[-1]
+    state = recorder.states[-1]
     assert state["seconds"] > sum(record["seconds"] for record in state["history"]) > 0
     assert state["epoch_seconds"] > 0
     state["seconds"], state["epoch_seconds"] = 1000.0, 400.0
@@ -448,12 +448,12 @@ def test_extending_a_cosine_schedule_warns(x: np.ndarray[Any, Any], caplog: pyte
 
 
 def test_states_are_saved_after_save_minutes(x: np.ndarray[Any, Any]) -> None:
-    listener = Listener()
-    expected = trainer(listener, training__save_minutes=1e-9).fit(x, GROUPS)
+    recorder = CallbackRecorder()
+    expected = trainer(recorder, training__save_minutes=1e-9).fit(x, GROUPS)
     steps = -(-expected.split.train.size // 64)
-    assert len(listener.states) == 4 * steps  # after every step
-    assert {state["step"] for state in listener.states} == set(range(1, steps + 1))
-    for state in (listener.states[0], listener.states[-3]):
+    assert len(recorder.states) == 4 * steps  # after every step
+    assert {state["step"] for state in recorder.states} == set(range(1, steps + 1))
+    for state in (recorder.states[0], recorder.states[-3]):
         assert_same_weights(trainer().fit(x, GROUPS, resume=state), expected)
 
 
@@ -519,7 +519,7 @@ def test_unavailable_backend_is_rejected_before_any_work(monkeypatch: pytest.Mon
         resolve_device("cpu")
 
 
-class Listener(SilentObserver):
+class CallbackRecorder(SilentObserver):
     """Records callbacks, and stops a run after some epochs."""
 
     def __init__(self) -> None:
@@ -535,7 +535,7 @@ class Listener(SilentObserver):
 
 
 @pytest.fixture
-def _late(monkeypatch: pytest.MonkeyPatch) -> None:
+def _overlapped_readback(monkeypatch: pytest.MonkeyPatch) -> None:
     """Epoch summaries are read after the steps of the next epoch were launched, as on CUDA."""
     init = TrainingRun.__init__
 
@@ -554,15 +554,15 @@ EPOCHS_APART = {
 }
 
 
-def heard(x: np.ndarray[Any, Any]) -> tuple[Listener, TrainResult]:
-    listener = Listener()
-    return listener, trainer(listener, **EPOCHS_APART).fit(x, GROUPS)
+def recorded_run(x: np.ndarray[Any, Any]) -> tuple[CallbackRecorder, TrainResult]:
+    recorder = CallbackRecorder()
+    return recorder, trainer(recorder, **EPOCHS_APART).fit(x, GROUPS)
 
 
 def test_overlapped_readback_reports_the_same_epochs(x: np.ndarray[Any, Any], request: pytest.FixtureRequest) -> None:
-    early, expected = heard(x)
-    request.getfixturevalue("_late")
-    late, found = heard(x)
+    early, expected = recorded_run(x)
+    request.getfixturevalue("_overlapped_readback")
+    late, found = recorded_run(x)
     assert late.callbacks == early.callbacks
     assert [item[0] for item in late.callbacks if item != "saved"] == list(range(1, 12))
     assert late.callbacks.count("saved") == 2
@@ -571,11 +571,11 @@ def test_overlapped_readback_reports_the_same_epochs(x: np.ndarray[Any, Any], re
         assert a.seconds > 0.0
 
 
-@pytest.mark.usefixtures("_late")
+@pytest.mark.usefixtures("_overlapped_readback")
 def test_interruption_reports_the_pending_epoch(x: np.ndarray[Any, Any]) -> None:
-    whole, expected = heard(x)
-    listener = Listener()
-    run = trainer(listener, **EPOCHS_APART)
+    whole, expected = recorded_run(x)
+    recorder = CallbackRecorder()
+    run = trainer(recorder, **EPOCHS_APART)
     steps = -(-expected.split.train.size // 64)
     launched, calls = StepLauncher.run, itertools.count()
 
@@ -588,18 +588,18 @@ def test_interruption_reports_the_pending_epoch(x: np.ndarray[Any, Any]) -> None
         patch.setattr(StepLauncher, "run", stops)
         with pytest.raises(Interrupted):
             run.fit(x, GROUPS)
-    state = listener.states[-1]
+    state = recorder.states[-1]
     assert (state["epoch"], state["step"]) == (7, 2)
     assert [record["epoch"] for record in state["history"]] == list(range(1, 8))
     found = run.fit(x, GROUPS, resume=state)
     assert [r.train_loss for r in found.history] == [r.train_loss for r in expected.history]
     assert_same_weights(found, expected)
-    assert [item for item in listener.callbacks if item != "saved"] == [
+    assert [item for item in recorder.callbacks if item != "saved"] == [
         item for item in whole.callbacks if item != "saved"
     ]
 
 
-@pytest.mark.usefixtures("_late")
+@pytest.mark.usefixtures("_overlapped_readback")
 def test_overlapped_readback_reports_the_first_nonfinite_step(
     x: np.ndarray[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
