@@ -9,7 +9,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from spinlock_fast.descriptors.per_step import StepFeatures, StepSeries, joined
+from spinlock_fast.descriptors.per_step import StepFeatures, StepSeries, concatenate_series
 from spinlock_fast.descriptors.spectral import Wavenumbers
 from spinlock_fast.descriptors.trajectory import trajectory_features
 from spinlock_fast.simulate.config import GeneratorConfig, load_generator_config
@@ -97,7 +97,7 @@ def test_step_features(benchmark: BenchmarkFixture, config: GeneratorConfig, sta
         out = []
         for blocks in states:
             steps = StepFeatures(blocks[0][0], config.clip, waves)
-            out.append(joined([steps.block(block) for block in blocks]))
+            out.append(concatenate_series([steps.block(block) for block in blocks]))
         return out
 
     series = benchmark.pedantic(run, rounds=3, warmup_rounds=1)
@@ -114,6 +114,6 @@ def test_trajectory_features(
     series = []
     for blocks in states:
         steps = StepFeatures(blocks[0][0], config.clip, waves)
-        series.append(joined([steps.block(block) for block in blocks]))
+        series.append(concatenate_series([steps.block(block) for block in blocks]))
     features = benchmark.pedantic(lambda: [trajectory_features(s) for s in series], rounds=3, warmup_rounds=1)
     assert all(torch.isfinite(values).all() for values in features)

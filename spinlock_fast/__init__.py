@@ -1,4 +1,4 @@
-"""Turns the behaviour of simulated dynamical systems into discrete tokens."""
+"""Discrete tokens for the behaviour of simulated dynamical systems."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from spinlock_fast.training.result import TrainResult
     from spinlock_fast.training.trainer import Trainer
 
-_HOME = {
+_MODULES = {
     "CategoricalHierarchicalVQVAE": "models.vqvae",
     "CategoricalVQVAEConfig": "models.vqvae",
     "GroupedResidualVQ": "dropin",
@@ -30,8 +30,8 @@ _HOME = {
     "from_pretrained_codebook": "compat.pretrained",
     "load_checkpoint": "checkpoints.directory",
 }
-# Served by vector-quantize-pytorch itself, where it is installed, so that one import line is enough.
-_ELSEWHERE = frozenset(
+# Forwarded to vector-quantize-pytorch where it is installed, so that one import serves both packages.
+_FORWARDED = frozenset(
     [
         "BinaryMapper",
         "EvoLFQ",
@@ -68,16 +68,16 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # torch is imported on first use, so that `--help` and configuration errors come at once.
-    if name in _HOME:
-        return getattr(import_module(f"spinlock_fast.{_HOME[name]}"), name)
-    if name in _ELSEWHERE:
+    # Lazy imports: `--help` and configuration errors need no torch.
+    if name in _MODULES:
+        return getattr(import_module(f"spinlock_fast.{_MODULES[name]}"), name)
+    if name in _FORWARDED:
         try:
             return getattr(import_module("vector_quantize_pytorch"), name)
         except ModuleNotFoundError as error:
             if error.name != "vector_quantize_pytorch":
                 raise
-            raise ImportError(f"{name} comes from another package: pip install vector-quantize-pytorch") from None
+            raise ImportError(f"{name} is provided by another package: pip install vector-quantize-pytorch") from None
     raise AttributeError(f"module 'spinlock_fast' has no attribute {name!r}")
 
 

@@ -1,4 +1,4 @@
-"""How long a training step takes, for anyone's comparison."""
+"""Times training steps on random data."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ from spinlock_fast.training.step import learning_rates
 
 SEED_FEATURES = (4, 16, 15, 13, 32, 28, 20, 10, 11, 14, 9)
 
-# Rows of the data are so many batches; steps go through them again and again, as epochs do.
-_BATCHES = 8
+_BATCHES = 8  # batches of random rows, which the timed steps repeat as epochs do
 _WARM_UP = 5
 
 
@@ -37,17 +36,17 @@ def train_step(
     device: str = "cpu",
     steps: int = 15,
 ) -> float:
-    """Milliseconds of a training step, the median of `steps`, on random data.
+    """Median duration of a training step in milliseconds, on random data.
 
-    It is the step that `Trainer.fit` makes, with its optimizer, its codes' moving averages and, on a
-    CUDA device, its graphs. On a CPU it follows `torch.get_num_threads()`.
+    The step is that of `Trainer.fit`, with optimizer, moving averages of the codes and, on a CUDA device, CUDA graphs.
+    On a CPU it uses `torch.get_num_threads()` threads.
 
     Args:
-        batch: rows of a step.
+        batch: rows per step.
         features: number of features of each category.
-        topo_samples: rows whose pair distances are compared.
+        topo_samples: rows whose pairwise distances enter the topographic loss.
         device: "cpu", "cuda" or "cuda:N".
-        steps: how many are timed, after a few that are not.
+        steps: number of timed steps, after warm-up.
     """
     return statistics.median(step_seconds(training_run(batch, features, topo_samples, device), steps)) * 1e3
 
@@ -60,12 +59,12 @@ def training_run(
     x: Tensor | None = None,
     **settings: Any,
 ) -> TrainingRun:
-    """What `Trainer.fit` runs, ready to make its first step.
+    """The training run of `Trainer.fit`, before its first step.
 
     Args:
-        batch, features, topo_samples, device: as of `train_step`.
-        x: [N, sum features] training rows; random ones when not given.
-        settings: of the configuration, "training__learning_rate" for `training.learning_rate`.
+        batch, features, topo_samples, device: see `train_step`.
+        x: [N, sum features] training rows; random by default.
+        settings: configuration overrides, with "training__learning_rate" for `training.learning_rate`.
     """
     rows = sum(features)
     if x is None:
@@ -91,7 +90,7 @@ def training_run(
 
 
 def step_seconds(run: TrainingRun, steps: int) -> list[float]:
-    """Seconds of each of `steps` steps; of launches of several steps the share of one."""
+    """Seconds of each of `steps` steps; a launch of several steps is divided evenly."""
     seconds: list[float] = []
     step = run.training_step
     with dedicated_stream(run.device):

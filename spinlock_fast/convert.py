@@ -16,7 +16,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser("convert", "Converts a checkpoint of the original project.")
     options.add_argument("source", help="checkpoint directory of the original project, or its model file")
     options.add_argument("--output", required=True, metavar="DIR", help="checkpoint directory to write")
-    options.add_argument("--data", metavar="FILE.h5", help="its training data, from which clip bounds are recomputed")
+    options.add_argument(
+        "--data", metavar="FILE.h5", help="its training data: recomputes the clip bounds and measures the model"
+    )
     chosen = options.parse_args(arguments)
     exit_with(lambda: _convert(chosen))
 
@@ -29,7 +31,7 @@ def _convert(chosen: argparse.Namespace) -> None:
     if not converted.clips:
         sys.stderr.write(
             "note: the original does not store its clip bounds, so this tokenizer does not clip; "
-            "give its training file with --data to recompute them\n"
+            "--data with its training file recomputes them\n"
         )
     sys.stdout.write(f"checkpoint: {chosen.output}\n")
 

@@ -4,12 +4,17 @@ from spinlock_fast.messages import printable
 
 
 class SpinlockFastError(Exception):
-    """Base of the errors below; its text is one printable line that says what to do."""
+    """Base of the errors below; each argument is one line that says what to do."""
 
     exit_status = 1
 
+    @property
+    def lines(self) -> list[str]:
+        """One printable line per problem."""
+        return [printable(str(problem)) for problem in self.args]
+
     def __str__(self) -> str:
-        return printable(super().__str__())
+        return "; ".join(self.lines)
 
 
 class ConfigError(SpinlockFastError, ValueError):
@@ -19,7 +24,7 @@ class ConfigError(SpinlockFastError, ValueError):
 
 
 class DataError(SpinlockFastError, ValueError):
-    """The data cannot serve: missing, unreadable, damaged, mismatched, constant, too few rows."""
+    """The data cannot be used: missing, unreadable, damaged, mismatched, constant, too few rows."""
 
     exit_status = 3
 
@@ -31,11 +36,11 @@ class OutputError(SpinlockFastError):
 
 
 class TrainingError(SpinlockFastError):
-    """Training cannot go on, for instance because a loss is not finite."""
+    """Training cannot continue, for instance because a loss is not finite."""
 
 
-class Interrupted(SpinlockFastError):  # noqa: N818 - an order obeyed, not an error
-    """A signal stopped the run; what can be resumed has been saved."""
+class Interrupted(SpinlockFastError):  # noqa: N818 - the requested outcome, not an error
+    """A signal stopped the run; the state to resume from has been saved."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
@@ -43,7 +48,7 @@ class Interrupted(SpinlockFastError):  # noqa: N818 - an order obeyed, not an er
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory could not be had: Python's and NumPy's MemoryError, and what torch raises on a CPU or a GPU."""
+    """Whether an allocation failed: MemoryError of Python and NumPy, or torch's RuntimeError on a CPU or a GPU."""
     marks = ("DefaultCPUAllocator", "not enough memory", "out of memory", "Storage size calculation overflowed")
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(mark in str(error) for mark in marks)

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from spinlock_fast.commands.arguments import add_external, parser
+from spinlock_fast.commands.arguments import add_device, add_external, add_quiet, parser
 from spinlock_fast.commands.exit_status import exit_with
 
 
@@ -19,13 +19,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--rows",
         choices=["auto", "heldout", "all", "train", "validation", "test"],
         default="auto",
-        help="heldout: not trained on; train, validation, test: of the run's split; auto: heldout where the file holds "
-        "training samples too, else all",
+        help="heldout: rows not used for training; train, validation, test: a part of the run's split; auto: heldout "
+        "where the file contains training rows, else all",
     )
-    options.add_argument("--json", metavar="FILE", help="write the metrics there")
+    options.add_argument("--json", metavar="FILE", help="also write the metrics to a JSON file")
     add_external(options)
-    options.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    options.add_argument("--quiet", action="store_true", help="print no table")
+    add_device(options)
+    add_quiet(options, "no table")
     chosen = options.parse_args(arguments)
     exit_with(lambda: _evaluate(chosen))
 

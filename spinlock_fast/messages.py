@@ -1,7 +1,8 @@
-"""Text that goes into messages: one line, of bounded length, without control characters."""
+"""Text of messages: one line, bounded length, no control characters."""
 
 from __future__ import annotations
 
+import re
 import reprlib
 import unicodedata
 from typing import Any
@@ -10,15 +11,23 @@ _MESSAGE_LIMIT = 1000
 # Right-to-left and isolate marks change the order in which a terminal shows the characters around them.
 _BIDIRECTIONAL_MARKS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
+_NUMBERS = re.compile(r"[-+0-9.eE ,]+|[-+]?(inf|nan)")  # a number or a range of numbers, such as "-0.5"
+
 
 def printable(text: str) -> str:
-    """The text with control characters, line ends, lone surrogates and bidirectional marks as escapes such as \\x1b.
+    """The text with control characters, line ends, lone surrogates and bidirectional marks escaped, such as \\x1b.
 
-    What a file calls its datasets and columns must not reach a terminal, an SVG or an XML file as it is.
+    Names of datasets and columns come from files, and must not reach a terminal, an SVG or an XML file unescaped.
     """
     if text.isascii() and text.isprintable():
         return text
     return "".join(_escaped(c) if _is_unsafe(c) else c for c in text)
+
+
+def csv_text(text: str) -> str:
+    """A printable text for a CSV field; an apostrophe precedes one that a spreadsheet would evaluate."""
+    text = printable(text)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) and not _NUMBERS.fullmatch(text) else text
 
 
 def _is_unsafe(character: str) -> bool:
@@ -30,9 +39,9 @@ def _escaped(character: str) -> str:
 
 
 def one_line(message: object, limit: int = _MESSAGE_LIMIT) -> str:
-    """The text of an error or a message as one printable line; the middle of a long one is left out."""
+    """The text of an error or a message as one printable line; the middle of a long text is omitted."""
     text = str(message)
-    if len(text) > 8 * limit:  # what follows looks at every character
+    if len(text) > 8 * limit:  # bounds the time of the loops below
         text = text[: 4 * limit] + text[-4 * limit :]
     text = printable(" ".join(text.split()))
     return text if len(text) <= limit else f"{text[: limit - limit // 4]} ... {text[-limit // 4 :]}"
@@ -52,6 +61,15 @@ class _BoundedRepr(reprlib.Repr):
 
 
 def shown(value: Any, limit: int = 60) -> str:
-    """`repr` of a value for a message: at most `limit` characters, in a time that does not depend on its size."""
+    """`repr` of a value in at most `limit` characters, in a time that does not depend on its size."""
     text = printable(_BoundedRepr(limit).repr(value))
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def format_bytes(size: float) -> str:
+    """A number of bytes in three significant digits and a decimal unit: 36,900 -> "36.9 kB"."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 999.5:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"

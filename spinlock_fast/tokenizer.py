@@ -1,4 +1,4 @@
-"""From raw features to tokens and back: the whole pipeline of a checkpoint."""
+"""The tokenizer of a checkpoint: raw features to tokens and back."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from spinlock_fast.features.row_keys import row_keys
 from spinlock_fast.kernels._common.guard import device_guard
 from spinlock_fast.models.input_check import InputCheck, KnownRows, TrainingRange
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE
-from spinlock_fast.output.hdf5_files import replacing_hdf5
-from spinlock_fast.output.locks import locked_output_file
+from spinlock_fast.output.locks import written_by_one
+from spinlock_fast.output.token_files import TokenTable, check_format, token_file
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +45,8 @@ class Tokenizer:
     normalizer: Normalizer
     feature_names: list[str]
     checkpoint_hash: str = ""
-    allow_external: bool = True  # False: files that take values from outside of their directory are refused
-    known_rows: KnownRows | None = None  # None: made by an earlier version, or converted
+    allow_external: bool = True  # False: refuses data files with links to other directories
+    known_rows: KnownRows | None = None  # None: written by an earlier version, or converted
     training_range: TrainingRange | None = None
 
     @classmethod
@@ -62,7 +62,7 @@ class Tokenizer:
         """The tokenizer of the contents of a model file.
 
         Raises:
-            DataError: a part is of the wrong type or shape, or does not fit the others; says what wrote it.
+            DataError: an entry has the wrong type or shape, or does not fit the others; names the writing version.
         """
         model = model_from_payload(payload)
         F = model.config.input_dim
@@ -87,7 +87,7 @@ class Tokenizer:
         return cls(model, families, cleaner, normalizer, names, known_rows=known_rows, training_range=training_range)
 
     def to(self, device: str | torch.device) -> Tokenizer:
-        """The same tokenizer with its networks on a device."""
+        """Moves the networks to a device; returns the tokenizer."""
         self.model.to(device)
         for family in self.families:
             family.to(torch.device(device))
@@ -98,32 +98,30 @@ class Tokenizer:
         return self.model.feature_order.device
 
     def features(self, raw: Mapping[str, Any] | str | Path | list[str] | Any) -> NDArray[np.float32]:
-        """Cleaned, normalised features [N, F] of raw families, or of an HDF5 file; takes what `encode` takes.
+        """Cleaned, normalised features [N, F] of raw families or of an HDF5 file; same argument as `encode`.
 
         Raises:
-            DataError: a family is missing or unknown, of another shape, or holds an infinite value.
+            DataError: a family is missing, unknown or of another shape, or has an infinite value.
         """
         if _is_path(raw):
             return np.concatenate([x for _, x in self.features_file(raw)])
         return self._features(self._arrays(self._families_of(raw)), None)
 
     def encode(self, raw: Mapping[str, Any] | str | Path | list[str] | Any) -> Any:
-        """Tokens [N, G] int64 of raw families, or of an HDF5 file (path or glob).
+        """Tokens [N, G] int64 of raw families or of an HDF5 file.
 
-        A missing value (NaN, or masked in a numpy.ma array) takes the value that it took in training: by default the
-        median of the training rows.
-        Rows far outside of those of training are reported through `logging`.
+        Missing values (NaN, or masked in a numpy.ma array) are replaced as in training, by default with the median of
+        the training rows. Rows far outside the range of training are reported through `logging`.
 
         Args:
-            raw: {family: [N, ...]} numpy or torch, or a path, a glob, a list of paths; an array alone where the
-                tokenizer has one family. Raw values: features that are cleaned and normalised already are for
-                `model.get_tokens`.
+            raw: {family: [N, ...]} numpy or torch, or a path, a glob or a list of paths; a single array where the
+                tokenizer has one family. Values must be raw: use `model.get_tokens` for normalised features.
 
         Returns:
-            A torch tensor where a torch tensor was given, else a numpy array.
+            A torch tensor for torch tensors, else a numpy array.
 
         Raises:
-            DataError: see `features`; for a file also what `Source` finds.
+            DataError: see `features`; for a file also see `Source`.
         """
         if _is_path(raw):
             return np.concatenate([tokens for _, tokens in self.encode_file(raw)])
@@ -136,24 +134,26 @@ class Tokenizer:
         return torch.from_numpy(tokens) if as_torch else tokens
 
     def _families_of(self, raw: Any) -> Mapping[str, Any]:
-        """{family: array} of what a caller gave; raises DataError that says what is wanted."""
+        """{family: array} of an argument of `encode`; raises DataError naming the expected input."""
         if isinstance(raw, Mapping):
             return raw
-        wanted = ", ".join(f'"{f.name}": {_shape_text(f.row_shape)}' for f in self.families)
+        expected = ", ".join(f'"{f.name}": {_shape_text(f.row_shape)}' for f in self.families)
         if not isinstance(raw, (np.ndarray, Tensor)):
-            raise DataError(f"expected raw families {{{wanted}}} or the path of an HDF5 file, got {type(raw).__name__}")
+            raise DataError(
+                f"expected raw families {{{expected}}} or the path of an HDF5 file, got {type(raw).__name__}"
+            )
         if len(self.families) > 1:
             hint = ""
             if raw.ndim == 2 and raw.shape[1] == len(self.feature_names):
                 hint = "; for cleaned, normalised features: tokenizer.model.get_tokens(x)"
             raise DataError(
-                f"expected raw families {{{wanted}}} or the path of an HDF5 file, "
+                f"expected raw families {{{expected}}} or the path of an HDF5 file, "
                 f"got one array of shape {list(raw.shape)}{hint}"
             )
         return {self.families[0].name: raw}
 
     def _arrays(self, raw: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Raw families as tensors with the same number of rows; raises DataError."""
+        """Raw families as tensors with equal numbers of rows; raises DataError."""
         names = [family.name for family in self.families]
         if set(raw) != set(names):
             raise DataError(f"expected the families {', '.join(names)}, got {', '.join(map(str, raw)) or 'none'}")
@@ -201,8 +201,8 @@ class Tokenizer:
             for start, _, x in self.raw_and_features(source, memory_budget, check):
                 yield start, x
 
-    def source(self, path: str | Path | list[str]) -> FeatureSource:
-        """The families of an HDF5 file, to read; a context manager."""
+    def source(self, path: str | Path | list[str]) -> Source:
+        """Opens the families of an HDF5 file; a context manager."""
         paths = [str(part) for part in path] if isinstance(path, list) else str(path)
         return FeatureSource(
             paths, {family.name: family.dataset for family in self.families}, allow_external=self.allow_external
@@ -214,21 +214,21 @@ class Tokenizer:
         """(first row, raw families [B, ...] on the device, features [B, F]) of an open source, block by block.
 
         Args:
-            check: is told the features before clipping.
+            check: collects statistics of the features before clipping.
 
         Raises:
-            DataError: rows of another shape than in training, or what `features` refuses.
+            DataError: the rows have another shape than in training; see also `features`.
         """
         for family in self.families:
-            found = source.datasets[family.name]
-            if not family.fits(found.row_shape):
+            info = source.datasets[family.name]
+            if not family.accepts(info.row_shape):
                 raise DataError(
-                    f"{source.files[0]}: {found.path}: rows of shape {found.row_shape}, "
+                    f"{source.files[0]}: {info.path}: rows of shape {info.row_shape}, "
                     f"but the checkpoint was trained on {family.row_shape}"
                 )
         share = memory_budget // len(self.families)
         rows = min(block_rows(info, share) for info in source.datasets.values())
-        copy = rows * max(info.row_bytes for info in source.datasets.values())  # without NaN, of one family
+        copy = rows * max(info.row_bytes for info in source.datasets.values())  # one family without NaN
         names = [family.name for family in self.families]
         for start, raw in source.batches(names, rows, memory_budget - copy, self.device):
             with device_guard(self.device):
@@ -238,7 +238,7 @@ class Tokenizer:
             yield start, raw, self._prepare(encoded, place, check)
 
     def row_keys(self, raw: Mapping[str, Tensor]) -> NDArray[np.int64]:
-        """[B] keys of raw families {name: [B, ...]}, as `known_rows` has them."""
+        """[B] keys of raw families {name: [B, ...]}, comparable with `known_rows`."""
         keys: NDArray[np.int64] = sum(row_keys(raw[f.name], f.name) for f in self.families).cpu().numpy()  # type: ignore[union-attr]
         return keys
 
@@ -246,8 +246,8 @@ class Tokenizer:
         """Tokens [N, G] -> features [N, F] in the units of the cleaned features, see `feature_names`.
 
         Raises:
-            DataError: tokens are no whole numbers.
-            IndexError: a token outside its codebook.
+            DataError: a token is not a whole number.
+            IndexError: a token is outside of its codebook.
         """
         as_torch = isinstance(tokens, Tensor)
         given = to_real_tensor(tokens, "tokens")
@@ -262,10 +262,10 @@ class Tokenizer:
     def _prepare(
         self, columns: NDArray[np.float32], place: Callable[[int], str], check: InputCheck | None
     ) -> NDArray[np.float32]:
-        kept = self.cleaner.kept(columns)
+        selected = self.cleaner.select(columns)
         if check is not None:
-            check.add_features(kept)
-        x = self.normalizer(self.cleaner.clip(kept))
+            check.add_features(selected)
+        x = self.normalizer(self.cleaner.clip(selected))
         finite = np.isfinite(x).all(1)
         if not finite.all():
             row = int(np.argmin(finite))
@@ -277,15 +277,15 @@ class Tokenizer:
         with device_guard(self.device):
             tokens: NDArray[np.int64] = self.model.get_tokens(torch.from_numpy(x).to(self.device)).cpu().numpy()
         if (tokens < 0).any():
-            row, book = np.argwhere(tokens < 0)[0]
+            row, g = np.argwhere(tokens < 0)[0]
             raise DataError(
-                f"row {row} of a block overflows in the encoder of {self.model.codebook_names[book]}: "
-                "its features are far outside those of training"
+                f"row {start + row}: overflow in the encoder of {self.model.codebook_names[g]}: "
+                "its features are far outside the range of training"
             )
         if check.reference is not None:
-            some = slice(-start % check.stride, None, check.stride)
-            decoded = self.model.decode_from_tokens(torch.from_numpy(tokens[some]).to(self.device)).cpu().numpy()
-            check.add_errors(np.square(decoded - x[some]).mean(1))
+            sampled = slice(-start % check.stride, None, check.stride)
+            decoded = self.model.decode_from_tokens(torch.from_numpy(tokens[sampled]).to(self.device)).cpu().numpy()
+            check.add_errors(np.square(decoded - x[sampled]).mean(1))
         return tokens
 
     def _warn(self, check: InputCheck) -> None:
@@ -301,34 +301,33 @@ def write_tokens(
     memory_budget: int = _DEFAULT_BUDGET,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
-    """Tokens of an HDF5 file into another: dataset `tokens` [N, G], the narrowest unsigned integer.
+    """Writes the tokens of an HDF5 file to a file whose ending names the format; see `token_file`.
 
-    Attributes of the dataset: codebook_names, codebook_sizes, checkpoint_sha256.
+    Holds at most `memory_budget` bytes of raw values at once; an earlier file is replaced when all rows are written.
+
+    Args:
+        progress: called with (rows written, all rows).
 
     Returns:
-        N.
+        Number of rows.
 
     Raises:
+        ConfigError: the format needs a package that is not installed.
         DataError: the data cannot be read.
         OutputError: the file cannot be written, or is the input.
     """
     model = tokenizer.model
+    check_format(output)
     with tokenizer.source(data) as source:
         rows = source.rows
-        if any(os.path.exists(output) and output.samefile(file) for file in source.all_files):
-            raise OutputError(f"{output}: is the file that is read")
-    if os.path.isdir(output):
+        if any(output.exists() and output.samefile(file) for file in source.all_files):
+            raise OutputError(f"{output}: is the input file")
+    if output.is_dir():
         raise OutputError(f"{output}: is a directory; name a file")
-    largest = max(model.quantizer.num_codes)
-    dtype = next(kind for kind in (np.uint8, np.uint16, np.uint32) if largest - 1 <= np.iinfo(kind).max)
-    with locked_output_file(output), replacing_hdf5(output) as writer:
-        chunk = (min(rows, 8192), model.num_codebooks)
-        out = writer.file.create_dataset("tokens", (rows, model.num_codebooks), dtype, chunks=chunk, compression="gzip")
-        out.attrs["codebook_names"] = model.codebook_names
-        out.attrs["codebook_sizes"] = np.array(model.quantizer.num_codes)
-        out.attrs["checkpoint_sha256"] = tokenizer.checkpoint_hash
+    table = TokenTable(rows, model.codebook_names, model.quantizer.num_codes, tokenizer.checkpoint_hash)
+    with written_by_one(output), token_file(output, table) as write:
         for start, tokens in tokenizer.encode_file(data, memory_budget):
-            writer.write(out, start, tokens.astype(dtype))
+            write(tokens)
             if progress is not None:
                 progress(start + len(tokens), rows)
     return rows

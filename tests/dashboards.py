@@ -1,4 +1,4 @@
-"""Synthetic checkpoints of any number of categories, and what makes a picture readable."""
+"""Synthetic checkpoints with any number of categories, and checks of the readability of figures."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def synthetic_checkpoint(
     levels: Sequence[dict[str, int]] = (),
     seed: int = 1,
 ) -> Path:
-    """Trains a tokenizer on planted categories of the given sizes; data.h5 lies beside the checkpoint."""
+    """Trains a tokenizer on planted categories of the given sizes; data.h5 is in the parent directory."""
     directory.mkdir(parents=True, exist_ok=True)
     matrix = planted_matrix(rows, sizes, seed=seed)
     families = LONG_FAMILIES if long_names else SHORT
@@ -84,7 +84,7 @@ def synthetic_checkpoint(
 
 
 def assert_readable(figure: Figure) -> None:
-    """Text has at least 7 points, lies inside the figure and on nothing else that is written; no panel is empty."""
+    """Asserts that text has at least 7 points, lies inside the figure without overlap, and that no panel is empty."""
     canvas = figure.canvas
     assert isinstance(canvas, FigureCanvasAgg)
     canvas.draw()
@@ -93,7 +93,7 @@ def assert_readable(figure: Figure) -> None:
 
 
 def drawn_texts(figure: Figure) -> list[tuple[Text, Bbox]]:
-    """Every text that a reader sees, and where."""
+    """Every visible text and its position."""
     canvas = figure.canvas
     assert isinstance(canvas, FigureCanvasAgg)
     renderer = canvas.get_renderer()
@@ -126,7 +126,7 @@ def _text_problems(figure: Figure, texts: list[tuple[Text, Bbox]]) -> list[str]:
 
 
 def _boxes_of(text: Text) -> list[Bbox]:
-    """The drawn box (of a schematic) that a text has its middle in."""
+    """The boxes of a schematic that contain the centre of a text."""
     if text.axes is None:
         return []
     box = text.get_window_extent()
@@ -136,7 +136,7 @@ def _boxes_of(text: Text) -> list[Bbox]:
 
 
 def _panel_problems(figure: Figure) -> list[str]:
-    """Empty panels, and texts of one that lie on another."""
+    """Empty panels, and texts that overlap another panel."""
     found = []
     canvas = figure.canvas
     assert isinstance(canvas, FigureCanvasAgg)
@@ -156,5 +156,5 @@ def _panel_problems(figure: Figure) -> list[str]:
 
 
 def _overlap(a: Bbox, b: Bbox) -> bool:
-    """More than the half pixel that rounding makes."""
+    """Whether two boxes overlap by more than half a pixel."""
     return min(a.x1, b.x1) - max(a.x0, b.x0) > 0.5 and min(a.y1, b.y1) - max(a.y0, b.y0) > 0.5

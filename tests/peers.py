@@ -1,4 +1,4 @@
-"""Our quantizers beside those of vector-quantize-pytorch, started from the same weights and fed the same batches."""
+"""Comparison with the quantizers of vector-quantize-pytorch on the same weights and batches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import spinlock_fast
 
 
 def pair(name: str, seed: int = 3, **arguments: Any) -> tuple[nn.Module, nn.Module]:
-    """Theirs and ours, with one state dict."""
+    """The reference layer and ours with the same state dict."""
     import vector_quantize_pytorch
 
     torch.manual_seed(seed)
@@ -28,7 +28,7 @@ def batches(shape: tuple[int, ...], steps: int) -> Iterator[Tensor]:
 
 
 def step(module: nn.Module, x: Tensor, differentiable: bool = True, **call: Any) -> tuple[Any, list[Tensor]]:
-    """What `forward` returns and the gradients of the input and of the parameters, which it then moves a bit."""
+    """Outputs of `forward` and gradients of the input and the parameters, followed by a small parameter step."""
     leaf = x.clone().requires_grad_(differentiable)
     torch.manual_seed(7)
     returned = module(leaf, **call)
@@ -46,7 +46,7 @@ def step(module: nn.Module, x: Tensor, differentiable: bool = True, **call: Any)
 
 
 def assert_alike(theirs: Any, ours: Any, where: str, tolerance: float = 1e-3) -> None:
-    """Equal shapes, types and integers; other numbers within a share of the largest."""
+    """Equal shapes, types and integers; floats within a tolerance relative to the largest."""
     if not isinstance(theirs, Tensor):
         for i, (one, other) in enumerate(zip(theirs, ours, strict=True)):
             assert_alike(one, other, f"{where}[{i}]", tolerance)
@@ -70,7 +70,7 @@ def assert_same_training(
     differentiable: bool = True,
     call: Callable[[int], dict[str, Any]] = lambda step: {},
 ) -> None:
-    """Outputs, gradients and states of `steps` steps agree, then outputs in eval mode, then weights go back."""
+    """Outputs, gradients and states of `steps` steps agree, outputs in eval mode agree, and weights load back."""
     theirs, ours = pair(name, **arguments)
     assert list(theirs.state_dict()) == list(ours.state_dict())
     for i, x in enumerate(batches(shape, steps)):

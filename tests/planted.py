@@ -1,4 +1,4 @@
-"""Operators whose tokens are known to depend on one parameter, or on nothing."""
+"""Synthetic operators whose tokens depend on one parameter, or on none."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SIZES = {"slow": 4, "fast": 3}  # features of the categories
 NUM_CODES = [6, 4, 3, 6, 4, 3]
 
 
-def codebooks(seed: int = 0) -> Codebooks:
+def planted_codebooks(seed: int = 0) -> Codebooks:
     rng = np.random.default_rng(seed)
     names = [(category, level) for category in SIZES for level in range(3)]
     return Codebooks(
@@ -25,7 +25,7 @@ def codebooks(seed: int = 0) -> Codebooks:
 
 
 def operators(rows: int, *, seed: int, dependent: bool = True) -> Observations:
-    """Tokens of category "slow" follow theta "step", with noise, where `dependent`; all others follow nothing.
+    """Tokens of category "slow" depend on theta "step" with noise, where `dependent`; others are independent.
 
     Features of "slow" follow its level-0 token; other features, parameters and labels are noise.
     """
@@ -40,7 +40,7 @@ def operators(rows: int, *, seed: int, dependent: bool = True) -> Observations:
     if dependent:
         features[:, :2] += tokens[:, :1]
     return Observations(
-        codebooks(),
+        planted_codebooks(),
         np.arange(rows) * 10,
         tokens,
         rng.random((rows, 6), dtype=np.float32),
@@ -59,7 +59,7 @@ def operators(rows: int, *, seed: int, dependent: bool = True) -> Observations:
 
 
 def rows_where(table: dict[str, Any], **values: object) -> np.ndarray[Any, Any]:
-    """Numbers of the rows of a table whose columns have these values."""
+    """Indices of the rows of a table with the given column values."""
     chosen = np.ones(len(next(iter(table.values()))), bool)
     for name, value in values.items():
         chosen &= table[name] == value

@@ -1,4 +1,4 @@
-"""Small files in the place of a run's, for tests and for the processes that they start: nothing here imports torch."""
+"""Small files in place of those of a run, for tests and their subprocesses; does not import torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def fill(directory: Path, text: str, names: tuple[str, ...] = NAMES, board: bool
 
 
 def contents(directory: Path) -> dict[str, str]:
-    """Relative path -> text of every file that is not hidden."""
+    """Relative path -> text of every non-hidden file."""
     return {
         str(path.relative_to(directory)): path.read_text()
         for path in sorted(directory.rglob("*"))

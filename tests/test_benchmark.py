@@ -1,4 +1,4 @@
-"""The timed step is the Trainer's own."""
+"""The benchmark times the step of the Trainer."""
 
 from __future__ import annotations
 

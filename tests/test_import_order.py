@@ -1,4 +1,4 @@
-"""Imports run one way between the rooms of the package, and never in a circle."""
+"""Imports between the folders of the package run one way and without cycles."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def modules() -> dict[str, Path]:
 
 
 def imports_of(path: Path, known: dict[str, Path]) -> Iterator[str]:
-    """Modules of the package that a file imports when it is imported, or later inside of a function."""
+    """Modules of the package that a file imports, at the top or inside of functions."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -70,7 +70,7 @@ def graph() -> dict[str, set[str]]:
 
 
 def room(module: str) -> str:
-    """The first part of a dotted name; a door is a room of its own."""
+    """The top-level folder or module of a dotted name; each command module counts separately."""
     return module if module in DOORS else module.split(".")[0]
 
 

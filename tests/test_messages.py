@@ -2,7 +2,7 @@ import time
 
 import pytest
 
-from spinlock_fast.messages import one_line, printable, shown
+from spinlock_fast.messages import format_bytes, one_line, printable, shown
 
 
 @pytest.mark.parametrize(
@@ -47,3 +47,18 @@ def test_short_values_are_shown_as_python_writes_them():
     for value in (3, "text", [1, 2.5], {"a": [1]}, None, True):
         assert shown(value) == repr(value)
     assert shown("\x1b[31m") == repr("\x1b[31m")
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (36_900, "36.9 kB"),
+        (999_900, "1 MB"),
+        (1.25e9, "1.25 GB"),
+        (4e15, "4e+03 TB"),
+    ],
+)
+def test_bytes_have_three_digits_and_a_unit(size, text):
+    assert format_bytes(size) == text

@@ -68,7 +68,9 @@ def resolve_backend(name: str, *tensors: Tensor) -> str:
         if device.type != "cuda" and not _interpreted():
             raise RuntimeError(f"backend triton: needs a CUDA device, the tensors are on {device.type}")
     if not torch.compiler.is_compiling():
-        _log_once(name, device.type)
+        native = name == "reference" and device.type == "cpu" and not has_float64
+        native = native and os.environ.get(VARIABLE, "auto") == "auto"
+        _log_once("native" if native else name, device.type)
     return name
 
 

@@ -1,4 +1,4 @@
-"""Tokens against conditions, and tokens against tokens."""
+"""Associations of tokens with conditions, and of tokens with each other."""
 
 from __future__ import annotations
 
@@ -10,39 +10,40 @@ from scipy.sparse import csr_matrix
 
 from spinlock_fast.analysis.codes import code_columns
 from spinlock_fast.analysis.conditions import Condition
-from spinlock_fast.analysis.contingency import PermutationTest, contingency, settle
+from spinlock_fast.analysis.contingency import PermutationTest, contingency, run_permutation_tests
 from spinlock_fast.analysis.observations import Observations
 from spinlock_fast.analysis.significance import Counts, false_discovery_rate, hypergeometric_p, wilson_interval
 from spinlock_fast.analysis.tables import Table
 
-_MOST_PAIRED_CODES = 2000
+_MAX_PAIRED_CODES = 2000
 
 
 def associations_table(
     observed: Observations, conditions: Sequence[Condition], alpha: float, generator: np.random.Generator
 ) -> Table:
-    """A row per codebook and condition: adjusted mutual information beside its permutation null.
+    """One row per codebook and condition: adjusted mutual information and its permutation test.
 
-    Columns: information (nats), ami, null_q95 (95 % quantile of the AMI of shuffled labels), tables (drawn), p, and q
-    over all rows.
+    Columns: information (nats), ami, null_q95 (95 % quantile of the AMI under permutation), tables (number drawn), p,
+    and q over all rows.
     """
-    books = observed.books
+    codebooks = observed.codebooks
     tests = [
         PermutationTest(
-            contingency(observed.tokens[:, g], condition.codes, (books.num_codes[g], len(condition.levels))), generator
+            contingency(observed.tokens[:, g], condition.codes, (codebooks.num_codes[g], len(condition.levels))),
+            generator,
         )
-        for g in range(len(books.names))
+        for g in range(len(codebooks.names))
         for condition in conditions
     ]
-    settle(tests, alpha)
+    run_permutation_tests(tests, alpha)
     p = np.array([test.p for test in tests])
-    g = np.repeat(np.arange(len(books.names)), len(conditions))
+    g = np.repeat(np.arange(len(codebooks.names)), len(conditions))
     return {
-        "codebook": np.array(books.names)[g],
-        "category": np.array(books.categories)[g],
-        "level": np.array(books.levels)[g],
-        "condition": np.tile(np.array([c.name for c in conditions], dtype=str), len(books.names)),
-        "kind": np.tile(np.array([c.kind for c in conditions], dtype=str), len(books.names)),
+        "codebook": np.array(codebooks.names)[g],
+        "category": np.array(codebooks.categories)[g],
+        "level": np.array(codebooks.levels)[g],
+        "condition": np.tile(np.array([c.name for c in conditions], dtype=str), len(codebooks.names)),
+        "kind": np.tile(np.array([c.kind for c in conditions], dtype=str), len(codebooks.names)),
         "information_nats": np.array([test.information for test in tests]),
         "ami": np.array([test.ami for test in tests]),
         "null_q95": np.array([test.null_quantile(0.95) for test in tests]),
@@ -53,14 +54,14 @@ def associations_table(
 
 
 def lifts_table(observed: Observations, conditions: Sequence[Condition], counts: Counts) -> Table:
-    """A row per used code and level of a condition.
+    """One row per code in use and level of a condition.
 
-    share = P(level | code); lift = share / P(level), its interval that of the share (Wilson, 95 %) over P(level);
+    share = P(level | code); lift = share / P(level) with the 95 % Wilson interval of the share divided by P(level);
     p of Fisher's exact test, q over all rows.
     """
     N = len(observed.tokens)
     used = np.flatnonzero(counts)
-    codes = observed.tokens + observed.books.offsets[:-1]
+    codes = observed.tokens + observed.codebooks.offsets[:-1]
     parts = []
     for condition in conditions:
         L = len(condition.levels)
@@ -90,18 +91,18 @@ def lifts_table(observed: Observations, conditions: Sequence[Condition], counts:
 def cooccurrence_table(
     observed: Observations, members: csr_matrix, counts: Counts, alpha: float, notes: list[str]
 ) -> Table:
-    """A row per pair of codes of two categories that meet more, or less, often than chance has it (q <= alpha).
+    """One row per pair of codes of two categories that co-occur more or less often than by chance (q <= alpha).
 
-    lift = P(a and b) / (P(a) P(b)); p of Fisher's exact test; q over all pairs of used codes.
+    lift = P(a and b) / (P(a) P(b)); p of Fisher's exact test; q over all pairs of codes in use.
     """
     N = len(observed.tokens)
     used = np.flatnonzero(counts)
-    if used.size > _MOST_PAIRED_CODES:
-        used = np.sort(used[np.argsort(-counts[used], kind="stable")[:_MOST_PAIRED_CODES]])
-        notes.append(f"pairs of codes were sought among the {_MOST_PAIRED_CODES:,} codes with most operators")
-    book = np.searchsorted(observed.books.offsets, used, side="right") - 1
-    number = {name: i for i, name in enumerate(observed.books.of_category())}
-    category = np.array([number[name] for name in observed.books.categories])[book]
+    if used.size > _MAX_PAIRED_CODES:
+        used = np.sort(used[np.argsort(-counts[used], kind="stable")[:_MAX_PAIRED_CODES]])
+        notes.append(f"pairs of codes were tested among the {_MAX_PAIRED_CODES:,} most frequent codes")
+    codebook = np.searchsorted(observed.codebooks.offsets, used, side="right") - 1
+    number = {name: i for i, name in enumerate(observed.codebooks.by_category())}
+    category = np.array([number[name] for name in observed.codebooks.categories])[codebook]
     own = members[used]
     together = np.asarray((own @ own.T).todense(), np.int64)
     first, second = np.nonzero(category[:, None] < category[None])
@@ -109,21 +110,21 @@ def cooccurrence_table(
     a, b = counts[used[first]], counts[used[second]]
     p = hypergeometric_p(n, a, b, N)
     q = false_discovery_rate(p)
-    kept = np.flatnonzero(q <= alpha)
-    kept = kept[np.argsort(p[kept], kind="stable")]
+    significant = np.flatnonzero(q <= alpha)
+    significant = significant[np.argsort(p[significant], kind="stable")]
     expected = a * b / N
-    table: Table = {f"{name}_a": values for name, values in code_columns(observed, used[first[kept]]).items()}
-    table |= {f"{name}_b": values for name, values in code_columns(observed, used[second[kept]]).items()}
+    table: Table = {f"{name}_a": values for name, values in code_columns(observed, used[first[significant]]).items()}
+    table |= {f"{name}_b": values for name, values in code_columns(observed, used[second[significant]]).items()}
     return table | {
-        "count": n[kept],
-        "expected": expected[kept],
-        "lift": n[kept] / expected[kept],
-        "p": p[kept],
-        "q": q[kept],
+        "count": n[significant],
+        "expected": expected[significant],
+        "lift": n[significant] / expected[significant],
+        "p": p[significant],
+        "q": q[significant],
     }
 
 
 def code_counts(observed: Observations) -> Counts:
-    """[sum K] operators of each code."""
-    codes: NDArray[np.int64] = observed.tokens + observed.books.offsets[:-1]
-    return np.bincount(codes.ravel(), minlength=int(observed.books.offsets[-1]))
+    """[sum K] number of operators of each code."""
+    codes: NDArray[np.int64] = observed.tokens + observed.codebooks.offsets[:-1]
+    return np.bincount(codes.ravel(), minlength=int(observed.codebooks.offsets[-1]))

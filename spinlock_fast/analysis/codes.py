@@ -1,4 +1,4 @@
-"""What each code stands for: its operators, and how their features differ from those of all others."""
+"""Description of each code: its operators, and how their features differ from those of all others."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from spinlock_fast.data.window_sizes import available_cpus
 from spinlock_fast.features.statistics import robust_scale
 
 _COLUMNS_AT_ONCE = 32
-_MOST_ROWS = 1_000_000
-_PROFILE_ROWS = 500  # of a code; the standard error of a median of so many is 6 % of the spread
+_MAX_TABLE_ROWS = 1_000_000
+_PROFILE_ROWS = 500  # operators per code; the standard error of their median is 6 % of the spread
 
 
 def one_hot(tokens: NDArray[np.int64], offsets: NDArray[np.int64]) -> csr_matrix:
-    """[sum K, N] with a 1 where an operator has a code."""
+    """[sum K, N] membership matrix: 1 where an operator has a code."""
     N, G = tokens.shape
     codes = (tokens + offsets[:-1]).ravel(order="F")
     rows = np.tile(np.arange(N), G)
@@ -32,12 +32,12 @@ def one_hot(tokens: NDArray[np.int64], offsets: NDArray[np.int64]) -> csr_matrix
 
 
 def code_auc(members: csr_matrix, x: NDArray[np.floating]) -> tuple[Array, Array]:
-    """[sum K, F] how well each feature alone tells the operators of a code from all others, and its p value.
+    """[sum K, F] AUC of each feature for separating the operators of a code from all others, and its p value.
 
-    AUC = (R - n (n + 1) / 2) / (n (N - n)), R the sum of the ranks of the n operators (Mann and Whitney 1947; ties
-    count half): the probability that the feature is greater for an operator of the code than for another one. p is
-    two-sided, by the normal limit with the variance n (N - n) / (N - 1) var(ranks), which is exact with ties.
-    NaN where a code has no operator, or all of them.
+    AUC = (R - n (n + 1) / 2) / (n (N - n)), with R the rank sum of the n operators (Mann and Whitney 1947; ties count
+    half): the probability that the feature is larger for an operator of the code than for another operator. p is
+    two-sided, from the normal approximation with the tie-corrected variance n (N - n) / (N - 1) var(ranks).
+    NaN where a code has no operators or all of them.
     """
     N, F = x.shape
     n = np.diff(members.indptr).astype(np.float64)[:, None]
@@ -53,12 +53,12 @@ def code_auc(members: csr_matrix, x: NDArray[np.floating]) -> tuple[Array, Array
         away = total - n * (N + 1) / 2
         p[both, columns] = normal_p(np.divide(away, deviation, out=np.zeros_like(away), where=deviation > 0))
 
-    _for_columns(work, F)
+    _map_column_blocks(work, F)
     return auc, p
 
 
 def mid_ranks(x: NDArray[np.floating]) -> Array:
-    """[N, F] rank of each value in its column, from 1; equal values share the mean of theirs."""
+    """[N, F] rank of each value in its column, from 1; ties get the mean of their ranks."""
     values = np.ascontiguousarray(x.T)
     ranks = np.empty(x.shape)
     for i, column in enumerate(values):
@@ -71,9 +71,9 @@ def mid_ranks(x: NDArray[np.floating]) -> Array:
 
 
 def code_quartiles(members: csr_matrix, x: NDArray[np.floating]) -> Array:
-    """[3, sum K, F] quartiles of each feature among the operators of each code; NaN for an unused code.
+    """[3, sum K, F] quartiles of each feature over the operators of each code; NaN for an unused code.
 
-    Of a code with more than 500 operators, 500 spread evenly are taken.
+    At most 500 evenly spaced operators of a code are used.
     """
     out = np.full((3, members.shape[0], x.shape[1]), np.nan)
 
@@ -82,15 +82,17 @@ def code_quartiles(members: csr_matrix, x: NDArray[np.floating]) -> Array:
         for code in range(members.shape[0]):
             rows = members.indices[members.indptr[code] : members.indptr[code + 1]]
             if rows.size:
-                some = rows[np.linspace(0, rows.size - 1, min(rows.size, _PROFILE_ROWS)).astype(np.int64)]
-                out[:, code, columns] = np.quantile(values[:, some], [0.25, 0.5, 0.75], axis=1, overwrite_input=True)
+                evenly_spaced = rows[np.linspace(0, rows.size - 1, min(rows.size, _PROFILE_ROWS)).astype(np.int64)]
+                out[:, code, columns] = np.quantile(
+                    values[:, evenly_spaced], [0.25, 0.5, 0.75], axis=1, overwrite_input=True
+                )
 
-    _for_columns(work, x.shape[1])
+    _map_column_blocks(work, x.shape[1])
     return out
 
 
-def _for_columns(work: Callable[[slice], None], columns: int) -> None:
-    """Calls `work` for a few columns at a time, on all processors; numpy sorts without Python's lock."""
+def _map_column_blocks(work: Callable[[slice], None], columns: int) -> None:
+    """Calls `work` for blocks of columns on all processors; numpy releases the GIL while it sorts."""
     blocks = [slice(start, start + _COLUMNS_AT_ONCE) for start in range(0, columns, _COLUMNS_AT_ONCE)]
     with ThreadPoolExecutor(available_cpus()) as pool:
         for _ in pool.map(work, blocks):
@@ -98,12 +100,12 @@ def _for_columns(work: Callable[[slice], None], columns: int) -> None:
 
 
 def codes_table(observed: Observations, counts: Counts) -> Table:
-    """A row per code: operators, share, distance and margin."""
-    books, N = observed.books, len(observed.tokens)
-    total = int(books.offsets[-1])
+    """One row per code: number and share of operators, median distance and margin."""
+    codebooks, N = observed.codebooks, len(observed.tokens)
+    total = int(codebooks.offsets[-1])
     distance, margin = np.full(total, np.nan), np.full(total, np.nan)
-    for g, first in enumerate(books.offsets[:-1]):
-        for code, rows in enumerate(_rows_by_code(observed.tokens[:, g], books.num_codes[g])):
+    for g, first in enumerate(codebooks.offsets[:-1]):
+        for code, rows in enumerate(_rows_by_code(observed.tokens[:, g], codebooks.num_codes[g])):
             if rows.size:
                 distance[first + code] = np.median(observed.distance[rows, g])
                 margin[first + code] = np.median(observed.margin[rows, g])
@@ -117,24 +119,24 @@ def codes_table(observed: Observations, counts: Counts) -> Table:
 
 
 def code_columns(observed: Observations, codes: NDArray[np.int64]) -> Table:
-    """Codebook, category, level and code of numbers among all codes."""
-    books = observed.books
-    g = np.searchsorted(books.offsets, codes, side="right") - 1
+    """Columns codebook, category, level and code of indices into all codes."""
+    codebooks = observed.codebooks
+    g = np.searchsorted(codebooks.offsets, codes, side="right") - 1
     return {
-        "codebook": np.array(books.names)[g],
-        "category": np.array(books.categories)[g],
-        "level": np.array(books.levels)[g],
-        "code": codes - books.offsets[g],
+        "codebook": np.array(codebooks.names)[g],
+        "category": np.array(codebooks.categories)[g],
+        "level": np.array(codebooks.levels)[g],
+        "code": codes - codebooks.offsets[g],
     }
 
 
 def features_table(observed: Observations, members: csr_matrix, notes: list[str]) -> Table:
-    """A row per used code and feature: quartiles, robust z, AUC, p, and q over all of them.
+    """One row per code in use and feature: quartiles, robust z, AUC, p, and q over all rows.
 
-    Where that is more than a million rows, every code keeps the features with the clearest AUC, and a note says so.
+    Beyond a million rows, only the features with the largest |AUC - 0.5| of each code are kept, with a note.
     """
     used = np.flatnonzero(np.diff(members.indptr))
-    measured, measured_names = _without_gaps(observed.measured, observed.measured_names)
+    measured, measured_names = _fill_missing(observed.measured, observed.measured_names)
     parts = []
     for kind, x, names in (
         ("model", observed.features, observed.feature_names),
@@ -147,11 +149,11 @@ def features_table(observed: Observations, members: csr_matrix, notes: list[str]
     columns["q"] = false_discovery_rate(columns["p"])
     F = columns["q"].shape[1]
     codes = np.repeat(used, F).reshape(-1, F)
-    if (kept := max(1, _MOST_ROWS // max(used.size, 1))) < F:
-        notes.append(f"features: of every code only the {kept} with the clearest AUC")
-        best = np.sort(np.argsort(-np.abs(columns["auc"] - 0.5), axis=1, kind="stable")[:, :kept], axis=1)
+    if (num_features := max(1, _MAX_TABLE_ROWS // max(used.size, 1))) < F:
+        notes.append(f"features: only the {num_features} with the largest |AUC - 0.5| of each code")
+        best = np.sort(np.argsort(-np.abs(columns["auc"] - 0.5), axis=1, kind="stable")[:, :num_features], axis=1)
         columns = {name: np.take_along_axis(values, best, 1) for name, values in columns.items()}
-        codes = codes[:, :kept]
+        codes = codes[:, :num_features]
     order = ("kind", "feature", "q25", "median", "q75", "median_all", "robust_z", "auc", "p", "q")
     return {**code_columns(observed, codes.ravel()), **{name: columns[name].ravel() for name in order}}
 
@@ -172,40 +174,40 @@ def _profiles(members: csr_matrix, x: NDArray[np.floating], used: NDArray[np.int
     }
 
 
-def _without_gaps(x: NDArray[np.float32], names: list[str]) -> tuple[NDArray[np.float32], list[str]]:
-    """Columns that vary, their NaN replaced by the median."""
+def _fill_missing(x: NDArray[np.float32], names: list[str]) -> tuple[NDArray[np.float32], list[str]]:
+    """Non-constant columns and their names, with NaN replaced by the column median."""
     medians = {}
     for i in range(x.shape[1]):
         known = x[np.isfinite(x[:, i]), i]
         if known.size and known.min() < known.max():
             medians[i] = np.median(known)
-    kept = np.ascontiguousarray(x[:, list(medians)])
-    for column, median in zip(kept.T, medians.values(), strict=True):
+    filled = np.ascontiguousarray(x[:, list(medians)])
+    for column, median in zip(filled.T, medians.values(), strict=True):
         column[~np.isfinite(column)] = median
-    return kept, [names[i] for i in medians]
+    return filled, [names[i] for i in medians]
 
 
 def samples_table(observed: Observations, per_kind: int, generator: np.random.Generator) -> Table:
-    """Operators that show a code: the nearest to it, some at random, those nearly given another code."""
-    found: dict[str, list[int | str | float]] = {
+    """Example operators of each code: the nearest, random ones, and those nearest to another code."""
+    columns: dict[str, list[int | str | float]] = {
         name: [] for name in ("all_code", "kind", "rank", "row", "distance", "margin")
     }
-    books = observed.books
-    for g, first in enumerate(books.offsets[:-1].tolist()):
+    codebooks = observed.codebooks
+    for g, first in enumerate(codebooks.offsets[:-1].tolist()):
         distance, margin = observed.distance[:, g], observed.margin[:, g]
-        for code, rows in enumerate(_rows_by_code(observed.tokens[:, g], books.num_codes[g])):
+        for code, rows in enumerate(_rows_by_code(observed.tokens[:, g], codebooks.num_codes[g])):
             chosen = {
                 "nearest": rows[np.argsort(distance[rows], kind="stable")[:per_kind]],
                 "random": generator.permutation(rows)[:per_kind],
                 "boundary": rows[np.argsort(margin[rows], kind="stable")[:per_kind]],
             }
-            for kind, some in chosen.items():
-                for rank, row in enumerate(some.tolist()):
+            for kind, examples in chosen.items():
+                for rank, row in enumerate(examples.tolist()):
                     values = (first + code, kind, rank, int(observed.rows[row]), distance[row], margin[row])
-                    for column, value in zip(found.values(), values, strict=True):
+                    for column, value in zip(columns.values(), values, strict=True):
                         column.append(value)
-    codes = np.array(found.pop("all_code"), np.int64)
-    return {**code_columns(observed, codes), **{name: np.array(values) for name, values in found.items()}}
+    codes = np.array(columns.pop("all_code"), np.int64)
+    return {**code_columns(observed, codes), **{name: np.array(values) for name, values in columns.items()}}
 
 
 def _rows_by_code(tokens: NDArray[np.int64], codes: int) -> list[NDArray[np.int64]]:

@@ -1,4 +1,4 @@
-"""Conditions of an operator as labels: parameters in bins, texts as they are."""
+"""Conditions of operators as discrete labels: binned parameters, and text labels."""
 
 from __future__ import annotations
 
@@ -10,38 +10,38 @@ from numpy.typing import NDArray
 
 from spinlock_fast.analysis.observations import Observations
 
-_DISTINCT = 12  # a number that takes no more values than this is a choice, not a quantity
-_MOST_TEXTS = 64
+_MAX_DISTINCT_VALUES = 12  # a parameter with at most so many values is treated as categorical
+_MAX_TEXTS = 64
 
 
 @dataclass(frozen=True)
 class Condition:
-    """A label of every operator."""
+    """A discrete label of every operator."""
 
     name: str
     kind: str  # "theta" or "label"
     codes: NDArray[np.int64]  # [N]
-    levels: list[str]  # what each code means
+    levels: list[str]  # text of each code
 
     @property
     def counts(self) -> NDArray[np.int64]:
         return np.bincount(self.codes, minlength=len(self.levels))
 
 
-def conditions_of(observed: Observations, bins: int) -> tuple[list[Condition], list[str]]:
-    """Conditions that vary, and notes about those that do not."""
-    found = [binned(name, values, bins) for name, values in observed.parameters.items()]
-    found += [labelled(name, values) for name, values in observed.labels.items()]
-    varying = [condition for condition in found if len(condition.levels) > 1]
-    notes = [f"{c.name} is the same for all operators" for c in found if len(c.levels) < 2]
+def make_conditions(observed: Observations, bins: int) -> tuple[list[Condition], list[str]]:
+    """Conditions that vary, and a note for each constant one."""
+    conditions = [bin_parameter(name, values, bins) for name, values in observed.parameters.items()]
+    conditions += [label_condition(name, values) for name, values in observed.labels.items()]
+    varying = [condition for condition in conditions if len(condition.levels) > 1]
+    notes = [f"{c.name} is the same for all operators" for c in conditions if len(c.levels) < 2]
     return varying, notes
 
 
-def binned(name: str, values: NDArray[np.float64], bins: int) -> Condition:
-    """A parameter [N]: each value a level where there are at most 12, else quantile bins of about equal counts."""
+def bin_parameter(name: str, values: NDArray[np.float64], bins: int) -> Condition:
+    """A parameter [N] as a condition: one level per value up to 12 distinct values, else quantile bins."""
     known = np.isfinite(values)
     distinct = np.unique(values[known])
-    if distinct.size <= _DISTINCT:
+    if distinct.size <= _MAX_DISTINCT_VALUES:
         codes = np.searchsorted(distinct, values)
         levels = [f"{value:g}" for value in distinct]
     else:
@@ -54,12 +54,12 @@ def binned(name: str, values: NDArray[np.float64], bins: int) -> Condition:
     return Condition(name, "theta", codes.astype(np.int64), levels)
 
 
-def labelled(name: str, values: NDArray[Any]) -> Condition:
-    """A label [N]: each text a level; beyond the 63 most frequent ones they are "other"."""
+def label_condition(name: str, values: NDArray[Any]) -> Condition:
+    """A label [N] as a condition: one level per text; beyond the 63 most frequent texts, "other"."""
     distinct, codes, counts = np.unique(values, return_inverse=True, return_counts=True)
     levels = [str(value) for value in distinct]
-    if len(levels) > _MOST_TEXTS:
-        common = np.argsort(-counts, kind="stable")[: _MOST_TEXTS - 1]
+    if len(levels) > _MAX_TEXTS:
+        common = np.argsort(-counts, kind="stable")[: _MAX_TEXTS - 1]
         number = np.full(len(levels), common.size)
         number[common] = np.arange(common.size)
         codes, levels = number[codes], [levels[i] for i in common] + ["other"]

@@ -1,4 +1,4 @@
-"""Operators alike in their tokens."""
+"""Nearest neighbours of operators by the distance of their tokens."""
 
 from __future__ import annotations
 
@@ -12,48 +12,48 @@ from spinlock_fast.analysis.observations import Codebooks, Observations
 from spinlock_fast.analysis.tables import Table
 
 _ROWS_AT_ONCE = 8192
-_SPARE = 8  # candidates more than asked for, so that float32 does not decide between near ones
+_SPARE_CANDIDATES = 8  # extra candidates, since float32 distances may swap near ones
 
 
-def code_coordinates(books: Codebooks, tokens: NDArray[np.int64]) -> list[NDArray[np.float32]]:
-    """Per codebook [K, D]: code vectors in the unit of the token distance.
+def code_coordinates(codebooks: Codebooks, tokens: NDArray[np.int64]) -> list[NDArray[np.float32]]:
+    """Scaled code vectors [K, D] per codebook, whose Euclidean distance is the token distance.
 
-    d(i, j)^2 = mean over codebooks of |e_i - e_j|^2 / s, with s the mean of |e_i - e_j|^2 over all pairs of operators:
-    near codes count as near, and every codebook counts alike, whatever its scale and dimensions. Two operators are
-    1 apart in the mean (of squares), 0 where all tokens agree. A codebook with one code in use counts as 0.
+    d(i, j)^2 = mean over codebooks of |e_i - e_j|^2 / s, with s the mean of |e_i - e_j|^2 over all pairs of operators,
+    so that every codebook has the same weight. The mean of d^2 is 1; d is 0 where all tokens agree. A codebook with one
+    code in use contributes 0.
     """
     scaled = []
-    for g, vectors in enumerate(books.vectors):
-        share = np.bincount(tokens[:, g], minlength=books.num_codes[g]) / len(tokens)
+    for g, vectors in enumerate(codebooks.vectors):
+        share = np.bincount(tokens[:, g], minlength=codebooks.num_codes[g]) / len(tokens)
         codes = vectors.astype(np.float64)
         mean = share @ codes
         spread = 2.0 * float(share @ np.square(codes - mean).sum(1))
-        factor = 1.0 / np.sqrt(spread * len(books.vectors)) if spread > 0 else 0.0
+        factor = 1.0 / np.sqrt(spread * len(codebooks.vectors)) if spread > 0 else 0.0
         scaled.append(((codes - mean) * factor).astype(np.float32))
     return scaled
 
 
 def nearest_operators(
-    books: Codebooks, tokens: NDArray[np.int64], queries: NDArray[np.int64], count: int
+    codebooks: Codebooks, tokens: NDArray[np.int64], queries: NDArray[np.int64], count: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """[Q, count] rows nearest to each query row, itself left out, and their distances, in rising order."""
-    coordinates = code_coordinates(books, tokens)
-    wanted = _place(coordinates, tokens[queries])
+    """[Q, count] nearest rows of each query row except itself, and their distances, in ascending order."""
+    coordinates = code_coordinates(codebooks, tokens)
+    query_points = _token_coordinates(coordinates, tokens[queries])
     rows = np.empty((len(queries), 0), np.int64)
     square = np.empty((len(queries), 0), np.float32)
-    kept = min(count + _SPARE, len(tokens) - 1)
+    num_candidates = min(count + _SPARE_CANDIDATES, len(tokens) - 1)
     for start in range(0, len(tokens), _ROWS_AT_ONCE):
-        here = _place(coordinates, tokens[start : start + _ROWS_AT_ONCE])
-        found = wanted @ here.T
-        found *= -2.0
-        found += np.square(here).sum(1)  # |query|^2 is the same for all
-        found[_same(queries, start, len(here))] = np.inf
-        best = np.argpartition(found, min(kept, len(here)) - 1, axis=1)[:, :kept]
+        block = _token_coordinates(coordinates, tokens[start : start + _ROWS_AT_ONCE])
+        square_distance = query_points @ block.T
+        square_distance *= -2.0
+        square_distance += np.square(block).sum(1)  # without |query|^2, which does not change the order
+        square_distance[_query_positions(queries, start, len(block))] = np.inf
+        best = np.argpartition(square_distance, min(num_candidates, len(block)) - 1, axis=1)[:, :num_candidates]
         rows = np.concatenate([rows, best + start], axis=1)
-        square = np.concatenate([square, np.take_along_axis(found, best, 1)], axis=1)
-        order = np.argsort(square, axis=1, kind="stable")[:, :kept]
+        square = np.concatenate([square, np.take_along_axis(square_distance, best, 1)], axis=1)
+        order = np.argsort(square, axis=1, kind="stable")[:, :num_candidates]
         rows, square = np.take_along_axis(rows, order, 1), np.take_along_axis(square, order, 1)
-    distance = _exact(coordinates, tokens, queries, rows)
+    distance = _exact_distances(coordinates, tokens, queries, rows)
     order = np.lexsort((rows, distance), axis=1)[:, :count]
     return np.take_along_axis(rows, order, 1), np.take_along_axis(distance, order, 1)
 
@@ -61,7 +61,7 @@ def nearest_operators(
 def neighbours_table(
     observed: Observations, queries: NDArray[np.int64], rows: NDArray[np.int64], distance: NDArray[np.float64]
 ) -> Table:
-    """A row per query and neighbour: rank, distance, and in how many codebooks their tokens differ (Hamming)."""
+    """One row per query and neighbour: rank, distance, and Hamming distance of their tokens."""
     differ = (observed.tokens[queries][:, None] != observed.tokens[rows]).sum(2)
     count = rows.shape[1]
     return {
@@ -74,7 +74,7 @@ def neighbours_table(
 
 
 def agreement_table(conditions: Sequence[Condition], queries: NDArray[np.int64], rows: NDArray[np.int64]) -> Table:
-    """A row per condition: how often a nearest operator (rank 0) has the same value, and how often any other has."""
+    """One row per condition: how often the nearest operator, and how often any other one, has the same value."""
     same, chance = [], []
     for condition in conditions:
         own = condition.codes[queries]
@@ -90,22 +90,22 @@ def agreement_table(conditions: Sequence[Condition], queries: NDArray[np.int64],
     }
 
 
-def _place(coordinates: list[NDArray[np.float32]], tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+def _token_coordinates(coordinates: list[NDArray[np.float32]], tokens: NDArray[np.int64]) -> NDArray[np.float32]:
     return np.concatenate([codes[tokens[:, g]] for g, codes in enumerate(coordinates)], axis=1)
 
 
-def _same(queries: NDArray[np.int64], start: int, rows: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _query_positions(queries: NDArray[np.int64], start: int, rows: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     inside = np.flatnonzero((queries >= start) & (queries < start + rows))
     return inside, queries[inside] - start
 
 
-def _exact(
+def _exact_distances(
     coordinates: list[NDArray[np.float32]],
     tokens: NDArray[np.int64],
     queries: NDArray[np.int64],
     rows: NDArray[np.int64],
 ) -> NDArray[np.float64]:
-    """Distances from differences: those of equal tokens are exactly 0."""
+    """Distances computed from differences, so that equal tokens have distance exactly 0."""
     square = np.zeros(rows.shape)
     for g, codes in enumerate(coordinates):
         away = codes[tokens[queries, g]][:, None] - codes[tokens[rows, g]]

@@ -1,4 +1,4 @@
-"""What is analysed: tokens, features and conditions of the operators of a file."""
+"""The data of an analysis: tokens, features and conditions of the operators of a file."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Codebooks:
-    """Which codebook each token column belongs to, and its codes."""
+    """The codebook of each token column."""
 
     names: list[str]  # [G] "cluster_1/L0"
     categories: list[str]  # [G]
@@ -45,38 +45,38 @@ class Codebooks:
 
     @property
     def offsets(self) -> NDArray[np.int64]:
-        """[G + 1] number of the first code of each codebook among all codes."""
+        """[G + 1] index of the first code of each codebook among all codes."""
         return np.concatenate([[0], np.cumsum(self.num_codes)])
 
-    def of_category(self) -> dict[str, list[int]]:
-        """Codebooks of each category, coarse to fine."""
-        found: dict[str, list[int]] = {}
+    def by_category(self) -> dict[str, list[int]]:
+        """Codebook indices of each category, coarse to fine."""
+        indices: dict[str, list[int]] = {}
         for g, category in enumerate(self.categories):
-            found.setdefault(category, []).append(g)
-        return found
+            indices.setdefault(category, []).append(g)
+        return indices
 
 
 @dataclass(frozen=True)
 class Observations:
-    """N operators as the statistics take them.
+    """N encoded operators.
 
     Args:
-        rows: [N] number of each operator in the data set.
+        rows: [N] row of each operator in the data set.
         tokens: [N, G].
-        distance: [N, G] from the latent to its code.
-        margin: [N, G] how much further the second-best code is.
-        features: [N, F] what the model sees, cleaned, in the units of the encoders' columns.
+        distance: [N, G] distance from the latent to its code.
+        margin: [N, G] additional distance to the second-nearest code.
+        features: [N, F] cleaned input features of the model, in the units of the encoders' columns.
         feature_names: [F].
-        groups: features of each category.
-        measured: [N, M] columns of the file that an encoder mixed up: those of 2-D datasets, and means over time of
+        groups: feature indices of each category.
+        measured: [N, M] raw columns of families with a mixing encoder: columns of 2-D datasets, means over time of
             3-D ones.
         measured_names: [M].
-        parameters: [N, P] theta, by name.
-        labels: [N] texts or whole numbers, by name.
-        notes: what was left out, and why.
+        parameters: theta [N] by name.
+        labels: texts or integers [N] by name.
+        notes: omitted parts, with the reason.
     """
 
-    books: Codebooks
+    codebooks: Codebooks
     rows: NDArray[np.int64]
     tokens: NDArray[np.int64]
     distance: Floats
@@ -91,36 +91,36 @@ class Observations:
     notes: list[str] = field(default_factory=list)
 
 
-def observe(
+def collect_observations(
     tokenizer: Tokenizer,
     data: str | Path | list[str],
     most_rows: int,
     memory_budget: int,
     progress: Progress | None = None,
 ) -> Observations:
-    """Encodes a file and reads what is known about its operators.
+    """Encodes a file and reads the conditions of its operators.
 
     Args:
-        most_rows: where the file has more, rows spread evenly over it are taken.
+        most_rows: maximum number of rows; evenly spaced rows are taken from a larger file.
 
     Raises:
         DataError: the file cannot be read, or does not fit the checkpoint.
     """
-    books = codebooks_of(tokenizer)
+    codebooks = read_codebooks(tokenizer)
     notes: list[str] = []
     parts: list[_Block] = []
     with tokenizer.source(data) as source:
         total = source.rows
         rows = np.unique(np.linspace(0, total - 1, min(total, most_rows)).astype(np.int64))
         if len(rows) < total:
-            notes.append(f"{len(rows):,} of {total:,} operators, spread evenly, were analysed")
+            notes.append(f"{len(rows):,} of {total:,} operators, evenly spaced, were analysed")
         mixed = [family.name for family in tokenizer.families if family.encoder_name != "IdentityEncoder"]
         names = [name for family in mixed for name in measured_names(source, family)]
         check = InputCheck(tokenizer.training_range, total)
         for start, raw, x in tokenizer.raw_and_features(source, memory_budget, check):
-            here = rows[np.searchsorted(rows, start) : np.searchsorted(rows, start + len(x))] - start
-            if here.size:
-                parts.append(_block(tokenizer, books, {name: raw[name] for name in mixed}, x, here, check))
+            local_rows = rows[np.searchsorted(rows, start) : np.searchsorted(rows, start + len(x))] - start
+            if local_rows.size:
+                parts.append(_block(tokenizer, codebooks, {name: raw[name] for name in mixed}, x, local_rows, check))
             if progress is not None:
                 progress(start + len(x), total)
         parameters, labels = read_conditions(source, rows, notes)
@@ -130,7 +130,7 @@ def observe(
         log.warning("%s", warning)
     tokens, distance, margin, features, measured = (np.concatenate(part) for part in zip(*parts, strict=True))
     return Observations(
-        books,
+        codebooks,
         rows,
         tokens,
         distance,
@@ -146,8 +146,8 @@ def observe(
     )
 
 
-def codebooks_of(tokenizer: Tokenizer) -> Codebooks:
-    """The codebooks of a checkpoint."""
+def read_codebooks(tokenizer: Tokenizer) -> Codebooks:
+    """The codebooks of a tokenizer."""
     model = tokenizer.model
     levels = [(name, level) for name in model.categories for level in range(len(model.levels[name]))]
     vectors = [model.quantizer.codebook(g).detach().cpu().numpy() for g in range(model.num_codebooks)]
@@ -165,55 +165,55 @@ _Block = tuple[NDArray[np.int64], Floats, Floats, Floats, Floats]
 
 def _block(
     tokenizer: Tokenizer,
-    books: Codebooks,
+    codebooks: Codebooks,
     raw: Mapping[str, Tensor],
     x: Floats,
-    here: NDArray[np.int64],
+    local_rows: NDArray[np.int64],
     check: InputCheck,
 ) -> _Block:
     model = tokenizer.model
-    index = torch.from_numpy(here)
+    index = torch.from_numpy(local_rows)
     with torch.no_grad():
-        rows = torch.from_numpy(x[here]).to(tokenizer.device)
+        rows = torch.from_numpy(x[local_rows]).to(tokenizer.device)
         tokens = model.get_tokens(rows)
         if bool((tokens < 0).any()):
             raise DataError("an operator overflows in the encoder: its features are far outside those of training")
-        some = slice(None, None, check.stride)
-        check.add_errors((model.decode_from_tokens(tokens[some]) - rows[some]).square().mean(1).cpu().numpy())
-        distance, margin = distances(model.encode(rows), model.quantizer.embedding, tokens, model.quantizer.layout)
+        sampled = slice(None, None, check.stride)
+        check.add_errors((model.decode_from_tokens(tokens[sampled]) - rows[sampled]).square().mean(1).cpu().numpy())
+        distance, margin = code_distances(model.encode(rows), model.quantizer.embedding, tokens, model.quantizer.layout)
     columns = []
     for values in raw.values():
         chosen = values[index.to(values.device)]
         columns.append(chosen if chosen.ndim == 2 else chosen.nanmean(1))
-    measured = torch.cat(columns, 1) if columns else torch.empty(len(here), 0)
+    measured = torch.cat(columns, 1) if columns else torch.empty(len(local_rows), 0)
     return (
         tokens.cpu().numpy(),
         distance.cpu().numpy(),
         margin.cpu().numpy(),
-        tokenizer.normalizer.inverse(x[here]),
+        tokenizer.normalizer.inverse(x[local_rows]),
         measured.cpu().numpy(),
     )
 
 
-def distances(latents: Tensor, codebook: Tensor, tokens: Tensor, layout: CodebookLayout) -> tuple[Tensor, Tensor]:
-    """[N, G] distance to the chosen code, and how much further the next one is (Inf in a codebook of one code).
+def code_distances(latents: Tensor, codebook: Tensor, tokens: Tensor, layout: CodebookLayout) -> tuple[Tensor, Tensor]:
+    """[N, G] distance to the chosen code, and the additional distance to the next one (Inf for a single code).
 
-    From differences, not from |z|^2 + |e|^2 - 2 z.e, which loses small margins.
+    Computed from differences: |z|^2 + |e|^2 - 2 z.e would lose small margins.
     """
     chosen, further = [], []
     for g in range(layout.groups):
         codes = codebook[layout.entry_slice(g)].view(layout.num_codes[g], layout.dims[g])
         part = latents[:, layout.column_slice(g)]
-        every = torch.cdist(part, codes, compute_mode="donot_use_mm_for_euclid_dist")
-        own = every.gather(1, tokens[:, g : g + 1])
-        others = every.scatter(1, tokens[:, g : g + 1], float("inf"))
+        distance = torch.cdist(part, codes, compute_mode="donot_use_mm_for_euclid_dist")
+        own = distance.gather(1, tokens[:, g : g + 1])
+        others = distance.scatter(1, tokens[:, g : g + 1], float("inf"))
         chosen.append(own[:, 0])
         further.append((others.min(1).values - own[:, 0]).clamp(min=0.0))
     return torch.stack(chosen, 1), torch.stack(further, 1)
 
 
-def measured_names(source: FeatureSource, family: str) -> list[str]:
-    """Names of the last axis of a family's dataset: attribute `feature_names` of it or a group above, else numbers."""
+def measured_names(source: Source, family: str) -> list[str]:
+    """Names of the last axis of a family's dataset: attribute `feature_names` of it or its groups, else indices."""
     info = source.datasets[family]
     width = info.row_shape[-1]
     prefix = f"{family} mean over time" if len(info.row_shape) > 1 else family
@@ -225,26 +225,26 @@ def measured_names(source: FeatureSource, family: str) -> list[str]:
 def read_conditions(
     source: FeatureSource, rows: NDArray[np.int64], notes: list[str]
 ) -> tuple[dict[str, NDArray[np.float64]], dict[str, NDArray[Any]]]:
-    """Parameters and labels of some rows, by name; what a file lacks is noted."""
+    """Parameters and labels of some rows by name; missing datasets are noted."""
     values = _read(source, PARAMETERS, rows, notes)
     parameters: dict[str, NDArray[np.float64]] = {}
     if values is not None:
         if values.ndim != 2 or values.dtype.kind not in "fiub":
-            raise _unfit(source, PARAMETERS, "numbers [N, P]", values)
+            raise _wrong_shape(source, PARAMETERS, "numbers [N, P]", values)
         names = _parameter_names(source, values.shape[1])
         parameters = {name: values[:, i].astype(np.float64) for i, name in enumerate(names)}
     labels = {}
     for name, path in LABELS.items():
-        found = _read(source, path, rows, notes)
-        if found is not None:
-            if found.ndim != 1 or found.dtype.kind not in "OSfiub":
-                raise _unfit(source, path, "texts or numbers [N]", found)
-            labels[name] = np.array([decode_text(v) for v in found]) if found.dtype.kind in "OS" else found
+        values = _read(source, path, rows, notes)
+        if values is not None:
+            if values.ndim != 1 or values.dtype.kind not in "OSfiub":
+                raise _wrong_shape(source, path, "texts or numbers [N]", values)
+            labels[name] = np.array([text_of(v) for v in values]) if values.dtype.kind in "OS" else values
     return parameters, labels
 
 
-def _unfit(source: FeatureSource, path: str, expected: str, found: NDArray[Any]) -> DataError:
-    return DataError(f"{source.files[0]}: {path}: expected {expected}, got {found.dtype} of shape {found.shape}")
+def _wrong_shape(source: Source, path: str, expected: str, values: NDArray[Any]) -> DataError:
+    return DataError(f"{source.files[0]}: {path}: expected {expected}, got {values.dtype} of shape {values.shape}")
 
 
 def _parameter_names(source: FeatureSource, width: int) -> list[str]:
@@ -253,12 +253,14 @@ def _parameter_names(source: FeatureSource, width: int) -> list[str]:
     return [f"theta[{i}]" for i in range(width)]
 
 
-def _read(source: FeatureSource, path: str, rows: NDArray[np.int64], notes: list[str]) -> NDArray[Any] | None:
-    whole = source.read_whole(path)
-    if whole is None:
+def _read(source: Source, path: str, rows: NDArray[np.int64], notes: list[str]) -> NDArray[Any] | None:
+    values_of_file = source.read_whole(path)
+    if values_of_file is None:
         notes.append(f"the data have no {path}")
         return None
-    if len(whole) != source.rows:
-        raise DataError(f"{source.files[0]}: {path}: has {len(whole)} rows, but the features have {source.rows}")
-    found: NDArray[Any] = whole[rows]
-    return found
+    if len(values_of_file) != source.rows:
+        raise DataError(
+            f"{source.files[0]}: {path}: has {len(values_of_file)} rows, but the features have {source.rows}"
+        )
+    values: NDArray[Any] = values_of_file[rows]
+    return values

@@ -1,4 +1,4 @@
-"""What each level of a category adds to those before it."""
+"""Information and explained variance that each level of a category adds to the levels before it."""
 
 from __future__ import annotations
 
@@ -13,35 +13,39 @@ _COLUMNS_AT_ONCE = 16
 
 
 def refinement_table(observed: Observations) -> Table:
-    """A row per category and level.
+    """One row per category and level.
 
-    With W the tokens of the levels so far, as one label: entropy H(level), conditional entropy H(level | levels
-    before), their quotient (1: all new, 0: told by the levels before), the number of cells of W in use, and the
-    share of the variance of the category's own features that lies between cells: eta^2 = 1 - SS_within / SS, and
-    its unbiased form epsilon^2 = 1 - (SS_within / (N - cells)) / (SS / (N - 1)) (Kelley 1935), which many cells do
-    not inflate. Features are standardised before, so that each counts alike. `added` is the gain of epsilon^2.
+    With W the tokens of the levels so far as one label: entropy H(level), conditional entropy H(level | levels before),
+    their ratio (1: all new, 0: determined by the levels before), the number of cells of W in use, and the share of the
+    variance of the category's features between cells: eta^2 = 1 - SS_within / SS, and its unbiased form
+    epsilon^2 = 1 - (SS_within / (N - cells)) / (SS / (N - 1)) (Kelley 1935), which many cells do not inflate.
+    Features are standardised first. `added` is the increase of epsilon^2.
     """
     rows = []
-    books, N = observed.books, len(observed.tokens)
-    for category, members in books.of_category().items():
+    codebooks, N = observed.codebooks, len(observed.tokens)
+    for category, members in codebooks.by_category().items():
         x = _standardised(observed.features[:, list(observed.groups[category])])
         total = float(np.square(x, dtype=np.float64).sum())
         cells = np.zeros(N, np.int64)
         before, explained_before = 0.0, 0.0
         for g in members:
             token = observed.tokens[:, g]
-            cells = np.unique(cells * books.num_codes[g] + token, return_inverse=True)[1]
+            cells = np.unique(cells * codebooks.num_codes[g] + token, return_inverse=True)[1]
             counts = np.bincount(cells)
             joint = entropy(counts)
             own = entropy(np.bincount(token))
             within = total - _between(x, cells, counts)
             eta = 1 - within / total if total > 0 else 0.0
-            left = N - counts.size
-            epsilon = 1 - within / left * (N - 1) / total if total > 0 and left > 0 else float("nan")
+            degrees_of_freedom = N - counts.size
+            epsilon = (
+                1 - within / degrees_of_freedom * (N - 1) / total
+                if total > 0 and degrees_of_freedom > 0
+                else float("nan")
+            )
             rows.append(
                 (
                     category,
-                    books.levels[g],
+                    codebooks.levels[g],
                     own,
                     joint - before,
                     (joint - before) / own if own > 0 else 0.0,
@@ -76,7 +80,7 @@ def _standardised(x: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _between(x: NDArray[np.float32], cells: NDArray[np.int64], counts: NDArray[np.int64]) -> float:
-    """Sum of squares of the cells' means about 0, each weighted by its operators."""
+    """Sum of squared cell means, each weighted by the operators of its cell."""
     total = 0.0
     order = np.argsort(cells, kind="stable")
     starts = np.cumsum(counts) - counts

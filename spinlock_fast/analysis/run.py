@@ -1,9 +1,9 @@
-"""The whole analysis of one checkpoint on one data set."""
+"""The analysis of one checkpoint on one data set."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,19 +13,20 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from spinlock_fast.analysis.associations import associations_table, code_counts, cooccurrence_table, lifts_table
 from spinlock_fast.analysis.codes import codes_table, features_table, one_hot, samples_table
-from spinlock_fast.analysis.conditions import conditions_of
+from spinlock_fast.analysis.conditions import Condition, make_conditions
 from spinlock_fast.analysis.neighbours import agreement_table, nearest_operators, neighbours_table
-from spinlock_fast.analysis.observations import Observations, Progress, observe
+from spinlock_fast.analysis.observations import Observations, Progress, collect_observations
 from spinlock_fast.analysis.refinement import refinement_table
+from spinlock_fast.analysis.significance import Counts
 from spinlock_fast.analysis.stability import stability_table
 from spinlock_fast.analysis.tables import Table
 from spinlock_fast.config.random_streams import Stream, generator
 from spinlock_fast.errors import DataError
 from spinlock_fast.tokenizer import Tokenizer
 
-_FEWEST_ROWS = 20
+_MIN_ROWS = 20
 
-Stage = Callable[[str], None]
+OnStage = Callable[[str], None]
 
 
 class AnalysisConfig(BaseModel):
@@ -34,14 +35,18 @@ class AnalysisConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     bins: int = Field(default=5, ge=2, le=100, description="quantile bins of a parameter")
-    alpha: float = Field(default=0.05, ge=0.001, le=0.5, description="false discovery rate of what is called found")
-    rows: int = Field(default=200_000, ge=_FEWEST_ROWS, description="most operators; more are thinned evenly")
-    samples: int = Field(default=3, ge=1, description="operators of each kind that show a code")
-    neighbours: int = Field(default=5, ge=1, description="nearest operators that are listed")
-    queries: int = Field(
-        default=1_000, ge=1, description="most operators whose neighbours are sought; more are thinned evenly"
+    alpha: float = Field(default=0.05, ge=0.001, le=0.5, description="false discovery rate")
+    rows: int = Field(
+        default=200_000,
+        ge=_MIN_ROWS,
+        description="maximum number of operators; evenly spaced ones are taken from a larger file",
     )
-    seed: int = Field(default=0, ge=0, description="of the permutations and random samples")
+    samples: int = Field(default=3, ge=1, description="operators of each kind listed as examples of a code")
+    neighbours: int = Field(default=5, ge=1, description="nearest operators listed for each query")
+    queries: int = Field(
+        default=1_000, ge=1, description="maximum number of operators, evenly spaced, whose neighbours are searched"
+    )
+    seed: int = Field(default=0, ge=0, description="seed of permutations and random samples")
 
 
 @dataclass(frozen=True)
@@ -59,23 +64,23 @@ def analyze(
     compare: Sequence[str | Path] = (),
     device: str = "cpu",
     memory_budget: int = 1_250_000_000,
-    stage: Stage = lambda text: None,
+    stage: OnStage = lambda text: None,
     progress: Progress | None = None,
     *,
     allow_external: bool = True,
 ) -> Analysis:
-    """Analyses the tokens that a checkpoint gives to the operators of a file.
+    """Encodes the operators of a file and analyses their tokens.
 
     Args:
         checkpoint: its directory.
         data: HDF5 file, glob or list; see docs/data-format.md for parameters and metadata.
-        compare: further checkpoint directories, whose tokens of the same data are compared.
-        stage: is told what happens next.
-        progress: is told (operators done, all).
-        allow_external: False refuses data files that take values from outside of their directory.
+        compare: further checkpoint directories whose tokens of the same data are compared.
+        stage: called with a text when a stage begins.
+        progress: called with (operators done, all operators).
+        allow_external: False refuses data files with links to other directories.
 
     Raises:
-        DataError: checkpoint or data cannot serve.
+        DataError: the checkpoint or the data cannot be used.
     """
     config = config or AnalysisConfig()
     began = time.perf_counter()
@@ -84,38 +89,40 @@ def analyze(
     for each in (tokenizer, *others):
         each.allow_external = allow_external
     stage("Encoding")
-    observed = observe(tokenizer, data, config.rows, memory_budget, progress)
+    observed = collect_observations(tokenizer, data, config.rows, memory_budget, progress)
     encoded = time.perf_counter()
-    found = analyze_observations(observed, config, stage)
+    analysis = analyze_observations(observed, config, stage)
     parts = []
     for directory, other in zip(compare, others, strict=True):
         stage(f"Comparing with {directory}")
-        second = observe(other, data, config.rows, memory_budget, progress)
+        second = collect_observations(other, data, config.rows, memory_budget, progress)
         parts.append(stability_table(str(checkpoint), observed, str(directory), second))
     if parts:
-        found.tables["stability"] = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    found.summary.update(
+        analysis.tables["stability"] = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    analysis.summary.update(
         checkpoint=str(checkpoint),
         checkpoint_sha256=tokenizer.checkpoint_hash,
         data=[str(path) for path in data] if isinstance(data, list) else str(data),
         compared=[str(directory) for directory in compare],
         settings=config.model_dump(),
     )
-    found.summary["seconds"] |= {
+    analysis.summary["seconds"] |= {
         "encode": round(encoded - began, 2),
         "total": round(time.perf_counter() - began, 2),
     }
-    return found
+    return analysis
 
 
-def analyze_observations(observed: Observations, config: AnalysisConfig, stage: Stage = lambda text: None) -> Analysis:
-    """The statistics alone; raises DataError with fewer than 20 operators."""
+def analyze_observations(
+    observed: Observations, config: AnalysisConfig, stage: OnStage = lambda text: None
+) -> Analysis:
+    """Computes the statistics of encoded operators; raises DataError with fewer than 20."""
     N = len(observed.tokens)
-    if N < _FEWEST_ROWS:
-        raise DataError(f"{N} operators are too few to analyse: at least {_FEWEST_ROWS} are needed")
+    if N < _MIN_ROWS:
+        raise DataError(f"{N} operators are too few: an analysis needs at least {_MIN_ROWS}")
     random = generator(config.seed, Stream.ANALYSIS)
     notes = list(observed.notes)
-    conditions, constant = conditions_of(observed, config.bins)
+    conditions, constant = make_conditions(observed, config.bins)
     notes += constant
     seconds: dict[str, float] = {}
     tables: dict[str, Table] = {}
@@ -129,39 +136,56 @@ def analyze_observations(observed: Observations, config: AnalysisConfig, stage: 
         seconds[name] = round(time.perf_counter() - started, 2)
 
     counts = code_counts(observed)
-    members = one_hot(observed.tokens, observed.books.offsets)
+    members = one_hot(observed.tokens, observed.codebooks.offsets)
     queries = np.unique(np.linspace(0, N - 1, min(N, config.queries)).astype(np.int64))
     run("codes", "Codes", lambda: codes_table(observed, counts))
     run("features", "Features of codes", lambda: features_table(observed, members, notes))
     run("samples", "Samples of codes", lambda: samples_table(observed, config.samples, random))
-    stage("Nearest operators")
-    started = time.perf_counter()
-    nearest, distance = nearest_operators(observed.books, observed.tokens, queries, min(config.neighbours, N - 1))
-    tables["neighbours"] = neighbours_table(observed, queries, nearest, distance)
-    seconds["neighbours"] = round(time.perf_counter() - started, 2)
+    nearest = np.empty((0, 0), np.int64)
+
+    def find_neighbours() -> Table:
+        nonlocal nearest
+        count = min(config.neighbours, N - 1)
+        nearest, distance = nearest_operators(observed.codebooks, observed.tokens, queries, count)
+        return neighbours_table(observed, queries, nearest, distance)
+
+    run("neighbours", "Nearest operators", find_neighbours)
     if conditions:
         run(
             "associations",
-            "Tokens against parameters and conditions",
+            "Associations of tokens with conditions",
             lambda: associations_table(observed, conditions, config.alpha, random),
         )
-        run("lifts", "Codes against values of conditions", lambda: lifts_table(observed, conditions, counts))
-        run("agreement", "Conditions of neighbours", lambda: agreement_table(conditions, queries, nearest))
+        run("lifts", "Lifts of codes", lambda: lifts_table(observed, conditions, counts))
+        run("agreement", "Agreement of neighbours", lambda: agreement_table(conditions, queries, nearest))
     run("refinement", "Levels", lambda: refinement_table(observed))
-    if len(observed.books.of_category()) > 1:
+    if len(observed.codebooks.by_category()) > 1:
         run(
             "cooccurrence",
-            "Codes that meet",
+            "Co-occurring codes",
             lambda: cooccurrence_table(observed, members, counts, config.alpha, notes),
         )
-    summary = {
-        "operators": N,
-        "codebooks": len(observed.books.names),
+    return Analysis(tables, _summary(observed, conditions, counts, tables, config.alpha, notes, seconds))
+
+
+def _summary(
+    observed: Observations,
+    conditions: Sequence[Condition],
+    counts: Counts,
+    tables: Mapping[str, Table],
+    alpha: float,
+    notes: list[str],
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    """The entries of summary.json; `found` counts the rows with q <= alpha of each table of tests."""
+    return {
+        "operators": len(observed.tokens),
+        "codebooks": len(observed.codebooks.names),
         "codes": int(counts.size),
         "codes_in_use": int((counts > 0).sum()),
         "conditions": [condition.name for condition in conditions],
         "found": {
-            name: {"tests": int(np.isfinite(table["q"]).sum()), "found": int((table["q"] <= config.alpha).sum())}
+            name: {"tests": int(np.isfinite(table["q"]).sum()), "found": int((table["q"] <= alpha).sum())}
             for name, table in tables.items()
             if "q" in table and name != "cooccurrence"
         },
@@ -169,4 +193,3 @@ def analyze_observations(observed: Observations, config: AnalysisConfig, stage: 
         "notes": notes,
         "seconds": seconds,
     }
-    return Analysis(tables, summary)

@@ -1,4 +1,4 @@
-"""Whether two checkpoints, say of two seeds, tell the same operators apart."""
+"""Agreement between the tokens of two checkpoints, for instance of two seeds."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def feature_overlap(
     y: NDArray[np.float32],
     groups_y: Mapping[str, Sequence[int]],
 ) -> NDArray[np.float64]:
-    """[C, C'] how far two categories describe the same: mean over both's features of max |r| with the other's.
+    """[C, C'] overlap of two categories: mean over the features of both of max |r| with those of the other.
 
-    Encoders of different seeds give different columns, so names cannot tell; where both have the same features it
-    is 1.
+    1 where both have the same features. Encoders of different seeds give different columns, so that names cannot be
+    compared.
     """
     both = np.abs(correlation(np.concatenate([x, y], axis=1)))[: x.shape[1], x.shape[1] :]
     overlap = np.zeros((len(groups_x), len(groups_y)))
@@ -35,10 +35,9 @@ def feature_overlap(
 
 
 def stability_table(name: str, first: Observations, other_name: str, other: Observations) -> Table:
-    """A row per pair of levels of each pair of matched categories: adjusted mutual information of their tokens.
+    """One row per pair of levels of each pair of matched categories: adjusted mutual information of their tokens.
 
-    Categories are matched one to one so that the overlaps have the greatest sum (Kuhn 1955); those of the larger
-    checkpoint that are left over have no row.
+    Categories are matched one to one with the largest sum of overlaps (Kuhn 1955); unmatched ones have no row.
     """
     overlap = feature_overlap(first.features, first.groups, other.features, other.groups)
     columns: dict[str, list[object]] = {
@@ -47,12 +46,12 @@ def stability_table(name: str, first: Observations, other_name: str, other: Obse
     }
     names, other_names = list(first.groups), list(other.groups)
     for i, j in zip(*(side.tolist() for side in linear_sum_assignment(-overlap)), strict=True):
-        books = first.books.of_category()[names[i]]
-        other_books = other.books.of_category()[other_names[j]]
-        for g, h in product(books, other_books):
-            shape = (first.books.num_codes[g], other.books.num_codes[h])
+        codebooks = first.codebooks.by_category()[names[i]]
+        other_books = other.codebooks.by_category()[other_names[j]]
+        for g, h in product(codebooks, other_books):
+            shape = (first.codebooks.num_codes[g], other.codebooks.num_codes[h])
             ami = adjusted_mutual_information(contingency(first.tokens[:, g], other.tokens[:, h], shape))
-            levels = (first.books.levels[g], other.books.levels[h])
+            levels = (first.codebooks.levels[g], other.codebooks.levels[h])
             row = (name, other_name, names[i], other_names[j], overlap[i, j], *levels, ami)
             for column, value in zip(columns.values(), row, strict=True):
                 column.append(value)

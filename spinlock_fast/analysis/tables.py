@@ -1,9 +1,8 @@
-"""Tables as columns by name, and their files."""
+"""Tables as dicts of columns, and their CSV and Parquet files."""
 
 from __future__ import annotations
 
 import csv
-import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -12,13 +11,13 @@ from typing import Any
 from numpy.typing import NDArray
 
 from spinlock_fast.errors import ConfigError
-from spinlock_fast.messages import printable
+from spinlock_fast.messages import csv_text
 from spinlock_fast.output.atomic_files import write_atomically
+from spinlock_fast.output.token_files import parquet_available
 
 Table = dict[str, NDArray[Any]]
 
 _ROWS_AT_ONCE = 50_000
-_NUMBERS = re.compile(r"[-+0-9.eE ,]+|[-+]?(inf|nan)")  # a number or a range of numbers, such as "-0.5"
 
 
 def select(table: Table, rows: NDArray[Any]) -> Table:
@@ -27,17 +26,8 @@ def select(table: Table, rows: NDArray[Any]) -> Table:
 
 
 def length(table: Table) -> int:
-    """Rows of a table."""
+    """Number of rows of a table."""
     return len(next(iter(table.values())))
-
-
-def parquet_available() -> bool:
-    """Whether pyarrow is installed."""
-    try:
-        import pyarrow.parquet  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 def write_tables(tables: Mapping[str, Table], directory: Path, formats: tuple[str, ...]) -> list[Path]:
@@ -60,10 +50,10 @@ def write_tables(tables: Mapping[str, Table], directory: Path, formats: tuple[st
 
 
 def _write_csv(table: Table, path: Path) -> None:
-    """RFC 4180 with a header; six digits; an empty field for NaN; no text that a spreadsheet evaluates."""
+    """RFC 4180 with a header, six significant digits, empty fields for NaN, and no text that is a formula."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(map(_as_text, table))
+        writer.writerow(map(csv_text, table))
         for start in range(0, length(table), _ROWS_AT_ONCE):
             block = [_texts(column[start : start + _ROWS_AT_ONCE]) for column in table.values()]
             writer.writerows(zip(*block, strict=True))
@@ -72,14 +62,8 @@ def _write_csv(table: Table, path: Path) -> None:
 def _texts(column: NDArray[Any]) -> list[Any]:
     if column.dtype.kind != "f":
         values: list[Any] = column.tolist()
-        return [_as_text(value) if isinstance(value, str) else value for value in values]
+        return [csv_text(value) if isinstance(value, str) else value for value in values]
     return ["" if value != value else f"{value:.6g}" for value in column.tolist()]
-
-
-def _as_text(value: str) -> str:
-    """The value without control characters; a spreadsheet takes one that begins with =, +, - or @ for a formula."""
-    text = printable(value)
-    return f"'{text}" if text.startswith(("=", "+", "-", "@")) and not _NUMBERS.fullmatch(text) else text
 
 
 def _write_parquet(table: Table, path: Path) -> None:
@@ -89,7 +73,7 @@ def _write_parquet(table: Table, path: Path) -> None:
     columns = {}
     for name, column in table.items():
         if column.dtype.kind == "U":
-            # Few different texts in many rows.
+            # Few distinct texts in many rows.
             columns[name] = pa.array(column.tolist(), pa.string()).dictionary_encode()
         else:
             columns[name] = pa.array(column, from_pandas=True)

@@ -47,7 +47,7 @@ python -m spinlock_fast.analyze CKPT_DIR data.h5 --output analysis   # what each
 
 ## Data
 
-{metrics["samples"]:,} operators of {_data(config)}, of which {metrics["val_rows"]:,} were held out for validation.
+{_operators(metrics, config)}
 Seed {config.random_seed}. Each family of raw features goes through a network with frozen random weights, or stays as
 it is:
 
@@ -55,30 +55,15 @@ it is:
 |---|---|---|
 {_families(config)}
 
-Cleaning (constant and duplicate columns dropped, outliers clipped), categories and normalisation were fitted to the
-training rows alone. `config.yaml` holds every setting and trains the same model again.
+{_settings(metrics)}
 
 ## Quality
 
-On the {metrics["val_rows"]:,} held-out operators, at epoch {metrics["best_epoch"]} of {metrics["epochs"]}, which was
-chosen by their loss:
-
-| metric | value | means |
-|---|---|---|
-| quality | {metrics["quality"]:.4f} | 1 - reconstruction error, 0 at least |
-| reconstruction error | {metrics["reconstruction_error"]:.4f} | mean squared error; 1: always the mean |
-| utilization | {metrics["utilization"]:.3f} | share of codes in use, mean over codebooks |
-| perplexity / K | {metrics["perplexity_over_k"]:.3f} | 1 where all codes are used equally |
-| codes in use | {metrics["active_codes"]} of {metrics["total_codes"]} | |
-| distances kept | {metrics["topo_pre"]:.3f}, {metrics["topo_post"]:.3f} | correlation of distances between operators: \
-features with latents, latents with codes |
-| category correlation | {metrics["category_correlation_max"]:.3f} | largest mean absolute one of two \
-categories' features |
-
+{_quality(metrics)}
 ## Categories
 
-| category | features | families | error from one codebook alone | utilization by level | codes by level |
-|---|---|---|---|---|---|
+| category | features | families | error | error from one codebook alone | utilization by level | codes by level |
+|---|---|---|---|---|---|---|
 {_categories(metrics)}
 {_outside(metrics)}
 Tokens are in this order, level by level: {_token_names(metrics)}.
@@ -88,13 +73,74 @@ Tokens are in this order, level by level: {_token_names(metrics)}.
 - It knows operators like those it was fitted to. Features far outside their range are clipped and get the nearest
   code, whatever that means. `evaluate`, `tokenize` and `analyze` warn of such data; look at `evaluate` first.
 - Tokens are numbers of this checkpoint. Those of another run, even of another seed, are other numbers.
-- A code that few operators have is little tested: {metrics["total_codes"] - metrics["active_codes"]} of the codes were
-  used by no held-out operator.
 - What a token stands for is not known until it is measured; names such as cluster_1 carry no meaning.
-
-Trained on {metrics["device"]} in {metrics["seconds"]["total"]:.0f} s with torch {versions["torch"]}. All figures:
-`metrics.json`; by epoch: `training_history.json`.
+{_unused_codes(metrics)}
+{_origin(metrics)}
 """
+
+
+def _operators(metrics: Metrics, config: RunConfig) -> str:
+    if "converted_epoch" in metrics:
+        return "The data set of the original run is not named in its checkpoint."
+    return (
+        f"{metrics['samples']:,} operators of {_data(config)}, of which {metrics['val_rows']:,} were held out for "
+        "validation."
+    )
+
+
+def _settings(metrics: Metrics) -> str:
+    if "converted_epoch" in metrics:
+        return "`config.yaml` holds the settings of the original run that spinlock-fast has as well."
+    return (
+        "Cleaning (constant and duplicate columns dropped, outliers clipped), categories and normalisation were "
+        "fitted\nto the training rows alone. `config.yaml` holds every setting and trains the same model again."
+    )
+
+
+def _quality(metrics: Metrics) -> str:
+    """The measured figures, after a sentence on the rows that they were measured on."""
+    if "quality" not in metrics:
+        return "Not measured. `python -m spinlock_fast.evaluate CKPT_DIR data.h5` measures it on a file.\n"
+    if "converted_epoch" in metrics:
+        rows = f"On all {metrics['val_rows']:,} operators of the training file:"
+    else:
+        rows = (
+            f"On the {metrics['val_rows']:,} held-out operators, at epoch {metrics['best_epoch']} of "
+            f"{metrics['epochs']}, which was\nchosen by their loss:"
+        )
+    return f"""{rows}
+
+| metric | value | means |
+|---|---|---|
+| quality | {metrics["quality"]:.4f} | 1 - reconstruction error, 0 at least |
+| reconstruction error | {metrics["reconstruction_error"]:.4f} | mean squared error; 1: always the mean |
+| utilization | {metrics["utilization"]:.3f} | share of codes in use, mean over codebooks |
+| perplexity / K | {metrics["perplexity_over_k"]:.3f} | 1 where all codes are used equally |
+| codes in use | {metrics["active_codes"]} of {metrics["total_codes"]} | |
+| distance preservation | {metrics["topo_pre"]:.3f}, {metrics["topo_post"]:.3f} | correlation of distances \
+between operators: features with latents, latents with codes |
+| category correlation | {metrics["category_correlation_max"]:.3f} | largest mean absolute one of two \
+categories' features |
+"""
+
+
+def _unused_codes(metrics: Metrics) -> str:
+    if "active_codes" not in metrics:
+        return ""
+    rows = "operator of the training file" if "converted_epoch" in metrics else "held-out operator"
+    unused = metrics["total_codes"] - metrics["active_codes"]
+    return f"- A code that few operators have is little tested: {unused} of the codes were\n  used by no {rows}.\n"
+
+
+def _origin(metrics: Metrics) -> str:
+    if "converted_epoch" in metrics:
+        epoch = metrics["converted_epoch"]
+        return f"Converted from epoch {epoch} of a run of the original project. All figures: `metrics.json`."
+    seconds = f"{metrics['seconds']['total']:.0f} s"
+    return (
+        f"Trained on {metrics['device']} in {seconds} with torch {metrics['versions']['torch']}. All figures:\n"
+        "`metrics.json`; by epoch: `training_history.json`."
+    )
 
 
 def _data(config: RunConfig) -> str:
@@ -116,10 +162,15 @@ def _categories(metrics: Metrics) -> str:
     return "\n".join(
         f"| {_text(c['name'])} | {c['features']} | "
         f"{', '.join(f'{_text(name)} {n}' for name, n in c.get('families', {}).items())} | "
-        f"{c['partial_mse']:.4f} | {' / '.join(f'{u:.2f}' for u in c['utilization'])} | "
+        f"{_error(c, 'mse')} | {_error(c, 'partial_mse')} | "
+        f"{' / '.join(f'{u:.2f}' for u in c.get('utilization', []))} | "
         f"{' / '.join(str(k) for k in c['codes'])} |"
         for c in metrics["categories"]
     )
+
+
+def _error(category: Metrics, name: str) -> str:
+    return f"{category[name]:.4f}" if name in category else ""
 
 
 def _outside(metrics: Metrics) -> str:

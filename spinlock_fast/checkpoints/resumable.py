@@ -21,8 +21,9 @@ from spinlock_fast.checkpoints.integrity import (
     write_state_manifest,
 )
 from spinlock_fast.checkpoints.run_directory import FINAL, PARTIAL, check_integrity, find
-from spinlock_fast.config.schema import RunConfig, with_current_names
-from spinlock_fast.data.payload_checks import payload_errors
+from spinlock_fast.config.loading import resolve_aliases
+from spinlock_fast.config.schema import RunConfig
+from spinlock_fast.data.untrusted import reading
 from spinlock_fast.errors import ConfigError, DataError, OutputError
 from spinlock_fast.output.atomic_files import sync_directory
 
@@ -44,7 +45,6 @@ _CHANGEABLE = {
     "training.use_torch_compile",
     "training.cuda_graphs",
     "training.data_on_device",
-    "training.checkpoint_dir",
 }
 # Settings that may change as well after a divergence.
 _CHANGEABLE_AFTER_DIVERGENCE = {
@@ -128,9 +128,7 @@ def _known_states(directory: Path) -> list[str] | None:
 
 def _check_same_settings(saved: Mapping[str, Any], config: RunConfig, changeable: set[str]) -> None:
     """Raises ConfigError for a setting that differs and is not in `changeable`, which lists keys and sections."""
-    if isinstance(saved.get("training"), Mapping):
-        saved = {**saved, "training": with_current_names(saved["training"])}
-    old, new = _flatten(saved), _flatten(config.model_dump(mode="json"))
+    old, new = _flatten(resolve_aliases(saved)), _flatten(config.model_dump(mode="json"))
     old.setdefault("feature_cleaning.nan_fill", "zero")  # the behaviour before the setting existed
     for key in old.keys() | new.keys():
         if old.get(key) != new.get(key) and not any(

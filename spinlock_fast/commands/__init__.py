@@ -1,1 +1,1 @@
-"""What the commands share: arguments, terminal output, exit statuses, the dry run."""
+"""Shared parts of the commands: arguments, terminal output, exit statuses, the dry run."""

@@ -1,15 +1,17 @@
-"""The argument parser of every command, and options that several commands have."""
+"""The argument parser of every command, and the options that several commands have."""
 
 from __future__ import annotations
 
 import argparse
+import re
 from typing import NoReturn
 
-from spinlock_fast.messages import one_line
+from spinlock_fast.config.byte_sizes import parse_bytes
+from spinlock_fast.messages import one_line, shown
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line and status 2."""
+    """An argument parser whose errors are one line and exit status 2."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {one_line(message)} (see {self.prog} --help)\n")
@@ -21,9 +23,46 @@ def parser(verb: str, description: str) -> Parser:
 
 
 def add_external(options: argparse.ArgumentParser) -> None:
-    """The option of commands that read data files."""
+    """Adds --no-external."""
     options.add_argument(
         "--no-external",
         action="store_true",
         help="refuse links, virtual and external sources that lead out of the directory of a data file",
     )
+
+
+def add_memory_budget(options: argparse.ArgumentParser) -> None:
+    """Adds --memory-budget, a number of bytes."""
+    options.add_argument(
+        "--memory-budget",
+        type=_size,
+        default="1.25GB",
+        metavar="SIZE",
+        help="most bytes of raw features held at once (1.25GB)",
+    )
+
+
+def add_device(options: argparse.ArgumentParser, default: str | None = "auto") -> None:
+    """Adds --device; without a default, the configuration file decides."""
+    source = "" if default else ", instead of the configuration's"
+    options.add_argument("--device", default=default, help=f"auto, cpu, cuda or cuda:N{source}")
+
+
+def add_quiet(options: argparse.ArgumentParser, printed: str = "errors only") -> None:
+    """Adds --quiet."""
+    options.add_argument("--quiet", action="store_true", help=f"print {printed}")
+
+
+def shard(text: str) -> tuple[int, int]:
+    """(I, N) of "I/N", part I of N, counted from 0."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not int(match[1]) < int(match[2]):
+        raise argparse.ArgumentTypeError(f"expected I/N with I from 0 to N - 1, such as 0/4, got {shown(text)}")
+    return int(match[1]), int(match[2])
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error}, got {shown(text)}") from None

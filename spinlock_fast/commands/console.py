@@ -1,4 +1,4 @@
-"""What a person sees in the terminal: progress, messages, the summary."""
+"""Terminal output: progress, log messages, the summary of a run."""
 
 from __future__ import annotations
 
@@ -22,20 +22,22 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from spinlock_fast.checkpoints.run_directory import TENSORBOARD
+from spinlock_fast.checkpoints.run_directory import PARTIAL, TENSORBOARD
 from spinlock_fast.commands.tensorboard import ScalarFile
 from spinlock_fast.config.schema import LoggingConfig
 from spinlock_fast.models.metrics import Metrics
 from spinlock_fast.training.observer import EpochRecord
 
-_PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal
+_PLAIN_SECONDS = 10.0  # interval of progress lines without a terminal
 
 
 class RunDisplay:
-    """Shows a run: bars in a terminal, a line every ten seconds elsewhere, nothing when quiet.
+    """A context manager that shows progress: bars in a terminal, a line every ten seconds elsewhere.
 
-    A context manager. With a directory it also writes TensorBoard scalars, where `tensorboard` is
-    installed or asked for.
+    Args:
+        quiet: show errors only.
+        logging_config: log level, and whether TensorBoard scalars are written.
+        directory: checkpoint directory for TensorBoard scalars; None: none are written.
     """
 
     def __init__(self, quiet: bool, logging_config: LoggingConfig, directory: Path | None = None) -> None:
@@ -53,7 +55,7 @@ class RunDisplay:
         self._writer: ScalarFile | None = None
         self._logger = logging.getLogger("spinlock_fast")
         self._handler = RichHandler(console=self.console, show_time=False, show_path=False)
-        self._before = (self._logger.level, self._logger.propagate)
+        self._logger_state = (self._logger.level, self._logger.propagate)
 
     def __enter__(self) -> RunDisplay:
         self._logger.addHandler(self._handler)
@@ -66,17 +68,17 @@ class RunDisplay:
     ) -> None:
         self.training_finished()
         self._logger.removeHandler(self._handler)
-        self._logger.setLevel(self._before[0])
-        self._logger.propagate = self._before[1]
+        self._logger.setLevel(self._logger_state[0])
+        self._logger.propagate = self._logger_state[1]
 
     def stage(self, text: str) -> None:
-        """Names what happens next."""
+        """Shows the name of the next stage."""
         self._end_bar()
         if not self.quiet:
             self.console.print(text)
 
     def encoded(self, family: str, done: int, rows: int) -> None:
-        """Progress of reading and encoding one family."""
+        """Shows the progress of encoding one family."""
         if self._live:
             if self._progress is None or self._progress.tasks[-1].description != family:
                 self._start_bar(family, rows, "")
@@ -85,15 +87,15 @@ class RunDisplay:
             self._line(f"  {family}: {done:,} of {rows:,} samples")
 
     def training_started(self, epochs: int, first_epoch: int, rows: int) -> None:
-        """The loop begins (or goes on) at an epoch."""
+        """Starts the display of training, from an epoch on."""
         self._rows, self._epochs = rows, epochs
-        self._writer = _tensorboard(self._directory, self._logging)
+        self._writer = _open_scalar_file(self._directory, self._logging)
         if self._live:
             self._start_bar("epochs", epochs, "")
             self._update(first_epoch, "")
 
     def epoch_finished(self, record: EpochRecord) -> None:
-        """One more epoch."""
+        """Shows the figures of a finished epoch."""
         if record.validation is not None:
             self._latest = record.validation
         text = f"loss {record.train_loss:.4f}"
@@ -108,14 +110,14 @@ class RunDisplay:
             self._write_scalars(self._writer, record)
 
     def training_finished(self) -> None:
-        """No epoch follows: the bar ends, and the TensorBoard file is closed."""
+        """Ends the display of training and closes the TensorBoard file."""
         self._end_bar()
         if self._writer is not None:
             writer, self._writer = self._writer, None
             writer.close()
 
     def save(self, state: dict[str, Any]) -> None:
-        """States are kept elsewhere."""
+        """Does nothing: states are saved elsewhere."""
 
     def _start_bar(self, text: str, total: int, fields: str) -> None:
         self._end_bar()
@@ -154,11 +156,11 @@ class RunDisplay:
         writer.add(values, record.epoch)
 
 
-def _tensorboard(directory: Path | None, config: LoggingConfig) -> ScalarFile | None:
+def _open_scalar_file(directory: Path | None, config: LoggingConfig) -> ScalarFile | None:
     if directory is None or config.tensorboard is False:
         return None
     try:
-        return ScalarFile(directory / TENSORBOARD)
+        return ScalarFile(directory / PARTIAL / TENSORBOARD)
     except ImportError:
         if config.tensorboard:
             logging.getLogger(__name__).warning(
@@ -168,7 +170,7 @@ def _tensorboard(directory: Path | None, config: LoggingConfig) -> ScalarFile | 
 
 
 def print_summary(metrics: Metrics, console: Console | None = None) -> None:
-    """The figures of a run and a row per category, on standard output."""
+    """Prints the figures of a run and one row per category to standard output."""
     console = console or Console(highlight=False, width=None if sys.stdout.isatty() else 80)
     figures = Table.grid(padding=(0, 2))
     rows = [
@@ -176,7 +178,7 @@ def print_summary(metrics: Metrics, console: Console | None = None) -> None:
         ("reconstruction error", f"{metrics['reconstruction_error']:.4f}"),
         ("utilization", f"{metrics['utilization']:.3f}"),
         ("perplexity / K", f"{metrics['perplexity_over_k']:.3f}"),
-        ("distances kept", f"{metrics['topo_pre']:.3f} by latents, {metrics['topo_post']:.3f} by codes"),
+        ("distance preservation", f"{metrics['topo_pre']:.3f} latents, {metrics['topo_post']:.3f} codes"),
         ("loss, all terms", f"{metrics['val_loss']:.4f}"),
         ("codes in use", f"{metrics['active_codes']} of {metrics['total_codes']}"),
     ]
@@ -207,20 +209,22 @@ def print_summary(metrics: Metrics, console: Console | None = None) -> None:
             str(category["features"]),
             escape(", ".join(f"{name[:3].upper()} {count}" for name, count in families.items())),
             f"{category['purity']:.0%}" if "purity" in category else "",
-            f"{category['partial_mse']:.4f}",
+            f"{category['mse']:.4f}",
             " ".join(f"{value:.2f}" for value in category["utilization"]),
             " ".join(f"{k:2d}" for k in category["codes"]),
         )
     console.print()
     console.print(table)
-    console.print("MSE: own features from one codebook alone; levels in the order L0, L1, L2\n", style="dim")
+    console.print(
+        "MSE: features of the category, decoded from all codes; utilization and codes: levels L0, L1, L2\n", style="dim"
+    )
 
 
 def describe_rows(metrics: Metrics) -> str:
-    """Which rows metrics rest on, such as "77 held-out samples"."""
+    """The rows that metrics were measured on, as text such as "77 held-out samples"."""
     count, trained = metrics["val_rows"], metrics.get("trained_rows")
     names = {"heldout": "held-out ", "train": "training ", "validation": "validation ", "test": "test "}
     text = f"{count:,} {names.get(metrics.get('rows', ''), '')}samples"
     if metrics.get("rows") != "all":
         return text
-    return f"all {text}" if trained is None else f"all {text}, of which {trained:,} were trained on"
+    return f"all {text}" if trained is None else f"all {text}, {trained:,} of them training samples"

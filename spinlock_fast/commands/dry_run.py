@@ -1,4 +1,4 @@
-"""`--dry-run`: what a run would do, need and take, without writing anything."""
+"""`--dry-run`: plan, sizes, memory and time estimate of a run, without writing anything."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from spinlock_fast.config.schema import RunConfig
 from spinlock_fast.data.split import split_rows
 from spinlock_fast.device import resolve_device
 from spinlock_fast.features.encode import block_rows, encode_seconds, make_encoders
+from spinlock_fast.messages import format_bytes
 from spinlock_fast.models.losses import LossWeights, loss_terms
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
 from spinlock_fast.training.preparation import open_source
 from spinlock_fast.training.run import output_directory
 
 _PROBE_STEPS = 4
-_PROBE_CATEGORY = 15  # features of a category in the probe; discovery decides the real number
+_PROBE_CATEGORY = 15  # features per category in the probe; the actual number comes from discovery
 
 
 def print_plan(config: RunConfig) -> None:
-    """Checks settings and data and prints sizes, memory and a time estimate measured on a sample.
+    """Checks settings and data, and prints sizes, memory and an estimate of the time.
 
     Raises:
-        ConfigError, DataError: as a run would, as far as headers and one block of data tell.
+        ConfigError, DataError: as a run does, as far as file headers and one block of data show.
     """
     device = resolve_device(config.device)
     directory = output_directory(config)
@@ -40,7 +41,7 @@ def print_plan(config: RunConfig) -> None:
             info = source.datasets[family.name]
             lines.append(
                 f"  {family.name}: {info.path} {[rows, *info.row_shape]} "
-                f"({rows * info.row_bytes / 1e9:.3g} GB) -> {family.encoder_name}, {family.encoder.output_dim} columns"
+                f"({format_bytes(rows * info.row_bytes)}) -> {family.encoder_name}, {family.encoder.output_dim} columns"
             )
         blocks = (4 * block_rows(info, config.memory_budget) * info.row_bytes for info in source.datasets.values())
         block_bytes = max(blocks)
@@ -56,8 +57,8 @@ def print_plan(config: RunConfig) -> None:
         *lines,
         f"split: {split.train.size:,} training, {split.val.size:,} validation, {split.test.size:,} test samples",
         f"training: {training.num_epochs} epochs of {steps} steps, batch {batch}, on {device}",
-        f"memory: {4 * rows * columns * 5 / 1e9:.2f} GB for {columns} columns while cleaning, "
-        f"{block_bytes / 1e9:.2f} GB for raw features (memory_budget {config.memory_budget / 1e9:.3g} GB)",
+        f"memory: {format_bytes(4 * rows * columns * 5)} for {columns} columns while cleaning, "
+        f"{format_bytes(block_bytes)} for raw features (memory_budget {format_bytes(config.memory_budget)})",
         f"time: about {seconds:.0f} s to encode, {total - seconds:.0f} s to train, "
         "extrapolated from one block and four steps",
         f"output: {directory}",
@@ -66,7 +67,7 @@ def print_plan(config: RunConfig) -> None:
 
 
 def _probe_step(config: RunConfig, features: int, batch: int, device: torch.device) -> float:
-    """Seconds of a training step on random data, categories of equal size; without the optimizer's few percent."""
+    """Seconds of a training step without the optimizer, on random data with categories of equal size."""
     groups = {
         f"cluster_{i}": list(range(start, min(start + _PROBE_CATEGORY, features)))
         for i, start in enumerate(range(0, features, _PROBE_CATEGORY), start=1)

@@ -1,10 +1,10 @@
-"""Runs a command and turns its outcome into the exit status of the process; docs/reliability.md has the table."""
+"""Runs a command and sets the exit status of the process; see the table in docs/reliability.md."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import NoReturn
 
@@ -13,11 +13,11 @@ from spinlock_fast.errors import ConfigError, Interrupted, SpinlockFastError, is
 from spinlock_fast.interrupts import handle_signals
 from spinlock_fast.messages import one_line
 
-READER_GONE = 141  # standard output is a closed pipe, as after SIGPIPE
+READER_GONE = 141  # standard output is a closed pipe, the status of SIGPIPE
 
 
 def exit_with(command: Callable[[], None]) -> NoReturn:
-    """Runs a command and ends the process: a foreseen error is one line on stderr and its status."""
+    """Runs a command and exits: an expected error prints one line per problem on stderr and sets its exit status."""
     with tolerant_streams():
         status = _status_of(command)
     sys.exit(status)
@@ -25,28 +25,31 @@ def exit_with(command: Callable[[], None]) -> NoReturn:
 
 def _status_of(command: Callable[[], None]) -> int:
     try:
-        # A signal unwinds the stack, so that unfinished files are removed; `train` has a handler of its own.
+        # A signal raises, so that unfinished files are removed; `train` installs its own handler.
         with handle_signals(_interrupt):
             _refuse_several_processes()
             command()
             sys.stdout.flush()
     except SpinlockFastError as error:
-        sys.stderr.write(f"error: {one_line(error)}\n")
-        sys.stderr.flush()
-        return error.exit_status
+        return _report(error.lines, error.exit_status)
     except ReaderGone:
         return READER_GONE
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        sys.stderr.write(f"error: out of memory: {one_line(error, 200)}\n")
-        sys.stderr.flush()
-        return SpinlockFastError.exit_status
+        return _report([f"out of memory: {one_line(error, 200)}"], SpinlockFastError.exit_status)
     return 0
 
 
+def _report(problems: Sequence[str], status: int) -> int:
+    """Writes one line per problem to stderr; returns the exit status."""
+    sys.stderr.write("".join(f"error: {one_line(problem)}\n" for problem in problems))
+    sys.stderr.flush()
+    return status
+
+
 def _refuse_several_processes() -> None:
-    """Raises ConfigError under a launcher such as torchrun: every process would write the same output."""
+    """Raises ConfigError under a launcher such as torchrun, where every process would write the same output."""
     processes = os.environ.get("WORLD_SIZE", "1")
     if processes.strip() not in ("", "1"):
         raise ConfigError(

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import NoReturn
 
+from spinlock_fast._native import __version__
 from spinlock_fast.commands.arguments import Parser
+from spinlock_fast.messages import shown
 
 VERBS = {
     "generate": "simulate operators and write their features to an HDF5 file",
     "train": "train a tokenizer on an HDF5 file",
     "evaluate": "measure a checkpoint on an HDF5 file",
     "tokenize": "turn an HDF5 file into tokens",
-    "analyze": "tell what the tokens of a checkpoint mean",
+    "analyze": "relate the tokens of a checkpoint to parameters and features",
     "convert": "convert a checkpoint of the original project",
     "report": "draw the dashboards of a checkpoint",
 }
 
 
 def command_of(verb: str) -> Callable[[Sequence[str] | None], None]:
-    """The function of `python -m spinlock_fast.<verb>`, which takes the command line without the verb."""
+    """The main function of a verb, which takes the arguments after it."""
     module = "report.__main__" if verb == "report" else verb
     command: Callable[[Sequence[str] | None], None] = import_module(f"spinlock_fast.{module}").main
     return command
@@ -30,14 +33,19 @@ def command_of(verb: str) -> Callable[[Sequence[str] | None], None]:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """`spinlock-fast <verb> ...`."""
-    top = Parser(prog="spinlock-fast", description="Turns simulated dynamical systems into discrete tokens.")
-    top.add_argument(
-        "verb",
-        choices=list(VERBS),
-        metavar="verb",
-        help="; ".join(f"{verb}: {text}" for verb, text in VERBS.items()),
+    top = Parser(
+        prog="spinlock-fast",
+        description="Turns simulated dynamical systems into discrete tokens.",
+        epilog="verbs:\n" + "\n".join(f"  {verb:9} {text}" for verb, text in VERBS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    top.add_argument("--version", action="version", version=f"spinlock-fast {__version__}")
+    top.add_argument("verb", help="one of the verbs below")
     top.add_argument("arguments", nargs=argparse.REMAINDER, help="see spinlock-fast <verb> --help")
     chosen = top.parse_args(arguments)
+    if chosen.verb not in VERBS:
+        close = difflib.get_close_matches(chosen.verb, VERBS, 1)
+        hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(VERBS)}"
+        top.error(f"unknown verb {shown(chosen.verb)}; {hint}")
     command_of(chosen.verb)(chosen.arguments)
     sys.exit(0)

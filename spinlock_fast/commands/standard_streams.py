@@ -1,4 +1,4 @@
-"""Standard streams that may go away: a closed pipe, terminal or descriptor ends no run."""
+"""Standard streams that tolerate closed pipes, terminals and descriptors."""
 
 from __future__ import annotations
 
@@ -12,55 +12,55 @@ from typing import Any, TextIO, cast
 from spinlock_fast.errors import OutputError
 
 
-class ReaderGone(Exception):  # noqa: N818 - as much an end as an error
-    """Nobody reads the standard output any more: a closed pipe or terminal."""
+class ReaderGone(Exception):  # noqa: N818 - a normal way for a command to end
+    """The reader of standard output has closed the pipe or terminal."""
 
 
-class Messages:
-    """A text stream for messages: once nobody can read it, what is written is dropped."""
+class MessageStream:
+    """A text stream for messages, which drops its output once the stream is closed."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._gone = False
+        self._closed = False
 
     def write(self, text: str) -> int:
-        """Writes, unless the reader has gone."""
+        """Writes, unless the stream is closed."""
         self._try(lambda: self._stream.write(text))
         return len(text)
 
     def flush(self) -> None:
-        """Flushes, unless the reader has gone."""
+        """Flushes, unless the stream is closed."""
         self._try(self._stream.flush)
 
     def _try(self, action: Any) -> None:
-        if self._gone:
+        if self._closed:
             return
         try:
             action()
-        except OSError:  # a full disk under a log file included: messages are no result
-            self._gone = True
-            drop(self._stream)
+        except OSError:  # also a full disk under a log file: messages are not results
+            self._closed = True
+            redirect_to_null(self._stream)
         except ValueError:  # closed
-            self._gone = True
+            self._closed = True
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
 
-class Results:
-    """The standard output: raises ReaderGone, or OutputError for another reason such as a full disk."""
+class ResultStream:
+    """Standard output; raises ReaderGone where it is closed, OutputError on other failures such as a full disk."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
         """Writes; raises ReaderGone or OutputError."""
-        with _results_written(self._stream):
+        with _output_errors(self._stream):
             return self._stream.write(text)
 
     def flush(self) -> None:
         """Flushes; raises ReaderGone or OutputError."""
-        with _results_written(self._stream):
+        with _output_errors(self._stream):
             self._stream.flush()
 
     def __getattr__(self, name: str) -> Any:
@@ -68,7 +68,7 @@ class Results:
 
 
 @contextmanager
-def _results_written(stream: TextIO) -> Iterator[None]:
+def _output_errors(stream: TextIO) -> Iterator[None]:
     try:
         yield
     except UnicodeEncodeError as error:
@@ -77,36 +77,36 @@ def _results_written(stream: TextIO) -> Iterator[None]:
             f"standard output cannot show {text!r} in {error.encoding}: set PYTHONIOENCODING=utf-8"
         ) from None
     except OSError as error:
-        drop(stream)
+        redirect_to_null(stream)
         if error.errno in (errno.EPIPE, errno.EIO) and (error.errno == errno.EPIPE or stream.isatty()):
             raise ReaderGone from None
         raise OutputError(f"standard output cannot be written: {error.strerror}") from None
 
 
-def drop(stream: TextIO) -> None:
-    """Sends what a stream still holds, and all that follows, nowhere: the interpreter flushes it at its end."""
+def redirect_to_null(stream: TextIO) -> None:
+    """Redirects a stream to os.devnull, including buffered output, which the interpreter flushes at exit."""
     with suppress(OSError, ValueError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
 
 
 @contextmanager
 def tolerant_streams() -> Iterator[None]:
-    """Within the block stderr is a `Messages` and stdout a `Results`."""
-    for number in range(3):  # a free number would be taken by the next file that is opened
+    """Within the block, sys.stderr is a `MessageStream` and sys.stdout a `ResultStream`."""
+    for number in range(3):  # a closed descriptor would be reused by the next open file
         try:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
     before = sys.stdout, sys.stderr
-    sys.stdout = cast("TextIO", Results(before[0] if before[0] is not None else _nowhere()))
-    sys.stderr = cast("TextIO", Messages(before[1] if before[1] is not None else _nowhere()))
+    sys.stdout = cast("TextIO", ResultStream(before[0] if before[0] is not None else _null_stream()))
+    sys.stderr = cast("TextIO", MessageStream(before[1] if before[1] is not None else _null_stream()))
     try:
         yield
     finally:
         sys.stdout, sys.stderr = before
 
 
-def _nowhere() -> TextIO:
+def _null_stream() -> TextIO:
     return open(os.devnull, "w")

@@ -1,4 +1,4 @@
-"""TensorBoard scalars, written at once: an error of the disk is raised where it happens, not in a thread."""
+"""Synchronous TensorBoard scalars: disk errors are raised by the call, not in a background thread."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class ScalarFile:
     """A TensorBoard event file of scalars.
 
     Args:
-        directory: made where it is not there.
+        directory: created where it does not exist.
 
     Raises:
         ImportError: `tensorboard` is not installed.
@@ -35,14 +35,14 @@ class ScalarFile:
         self._file: BinaryIO | None = None
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.path, "ab")  # noqa: SIM115 - open as long as the run
+            self._file = open(self.path, "ab")  # noqa: SIM115 - open during the run
             self._records = RecordWriter(self._file)
             self._write(Event(wall_time=now, file_version="brain.Event:2"))
         except OSError as error:
             raise self._failed(error) from None
 
     def add(self, values: Mapping[str, float], step: int) -> None:
-        """Writes scalars of a step; raises OutputError."""
+        """Writes the scalars of a step; raises OutputError."""
         entries = [self._summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         try:
             self._write(self._event(wall_time=time.time(), step=step, summary=self._summary(value=entries)))
@@ -60,6 +60,6 @@ class ScalarFile:
 
     def _failed(self, error: OSError) -> OutputError:
         if self._file is not None:
-            with suppress(OSError):  # what is left in its buffer cannot be written either
+            with suppress(OSError):  # its buffer cannot be written either
                 self._file.close()
-        return OutputError(f"{self.path}: cannot be written: {error.strerror}; logging.tensorboard=false does without")
+        return OutputError(f"{self.path}: cannot be written: {error.strerror}; logging.tensorboard=false disables it")

@@ -12,11 +12,28 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from numpy.typing import NDArray
 from torch import Tensor
 
-from spinlock_fast.checkpoints.directory import load_restricted, model_payload, save_torch, write_normalization
+from spinlock_fast.checkpoints.directory import (
+    finite_or_null,
+    load_restricted,
+    model_payload,
+    save_torch,
+    write_normalization,
+)
 from spinlock_fast.checkpoints.integrity import write_manifest
-from spinlock_fast.checkpoints.run_directory import BEST, CONFIG, NORMALIZATION, SAFETENSORS, RunDirectory
+from spinlock_fast.checkpoints.model_card import model_card
+from spinlock_fast.checkpoints.run_directory import (
+    BEST,
+    CARD,
+    CONFIG,
+    METRICS,
+    NORMALIZATION,
+    SAFETENSORS,
+    RunDirectory,
+)
+from spinlock_fast.compat.converted_metrics import converted_metrics
 from spinlock_fast.config.loading import BoundedLoader, check_config, dump_config, parse_yaml, read_text_file
 from spinlock_fast.config.schema import (
     ENCODER_PARAMS,
@@ -33,8 +50,9 @@ from spinlock_fast.features.encode import ANY_LENGTH, FamilyEncoder, encode
 from spinlock_fast.features.encoders import build_encoder
 from spinlock_fast.features.normalize import Normalizer
 from spinlock_fast.messages import one_line
+from spinlock_fast.models.metrics import Metrics
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
-from spinlock_fast.output.atomic_files import write_atomically, write_text
+from spinlock_fast.output.atomic_files import write_atomically, write_json, write_text
 
 _MODEL_FILES = ("best_model.pt", "final_model.pt")
 
@@ -124,6 +142,7 @@ class Converted:
     config: RunConfig
     epoch: int
     clips: bool  # whether the clip bounds are known
+    metrics: Metrics
 
 
 def convert(source: Path, data: str | None = None) -> Converted:
@@ -150,11 +169,11 @@ def convert(source: Path, data: str | None = None) -> Converted:
         raise DataError(f"{path}: feature_mask keeps {int(keep.sum())} columns, but the model has {feature_count}")
     normalizer = _normalizer(payload, path, model.config.group_indices, feature_count)
     families = _families(payload, settings, keep.size, data, path)
-    cleaner, clips = _cleaner(payload, settings, keep, families, data)
+    cleaner, clips, columns = _cleaner(payload, settings, keep, families, data)
     names = list(payload.get("feature_names") or [])
     if len(names) != feature_count:
-        columns = [name for family in families for name in family.names]
-        names = [name for name, kept in zip(columns, keep, strict=True) if kept]
+        column_names = [name for family in families for name in family.names]
+        names = [name for name, kept in zip(column_names, keep, strict=True) if kept]
     cleaning = cleaner.state()
     parts = {
         "encoder_state_dicts": {family.name: family.state() for family in families},
@@ -164,11 +183,14 @@ def convert(source: Path, data: str | None = None) -> Converted:
         "feature_names": names,
     }
     config = _run_config(settings, families, model.config)
-    return Converted(model, parts, normalizer, config, int(payload.get("epoch", 0)), clips)
+    epoch = int(payload.get("epoch", 0))
+    x = None if columns is None else normalizer(cleaner(columns))
+    metrics = converted_metrics(model, config.training, names, epoch, x)
+    return Converted(model, parts, normalizer, config, epoch, clips, metrics)
 
 
 def write_converted(converted: Converted, directory: Path) -> None:
-    """best_model.pt, model.safetensors, config.yaml, normalization_stats.npz and manifest.json.
+    """Writes model files, config.yaml, normalization_stats.npz, metrics.json, README.md and manifest.json.
 
     An earlier result in the directory is moved to `previous`, see `RunDirectory`.
 
@@ -185,6 +207,8 @@ def write_converted(converted: Converted, directory: Path) -> None:
         write_text(partial / CONFIG, dump_config(converted.config))
         write_atomically(partial / SAFETENSORS, lambda temporary: temporary.write_bytes(save(tensors)))
         write_normalization(partial / NORMALIZATION, converted.normalizer.by_category(groups))
+        write_json(partial / METRICS, finite_or_null(converted.metrics))
+        write_text(partial / CARD, model_card(converted.metrics, converted.config))
         save_torch(partial / BEST, payload)
         write_manifest(partial)
         place.publish()
@@ -382,28 +406,29 @@ def _cleaner(
     keep: np.ndarray[Any, np.dtype[np.bool_]],
     families: list[FamilyEncoder],
     data: str | None,
-) -> tuple[FeatureCleaner, bool]:
+) -> tuple[FeatureCleaner, bool, NDArray[np.float32] | None]:
+    """The cleaner, whether its clip bounds are known, and the columns of the data where these are given."""
     given = {**(settings.get("feature_cleaning") or {}), **(payload.get("feature_cleaning_params") or {})}
     known = {key: given[key] for key in FeatureCleaningConfig.model_fields if given.get(key) is not None}
     # The original clips at multiples of the MAD itself.
     config = check_config({"feature_cleaning": {**known, "mad_scale": 1.0}}).feature_cleaning
     unbounded = np.full(int(keep.sum()), np.inf)
     if data is None:
-        return FeatureCleaner(keep, np.zeros(keep.size), -unbounded, unbounded), not config.enabled
-    with FeatureSource(data, {family.name: family.dataset for family in families}) as source:
+        return FeatureCleaner(keep, np.zeros(keep.size), -unbounded, unbounded), not config.enabled, None
+    with Source(data, {family.name: family.dataset for family in families}) as source:
         columns = encode(source, families, RunConfig().memory_budget, torch.device("cpu"))
     fill = np.median(columns, axis=0).astype(np.float64)
     low, high = clip_bounds(columns[:, keep].astype(np.float64), config)
-    return FeatureCleaner(keep, fill, low, high), True
+    return FeatureCleaner(keep, fill, low, high), True, columns
 
 
 def _run_config(settings: Mapping[str, Any], families: list[FamilyEncoder], model: CategoricalVQVAEConfig) -> RunConfig:
     """The settings of the original run, as far as this package has them."""
     flat = {**settings, **settings.get("training", {})}
     training: dict[str, Any] = {}
-    for key in TrainingConfig.model_fields:
+    for key in (*TrainingConfig.model_fields, "category_mapping_file"):
         value = flat.get("epochs" if key == "num_epochs" and "epochs" in flat else key)
-        if value is not None and key not in ("checkpoint_dir", "category_assignment"):
+        if value is not None and key != "category_assignment":
             training[key] = value
     data: dict[str, Any] = {
         "random_seed": int(settings.get("random_seed", 42)),

@@ -1,4 +1,4 @@
-"""Settings of a run: the schema, reading them from YAML, and the random streams that follow from the seed."""
+"""Settings of a run: schema, YAML reading, error messages, and random streams of the seed."""
 
 from spinlock_fast.config.loading import load_config
 from spinlock_fast.config.schema import RunConfig

@@ -1,39 +1,31 @@
-"""Reading a run's settings from YAML, with errors that name the key."""
+"""Reads the settings of a run from YAML, with error messages that name the key."""
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import stat
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import ValidationError
 
-from spinlock_fast.config.schema import (
-    ENCODER_PARAMS,
-    FamilyConfig,
-    LevelConfig,
-    RunConfig,
-    Section,
-    with_current_names,
-)
+from spinlock_fast.config.problems import describe_problems
+from spinlock_fast.config.schema import RunConfig, Section, with_current_names
 from spinlock_fast.errors import ConfigError
-from spinlock_fast.messages import one_line, shown
+from spinlock_fast.messages import one_line
 
-# Of the file, and of the tree of values that its aliases expand to.
+# Limits of a file and of the values that its aliases expand to.
 _MAX_BYTES = 16_000_000
 _MAX_NODES = 1_000_000
 
 
 class BoundedLoader(yaml.SafeLoader):
-    """SafeLoader that bounds what aliases expand to.
+    """SafeLoader with a limit on the expansion of aliases.
 
-    A value that Python cannot hold (a date without such a month, an integer of 5,000 digits) is a ConstructorError.
+    Raises ConstructorError for a value that Python cannot represent, such as month 13 or an integer of 5,000 digits.
     """
 
     def get_single_node(self) -> yaml.Node | None:
@@ -50,7 +42,7 @@ class BoundedLoader(yaml.SafeLoader):
 
 
 class _Loader(BoundedLoader):
-    """A loader that reads 1e-8 as a number (YAML 1.2) and refuses a key given twice."""
+    """A loader that reads 1e-8 as a number (YAML 1.2) and refuses duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -66,8 +58,8 @@ class _Loader(BoundedLoader):
 
 
 def _check_expansion(root: yaml.Node) -> None:
-    """Raises where an alias refers to a value that contains it, or where aliases expand to too many values."""
-    sizes: dict[int, int] = {}  # values of the tree under a node, by its id
+    """Raises ConstructorError for a recursive alias, or where aliases expand to too many values."""
+    sizes: dict[int, int] = {}  # id of a node -> number of values below it
     open_nodes: set[int] = set()
     stack = [root]
     while stack:
@@ -99,7 +91,7 @@ def _children(node: yaml.Node) -> list[yaml.Node]:
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes a text which `_Loader` would read as a number."""
+    """SafeDumper that quotes texts which `_Loader` would read as numbers."""
 
 
 for _kind in (_Loader, _Dumper):
@@ -119,10 +111,10 @@ def parse_yaml(text: str, loader: type[BoundedLoader] = _Loader) -> Any:
 
 
 def read_text_file(path: Path, what: str = "file") -> str:
-    """The text of a settings file.
+    """Reads a settings file.
 
     Raises:
-        ConfigError: no such `what`, not a regular file (a pipe, a device), too large, or not UTF-8.
+        ConfigError: the file (called `what` in messages) does not exist, is not regular, is too large, or not UTF-8.
     """
     try:
         mode = path.stat()
@@ -131,9 +123,7 @@ def read_text_file(path: Path, what: str = "file") -> str:
         if not stat.S_ISREG(mode.st_mode):
             raise ConfigError(f"{path}: is not a regular file")
         if mode.st_size > _MAX_BYTES:
-            raise ConfigError(
-                f"{path}: holds {mode.st_size:,} bytes, more than the {_MAX_BYTES:,} of any settings file"
-            )
+            raise ConfigError(f"{path}: has {mode.st_size:,} bytes; at most {_MAX_BYTES:,} are read")
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such {what}") from None
@@ -143,7 +133,7 @@ def read_text_file(path: Path, what: str = "file") -> str:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The keys of a YAML file, none for an empty one; raises ConfigError with one line."""
+    """The keys of a YAML file, none for an empty file; raises ConfigError with one line."""
     text = read_text_file(path, "configuration file")
     try:
         data = parse_yaml(text)
@@ -165,14 +155,14 @@ def load_config(path: str | Path, overrides: Sequence[str] | Mapping[str, Any] =
             from dotted key to value.
 
     Returns:
-        The checked settings; `output_dir` is filled in from the file's name when absent.
+        The validated settings; `output_dir` defaults to checkpoints/<name of the file>.
 
     Raises:
-        ConfigError: one line naming the key, what was given and what is allowed.
+        ConfigError: one line per wrong key, with the given and the allowed values.
     """
     path = Path(path)
     data = read_yaml(path)
-    # A section with nothing under it is an empty one.
+    # A section without keys is null in YAML.
     data = {key: {} if value is None and _is_section(key) else value for key, value in data.items()}
     pairs = _parse_overrides(overrides)
     if "families" not in data and any(key.startswith("families.") for key, _ in pairs):
@@ -181,14 +171,13 @@ def load_config(path: str | Path, overrides: Sequence[str] | Mapping[str, Any] =
         _set_dotted(data, key, value)
     config = check_config(data, source=str(path))
     if config.output_dir is None:
-        output = config.training.checkpoint_dir or f"checkpoints/{path.stem}"
-        config = config.model_copy(update={"output_dir": output})
+        config = config.model_copy(update={"output_dir": f"checkpoints/{path.stem}"})
     return config
 
 
 def load_written_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """`load_config` of the file that a run wrote; one from before `feature_cleaning.nan_fill` was made with zero."""
-    # A run writes every setting into its file.
+    """`load_config` of a file written by a run; nan_fill is zero in files of versions without this setting."""
+    # A run writes every setting, so that a missing one identifies an earlier version.
     older = path.is_file() and not re.search(r"^ +nan_fill:", path.read_text("utf-8", "replace"), re.MULTILINE)
     return load_config(path, [*(["feature_cleaning.nan_fill=zero"] if older else []), *overrides])
 
@@ -199,75 +188,52 @@ def _is_section(key: str) -> bool:
 
 
 def check_config(data: Mapping[str, Any], source: str = "configuration") -> RunConfig:
-    """`RunConfig` from plain data; raises ConfigError with one line."""
-    if isinstance(data.get("training"), Mapping):
-        data = {**data, "training": with_current_names(data["training"])}
+    """`RunConfig` from plain data; raises ConfigError with one line per wrong key."""
+    try:
+        data = resolve_aliases(data)
+    except ValueError as error:
+        raise ConfigError(f"{source}: {error}") from None
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
-        # A misspelt key also leaves its proper form missing: name the misspelling.
-        problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise ConfigError(f"{source}: {_describe(problems[0], data)}{more}") from None
+        raise ConfigError(*(f"{source}: {problem}" for problem in describe_problems(error, data))) from None
+
+
+def resolve_aliases(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain settings with aliases and old names replaced by the names of `RunConfig`; see also `with_current_names`.
+
+    training.checkpoint_dir stands for output_dir, training.category_mapping_file for training.category_assignment; null
+    stands for a missing key.
+
+    Raises:
+        ValueError: output_dir and its alias differ.
+    """
+    settings, training = dict(data), data.get("training")
+    if not isinstance(training, Mapping):
+        return settings
+    training = settings["training"] = with_current_names(training)
+    directory, mapping = (training.pop(alias, None) for alias in ("checkpoint_dir", "category_mapping_file"))
+    if mapping is not None:
+        training["category_assignment"] = mapping
+    if directory is not None:
+        if settings.get("output_dir") not in (None, directory):
+            output = settings["output_dir"]
+            raise ValueError(f"output_dir ({output}) and training.checkpoint_dir ({directory}) are the same setting")
+        settings["output_dir"] = directory
+    return settings
 
 
 def dump_config(config: RunConfig) -> str:
-    """YAML text that `load_config` reads back to the same settings."""
+    """YAML text of the settings, which `load_config` reads back unchanged."""
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def apply_overrides(config: RunConfig, overrides: Sequence[str] | Mapping[str, Any]) -> RunConfig:
-    """The settings with some of them replaced; raises ConfigError."""
+    """The settings with overrides; raises ConfigError."""
     data = config.model_dump(mode="json")
     for key, value in _parse_overrides(overrides):
         _set_dotted(data, key, value)
     return check_config(data)
-
-
-def help_text() -> str:
-    """Every key with its type, default and description."""
-    lines: list[str] = []
-    _help_section(RunConfig, "", lines)
-    for name, params in ENCODER_PARAMS.items():
-        lines.append(f"\nfamilies.<name>.encoder_params of {name}:")
-        _help_section(params, "  ", lines)
-    return "\n".join(lines)
-
-
-def _help_section(section: type[BaseModel], indent: str, lines: list[str]) -> None:
-    for key, field in section.model_fields.items():
-        inner = field.annotation
-        nested = inner if isinstance(inner, type) and issubclass(inner, Section) else None
-        family = get_args(inner)[1] if get_origin(inner) is dict and key == "families" else None
-        if nested is not None or family is not None:
-            lines.append(f"\n{indent}{key}:{'  # ' + (field.description or '')}")
-            if nested is not None:
-                _help_section(nested, indent + "  ", lines)
-            elif family is not None:
-                lines.append(f"{indent}  <name>:")
-                _help_section(family, indent + "    ", lines)
-            continue
-        default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
-        if isinstance(default, str) and default.endswith("Params()"):
-            default = "{}"
-        lines.append(f"{indent}{key}  ({_type_name(inner)}, default {default})")
-        lines.append(f"{indent}    {field.description}")
-
-
-def _type_name(annotation: Any) -> str:
-    origin = get_origin(annotation)
-    if annotation is type(None):
-        return "null"
-    if origin is None:
-        return getattr(annotation, "__name__", str(annotation))
-    args = get_args(annotation)
-    if str(origin) == "typing.Literal":
-        return " | ".join(str(arg) for arg in args)
-    if str(origin) in ("typing.Annotated",):
-        return _type_name(args[0])
-    if origin in (list, dict, tuple):
-        return f"{origin.__name__}[{', '.join(_type_name(arg) for arg in args)}]"
-    return " | ".join(_type_name(arg) for arg in args)
 
 
 def _parse_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -279,7 +245,7 @@ def _parse_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> list[tuple
         if not equals or not key.strip():
             raise ConfigError(f"--set {text}: expected key=value, such as training.num_epochs=5")
         try:
-            # A leading * is a glob here, not a YAML alias.
+            # A leading * starts a glob here, not a YAML alias.
             pairs.append((key.strip(), value if value.lstrip().startswith("*") else parse_yaml(value)))
         except yaml.YAMLError as error:
             raise ConfigError(f"--set {text}: not valid YAML: {one_line(error)}") from None
@@ -294,71 +260,3 @@ def _set_dotted(data: dict[str, Any], dotted: str, value: Any) -> None:
             raise ConfigError(f"{dotted}: {parent} holds a value, not a section")
         data = child
     data[last] = value
-
-
-def _describe(problem: ErrorDetails, data: Mapping[str, Any]) -> str:
-    keys = _keys(problem["loc"], data, problem["type"] == "missing")
-    place = ".".join(keys)
-    if problem["type"] == "extra_forbidden":
-        return f"{place}: unknown key{_suggest(keys, data)}"
-    if problem["type"] == "missing":
-        return f"{place}: required, not given"
-    message = problem["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:] if message.startswith(("Input", "Value")) else message
-    if problem["type"] == "value_error" and not place:
-        return message
-    given = problem["input"]
-    nearest = ""
-    if problem["type"] == "literal_error" and isinstance(given, str):
-        allowed = re.findall(r"'([^']+)'", problem.get("ctx", {}).get("expected", ""))
-        close = difflib.get_close_matches(given, allowed, 1)
-        nearest = f"; did you mean {close[0]!r}?" if close else ""
-    if problem["type"] == "value_error":
-        return f"{place}: {message}" + ("" if isinstance(given, dict) else f", got {shown(given)}")
-    return f"{place}: {message}, got {shown(given)} ({type(given).__name__}){nearest}"
-
-
-_ABSENT = object()
-
-
-def _keys(loc: tuple[int | str, ...], data: Any, missing: bool) -> list[str]:
-    """The user's keys in a path; pydantic mixes the names of union members into it."""
-    keys: list[str] = []
-    for part in loc:
-        child = _child(data, part)
-        if child is not _ABSENT:
-            data = child
-        elif not (missing and part == loc[-1]):
-            continue
-        keys.append(str(part))
-    return keys
-
-
-def _child(data: Any, part: int | str) -> Any:
-    if isinstance(data, Mapping):
-        return data.get(part, _ABSENT)
-    if isinstance(data, list) and isinstance(part, int) and part < len(data):
-        return data[part]
-    return _ABSENT
-
-
-def _suggest(keys: list[str], data: Mapping[str, Any]) -> str:
-    """What an unknown key may have been meant to be."""
-    allowed = list(_section_at(keys[:-1], data).model_fields)
-    close = difflib.get_close_matches(keys[-1], allowed, 1)
-    if close:
-        return f"; did you mean {close[0]!r}? (--help-config lists all)"
-    return f"; allowed: {', '.join(allowed) or 'no keys at all'}"
-
-
-def _section_at(keys: list[str], data: Mapping[str, Any]) -> type[BaseModel]:
-    match keys:
-        case ["families", _]:
-            return FamilyConfig
-        case ["families", name, "encoder_params"]:
-            return ENCODER_PARAMS[data["families"][name]["encoder"]]
-        case ["model", "levels", *_]:
-            return LevelConfig
-        case [name] if isinstance(section := RunConfig.model_fields[name].annotation, type):
-            return section
-    return RunConfig

@@ -1,7 +1,7 @@
-"""Streams of random numbers: each use has a key of its own, so that no two uses of a seed draw the same numbers.
+"""Random streams: each use of a seed has its own key, so that no two uses draw the same numbers.
 
-`SeedSequence([42, 0])` is `SeedSequence(42)`: zeros at the end do not count. A spawn key comes behind the seed's padded
-words, so keys of different uses, or of other lengths, never give the same stream, nor that of the bare seed.
+Keys are spawn keys of `SeedSequence`. Keys appended to the seed would not be unique: `SeedSequence([42, 0])` equals
+`SeedSequence(42)`, since trailing zeros are ignored.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from enum import IntEnum
 import numpy as np
 import torch
 
-VERSION = 2  # 1: keys in a list with the seed, as in runs of earlier versions; they are resumed so
+VERSION = 2  # 1: keys in a list with the seed, used to resume runs of earlier versions
 
 _version = ContextVar("version", default=VERSION)
 
 
 class Stream(IntEnum):
-    """What random numbers are for. The values are part of what a seed means: they never change."""
+    """Use of a random stream. The values determine the numbers of a seed and never change."""
 
     SPLIT = 0
     CATEGORIES = 1
@@ -29,12 +29,12 @@ class Stream(IntEnum):
 
 
 def generator(seed: int, stream: Stream, *place: int) -> np.random.Generator:
-    """The random numbers of one use of a seed.
+    """The random generator of one use of a seed.
 
     Args:
-        seed: of the run.
+        seed: seed of the run.
         stream: the use.
-        place: further numbers within the use, such as the epoch.
+        place: further keys, such as the epoch.
     """
     if _version.get() == 1 and stream is not Stream.ANALYSIS:
         return np.random.default_rng([seed, int(stream), *place])
@@ -42,13 +42,13 @@ def generator(seed: int, stream: Stream, *place: int) -> np.random.Generator:
 
 
 def version() -> int:
-    """The version of the streams in the present context; a run writes it to its states."""
+    """The version of the streams in the current context; a run saves it with its state."""
     return _version.get()
 
 
 @contextmanager
 def streams_of(saved: int | None) -> Iterator[None]:
-    """Within the block `generator` gives the streams that a run of an earlier version had; None: of the present one."""
+    """Within the block, `generator` returns the streams of a saved version; None: of the current version."""
     token = _version.set(VERSION if saved is None else saved)
     try:
         yield
@@ -57,7 +57,7 @@ def streams_of(saved: int | None) -> Iterator[None]:
 
 
 def seed_torch(seed: int, device: torch.device | None = None) -> None:
-    """As `torch.manual_seed`, but on the CPU and one CUDA device alone: other devices keep their random state."""
+    """`torch.manual_seed` for the CPU and one CUDA device; other devices keep their random state."""
     torch.default_generator.manual_seed(seed)
     if device is not None and device.type == "cuda":
         with torch.cuda.device(device):

@@ -1,4 +1,4 @@
-"""The settings of a run: one frozen model per section of the YAML file."""
+"""Settings of a run: one frozen model per section of the YAML file."""
 
 from __future__ import annotations
 
@@ -8,54 +8,34 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-_BYTE_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
-_BYTE_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
-
-
-def parse_bytes(value: object) -> int:
-    """Bytes from an integer or a text such as "1.25GB" or "512 MiB"."""
-    if isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1:
-        number, unit = float(value), ""
-    elif isinstance(value, str) and (
-        match := re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]?i?b?)\s*", value, re.IGNORECASE)
-    ):
-        number, unit = float(match[1]), match[2].lower()
-    else:
-        raise ValueError("expected a size such as 1.25GB, 512MiB or a number of bytes")
-    if unit not in _BYTE_UNITS:
-        raise ValueError("expected a size such as 1.25GB, 512MiB or a number of bytes")
-    size = number * _BYTE_UNITS[unit]
-    if not 1 <= size < 2**63:
-        raise ValueError("expected a size above zero and below 8 EiB")
-    return int(size)
-
+from spinlock_fast.config.byte_sizes import parse_bytes
 
 ByteSize = Annotated[int, BeforeValidator(parse_bytes)]
-_INT32_MAX = 2**31 - 1
-PositiveInt = Annotated[int, Field(ge=1, le=_INT32_MAX)]
-NonNegativeInt = Annotated[int, Field(ge=0, le=_INT32_MAX)]
+INT32_MAX = 2**31 - 1
+PositiveInt = Annotated[int, Field(ge=1, le=INT32_MAX)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=INT32_MAX)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class Section(BaseModel):
-    """A section of the file: no unknown keys, no silent conversion, no change after loading."""
+    """A section of the file: strict types, no unknown keys, immutable."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class MLPEncoderParams(Section):
     hidden_dims: list[PositiveInt] = Field(default=[512, 256], description="width of each hidden layer")
-    output_dim: PositiveInt = Field(default=128, description="columns that the encoder gives")
-    dropout: Probability = Field(default=0.1, description="inactive: encoders are frozen, in eval mode")
+    output_dim: PositiveInt = Field(default=128, description="number of output columns")
+    dropout: Probability = Field(default=0.1, description="no effect, since encoders are in eval mode")
     activation: Literal["relu", "gelu", "silu", "tanh"] = Field(default="relu", description="non-linearity")
     batch_norm: bool = Field(default=True, description="BatchNorm after each linear layer")
 
 
 class TemporalCNNEncoderParams(Section):
-    embedding_dim: PositiveInt = Field(default=128, description="columns that the encoder gives")
-    architecture: Literal["resnet1d_3"] = Field(default="resnet1d_3", description="the network")
+    embedding_dim: PositiveInt = Field(default=128, description="number of output columns")
+    architecture: Literal["resnet1d_3"] = Field(default="resnet1d_3", description="network architecture")
 
 
 class IdentityEncoderParams(Section):
@@ -79,25 +59,25 @@ DEFAULT_DATASETS = {
 
 class FamilyConfig(Section):
     encoder: Literal["MLPEncoder", "TemporalCNNEncoder", "IdentityEncoder"] = Field(
-        description="network that turns the family's raw values into columns"
+        description="network from the family's raw values to columns"
     )
     encoder_params: EncoderParams = Field(
-        default=None, validate_default=True, description="settings of the encoder; see its section"
+        default=None, validate_default=True, description="settings of the encoder, see its section"
     )
     dataset: str | None = Field(
         default=None,
-        description="path in the HDF5 file; by default the place of the families summary, temporal, architecture",
+        description="path in the HDF5 file; optional for the families summary, temporal and architecture",
     )
     standardize: bool = Field(
         default=False,
-        description="z-score raw columns (median, MAD; clipped at 10) before encoding",
+        description="standardise raw columns before encoding, by median and MAD, clipped at +/- 10",
     )
 
     @field_validator("encoder_params", mode="before")
     @classmethod
     def _params_of_the_named_encoder(cls, value: Any, info: ValidationInfo) -> Any:
         kind = ENCODER_PARAMS.get(info.data.get("encoder", ""))
-        if kind is None:  # an unknown encoder is the error to report
+        if kind is None:  # the unknown encoder is reported instead
             return IdentityEncoderParams()
         return value if isinstance(value, kind) else kind.model_validate({} if value is None else value)
 
@@ -111,29 +91,31 @@ def _default_families() -> dict[str, FamilyConfig]:
 
 
 class FeatureCleaningConfig(Section):
-    enabled: bool = Field(default=True, description="false keeps every column and clips nothing")
+    enabled: bool = Field(default=True, description="false: every column is kept, nothing is clipped")
     nan_fill: Literal["median", "zero"] = Field(
         default="median",
-        description="missing raw values become the median of the training rows, before anything else; or 0",
+        description="replacement of missing raw values: median of the training rows, or 0",
     )
     variance_threshold: NonNegativeFloat = Field(
-        default=1e-8, description="columns whose standard deviation is below this are dropped"
+        default=1e-8, description="columns with a smaller standard deviation are dropped"
     )
     deduplicate_threshold: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
-        default=0.99, description="of two columns with a larger |correlation|, the more informative stays"
+        default=0.99, description="|correlation| above which the less informative of two columns is dropped"
     )
     outlier_method: Literal["mad", "percentile", "iqr", "none"] = Field(
-        default="mad", description="how the clip bounds of a column are found"
+        default="mad", description="method for the clip bounds of a column"
     )
-    mad_threshold: PositiveFloat = Field(default=5.0, description="clip at median +/- this many sigma")
+    mad_threshold: PositiveFloat = Field(
+        default=5.0, description="clip bounds of outlier_method mad: median +/- this many sigma"
+    )
     mad_scale: PositiveFloat = Field(
-        default=1.4826, description="sigma = mad_scale * MAD; 1.0 repeats the original project"
+        default=1.4826, description="sigma = mad_scale * MAD; 1.0 as in the original project"
     )
     percentile_range: tuple[float, float] = Field(
-        default=(0.5, 99.5), strict=False, description="clip bounds of outlier_method: percentile"
+        default=(0.5, 99.5), strict=False, description="clip bounds of outlier_method percentile"
     )
     iqr_multiplier: PositiveFloat = Field(
-        default=1.5, description="clip bounds of outlier_method: iqr, quartiles -/+ this many IQR"
+        default=1.5, description="clip bounds of outlier_method iqr: quartiles -/+ this many IQR"
     )
 
     @field_validator("percentile_range")
@@ -145,17 +127,17 @@ class FeatureCleaningConfig(Section):
 
 
 class LevelConfig(Section):
-    """One codebook: `num_tokens` codes of `latent_dim` dimensions."""
+    """Size of a codebook: `num_tokens` codes of `latent_dim` dimensions."""
 
-    num_tokens: PositiveInt = Field(description="codes of the codebook")
-    latent_dim: PositiveInt = Field(description="dimensions of a code")
+    num_tokens: PositiveInt = Field(description="number of codes")
+    latent_dim: PositiveInt = Field(description="dimension of a code")
 
 
 Levels = list[LevelConfig] | dict[str, list[LevelConfig]]
 
 
 def parse_ratios(text: str) -> tuple[float, ...]:
-    """Latent dimensions per feature of each level, from a text such as "0.5:1:1.5"."""
+    """Latent dimensions per feature of each level from a text such as "0.5:1:1.5"; raises ValueError."""
     try:
         ratios = tuple(float(part) for part in text.split(":"))
     except ValueError:
@@ -170,31 +152,36 @@ class ModelConfig(Section):
     group_hidden_dim: PositiveInt = Field(default=512, description="hidden width of a category's MLP")
     levels: Levels = Field(
         default=[],
-        description="codebook sizes: [] = from the number of features; a list for all categories, or one each",
+        description="codebook sizes: [] derives them from the number of features; a list for all or for each category",
     )
     compression_ratios: str = Field(
         default="0.5:1:1.5", description="latent dimensions per feature of each level, coarse to fine"
     )
-    uniform_codebook_init: bool = Field(default=False, description="every level gets as many codes as level 0")
+    uniform_codebook_init: bool = Field(default=False, description="all levels have as many codes as level 0")
     unassigned_features: Literal["decoded", "nearest"] = Field(
         default="decoded",
-        description="features in no category are reconstructed from all codes; nearest: and read by the encoder of the "
-        "category that they correlate with most",
+        description="features in no category are reconstructed from all codes; nearest: they are also inputs of the "
+        "most correlated category",
     )
     codebook_init: Literal["kmeans", "uniform", "product"] = Field(
         default="kmeans",
-        description="codes from k-means++ on the first rows, or uniform random; product: k-means, after the levels of "
-        "a category shared out its principal components (Ge et al. 2013)",
+        description="initial codes: k-means++ on the first rows, or uniform random; product: k-means after dividing "
+        "the principal components of a category among its levels (Ge et al. 2013)",
     )
     commitment_cost: NonNegativeFloat = Field(
-        default=0.25, description="pull of latents towards their codes (van den Oord et al. 2017)"
+        default=0.25, description="weight of the commitment loss of the quantizer (van den Oord et al. 2017)"
     )
-    use_ema: bool = Field(default=True, description="codes follow latents by moving average; false: by gradient")
-    decay: Probability = Field(default=0.99, description="decay of the moving average")
+    use_ema: bool = Field(
+        default=True, description="codes are updated by exponential moving average; false: by gradient"
+    )
+    decay: Probability = Field(default=0.99, description="decay of the exponential moving average")
     dropout: Probability = Field(default=0.1, description="dropout of encoder and decoder layers")
-    decoder_dropout: Probability | None = Field(default=None, description="dropout of the decoder; null: as dropout")
+    decoder_dropout: Probability | None = Field(
+        default=None, description="dropout of the decoder; null: the value of dropout"
+    )
     rotation_trick: bool = Field(
-        default=False, description="gradient through quantization by rotation (arXiv 2410.06424)"
+        default=False,
+        description="gradient of the quantizer by the rotation trick (Fifty et al. 2024, arXiv 2410.06424)",
     )
 
     @field_validator("compression_ratios")
@@ -214,8 +201,8 @@ def with_current_names(training: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class TrainingConfig(Section):
-    batch_size: PositiveInt = Field(default=512, description="rows a step, at most the training rows")
-    learning_rate: PositiveFloat = Field(default=1e-3, description="step size of the optimizer")
+    batch_size: PositiveInt = Field(default=512, description="rows per step, at most the number of training rows")
+    learning_rate: PositiveFloat = Field(default=1e-3, description="learning rate of the optimizer")
     num_epochs: PositiveInt = Field(default=200, description="passes over the training rows")
     mixup_scale: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
         default=0.0,
@@ -223,69 +210,69 @@ class TrainingConfig(Section):
         "where m is this scale; old name: mixing",
     )
     input_noise: NonNegativeFloat = Field(
-        default=0.0, description="standard deviation of noise on the inputs of training, whose targets stay clean"
+        default=0.0, description="standard deviation of noise added to training inputs, not to targets"
     )
     mixup_decay: bool = Field(
         default=False, description="mixup_scale follows the learning rate of the schedule; old name: mixing_decays"
     )
     decoder_refit: NonNegativeFloat = Field(
         default=0.0,
-        description="after the last epoch, the last layer of the decoder is fitted to the training rows as they are, "
-        "by ridge regression towards its trained weights; the penalty as a share of the inputs' variance, 0: no fit",
+        description="ridge regression of the last decoder layer on the training rows after the last epoch, towards its "
+        "trained weights; penalty relative to the variance of its inputs, 0: none",
     )
     optimizer: Literal["adam", "adamw"] = Field(default="adam", description="optimizer")
-    weight_decay: NonNegativeFloat = Field(default=0.0, description="weight decay of adamw, L2 of adam")
+    weight_decay: NonNegativeFloat = Field(
+        default=0.0, description="decoupled weight decay of adamw, L2 penalty of adam"
+    )
     scheduler: Literal["none", "cosine"] | None = Field(
-        default="none", description="learning rate over the run: constant, or cosine to zero"
+        default="none", description="learning rate schedule: constant, or cosine decay to zero"
     )
     warmup_epochs: NonNegativeInt = Field(default=0, description="epochs of linear warm-up")
     category_assignment: str = Field(
-        default="auto",
-        description="auto: discover categories; or the path of a JSON file {category: [feature names]}",
-    )
-    category_mapping_file: str | None = Field(
-        default=None, description="JSON file of categories; the same as naming it in category_assignment"
+        default="auto", description="auto, or a JSON file {category: [feature names]}; alias category_mapping_file"
     )
     num_categories_auto: Annotated[int, Field(ge=2)] | None = Field(
         default=None,
-        description="number of categories to cut (in each isolated family, and in the rest); null: by silhouette",
+        description="number of categories (of each isolated family, and of the others); null: by silhouette",
     )
     orthogonality_target: PositiveFloat = Field(
-        default=0.15, description="category correlation above which a warning is given"
+        default=0.15, description="largest category correlation without a warning"
     )
-    min_features_per_category: PositiveInt = Field(default=3, description="smaller categories join their nearest")
-    max_clusters: Annotated[int, Field(ge=2)] = Field(default=25, description="most categories tried")
-    isolated_families: list[str] = Field(
-        default=[], description="families whose features share no category with others"
+    min_features_per_category: PositiveInt = Field(
+        default=3, description="smaller categories are merged into their nearest"
     )
+    max_clusters: Annotated[int, Field(ge=2)] = Field(default=25, description="largest number of categories tried")
+    isolated_families: list[str] = Field(default=[], description="families whose features are clustered separately")
     reconstruction_weight: NonNegativeFloat = Field(default=1.0, description="weight of the reconstruction error")
     vq_weight: NonNegativeFloat = Field(default=1.0, description="weight of the commitment loss")
     orthogonality_weight: NonNegativeFloat = Field(default=0.1, description="weight of code orthogonality")
-    informativeness_weight: NonNegativeFloat = Field(default=0.1, description="weight of the partial decoders")
-    topo_weight: NonNegativeFloat = Field(default=0.3, description="weight of distance preservation")
+    informativeness_weight: NonNegativeFloat = Field(
+        default=0.1, description="weight of the loss of the partial decoders"
+    )
+    topo_weight: NonNegativeFloat = Field(default=0.3, description="weight of the distance preservation loss")
     topo_samples: Annotated[int, Field(ge=2)] = Field(
-        default=512, description="rows of a batch whose pairs enter the topographic term"
+        default=512, description="rows of a batch whose pairs enter the distance preservation loss"
     )
     early_stopping_patience: PositiveInt = Field(
-        default=30, description="validations without improvement before the run stops"
+        default=30, description="validations without improvement after which the run stops"
     )
     early_stopping_min_delta: NonNegativeFloat = Field(
-        default=0.0, description="least fall of the validation loss that counts as improvement"
+        default=0.0, description="smallest decrease of the validation loss that counts as improvement"
     )
     dead_code_reset_interval: NonNegativeInt = Field(
         default=25, description="epochs between resets of dead codes; 0: never"
     )
     dead_code_reset_steps: NonNegativeInt = Field(
-        default=0, description="steps between resets of dead codes, besides those by epoch; 0: never"
+        default=0, description="steps between resets of dead codes, in addition to those by epoch; 0: never"
     )
     dead_code_threshold: NonNegativeFloat = Field(
-        default=0.05, description="codes used less than this share of their codebook's mean are dead"
+        default=0.05, description="codes with less than this share of the mean usage of their codebook are dead"
     )
     dead_code_strategy: Literal["perturb", "sample"] = Field(
-        default="perturb", description="dead codes become perturbed copies of used codes, or random latents"
+        default="perturb", description="replacement of dead codes: perturbed copies of used codes, or random latents"
     )
     max_reset_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
-        default=0.25, description="largest share of a codebook that one reset replaces"
+        default=0.25, description="largest share of a codebook replaced by one reset"
     )
     val_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         default=0.1, description="share of the rows held out for validation"
@@ -295,35 +282,32 @@ class TrainingConfig(Section):
     )
     val_every_n_epochs: PositiveInt = Field(default=5, description="epochs between validations")
     save_every: PositiveInt = Field(default=25, description="epochs between resumable checkpoints")
-    save_minutes: PositiveFloat = Field(
-        default=5.0, description="minutes after which a resumable checkpoint is written at the latest"
-    )
+    save_minutes: PositiveFloat = Field(default=5.0, description="maximum minutes between resumable checkpoints")
     on_divergence: Literal["stop", "rewind"] = Field(
         default="stop",
-        description="a loss that is not finite ends the run (stop), or takes it back to the last good state with half "
-        "the learning rate, 5 times at most (rewind)",
+        description="on a non-finite loss: stop, or rewind to the last finite state with half the learning rate, "
+        "at most 5 times",
     )
     data_on_device: Literal["auto", "always", "never"] = Field(
         default="auto",
-        description="rows lie on the device (always), or in main memory and follow as steps need them (never); "
-        "auto: on the device where they take at most half of its free memory",
+        description="keep rows on the device (always) or stream them from main memory (never); auto: on the device "
+        "where they take at most half of its free memory",
     )
     cuda_graphs: bool = Field(
-        default=True, description="replay training steps as CUDA graphs; no effect on other devices"
+        default=True, description="capture training steps as CUDA graphs; no effect on other devices"
     )
     use_torch_compile: bool = Field(
         default=False,
         description="accepted, without effect: on CUDA devices steps are captured as CUDA graphs, see cuda_graphs",
     )
     normalization_method: Literal["standard", "mad"] = Field(
-        default="standard", description="mean and standard deviation, or median and MAD"
+        default="standard", description="normalisation of features: mean and standard deviation, or median and MAD"
     )
-    checkpoint_dir: str | None = Field(default=None, description="the same as output_dir")
 
     @property
     def mapping_file(self) -> str | None:
         """The JSON file of categories; None where they are discovered."""
-        return self.category_mapping_file or (None if self.category_assignment == "auto" else self.category_assignment)
+        return None if self.category_assignment == "auto" else self.category_assignment
 
     @model_validator(mode="before")
     @classmethod
@@ -342,33 +326,31 @@ class TrainingConfig(Section):
 class DataConfig(Section):
     allow_external: bool = Field(
         default=True,
-        description="false refuses links, virtual and external sources that lead out of the directory of a data file",
+        description="false: refuse links, virtual and external sources outside of the directory of a data file",
     )
 
 
 class LoggingConfig(Section):
     level: Literal["debug", "info", "warning", "error"] = Field(
-        default="info", description="least severe message that is shown"
+        default="info", description="lowest severity of shown messages"
     )
     tensorboard: bool | None = Field(
-        default=None, description="write TensorBoard scalars; null: when tensorboard is installed"
+        default=None, description="write TensorBoard scalars; null: where tensorboard is installed"
     )
 
 
 class RunConfig(Section):
-    """The whole file."""
+    """All settings of a run."""
 
     dataset_path: str | list[str] | None = Field(
-        default=None, description="HDF5 file, glob, or list of files that follow each other"
+        default=None, description="HDF5 file, glob, or list of files with consecutive rows"
     )
     data: DataConfig = Field(default_factory=DataConfig, description="see its section")
-    memory_budget: ByteSize = Field(
-        default=1_250_000_000, description="most bytes of raw features held at once, e.g. 1.25GB"
-    )
+    memory_budget: ByteSize = Field(default=1_250_000_000, description="maximum bytes of raw features in memory")
     output_dir: str | None = Field(
-        default=None, description="checkpoint directory; by default checkpoints/<name of the config file>"
+        default=None, description="checkpoint directory (checkpoints/<config name>); alias training.checkpoint_dir"
     )
-    random_seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=42, description="seed of everything random")
+    random_seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=42, description="seed of all random numbers")
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
     families: dict[str, FamilyConfig] = Field(
         default_factory=_default_families, min_length=1, description="feature families by name"
@@ -392,7 +374,7 @@ class RunConfig(Section):
     def _datasets_known(cls, families: dict[str, FamilyConfig]) -> dict[str, FamilyConfig]:
         for name, family in families.items():
             if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
-                raise ValueError(f"family name {name!r} may hold letters, digits, '_', '.', '-'")
+                raise ValueError(f"family name {name!r} may contain letters, digits, '_', '.', '-'")
             if family.dataset is None and name not in DEFAULT_DATASETS:
                 raise ValueError(
                     f"family {name!r} needs `dataset`, its path in the HDF5 file "
@@ -402,9 +384,6 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _cross_checks(self) -> RunConfig:
-        a, b = self.output_dir, self.training.checkpoint_dir
-        if a is not None and b is not None and a != b:
-            raise ValueError(f"output_dir ({a}) and training.checkpoint_dir ({b}) are the same setting")
         unknown = set(self.training.isolated_families) - set(self.families)
         if unknown:
             raise ValueError(
@@ -413,5 +392,5 @@ class RunConfig(Section):
         return self
 
     def datasets(self) -> dict[str, str]:
-        """Path in the HDF5 file of every family, in order."""
+        """Path in the HDF5 file of every family."""
         return {name: family.dataset or DEFAULT_DATASETS[name] for name, family in self.families.items()}

@@ -1,4 +1,4 @@
-"""How the channels of a state go together."""
+"""Features of the relations between the channels of a state."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def cross_channel_features(real: Tensor, imag: Tensor, sums: dict[str, Tensor], 
     correlation = _ratio(covariance, variance).clamp_(-1.0, 1.0)
     aligned = _ratio(co[..., 1], gradient).mean(1)
     first, second = (own["bands"][:, [pair[side] for pair in PAIRS]] for side in (0, 1))
-    # Where a band holds no more than rounding errors, those are no sign of coherence.
+    # A band that contains rounding errors only has no coherence.
     empty = torch.minimum(first, second) < _EMPTY_SHARE * variance.amax(1)[:, None, None] + TINY
     coherence = (co[..., 2:].square() + quadrature.square()) / (first * second + TINY**2)
     coherence = torch.where(empty, 0.0, coherence.clamp_(0.0, 1.0)).mean(1)  # [B, bands]

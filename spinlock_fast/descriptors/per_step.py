@@ -1,4 +1,4 @@
-"""What is kept of every state: the 63 TEMPORAL features and the series that the trajectory features need."""
+"""Features of every state: the 63 TEMPORAL features, and the series that trajectory features are computed from."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from spinlock_fast.descriptors.spectral import TINY, Wavenumbers, spectral_featu
 _MEAN_ABS, _GRADIENT_MEAN = (
     [feature.name for feature in SPATIAL].index(name) for name in ("mean_abs", "gradient_mean")
 )
-_BOUND_SHARE = 0.01  # of the values at the clipping bound that make a step count as diverged
+_BOUND_SHARE = 0.01  # share of values at the clipping bound from which a step counts as diverged
 
-PROBES = 8  # points along a side where series in time are taken
+PROBES = 8  # probe points along a side of the grid
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,15 @@ class StepSeries:
 
     features: Tensor  # [S, B, 63]
     energy: Tensor  # [S, B] mean square of the state
-    activity: Tensor  # [S, B] root mean square of the change from the step before
-    velocity: Tensor  # [S, B, 2] of the best translation from the step before, px/step
+    activity: Tensor  # [S, B] root mean square change from the previous step
+    velocity: Tensor  # [S, B, 2] best translation from the previous step, px/step
     norms: Tensor  # [S, B, 9] L1, L2, total variation at each scale
     probes: Tensor  # [S, B, 3, 64] values at fixed points
-    at_bound: Tensor  # [S, B] whether a percent of the values lies at the clipping bound
+    at_bound: Tensor  # [S, B] whether at least 1 % of the values is at the clipping bound
 
 
-def joined(parts: list[StepSeries]) -> StepSeries:
-    """Consecutive blocks as one."""
+def concatenate_series(parts: list[StepSeries]) -> StepSeries:
+    """Concatenates consecutive blocks."""
     return StepSeries(**{name: torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])})
 
 
@@ -50,11 +50,11 @@ class StepFeatures:
 
     def __init__(self, initial: Tensor, clip: float, waves: Wavenumbers) -> None:
         self._waves, self._clip = waves, clip
-        self._last = initial
+        self._last_state = initial
         self._last_modes = waves.transform(initial.flatten(0, 1))
 
     def block(self, states: Tensor) -> StepSeries:
-        """The next S states [S, B, 3, G, G]."""
+        """Features of the next S states [S, B, 3, G, G]."""
         S, B, C, G, _ = states.shape
         fields = states.view(S * B * C, G, G)
         real, imag = self._waves.transform(fields)
@@ -76,34 +76,34 @@ class StepFeatures:
             probes=states[..., stride // 2 :: stride, stride // 2 :: stride].flatten(3).clone(),
             at_bound=self._at_bound(states),
         )
-        self._last = states[-1].clone()
+        self._last_state = states[-1].clone()
         self._last_modes = (real[-B * C :].clone(), imag[-B * C :].clone())
         return series
 
     def _activity(self, states: Tensor) -> Tensor:
         out = torch.empty(states.shape[:2], device=states.device)
         change = torch.empty_like(states[0])
-        for t, (now, before) in enumerate(zip(states, [self._last, *states[:-1]], strict=True)):
+        for t, (now, before) in enumerate(zip(states, [self._last_state, *states[:-1]], strict=True)):
             torch.sub(now, before, out=change)
             out[t] = change.square_().mean((1, 2, 3)).sqrt_()
         return out
 
     def _velocity(self, real: Tensor, imag: Tensor, sums: dict[str, Tensor], count: int) -> Tensor:
-        """Least-squares translation between consecutive states, by the phases of their modes: [count, 2]."""
+        """Least-squares translation between consecutive states from the phases of their modes: [count, 2]."""
         rows = len(self._last_modes[0])
-        turned = torch.empty_like(real)
+        cross_imag = torch.empty_like(real)
         now, before = (real[rows:], imag[rows:]), (real[:-rows], imag[:-rows])
         for out, (a, b), (c, d) in (
-            (turned[:rows], (real[:rows], imag[:rows]), self._last_modes),
-            (turned[rows:], now, before),
+            (cross_imag[:rows], (real[:rows], imag[:rows]), self._last_modes),
+            (cross_imag[rows:], now, before),
         ):
             # the imaginary part of F_t conj(F_(t-1)), which is |F|^2 exp(-i k.v) for a translation by v
             torch.mul(b, c, out=out).addcmul_(a, d, value=-1.0)
-        pull = -(turned @ self._waves.flow_weights).view(count, -1, 2).sum(1).double()
+        moment = -(cross_imag @ self._waves.flow_weights).view(count, -1, 2).sum(1).double()
         xx, yy, xy = (sums[name].view(count, -1).sum(1).double() for name in ("flow_xx", "flow_yy", "flow_xy"))
         determinant = xx * yy - xy.square() + TINY
-        vx = (yy * pull[:, 0] - xy * pull[:, 1]) / determinant
-        vy = (xx * pull[:, 1] - xy * pull[:, 0]) / determinant
+        vx = (yy * moment[:, 0] - xy * moment[:, 1]) / determinant
+        vy = (xx * moment[:, 1] - xy * moment[:, 0]) / determinant
         return torch.stack([vx, vy], 1).clamp_(-self._waves.grid, self._waves.grid).float()
 
     def _at_bound(self, states: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ def _norms(states: Tensor, energy: Tensor, spatial: Tensor) -> Tensor:
     """L1, L2 and total variation of block means over each of SCALES: [S, B, 9]."""
     S, B = states.shape[:2]
     fields = states.flatten(0, 1)
-    # At one pixel they are known already.
+    # The norms at scale 1 are computed already.
     columns = [spatial[..., _MEAN_ABS].flatten(), energy.flatten().sqrt(), spatial[..., _GRADIENT_MEAN].flatten()]
     for scale in SCALES[1:]:
         blocks = F.avg_pool2d(fields, scale)

@@ -1,4 +1,4 @@
-"""Every feature by name, with its unit, formula and source; the order here is the order of columns."""
+"""The registry of all features in column order: name, unit, formula, source."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Feature(NamedTuple):
-    """One column: u is the field's unit, px a grid spacing, step one update, 1 a pure number."""
+    """One column. Units: u of the field, px grid spacing, step one update, 1 dimensionless."""
 
     name: str
     unit: str
@@ -99,7 +99,7 @@ CROSS_CHANNEL = (
     Feature("gradient_alignment", "1", "mean over pairs of <g_i . g_j> / sqrt(<|g_i|^2> <|g_j|^2>)", _ROF),
 )
 
-# TEMPORAL: per step, mean over channels (but for cross-channel ones) and over realizations.
+# TEMPORAL: per step, averaged over channels (except cross_channel) and realizations.
 TEMPORAL = {"spatial": SPATIAL, "spectral": SPECTRAL, "cross_channel": CROSS_CHANNEL}
 
 _BOX = "Box and Jenkins 1970"
@@ -225,7 +225,7 @@ def aggregated_names() -> list[str]:
 
 
 def registry() -> dict[str, dict[str, dict[str, dict[str, object]]]]:
-    """Family -> group -> feature -> column, unit, formula, source; what the file's attribute holds as JSON."""
+    """Family -> group -> feature -> {column, unit, formula, source}: the `feature_registry` attribute of a file."""
     families = {"temporal": TEMPORAL, "summary": PER_TRAJECTORY}
     return {family: _columns(groups) for family, groups in families.items()}
 

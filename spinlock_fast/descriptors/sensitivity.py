@@ -1,4 +1,4 @@
-"""How one step of an operator answers to changes of its input: Lipschitz quotients, gains, linearity."""
+"""Sensitivity of one step of an operator to its input: Lipschitz quotients, gains, linearity."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def sensitivity_features(step: Callable[[Tensor], Tensor], states: Tensor, direc
 
     Args:
         step: Phi, one step without noise and dropout: [M, O, 3, G, G] -> the same.
-        states: u, where it is probed [M, O, 3, G, G].
-        direction: of the perturbation, of unit mean square [O, 3, G, G].
+        states: u, the inputs [M, O, 3, G, G].
+        direction: perturbation of unit mean square [O, 3, G, G].
     """
     size = _norm(states)
     base = step(states)
@@ -42,7 +42,7 @@ def sensitivity_features(step: Callable[[Tensor], Tensor], states: Tensor, direc
 
 
 def _linearity(base: Tensor, scaled: list[Tensor]) -> Tensor:
-    """R^2 of s Phi(u) as a prediction of Phi(s u), over the scales together; at least -1."""
+    """R^2 of s Phi(u) as a prediction of Phi(s u), pooled over the scales; at least -1."""
     errors = [_norm(out - scale * base).square() for scale, out in zip(_SCALES, scaled, strict=True)]
     spreads = [_spread(out).square() for out in scaled]
     return (1.0 - torch.stack(errors).sum(0) / (torch.stack(spreads).sum(0) + _TINY)).clamp(min=-1.0)

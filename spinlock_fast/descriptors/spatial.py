@@ -74,6 +74,6 @@ def _percentiles(fields: Tensor) -> Tensor:
 
 
 def _interface_density(centered: Tensor) -> Tensor:
-    # In floating point: torch sums small integers several times more slowly.
+    # float: torch sums small integers several times more slowly.
     gx, gy = differences((centered > 0.0).float())
     return (gx.abs_().sum((1, 2)) + gy.abs_().sum((1, 2))) / (2.0 * gx[0].numel())

@@ -1,4 +1,4 @@
-"""Spectra of fields on the torus: every sum over wavenumbers is one matrix product."""
+"""Spectral features of fields on the torus: every sum over wavenumbers is one matrix product."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-TINY = 1e-20  # under every ratio: a constant field gives 0
+TINY = 1e-20  # added to denominators: a constant field gives 0
 BANDS = 5
 _ROLLOFF = 0.85
 
@@ -24,9 +24,9 @@ class Wavenumbers:
         ky = torch.fft.fftfreq(grid, 1.0 / grid, dtype=torch.float64)[:, None].expand(grid, grid // 2 + 1)
         kx = torch.fft.rfftfreq(grid, 1.0 / grid, dtype=torch.float64)[None, :].expand_as(ky)
         k = torch.hypot(kx, ky)
-        twice = torch.full_like(k, 2.0)  # a mode stands for itself and its conjugate
-        twice[:, 0] = twice[:, -1] = 1.0
-        twice[0, 0] = 0.0  # the mean is no mode
+        weight = torch.full_like(k, 2.0)  # a stored mode represents itself and its conjugate
+        weight[:, 0] = weight[:, -1] = 1.0
+        weight[0, 0] = 0.0  # the mean is excluded
         self.grid, self.modes = grid, grid**2 - 1
         self.shells = int(k.max().round()) + 1
         shell = torch.nn.functional.one_hot(k.round().long(), self.shells).double()  # [G, G/2 + 1, shells]
@@ -41,19 +41,21 @@ class Wavenumbers:
             *(dx, dy, (dx + dy).square()),
             *((2.0 * math.pi / grid) ** 2 * moment for moment in (kx**2, ky**2, kx * ky)),
         ]
-        self.weights = self._flat(columns, twice, device)  # [G (G/2 + 1), columns]
-        self.cross_weights = self._flat([torch.ones_like(k), dx + dy, *band.unbind(-1)], twice, device)
-        self.flow_weights = self._flat([2.0 * math.pi / grid * kx, 2.0 * math.pi / grid * ky], twice, device)
-        self.multiplicity = self._flat([torch.ones_like(k)], twice, device)[:, 0]
-        pair = torch.full_like(k, 2.0)  # a mode and its conjugate, wherever that is stored
+        self.weights = self._flatten_columns(columns, weight, device)  # [G (G/2 + 1), columns]
+        self.cross_weights = self._flatten_columns([torch.ones_like(k), dx + dy, *band.unbind(-1)], weight, device)
+        self.flow_weights = self._flatten_columns(
+            [2.0 * math.pi / grid * kx, 2.0 * math.pi / grid * ky], weight, device
+        )
+        self.multiplicity = self._flatten_columns([torch.ones_like(k)], weight, device)[:, 0]
+        pair = torch.full_like(k, 2.0)  # a mode and its conjugate, where both are distinct
         for y, x in ((0, 0), (0, -1), (grid // 2, 0), (grid // 2, -1)):
             pair[y, x] = 1.0
         self.conjugates = pair.reshape(-1).float().to(device)
-        self.band_modes = (band * twice[..., None]).sum((0, 1)).float().to(device)
+        self.band_modes = (band * weight[..., None]).sum((0, 1)).float().to(device)
         self.kx, self.ky = kx.abs().reshape(-1).float().to(device), ky.abs().reshape(-1).float().to(device)
 
-    def _flat(self, columns: list[Tensor], twice: Tensor, device: torch.device) -> Tensor:
-        return torch.stack([(column * twice).reshape(-1) for column in columns], 1).float().to(device)
+    def _flatten_columns(self, columns: list[Tensor], weight: Tensor, device: torch.device) -> Tensor:
+        return torch.stack([(column * weight).reshape(-1) for column in columns], 1).float().to(device)
 
     def transform(self, fields: Tensor) -> tuple[Tensor, Tensor]:
         """Real and imaginary Fourier coefficients [B, G (G/2 + 1)] of fields [B, G, G].
@@ -65,17 +67,17 @@ class Wavenumbers:
 
     def sums(self, power: Tensor) -> dict[str, Tensor]:
         """Named sums over wavenumbers of |F|^2 [B, G (G/2 + 1)]: [B] or [B, shells or bands] each."""
-        shells, bands, turned, rest = (power @ self.weights).split([self.shells, BANDS, BANDS, 10], 1)
+        shells, bands, band_anisotropy, moments = (power @ self.weights).split([self.shells, BANDS, BANDS, 10], 1)
         labels = ("k", "kx", "ky", "k2", "dx2", "dy2", "laplacian2", "flow_xx", "flow_yy", "flow_xy")
-        out = dict(zip(labels, rest.unbind(1), strict=True))
-        return {"shells": shells, "bands": bands, "turned": turned, "total": bands.sum(1), **out}
+        out = dict(zip(labels, moments.unbind(1), strict=True))
+        return {"shells": shells, "bands": bands, "band_anisotropy": band_anisotropy, "total": bands.sum(1), **out}
 
 
 def spectral_features(power: Tensor, sums: dict[str, Tensor], waves: Wavenumbers) -> Tensor:
     """The 27 columns of `registry.SPECTRAL` of power spectra [B, G (G/2 + 1)]: [B, 27]."""
     total = sums["total"] + TINY
     bands = sums["bands"]
-    # The mean's coefficient counts nowhere below.
+    # The mean is excluded from all columns below.
     power[:, 0] = 0.0
     strongest, place = power.max(1)
     kx, ky = waves.kx[place], waves.ky[place]
@@ -90,7 +92,7 @@ def spectral_features(power: Tensor, sums: dict[str, Tensor], waves: Wavenumbers
     columns = [
         *bands.unbind(1),
         *share.unbind(1),
-        *(sums["turned"] / (bands + TINY)).unbind(1),
+        *(sums["band_anisotropy"] / (bands + TINY)).unbind(1),
         kx,
         ky,
         torch.hypot(kx, ky),

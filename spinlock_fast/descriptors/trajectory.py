@@ -1,4 +1,4 @@
-"""The 120 SUMMARY features of a trajectory, from its series over time."""
+"""The SUMMARY features of a trajectory, from its time series."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _DIRECTED = tuple((i, j) for i in range(3) for j in range(3) if i != j)
 
 
 def trajectory_features(series: StepSeries) -> Tensor:
-    """The 110 columns before operator_sensitivity in `registry.PER_TRAJECTORY`: [B, 110]."""
+    """[B, 110] columns of `registry.PER_TRAJECTORY` before operator_sensitivity."""
     average = series.features.double().mean(0)
     fields = len(SPATIAL) + len(SPECTRAL)
     cross = [fields + i for i, feature in enumerate(CROSS_CHANNEL) if feature.name in CROSS_IN_SUMMARY]
@@ -103,10 +103,10 @@ def causality_features(probes: Tensor, velocity: Tensor) -> Tensor:
 
 
 def granger(centered: Tensor, order: int) -> Tensor:
-    """ln(residual variance from the own past / from both pasts) for each directed pair i -> j: [B, 6].
+    """[B, 6] ln(residual variance given the own past / given both pasts) of each directed pair i -> j (Granger 1969).
 
     Args:
-        centered: series without their means [B, 3, P, T]; the points' equations are solved together.
+        centered: series minus their means [B, 3, P, T]; one regression over all points.
         order: lags of the linear model.
     """
     T = centered.shape[3]
@@ -123,7 +123,7 @@ def granger(centered: Tensor, order: int) -> Tensor:
 
 
 def _residual(x: Tensor, y: Tensor) -> Tensor:
-    """Mean squared residual of least squares of y [B, n] on rows x [B, p, n]."""
+    """Mean squared residual of the least-squares regression of y [B, n] on x [B, p, n]."""
     n = x.shape[2]
     gram, right = x @ x.mT / n, (x @ y[..., None]) / n
     ridge = _TINY + 1e-10 * gram.diagonal(dim1=1, dim2=2).sum(1)
@@ -148,7 +148,7 @@ def _slope(values: Tensor) -> Tensor:
 
 
 def _trend(values: Tensor) -> Tensor:
-    """Pearson correlation with time; 0 for a constant."""
+    """Pearson correlation with time; 0 for a constant series."""
     t = torch.arange(values.shape[1], dtype=values.dtype, device=values.device)
     t = t - t.mean()
     centered = values - values.mean(1, keepdim=True)
@@ -162,7 +162,7 @@ def _roughness(probes: Tensor) -> Tensor:
 
 
 def _autocorrelation_features(probes: Tensor, longest: int) -> list[Tensor]:
-    """Autocorrelation at three lags and the time of its fall to 1/e, by the Wiener-Khinchin theorem."""
+    """Autocorrelation at three lags, and the lag at which it falls to 1/e, by the Wiener-Khinchin theorem."""
     T = probes.shape[3]
     centered = probes - probes.mean(3, keepdim=True)
     spectrum = torch.fft.rfft(centered, n=2 * T).abs().square().mean((1, 2))
@@ -189,9 +189,9 @@ def _frequency_features(probes: Tensor) -> list[Tensor]:
 
 
 def _crossing_features(probes: Tensor) -> list[Tensor]:
-    """Share of the variance that lies in time, and the rate of crossings of the mean."""
+    """Share of the variance over time, and the rate of mean crossings."""
     over_time = probes.var(3, correction=0).mean((1, 2))
-    whole = probes.flatten(2).var(2, correction=0).mean(1)
+    total_variance = probes.flatten(2).var(2, correction=0).mean(1)
     above = probes > probes.mean(3, keepdim=True)
     crossings = (above[..., 1:] != above[..., :-1]).double().mean((1, 2, 3))
-    return [over_time / (whole + _TINY), crossings]
+    return [over_time / (total_variance + _TINY), crossings]

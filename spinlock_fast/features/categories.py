@@ -1,4 +1,4 @@
-"""Categories of features: discovered by correlation, or read from a file."""
+"""Categories of features: discovered by correlation clustering, or read from a file."""
 
 from __future__ import annotations
 
@@ -24,32 +24,31 @@ log = logging.getLogger(__name__)
 Groups = dict[str, list[int]]
 
 _CORRELATION_ROWS = 50_000
-_ROUNDING = 1e-9  # of a correlation
+_ROUNDING = 1e-9  # smaller correlation distances are set to 0
 MIN_ROWS = 10
 
 
 def discover_categories(x: Blocks, feature_names: Sequence[str], config: TrainingConfig, seed: int) -> Groups:
-    """Groups features whose values go together.
+    """Clusters correlated features.
 
-    Ward linkage of the distance 1 - |Pearson correlation|, cut into the number of clusters with the
-    highest silhouette, not counting cuts with a cluster of one. (A cut is the same whatever the
-    scale of a feature: correlation does not see it.)
+    Ward linkage with the distance 1 - |Pearson correlation|, cut into the number of clusters with the highest
+    silhouette; cuts with a singleton cluster are skipped where others exist. Invariant to the scale of the features.
 
     Args:
-        x: [N, F] cleaned features, at most 50,000 random rows of which are used.
-        feature_names: F names; "family::name" tells the family.
+        x: [N, F] cleaned features; at most 50,000 random rows are used.
+        feature_names: F names of the form "family::name".
         config: num_categories_auto, max_clusters, min_features_per_category, isolated_families.
-        seed: chooses the rows.
+        seed: seed of the row sample.
 
     Returns:
-        {"cluster_1": [feature, ...], ...} in dendrogram order; isolated families follow the others.
+        {"cluster_1": [feature, ...], ...} in dendrogram order, isolated families last.
 
     Raises:
         DataError: fewer than 10 rows.
     """
     N = x.shape[0]
     if N < MIN_ROWS:
-        raise DataError(f"{N} training rows are too few to discover categories: at least {MIN_ROWS} are needed")
+        raise DataError(f"{N} training rows are too few to discover categories, which needs at least {MIN_ROWS}")
     if N > _CORRELATION_ROWS:
         rows = generator(seed, Stream.CATEGORIES).choice(N, _CORRELATION_ROWS, replace=False)
         x = x[np.sort(rows)]
@@ -61,13 +60,13 @@ def discover_categories(x: Blocks, feature_names: Sequence[str], config: Trainin
     parts += [np.flatnonzero(families == family) for family in isolated]
     clusters: list[NDArray[np.int64]] = []
     for part in parts:
-        labels = _cluster(distance[np.ix_(part, part)], config)
+        labels = _cluster_features(distance[np.ix_(part, part)], config)
         clusters += [part[labels == label] for label in range(labels.max() + 1)]
     return {f"cluster_{i}": members.tolist() for i, members in enumerate(clusters, start=1)}
 
 
-def _cluster(distance: NDArray[np.float64], config: TrainingConfig) -> NDArray[np.int64]:
-    """Labels 0, 1, ... of one clustering, small clusters merged."""
+def _cluster_features(distance: NDArray[np.float64], config: TrainingConfig) -> NDArray[np.int64]:
+    """Cluster labels 0, 1, ... of features [F], with small clusters merged."""
     from scipy.cluster.hierarchy import fcluster, linkage
     from scipy.spatial.distance import squareform
 
@@ -82,7 +81,7 @@ def _cluster(distance: NDArray[np.float64], config: TrainingConfig) -> NDArray[n
         return _merge_small(_consecutive(labels), distance, smallest)
     cuts = [_consecutive(fcluster(tree, k, criterion="maxclust")) for k in range(2, most + 1)]
     cuts = [cut for cut in cuts if cut.max() >= 1]
-    if not cuts:  # all features go together
+    if not cuts:  # all features are perfectly correlated
         return np.zeros(F, dtype=np.int64)
     without_singletons = [cut for cut in cuts if np.bincount(cut).min() > 1]
     best = max(without_singletons or cuts, key=lambda cut: silhouette(distance, cut))
@@ -92,7 +91,7 @@ def _cluster(distance: NDArray[np.float64], config: TrainingConfig) -> NDArray[n
 def silhouette(distance: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
     """Mean silhouette coefficient (Rousseeuw 1987) of labels 0, 1, ... for a distance matrix [F, F].
 
-    A point alone in its cluster counts as 0.
+    A singleton has the coefficient 0.
     """
     member = np.eye(labels.max() + 1)[labels]  # [F, K]
     size = member.sum(0)
@@ -106,7 +105,7 @@ def silhouette(distance: NDArray[np.float64], labels: NDArray[np.int64]) -> floa
 
 
 def _merge_small(labels: NDArray[np.int64], distance: NDArray[np.float64], smallest: int) -> NDArray[np.int64]:
-    """Joins each cluster under `smallest` members, smallest first, to the one at the least mean distance."""
+    """Merges each cluster with fewer than `smallest` members, smallest first, into the nearest by mean distance."""
     while True:
         size = np.bincount(labels)
         if size.size < 2 or size.min() >= smallest:
@@ -124,80 +123,83 @@ def _consecutive(labels: NDArray[np.integer]) -> NDArray[np.int64]:
 
 
 def read_mapping(path: str | Path) -> dict[str, list[str | int]]:
-    """A JSON file {category: [feature names or indices]}.
+    """Reads a JSON file {category: [feature names or indices]}.
 
     Raises:
-        ConfigError: unreadable file or other JSON.
+        ConfigError: the file cannot be read, or is not such JSON.
     """
     try:
         text = read_text_file(Path(path))
     except ConfigError as error:
-        raise ConfigError(f"training.category_mapping_file: {error}") from None
+        raise ConfigError(f"training.category_assignment: {error}") from None
     try:
         data = json.loads(text, object_pairs_hook=_distinct_keys)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"training.category_mapping_file: {path} is not JSON: {one_line(error)}") from None
+        raise ConfigError(f"training.category_assignment: {path} is not JSON: {one_line(error)}") from None
     if not isinstance(data, dict) or not all(isinstance(members, list) for members in data.values()):
-        raise ConfigError(f"training.category_mapping_file: {path}: expected {{category: [features]}}")
+        raise ConfigError(f"training.category_assignment: {path}: expected {{category: [features]}}")
     return data
 
 
 def _distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    mapping: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found:
+        if key in mapping:
             raise ValueError(f"{shown(key)} is given twice")
-        found[key] = value
-    return found
+        mapping[key] = value
+    return mapping
 
 
 def assign_categories(path: str | Path, feature_names: Sequence[str]) -> Groups:
-    """Categories of features as a mapping file has them, see `read_mapping`.
+    """Categories of features from a mapping file, see `read_mapping`.
 
-    Features of the file that cleaning has dropped are passed over; a category left empty disappears.
+    Features dropped by cleaning are ignored, and so are categories without features.
 
     Raises:
-        ConfigError: what `read_mapping` finds, a feature in two categories, none of the features.
+        ConfigError: see `read_mapping`; a feature is in two categories; no feature is named.
     """
     data = read_mapping(path)
     position = {name: i for i, name in enumerate(feature_names)}
-    place: dict[int, str] = {}
+    category_of: dict[int, str] = {}
     groups: Groups = {}
     for category, members in data.items():
         for member in members:
-            i = _position(member, position, path)
+            i = _feature_index(member, position, path)
             if i is None:
                 continue
-            if i in place:
+            if i in category_of:
                 raise ConfigError(
-                    f"training.category_mapping_file: feature {feature_names[i]!r} is in {place[i]} and in {category}"
+                    f"training.category_assignment: {feature_names[i]!r} is in {category_of[i]} and in {category}"
                 )
-            place[i] = category
+            category_of[i] = category
             groups.setdefault(category, []).append(i)
     if not groups:
-        raise ConfigError(f"training.category_mapping_file: {path} names none of the features")
+        raise ConfigError(f"training.category_assignment: {path} names none of the features")
     listed = sum(len(members) for members in data.values())
-    if listed > len(place):
+    if listed > len(category_of):
         log.warning(
-            "%s: %d of %d names are no feature (misspelt, or dropped by cleaning)", path, listed - len(place), listed
+            "%s: %d of %d names match no feature (misspelt, or dropped by cleaning)",
+            path,
+            listed - len(category_of),
+            listed,
         )
     return groups
 
 
-def _position(member: object, position: dict[str, int], path: str | Path) -> int | None:
-    """The feature that a mapping file names, None for one that cleaning has dropped."""
+def _feature_index(member: object, position: dict[str, int], path: str | Path) -> int | None:
+    """Index of the feature named by a member of a mapping file; None for a feature dropped by cleaning."""
     if isinstance(member, str):
         return position.get(member)
     if isinstance(member, int) and not isinstance(member, bool) and 0 <= member < len(position):
         return member
     raise ConfigError(
-        f"training.category_mapping_file: {path}: {member!r} is neither a feature's name "
+        f"training.category_assignment: {path}: {member!r} is neither a feature's name "
         f"nor one of 0..{len(position) - 1}"
     )
 
 
 def category_correlation(x: Blocks, groups: Groups) -> NDArray[np.float64]:
-    """[C, C] mean |Pearson correlation| between the features of two categories (within one: of its pairs)."""
+    """[C, C] mean |Pearson correlation| between features of two categories; within one, over distinct pairs."""
     strength = np.abs(correlation(x))
     member = np.zeros((x.shape[1], len(groups)))
     for c, members in enumerate(groups.values()):
@@ -206,17 +208,17 @@ def category_correlation(x: Blocks, groups: Groups) -> NDArray[np.float64]:
     total = member.T @ strength @ member
     pairs = np.outer(size, size)
     inside = np.arange(len(groups))
-    total[inside, inside] -= size  # a feature with itself
+    total[inside, inside] -= size  # without the correlation of a feature with itself
     pairs[inside, inside] = np.maximum(size * (size - 1), 1)
     result: NDArray[np.float64] = total / pairs
     return result
 
 
 def nearest_categories(x: Blocks, groups: Groups) -> Groups:
-    """For each feature in no category, the category of the largest mean |Pearson correlation| with it.
+    """Assigns each feature in no category to the category with the largest mean |Pearson correlation|.
 
     Returns:
-        {category: [feature, ...]}, ascending; only categories that some feature goes to, in the order of `groups`.
+        {category: [feature, ...]} of the assigned features, ascending, in the order of `groups`, without empty lists.
     """
     assigned = np.zeros(x.shape[1], dtype=bool)
     assigned[[i for members in groups.values() for i in members]] = True

@@ -1,4 +1,4 @@
-"""Dropping and clipping columns, with parameters that clean new data identically."""
+"""Column cleaning: drops constant and duplicate columns and clips outliers; fitted once, applied to new data."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from spinlock_fast.errors import DataError
 from spinlock_fast.features.statistics import (
     Matrix,
     correlation,
-    for_column_blocks,
+    map_column_blocks,
+    map_on_threads,
     mean_and_std,
     median_and_mad,
-    on_threads,
 )
 
 _ENTROPY_BINS = 50
@@ -28,63 +28,63 @@ _SCORED_AT_ONCE = 16  # columns
 
 @dataclass(frozen=True)
 class FeatureCleaner:
-    """What cleaning found: [C] raw columns, F of which are kept."""
+    """A fitted cleaner of C raw columns, F of which are selected."""
 
     keep: NDArray[np.bool_]  # [C]
-    fill: NDArray[np.float64]  # [C] what replaces NaN: the column's median
-    low: NDArray[np.float64]  # [F] clip bounds, -inf and inf where a column is not clipped
+    fill: NDArray[np.float64]  # [C] median of each column, which replaces NaN
+    low: NDArray[np.float64]  # [F] clip bounds; -inf and inf where a column is not clipped
     high: NDArray[np.float64]  # [F]
 
     def __call__(self, x: Matrix) -> NDArray[np.float32]:
         """Columns [N, C] -> cleaned features [N, F]."""
-        return self.clip(self.kept(x))
+        return self.clip(self.select(x))
 
-    def kept(self, x: Matrix) -> NDArray[np.float32]:
-        """Columns [N, C] -> those that stay [N, F], missing values replaced; a copy."""
+    def select(self, x: Matrix) -> NDArray[np.float32]:
+        """Selected columns [N, F] of columns [N, C] with NaN replaced; a copy."""
         if x.ndim != 2 or x.shape[1] != self.keep.size:
-            raise DataError(f"expected {self.keep.size} columns to clean, got shape {x.shape}")
-        kept: NDArray[np.float32] = x[:, self.keep].astype(np.float32, copy=False)
-        rows, columns = np.nonzero(np.isnan(kept))
-        kept[rows, columns] = self.fill[self.keep].astype(np.float32)[columns]
-        return kept
+            raise DataError(f"expected {self.keep.size} columns, got shape {x.shape}")
+        selected: NDArray[np.float32] = x[:, self.keep].astype(np.float32, copy=False)
+        rows, columns = np.nonzero(np.isnan(selected))
+        selected[rows, columns] = self.fill[self.keep].astype(np.float32)[columns]
+        return selected
 
-    def clip(self, kept: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Clips kept columns [N, F] in place."""
-        return np.clip(kept, self.low.astype(np.float32), self.high.astype(np.float32), out=kept)
+    def clip(self, selected: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Clips selected columns [N, F] in place."""
+        return np.clip(selected, self.low.astype(np.float32), self.high.astype(np.float32), out=selected)
 
     def state(self) -> dict[str, Any]:
-        """Tensors that `from_state` takes."""
+        """State for `from_state`: tensors."""
         return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in vars(self).items()}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], features: int | None = None) -> FeatureCleaner:
-        """The cleaner of what `state` gave, which keeps so many features (None: any number); raises DataError."""
-        keep = checked_array(state["keep"], "keep", "b", [None])
+        """The cleaner with a saved state, of the given number of features (None: any); raises DataError."""
+        keep = array(state["keep"], "keep", "b", [None])
         features = int(keep.sum()) if features is None else features
         if keep.sum() != features:
             raise DataError(f"keep has {keep.sum()} features, expected {features}")
-        fill = checked_array(state["fill"], "fill", "f", keep.shape)
-        low, high = (checked_array(state[name], name, "f", [features]) for name in ("low", "high"))
-        if not (low <= high).all():  # as NaN is not
+        fill = array(state["fill"], "fill", "f", keep.shape)
+        low, high = (array(state[name], name, "f", [features]) for name in ("low", "high"))
+        if not (low <= high).all():  # also refuses NaN
             raise DataError("low must be at most high")
         return cls(keep, fill, low, high)
 
 
 def fit_cleaner(x: Matrix, config: FeatureCleaningConfig) -> FeatureCleaner:
-    """Finds what to drop and where to clip.
+    """Fits a cleaner.
 
-    1. NaN becomes the column's median. 2. Columns with a standard deviation below
-    variance_threshold go. 3. Of two columns with |correlation| above deduplicate_threshold the one
-    with less entropy * IQR * (1 - share of outliers) goes. 4. Clip bounds are median -/+
-    mad_threshold * mad_scale * MAD, none where MAD = 0 (or as outlier_method says).
+    1. NaN becomes the column's median. 2. Columns with a standard deviation below variance_threshold are dropped.
+    3. Of two columns with |correlation| above deduplicate_threshold, the one with the smaller
+    entropy * IQR * (1 - share of outliers) is dropped. 4. Clip bounds are median -/+ mad_threshold * mad_scale * MAD,
+    infinite where MAD = 0; outlier_method selects other bounds.
 
     Args:
-        x: [N, C] columns, the training rows.
+        x: [N, C] columns of the training rows.
 
     Raises:
-        DataError: no column is left.
+        DataError: all columns are constant.
     """
-    values, fill = _without_nan(x)
+    values, fill = _fill_nan(x)
     if not config.enabled:
         bound = np.full(values.shape[1], np.inf)
         return FeatureCleaner(np.ones(values.shape[1], dtype=bool), fill, -bound, bound)
@@ -98,8 +98,8 @@ def fit_cleaner(x: Matrix, config: FeatureCleaningConfig) -> FeatureCleaner:
     return FeatureCleaner(keep, fill, low, high)
 
 
-def _without_nan(x: Matrix) -> tuple[Matrix, NDArray[np.float64]]:
-    """x itself, or a copy with each NaN replaced by its column's median, and the medians (0 for a column of NaN)."""
+def _fill_nan(x: Matrix) -> tuple[Matrix, NDArray[np.float64]]:
+    """x (a copy where it has NaN) with NaN replaced by column medians, and the medians (0 for a column of NaN)."""
     fill = np.zeros(x.shape[1])
     missing = np.zeros(x.shape[1], dtype=bool)
 
@@ -109,45 +109,45 @@ def _without_nan(x: Matrix) -> tuple[Matrix, NDArray[np.float64]]:
         some = ~nan.all(axis=1)
         fill[columns][some] = np.nanmedian(block[some], axis=1)
 
-    for_column_blocks(x, find)
+    map_column_blocks(x, find)
     if missing.any():
         x = np.where(np.isnan(x), fill.astype(x.dtype), x)
     return x, fill
 
 
 def clip_bounds(x: Matrix, config: FeatureCleaningConfig) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Per column of x [N, F]: the least and the largest value that is not an outlier."""
+    """Per column of x [N, F]: lower and upper bound of values that are not outliers."""
     if config.outlier_method == "mad":
         median, mad = median_and_mad(x)
-        reach = np.where(mad > 0, config.mad_threshold * config.mad_scale * mad, np.inf)
-        return median - reach, median + reach
+        half_width = np.where(mad > 0, config.mad_threshold * config.mad_scale * mad, np.inf)
+        return median - half_width, median + half_width
     if config.outlier_method == "percentile":
         low, high = np.percentile(x, config.percentile_range, axis=0)
-        # A rare value must not be clipped to the only other one.
+        # A column with one rare value must not become constant.
         return np.where(high > low, low, -np.inf), np.where(high > low, high, np.inf)
     if config.outlier_method == "iqr":
         first, third = np.percentile(x, [25.0, 75.0], axis=0)
-        reach = np.where(third > first, config.iqr_multiplier * (third - first), np.inf)
-        return first - reach, third + reach
+        half_width = np.where(third > first, config.iqr_multiplier * (third - first), np.inf)
+        return first - half_width, third + half_width
     bound = np.full(x.shape[1], np.inf)
     return -bound, bound
 
 
 def _duplicates(x: Matrix, candidates: NDArray[np.int64], threshold: float) -> NDArray[np.int64]:
-    """Candidates to drop: each correlates above the threshold with a kept, more informative one."""
-    alike = np.abs(correlation(x, candidates)) > threshold
-    np.fill_diagonal(alike, False)
-    involved = np.flatnonzero(alike.any(axis=0))
+    """Candidates to drop: each has a correlation above the threshold with a more informative column that stays."""
+    is_duplicate = np.abs(correlation(x, candidates)) > threshold
+    np.fill_diagonal(is_duplicate, False)
+    duplicated = np.flatnonzero(is_duplicate.any(axis=0))
     score = np.full(candidates.size, np.inf)
 
     def rate(part: NDArray[np.int64]) -> None:
         score[part] = informativeness(x[:, candidates[part]].astype(np.float64))
 
-    on_threads(rate, np.array_split(involved, -(-involved.size // _SCORED_AT_ONCE)) if involved.size else [])
+    map_on_threads(rate, np.array_split(duplicated, -(-duplicated.size // _SCORED_AT_ONCE)) if duplicated.size else [])
     dropped = np.zeros(candidates.size, dtype=bool)
-    for column in involved[np.argsort(-score[involved], kind="stable")]:
+    for column in duplicated[np.argsort(-score[duplicated], kind="stable")]:
         if not dropped[column]:
-            dropped |= alike[column]
+            dropped |= is_duplicate[column]
             dropped[column] = False
     return candidates[dropped]
 

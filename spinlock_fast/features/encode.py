@@ -1,4 +1,4 @@
-"""Raw families, block by block, to one matrix of columns."""
+"""Encodes raw families block by block into one matrix of columns."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ log = logging.getLogger(__name__)
 
 _BLOCK_ROWS = 512
 _STANDARDIZE_CLIP = 10.0
-_LITTLE_BUDGET = 1 << 26  # for medians that no row of this data set needs
+_SMALL_BUDGET = 1 << 26  # bytes for the medians of a family without missing values
 
-ANY_LENGTH = -1  # in a row shape: a length that the encoder does not depend on
+ANY_LENGTH = -1  # in a row shape: the encoder accepts any length
 
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass
 class FamilyEncoder:
-    """One family: where its raw values lie and how they become columns."""
+    """The encoder of one family of raw features."""
 
     name: str
     encoder_name: str
@@ -46,11 +46,11 @@ class FamilyEncoder:
     center: Tensor | None = None  # [D] or [T, D] broadcast, when standardised
     scale: Tensor | None = None
     column_names: list[str] | None = None
-    fill: Tensor | None = None  # [*row_shape], replaces missing values; NaN: the column counts as 0 throughout
+    fill: Tensor | None = None  # [*row_shape] values that replace missing ones; NaN: the column is always 0
 
     @classmethod
     def seeded(cls, name: str, config: FamilyConfig, info: DatasetInfo, seed: int) -> FamilyEncoder:
-        """A family with freshly drawn weights; raises DataError where the encoder does not fit the rows."""
+        """A family with seeded random weights; raises DataError where the encoder does not accept the rows."""
         try:
             encoder = seeded_encoder(info.row_shape, config.encoder_params, name, seed)
         except ValueError as error:
@@ -59,18 +59,18 @@ class FamilyEncoder:
 
     @property
     def names(self) -> list[str]:
-        """ "family::column" of every column it gives."""
+        """Name "family::column" of every output column."""
         columns = self.column_names or [f"{self.name}_{i}" for i in range(self.encoder.output_dim)]
         return [f"{self.name}::{column}" for column in columns]
 
-    def fits(self, row_shape: Sequence[int]) -> bool:
-        """Whether rows have the shape that the encoder takes."""
+    def accepts(self, row_shape: Sequence[int]) -> bool:
+        """Whether the encoder accepts rows of a shape."""
         return len(row_shape) == len(self.row_shape) and all(
-            expected in (ANY_LENGTH, given) for expected, given in zip(self.row_shape, row_shape, strict=True)
+            expected in (ANY_LENGTH, size) for expected, size in zip(self.row_shape, row_shape, strict=True)
         )
 
     def to(self, device: torch.device) -> None:
-        """Moves the network to a device."""
+        """Moves network and statistics to a device."""
         self.encoder.to(device)
         if self.center is not None and self.scale is not None:
             self.center, self.scale = self.center.to(device), self.scale.to(device)
@@ -78,8 +78,8 @@ class FamilyEncoder:
             self.fill = self.fill.to(device)
 
     @property
-    def dropped(self) -> Tensor:
-        """[D] columns of the last axis that had no value in the training rows: they count as 0, in new data as well."""
+    def dropped_columns(self) -> Tensor:
+        """[D] columns of the last axis without a value in the training rows: they are 0, also in new data."""
         if self.fill is None:
             return torch.zeros(self.row_shape[-1], dtype=torch.bool)
         return self.fill.reshape(-1, self.row_shape[-1]).isnan().any(0)
@@ -87,17 +87,19 @@ class FamilyEncoder:
     def __call__(self, raw: Tensor, place: Callable[[int], str] | None = None) -> Tensor:
         """Raw values [B, *row_shape] -> columns [B, output_dim] on the encoder's device.
 
-        A missing value (NaN) takes the place of `fill`, or 0 where there is none. Raises DataError naming row and
-        position of an infinite value.
+        Missing values (NaN) are replaced by `fill`, or by 0 without it.
 
         Args:
-            place: describes row i of `raw` in messages.
+            place: description of row i of `raw` for messages.
+
+        Raises:
+            DataError: an infinite value, named by row and position, or an overflow in the encoder.
         """
-        if not self.fits(raw.shape[1:]):
+        if not self.accepts(raw.shape[1:]):
             raise DataError(
                 f"family {self.name!r}: expected rows of shape {self.row_shape}, got {tuple(raw.shape[1:])}"
             )
-        values = self._known(as_float32(raw, lambda row: self._place(place, row)), place)
+        values = self._fill_missing(as_float32(raw, lambda row: self._describe_row(place, row)), place)
         with torch.no_grad():
             if self.center is not None and self.scale is not None:
                 clip = _STANDARDIZE_CLIP
@@ -106,15 +108,15 @@ class FamilyEncoder:
         if not bool(torch.isfinite(columns).all()):
             row = int((~torch.isfinite(columns)).nonzero()[0, 0])
             raise DataError(
-                f"{self._place(place, row)} overflows in {self.encoder_name}; "
+                f"{self._describe_row(place, row)} overflows in {self.encoder_name}; "
                 f"families.{self.name}.standardize: true may help"
             )
         return columns
 
-    def _known(self, raw: Tensor, place: Callable[[int], str] | None) -> Tensor:
-        """The values with missing ones replaced."""
-        dropped = bool(self.dropped.any())  # such a column may hold values in new data
-        rows = torch.arange(len(raw), device=raw.device) if dropped else _rows_to_look_at(raw)
+    def _fill_missing(self, raw: Tensor, place: Callable[[int], str] | None) -> Tensor:
+        """The values with missing ones replaced; raises DataError for an infinite value."""
+        dropped = bool(self.dropped_columns.any())  # new data may have values in such a column
+        rows = torch.arange(len(raw), device=raw.device) if dropped else _rows_with_nonfinite(raw)
         if not len(rows):
             return raw
         values = raw[rows]
@@ -122,7 +124,7 @@ class FamilyEncoder:
         if bool(infinite.any()):
             row, *position = (int(i) for i in infinite.nonzero()[0])
             where = ", ".join(str(i) for i in position)
-            raise DataError(f"{self._place(place, int(rows[row]))}, position [{where}] is infinite")
+            raise DataError(f"{self._describe_row(place, int(rows[row]))}, position [{where}] is infinite")
         if self.fill is None:
             values = torch.nan_to_num(values, nan=0.0)
         else:
@@ -132,11 +134,11 @@ class FamilyEncoder:
             values = torch.where(missing, torch.nan_to_num(self.fill, nan=0.0), values)
         return values if len(rows) == len(raw) else raw.index_copy(0, rows, values)
 
-    def _place(self, place: Callable[[int], str] | None, row: int) -> str:
+    def _describe_row(self, place: Callable[[int], str] | None, row: int) -> str:
         return place(row) if place is not None else f"family {self.name!r}: row {row}"
 
     def state(self) -> dict[str, Any]:
-        """Tensors and plain values that `from_state` takes."""
+        """State for `from_state`: tensors and plain values."""
         return {
             "encoder_name": self.encoder_name,
             "encoder_params": self.params.model_dump(),
@@ -151,21 +153,21 @@ class FamilyEncoder:
 
     @classmethod
     def from_state(cls, name: str, state: Mapping[str, Any]) -> FamilyEncoder:
-        """The encoder of what `state` gave; raises DataError, or what a wrong entry raises (see `payload.reading`)."""
+        """The encoder with a saved state; raises DataError, or the error of a wrong entry (see `untrusted.reading`)."""
         params = ENCODER_PARAMS[state["encoder_name"]].model_validate(state["encoder_params"])
         shape = tuple(int(size) for size in state["row_shape"])
         if not isinstance(state["dataset"], str) or not isinstance(name, str):
-            raise DataError(f"{shown(name)}: names of families and datasets must be texts")
-        found = tensor_shapes(state["state_dict"])
-        with torch.device("meta"):  # a network that is larger than its weights would take memory for nothing
-            expected = tensor_shapes(build_encoder(shape, params).state_dict())
-        if problem := shape_difference(found, expected):
+            raise DataError(f"{shown(name)}: names of families and datasets must be text")
+        actual = shapes(state["state_dict"])
+        with torch.device("meta"):  # allocates nothing for a network larger than its weights
+            expected = shapes(build_encoder(shape, params).state_dict())
+        if problem := shape_difference(actual, expected):
             raise DataError(f"{name}: {problem}")
         encoder = build_encoder(shape, params)
         encoder.load_state_dict(state["state_dict"])
         columns = state["column_names"]
         for entry in ("center", "scale", "fill"):
-            value = state.get(entry)  # checkpoints before `nan_fill` have no fill: missing values count as 0
+            value = state.get(entry)  # earlier checkpoints have no fill: missing values are 0
             if value is not None and not _broadcasts(tuple(value.shape), shape):
                 raise DataError(f"{name}: {entry} is {list(value.shape)}, expected {list(shape)}")
         return cls(
@@ -183,11 +185,11 @@ class FamilyEncoder:
 
 
 def _broadcasts(shape: tuple[int, ...], row_shape: tuple[int, ...]) -> bool:
-    """Whether an array can be broadcast to rows of a shape, in which any length is ANY_LENGTH."""
+    """Whether an array can be broadcast to rows of a shape; ANY_LENGTH matches any length."""
     if len(shape) > len(row_shape):
         return False
     last = row_shape[len(row_shape) - len(shape) :]
-    return all(found in (1, size) or size == ANY_LENGTH for found, size in zip(shape, last, strict=True))
+    return all(actual in (1, size) or size == ANY_LENGTH for actual, size in zip(shape, last, strict=True))
 
 
 def make_encoders(
@@ -197,10 +199,10 @@ def make_encoders(
     memory_budget: int,
     training_rows: NDArray[np.int64] | None = None,
 ) -> list[FamilyEncoder]:
-    """Seeded encoders of all families, standardised where the family asks for it.
+    """Seeded encoders of all families, with standardisation statistics where `standardize` is set.
 
     Args:
-        training_rows: standardise by the known values of these rows; None: by all rows, a missing value counts as 0.
+        training_rows: rows whose non-missing values are used; None: all rows, with missing values as 0.
     """
     encoders = []
     for name, config in families.items():
@@ -215,7 +217,7 @@ def make_encoders(
 
 @dataclass(frozen=True)
 class Encoded:
-    """All rows of a data set as columns."""
+    """The encoded rows of a data set."""
 
     columns: NDArray[np.float32]  # [N, sum of output_dim]
     keys: NDArray[np.int64]  # [N], see `row_keys`
@@ -243,10 +245,10 @@ def encode_rows(
 ) -> Encoded:
     """Columns of all rows, in the order of `encoders`.
 
-    Holds at most `memory_budget` bytes of raw values at once, and an eighth of it for medians.
+    Holds at most `memory_budget` bytes of raw values, and an eighth of it for medians.
 
     Args:
-        training_rows: sets the `fill` of every family to the medians of these rows; None leaves it as it is.
+        training_rows: the `fill` of every family is set to the medians of these rows; None: it is not changed.
 
     Raises:
         DataError: an infinite value, a damaged file, or a budget below one row.
@@ -270,13 +272,13 @@ def encode_rows(
         if counts.any():
             filling = "0" if family.fill is None else "the median of the training rows"
             names = source.feature_names(family.name)
-            log.info("%s", missing_report(family.name, counts, family.dropped.numpy(), names, filling))
+            log.info("%s", missing_report(family.name, counts, family.dropped_columns.numpy(), names, filling))
         column = columns.stop
     return Encoded(out, keys, missing)
 
 
 class EncodedBlock(NamedTuple):
-    """Some rows of one family."""
+    """Consecutive rows of one family."""
 
     start: int  # the first row
     columns: NDArray[np.float32]  # [B, output_dim]
@@ -292,11 +294,11 @@ def encode_blocks(
     progress: Progress | None = None,
     training_rows: NDArray[np.int64] | None = None,
 ) -> Iterator[EncodedBlock]:
-    """One family, block by block; see `encode_rows`."""
+    """Encodes one family block by block; see `encode_rows`."""
     info = source.datasets[family.name]
     rows = block_rows(info, memory_budget)
-    left = memory_budget - rows * info.row_bytes  # beside the copy without NaN
-    for start, raw in source.batches([family.name], rows, left, device):
+    read_budget = memory_budget - rows * info.row_bytes  # without the copy that has no NaN
+    for start, raw in source.batches([family.name], rows, read_budget, device):
         values = raw[family.name]
         counts = _missing_by_column(values)
         if counts.any() and training_rows is not None and family.fill is None:
@@ -305,21 +307,21 @@ def encode_blocks(
         yield EncodedBlock(start, columns, row_keys(values, family.name).cpu().numpy(), counts)
         if progress is not None:
             progress(family.name, start + len(columns), info.rows)
-    if training_rows is not None and family.fill is None:  # nothing is missing here, but may be in new data
-        fill = column_medians(source, family.name, training_rows, min(memory_budget, _LITTLE_BUDGET))
+    if training_rows is not None and family.fill is None:  # nothing is missing here, but new data may have gaps
+        fill = column_medians(source, family.name, training_rows, min(memory_budget, _SMALL_BUDGET))
         family.fill = fill.to(device)
 
 
-def _rows_to_look_at(values: Tensor) -> Tensor:
-    """[m] rows of values [B, ...] that may hold NaN or Inf, in one quick pass: a finite sum has finite parts."""
+def _rows_with_nonfinite(values: Tensor) -> Tensor:
+    """[m] rows of values [B, ...] that may contain NaN or Inf: those with a non-finite sum."""
     rows: Tensor = (~torch.isfinite(values.flatten(1).sum(1))).nonzero()[:, 0]
     return rows
 
 
 def _missing_by_column(values: Tensor) -> NDArray[np.int64]:
-    """[D] missing values of each column of the last axis."""
+    """[D] number of missing values of each column of the last axis."""
     D = values.shape[-1]
-    missing = torch.isnan(values[_rows_to_look_at(values)])
+    missing = torch.isnan(values[_rows_with_nonfinite(values)])
     counts: NDArray[np.int64] = missing.reshape(-1, D).sum(0).cpu().numpy()
     return counts
 
@@ -327,7 +329,7 @@ def _missing_by_column(values: Tensor) -> NDArray[np.int64]:
 def encode_seconds(
     source: FeatureSource, encoders: Sequence[FamilyEncoder], memory_budget: int, device: torch.device
 ) -> float:
-    """Seconds that `encode` may take, from one block of every family."""
+    """Estimated seconds of `encode`, from one block of every family."""
     seconds = 0.0
     for family in encoders:
         info = source.datasets[family.name]
@@ -341,14 +343,14 @@ def encode_seconds(
 
 
 def block_rows(info: DatasetInfo, memory_budget: int) -> int:
-    """Rows that are encoded at once: whole chunks while they fit, at most 512 or one chunk."""
-    # One block is read while another is encoded and a third was just given away; and the copy without NaN. Every
-    # row has a number of 8 bytes besides.
+    """Rows per encoded block: whole chunks where they fit, at most 512 rows or one chunk."""
+    # Four blocks exist at once: being read, being encoded, just released, and the copy without NaN. Each row has an
+    # index of 8 bytes as well.
     needed = 4 * (info.row_bytes + 8)
     fit = memory_budget // needed
     if fit < 1:
         raise ConfigError(
-            f"memory_budget {memory_budget} is below one row of {info.path}: at least {needed} bytes are needed"
+            f"memory_budget {memory_budget} is below one row of {info.path}, which needs at least {needed} bytes"
         )
     rows = min(fit, max(_BLOCK_ROWS, info.chunk_rows))
     return rows - rows % info.chunk_rows if rows >= info.chunk_rows else rows

@@ -1,6 +1,6 @@
-"""Frozen networks that turn a family's raw values into columns.
+"""Frozen encoder networks from raw values of a family to columns.
 
-Module names match the original project's, whose encoder weights load as they are.
+Module names match those of the original project, so that its encoder weights load unchanged.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class TemporalCNNEncoder(nn.Module):
 
 
 class IdentityEncoder(nn.Module):
-    """[B, ...] -> [B, number of values]: the raw values."""
+    """[B, ...] -> [B, number of values]: flattened raw values."""
 
     def __init__(self, row_shape: Sequence[int], params: IdentityEncoderParams) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ Encoder = MLPEncoder | TemporalCNNEncoder | IdentityEncoder
 
 
 def build_encoder(row_shape: Sequence[int], params: EncoderParams) -> Encoder:
-    """An encoder in eval mode whose parameters take no gradient; weights from torch's random state.
+    """An encoder in eval mode without gradients, with weights from torch's random state.
 
     Raises:
         ValueError: TemporalCNNEncoder for rows that are not [T, D].
@@ -133,7 +133,7 @@ def build_encoder(row_shape: Sequence[int], params: EncoderParams) -> Encoder:
 
 
 def seeded_encoder(row_shape: Sequence[int], params: EncoderParams, family: str, seed: int) -> Encoder:
-    """`build_encoder` with weights that (family, seed) alone determine."""
+    """`build_encoder` with weights determined by (family, seed)."""
     state = np.random.SeedSequence([seed, zlib.crc32(family.encode())]).generate_state(2, np.uint32)
     with torch.random.fork_rng(devices=[]):
         seed_torch(int(state[0]) << 31 | int(state[1]) >> 1)

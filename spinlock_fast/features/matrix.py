@@ -1,4 +1,4 @@
-"""Clipping and normalising the columns of a matrix that was given in memory."""
+"""Clipping and normalisation of a feature matrix in memory."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from numpy.typing import NDArray
 from spinlock_fast.config.schema import FeatureCleaningConfig
 from spinlock_fast.features.cleaning import clip_bounds
 from spinlock_fast.features.normalize import Normalizer, fit_normalizer
-from spinlock_fast.features.statistics import mean_and_std, robust_scale
+from spinlock_fast.features.statistics import center_and_scale, mean_and_std
 
 _SAMPLED_ROWS = 50_000
 _SAMPLED_BYTES = 1 << 28
 _ROWS_AT_ONCE = 8192
 
-# What counts as standardised: centres and scales this near to 0 and 1, and as many standard errors of a sample.
+# A matrix counts as standardised where centres and scales differ from 0 and 1 by at most these tolerances plus
+# sampling error.
 _CENTER_TOLERANCE = 0.1
 _SCALE_TOLERANCE = 0.25
-_ERRORS = 4.0
-_SMALL_SHARE = 0.1  # of the columns may vary less: they do not rule the error of all
+_ERRORS = 4.0  # standard errors
+_SMALL_SHARE = 0.1  # share of columns whose scale may be smaller
 
 
 @dataclass(frozen=True)
@@ -54,24 +55,24 @@ def fit_matrix_normalizer(
     method: Literal["standard", "mad"],
     columns: Sequence[int] | None = None,
 ) -> MatrixNormalizer | None:
-    """What standardises a matrix by some of its rows; None where it is standardised.
+    """Fits clipping and standardisation to some rows of a matrix; None where it is standardised already.
 
-    Clip bounds are those of the pipeline (`clip_bounds`), from at most 50,000 rows, spread evenly; centre and scale
-    those of all rows. Nothing is dropped: a constant column becomes 0.
+    Clip bounds are those of the pipeline (`clip_bounds`), from at most 50,000 evenly spaced rows; centre and scale are
+    those of all `rows`. No column is dropped: a constant one becomes 0.
 
     Args:
         x: [N, F] finite, of any numeric type; may be a memory map.
         rows: training rows.
-        columns: those that decide whether x is standardised; all when not given.
+        columns: columns that decide whether x is standardised; all by default.
     """
     chosen = slice(None) if columns is None else np.asarray(columns)
     most = max(1, min(_SAMPLED_ROWS, _SAMPLED_BYTES // (8 * x.shape[1])))
     sample = np.asarray(x[rows[:: -(-len(rows) // most)]], dtype=np.float64)
-    if _standardized(*_center_and_scale(sample[:, chosen], method), len(sample)):
+    if _standardized(*center_and_scale(sample[:, chosen], method), len(sample)):
         return None
-    whole = _Rows(x, rows)
-    if method == "standard" and len(sample) < len(rows):  # a sample of heavy-tailed columns may mislead
-        mean, std = mean_and_std(whole)  # type: ignore[arg-type]
+    training_rows = _RowSubset(x, rows)
+    if method == "standard" and len(sample) < len(rows):  # sample statistics of heavy-tailed columns are unreliable
+        mean, std = mean_and_std(training_rows)  # type: ignore[arg-type]
         if _standardized(mean[chosen], std[chosen], len(rows)):
             return None
     low, high = np.full(x.shape[1], -np.inf), np.full(x.shape[1], np.inf)
@@ -79,14 +80,14 @@ def fit_matrix_normalizer(
         low, high = clip_bounds(sample, cleaning)
     if method == "mad":
         return MatrixNormalizer(low, high, fit_normalizer(np.clip(sample, low, high), method))
-    center, scale = mean_and_std(replace(whole, low=low, high=high))  # type: ignore[arg-type]
-    constant = scale <= np.finfo(np.float32).eps * np.abs(center)  # what is left of one is rounding
+    center, scale = mean_and_std(replace(training_rows, low=low, high=high))  # type: ignore[arg-type]
+    constant = scale <= np.finfo(np.float32).eps * np.abs(center)  # its deviations are rounding errors
     return MatrixNormalizer(low, high, Normalizer(method, center, np.where(constant, 1.0, scale)))
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """Some rows of a matrix, clipped, as `mean_and_std` reads them."""
+class _RowSubset:
+    """Lazily clipped rows of a matrix, for `mean_and_std`."""
 
     matrix: NDArray[Any]
     numbers: NDArray[np.int64]
@@ -99,12 +100,6 @@ class _Rows:
 
     def __getitem__(self, places: slice) -> NDArray[np.float64]:
         return np.clip(self.matrix[self.numbers[places]].astype(np.float64), self.low, self.high)
-
-
-def _center_and_scale(
-    x: NDArray[np.float64], method: Literal["standard", "mad"]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    return robust_scale(x) if method == "mad" else mean_and_std(x)
 
 
 def _standardized(center: NDArray[np.float64], scale: NDArray[np.float64], rows: int) -> bool:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 
 def family_of(feature_name: str) -> str:
-    """ "summary" of "summary::summary_12"; "features" where a name has no family."""
+    """The family of a name: "summary" for "summary::summary_12", "features" for a name without family."""
     family, separator, _ = feature_name.partition("::")
     return family if separator else "features"
 
 
 def count_families(feature_names: Sequence[str], members: Sequence[int]) -> dict[str, int]:
-    """Features of each family among `members`, in order of appearance."""
-    counts: dict[str, int] = {}
-    for i in members:
-        family = family_of(feature_names[i])
-        counts[family] = counts.get(family, 0) + 1
-    return counts
+    """Number of features of each family among `members`, in order of appearance."""
+    return dict(Counter(family_of(feature_names[i]) for i in members))

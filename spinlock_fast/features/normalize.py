@@ -1,4 +1,4 @@
-"""Centre and scale of every feature, kept per category."""
+"""Normalisation of features by centre and scale."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from spinlock_fast.config.schema import TrainingConfig
 from spinlock_fast.data.payload_checks import checked_array, checked_finite
 from spinlock_fast.errors import DataError
-from spinlock_fast.features.statistics import Matrix, mean_and_std, robust_scale
+from spinlock_fast.features.statistics import Matrix, center_and_scale
 from spinlock_fast.messages import shown
 
 _ROWS_AT_ONCE = 8192
@@ -29,19 +29,19 @@ class Normalizer:
 
     def __call__(self, x: Matrix) -> NDArray[np.float32]:
         result = np.empty(x.shape, dtype=np.float32)
-        with np.errstate(over="ignore"):  # what overflows becomes Inf, which callers refuse with its place
+        with np.errstate(over="ignore"):  # callers report Inf with its row
             for start in range(0, len(x), _ROWS_AT_ONCE):
                 rows = slice(start, start + _ROWS_AT_ONCE)
                 result[rows] = (x[rows] - self.center) / self.scale
         return result
 
     def inverse(self, x: Matrix) -> NDArray[np.float32]:
-        """Normalised features back to their units."""
+        """Normalised features -> features in their units."""
         result: NDArray[np.float32] = (x * self.scale + self.center).astype(np.float32)
         return result
 
     def by_category(self, groups: Mapping[str, list[int]]) -> dict[str, NDArray[Any]]:
-        """The arrays of normalization_stats.npz.
+        """Arrays of normalization_stats.npz.
 
         <category>_mean and <category>_std, or <category>_median and <category>_mad (the divisor:
         1.4826 MAD, or the standard deviation where MAD = 0), and _normalization_method.
@@ -55,7 +55,7 @@ class Normalizer:
         return arrays
 
     def state(self) -> dict[str, Any]:
-        """Tensors and plain values that `from_state` takes."""
+        """State for `from_state`: tensors and plain values."""
         return {
             "method": self.method,
             "center": torch.from_numpy(self.center),
@@ -64,7 +64,7 @@ class Normalizer:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], features: int | None = None) -> Normalizer:
-        """The normaliser of what `state` gave, for so many features (None: any number); raises DataError."""
+        """The normaliser with a saved state, of the given number of features (None: any); raises DataError."""
         if state["method"] not in ("standard", "mad"):
             raise DataError(f"method must be standard or mad, got {shown(state['method'])}")
         center, scale = (
@@ -77,15 +77,12 @@ class Normalizer:
 
 def fit_normalizer(x: Matrix, method: Literal["standard", "mad"]) -> Normalizer:
     """Centre and scale of the columns of x [N, F]; a constant column gets scale 1."""
-    if method == "mad":
-        center, scale = robust_scale(x)
-    else:
-        center, scale = mean_and_std(x)
+    center, scale = center_and_scale(x, method)
     return Normalizer(method, center.astype(np.float64), np.where(scale > 0, scale, 1.0))
 
 
 def units(training: TrainingConfig) -> str:
-    """The units of normalised features, and so of their errors."""
+    """Unit of normalised features and of their reconstruction error, as text."""
     return {
         "standard": "standard deviations of the training rows",
         "mad": "robust deviations (1.4826 MAD) of the training rows",

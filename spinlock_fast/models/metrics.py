@@ -40,6 +40,7 @@ class _DeviceMetrics(NamedTuple):
     """All measurements, on the device."""
 
     scalars: Tensor  # [7] float64
+    feature_errors: Tensor  # [F] float64, mean squared error of the reconstruction from all codes
     partial: Tensor  # [G, F] float64, mean squared error of each partial decoder and feature
     utilization: Tensor  # [G]
     perplexity: Tensor  # [G]
@@ -80,7 +81,8 @@ def evaluate_with_counts(
     Returns:
         quality, reconstruction_error, utilization, perplexity and perplexity_over_k (means over
         codebooks), val_rows, val_loss, topo_pre, topo_post (on the first min(1024, N) rows),
-        active_codes, total_codes, and categories: name, features, partial_mse, utilization,
+        active_codes, total_codes, and categories: name, features, mse (of the category's features, decoded from all
+        codes), partial_mse (the same from one codebook alone, mean over its codebooks), utilization,
         perplexity, codes and dims per level. And the number of rows of each code [sum K].
     """
     layout = model.quantizer.layout
@@ -90,13 +92,13 @@ def evaluate_with_counts(
         if has_unusable_values(float(packed[0]), packed.tolist(), x.shape):
             x, _, left_out = without_outliers(model, x, numbers, what)
             packed, measured = _measure_to_host(model, x, training)
-    scalars, partial, used, entropy, active, rows_of_codes = packed.split([part.numel() for part in measured])
+    scalars, errors, partial, used, entropy, active, rows_of_codes = packed.split([part.numel() for part in measured])
     metrics = {
         **_named_scalars(scalars.tolist()),
         "val_rows": x.shape[0],
         "total_codes": layout.total_codes,
         "active_codes": int(active),
-        "categories": _categories(model, partial.view(layout.groups, -1), used.tolist(), entropy.tolist()),
+        "categories": _categories(model, errors, partial.view(layout.groups, -1), used.tolist(), entropy.tolist()),
         **({"rows_left_out": left_out} if left_out else {}),
     }
     return metrics, rows_of_codes
@@ -159,6 +161,7 @@ def _measure(model: CategoricalHierarchicalVQVAE, x: Rows, weights: LossWeights)
     topo_count = min(TOPO_ROWS, N)
     error = torch.zeros((), dtype=torch.float64, device=x.device)
     vq = torch.zeros_like(error)
+    feature_errors = torch.zeros(F, dtype=torch.float64, device=x.device)
     scatter = torch.zeros(F, dtype=torch.float64, device=x.device)
     code_counts = torch.zeros(layout.groups, layout.max_codes, 1, dtype=torch.float64, device=x.device)
     code_sums = torch.zeros(layout.groups, layout.max_codes, F, dtype=torch.float64, device=x.device)
@@ -172,7 +175,9 @@ def _measure(model: CategoricalHierarchicalVQVAE, x: Rows, weights: LossWeights)
         if not done:
             centre = rows.mean(0, dtype=torch.float64)  # shifts sums of squares, which reduces cancellation
         out = model(rows)
-        error += (out["reconstruction"] - rows).square().sum(dtype=torch.float64)
+        squared = (out["reconstruction"] - rows).square()
+        error += squared.sum(dtype=torch.float64)
+        feature_errors += squared.sum(0, dtype=torch.float64)
         vq += out["vq_loss"].double() * rows.shape[0]
         centred = rows.double() - centre
         counts, sums = code_statistics(centred, out["tokens"], layout)
@@ -212,11 +217,15 @@ def _measure(model: CategoricalHierarchicalVQVAE, x: Rows, weights: LossWeights)
         "topo_post": post,
     }
     packed = torch.stack([scalars[name].double() for name in _SCALARS])
-    return _DeviceMetrics(packed, partial, utilization, perplexity, (used > 0).sum(), used)
+    return _DeviceMetrics(packed, feature_errors / N, partial, utilization, perplexity, (used > 0).sum(), used)
 
 
 def _categories(
-    model: CategoricalHierarchicalVQVAE, partial: Tensor, used: Sequence[float], entropy: Sequence[float]
+    model: CategoricalHierarchicalVQVAE,
+    feature_errors: Tensor,
+    partial: Tensor,
+    used: Sequence[float],
+    entropy: Sequence[float],
 ) -> list[Metrics]:
     rows = []
     for name, members in model.config.group_indices.items():
@@ -226,6 +235,7 @@ def _categories(
             {
                 "name": name,
                 "features": len(members),
+                "mse": float(feature_errors[members].mean()),
                 "partial_mse": float(partial[books][:, members].mean()),
                 "utilization": list(used[books]),
                 "perplexity": list(entropy[books]),

@@ -6,20 +6,22 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from spinlock_fast.commands.arguments import parser as make_parser
+from spinlock_fast.commands.arguments import add_device, add_quiet, parser
 from spinlock_fast.commands.exit_status import exit_with
 from spinlock_fast.report.write import KINDS
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
-    options = make_parser("report", "Draws the dashboards of a checkpoint, as PNG and SVG.")
+    options = parser("report", "Draws the dashboards of a checkpoint, as PNG and SVG.")
     options.add_argument("checkpoint", help="checkpoint directory")
-    options.add_argument("--data", metavar="FILE.h5", help="HDF5 file or glob; default: the data of the run, if there")
+    options.add_argument(
+        "--data", metavar="FILE.h5", help="HDF5 file or glob; default: the data of the run, where they still exist"
+    )
     options.add_argument("--output", required=True, metavar="DIR", help="directory for the pictures")
     options.add_argument("--type", default="all", choices=["all", *KINDS], help="which dashboard (default: all)")
-    options.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; encodes the data")
-    options.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    add_device(options)
+    add_quiet(options)
     chosen = options.parse_args(arguments)
     exit_with(lambda: _report(chosen))
 

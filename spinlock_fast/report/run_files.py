@@ -1,4 +1,4 @@
-"""What metrics.json and training_history.json must look like for the dashboards to draw them."""
+"""Schemas of metrics.json and training_history.json, as far as the dashboards read them."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ Number = Annotated[float, Field(allow_inf_nan=False, strict=True)]
 Count = Annotated[int, Field(ge=0, strict=True)]
 
 
-class _File(BaseModel):
-    model_config = ConfigDict(extra="allow")
-    # Entries that are not declared are figures, texts and sections, which no dashboard reads.
+class _JsonFile(BaseModel):
+    model_config = ConfigDict(extra="allow")  # undeclared entries are not read by any dashboard
 
 
-class _Category(_File):
+class _Category(_JsonFile):
     name: str
     features: Count | None = None
     families: dict[str, Count] | None = None
+    mse: Number | None = None
     partial_mse: Number | None = None
     utilization: list[Number] | None = None
     perplexity: list[Number] | None = None
@@ -32,7 +32,7 @@ class _Category(_File):
     dims: list[Count] | None = None
 
 
-class _MetricsFile(_File):
+class _MetricsFile(_JsonFile):
     quality: Number | None = None
     reconstruction_error: Number | None = None
     utilization: Number | None = None
@@ -55,48 +55,48 @@ class _MetricsFile(_File):
     categories: list[_Category] = []
 
 
-class _Epoch(_File):
+class _Epoch(_JsonFile):
     epoch: Count | None = None
     train_loss: Number | None = None
     resets: Count | None = None
     validation: dict[str, Number] | None = None
 
 
-class _HistoryFile(_File):
+class _HistoryFile(_JsonFile):
     best_epoch: Count | None = None
     epochs: list[_Epoch] = []
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
-    """metrics.json, checked; empty where there is no file. Raises DataError with one line."""
+    """The validated contents of metrics.json; empty without a file. Raises DataError with one line."""
     return _read(path, _MetricsFile)
 
 
 def read_history(path: Path) -> dict[str, Any]:
-    """training_history.json, checked; empty where there is no file. Raises DataError with one line."""
+    """The validated contents of training_history.json; empty without a file. Raises DataError with one line."""
     return _read(path, _HistoryFile)
 
 
-def _read(path: Path, kind: type[_File]) -> dict[str, Any]:
+def _read(path: Path, kind: type[_JsonFile]) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        found = json.loads(read_text_file(path), parse_constant=_refuse_constant)
+        contents = json.loads(read_text_file(path), parse_constant=_refuse_constant)
     except ConfigError as error:
         raise DataError(str(error)) from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON: {one_line(error)}") from None
-    if not isinstance(found, dict):
-        raise DataError(f"{path}: holds no JSON object")
-    found = {key: value for key, value in found.items() if value is not None}
+    if not isinstance(contents, dict):
+        raise DataError(f"{path}: expected a JSON object")
+    contents = {key: value for key, value in contents.items() if value is not None}
     try:
-        kind.model_validate(found)
+        kind.model_validate(contents)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in problem["loc"])
         raise DataError(f"{path}: {place}: {problem['msg']}, got {shown(problem['input'])}") from None
-    return found
+    return contents
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")

@@ -1,4 +1,4 @@
-"""The model as a row of boxes, with the sizes that it really has."""
+"""A schematic of the model as columns of boxes, with its actual sizes."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from matplotlib.patches import FancyBboxPatch
 from torch import nn
 
 from spinlock_fast.features.encode import ANY_LENGTH
-from spinlock_fast.report.contents import Contents
-from spinlock_fast.report.style import FAINT, INK, SMALL, TEXT, WIDTH, bare, shorten, spread
+from spinlock_fast.report.checkpoint_summary import CheckpointSummary
+from spinlock_fast.report.style import FAINT, INK, SMALL, TEXT, WIDTH, range_text, remove_frame, shorten
 
 # Inches.
 _SPAN = WIDTH - 0.2
 _LINE, _INSIDE, _GAP = 0.135, 0.12, 0.07
 _TITLES = 0.27
-_MOST = 4  # boxes on top of each other
+_MAX_BOXES = 4  # boxes of a column
 _ROUND = 0.05
 
 # Left edge and width of each column of boxes, in inches.
@@ -26,23 +26,23 @@ _COLUMNS = ((0.0, 1.6), (1.85, 1.7), (3.8, 1.5), (5.55, 1.75), (7.55, 1.6), (9.4
 _FILLS = ("#eeeeee", "#eeeeee", "#eeeeee", "#dcebf5", "#fbe9c6", "#dcebf5")
 
 
-Boxes = list[list[str]]  # the lines of each
+Boxes = list[list[str]]  # lines of text of each box
 
 
-def stages(contents: Contents) -> list[Boxes]:
-    """The texts of the boxes, column after column."""
+def schematic_columns(summary: CheckpointSummary) -> list[Boxes]:
+    """The boxes of each column."""
     return [
-        _data(contents),
-        _encoders(contents),
-        [_cleaning(contents)],
-        [_categories(contents)],
-        _levels(contents),
-        _decoders(contents),
+        _data(summary),
+        _encoders(summary),
+        [_cleaning(summary)],
+        [_categories(summary)],
+        _levels(summary),
+        _decoders(summary),
     ]
 
 
 def schematic_height(columns: Sequence[Boxes]) -> float:
-    """Inches that the boxes and their titles take."""
+    """Height of the boxes and their titles in inches."""
     return max(map(_column_height, columns)) + _TITLES
 
 
@@ -51,10 +51,10 @@ def _column_height(boxes: Boxes) -> float:
 
 
 def draw_schematic(ax: Axes, columns: Sequence[Boxes]) -> None:
-    """Data, encoders, cleaning, categories, codebooks, decoders."""
+    """Draws data, encoders, cleaning, categories, codebooks and decoders from left to right."""
     height = schematic_height(columns)
     centre = (height - _TITLES) / 2
-    bare(ax)
+    remove_frame(ax)
     ax.set_xlim(-0.02, _SPAN)
     ax.set_ylim(-0.02, height)
     names = ("Data", "Encoders, frozen", "Cleaning", "Categories", "Codebooks", "Decoders")
@@ -72,7 +72,7 @@ def draw_schematic(ax: Axes, columns: Sequence[Boxes]) -> None:
 
 
 def _draw_column(ax: Axes, column: int, boxes: Boxes, top: float) -> None:
-    """Boxes on top of each other."""
+    """Draws one column of boxes from `top` downwards."""
     left, width = _COLUMNS[column]
     style = f"round,pad=0,rounding_size={_ROUND}"
     for lines in boxes:
@@ -87,69 +87,80 @@ def _draw_column(ax: Axes, column: int, boxes: Boxes, top: float) -> None:
         top -= _GAP
 
 
-def _at_most(boxes: Boxes, what: str) -> Boxes:
-    return boxes if len(boxes) <= _MOST else [*boxes[: _MOST - 1], [f"and {len(boxes) - _MOST + 1} more {what}"]]
+def _truncate_boxes(boxes: Boxes, what: str) -> Boxes:
+    return (
+        boxes
+        if len(boxes) <= _MAX_BOXES
+        else [*boxes[: _MAX_BOXES - 1], [f"and {len(boxes) - _MAX_BOXES + 1} more {what}"]]
+    )
 
 
-def _data(contents: Contents) -> Boxes:
+def _data(summary: CheckpointSummary) -> Boxes:
     boxes = []
-    for family in contents.tokenizer.families:
+    for family in summary.tokenizer.families:
         shape = " x ".join("any" if n == ANY_LENGTH else f"{n:,}" for n in family.row_shape)
         boxes.append([shorten(family.name, 24), f"{shape} a sample"])
-    return _at_most(boxes, "families")
+    return _truncate_boxes(boxes, "families")
 
 
-def _encoders(contents: Contents) -> Boxes:
+def _encoders(summary: CheckpointSummary) -> Boxes:
     boxes = []
-    for family in contents.tokenizer.families:
-        weights = _size(family.encoder)
+    for family in summary.tokenizer.families:
+        weights = _parameter_count(family.encoder)
         tail = f", {weights} weights" if weights != "0" else ""
         boxes.append([family.encoder_name, f"{family.encoder.output_dim:,} columns{tail}"])
-    return _at_most(boxes, "encoders")
+    return _truncate_boxes(boxes, "encoders")
 
 
-def _cleaning(contents: Contents) -> list[str]:
-    keep = contents.tokenizer.cleaner.keep
-    return [f"{keep.size:,} → {keep.sum():,} columns", "without constant", "and doubled ones;", "outliers clipped"]
+def _cleaning(summary: CheckpointSummary) -> list[str]:
+    keep = summary.tokenizer.cleaner.keep
+    return [f"{keep.size:,} → {keep.sum():,} columns", "constant and", "duplicate dropped,", "outliers clipped"]
 
 
-def _categories(contents: Contents) -> list[str]:
-    model, sizes = contents.model, [len(members) for members in contents.groups]
+def _categories(summary: CheckpointSummary) -> list[str]:
+    model, sizes = summary.model, [len(members) for members in summary.groups]
     config = model.config
     many = f"{len(sizes)} categories" if len(sizes) > 1 else "1 category"
     return [
         many,
-        f"of {spread(sizes)} features",
+        f"of {range_text(sizes)} features",
         f"each n → {config.group_hidden_dim} → {config.group_embedding_dim}",
-        f"{_size(model.category_mlp)} weights",
+        f"{_parameter_count(model.category_mlp)} weights",
     ]
 
 
-def _levels(contents: Contents) -> Boxes:
-    boxes = [[f"{len(contents.codebooks)} projections", f"{_size(contents.model.heads)} weights"]]
-    for level in range(contents.levels):
-        books = [book for book in contents.codebooks if book.level == level]
-        codes, dims = sum(book.codes for book in books), spread([book.dim for book in books])
+def _levels(summary: CheckpointSummary) -> Boxes:
+    boxes = [[f"{len(summary.codebooks)} projections", f"{_parameter_count(summary.model.heads)} weights"]]
+    for level in range(summary.levels):
+        codebooks = [codebook for codebook in summary.codebooks if codebook.level == level]
+        codes, dims = (
+            sum(codebook.codes for codebook in codebooks),
+            range_text([codebook.dim for codebook in codebooks]),
+        )
         boxes.append([f"L{level}: {codes:,} codes", f"in {dims} dimensions"])
-    return _at_most(boxes, "levels")
+    return _truncate_boxes(boxes, "levels")
 
 
-def _decoders(contents: Contents) -> Boxes:
-    model = contents.model
-    total, features = sum(book.dim for book in contents.codebooks), model.config.input_dim
+def _decoders(summary: CheckpointSummary) -> Boxes:
+    model = summary.model
+    total, features = sum(codebook.dim for codebook in summary.codebooks), model.config.input_dim
     hidden, alone = model.shared_decoder[0].out_features, model.code_decoders.w1.shape[-1]
     return [
-        ["one from all codes", f"{total:,} → {hidden} → {features:,}", f"{_size(model.shared_decoder)} weights"],
         [
-            f"{len(contents.codebooks)} from one codebook each",
+            "one from all codes",
+            f"{total:,} → {hidden} → {features:,}",
+            f"{_parameter_count(model.shared_decoder)} weights",
+        ],
+        [
+            f"{len(summary.codebooks)} from one codebook each",
             f"D → {alone} → {features:,}, for training",
-            f"{_size(model.partial_decoders)} weights",
+            f"{_parameter_count(model.partial_decoders)} weights",
         ],
     ]
 
 
-def _size(module: nn.Module) -> str:
-    """Number of weights in three digits: 2.16 M."""
+def _parameter_count(module: nn.Module) -> str:
+    """Number of parameters in three digits, such as "2.16 M"."""
     count = sum(parameter.numel() for parameter in module.parameters())
     if count < 1000:
         return str(count)

@@ -1,4 +1,4 @@
-"""How the dashboards look: sizes in inches and points, colours, labels."""
+"""Style of the dashboards: sizes in inches and points, colours, labels."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from numpy.typing import NDArray
 
 from spinlock_fast.messages import printable
 
-# A4 landscape across; printed at this size, no text is below 7 points.
+# Width of A4 landscape; at this size no text is below 7 points.
 WIDTH = 11.7
 DPI = 150
 SMALL, TEXT, HEADING, TITLE = 7.0, 7.5, 9.0, 13.0  # points
 
-# Told apart with each of the three colour-vision deficiencies. No longer palette is.
+# Distinguishable with each of the three colour-vision deficiencies; no longer palette is.
 CATEGORY_COLOURS = (
     "#e69f00", "#56b4e9", "#009e73", "#0072b2", "#d55e00", "#cc79a7", "#000000", "#0800aa", "#7d0400", "#3d145d",
     "#245951",
 )  # fmt: skip
-FOCUS, REST, NEUTRAL = "#0072b2", "#cfcfcf", "#5f6b76"
+FOCUS, BACKGROUND, NEUTRAL = "#0072b2", "#cfcfcf", "#5f6b76"
 INK, FAINT = "#1a1a1a", "#555555"
 MAGNITUDE, SIGNED = "cividis", "PuOr"
 _MARKERS = "os^Dv*PX"
@@ -31,7 +31,7 @@ _GAP, _CAPTION_LINE, _LEGEND_ROW = 4.0, 8.9, 11.5  # points, above an axes
 _HATCHES = ("", "////", "....", "xxxx")
 
 RC: dict[str, Any] = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib: the same picture everywhere
+    "font.family": "DejaVu Sans",  # part of matplotlib: the same picture on every system
     "font.size": TEXT,
     "text.color": INK,
     "axes.titlesize": HEADING,
@@ -57,23 +57,23 @@ RC: dict[str, Any] = {
     "figure.constrained_layout.wspace": 0.03,
     "figure.constrained_layout.hspace": 0.03,
     "svg.fonttype": "path",
-    "svg.hashsalt": "spinlock-fast",  # identifiers in the file depend on its contents alone
+    "svg.hashsalt": "spinlock-fast",  # identifiers depend on the contents of the file only
     "path.simplify": True,
 }
 
 
 def category_colours(count: int) -> list[str] | None:
-    """One colour a category; None where there are more than a reader can tell apart."""
+    """One colour per category; None where there are more categories than distinguishable colours."""
     return list(CATEGORY_COLOURS[:count]) if count <= len(CATEGORY_COLOURS) else None
 
 
 def level_marker(level: int) -> str:
-    """The marker of a level: a shape, its number after the eighth."""
+    """The marker of a level: a shape, or its number from the ninth level on."""
     return _MARKERS[level] if level < len(_MARKERS) else f"${level}$"
 
 
 def family_fills(count: int) -> list[dict[str, Any]]:
-    """Greys, and hatches where greys run out: hue belongs to the categories."""
+    """Greys, with hatches beyond four families; colours are reserved for categories."""
     shades = np.linspace(0.28, 0.82, min(max(count, 2), 4))
     return [
         {
@@ -86,9 +86,9 @@ def family_fills(count: int) -> list[dict[str, Any]]:
 
 
 def shorten(text: str, most: int) -> str:
-    """At most `most` characters to draw; what is left out of the middle becomes an ellipsis.
+    """The text in at most `most` characters, with an ellipsis in its middle where it is longer.
 
-    Control characters become escapes, and a $ does not begin a formula.
+    Control characters are escaped, and so is $, which starts a formula in matplotlib.
     """
     text = printable(text)
     if len(text) > most:
@@ -97,8 +97,8 @@ def shorten(text: str, most: int) -> str:
     return text.replace("$", r"\$")
 
 
-def distinct(names: Sequence[str], most: int) -> list[str]:
-    """Names of at most `most` characters that differ where the names do."""
+def unique_labels(names: Sequence[str], most: int) -> list[str]:
+    """The names in at most `most` characters each; numbered where shortening makes two of them equal."""
     labels = [shorten(name, most) for name in names]
     if len(set(labels)) == len(set(names)):
         return labels
@@ -106,31 +106,32 @@ def distinct(names: Sequence[str], most: int) -> list[str]:
     return [f"{i} {shorten(name, max(most - width, 1))}" for i, name in enumerate(names, start=1)]
 
 
-def spread(numbers: Sequence[int]) -> str:
-    """ "4 to 48", or the one number."""
+def range_text(numbers: Sequence[int]) -> str:
+    """The range of some numbers as text: "4 to 48", or "4" where all are equal."""
     low, high = min(numbers), max(numbers)
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
-def wrapped(text: str, inches: float, points: float = SMALL) -> str:
-    """The text with line breaks, to fit a width."""
-    # DejaVu Sans takes a little more than half its size per character of running text.
+def wrap_text(text: str, inches: float, points: float = SMALL) -> str:
+    """The text with line breaks that fit a width."""
+    # A character of DejaVu Sans is on average a little wider than half the font size.
     return textwrap.fill(text, max(int(inches * 72 / (0.54 * points)), 12))
 
 
-def heading(
+def add_heading(
     ax: Axes, title: str, caption: str = "", width: float = 5.0, legend_rows: int = 0, room: float = 0.0
 ) -> None:
-    """A title and a caption above an axes; between them and the axes, rows of a legend.
+    """Adds a title and a caption above an axes, with space for a legend below them.
 
     Args:
-        width: inches that the caption may take.
-        room: points that all of it takes at least: panels beside each other have their titles at one height.
+        width: maximum width of the caption in inches.
+        legend_rows: rows of the legend between the caption and the axes.
+        room: minimum height in points, which aligns the titles of panels in one row.
     """
-    lines = wrapped(caption, width) if caption else ""
+    lines = wrap_text(caption, width) if caption else ""
     count = lines.count("\n") + 1 if lines else 0
-    height = room_for(count) - room_for()
-    pad = max(room_for(count, legend_rows), room)
+    height = heading_height(count) - heading_height()
+    pad = max(heading_height(count, legend_rows), room)
     ax.set_title(title, pad=pad)
     if lines:
         ax.annotate(
@@ -144,16 +145,16 @@ def heading(
             va="bottom",
             linespacing=1.15,
             annotation_clip=False,
-        ).set_in_layout(False)  # the padding of the title has made room
+        ).set_in_layout(False)  # the padding of the title reserves the space
 
 
-def room_for(lines: int = 0, legend_rows: int = 0) -> float:
-    """Points that a caption and a legend take above an axes."""
+def heading_height(lines: int = 0, legend_rows: int = 0) -> float:
+    """Height in points of a caption and a legend above an axes."""
     return _GAP + (lines * _CAPTION_LINE + 3.0 if lines else 0.0) + legend_rows * _LEGEND_ROW
 
 
 def legend_above(ax: Axes, columns: int, **options: Any) -> None:
-    """A legend between the heading and the axes."""
+    """Adds a legend between the heading and the axes."""
     ax.legend(
         loc="lower left",
         bbox_to_anchor=(0, 1.0),
@@ -165,11 +166,11 @@ def legend_above(ax: Axes, columns: int, **options: Any) -> None:
         handlelength=1.6,
         handletextpad=0.5,
         **options,
-    ).set_in_layout(False)  # `heading` has made room
+    ).set_in_layout(False)  # `add_heading` reserves the space
 
 
 def legend_shape(labels: Sequence[str], inches: float) -> tuple[int, int]:
-    """Columns and rows of a legend that fits a width; it is filled column by column."""
+    """(columns, rows) of a legend that fits a width, filled column by column."""
     most = inches * 72 / (0.56 * SMALL)
     for rows in range(1, len(labels) + 1):
         columns = [labels[i : i + rows] for i in range(0, len(labels), rows)]
@@ -178,13 +179,13 @@ def legend_shape(labels: Sequence[str], inches: float) -> tuple[int, int]:
     return 1, 1
 
 
-def every(count: int, inches: float) -> range:
-    """Which of `count` ticks along a length can have a label."""
+def labelled_ticks(count: int, inches: float) -> range:
+    """The ticks, of `count` along a length, that have room for a label."""
     return range(0, count, max(1, -(-int(1000 * count * 0.125) // int(1000 * inches))))
 
 
-def bare(ax: Axes) -> None:
-    """No frame, no ticks."""
+def remove_frame(ax: Axes) -> None:
+    """Removes the frame and the ticks."""
     ax.set_xticks([])
     ax.set_yticks([])
     for spine in ax.spines.values():
@@ -194,7 +195,7 @@ def bare(ax: Axes) -> None:
 def heat_map(
     ax: Axes, values: NDArray[Any], colours: str, low: float, high: float, *, aspect: str = "auto"
 ) -> AxesImage:
-    """An image of a matrix on a fixed scale; NaN is left white."""
+    """Draws a matrix on a fixed colour scale; NaN stays white."""
     ax.set_anchor("NW")
     image = ax.imshow(values, cmap=colours, vmin=low, vmax=high, aspect=aspect, interpolation="nearest")  # type: ignore[arg-type]
     for spine in ax.spines.values():
@@ -203,8 +204,8 @@ def heat_map(
     return image
 
 
-def write_cells(ax: Axes, image: AxesImage, texts: Sequence[Sequence[str]]) -> None:
-    """A text in each cell of a heat map, black or white, whichever is read better."""
+def annotate_cells(ax: Axes, image: AxesImage, texts: Sequence[Sequence[str]]) -> None:
+    """Writes a text into each cell of a heat map, in black or white by contrast."""
     values = np.ma.filled(np.ma.masked_invalid(image.get_array()), np.nan)  # type: ignore[arg-type]
     for i, row in enumerate(texts):
         for j, text in enumerate(row):
@@ -215,15 +216,15 @@ def write_cells(ax: Axes, image: AxesImage, texts: Sequence[Sequence[str]]) -> N
 
 
 def _ink_on(background: Any) -> str:
-    """Black or white on a colour [4], by the contrast of WCAG 2."""
+    """Black or white, whichever has more contrast (WCAG 2) with a colour [4]."""
     colour = np.ravel(background)[:3]
     linear = np.where(colour <= 0.04045, colour / 12.92, ((colour + 0.055) / 1.055) ** 2.4)
     luminance = float(linear @ (0.2126, 0.7152, 0.0722))
     return "black" if (luminance + 0.05) / 0.05 > 1.05 / (luminance + 0.05) else "white"
 
 
-def scale_bar(image: AxesImage, ax: Axes, label: str, width: float) -> None:
-    """The colour scale of a heat map at its right, `width` times as wide: the ends and the middle of the range."""
+def add_colour_bar(image: AxesImage, ax: Axes, label: str, width: float) -> None:
+    """Adds a colour bar of `width` times the axes' width at the right, labelled at both ends and in the middle."""
     low, high = image.get_clim()
     place = ax.inset_axes((1.0 + width / 2, 0.0, width, 1.0))
     bar = ax.figure.colorbar(image, cax=place, ticks=[low, (low + high) / 2, high])
@@ -233,8 +234,8 @@ def scale_bar(image: AxesImage, ax: Axes, label: str, width: float) -> None:
 
 
 def write_table(ax: Axes, rows: Sequence[Sequence[str]], places: Sequence[float], bold_first: bool = False) -> None:
-    """Rows of texts: the first column begins at places[0], the others end at theirs (shares of the width)."""
-    bare(ax)
+    """Writes rows of texts: the first column starts at places[0], others end at their place (shares of the width)."""
+    remove_frame(ax)
     ax.set_xlim(0, 1)
     ax.set_ylim(len(rows), 0)
     for i, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""The dashboards of a checkpoint directory, drawn and written."""
+"""Draws the dashboards of a checkpoint directory and writes them as PNG and SVG."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spinlock_fast.errors import DataError, SpinlockFastError
+from spinlock_fast.output.atomic_files import check_writable, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from spinlock_fast.report.contents import Contents
-    from spinlock_fast.report.sample import Sample
+    from spinlock_fast.report.checkpoint_summary import CheckpointSummary
+    from spinlock_fast.report.data_statistics import DataStatistics
+
+# Without dates and versions, equal contents give equal bytes.
+_METADATA = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}
 
 KINDS = ("engineering", "topological", "semantic")
 
@@ -27,73 +31,80 @@ def write_report(
     """Writes <kind>.png and <kind>.svg of a checkpoint directory.
 
     Args:
-        checkpoint: what `spinlock_fast.train` or `convert` wrote; metrics.json, training_history.json and
+        checkpoint: directory written by `spinlock_fast.train` or `convert`; metrics.json, training_history.json and
             config.yaml may be missing.
-        output: directory, made if need be.
-        data: HDF5 file, glob or list; when not given, the data of the run where they are still there.
-        kinds: which dashboards.
-        device: auto, cpu, cuda or cuda:N; encodes the data.
+        output: directory, created where it does not exist.
+        data: HDF5 file, glob or list; by default the data of the run, where they still exist.
+        kinds: dashboards to draw.
+        device: auto, cpu, cuda or cuda:N, for encoding the data.
 
     Returns:
-        The files, and a line for each thing that is left out.
+        The files, and a line for each omitted part.
 
     Raises:
-        ConfigError: the device is not there.
-        DataError: the checkpoint or `data` cannot serve.
+        ConfigError: the device is not available.
+        DataError: the checkpoint or `data` cannot be used.
         OutputError: a file cannot be written.
         SpinlockFastError: matplotlib or scikit-learn is not installed.
     """
     try:
         import matplotlib.style
-        import sklearn  # noqa: F401 - here, to fail before the work
+        import sklearn  # noqa: F401 - fails early
     except ImportError as error:
         raise SpinlockFastError(f"{error.name} is not installed: pip install 'spinlock-fast[report]'") from None
     from spinlock_fast.device import resolve_device
-    from spinlock_fast.output.atomic_files import check_writable
-    from spinlock_fast.output.locks import locked_output_directory
-    from spinlock_fast.report.contents import read_contents
-    from spinlock_fast.report.save import save_figure
+    from spinlock_fast.output.locks import directory_written_by_one
+    from spinlock_fast.report.checkpoint_summary import read_checkpoint_summary
     from spinlock_fast.report.style import RC
 
-    contents = read_contents(checkpoint, resolve_device(device))
+    summary = read_checkpoint_summary(checkpoint, resolve_device(device))
     check_writable(Path(output))
-    sample = _read_sample(contents, data, kinds)
-    if not contents.metrics:
-        contents.notes.append("no metrics.json and no data: what would be measured is left out")
+    statistics = _measure_run_data(summary, data, kinds)
+    if "quality" not in summary.metrics:
+        summary.notes.append("no measured metrics and no data: measured figures are omitted")
     files = []
     with locked_output_directory(Path(output)), matplotlib.style.context(["default", RC]):
         for kind in kinds:
-            files += save_figure(draw(kind, contents, sample), Path(output) / kind)
-    return files, contents.notes
+            files += _save_figure(draw(kind, summary, statistics), Path(output) / kind)
+    return files, summary.notes
 
 
-def _read_sample(contents: Contents, data: str | list[str] | None, kinds: Sequence[str]) -> Sample | None:
-    from spinlock_fast.report.sample import measure_sample
+def _measure_run_data(
+    summary: CheckpointSummary, data: str | list[str] | None, kinds: Sequence[str]
+) -> DataStatistics | None:
+    from spinlock_fast.report.data_statistics import measure_data
 
     if data is not None:
-        return measure_sample(contents, data)
-    if set(kinds) == {"engineering"} and contents.metrics:
-        return None  # it draws nothing that needs data
-    left_out = "panels that need data are left out (--data)"
-    if contents.config is None or contents.config.dataset_path is None:
-        contents.notes.append(f"the data of the run are not known: {left_out}")
+        return measure_data(summary, data)
+    if set(kinds) == {"engineering"} and "quality" in summary.metrics:
+        return None  # no panel of it needs data
+    omitted = "panels that need data are omitted (--data)"
+    if summary.config is None or summary.config.dataset_path is None:
+        summary.notes.append(f"the data of the run are unknown: {omitted}")
         return None
     try:
-        return measure_sample(contents, contents.config.dataset_path)
+        return measure_data(summary, summary.config.dataset_path)
     except DataError as error:
-        contents.notes.append(f"{error}: {left_out}")
+        summary.notes.append(f"{error}: {omitted}")
         return None
 
 
-def draw(kind: str, contents: Contents, sample: Sample | None) -> Figure:
-    if kind == "engineering":
-        from spinlock_fast.report.engineering import draw_engineering
-
-        return draw_engineering(contents)
-    if kind == "topological":
-        from spinlock_fast.report.topological import draw_topological
-
-        return draw_topological(contents, sample)
+def draw(kind: str, summary: CheckpointSummary, statistics: DataStatistics | None) -> Figure:
+    """Draws one dashboard; without statistics, panels that need data are omitted."""
+    from spinlock_fast.report.engineering import draw_engineering
     from spinlock_fast.report.semantic import draw_semantic
+    from spinlock_fast.report.topological import draw_topological
 
-    return draw_semantic(contents, sample)
+    if kind == "engineering":
+        return draw_engineering(summary)
+    return (draw_topological if kind == "topological" else draw_semantic)(summary, statistics)
+
+
+def _save_figure(figure: Figure, stem: Path) -> list[Path]:
+    """Writes stem.png and stem.svg; raises OutputError."""
+    paths = []
+    for suffix, metadata in _METADATA.items():
+        path = stem.with_name(stem.name + suffix)
+        write_atomically(path, lambda temporary, metadata=metadata: figure.savefig(temporary, metadata=metadata))  # type: ignore[misc]
+        paths.append(path)
+    return paths

@@ -1,1 +1,1 @@
-"""Simulated operators: from a seed to the HDF5 file that the main job trains on."""
+"""Simulation of stochastic neural operators and their features, from a seed to an HDF5 file."""

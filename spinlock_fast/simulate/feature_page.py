@@ -1,4 +1,4 @@
-"""The page docs/features.md: every feature that `generate` computes."""
+"""Generates docs/features.md, the list of all features."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def markdown() -> str:
 
 
 def _as_html(formula: str) -> str:
-    """A formula that every renderer of Markdown shows as it is written; as code where it has mathematical signs."""
+    """A formula with Markdown characters escaped; as code where it has mathematical signs."""
     text = html.escape(formula, quote=False)
     for sign in "|*_`\\":
         text = text.replace(sign, f"&#{ord(sign)};")

@@ -1,6 +1,6 @@
-"""Initial conditions u0: ten named types in four families, a quarter of the operators each.
+"""Initial conditions u0: ten named types in four families of equal share.
 
-Every channel of a field is drawn by itself, on the periodic unit square of `grid` x `grid` points.
+The channels of a field are independent, on the periodic unit square of `grid` x `grid` points.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ def initial_field(name: str, grid: int, rng: np.random.Generator) -> NDArray[np.
     8/64 of the side. multiscale_grf_low, _mid, _high: unit variance, wavenumbers 1-4, 4-10, 10-24.
     structured: one to three plane waves of unit amplitude. localized: three to six Gaussian blobs.
     """
-    draw = _painter(name, grid, rng)
+    draw = _field_sampler(name, grid, rng)
     return np.stack([draw() for _ in range(CHANNELS)]).astype(np.float32)
 
 
-def _painter(name: str, grid: int, rng: np.random.Generator) -> Callable[[], Field2D]:
+def _field_sampler(name: str, grid: int, rng: np.random.Generator) -> Callable[[], Field2D]:
     if name.startswith("gaussian_random_field_v"):
         variance = _VARIANCES[int(name[-1])]
         length = rng.uniform(3.0, 8.0) / 64.0
@@ -49,7 +49,7 @@ def _painter(name: str, grid: int, rng: np.random.Generator) -> Callable[[], Fie
         return lambda: _waves(rng, grid)
     if name == "localized":
         return lambda: _blobs(rng, grid)
-    raise ValueError(f"no initial condition is called {name!r}")
+    raise ValueError(f"unknown initial condition {name!r}")
 
 
 def _wavenumbers(grid: int) -> Field2D:
@@ -60,7 +60,7 @@ def _wavenumbers(grid: int) -> Field2D:
 
 
 def _random_field(rng: np.random.Generator, amplitude: Field2D, variance: float) -> Field2D:
-    """White noise filtered in Fourier space, its sample variance set to `variance`."""
+    """White noise filtered in Fourier space and scaled to the sample variance `variance`."""
     grid = amplitude.shape[0]
     field: Field2D = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((grid, grid))) * amplitude, s=(grid, grid))
     field *= np.sqrt(variance / field.var())

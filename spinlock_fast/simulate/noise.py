@@ -1,7 +1,7 @@
-"""Gaussian noise with a spatial correlation, and dropout masks, each addressed by where it is used.
+"""Spatially correlated Gaussian noise and dropout masks with one random stream per place of use.
 
-The stream of (seed, operator, realization, block of steps) is a generator of its own, so that no
-number depends on what else is simulated beside it.
+Each (seed, operator, realization, block of steps) has its own generator, so that no number depends on the other
+operators of a simulation.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import Tensor
 from spinlock_fast.simulate.initial import CHANNELS
 from spinlock_fast.simulate.parameters import Theta
 
-BLOCK_STEPS = 16  # steps whose noise is drawn together; part of what a seed means
+BLOCK_STEPS = 16  # steps whose noise is drawn together; changing it changes all data
 
 
 class Purpose(IntEnum):
-    """What a stream of random numbers is for: no two purposes share one."""
+    """Purpose of a random stream."""
 
     THETA = 0
     WEIGHTS = 1
@@ -31,15 +31,15 @@ class Purpose(IntEnum):
 
 
 def generator(seed: int, purpose: Purpose, *place: int) -> np.random.Generator:
-    """The stream of a place, for instance (operator, realization, block)."""
+    """The random stream of a purpose and a place, for instance (operator, realization, block)."""
     return np.random.Generator(np.random.SFC64(np.random.SeedSequence([seed, int(purpose), *place])))
 
 
 def spectral_filter(correlation: float, grid: int) -> Tensor:
     """Amplitudes [grid, grid // 2 + 1] that give white noise the autocorrelation exp(-r^2 / (2 correlation^2)).
 
-    By the Wiener-Khinchin theorem the power spectrum is the transform of the autocorrelation:
-    exp(-2 pi^2 correlation^2 f^2), of which the amplitude is the root. The variance stays one.
+    By the Wiener-Khinchin theorem the power spectrum is the Fourier transform of the autocorrelation,
+    exp(-2 pi^2 correlation^2 f^2); the amplitude is its square root, normalised to unit variance.
     """
     fy, fx = torch.fft.fftfreq(grid, dtype=torch.float64), torch.fft.rfftfreq(grid, dtype=torch.float64)
     amplitude = torch.exp(-((math.pi * correlation) ** 2) * (fy[:, None] ** 2 + fx[None, :] ** 2))
@@ -64,7 +64,7 @@ def schedule(theta: Theta, steps: int) -> Tensor:
 
 
 class NoiseSource:
-    """Noise and dropout masks of some operators, block by block.
+    """Noise and dropout masks of some operators in blocks of steps.
 
     Args:
         thetas: the operators.
@@ -73,7 +73,7 @@ class NoiseSource:
         grid: points along a side.
         steps: T, steps of a trajectory.
         mask_shape: (hidden layers, channels) of the masks, zero-padded beyond an operator's own.
-        device: where noise is made. A CUDA device has its own streams: other numbers, as independent.
+        device: device of the noise. Streams of a CUDA device differ from those of the CPU.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class NoiseSource:
         self._scale = torch.stack([schedule(theta, steps) for theta in thetas], 1).to(device)  # [T, O]
 
     def block(self, index: int) -> tuple[Tensor, Tensor]:
-        """The noise [S, M, O, 3, G, G] and the masks [S, M, O, hidden layers, C] of a block of S steps."""
+        """Noise [S, M, O, 3, G, G] and masks [S, M, O, hidden layers, C] of a block of S steps."""
         pairs = [(theta, r) for r in range(self._realizations) for theta in self._thetas]
         shape = (BLOCK_STEPS, self._realizations, len(self._thetas))
         streams = [generator(self._seed, Purpose.NOISE, theta.index, r, index) for theta, r in pairs]
@@ -110,11 +110,11 @@ class NoiseSource:
         return noise, masks.view(*shape, *self._mask_shape).to(self._device)
 
     def _mask(self, theta: Theta, rng: np.random.Generator) -> Tensor:
-        """Channel dropout (Tompson et al. 2015), kept channels scaled by 1 / (1 - rate): [S, layers, C]."""
+        """Mask of channel dropout (Tompson et al. 2015) with kept channels scaled by 1 / (1 - rate): [S, layers, C]."""
         layers, channels = theta.num_layers - 1, theta.base_channels
-        kept = rng.random((BLOCK_STEPS, layers, channels)) >= theta.dropout_rate
+        keep_mask = rng.random((BLOCK_STEPS, layers, channels)) >= theta.dropout_rate
         mask = torch.zeros(BLOCK_STEPS, *self._mask_shape)
-        mask[:, :layers, :channels] = torch.from_numpy(kept / (1.0 - theta.dropout_rate)).float()
+        mask[:, :layers, :channels] = torch.from_numpy(keep_mask / (1.0 - theta.dropout_rate)).float()
         return mask
 
     def _draw(self, rng: np.random.Generator, out: Tensor) -> None:
@@ -128,7 +128,7 @@ class NoiseSource:
 
 
 def box_muller(uniform: Tensor) -> Tensor:
-    """Standard normal values from as many uniform ones in [0, 1), an even number (Box and Muller 1958)."""
+    """Standard normal values from an even number of uniform values in [0, 1) (Box and Muller 1958)."""
     radius, angle = uniform.view(2, -1)
     # 1 - u lies in (0, 1]: the logarithm is finite.
     radius = torch.sub(1.0, radius).log_().mul_(-2.0).sqrt_()

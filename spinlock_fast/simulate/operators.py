@@ -1,8 +1,8 @@
-"""Randomly initialised convolutional networks on the torus, several operators side by side.
+"""Randomly initialised convolutional networks on the torus, evaluated in tiles of operators.
 
-A tile of O operators is one network of grouped convolutions, padded with zeros to the largest depth,
-width and kernel of the tile. What surrounds an operator in its tile changes none of its values but
-by rounding; tiles are made of fixed operator indices, so that not even this depends on the batch.
+A tile of O operators is one network of grouped convolutions, zero-padded to the largest depth, width and kernel of the
+tile. The other operators of a tile affect the values of one by rounding only; tiles consist of fixed operator indices,
+so that results do not depend on the batch.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _BIAS = 0.3  # standard deviation of the biases
 
 
 def draw_weights(theta: Theta, seed: int, gain: float) -> list[tuple[Tensor, Tensor]]:
-    """Weight [out, in, k, k] and bias [out] of every layer, from (seed, operator index) alone.
+    """Weight [out, in, k, k] and bias [out] of every layer, determined by (seed, operator index).
 
-    Weights are normal with standard deviation gain / sqrt(fan-in) (He et al. 2015 have gain sqrt 2), under
-    a Gaussian window of unit energy that lets patterns wider than a pixel form; biases normal with 0.3.
+    Weights are normal with standard deviation gain / sqrt(fan-in) (gain sqrt 2 in He et al. 2015), multiplied by a
+    Gaussian window of unit energy, which favours patterns wider than a pixel. Biases have standard deviation 0.3.
     """
     rng = generator(seed, Purpose.WEIGHTS, theta.index)
     widths = [CHANNELS, *[theta.base_channels] * (theta.num_layers - 1), CHANNELS]
@@ -56,7 +56,7 @@ def _window(size: int) -> NDArray[np.float64]:
 
 
 def _tanh(x: Tensor) -> Tensor:
-    # Several times faster on the CPU than torch.tanh, and the same function.
+    # Equal to tanh, and several times faster than torch.tanh on a CPU.
     return torch.sigmoid(2.0 * x).mul_(2.0).sub_(1.0)
 
 
@@ -69,9 +69,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _wrap(x: Tensor, r: int) -> Tensor:
-    """Circular padding by r: [B, C, G, G] -> [B, C, G + 2r, G + 2r] with the channels last in memory.
+    """Circular padding by r: [B, C, G, G] -> [B, C, G + 2r, G + 2r] in channels-last memory format.
 
-    oneDNN takes two thirds of the time in this layout; `F.pad` would take three times longer to make it.
+    oneDNN needs two thirds of the time in this format, and `F.pad` three times as long as this function.
     """
     B, C, G, _ = x.shape
     shape = (B, C, G + 2 * r, G + 2 * r)
@@ -83,10 +83,10 @@ def _wrap(x: Tensor, r: int) -> Tensor:
 
 
 def _pack(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights that give p neighbouring points in p * out channels, at a stride of p.
+    """Weights that compute p neighbouring points as p * out channels, for a convolution of stride p.
 
-    oneDNN computes 16 output channels in the time of one on AVX-512: with p * out <= 16 this does
-    (k + p - 1) / (p k) of the work, a third to two thirds of the time.
+    oneDNN computes up to 16 output channels in the time of one on AVX-512. With p * out <= 16 the convolution takes a
+    third to two thirds of the time.
     """
     channels, inputs, k, _ = weight.shape
     points = max(p for p in (1, 2, 4) if p == 1 or p * channels <= _LANES)
@@ -97,13 +97,13 @@ def _pack(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class OperatorTile:
-    """The networks of some operators, applied together.
+    """The networks of some operators, evaluated as one.
 
     Args:
         thetas: the operators, O of them.
         seed: seed of the data set.
         gain: see `draw_weights`.
-        device: where they run.
+        device: device of the networks.
     """
 
     def __init__(self, thetas: Sequence[Theta], seed: int, gain: float, device: torch.device) -> None:
@@ -116,19 +116,19 @@ class OperatorTile:
         if self.count == 1 and device.type == "cpu":
             layers = [_pack(w, b) for w, b in layers]
         self._layers = [(w.to(device), b.to(device)) for w, b in layers]
-        # Depth at which each operator's hidden layers end: [O, 1, 1, 1] against [M, O, C, G, G].
-        self._depth = self._column([theta.num_layers - 1 for theta in thetas], device)
-        self._width = self._column([theta.base_channels for theta in thetas], device)
-        self._instance = self._column([theta.normalization == "instance" for theta in thetas], device)
-        self._layer = self._column([theta.normalization == "layer" for theta in thetas], device)
-        self._own = {
-            name: self._column([theta.activation == name for theta in thetas], device)
+        # Number of hidden layers of each operator: [O, 1, 1, 1], broadcast over [M, O, C, G, G].
+        self._depth = self._per_operator([theta.num_layers - 1 for theta in thetas], device)
+        self._width = self._per_operator([theta.base_channels for theta in thetas], device)
+        self._instance_norm = self._per_operator([theta.normalization == "instance" for theta in thetas], device)
+        self._layer_norm = self._per_operator([theta.normalization == "layer" for theta in thetas], device)
+        self._activation_masks = {
+            name: self._per_operator([theta.activation == name for theta in thetas], device)
             for name in ACTIVATIONS
             if any(theta.activation == name for theta in thetas)
         }
 
     def __call__(self, u: Tensor, mask: Tensor | None) -> Tensor:
-        """f(u): [M, O, 3, G, G] -> the same, with dropout masks [M, O, hidden layers, C] or none."""
+        """f(u): [M, O, 3, G, G] -> the same shape, with dropout masks [M, O, hidden layers, C] or without."""
         h = u
         for depth, (weight, bias) in enumerate(self._layers[:-1]):
             new = self._activate(self._normalize(self._convolve(h, weight, bias)))
@@ -141,7 +141,7 @@ class OperatorTile:
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         M, count, C, G, _ = x.shape
         padded = _wrap(x.reshape(M, count * C, G, G), self._radius)
-        # Weights wider than high give several neighbouring points at once: see `_pack`.
+        # Weights wider than high compute several neighbouring points, see `_pack`.
         points = weight.shape[3] - weight.shape[2] + 1
         y = F.conv2d(padded, weight, bias, stride=(1, points), groups=count)
         if points > 1:
@@ -154,23 +154,23 @@ class OperatorTile:
         if kinds == {"none"}:
             return h
         first, second = h.mean((3, 4), keepdim=True), h.square().mean((3, 4), keepdim=True)  # [M, O, C, 1, 1]
-        # Padded channels are zero: sums over channels divided by the true width leave them out.
-        mean = torch.where(self._layer, first.sum(2, keepdim=True) / self._width, first)
-        square = torch.where(self._layer, second.sum(2, keepdim=True) / self._width, second)
+        # Padded channels are zero: sums over channels are divided by the actual width.
+        mean = torch.where(self._layer_norm, first.sum(2, keepdim=True) / self._width, first)
+        square = torch.where(self._layer_norm, second.sum(2, keepdim=True) / self._width, second)
         scale = (square - mean.square()).clamp_(min=0.0).add_(_NORM_EPS).rsqrt_()
         if kinds <= {"instance", "layer"}:
             return (h - mean).mul_(scale)
-        return torch.where(self._instance | self._layer, (h - mean) * scale, h)
+        return torch.where(self._instance_norm | self._layer_norm, (h - mean) * scale, h)
 
     def _activate(self, h: Tensor) -> Tensor:
-        names = list(self._own)
+        names = list(self._activation_masks)
         out = ACTIVATIONS[names[0]](h)
         for name in names[1:]:
-            out = torch.where(self._own[name], ACTIVATIONS[name](h), out)
+            out = torch.where(self._activation_masks[name], ACTIVATIONS[name](h), out)
         return out
 
     def _padded(self, seed: int, gain: float) -> list[tuple[Tensor, Tensor]]:
-        """Every layer of the tile: weight [O * out, in, k, k] and bias [O * out]."""
+        """Zero-padded weight [O * out, in, k, k] and bias [O * out] of every layer of the tile."""
         C, k = self.channels, 2 * self._radius + 1
         widths = [CHANNELS, *[C] * self.hidden_layers, CHANNELS]
         layers = [(torch.zeros(self.count, o, i, k, k), torch.zeros(self.count, o)) for i, o in pairwise(widths)]
@@ -183,5 +183,5 @@ class OperatorTile:
                 b[row, : len(bias)] = bias
         return [(w.flatten(0, 1).contiguous(memory_format=torch.channels_last), b.flatten()) for w, b in layers]
 
-    def _column(self, values: Sequence[float | bool], device: torch.device) -> Tensor:
+    def _per_operator(self, values: Sequence[float | bool], device: torch.device) -> Tensor:
         return torch.tensor(values, device=device).view(-1, 1, 1, 1)

@@ -1,4 +1,4 @@
-"""theta: twelve parameters of an operator, from a scrambled Sobol sequence (Sobol 1967, Owen 1998)."""
+"""theta: the twelve parameters of an operator, from a scrambled Sobol sequence (Sobol 1967, Owen 1998)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ POLICIES: tuple[Literal["residual", "convex"], ...] = ("residual", "convex")
 
 @dataclass(frozen=True)
 class Theta:
-    """One operator's parameters in their own units."""
+    """The parameters of one operator in their units."""
 
     index: int
     num_layers: int
@@ -50,7 +50,7 @@ class Theta:
 
 
 class ThetaSequence:
-    """theta of operator i: a function of the seed and i alone.
+    """theta of operator i, determined by the seed and i.
 
     Args:
         space: ranges and choices of the parameters.
@@ -62,25 +62,25 @@ class ThetaSequence:
         self._seed = seed
 
     def unit(self, start: int, stop: int) -> NDArray[np.float64]:
-        """Points start..stop-1 of the sequence: [stop - start, 12] in [0, 1)."""
+        """Points start .. stop - 1 of the sequence: [stop - start, 12] in [0, 1)."""
         sobol = qmc.Sobol(len(PARAMETER_NAMES), scramble=True, seed=np.random.default_rng([self._seed, 0]))
         if start:
             sobol.fast_forward(start)
-        # scipy warns unless a first draw is a power of two; points do not depend on how many are drawn.
+        # scipy warns unless the first draw is a power of two; points do not depend on the number drawn.
         count = 1 << max(stop - start - 1, 0).bit_length()
         return np.asarray(sobol.random(count), dtype=np.float64)[: stop - start]
 
     def thetas(self, start: int, stop: int) -> list[Theta]:
-        """The operators start..stop-1."""
+        """theta of the operators start .. stop - 1."""
         return [self._theta(start + row, point) for row, point in enumerate(self.unit(start, stop))]
 
     def values(self, theta: Theta) -> NDArray[np.float32]:
-        """[12] in the parameters' own units; a choice is its position in the list of choices."""
+        """[12] in the units of the parameters; a choice is its position in the list of choices."""
         row = [self._number(name, getattr(theta, name)) for name in PARAMETER_NAMES]
         return np.array(row, dtype=np.float32)
 
     def scaled(self, theta: Theta) -> NDArray[np.float32]:
-        """[12] in [0, 1]: linear in each range, logarithmic for noise_scale, even steps between choices."""
+        """[12] in [0, 1]: linear in each range, logarithmic for noise_scale, evenly spaced choices."""
         row = []
         for name in PARAMETER_NAMES:
             value = getattr(theta, name)
@@ -95,14 +95,14 @@ class ThetaSequence:
         return np.clip(np.array(row, dtype=np.float32), 0.0, 1.0)
 
     def noise_regime(self, theta: Theta) -> str:
-        """low, medium or high: the thirds of the logarithmic range of noise_scale."""
+        """low, medium or high: thirds of the logarithmic range of noise_scale."""
         low, high = self.space.noise_scale
         third = 3.0 * np.log(theta.noise_scale / low) / np.log(high / low) if high > low else 1.0
         return ("low", "medium", "high")[min(int(third), 2)]
 
     @cached_property
     def _choices(self) -> dict[str, tuple[list[Any], list[float]]]:
-        """Allowed values of the discrete parameters, and the share of each."""
+        """Allowed values of the discrete parameters and their probabilities."""
         space, residual = self.space, self.space.residual_share
         even = {name: getattr(space, name) for name in ("kernel_size", "activation", "noise_schedule", "normalization")}
         choices = {name: (values, [1.0 / len(values)] * len(values)) for name, values in even.items()}

@@ -1,4 +1,4 @@
-"""What a person sees while operators are simulated."""
+"""Progress display of a simulation."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-_PLAIN_SECONDS = 10.0  # between two lines where there is no terminal
+_PLAIN_SECONDS = 10.0  # interval of lines without a terminal
 
 
 class ProgressDisplay:
-    """A bar in a terminal, a line every ten seconds elsewhere, nothing when quiet; a context manager.
+    """A context manager that shows a bar in a terminal and a line every ten seconds elsewhere.
 
     Args:
         total: operators of the file.
-        done: operators that are in it already.
+        done: operators in the file at the start.
         quiet: show nothing.
     """
 
@@ -42,7 +42,7 @@ class ProgressDisplay:
             self._bar.stop()
 
     def advance(self, done: int) -> None:
-        """`done` operators are simulated, those of an earlier run included."""
+        """Shows that `done` operators are finished, including those of an earlier run."""
         seconds = time.monotonic() - self._start
         rate = f"{(done - self._first) / max(seconds, 1e-9):.2f} operators/s"
         if self._bar is not None:

@@ -1,4 +1,4 @@
-"""Trajectories: operators advance in tiles, their states come out in blocks of steps."""
+"""Trajectories of a tile of operators in blocks of steps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from spinlock_fast.simulate.noise import BLOCK_STEPS, NoiseSource, Purpose, gene
 from spinlock_fast.simulate.operators import OperatorTile
 from spinlock_fast.simulate.parameters import Theta
 
-# Operators of a tile. One on the CPU: its fields stay in the cache and nothing is padded.
+# Operators per tile. One on the CPU: its fields fit the cache, and nothing is padded.
 TILE = {"cpu": 1, "cuda": 32}
 
 
@@ -21,13 +21,13 @@ class Rollout:
     """T steps of M realizations of the operators of a tile.
 
     residual: v = u + s f(u), u <- v / sqrt(1 + 2 c s v^2) + noise; convex: u <- (1 - s) u + s f(u) + noise;
-    then clipped to +/- `clip`. The root is the exact flow over a time s of the confinement du/dt = -c u^3
-    (the restoring term of the Ginzburg-Landau equation; Lie splitting), so that residual operators stay bounded.
+    then clipped to +/- `clip`. The square root is the exact flow over time s of the confinement du/dt = -c u^3 (the
+    restoring term of the Ginzburg-Landau equation, by Lie splitting), which bounds residual operators.
 
     Args:
         thetas: the operators, O of them.
         config: settings of the data set.
-        device: where they run.
+        device: device of the simulation.
     """
 
     def __init__(self, thetas: Sequence[Theta], config: GeneratorConfig, device: torch.device) -> None:
@@ -46,7 +46,7 @@ class Rollout:
         self._cubic = torch.where(residual, 2.0 * config.confinement * self._step, 0.0)
 
     def step(self, u: Tensor, mask: Tensor | None = None) -> Tensor:
-        """One step without noise: [M, O, 3, G, G] -> the same."""
+        """One step without noise: [M, O, 3, G, G] -> the same shape."""
         v = torch.addcmul(self._keep * u, self._step, self._tile(u, mask))
         return v.square().mul_(self._cubic).add_(1.0).rsqrt_().mul_(v)
 

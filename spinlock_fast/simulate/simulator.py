@@ -1,4 +1,4 @@
-"""Operators to rows of the data set: rollout and features of one tile after the other."""
+"""Simulates operators tile by tile and computes their features."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spinlock_fast.descriptors.per_step import StepFeatures, joined
+from spinlock_fast.descriptors.per_step import StepFeatures, concatenate_series
 from spinlock_fast.descriptors.registry import PER_TRAJECTORY
 from spinlock_fast.descriptors.sensitivity import sensitivity_features
 from spinlock_fast.descriptors.spectral import Wavenumbers
@@ -31,13 +31,13 @@ from spinlock_fast.simulate.parameters import Theta, ThetaSequence
 from spinlock_fast.simulate.rollout import TILE, Rollout
 
 Array = NDArray[np.float32]
-_TILES_A_WORKER = 8  # starting a process takes as long as simulating a few
-_CV_TINY, _CV_MOST = 1e-8, 100.0
+_MIN_TILES_PER_WORKER = 8  # starting a process takes as long as simulating a few tiles
+_CV_TINY, _CV_MAX = 1e-8, 100.0
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Operators as rows of the file's datasets; n rows."""
+    """n operators as rows of the datasets of a file."""
 
     fields: Array  # [n, 3, G, G]
     temporal: Array  # [n, T, 63]
@@ -47,25 +47,25 @@ class Rows:
     def __len__(self) -> int:
         return len(self.fields)
 
-    def part(self, rows: slice) -> Rows:
-        """Some of the rows."""
+    def select(self, rows: slice) -> Rows:
+        """A slice of the rows."""
         return Rows(*(value[rows] for value in vars(self).values()))
 
 
-def concatenated(parts: Sequence[Rows]) -> Rows:
-    """Rows that follow each other."""
+def concatenate_rows(parts: Sequence[Rows]) -> Rows:
+    """Concatenates consecutive rows."""
     return Rows(*(np.concatenate([getattr(part, name) for part in parts]) for name in vars(parts[0])))
 
 
 class Simulator:
-    """Simulates operators by index: row i is a function of the configuration and i alone.
+    """Simulates operators by index; row i is determined by the configuration and i.
 
-    On the CPU operators run side by side in processes, each with one thread, so that neither the number
-    of processes nor the batch changes a bit. On CUDA they run in tiles of 32 fixed indices.
+    On the CPU, processes with one thread each simulate single operators, so that results are bit-identical for any
+    number of processes and any batch. On CUDA, operators run in tiles of 32 fixed indices.
 
     Args:
         config: settings of the data set.
-        device: where to simulate.
+        device: device of the simulation.
     """
 
     def __init__(self, config: GeneratorConfig, device: torch.device) -> None:
@@ -75,13 +75,13 @@ class Simulator:
         self._workers = (config.workers or _cores()) if device.type == "cpu" else 1
 
     def simulate(self, start: int, stop: int) -> Rows:
-        """The operators start..stop-1 at once."""
-        return concatenated(list(self.stream(start, stop)))
+        """Simulates the operators start .. stop - 1."""
+        return concatenate_rows(list(self.stream(start, stop)))
 
     def stream(self, start: int, stop: int, stopped: Callable[[], bool] = lambda: False) -> Iterator[Rows]:
-        """The operators start..stop-1 in order, a tile at a time, until `stopped`; memory does not grow with them.
+        """Yields the operators start .. stop - 1 in order, tile by tile, until `stopped` returns True.
 
-        Worker processes are spawned where there is enough to do: a script that calls this needs the usual
+        Memory does not depend on their number. Worker processes are spawned for larger ranges: a calling script needs
         `if __name__ == "__main__":`.
 
         Raises:
@@ -89,12 +89,16 @@ class Simulator:
         """
         tile = TILE[self.device.type]
         firsts = range(start // tile * tile, stop, tile)
-        workers = min(self._workers, len(firsts) // _TILES_A_WORKER)
-        tiles = self._in_workers(firsts, workers, stopped) if workers > 1 else self._here(firsts, stopped)
+        workers = min(self._workers, len(firsts) // _MIN_TILES_PER_WORKER)
+        tiles = (
+            self._in_worker_processes(firsts, workers, stopped)
+            if workers > 1
+            else self._in_this_process(firsts, stopped)
+        )
         for first, rows in tiles:
-            yield rows.part(slice(max(start - first, 0), stop - first))
+            yield rows.select(slice(max(start - first, 0), stop - first))
 
-    def _here(self, firsts: range, stopped: Callable[[], bool]) -> Iterator[tuple[int, Rows]]:
+    def _in_this_process(self, firsts: range, stopped: Callable[[], bool]) -> Iterator[tuple[int, Rows]]:
         tile = TILE[self.device.type]
         with single_thread(torch.device("cpu")):
             for first in firsts:
@@ -102,26 +106,28 @@ class Simulator:
                     return
                 yield first, self.simulate_tile(self.sequence.thetas(first, first + tile))
 
-    def _in_workers(self, firsts: range, workers: int, stopped: Callable[[], bool]) -> Iterator[tuple[int, Rows]]:
+    def _in_worker_processes(
+        self, firsts: range, workers: int, stopped: Callable[[], bool]
+    ) -> Iterator[tuple[int, Rows]]:
         context = get_context("spawn")  # a fork would inherit locks of the parent's threads
         with ProcessPoolExecutor(workers, context, _start_worker, (self.config,)) as pool:
-            left, waiting = iter(firsts), deque[tuple[int, Future[Rows]]]()
+            remaining, pending = iter(firsts), deque[tuple[int, Future[Rows]]]()
             try:
                 while not stopped():
-                    for first in islice(left, 4 * workers - len(waiting)):
-                        waiting.append((first, pool.submit(_in_worker, first)))
-                    if not waiting:
+                    for first in islice(remaining, 4 * workers - len(pending)):
+                        pending.append((first, pool.submit(_in_worker, first)))
+                    if not pending:
                         return
-                    first, future = waiting.popleft()
+                    first, future = pending.popleft()
                     yield first, future.result()
             except BrokenProcessPool:
                 if not stopped():
-                    raise SpinlockFastError("a worker process died, perhaps for want of memory") from None
+                    raise SpinlockFastError("a worker process died; it may have run out of memory") from None
             finally:
                 pool.shutdown(cancel_futures=True)
 
     def simulate_tile(self, thetas: Sequence[Theta]) -> Rows:
-        """The operators of one tile."""
+        """Simulates the operators of one tile."""
         with torch.inference_mode():
             return self._tile_rows(thetas)
 
@@ -134,21 +140,21 @@ class Simulator:
         for states in rollout.blocks():
             blocks.append(steps.block(states.flatten(1, 2)))
             last = states[-1]
-        series = joined(blocks)
+        series = concatenate_series(blocks)
         temporal = series.features.view(config.num_timesteps, M, count, -1).double().mean(1).transpose(0, 1)
-        live = trajectory_features(series).view(M, count, -1)
-        ten = torch.full((M, count, len(PER_TRAJECTORY["operator_sensitivity"])), torch.nan, device=self.device)
+        features = trajectory_features(series).view(M, count, -1)
+        sensitivity = torch.full((M, count, len(PER_TRAJECTORY["operator_sensitivity"])), torch.nan, device=self.device)
         if config.operator_sensitivity:
-            ten = sensitivity_features(rollout.step, last, self._direction(thetas))
+            sensitivity = sensitivity_features(rollout.step, last, self._direction(thetas))
         return Rows(
             fields=_array(rollout.initial),
             temporal=_array(temporal),
-            trajectories=_array(torch.cat([live, ten], 2).transpose(0, 1)),
+            trajectories=_array(torch.cat([features, sensitivity], 2).transpose(0, 1)),
             diverged=series.at_bound.view(-1, M, count).any(0).any(0).cpu().numpy(),
         )
 
     def _direction(self, thetas: Sequence[Theta]) -> Tensor:
-        """Normal perturbations, one of each operator: [O, 3, G, G]."""
+        """One normal perturbation per operator: [O, 3, G, G]."""
         shape = (3, self.config.grid_size, self.config.grid_size)
         draws = [
             generator(self.config.random_seed, Purpose.PROBE, theta.index).standard_normal(shape) for theta in thetas
@@ -160,7 +166,7 @@ def aggregate(trajectories: Array) -> Array:
     """Mean, standard deviation and coefficient of variation over realizations: [n, M, 120] -> [n, 360]."""
     values = trajectories.astype(np.float64)
     mean, std = values.mean(1), values.std(1)
-    variation = np.minimum(std / (np.abs(mean) + _CV_TINY), _CV_MOST)
+    variation = np.minimum(std / (np.abs(mean) + _CV_TINY), _CV_MAX)
     return np.concatenate([mean, std, variation], axis=1).astype(np.float32)
 
 
@@ -172,12 +178,12 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-_worker: Simulator | None = None  # of this process, where it is a worker
+_worker: Simulator | None = None  # set in worker processes
 
 
 def _start_worker(config: GeneratorConfig) -> None:
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when to stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles it
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     _worker = Simulator(config, torch.device("cpu"))

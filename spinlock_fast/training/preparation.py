@@ -111,7 +111,7 @@ def prepare(source: FeatureSource, config: RunConfig, device: torch.device, disp
     timer.lap("load_encode")
     display.stage(f"cleaning {columns.shape[1]} columns")
     cleaner = fit_cleaner(columns[split.train], config.feature_cleaning)
-    kept = cleaner.kept(columns)
+    kept = cleaner.select(columns)
     width = columns.shape[1]
     del columns  # frees the raw matrix
     low, high, outside = training_range(kept, split, cleaner)

@@ -118,10 +118,9 @@ def _write_result(
 
 def output_directory(config: RunConfig) -> Path:
     """The checkpoint directory of the run; raises ConfigError if it is not set."""
-    name = config.output_dir or config.training.checkpoint_dir
-    if name is None:
+    if config.output_dir is None:
         raise ConfigError("output_dir: not set")
-    return Path(name)
+    return Path(config.output_dir)
 
 
 def _stage_seconds(

@@ -1,4 +1,4 @@
-"""`analyze` end to end, and its files."""
+"""The command `analyze` and its files."""
 
 from __future__ import annotations
 
@@ -19,8 +19,14 @@ from rich.console import Console
 
 from spinlock_fast import Tokenizer
 from spinlock_fast.analysis import AnalysisConfig, analyze_observations, write_tables
-from spinlock_fast.analysis.observations import distances, observe
-from spinlock_fast.analysis.words import association_grid, code_lines, mute_codebooks, print_analysis, unused_codes
+from spinlock_fast.analysis.observations import code_distances, collect_observations
+from spinlock_fast.analysis.summary_text import (
+    association_grid,
+    code_lines,
+    constant_codebooks,
+    print_analysis,
+    unused_codes,
+)
 from spinlock_fast.analyze import main as analyze_main
 from spinlock_fast.commands.main import main as dispatch
 from spinlock_fast.errors import ConfigError
@@ -155,7 +161,7 @@ def test_distances_and_margins_are_those_of_every_code(checkpoints: list[Path], 
     tokens = model.get_tokens(x)
     with torch.no_grad():
         latents = model.encode(x)
-    distance, margin = distances(latents, model.quantizer.embedding, tokens, model.quantizer.layout)
+    distance, margin = code_distances(latents, model.quantizer.embedding, tokens, model.quantizer.layout)
     for g in range(model.num_codebooks):
         part = latents[:, model.quantizer.layout.column_slice(g)].double()
         every = (part[:, None] - model.quantizer.codebook(g).double()).norm(dim=2).sort(1).values
@@ -163,12 +169,14 @@ def test_distances_and_margins_are_those_of_every_code(checkpoints: list[Path], 
         np.testing.assert_allclose(margin[:, g].numpy(), (every[:, 1] - every[:, 0]).detach().numpy(), atol=1e-4)
 
 
-def test_more_rows_than_asked_for_are_thinned_evenly(checkpoints: list[Path], data: Path) -> None:
+def test_larger_files_are_sampled_evenly(checkpoints: list[Path], data: Path) -> None:
     tokenizer = Tokenizer.from_checkpoint(checkpoints[0])
-    whole, part = (observe(tokenizer, data, most, budget) for most, budget in ((10**6, 10**8), (40, 350_000)))
+    whole, part = (
+        collect_observations(tokenizer, data, most, budget) for most, budget in ((10**6, 10**8), (40, 350_000))
+    )
     assert part.rows[[0, -1]].tolist() == [0, 159]
     assert len(part.rows) == 40
-    assert part.notes == ["40 of 160 operators, spread evenly, were analysed"]
+    assert part.notes == ["40 of 160 operators, evenly spaced, were analysed"]
     np.testing.assert_array_equal(part.tokens, whole.tokens[part.rows])
     np.testing.assert_allclose(part.measured, whole.measured[part.rows])
     np.testing.assert_array_equal(part.labels["noise regime"], whole.labels["noise regime"][part.rows])
@@ -176,9 +184,9 @@ def test_more_rows_than_asked_for_are_thinned_evenly(checkpoints: list[Path], da
 
 def test_shards_are_one_data_set(checkpoints: list[Path], tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_checkpoint(checkpoints[0])
-    one = observe(tokenizer, write_dataset(tmp_path / "one.h5", 60, seed=8), 100, 10**8)
+    one = collect_observations(tokenizer, write_dataset(tmp_path / "one.h5", 60, seed=8), 100, 10**8)
     write_shards(tmp_path / "parts", [25, 35], seed=8)
-    many = observe(tokenizer, str(tmp_path / "parts" / "*.h5"), 100, 10**8)
+    many = collect_observations(tokenizer, str(tmp_path / "parts" / "*.h5"), 100, 10**8)
     np.testing.assert_array_equal(one.tokens, many.tokens)
     assert many.rows.tolist() == list(range(60))
     for name, values in one.labels.items():
@@ -187,7 +195,7 @@ def test_shards_are_one_data_set(checkpoints: list[Path], tmp_path: Path) -> Non
         np.testing.assert_array_equal(numbers, many.parameters[name])
 
 
-def test_data_without_conditions_are_analysed_all_the_same(checkpoints: list[Path], tmp_path: Path) -> None:
+def test_data_without_conditions_are_analysed(checkpoints: list[Path], tmp_path: Path) -> None:
     bare = write_dataset(tmp_path / "bare.h5", 40, seed=5, omit=("metadata", "parameters"))
     assert run(analyze_main, checkpoints[0], bare, "--output", tmp_path / "out", "--format", "csv", "--quiet") == 0
     names = {path.stem for path in (tmp_path / "out").iterdir()}
@@ -254,22 +262,22 @@ def test_texts_of_fixed_length_are_texts(checkpoints: list[Path], data: Path, tm
         del file["metadata/ic_types"]
         file["metadata/ic_types"] = texts
     tokenizer = Tokenizer.from_checkpoint(checkpoints[0])
-    labels = [observe(tokenizer, path, 200, 10**8).labels["initial condition"] for path in (data, other)]
+    labels = [collect_observations(tokenizer, path, 200, 10**8).labels["initial condition"] for path in (data, other)]
     np.testing.assert_array_equal(*labels)
 
 
-def test_one_category_of_one_level_is_analysed_and_put_in_words(tmp_path: Path) -> None:
+def test_one_category_of_one_level_is_analysed_and_summarised(tmp_path: Path) -> None:
     observed = operators(60, seed=0)
-    books = observed.books
+    codebooks = observed.codebooks
     one = replace(
         observed,
-        books=replace(
-            books,
-            names=books.names[:1],
-            categories=books.categories[:1],
+        codebooks=replace(
+            codebooks,
+            names=codebooks.names[:1],
+            categories=codebooks.categories[:1],
             levels=[0],
-            num_codes=books.num_codes[:1],
-            vectors=books.vectors[:1],
+            num_codes=codebooks.num_codes[:1],
+            vectors=codebooks.vectors[:1],
         ),
         tokens=observed.tokens[:, :1],
         distance=observed.distance[:, :1],
@@ -299,7 +307,7 @@ def test_the_dispatcher_knows_analyze(capsys: pytest.CaptureFixture[str]) -> Non
     assert "--compare" in capsys.readouterr().out
 
 
-def test_words_name_what_is_found_and_what_is_not() -> None:
+def test_summary_names_significant_and_other_conditions() -> None:
     tables = analyze_observations(operators(600, seed=0), AnalysisConfig()).tables
     found, not_found = association_grid(tables["associations"], 0.05)
     assert found["condition"].tolist() == ["step"]
@@ -309,5 +317,5 @@ def test_words_name_what_is_found_and_what_is_not() -> None:
     assert lines[1].startswith("step ")
     assert "family::feature_" in lines[2]
     codes = tables["codes"] | {"count": tables["codes"]["count"] * (tables["codes"]["code"] == 0)}
-    assert mute_codebooks(codes) == sorted(set(codes["codebook"]))
+    assert constant_codebooks(codes) == sorted(set(codes["codebook"]))
     assert "5 of slow/L0" in unused_codes(codes)

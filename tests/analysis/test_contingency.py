@@ -14,7 +14,7 @@ from spinlock_fast.analysis.contingency import (
     contingency,
     expected_mutual_information,
     mutual_information,
-    settle,
+    run_permutation_tests,
 )
 from spinlock_fast.analysis.significance import false_discovery_rate
 
@@ -38,18 +38,18 @@ def test_information_is_that_of_scikit_learn(rows: int, codes: int, levels: int,
 
 
 def test_rare_labels_have_the_expected_information_of_scikit_learn() -> None:
-    """Where a cell expects less than one count, the larger counts weigh more than a normal limit has it."""
+    """Expected counts below one: the tail is heavier than that of the normal approximation."""
     table = np.array([[30, 20_000], [5, 40], [1, 60]])
     a, b = (np.repeat(index.ravel(), table.ravel()) for index in np.indices(table.shape))
     expected = sklearn_expected(contingency_matrix(a, b, sparse=True, dtype=np.int64), table.sum())
     assert expected_mutual_information(table) == pytest.approx(expected, rel=1e-10)
 
 
-def test_labels_that_do_not_vary_tell_nothing() -> None:
+def test_constant_labels_have_no_information() -> None:
     table = np.array([[40, 60]])
     assert adjusted_mutual_information(table) == 0.0
     test = PermutationTest(table, np.random.default_rng(0))
-    settle([test], 0.05)
+    run_permutation_tests([test], 0.05)
     assert np.isnan(test.p)
     assert test.tables == 0
 
@@ -58,7 +58,7 @@ def test_drawn_tables_have_the_information_of_shuffled_labels() -> None:
     a, b = labels(300, 8, 4, 0.1, seed=1)
     rng = np.random.default_rng(0)
     test = PermutationTest(contingency(a, b, (8, 4)), rng)
-    drawn = test._shuffled_information(2000)
+    drawn = test._permuted_information(2000)
     shuffled = np.array([mutual_information(contingency(a, rng.permutation(b), (8, 4))) for _ in range(2000)])
     assert drawn.mean() == pytest.approx(test.expected, rel=0.02)
     np.testing.assert_allclose(np.quantile(drawn, [0.1, 0.5, 0.9]), np.quantile(shuffled, [0.1, 0.5, 0.9]), rtol=0.08)
@@ -78,13 +78,13 @@ def test_p_values_of_independent_labels_are_uniform() -> None:
 
 
 def test_one_dependence_among_many_tests_is_found() -> None:
-    """Which takes more tables than the first stage draws: 1 / 200 is not below 0.05 / 300."""
+    """Needs more tables than the first stage draws: 1 / 200 is not below 0.05 / 300."""
     rng = np.random.default_rng(0)
     tests = []
     for seed in range(300):
         a, b = labels(200, 6, 4, 0.6 if seed == 0 else 0.0, seed=seed)
         tests.append(PermutationTest(contingency(a, b, (6, 4)), rng))
-    settle(tests, 0.05)
+    run_permutation_tests(tests, 0.05)
     q = false_discovery_rate(np.array([test.p for test in tests]))
     assert q[0] <= 0.05
     assert tests[0].tables == 6000

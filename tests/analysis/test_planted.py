@@ -1,4 +1,4 @@
-"""Planted structure is found, and nothing else."""
+"""Planted associations are found, and no others."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from spinlock_fast.analysis import AnalysisConfig, analyze_observations
 from spinlock_fast.errors import DataError
 
 
-def test_tokens_of_one_parameter_are_found_to_be_of_it_alone() -> None:
+def test_tokens_are_associated_with_their_parameter_only() -> None:
     tables = analyze_observations(operators(600, seed=0), AnalysisConfig()).tables
     found = tables["associations"]["q"] <= 0.05
     assert set(tables["associations"]["condition"][found]) == {"step"}
@@ -33,8 +33,8 @@ def lowest(tables: dict[str, dict[str, np.ndarray]]) -> str:
     return str(values[0])
 
 
-def test_of_tokens_that_depend_on_nothing_nothing_is_found() -> None:
-    """20 data sets: a rate of 5 % allows one with a false finding, two are likely enough, five are not (p 0.003)."""
+def test_independent_tokens_have_no_associations() -> None:
+    """With a false discovery rate of 5 %, five or more of 20 independent data sets with a discovery have p = 0.003."""
     false: dict[str, int] = {"associations": 0, "lifts": 0, "features": 0, "pairs": 0}
     config = AnalysisConfig(queries=10)
     for seed in range(20):
@@ -45,7 +45,7 @@ def test_of_tokens_that_depend_on_nothing_nothing_is_found() -> None:
     assert max(false.values()) < 5, false
 
 
-def test_shuffled_tokens_lose_what_they_told() -> None:
+def test_shuffled_tokens_have_no_associations() -> None:
     observed = operators(600, seed=0)
     order = np.random.default_rng(1).permutation(600)
     summary = analyze_observations(replace(observed, tokens=observed.tokens[order]), AnalysisConfig()).summary

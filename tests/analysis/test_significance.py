@@ -16,7 +16,7 @@ def test_q_values_are_those_of_scipy() -> None:
     np.testing.assert_allclose(false_discovery_rate(p), expected, rtol=1e-12)
 
 
-def test_what_is_no_test_does_not_count() -> None:
+def test_nan_is_not_counted_as_a_test() -> None:
     p = np.array([0.01, np.nan, 0.04])
     np.testing.assert_allclose(false_discovery_rate(p), [0.02, np.nan, 0.04])
     assert false_discovery_rate(np.empty(0)).shape == (0,)
@@ -29,7 +29,7 @@ def test_wilson_is_that_of_scipy(successes: int, trials: int) -> None:
     np.testing.assert_allclose([low, high], [expected.low, expected.high], atol=1e-12)
 
 
-def test_nothing_tried_is_nothing_known() -> None:
+def test_interval_without_trials_is_0_to_1() -> None:
     assert [float(bound) for bound in wilson_interval(0, 0)] == [0.0, 1.0]
 
 
@@ -48,5 +48,5 @@ def test_tails_are_those_of_the_hypergeometric_distribution(total: int) -> None:
     assert (found[~usual] < 1e-200).all()
 
 
-def test_a_certain_count_has_probability_one() -> None:
+def test_p_value_of_a_certain_count_is_one() -> None:
     np.testing.assert_allclose(hypergeometric_p([10, 3], [10, 3], [10, 10], 10), 1.0)

@@ -1,4 +1,4 @@
-"""Every table against its formula, written slowly."""
+"""Every table against a direct implementation of its formula."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from planted import NUM_CODES, SIZES, codebooks, operators, rows_where
+from planted import NUM_CODES, SIZES, operators, planted_codebooks, rows_where
 from scipy.stats import hypergeom, mannwhitneyu, rankdata
 from sklearn.metrics import adjusted_mutual_info_score, roc_auc_score
 
 from spinlock_fast.analysis.associations import code_counts, cooccurrence_table, lifts_table
 from spinlock_fast.analysis.codes import (
-    _without_gaps,
+    _fill_missing,
     code_auc,
     code_quartiles,
     codes_table,
@@ -22,13 +22,13 @@ from spinlock_fast.analysis.codes import (
     one_hot,
     samples_table,
 )
-from spinlock_fast.analysis.conditions import binned, conditions_of, labelled
+from spinlock_fast.analysis.conditions import bin_parameter, label_condition, make_conditions
 from spinlock_fast.analysis.neighbours import agreement_table, nearest_operators, neighbours_table
 from spinlock_fast.analysis.refinement import refinement_table
 from spinlock_fast.analysis.stability import feature_overlap, stability_table
 
 OBSERVED = operators(240, seed=1)
-MEMBERS = one_hot(OBSERVED.tokens, OBSERVED.books.offsets)
+MEMBERS = one_hot(OBSERVED.tokens, OBSERVED.codebooks.offsets)
 COUNTS = code_counts(OBSERVED)
 
 
@@ -40,7 +40,7 @@ def test_counts_and_members_are_those_of_the_tokens() -> None:
     table = codes_table(OBSERVED, COUNTS)
     assert table["count"].sum() == OBSERVED.tokens.size
     for i in range(sum(NUM_CODES)):
-        g = OBSERVED.books.names.index(str(table["codebook"][i]))
+        g = OBSERVED.codebooks.names.index(str(table["codebook"][i]))
         rows = of_code(g, int(table["code"][i]))
         assert table["count"][i] == rows.sum() == MEMBERS[i].sum()
         assert table["share"][i] == pytest.approx(rows.mean())
@@ -59,7 +59,7 @@ def test_auc_and_p_are_those_of_scikit_learn_and_scipy_ties_included() -> None:
             assert p[i, f] == pytest.approx(test.pvalue, rel=1e-9)
 
 
-def test_a_code_of_nobody_or_everybody_has_no_auc() -> None:
+def test_code_without_or_with_all_operators_has_no_auc() -> None:
     tokens = np.zeros((30, 1), np.int64)
     members = one_hot(tokens, np.array([0, 2]))
     auc, p = code_auc(members, np.random.default_rng(0).random((30, 3)))
@@ -94,11 +94,11 @@ def test_profiles_are_quartiles_in_units_of_all_operators() -> None:
     assert table["robust_z"][i] == pytest.approx((np.median(mine) - np.median(x)) / (1.4826 * mad), rel=1e-4)
 
 
-def test_of_very_many_rows_the_clearest_features_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_tables_keep_the_features_with_the_largest_auc(monkeypatch: pytest.MonkeyPatch) -> None:
     from spinlock_fast.analysis import codes
 
     whole = features_table(OBSERVED, MEMBERS, [])
-    monkeypatch.setattr(codes, "_MOST_ROWS", 2 * sum(NUM_CODES))
+    monkeypatch.setattr(codes, "_MAX_TABLE_ROWS", 2 * sum(NUM_CODES))
     notes: list[str] = []
     part = features_table(OBSERVED, MEMBERS, notes)
     assert len(notes) == 1
@@ -109,9 +109,9 @@ def test_of_very_many_rows_the_clearest_features_are_kept(monkeypatch: pytest.Mo
     assert set(part["q"]) <= set(whole["q"])  # over all tests, those that are not kept as well
 
 
-def test_gaps_of_measured_columns_become_medians_and_flat_columns_go() -> None:
+def test_missing_values_are_filled_and_constant_columns_dropped() -> None:
     measured = np.array([[1, np.nan, 5, np.nan], [3, np.nan, 5, 2], [np.nan, np.nan, 5, 4]], np.float32)
-    filled, names = _without_gaps(measured, ["a", "b", "c", "d"])
+    filled, names = _fill_missing(measured, ["a", "b", "c", "d"])
     assert names == ["a", "d"]
     assert filled.tolist() == [[1, 3], [3, 2], [2, 4]]
     assert np.isnan(measured[2, 0])
@@ -130,7 +130,7 @@ def test_samples_are_the_nearest_random_and_least_certain_operators() -> None:
 
 
 def test_lifts_are_shares_over_shares() -> None:
-    conditions = conditions_of(OBSERVED, 5)[0]
+    conditions = make_conditions(OBSERVED, 5)[0]
     table = lifts_table(OBSERVED, conditions, COUNTS)
     condition = next(c for c in conditions if c.name == "initial condition")
     for code in range(NUM_CODES[0]):
@@ -156,8 +156,8 @@ def test_pairs_of_codes_are_counted_across_categories_only() -> None:
     assert set(table["category_a"]) == {"slow"}
     assert set(table["category_b"]) == {"fast"}
     for i in range(0, len(table["p"]), 7):
-        g = OBSERVED.books.names.index(str(table["codebook_a"][i]))
-        h = OBSERVED.books.names.index(str(table["codebook_b"][i]))
+        g = OBSERVED.codebooks.names.index(str(table["codebook_a"][i]))
+        h = OBSERVED.codebooks.names.index(str(table["codebook_b"][i]))
         a, b = of_code(g, table["code_a"][i]), of_code(h, table["code_b"][i])
         assert table["count"][i] == (a & b).sum()
         assert table["lift"][i] == pytest.approx((a & b).mean() / (a.mean() * b.mean()))
@@ -195,16 +195,16 @@ def test_a_level_that_repeats_the_one_before_adds_nothing() -> None:
 
 
 def test_neighbours_are_those_of_the_pairwise_formula() -> None:
-    books, tokens = OBSERVED.books, OBSERVED.tokens
+    codebooks, tokens = OBSERVED.codebooks, OBSERVED.tokens
     square = np.zeros((240, 240))
-    for g, vectors in enumerate(books.vectors):
+    for g, vectors in enumerate(codebooks.vectors):
         codes = vectors[tokens[:, g]].astype(np.float64)
         away = np.square(codes[:, None] - codes[None]).sum(2)
-        square += away / away.mean() / len(books.vectors)
+        square += away / away.mean() / len(codebooks.vectors)
     assert square.mean() == pytest.approx(1.0)
     np.fill_diagonal(square, np.inf)
     queries = np.array([0, 17, 239])
-    rows, distance = nearest_operators(books, tokens, queries, 4)
+    rows, distance = nearest_operators(codebooks, tokens, queries, 4)
     np.testing.assert_allclose(distance, np.sqrt(np.sort(square[queries], axis=1)[:, :4]), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(np.sqrt(np.take_along_axis(square[queries], rows, 1)), distance, rtol=1e-4, atol=1e-6)
     table = neighbours_table(OBSERVED, queries, rows, distance)
@@ -216,14 +216,14 @@ def test_neighbours_are_found_across_blocks(monkeypatch: pytest.MonkeyPatch) -> 
     from spinlock_fast.analysis import neighbours
 
     queries = np.arange(0, 240, 11)
-    whole = nearest_operators(OBSERVED.books, OBSERVED.tokens, queries, 3)
+    whole = nearest_operators(OBSERVED.codebooks, OBSERVED.tokens, queries, 3)
     monkeypatch.setattr(neighbours, "_ROWS_AT_ONCE", 37)
-    parts = nearest_operators(OBSERVED.books, OBSERVED.tokens, queries, 3)
+    parts = nearest_operators(OBSERVED.codebooks, OBSERVED.tokens, queries, 3)
     np.testing.assert_allclose(whole[1], parts[1], atol=1e-6)
 
 
 def test_agreement_counts_neighbours_and_all_pairs() -> None:
-    condition = labelled("kind", np.array(["a", "a", "b", "b", "b"]))
+    condition = label_condition("kind", np.array(["a", "a", "b", "b", "b"]))
     table = agreement_table([condition], np.arange(5), np.array([[1], [2], [3], [4], [0]]))
     pairs = [(i, j) for i, j in combinations(range(5), 2)]
     assert table["same_as_nearest"][0] == pytest.approx(3 / 5)
@@ -233,15 +233,15 @@ def test_agreement_counts_neighbours_and_all_pairs() -> None:
 
 
 def test_parameters_are_binned_by_quantiles_and_choices_kept() -> None:
-    quantity = binned("scale", np.arange(100.0), 4)
+    quantity = bin_parameter("scale", np.arange(100.0), 4)
     assert quantity.counts.tolist() == [25, 25, 25, 25]
-    edges = binned("scale", np.arange(101.0), 5)
+    edges = bin_parameter("scale", np.arange(101.0), 5)
     assert [int(edges.codes[i]) for i in (0, 19, 20, 99, 100)] == [0, 0, 1, 4, 4]  # a bin holds its lower edge
     assert edges.levels[1] == "20 to 40"
-    choice = binned("layers", np.array([2.0, 4.0, 2.0, 3.0, np.nan]), 4)
+    choice = bin_parameter("layers", np.array([2.0, 4.0, 2.0, 3.0, np.nan]), 4)
     assert choice.levels == ["2", "3", "4", "not finite"]
     assert choice.codes.tolist() == [0, 2, 0, 1, 3]
-    texts = labelled("name", np.array([f"t{i % 80:02d}" for i in range(1000)] + ["t05"]))
+    texts = label_condition("name", np.array([f"t{i % 80:02d}" for i in range(1000)] + ["t05"]))
     assert len(texts.levels) == 64
     assert texts.levels[-1] == "other"
     assert texts.levels[texts.codes[5]] == "t05"
@@ -249,14 +249,14 @@ def test_parameters_are_binned_by_quantiles_and_choices_kept() -> None:
 
 def test_stability_is_one_for_the_same_categories_in_another_order() -> None:
     order = [3, 4, 5, 0, 1, 2]
-    books = codebooks()
+    codebooks = planted_codebooks()
     other = replace(
         OBSERVED,
-        books=replace(
-            books,
-            names=[books.names[g] for g in order],
+        codebooks=replace(
+            codebooks,
+            names=[codebooks.names[g] for g in order],
             categories=["one"] * 3 + ["two"] * 3,
-            num_codes=[books.num_codes[g] for g in order],
+            num_codes=[codebooks.num_codes[g] for g in order],
         ),
         tokens=OBSERVED.tokens[:, order],
         features=-2.0 * OBSERVED.features,

@@ -33,6 +33,7 @@ METRICS: dict[str, Any] = {
             "features": 30,
             "also_reads": [],
             "families": {"summary": 30},
+            "mse": 0.2,
             "partial_mse": 0.4,
             "utilization": [0.5, 0.75],
             "codes": [8, 4],
@@ -45,7 +46,7 @@ def test_card_has_the_metrics_of_the_run() -> None:
     card = model_card(METRICS, RunConfig(dataset_path=["/home/someone/a.h5", "b.h5"], random_seed=7))
     for text in ("1,600 operators of `a.h5`, `b.h5`", "Seed 7", "12,345 parameters", "| 0.8000 |", "epoch 5 of 7"):
         assert text in card
-    assert "| cluster_1 | 30 | summary 30 | 0.4000 | 0.50 / 0.75 | 8 / 4 |" in card
+    assert "| cluster_1 | 30 | summary 30 | 0.2000 | 0.4000 | 0.50 / 0.75 | 8 / 4 |" in card
     assert "# [N, 2], from raw HDF5" in card
     assert "3 of the codes were\n  used by no held-out operator" in card
     assert "/home" not in card
@@ -80,5 +81,5 @@ def test_names_from_the_data_are_not_markup() -> None:
     assert "<script>" not in card.replace("`<script>", "")
     assert "\x1b" not in card
     row = next(line for line in card.splitlines() if "&lt;script&gt;" in line and line.startswith("|"))
-    assert row.count("|") - row.count("\\|") == 7
+    assert row.count("|") - row.count("\\|") == 8
     assert "# top" not in card.splitlines()

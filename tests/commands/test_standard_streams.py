@@ -1,4 +1,4 @@
-"""Standard streams that go away."""
+"""Closed standard streams."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from helpers import raises_one_line
 from rich.console import Console
 
 from spinlock_fast.commands.exit_status import exit_with
-from spinlock_fast.commands.standard_streams import Messages, ReaderGone, Results, tolerant_streams
+from spinlock_fast.commands.standard_streams import MessageStream, ReaderGone, ResultStream, tolerant_streams
 from spinlock_fast.errors import OutputError
 
 
@@ -32,9 +32,9 @@ class Broken(io.StringIO):
 
 
 @pytest.mark.parametrize("number", [errno.EPIPE, errno.EIO, errno.ENOSPC, errno.EBADF])
-def test_messages_that_nobody_reads_are_dropped(number: int) -> None:
+def test_messages_to_a_closed_stream_are_dropped(number: int) -> None:
     stream = Broken(number)
-    messages = Messages(stream)
+    messages = MessageStream(stream)
     for _ in range(3):
         assert messages.write("text") == 4
         messages.flush()
@@ -44,22 +44,22 @@ def test_messages_that_nobody_reads_are_dropped(number: int) -> None:
 
 
 @pytest.mark.parametrize(("number", "terminal"), [(errno.EPIPE, False), (errno.EIO, True)])
-def test_results_that_nobody_reads_end_the_command(number: int, terminal: bool) -> None:
+def test_closed_standard_output_ends_the_command(number: int, terminal: bool) -> None:
     with pytest.raises(ReaderGone):
-        Results(Broken(number, terminal)).write("text")
+        ResultStream(Broken(number, terminal)).write("text")
     with pytest.raises(ReaderGone):
-        Console(file=Results(Broken(number, terminal)), width=80).print("text")  # type: ignore[arg-type]
+        Console(file=ResultStream(Broken(number, terminal)), width=80).print("text")  # type: ignore[arg-type]
 
 
 def test_results_on_a_full_disk_are_an_output_error() -> None:
     with raises_one_line(OutputError, "standard output cannot be written: No space left"):
-        Results(Broken(errno.ENOSPC)).write("text")
+        ResultStream(Broken(errno.ENOSPC)).write("text")
 
 
-def test_streams_are_given_back() -> None:
+def test_standard_streams_are_restored() -> None:
     before = sys.stdout, sys.stderr
     with tolerant_streams():
-        assert isinstance(sys.stderr, Messages)
+        assert isinstance(sys.stderr, MessageStream)
     assert (sys.stdout, sys.stderr) == before
 
 
@@ -90,7 +90,7 @@ def test_a_command_whose_output_is_full_ends_with_4(size: int) -> None:
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
-def test_a_closed_descriptor_is_no_place_for_other_files(number: int, tmp_path: Path) -> None:
+def test_closed_descriptor_is_not_reused(number: int, tmp_path: Path) -> None:
     text = (
         f"handle = open({str(tmp_path / 'file')!r}, 'w'); assert handle.fileno() > 2; "
         "print('result'); sys.stderr.write('message')"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -216,6 +217,26 @@ def test_without_data_it_says_that_nothing_is_clipped(
     tokenizer = Tokenizer.from_checkpoint(tmp_path / "ours")
     assert tokenizer.encode(original.data).shape == (90, 5)
     assert np.isinf(tokenizer.cleaner.high).all()
+
+
+def test_card_and_metrics_hold_what_is_known(original: Original, tmp_path: Path) -> None:
+    assert convert(original.directory, "--output", tmp_path / "sizes") == 0
+    metrics = json.loads((tmp_path / "sizes" / "metrics.json").read_text())
+    assert [c["codes"] for c in metrics["categories"]] == [[5, 3], [7], [4, 4]]
+    assert (metrics["total_codes"], metrics["features"], metrics["converted_epoch"]) == (23, FEATURES, 9)
+    assert "quality" not in metrics
+    card = (tmp_path / "sizes" / "README.md").read_text()
+    assert "Not measured" in card
+    assert "Converted from epoch 9 of a run of the original project" in card
+
+    assert convert(original.directory, "--output", tmp_path / "measured", "--data", original.data) == 0
+    measured = json.loads((tmp_path / "measured" / "metrics.json").read_text())
+    decoded = original_forward(original.weights, original.x)[1]
+    error = (decoded - original.x).square().mean().item()
+    assert measured["reconstruction_error"] == pytest.approx(error, rel=1e-3)
+    assert (measured["samples"], measured["rows"]) == (90, "all")
+    assert measured.keys() >= metrics.keys()
+    assert "On all 90 operators of the training file:" in (tmp_path / "measured" / "README.md").read_text()
 
 
 def test_weights_of_a_compiled_model_are_recognised(original: Original, tmp_path: Path, original_module: None) -> None:

@@ -1,4 +1,5 @@
 import os
+import re
 from pathlib import Path
 
 import helpers
@@ -6,14 +7,15 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from spinlock_fast.config.loading import apply_overrides, check_config, dump_config, help_text, load_config, parse_yaml
+from spinlock_fast.config.byte_sizes import parse_bytes
+from spinlock_fast.config.help import help_text
+from spinlock_fast.config.loading import apply_overrides, check_config, dump_config, load_config, parse_yaml
 from spinlock_fast.config.schema import (
     FeatureCleaningConfig,
     IdentityEncoderParams,
     MLPEncoderParams,
     RunConfig,
     TemporalCNNEncoderParams,
-    parse_bytes,
 )
 from spinlock_fast.errors import ConfigError
 from spinlock_fast.messages import one_line
@@ -109,7 +111,7 @@ def test_the_baseline_takes_the_top_level_keys(load):
 
 
 def test_the_baseline_is_kept_as_a_configuration(load):
-    """But for the places of the data, the scale of the MAD and the fill, which the original leaves out."""
+    """Equal except for paths, mad_scale and nan_fill, which the original does not set."""
     kept = load_config(ROOT / "configs" / "baseline-100k.yaml")
     written = load(BASELINE + "feature_cleaning: {mad_scale: 1.0, nan_fill: zero}\n")
     places = {"dataset_path": None, "output_dir": None}
@@ -257,8 +259,35 @@ def test_files_that_are_no_configuration(load, text, texts):
     refused(load, text, "run.yaml", *texts)
 
 
-def test_several_problems_are_one_line(load):
-    refused(load, "training: {num_epochs: a, batch_size: b}\nmodell: 1", "(and 2 more)")
+def test_every_wrong_key_has_its_line(load):
+    with pytest.raises(ConfigError) as caught:
+        load("training: {num_epochs: a, optimizer: sgd}\nmodell: 1\nmodel: {levels: [{num_token: 3, latent_dim: 4}]}")
+    num_token, modell, epochs, optimizer = caught.value.lines
+    assert "modell: unknown key; did you mean 'model'?" in modell
+    assert "model.levels.0.num_token: unknown key; did you mean 'num_tokens'?" in num_token
+    assert "training.num_epochs: input should be a valid integer" in epochs
+    assert "training.optimizer: input should be 'adam' or 'adamw', got 'sgd'" in optimizer
+    assert all("run.yaml: " in line and "\n" not in line for line in caught.value.lines)
+
+
+def test_many_wrong_keys_are_counted(load):
+    with pytest.raises(ConfigError) as caught:
+        load("\n".join(f"key_{i}: 1" for i in range(30)))
+    assert len(caught.value.lines) == 21
+    assert caught.value.lines[-1].endswith("and 10 more wrong keys")
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("num_epochs=3", "num_epochs: unknown key; did you mean 'training.num_epochs'?"),
+        ("decay=0.9", "did you mean 'model.decay'?"),
+        ("training.random_seed=1", "training.random_seed: unknown key; did you mean 'random_seed'?"),
+        ("model.num_epochs=3", "did you mean 'training.num_epochs'?"),
+    ],
+)
+def test_a_key_of_another_section_is_named_with_its_section(load, override, hint):
+    refused(load, "", hint, overrides=[override])
 
 
 def test_files_that_cannot_be_read(tmp_path):
@@ -415,7 +444,7 @@ def test_sizes_in_bytes(value, expected):
 @pytest.mark.parametrize(
     "value", [0, -1, "0", "0.1B", "1.5 XB", "GB", "", "1 2", "-1GB", None, True, 1.5, [1], "1G", "9" * 400 + "GB"]
 )
-def test_sizes_that_are_none(value):
+def test_invalid_sizes_are_refused(value):
     with pytest.raises(ValueError, match="expected a size"):
         parse_bytes(value)
 
@@ -432,6 +461,15 @@ def test_datasets_of_families_in_order(load):
     assert list(config.datasets().items()) == [("x", "a/b"), ("temporal", "features/temporal/features")]
 
 
+def test_aliases_are_read_and_not_written(load):
+    config = load("training: {checkpoint_dir: out, category_mapping_file: map.json}")
+    assert (config.output_dir, config.training.category_assignment) == ("out", "map.json")
+    assert "checkpoint_dir" not in dump_config(config)
+    assert "category_mapping_file" not in dump_config(config)
+    assert load("training: {checkpoint_dir: null, category_mapping_file: null}") == load("")
+    refused(load, "training: {checkpoint_dir: 3}", "output_dir: input should be a valid string, got 3")
+
+
 def test_plain_data_are_checked_alike():
     assert check_config({"random_seed": 3}).random_seed == 3
     with helpers.raises_one_line(ConfigError, "configuration", "random_sed", "random_seed"):
@@ -444,8 +482,14 @@ def test_help_names_every_key_with_its_default():
         for name, field in section.model_fields.items():
             assert name in text
             assert field.description
-    assert "default 200" in text
-    assert "PydanticUndefined" not in text
+    assert "num_epochs  (integer >= 1; default 200)" in text
+    assert "levels  (list of {num_tokens, latent_dim} or mapping from name to list of {num_tokens, latent_dim};" in text
+    assert "dropout  (number >= 0 and < 1; default 0.1)" in text
+    assert "memory_budget  (size such as 1.25GB or 512MiB; default 1.25GB)" in text
+    assert "num_categories_auto  (integer >= 2 or null; default null)" in text
+    assert "percentile_range  (list of 2 numbers; default [0.5, 99.5])" in text
+    types = "\n".join(re.findall(r"\((.+); (?:default|required)", text))
+    assert not re.search(r"Pydantic|Annotated|Optional|None|Literal|class|\bstr\b|\bint\b|\bbool\b|\bfloat\b", types)
 
 
 def test_an_override_may_touch_a_default_family(load):

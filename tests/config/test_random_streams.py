@@ -1,4 +1,4 @@
-"""Streams of random numbers: none repeats another, and a run reseeds its own device alone."""
+"""Random streams are distinct, and a run seeds its own device only."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def first(random: np.random.Generator) -> tuple[int, ...]:
     return tuple(random.integers(2**63, size=2).tolist())
 
 
-def test_streams_that_must_differ_do() -> None:
+def test_streams_are_distinct() -> None:
     keys = [(stream, *place) for stream in Stream for place in ((), (0,), (1,), (2,), (0, 0), (1, 0), (0, 1))]
     seeds = (0, 1, 42, 42 + 2**32, 2**32, 2**63 - 1)
     drawn = [first(generator(seed, *key)) for seed in seeds for key in keys]

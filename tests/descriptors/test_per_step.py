@@ -1,4 +1,4 @@
-"""Features of single states on fields whose answers are known."""
+"""Features of single states on fields with known values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from scipy import stats
 from torch import Tensor
 
 from spinlock_fast.descriptors.cross_channel import symmetric_eigenvalues
-from spinlock_fast.descriptors.per_step import StepFeatures, StepSeries, joined
+from spinlock_fast.descriptors.per_step import StepFeatures, StepSeries, concatenate_series
 from spinlock_fast.descriptors.registry import temporal_names
 from spinlock_fast.descriptors.spectral import Wavenumbers
 
@@ -144,7 +144,7 @@ def test_gradients_and_interfaces_of_stripes() -> None:
     assert (f["spatial_min"], f["spatial_max"]) == (-1.0, 1.0)
 
 
-def test_channels_that_go_together() -> None:
+def test_correlated_channels() -> None:
     base = white(channels=1)[0]
     same = features_of(torch.stack([base, 2.0 * base, -base]))
     assert same["cross_channel_correlation_01"] == pytest.approx(1.0, abs=1e-4)
@@ -199,7 +199,7 @@ def test_energy_activity_and_norms() -> None:
 
 
 @pytest.mark.parametrize("velocity", [(0.4, 0.0), (0.0, -0.7), (0.3, 0.5)])
-def test_a_translation_is_found(velocity: tuple[float, float]) -> None:
+def test_velocity_of_a_translation(velocity: tuple[float, float]) -> None:
     spectrum = torch.fft.fft2(torch.stack([plane_wave(2, 1), plane_wave(1, -3), plane_wave(0, 2) + plane_wave(3, 0)]))
     k = 2 * math.pi * torch.fft.fftfreq(G, dtype=torch.float64)
     moved = spectrum * torch.exp(-1j * (k[None, :] * velocity[0] + k[:, None] * velocity[1]))
@@ -209,7 +209,7 @@ def test_a_translation_is_found(velocity: tuple[float, float]) -> None:
     assert series.velocity[1, 0].tolist() == pytest.approx(list(velocity), abs=0.02)
 
 
-def test_values_at_the_bound_are_seen() -> None:
+def test_values_at_the_clipping_bound_are_flagged() -> None:
     inside, at_bound = torch.full((3, G, G), 9.9), torch.zeros(3, G, G)
     at_bound[0, :2] = -10.0  # 128 of 12,288 values: just above a percent
     almost = torch.zeros(3, G, G)
@@ -222,6 +222,6 @@ def test_blocks_join_to_the_whole() -> None:
     initial = torch.zeros(1, 3, G, G)
     whole = StepFeatures(initial, 10.0, WAVES).block(states)
     steps = StepFeatures(initial, 10.0, WAVES)
-    parts = joined([steps.block(states[:2]), steps.block(states[2:])])
+    parts = concatenate_series([steps.block(states[:2]), steps.block(states[2:])])
     for name, value in vars(whole).items():
         assert torch.allclose(getattr(parts, name).double(), value.double(), atol=1e-5, rtol=1e-5), name

@@ -1,4 +1,4 @@
-"""Names of features, and the page that explains them."""
+"""The feature registry and docs/features.md."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from spinlock_fast.descriptors.registry import (
 from spinlock_fast.simulate.feature_page import markdown
 
 
-def test_counts() -> None:
+def test_number_of_columns() -> None:
     assert [len(features) for features in TEMPORAL.values()] == [19, 27, 17]
     assert len(temporal_names()) == 63
     assert len(trajectory_names()) == 120

@@ -1,4 +1,4 @@
-"""Features of trajectories on series whose answers are known."""
+"""Features of trajectories on series with known values."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_temporal_share() -> None:
 
 
 def driven(strength: float) -> Tensor:
-    """Channel 0 drives channel 1 with a lag of one step; channel 2 stands alone."""
+    """Channel 0 drives channel 1 with a lag of one step; channel 2 is independent."""
     noise = normal(3, 64, T)
     x = torch.zeros_like(noise)
     for t in range(1, T):
@@ -134,7 +134,7 @@ def driven(strength: float) -> Tensor:
     return x[None]
 
 
-def test_the_direction_of_causes() -> None:
+def test_granger_causality_has_a_direction() -> None:
     x = driven(0.8)
     values = dict(zip([(0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1)], granger(x, 1)[0].tolist(), strict=True))
     # the residual variance falls from that of 0.8 x_0 + e, given the own past, to that of e
@@ -154,7 +154,7 @@ def test_causality_features() -> None:
     assert linked["flow_speed"] == linked["flow_persistence"] == 0.0
 
 
-def test_channels_that_move_together_have_no_direction() -> None:
+def test_simultaneous_channels_have_no_direction() -> None:
     common = driven(0.0)[:, :1].expand(1, 3, 64, T)
     f = named("causality", causality_features(common, torch.zeros(1, T, 2, dtype=torch.float64)))
     for lag in (1, 2, 3):

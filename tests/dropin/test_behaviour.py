@@ -69,7 +69,7 @@ def test_other_classes_of_the_package():
 
 def test_other_classes_when_it_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "vector_quantize_pytorch", None)
-    with pytest.raises(ImportError, match="LFQ comes from another package: pip install vector-quantize-pytorch"):
+    with pytest.raises(ImportError, match="LFQ is provided by another package: pip install vector-quantize-pytorch"):
         _ = spinlock_fast.LFQ
     with pytest.raises(AttributeError, match="Nonsense"):
         _ = spinlock_fast.Nonsense

@@ -66,7 +66,7 @@ def test_a_small_cluster_joins_its_nearest():
     assert len(discover(x, min_features_per_category=2)) == 3
 
 
-def test_a_lone_feature_is_no_category():
+def test_singleton_cluster_is_merged():
     groups = discover(helpers.planted_matrix(400, [6, 6, 1], seed=0), min_features_per_category=1)
     assert min(len(members) for members in groups.values()) > 1
 
@@ -97,7 +97,7 @@ def test_all_families_isolated():
     assert as_sets(groups) == consecutive_groups([5, 5])
 
 
-def test_an_isolated_family_that_cleaning_dropped_is_no_problem():
+def test_isolated_family_without_features_is_ignored():
     names = [f"a::{i}" for i in range(10)]
     assert len(discover(helpers.planted_matrix(100, [5, 5], seed=0), names, isolated_families=["gone"])) == 2
 
@@ -110,7 +110,7 @@ def test_too_few_features_for_two_categories_make_one(columns):
 
 @pytest.mark.parametrize("rows", [10, 50, 64])
 @pytest.mark.parametrize("columns", [6, 12])
-def test_features_that_are_all_alike_make_one_category(rows, columns):
+def test_perfectly_correlated_features_form_one_category(rows, columns):
     x = np.repeat(np.random.default_rng(rows).integers(0, 2, (rows, 1)).astype(float), columns, axis=1)
     assert discover(x) == {"cluster_1": list(range(columns))}
 
@@ -149,7 +149,7 @@ def test_category_correlation_against_a_loop():
             assert found[a, b] == pytest.approx(np.mean(values) if values else 0.0, abs=1e-6)
 
 
-def test_a_feature_in_no_category_goes_where_it_correlates_most():
+def test_feature_in_no_category_joins_the_most_correlated():
     x = helpers.planted_matrix(400, [4, 5], seed=0)
     x[:, 3] = -1000.0 * x[:, 3]
     groups = {"b": [4, 5, 6, 8], "a": [0, 1, 2]}
@@ -179,7 +179,7 @@ def test_categories_of_a_file_by_name_and_by_index(tmp_path):
     assert list(groups.items()) == [("z", [3, 0]), ("a", [2, 4])]
 
 
-def test_features_that_cleaning_dropped_are_passed_over(tmp_path):
+def test_dropped_features_of_a_mapping_are_ignored(tmp_path):
     path = write(tmp_path, {"a": ["summary::gone", "summary::a"], "b": ["summary::gone2"]})
     assert assign_categories(path, NAMES) == {"a": [0]}
 
@@ -201,7 +201,7 @@ def test_features_that_cleaning_dropped_are_passed_over(tmp_path):
     ],
 )
 def test_files_that_are_no_categories(tmp_path, content, text):
-    with helpers.raises_one_line(ConfigError, text, "category_mapping_file"):
+    with helpers.raises_one_line(ConfigError, text, "training.category_assignment"):
         assign_categories(write(tmp_path, content), NAMES)
 
 
@@ -210,11 +210,11 @@ def test_a_mapping_file_that_is_missing(tmp_path):
         assign_categories(tmp_path / "nowhere.json", NAMES)
 
 
-def test_a_mapping_is_read_as_it_stands(tmp_path):
+def test_mapping_file_is_read_unchanged(tmp_path):
     mapping = {"z": ["anything", 3], "a": []}
     assert list(read_mapping(write(tmp_path, mapping)).items()) == list(mapping.items())
 
 
 def test_names_that_are_no_feature_are_counted(tmp_path, caplog):
     assign_categories(write(tmp_path, {"a": ["summary::a", "summary::mispelt"]}), NAMES)
-    assert "1 of 2 names are no feature" in caplog.text
+    assert "1 of 2 names match no feature" in caplog.text

@@ -13,7 +13,7 @@ def normal(rows=400, columns=5, seed=0):
     return np.random.default_rng(seed).standard_normal((rows, columns)).astype(np.float32)
 
 
-def test_constant_columns_go():
+def test_constant_columns_are_dropped():
     x = normal()
     x[:, 1] = 3.0
     x[:, 3] = np.nan
@@ -153,7 +153,7 @@ def test_other_outlier_methods(options, expected):
 
 
 @pytest.mark.parametrize("method", ["mad", "iqr", "none"])
-def test_a_rare_binary_column_keeps_both_values(method):
+def test_rare_binary_column_keeps_both_values(method):
     x = normal(1000)
     x[:, 2] = np.arange(1000) < 2
     cleaned = fit_cleaner(x, FeatureCleaningConfig(outlier_method=method))(x)

@@ -1,4 +1,4 @@
-"""Missing raw values become the median of the training rows."""
+"""Missing raw values are replaced by the median of the training rows."""
 
 from __future__ import annotations
 
@@ -80,13 +80,13 @@ def test_a_column_without_information_is_dropped(
     assert keep.tolist() == [True, False, False, True, False, True]
 
 
-def test_a_column_without_a_training_value_says_nothing_to_a_network(
+def test_column_without_a_training_value_does_not_affect_the_encoder(
     tmp_path: Path, table: np.ndarray[Any, Any]
 ) -> None:
     params = MLPEncoderParams(hidden_dims=[8], output_dim=4)
     mlp = FamilyConfig(encoder="MLPEncoder", encoder_params=params, dataset="x")
     before, family = encoded(write(tmp_path / "a.h5", table), mlp)
-    assert family.dropped.tolist() == [False, False, True, False, True, False]
+    assert family.dropped_columns.tolist() == [False, False, True, False, True, False]
     other = table.copy()
     other[:, 2], other[:, 4] = 1e6, -1e6
     whole = torch.from_numpy(other)
@@ -154,7 +154,7 @@ def test_a_large_family_is_sampled_alike_every_time(
 ) -> None:
     path = write(tmp_path / "a.h5", np.tile(table, (10, 1)))
     rows = np.arange(0, 10 * ROWS, 3)
-    monkeypatch.setattr(module, "_MOST_ROWS", 400)
+    monkeypatch.setattr(module, "_MAX_ROWS", 400)
     read: list[int] = []
     original = FeatureSource.read_rows
 
@@ -171,7 +171,7 @@ def test_a_large_family_is_sampled_alike_every_time(
     assert abs(float(fills[0][0]) - 300.0) < 0.5
 
 
-def test_what_was_filled_is_reported_in_one_line(
+def test_filled_values_are_reported_in_one_line(
     tmp_path: Path, table: np.ndarray[Any, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
@@ -180,7 +180,7 @@ def test_what_was_filled_is_reported_in_one_line(
     assert found.missing == {"x": int(np.isnan(table).sum())}
     assert "60 missing values filled with the median of the training rows" in line
     assert "column 0 (6), column 1 (4), column 5 (50)" in line
-    assert "no value in the training rows, so left out: column 2, column 4" in line
+    assert "dropped, no value in the training rows: column 2, column 4" in line
     wide = np.full((ROWS, 400), np.nan, np.float32)
     wide[1:] = np.random.default_rng(0).standard_normal((ROWS - 1, 400))
     caplog.clear()

@@ -33,7 +33,7 @@ def test_robust_scale_is_the_standard_deviation_of_normal_data():
     assert scale[0] == pytest.approx(2.0, rel=0.03)
 
 
-def test_where_the_mad_is_zero_the_standard_deviation_takes_its_place():
+def test_standard_deviation_replaces_a_mad_of_zero():
     binary = np.repeat([[0.0], [1.0]], [75, 25], axis=0)
     constant = np.full((100, 1), 3.0)
     median, scale = robust_scale(np.hstack([binary, constant]))
@@ -87,16 +87,16 @@ def test_column_blocks_cover_every_column_once_on_torchs_threads(monkeypatch, th
         found[:, columns] += block.T
         names.add(threading.current_thread().name.split("-")[0].split("_")[0])
 
-    statistics.for_column_blocks(x, work)
+    statistics.map_column_blocks(x, work)
     np.testing.assert_array_equal(found, x)
     assert names == ({"MainThread"} if threads == 1 else {"ThreadPoolExecutor"})
 
 
-def test_what_fails_on_a_thread_is_raised(monkeypatch):
+def test_error_on_a_thread_is_raised(monkeypatch):
     monkeypatch.setattr(statistics.torch, "get_num_threads", lambda: 2)
 
     def work(item):
         raise ValueError(f"item {item}")
 
     with pytest.raises(ValueError, match="item 0"):
-        statistics.on_threads(work, range(4))
+        statistics.map_on_threads(work, range(4))

@@ -134,12 +134,16 @@ def test_triton_raises_where_it_cannot_run(monkeypatch):
         resolve_backend("triton", torch.zeros(1))
 
 
-def test_backend_is_logged_once(caplog):
-    backend._log_once.cache_clear()
+@pytest.mark.parametrize(("variable", "expected"), [(None, "native"), ("reference", "reference")])
+def test_the_choice_is_logged_once(caplog, monkeypatch, variable, expected):
+    monkeypatch.delenv(backend.VARIABLE, raising=False)
+    if variable is not None:
+        monkeypatch.setenv(backend.VARIABLE, variable)
+    backend._say_once.cache_clear()
     with caplog.at_level(logging.INFO, logger=backend.__name__):
         for _ in range(3):
             resolve_backend("auto", torch.zeros(1))
-    assert [record.getMessage() for record in caplog.records] == ["backend reference on cpu"]
+    assert [record.getMessage() for record in caplog.records] == [f"backend {expected} on cpu"]
 
 
 def test_cpu_operators_do_not_set_the_cuda_precision(monkeypatch):

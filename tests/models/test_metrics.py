@@ -57,6 +57,19 @@ def test_error_and_quality(model: CategoricalHierarchicalVQVAE, found: metrics.M
     assert found["quality"] == pytest.approx(max(1 - error, 0.0), abs=1e-5 * error)
 
 
+def test_error_of_a_category_is_that_of_its_features(
+    model: CategoricalHierarchicalVQVAE, found: metrics.Metrics
+) -> None:
+    with torch.no_grad():
+        decoded = model.decode_from_tokens(model.get_tokens(x()))
+    errors = (decoded.double() - x()).square().mean(0)
+    assert [c["mse"] for c in found["categories"]] == pytest.approx(
+        [errors[members].mean().item() for members in GROUPS.values()], rel=1e-5
+    )
+    weighted = sum(c["mse"] * c["features"] for c in found["categories"]) / 10
+    assert weighted == pytest.approx(found["reconstruction_error"], rel=1e-6)
+
+
 def test_code_usage_is_counted_from_tokens(model: CategoricalHierarchicalVQVAE, found: metrics.Metrics) -> None:
     tokens = model.get_tokens(x()).numpy()
     sizes = model.quantizer.num_codes

@@ -12,12 +12,12 @@ from spinlock_fast.report.style import RC
 
 @pytest.fixture(autouse=True)
 def _house_style() -> Iterator[None]:
-    """Ticks are chosen anew at each drawing, by the settings of then."""
+    """Applies the style during the test: ticks are chosen at each drawing."""
     with matplotlib.style.context(["default", RC]):
         yield
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five categories of 4 to 30 features; its data lie beside it."""
+    """A checkpoint with five categories of 4 to 30 features; data.h5 is in its parent directory."""
     return synthetic_checkpoint(tmp_path_factory.mktemp("five"), [12, 30, 8, 4, 20], epochs=6)

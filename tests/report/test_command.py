@@ -17,8 +17,8 @@ from helpers import write_dataset
 from spinlock_fast.commands.main import main as spinlock_fast_main
 from spinlock_fast.report import KINDS, write_report
 from spinlock_fast.report.__main__ import main
-from spinlock_fast.report.contents import read_contents
-from spinlock_fast.report.sample import measure_sample
+from spinlock_fast.report.checkpoint_summary import read_checkpoint_summary
+from spinlock_fast.report.data_statistics import measure_data
 
 FILES = {f"{kind}.{suffix}" for kind in KINDS for suffix in ("png", "svg")}
 
@@ -30,7 +30,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(small: Path, tmp_path: Path) -> Path:
-    """A checkpoint that a test may spoil."""
+    """A copy of a checkpoint that a test may modify."""
     return Path(shutil.copytree(small, tmp_path / "copy"))
 
 
@@ -55,7 +55,7 @@ def test_all_dashboards_are_written_from_the_data_of_the_run_alike_each_time(
     assert b"<dc:date>" not in (tmp_path / "again" / "semantic.svg").read_bytes()
 
 
-def test_the_verb_and_one_type(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_dashboard_by_type(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         spinlock_fast_main(["report", str(small), "--output", str(tmp_path), "--type", "engineering"])
     assert end.value.code == 0
@@ -63,7 +63,7 @@ def test_the_verb_and_one_type(small: Path, tmp_path: Path, capsys: pytest.Captu
     assert "engineering.png" in capsys.readouterr().out
 
 
-def test_without_data_one_line_says_what_is_left_out(
+def test_without_data_one_line_names_the_omitted_parts(
     copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (copy / "config.yaml").write_text((copy / "config.yaml").read_text().replace("data.h5", "gone.h5"))
@@ -71,7 +71,7 @@ def test_without_data_one_line_says_what_is_left_out(
     assert status == 0
     assert len(err.splitlines()) == 1
     assert "gone.h5" in err
-    assert "panels that need data are left out" in err
+    assert "panels that need data are omitted" in err
     assert len(out.splitlines()) == 2
 
 
@@ -84,16 +84,16 @@ def test_an_old_checkpoint_reports_what_it_has(copy: Path, tmp_path: Path, capsy
     assert len(err.splitlines()) == 3
 
 
-def test_metrics_that_lack_are_measured_on_the_data(copy: Path, small: Path) -> None:
+def test_missing_metrics_are_measured_on_the_data(copy: Path, small: Path) -> None:
     (copy / "metrics.json").unlink()
-    contents = read_contents(copy)
-    sample = measure_sample(contents, str(small.parent / "data.h5"))
-    assert contents.measured_on == f"{sample.rows} rows of data.h5"
-    assert contents.metrics["val_rows"] == 120
-    assert contents.metrics["active_codes"] == int(sample.used.sum())
+    summary = read_checkpoint_summary(copy)
+    statistics = measure_data(summary, str(small.parent / "data.h5"))
+    assert summary.measured_on == f"{statistics.rows} rows of data.h5"
+    assert summary.metrics["val_rows"] == 120
+    assert summary.metrics["active_codes"] == int(statistics.used.sum())
 
 
-def test_metrics_without_an_entry_leave_its_panel_out(copy: Path, tmp_path: Path) -> None:
+def test_panel_of_a_missing_metric_is_omitted(copy: Path, tmp_path: Path) -> None:
     metrics = json.loads((copy / "metrics.json").read_text())
     del metrics["active_codes"], metrics["topo_pre"]
     for category in metrics["categories"]:
@@ -118,7 +118,7 @@ def without_manifest(copy: Path) -> Path:
         (lambda copy: (without_manifest(copy) / "best_model.pt").write_bytes(b"x"), "not a checkpoint"),
     ],
 )
-def test_a_checkpoint_that_cannot_serve_is_one_line(
+def test_unusable_checkpoint_is_one_line(
     copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], spoil: object, text: str
 ) -> None:
     assert callable(spoil)
@@ -215,7 +215,7 @@ def test_names_of_the_data_are_drawn_as_they_stand(tmp_path: Path, capsys: pytes
         ("training_history.json", {"epochs": [{"epoch": 1, "train_loss": float("nan")}]}, "not JSON: NaN"),
     ],
 )
-def test_a_file_of_wrong_contents_is_one_line(
+def test_invalid_run_file_is_one_line(
     copy: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -223,8 +223,8 @@ def test_a_file_of_wrong_contents_is_one_line(
     change: dict[str, object],
     expected: str,
 ) -> None:
-    contents = json.loads((copy / file).read_text())
-    (copy / file).write_text(json.dumps({**contents, **change}))
+    summary = json.loads((copy / file).read_text())
+    (copy / file).write_text(json.dumps({**summary, **change}))
     status, _, err = run(capsys, copy, "--output", tmp_path / "out")
     assert status == 3
     assert len(err.splitlines()) == 1

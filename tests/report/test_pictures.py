@@ -1,4 +1,4 @@
-"""Each dashboard with 2 to 40 categories and names of any length: readable, and nothing but what was measured."""
+"""Dashboards with 2 to 40 categories and long names are readable and show the measured values."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 
 from spinlock_fast.features.categories import category_correlation
 from spinlock_fast.report import KINDS
-from spinlock_fast.report.contents import Contents, read_contents
-from spinlock_fast.report.sample import Sample, measure_sample
+from spinlock_fast.report.checkpoint_summary import CheckpointSummary, read_checkpoint_summary
+from spinlock_fast.report.data_statistics import DataStatistics, measure_data
 from spinlock_fast.report.write import draw
 
 SIZES = {2: [5, 9], 11: [4, 16, 15, 13, 32, 28, 20, 10, 11, 14, 9], 40: [4, 3, 5, 6] * 10}
@@ -40,10 +40,10 @@ def directories(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> d
     return {**made, 5: checkpoint}
 
 
-def read(directory: Path, with_data: bool = True) -> tuple[Contents, Sample | None, dict[str, Any]]:
-    contents = read_contents(directory)
-    sample = measure_sample(contents, str(directory.parent / "data.h5")) if with_data else None
-    return contents, sample, json.loads((directory / "metrics.json").read_text())
+def read(directory: Path, with_data: bool = True) -> tuple[CheckpointSummary, DataStatistics | None, dict[str, Any]]:
+    summary = read_checkpoint_summary(directory)
+    statistics = measure_data(summary, str(directory.parent / "data.h5")) if with_data else None
+    return summary, statistics, json.loads((directory / "metrics.json").read_text())
 
 
 def panel(figure: Figure, title: str) -> Axes:
@@ -58,21 +58,21 @@ CASES += [(count, kind, False) for count in (5, 40) for kind in ("topological", 
 
 @pytest.mark.parametrize(("count", "kind", "with_data"), CASES)
 def test_dashboards_are_readable(directories: dict[int, Path], count: int, kind: str, with_data: bool) -> None:
-    contents, sample, _ = read(directories[count], with_data)
-    assert_readable(draw(kind, contents, sample))
+    summary, statistics, _ = read(directories[count], with_data)
+    assert_readable(draw(kind, summary, statistics))
 
 
 @pytest.mark.parametrize(("kind", "measured"), [*((kind, False) for kind in KINDS), ("engineering", True)])
-def test_what_is_missing_leaves_no_gap(checkpoint: Path, kind: str, measured: bool) -> None:
-    contents = read_contents(checkpoint)
-    contents.epochs, contents.metrics = [], contents.metrics if measured else {}
-    assert_readable(draw(kind, contents, None))
+def test_missing_parts_leave_no_gap(checkpoint: Path, kind: str, measured: bool) -> None:
+    summary = read_checkpoint_summary(checkpoint)
+    summary.epochs, summary.metrics = [], summary.metrics if measured else {}
+    assert_readable(draw(kind, summary, None))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_totals_are_those_of_metrics_json(checkpoint: Path, kind: str) -> None:
-    contents, sample, metrics = read(checkpoint)
-    texts = [text.get_text() for text, _ in drawn_texts(draw(kind, contents, sample))]
+    summary, statistics, metrics = read(checkpoint)
+    texts = [text.get_text() for text, _ in drawn_texts(draw(kind, summary, statistics))]
     line = next(text for text in texts if "codebooks  ·" in text)
     numbers = [int(number.replace(",", "")) for number in re.findall(r"[\d,]*\d", line)]
     categories = metrics["categories"]
@@ -89,8 +89,8 @@ def test_totals_are_those_of_metrics_json(checkpoint: Path, kind: str) -> None:
 
 
 def test_heat_maps_hold_what_was_measured(checkpoint: Path) -> None:
-    contents, sample, metrics = read(checkpoint)
-    figure = draw("engineering", contents, sample)
+    summary, statistics, metrics = read(checkpoint)
+    figure = draw("engineering", summary, statistics)
     used = panel(figure, "Utilization").images[0]
     expected = np.array([category["utilization"] for category in metrics["categories"]])
     assert np.allclose(used.get_array(), expected)
@@ -107,8 +107,8 @@ def test_heat_maps_hold_what_was_measured(checkpoint: Path) -> None:
 
 
 def test_the_summary_repeats_metrics_json(checkpoint: Path) -> None:
-    contents, sample, metrics = read(checkpoint)
-    texts = [text.get_text() for text in panel(draw("engineering", contents, sample), "Summary").texts]
+    summary, statistics, metrics = read(checkpoint)
+    texts = [text.get_text() for text in panel(draw("engineering", summary, statistics), "Summary").texts]
     rows = dict(zip(texts[0::2], texts[1::2], strict=False))
     assert rows["quality"] == f"{metrics['quality']:.4f}"
     assert rows["codes in use"] == f"{metrics['active_codes']} of {metrics['total_codes']}"
@@ -117,11 +117,11 @@ def test_the_summary_repeats_metrics_json(checkpoint: Path) -> None:
 
 
 def test_curves_mark_the_best_epoch_and_the_resets(checkpoint: Path) -> None:
-    contents, _, metrics = read(checkpoint, with_data=False)
+    summary, _, metrics = read(checkpoint, with_data=False)
     history = json.loads((checkpoint / "training_history.json").read_text())
     resets = [record["epoch"] for record in history["epochs"] if record["resets"]]
     assert resets
-    figure = draw("engineering", contents, None)
+    figure = draw("engineering", summary, None)
     for title, key in (("Loss", "val_loss"), ("Quality", "quality")):
         lines = {line.get_marker(): line for line in panel(figure, title).lines if len(line.get_xdata())}
         assert list(lines["D"].get_xdata()) == [metrics["best_epoch"]]
@@ -133,23 +133,23 @@ def test_curves_mark_the_best_epoch_and_the_resets(checkpoint: Path) -> None:
 
 
 def test_the_schematic_counts_every_weight(checkpoint: Path) -> None:
-    contents, sample, metrics = read(checkpoint)
-    model = contents.model
+    summary, statistics, metrics = read(checkpoint)
+    model = summary.model
     parts = (model.category_mlp, model.heads, model.shared_decoder, model.partial_decoders)
     assert sum(p.numel() for part in parts for p in part.parameters()) == metrics["trainable_parameters"]
-    texts = " ".join(text.get_text() for text in draw("engineering", contents, sample).axes[1].texts)
+    texts = " ".join(text.get_text() for text in draw("engineering", summary, statistics).axes[1].texts)
     for level in range(3):
         assert f"L{level}: {sum(c['codes'][level] for c in metrics['categories'])} codes" in texts
-    assert f"{contents.tokenizer.cleaner.keep.size} → {len(contents.feature_names)} columns" in texts
+    assert f"{summary.tokenizer.cleaner.keep.size} → {len(summary.feature_names)} columns" in texts
 
 
 def test_maps_hold_each_code_once(checkpoint: Path) -> None:
-    contents, sample, metrics = read(checkpoint)
-    assert sample is not None
-    figure = draw("topological", contents, sample)
+    summary, statistics, metrics = read(checkpoint)
+    assert statistics is not None
+    figure = draw("topological", summary, statistics)
     codes, centroids = (panel(figure, title) for title in ("code vectors, latent", "codes in feature space"))
     assert sum(len(points.get_offsets()) for points in codes.collections) == metrics["total_codes"]
-    occurring = sum(len(np.unique(column)) for column in sample.tokens.T)
+    occurring = sum(len(np.unique(column)) for column in statistics.tokens.T)
     assert sum(len(points.get_offsets()) for points in centroids.collections) == occurring
     assert {len(category["codes"]) for category in metrics["categories"]} == {3}
     assert len({points.get_paths()[0].vertices.tobytes() for points in codes.collections}) == 3  # a marker a level
@@ -162,9 +162,9 @@ def test_maps_hold_each_code_once(checkpoint: Path) -> None:
     ]
 
 
-def test_many_categories_get_no_colour_but_one(directories: dict[int, Path]) -> None:
-    contents, sample, metrics = read(directories[40])
-    codes = panel(draw("topological", contents, sample), "code vectors, latent")
+def test_many_categories_share_one_colour(directories: dict[int, Path]) -> None:
+    summary, statistics, metrics = read(directories[40])
+    codes = panel(draw("topological", summary, statistics), "code vectors, latent")
     in_focus = [
         points for points in codes.collections if tuple(points.get_facecolor()[0][:3]) != (0.8117647058823529,) * 3
     ]
@@ -173,11 +173,11 @@ def test_many_categories_get_no_colour_but_one(directories: dict[int, Path]) -> 
 
 
 def test_semantic_panels_hold_what_was_measured(checkpoint: Path) -> None:
-    contents, sample, metrics = read(checkpoint)
-    assert sample is not None
-    figure = draw("semantic", contents, sample)
+    summary, statistics, metrics = read(checkpoint)
+    assert statistics is not None
+    figure = draw("semantic", summary, statistics)
     sizes = panel(figure, "Sizes, by family")
-    counts = [[c["families"].get(f, 0) for c in metrics["categories"]] for f in contents.families]
+    counts = [[c["families"].get(f, 0) for c in metrics["categories"]] for f in summary.families]
     assert [bar.get_width() for bar in sizes.patches] == [n for family in counts for n in family]
     image = panel(figure, "Correlation of the categories").images[0]
     values = np.asarray(image.get_array())
@@ -191,19 +191,19 @@ def test_semantic_panels_hold_what_was_measured(checkpoint: Path) -> None:
 
 
 def test_correlation_of_other_rows_is_said_to_be_of_all(checkpoint: Path) -> None:
-    contents = read_contents(checkpoint)
-    contents.metrics["samples"] += 1
-    sample = measure_sample(contents, str(checkpoint.parent / "data.h5"))
-    assert sample.correlation_on == "all 200 rows"
-    x = np.concatenate([x for _, x in contents.tokenizer.features_file(checkpoint.parent / "data.h5")])
-    expected = category_correlation(x, contents.model.config.group_indices)
-    assert np.allclose(sample.category_correlation, expected)
+    summary = read_checkpoint_summary(checkpoint)
+    summary.metrics["samples"] += 1
+    statistics = measure_data(summary, str(checkpoint.parent / "data.h5"))
+    assert statistics.correlation_on == "all 200 rows"
+    x = np.concatenate([x for _, x in summary.tokenizer.features_file(checkpoint.parent / "data.h5")])
+    expected = category_correlation(x, summary.model.config.group_indices)
+    assert np.allclose(statistics.category_correlation, expected)
 
 
 def test_no_global_state_is_left(checkpoint: Path) -> None:
     before = dict(matplotlib.rcParams)
-    contents, _, _ = read(checkpoint, with_data=False)
-    figure = draw("engineering", contents, None)
+    summary, _, _ = read(checkpoint, with_data=False)
+    figure = draw("engineering", summary, None)
     assert dict(matplotlib.rcParams) == before
     assert isinstance(figure.canvas, FigureCanvasAgg)
     assert figure.canvas.manager is None

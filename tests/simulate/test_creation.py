@@ -1,4 +1,4 @@
-"""A simulation that is killed while its file is made is begun anew."""
+"""A simulation killed during the creation of its file starts again."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_kill_at_every_step_of_creation(tmp_path: Path, monkeypatch: pytest.Mo
     output, states = place / "x.h5", set()
 
     def killing(step: Callable[..., Any]) -> Callable[..., Any]:
-        """The step, before and after which the directory is copied: what a kill there would leave."""
+        """Copies the directory before and after a step, as a kill at that point would leave it."""
 
         def wrapped(*arguments: Any, **named: Any) -> Any:
             for moment in ("before", "after"):

@@ -1,4 +1,4 @@
-"""The command line: what it says, and the status it ends with."""
+"""Output and exit status of the command."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def test_a_small_set(capsys: pytest.CaptureFixture[str], tmp_path: Path, small: 
         (["--operators", "0"], "operators: input should be greater than or equal to 1, got 0"),
         (["--operators", "many"], "argument --operators: invalid int value: 'many'"),
         ([], "operators: required, not given"),
-        (["--operators", "4", "--shard", "4/4"], "--shard 4/4: expected I/N with I from 0 to N - 1"),
-        (["--operators", "4", "--shard", "x"], "--shard x: expected I/N"),
+        (["--operators", "4", "--shard", "4/4"], "--shard: expected I/N with I from 0 to N - 1"),
+        (["--operators", "4", "--shard", "x"], "--shard: expected I/N"),
         (["--operators", "4", "--seed", "-1"], "random_seed: input should be greater than or equal to 0"),
         (["--operators", "4", "--device", "gpu"], "device: "),
         (["--operators", "4", "--device", "cuda:99"], "device: cuda:99 is not available"),
@@ -62,7 +62,7 @@ def test_a_small_set(capsys: pytest.CaptureFixture[str], tmp_path: Path, small: 
         (["--operators", "4", "--overwrite", "--resume"], "--overwrite and --resume exclude each other"),
     ],
 )
-def test_arguments_that_cannot_serve(
+def test_invalid_arguments_are_refused(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     status, out, errors = run(capsys, "--output", str(tmp_path / "data.h5"), *arguments)
@@ -93,7 +93,7 @@ def test_arguments_that_cannot_serve(
         ("a: [", "not valid YAML"),
     ],
 )
-def test_settings_that_cannot_serve(text: str, message: str, tmp_path: Path) -> None:
+def test_invalid_settings_are_refused(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "settings.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError) as error:

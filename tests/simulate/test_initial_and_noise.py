@@ -1,4 +1,4 @@
-"""Initial conditions and noise against what their names promise."""
+"""Statistics of initial conditions and noise."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_band_limited_fields_hold_only_their_band(band: str, low: float, high: f
     assert power[:, (k < low) | (k >= high)].sum() < 1e-6 * power.sum()
 
 
-def test_waves_have_few_modes_and_blobs_stand_out() -> None:
+def test_waves_have_few_modes_and_blobs_are_localized() -> None:
     for seed in range(5):
         wave = initial_field("structured", 64, np.random.default_rng(seed))
         modes = np.abs(np.fft.fft2(wave)) ** 2 > 1.0

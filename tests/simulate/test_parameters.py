@@ -1,4 +1,4 @@
-"""theta: ranges, shares, and independence of how many operators are asked for."""
+"""theta: ranges, shares, and independence of the number of operators."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def thetas(sequence: ThetaSequence) -> list[Theta]:
     return sequence.thetas(0, 1024)
 
 
-def test_an_operator_is_the_same_whatever_is_asked_for(sequence: ThetaSequence) -> None:
+def test_theta_does_not_depend_on_the_requested_range(sequence: ThetaSequence) -> None:
     whole = sequence.thetas(0, 40)
     assert sequence.thetas(13, 14) == whole[13:14]
     assert sequence.thetas(5, 22) == whole[5:22]

@@ -1,4 +1,4 @@
-"""The file: its layout, shards, what is there already, kills, signals and full disks."""
+"""The data file: layout, shards, existing files, kills, signals and full disks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from spinlock_fast.descriptors.registry import aggregated_names, temporal_names,
 from spinlock_fast.errors import ConfigError, DataError, Interrupted, OutputError
 from spinlock_fast.simulate.config import GeneratorConfig
 from spinlock_fast.simulate.run import generate
-from spinlock_fast.simulate.simulator import Rows, Simulator, aggregate, concatenated
+from spinlock_fast.simulate.simulator import Rows, Simulator, aggregate, concatenate_rows
 from spinlock_fast.simulate.writer import Writer
 
 CONFIG = GeneratorConfig(
@@ -113,8 +113,8 @@ def test_the_main_job_reads_it_with_names(complete: Path) -> None:
 @pytest.mark.parametrize("count", [2, 5])
 def test_shards_follow_each_other_to_the_whole(complete: Path, tmp_path: Path, count: int) -> None:
     parts = [contents(generate(CONFIG, tmp_path / f"{i}.h5", shard=(i, count))) for i in range(count)]
-    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    assert_same(joined, contents(complete))
+    concatenate_series = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    assert_same(concatenate_series, contents(complete))
 
 
 @pytest.mark.parametrize("compression", ["none", "lzf"])
@@ -133,9 +133,9 @@ def test_only_whole_chunks_are_written_whatever_the_tiles(
     sizes: list[int] = []
 
     def in_fives(self: Simulator, start: int, stop: int, *rest: object) -> Iterator[Rows]:
-        rows = concatenated(list(stream(self, start, stop)))
+        rows = concatenate_rows(list(stream(self, start, stop)))
         for first in range(0, len(rows), 5):
-            yield rows.part(slice(first, first + 5))
+            yield rows.select(slice(first, first + 5))
 
     def spy(self: Writer, rows: Rows) -> None:
         sizes.append(len(rows))
@@ -147,7 +147,7 @@ def test_only_whole_chunks_are_written_whatever_the_tiles(
     assert sizes == [8, 8, 8]
 
 
-def test_what_is_there_is_not_lost_by_accident(complete: Path, tmp_path: Path) -> None:
+def test_existing_files_are_not_replaced_without_overwrite(complete: Path, tmp_path: Path) -> None:
     path = tmp_path / "data.h5"
     path.write_bytes(b"precious")
     with pytest.raises(OutputError, match="exists; --overwrite"):
@@ -157,13 +157,13 @@ def test_what_is_there_is_not_lost_by_accident(complete: Path, tmp_path: Path) -
     path.unlink()
     for name in ("data.h5.partial", "data.h5.partial.old"):
         (tmp_path / name).write_bytes(b"unfinished")
-        with pytest.raises(OutputError, match="--resume goes on"):
+        with pytest.raises(OutputError, match="--resume continues"):
             generate(CONFIG, path)
         assert (tmp_path / name).read_bytes() == b"unfinished"
         (tmp_path / name).unlink()
 
 
-def test_a_complete_file_is_left_alone_by_resume(complete: Path) -> None:
+def test_resume_does_not_change_a_complete_file(complete: Path) -> None:
     before = complete.stat().st_mtime_ns
     assert generate(CONFIG, complete, resume=True) == complete
     assert complete.stat().st_mtime_ns == before
@@ -181,7 +181,7 @@ def test_a_damaged_file_is_not_resumed(tmp_path: Path) -> None:
         generate(CONFIG, tmp_path / "data.h5", resume=True)
 
 
-def test_places_that_cannot_be_written(tmp_path: Path) -> None:
+def test_unwritable_outputs_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError):
         generate(CONFIG, tmp_path / "file" / "data.h5")
@@ -189,10 +189,10 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
         generate(CONFIG, tmp_path)
 
 
-def test_settings_that_leave_nothing_to_do(tmp_path: Path) -> None:
+def test_settings_without_operators_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--operators"):
         generate(CONFIG.model_copy(update={"operators": None}), tmp_path / "data.h5")
-    with pytest.raises(ConfigError, match="leaves no operator"):
+    with pytest.raises(ConfigError, match="is empty for"):
         generate(CONFIG.model_copy(update={"operators": 2}), tmp_path / "data.h5", shard=(0, 4))
     assert not list(tmp_path.iterdir())
 
@@ -257,12 +257,12 @@ def test_a_killed_run_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_second_run_of_the_same_file_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: dict[str, bool]
 ) -> None:
-    """It comes while the first one writes, which loses nothing."""
+    """A second process is refused during a run, which is not affected."""
     stream = Simulator.stream
 
     def second(self: Simulator, start: int, stop: int, *rest: Any) -> Iterator[Rows]:
         monkeypatch.setattr(Simulator, "stream", stream)
-        with pytest.raises(OutputError, match=r"is being written by process|an unfinished run is there"):
+        with pytest.raises(OutputError, match=r"is being written by process|exists, from an unfinished run"):
             generate(CONFIG, tmp_path / "data.h5", **how)
         yield from stream(self, start, stop, *rest)
 
@@ -280,7 +280,7 @@ def test_a_link_in_the_place_of_the_unfinished_file_is_not_followed(tmp_path: Pa
     if there:
         victim.write_text("mine")
     (tmp_path / name).symlink_to(victim)
-    with pytest.raises(OutputError, match="an unfinished run is there"):
+    with pytest.raises(OutputError, match="exists, from an unfinished run"):
         generate(CONFIG, tmp_path / "data.h5")
     with pytest.raises(OutputError, match="is a symbolic link"):
         generate(CONFIG, tmp_path / "data.h5", resume=True)
@@ -315,14 +315,14 @@ def test_a_signal_ends_the_run_between_operators(
             yield rows
 
     monkeypatch.setattr(Simulator, "stream", signalled)
-    with pytest.raises(Interrupted, match="8 of 24 operators are kept, --resume goes on") as stopped:
+    with pytest.raises(Interrupted, match="8 of 24 operators are kept, --resume continues") as stopped:
         generate(CONFIG.model_copy(update={"batch_operators": batch}), tmp_path / "data.h5")
     assert stopped.value.exit_status == status
     assert signal.getsignal(number) is handler
     assert sorted(os.listdir(tmp_path)) == ["data.h5.partial"]
 
 
-def test_a_resumed_file_is_the_uninterrupted_one(
+def test_resumed_file_equals_an_uninterrupted_one(
     complete: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stream = Simulator.stream
@@ -350,7 +350,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
     done = subprocess.run(command(tmp_path, workers=1), capture_output=True, text=True, preexec_fn=limit, check=False)
     assert done.returncode == 4, done.stderr
     assert "cannot be written: the limit on the file's size is reached" in done.stderr.splitlines()[-1]
-    assert "of 24 operators are kept, --resume goes on" in done.stderr
+    assert "of 24 operators are kept, --resume continues" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "data.h5").exists()
     kept = finished_rows(tmp_path / "data.h5.partial")

@@ -1,4 +1,4 @@
-"""Operators as rows: the same in any company, moved by each parameter, finite when they diverge."""
+"""Simulated rows do not depend on batches and workers, depend on each parameter, and are finite on divergence."""
 
 from __future__ import annotations
 
@@ -44,31 +44,31 @@ def assert_same(a: Rows, b: Rows) -> None:
 
 
 @pytest.fixture(scope="module")
-def ten() -> Rows:
+def sensitivity() -> Rows:
     return Simulator(SMALL.model_copy(update={"workers": 1}), CPU).simulate(0, 10)
 
 
-def test_shapes_and_values(ten: Rows) -> None:
-    assert ten.fields.shape == (10, 3, 32, 32)
-    assert ten.temporal.shape == (10, 64, 63)
-    assert ten.trajectories.shape == (10, 2, 120)
-    assert ten.fields.dtype == ten.temporal.dtype == ten.trajectories.dtype == np.float32
-    assert np.isfinite(ten.temporal).all()
-    assert np.isfinite(ten.trajectories[:, :, :110]).all()
-    assert np.isnan(ten.trajectories[:, :, 110:]).all()
+def test_shapes_and_values(sensitivity: Rows) -> None:
+    assert sensitivity.fields.shape == (10, 3, 32, 32)
+    assert sensitivity.temporal.shape == (10, 64, 63)
+    assert sensitivity.trajectories.shape == (10, 2, 120)
+    assert sensitivity.fields.dtype == sensitivity.temporal.dtype == sensitivity.trajectories.dtype == np.float32
+    assert np.isfinite(sensitivity.temporal).all()
+    assert np.isfinite(sensitivity.trajectories[:, :, :110]).all()
+    assert np.isnan(sensitivity.trajectories[:, :, 110:]).all()
 
 
 def test_the_data_do_not_depend_on_workers_batches_or_where_one_starts(
-    ten: Rows, monkeypatch: pytest.MonkeyPatch
+    sensitivity: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(simulator_module, "_TILES_A_WORKER", 5)
+    monkeypatch.setattr(simulator_module, "_MIN_TILES_PER_WORKER", 5)
     simulator = Simulator(SMALL.model_copy(update={"workers": 2, "batch_operators": 5}), CPU)
-    assert_same(simulator.simulate(0, 10), ten)
-    assert_same(simulator.simulate(6, 9), Rows(*(value[6:9] for value in vars(ten).values())))
+    assert_same(simulator.simulate(0, 10), sensitivity)
+    assert_same(simulator.simulate(6, 9), Rows(*(value[6:9] for value in vars(sensitivity).values())))
 
 
 def test_a_dead_worker_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(simulator_module, "_TILES_A_WORKER", 5)
+    monkeypatch.setattr(simulator_module, "_MIN_TILES_PER_WORKER", 5)
     stream = Simulator(SMALL.model_copy(update={"workers": 2}), CPU).stream(0, 200)
     next(stream)
     for worker in multiprocessing.active_children():
@@ -79,7 +79,7 @@ def test_a_dead_worker_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_stopped_stream_ends_early(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(simulator_module, "_TILES_A_WORKER", 5)
+    monkeypatch.setattr(simulator_module, "_MIN_TILES_PER_WORKER", 5)
     done: list[int] = []
     simulator = Simulator(SMALL.model_copy(update={"workers": workers}), CPU)
     stream = simulator.stream(0, 200, lambda: len(done) >= 3)
@@ -87,11 +87,11 @@ def test_a_stopped_stream_ends_early(workers: int, monkeypatch: pytest.MonkeyPat
     assert done == [1, 1, 1]
 
 
-def test_the_callers_thread_count_neither_changes_the_data_nor_is_changed(ten: Rows) -> None:
+def test_the_callers_thread_count_neither_changes_the_data_nor_is_changed(sensitivity: Rows) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        assert_same(Simulator(SMALL, CPU).simulate(0, 2), Rows(*(value[:2] for value in vars(ten).values())))
+        assert_same(Simulator(SMALL, CPU).simulate(0, 2), Rows(*(value[:2] for value in vars(sensitivity).values())))
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
@@ -105,19 +105,19 @@ def test_a_tile_wider_than_the_range_is_cut_to_it(monkeypatch: pytest.MonkeyPatc
     assert_same(simulator.simulate(3, 6), Rows(*(value[3:6] for value in vars(whole).values())))
 
 
-def test_seed_and_realizations_matter(ten: Rows) -> None:
+def test_seed_and_realizations_matter(sensitivity: Rows) -> None:
     other = Simulator(SMALL.model_copy(update={"random_seed": 4}), CPU).simulate(0, 1)
-    assert not np.allclose(other.fields[0], ten.fields[0])
+    assert not np.allclose(other.fields[0], sensitivity.fields[0])
     one = Simulator(SMALL.model_copy(update={"num_realizations": 1}), CPU).simulate(0, 2)
-    assert one.trajectories[:, 0, :110] == pytest.approx(ten.trajectories[:2, 0, :110], rel=1e-3, abs=1e-3)
-    assert not np.allclose(ten.trajectories[:, 0, :110], ten.trajectories[:, 1, :110])
+    assert one.trajectories[:, 0, :110] == pytest.approx(sensitivity.trajectories[:2, 0, :110], rel=1e-3, abs=1e-3)
+    assert not np.allclose(sensitivity.trajectories[:, 0, :110], sensitivity.trajectories[:, 1, :110])
 
 
-def test_temporal_is_the_mean_over_realizations_and_summary_the_mean_over_time(ten: Rows) -> None:
+def test_temporal_is_the_mean_over_realizations_and_summary_the_mean_over_time(sensitivity: Rows) -> None:
     shared = [i for i, name in enumerate(trajectory_names()) if name.startswith(("spatial", "spectral"))]
     assert [trajectory_names()[i] for i in shared] == temporal_names()[: len(shared)]
-    assert ten.trajectories[:, :, shared].mean(1) == pytest.approx(
-        ten.temporal[:, :, : len(shared)].mean(1), rel=1e-3, abs=1e-4
+    assert sensitivity.trajectories[:, :, shared].mean(1) == pytest.approx(
+        sensitivity.temporal[:, :, : len(shared)].mean(1), rel=1e-3, abs=1e-4
     )
 
 
@@ -151,7 +151,7 @@ def test_each_parameter_moves_features(name: str, base_features: np.ndarray) -> 
     assert (apart > 3 * spread).sum() >= 3
 
 
-def test_a_change_moves_what_it_should() -> None:
+def test_change_of_a_parameter_changes_its_features() -> None:
     simulator = Simulator(SMALL.model_copy(update={"gain": 1e-3}), CPU)  # hardly a network: the noise itself shows
 
     def features(**changes: object) -> dict[str, float]:
@@ -185,7 +185,7 @@ def test_padding_in_a_tile_changes_nothing_but_rounding() -> None:
         assert torch.allclose(out[:, i], alone[:, 0], atol=1e-4, rtol=1e-4), theta
 
 
-def test_a_network_is_the_formula() -> None:
+def test_network_matches_the_formula() -> None:
     theta = dataclasses.replace(BASE, normalization="layer", activation="gelu", kernel_size=5, base_channels=8)
     u = torch.randn(2, 1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     mask = torch.rand(2, 1, 2, 8)
@@ -250,10 +250,10 @@ def test_a_diverging_operator_is_clipped_flagged_and_finite() -> None:
     assert Simulator(SMALL, CPU).simulate_tile([BASE]).diverged.tolist() == [False]
 
 
-def test_operator_sensitivity_fills_the_ten_columns(ten: Rows) -> None:
+def test_operator_sensitivity_fills_the_ten_columns(sensitivity: Rows) -> None:
     rows = Simulator(SMALL.model_copy(update={"operator_sensitivity": True}), CPU).simulate(0, 3)
     assert np.isfinite(rows.trajectories).all()
-    assert np.array_equal(rows.trajectories[:, :, :110], ten.trajectories[:3, :, :110])
+    assert np.array_equal(rows.trajectories[:, :, :110], sensitivity.trajectories[:3, :, :110])
     assert (rows.trajectories[:, :, 110:117] > 0).all()
     assert len(np.unique(rows.trajectories[:, :, 110])) == 6
 
@@ -269,9 +269,9 @@ def test_the_default_space_is_neither_dead_nor_diverged() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_gives_the_same_rows_in_any_range_and_the_same_weights_and_fields(ten: Rows) -> None:
+def test_cuda_gives_the_same_rows_in_any_range_and_the_same_weights_and_fields(sensitivity: Rows) -> None:
     simulator = Simulator(SMALL, torch.device("cuda"))
     rows = simulator.simulate(0, 10)
-    assert_same(simulator.simulate(4, 7), rows.part(slice(4, 7)))
-    assert np.array_equal(rows.fields, ten.fields)
+    assert_same(simulator.simulate(4, 7), rows.select(slice(4, 7)))
+    assert np.array_equal(rows.fields, sensitivity.fields)
     assert np.isfinite(rows.temporal).all()

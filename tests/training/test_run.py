@@ -16,6 +16,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -123,7 +124,7 @@ def test_metrics_hold_every_key_of_the_specification(checkpoint: Path) -> None:
     assert set(keys.split()) <= metrics.keys()
     assert {"load_encode", "clean", "discover", "train", "total"} <= metrics["seconds"].keys()
     for category in metrics["categories"]:
-        expected = {"name", "features", "families", "partial_mse", "utilization", "perplexity", "codes", "dims"}
+        expected = {"name", "features", "families", "mse", "partial_mse", "utilization", "perplexity", "codes", "dims"}
         assert expected <= category.keys()
         assert sum(category["families"].values()) == category["features"]
     assert metrics["samples"] == 160
@@ -192,6 +193,18 @@ def test_tokenize_writes_the_narrowest_integers(checkpoint: Path, data: Path, tm
     assert [path.name for path in tmp_path.iterdir()] == ["tokens.h5"]
 
 
+@pytest.mark.parametrize("ending", ["csv", "npy", "parquet"])
+def test_tokenize_writes_the_format_of_the_ending(checkpoint: Path, data: Path, tmp_path: Path, ending: str) -> None:
+    output = tmp_path / f"tokens.{ending}"
+    assert run(tokenize_main, checkpoint, data, "--output", output, "--quiet", "--memory-budget", "1MB") == 0
+    read = {
+        "csv": lambda: np.loadtxt(output, np.int64, delimiter=",", skiprows=1),
+        "npy": lambda: np.load(output),
+        "parquet": lambda: np.stack([column.to_numpy() for column in pq.read_table(output).columns], 1),
+    }[ending]
+    assert np.array_equal(read(), Tokenizer.from_checkpoint(checkpoint).encode(data))
+
+
 def test_tokenize_refuses_to_overwrite_its_input(
     checkpoint: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -250,7 +263,7 @@ def test_evaluate_reports_the_measured_rows(
     assert "Measured on 16 held-out samples" in shown.out
     assert "far outside" not in shown.err
     assert run(evaluate_main, checkpoint, data, "--rows", "all") == 0
-    assert "Measured on all 160 samples, of which 144 were trained on" in shown_text(capsys)
+    assert "Measured on all 160 samples, 144 of them training samples" in shown_text(capsys)
 
 
 def shown_text(capsys: pytest.CaptureFixture[str]) -> str:
@@ -465,6 +478,8 @@ def test_dry_run_writes_nothing(config: Path, data: Path, tmp_path: Path, capsys
     text = capsys.readouterr().out
     assert "160 samples" in text
     assert "144 training, 16 validation" in text
+    assert "summary: features/summary/aggregated/features [160, 36] (23 kB) -> MLPEncoder" in text
+    assert "(memory_budget 1.25 GB)" in text
     assert not output.exists()
 
 
@@ -816,7 +831,7 @@ def test_dispatcher_lists_its_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     from spinlock_fast.commands.main import main
 
     assert run(main, "trane") == 2
-    assert "invalid choice: 'trane'" in capsys.readouterr().err
+    assert "unknown verb 'trane'; did you mean train?" in capsys.readouterr().err
     assert run(main, "train", "--help-config") == 0
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint directory tells: the one source of the numbers in all dashboards."""
+"""The contents of a checkpoint directory: the single source of the numbers in all dashboards."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from spinlock_fast.tokenizer import Tokenizer
 
 
 class Codebook(NamedTuple):
-    """One codebook: its place, K and D."""
+    """One codebook: its category and level, K and D."""
 
     category: int
     level: int
@@ -29,17 +29,17 @@ class Codebook(NamedTuple):
 
 
 @dataclass
-class Contents:
-    """A checkpoint directory. Sizes come from the model, what was measured from metrics.json."""
+class CheckpointSummary:
+    """A checkpoint directory. Sizes come from the model, measured figures from metrics.json."""
 
     name: str
     tokenizer: Tokenizer
     config: RunConfig | None
-    metrics: Metrics  # empty where nothing was measured
-    measured_on: str  # the rows that `metrics` rest on, in words
+    metrics: Metrics  # contents of metrics.json, empty without the file
+    measured_on: str  # the rows that `metrics` were measured on, as text
     epochs: list[dict[str, Any]]
     best_epoch: int | None
-    notes: list[str] = field(default_factory=list)  # what is left out, and why
+    notes: list[str] = field(default_factory=list)  # omitted parts, with the reason
 
     @property
     def model(self) -> CategoricalHierarchicalVQVAE:
@@ -51,26 +51,26 @@ class Contents:
 
     @property
     def groups(self) -> list[list[int]]:
-        """Features of each category."""
+        """Feature indices of each category."""
         return list(self.model.config.group_indices.values())
 
     @property
     def codebooks(self) -> list[Codebook]:
-        """In the order of the tokens."""
+        """All codebooks, in the order of the tokens."""
         return [
-            Codebook(c, level, book.num_tokens, book.latent_dim)
+            Codebook(c, level, codebook.num_tokens, codebook.latent_dim)
             for c, name in enumerate(self.categories)
-            for level, book in enumerate(self.model.levels[name])
+            for level, codebook in enumerate(self.model.levels[name])
         ]
 
     @property
     def levels(self) -> int:
-        """Most levels of a category."""
-        return max(len(books) for books in self.model.levels.values())
+        """Largest number of levels of a category."""
+        return max(len(codebooks) for codebooks in self.model.levels.values())
 
     @property
     def total_codes(self) -> int:
-        return sum(book.codes for book in self.codebooks)
+        return sum(codebook.codes for codebook in self.codebooks)
 
     @property
     def feature_names(self) -> list[str]:
@@ -78,20 +78,20 @@ class Contents:
 
     @property
     def families(self) -> list[str]:
-        """Families of the features, in the order of the columns."""
+        """Feature families, in the order of the columns."""
         return list(dict.fromkeys(map(family_of, self.feature_names)))
 
     def family_counts(self) -> list[dict[str, int]]:
-        """Features of each family, for each category."""
+        """Number of features of each family, for each category."""
         return [count_families(self.feature_names, members) for members in self.groups]
 
     def per_category(self, key: str) -> list[Any] | None:
-        """An entry of the categories in metrics.json; None where it is not there."""
-        found = [category.get(key) for category in self.metrics.get("categories", [])]
-        return found if found and None not in found else None
+        """An entry of each category in metrics.json; None where it is missing."""
+        values = [category.get(key) for category in self.metrics.get("categories", [])]
+        return values if values and None not in values else None
 
-    def line(self) -> str:
-        """The totals, in the words that every dashboard uses."""
+    def totals_line(self) -> str:
+        """The totals shown at the head of every dashboard."""
         parts = [
             _count(len(self.categories), "category", "categories"),
             _count(len(self.codebooks), "codebook"),
@@ -103,8 +103,8 @@ class Contents:
         return "  ·  ".join([*parts, codes])
 
 
-def read_contents(directory: str | Path, device: str | torch.device = "cpu") -> Contents:
-    """What lies in a checkpoint directory; what is optional and missing is noted.
+def read_checkpoint_summary(directory: str | Path, device: str | torch.device = "cpu") -> CheckpointSummary:
+    """Reads a checkpoint directory; missing optional files are noted.
 
     Raises:
         DataError: no checkpoint, a damaged file, or one that belongs to another model.
@@ -117,36 +117,36 @@ def read_contents(directory: str | Path, device: str | torch.device = "cpu") -> 
         try:
             config = load_run_config(directory)
         except ConfigError as error:
-            notes.append(f"{error}: the data of the run are not known")
+            notes.append(f"{error}: the data of the run are unknown")
     metrics = read_metrics(find(directory, METRICS))
     history = read_history(find(directory, HISTORY))
     if metrics:
-        _check_belongs(metrics, tokenizer.model, directory / METRICS)
+        _check_same_model(metrics, tokenizer.model, directory / METRICS)
     epochs = [record for record in history.get("epochs", []) if {"epoch", "train_loss"} <= record.keys()]
     if not epochs:
-        notes.append(f"no {HISTORY}: the curves are left out")
-    return Contents(
+        notes.append(f"no {HISTORY}: training curves are omitted")
+    return CheckpointSummary(
         name=directory.resolve().name,
         tokenizer=tokenizer,
         config=config,
         metrics=metrics,
-        measured_on=_count(metrics.get("val_rows", 0), "validation row"),
+        measured_on=_count(metrics.get("val_rows", 0), "row" if metrics.get("rows") == "all" else "validation row"),
         epochs=epochs,
         best_epoch=history.get("best_epoch"),
         notes=notes,
     )
 
 
-def _check_belongs(metrics: Metrics, model: CategoricalHierarchicalVQVAE, path: Path) -> None:
-    """Numbers of one model must not be drawn beside the sizes of another."""
+def _check_same_model(metrics: Metrics, model: CategoricalHierarchicalVQVAE, path: Path) -> None:
+    """Raises DataError where metrics.json describes another model."""
     described = metrics.get("categories", [])
     sizes = {name: len(members) for name, members in model.config.group_indices.items()}
-    same = not described or [category.get("name") for category in described] == list(sizes)
-    for category in described if same else ():
+    matches = not described or [category.get("name") for category in described] == list(sizes)
+    for category in described if matches else ():
         name = category["name"]
-        codes = [book.num_tokens for book in model.levels[name]]
-        same &= category.get("features", sizes[name]) == sizes[name] and category.get("codes", codes) == codes
-    if not same:
+        codes = [codebook.num_tokens for codebook in model.levels[name]]
+        matches &= category.get("features", sizes[name]) == sizes[name] and category.get("codes", codes) == codes
+    if not matches:
         raise DataError(f"{path}: describes other categories than the model beside it")
 
 

@@ -1,4 +1,4 @@
-"""What a data file tells about a checkpoint: measured in one pass, for panels that need more than metrics."""
+"""Statistics of a checkpoint on a data file, computed in one pass, for panels that need more than metrics.json."""
 
 from __future__ import annotations
 
@@ -20,44 +20,44 @@ from spinlock_fast.features.categories import category_correlation, max_off_diag
 from spinlock_fast.features.statistics import correlation
 from spinlock_fast.models.input_check import InputCheck, row_errors
 from spinlock_fast.models.metrics import add_model_metrics, evaluate
-from spinlock_fast.report.contents import Contents
+from spinlock_fast.report.checkpoint_summary import CheckpointSummary
 
 log = logging.getLogger(__name__)
 
-# Of a correlation: features are kept in float32, normalised.
+# Tolerance of a correlation: normalised features are stored in float32.
 _ROUNDING = 1e-4
 
 
 @dataclass
-class Sample:
-    """Measured on the rows of a file."""
+class DataStatistics:
+    """Statistics of the rows of a file."""
 
     name: str
     rows: int
     tokens: NDArray[np.int64]  # [N, G]
-    counts: NDArray[np.int64]  # [codes], rows of each code, codebook after codebook
-    centroids: NDArray[np.float64]  # [codes, F], mean normalised features of those rows; NaN where there are none
-    correlation_on: str  # the rows that the next two rest on, in words
-    # Mean |Pearson correlation| of features of two categories [C, C], and of a feature with those of a category [C, F],
-    # never of a feature with itself; NaN within a category of one feature.
+    counts: NDArray[np.int64]  # [codes] rows per code, concatenated over codebooks
+    centroids: NDArray[np.float64]  # [codes, F] mean normalised features of those rows; NaN for an unused code
+    correlation_on: str  # the rows of the two correlations below, as text
+    # Mean |Pearson correlation| between features of two categories [C, C] and between a feature and those of a category
+    # [C, F], without the correlation of a feature with itself; NaN within a category of one feature.
     category_correlation: NDArray[np.float64]
     affinity: NDArray[np.float64]
 
     @property
     def used(self) -> NDArray[np.bool_]:
-        """[codes] whether a row has the code."""
+        """[codes] whether any row has the code."""
         return self.counts > 0
 
 
-def measure_sample(contents: Contents, data: str | list[str]) -> Sample:
-    """Reads a file through the checkpoint's tokenizer; metrics that the checkpoint lacks are measured, too.
+def measure_data(summary: CheckpointSummary, data: str | list[str]) -> DataStatistics:
+    """Encodes a file with the checkpoint's tokenizer; sets `summary.metrics` where the checkpoint has no measured ones.
 
-    Holds the cleaned features [N, F] in memory, raw values block by block.
+    Holds the cleaned features [N, F] in memory; raw values are read block by block.
 
     Raises:
-        DataError: the file cannot serve, or does not fit the checkpoint.
+        DataError: the file cannot be used, or does not fit the checkpoint.
     """
-    tokenizer = contents.tokenizer
+    tokenizer = summary.tokenizer
     with tokenizer.source(data) as source:
         check = InputCheck(tokenizer.training_range, source.rows)
         x = np.concatenate([block for _, _, block in tokenizer.raw_and_features(source, check=check)])
@@ -73,29 +73,29 @@ def measure_sample(contents: Contents, data: str | list[str]) -> Sample:
             for part in torch.from_numpy(x).split(4096)
         ]
     )
-    rows, words = _correlated_rows(contents, x)
+    rows, rows_text = _correlation_rows(summary, x)
     between = category_correlation(rows, tokenizer.model.config.group_indices)
-    counts, centroids = _code_means(contents, x, tokens)
-    result = Sample(
+    counts, centroids = _code_centroids(summary, x, tokens)
+    result = DataStatistics(
         name=_name(data),
         rows=len(x),
         tokens=tokens,
         counts=counts,
         centroids=centroids,
-        correlation_on=words,
-        category_correlation=np.where(_alone(contents), np.nan, between),
-        affinity=_affinity(rows, contents.groups),
+        correlation_on=rows_text,
+        category_correlation=np.where(_single_feature_categories(summary), np.nan, between),
+        affinity=_affinity(rows, summary.groups),
     )
-    if not contents.metrics:
-        training = contents.config.training if contents.config else TrainingConfig()
-        contents.metrics = evaluate(tokenizer.model, place_rows(RowView(x), tokenizer.device), training)
+    if "quality" not in summary.metrics:
+        training = summary.config.training if summary.config else TrainingConfig()
+        summary.metrics = evaluate(tokenizer.model, place_rows(RowView(x), tokenizer.device), training)
         add_model_metrics(
-            contents.metrics,
+            summary.metrics,
             tokenizer.model,
             tokenizer.feature_names,
             max_off_diagonal(between),
         )
-        contents.measured_on = f"{result.rows:,} rows of {result.name}"
+        summary.measured_on = f"{result.rows:,} rows of {result.name}"
     return result
 
 
@@ -103,13 +103,13 @@ def _name(data: str | list[str]) -> str:
     return Path(data).name if isinstance(data, str) else f"{len(data)} files"
 
 
-def _code_means(
-    contents: Contents, x: NDArray[np.float32], tokens: NDArray[np.int64]
+def _code_centroids(
+    summary: CheckpointSummary, x: NDArray[np.float32], tokens: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     counts, centroids = [], []
-    for g, book in enumerate(contents.codebooks):
-        count = np.bincount(tokens[:, g], minlength=book.codes)
-        member = np.zeros((book.codes, len(x)), dtype=np.float32)
+    for g, codebook in enumerate(summary.codebooks):
+        count = np.bincount(tokens[:, g], minlength=codebook.codes)
+        member = np.zeros((codebook.codes, len(x)), dtype=np.float32)
         member[tokens[:, g], np.arange(len(x))] = 1.0
         with np.errstate(invalid="ignore"):
             centroids.append((member @ x).astype(np.float64) / np.where(count > 0, count, np.nan)[:, None])
@@ -117,22 +117,25 @@ def _code_means(
     return np.concatenate(counts), np.concatenate(centroids)
 
 
-def _correlated_rows(contents: Contents, x: NDArray[np.float32]) -> tuple[NDArray[np.float32], str]:
-    """The training rows, where these are the data of the run, else all rows."""
-    config, metrics = contents.config, contents.metrics
+def _correlation_rows(summary: CheckpointSummary, x: NDArray[np.float32]) -> tuple[NDArray[np.float32], str]:
+    """The training rows and their name where the file is the data of the run, else all rows.
+
+    The training split is recognised by its largest category correlation, which metrics.json holds.
+    """
+    config, metrics = summary.config, summary.metrics
     if config is not None and metrics.get("samples") == len(x) and "category_correlation_max" in metrics:
-        for streams in (VERSION, 1):  # runs of earlier versions drew other rows
+        for streams in (VERSION, 1):  # the split of earlier versions
             with streams_of(streams):
                 train = x[split_rows(len(x), config.training, config.random_seed).train]
-            found = max_off_diagonal(category_correlation(train, contents.model.config.group_indices))
-            if abs(found - metrics["category_correlation_max"]) < _ROUNDING:
+            largest = max_off_diagonal(category_correlation(train, summary.model.config.group_indices))
+            if abs(largest - metrics["category_correlation_max"]) < _ROUNDING:
                 return train, f"the {len(train):,} training rows"
     return x, f"all {len(x):,} rows"
 
 
 def _affinity(x: NDArray[np.float32], groups: list[list[int]]) -> NDArray[np.float64]:
     strength = np.abs(correlation(x))
-    np.fill_diagonal(strength, 0.0)  # a feature with itself says nothing
+    np.fill_diagonal(strength, 0.0)  # without the correlation of a feature with itself
     result = np.zeros((len(groups), x.shape[1]))
     for c, members in enumerate(groups):
         others = np.full(x.shape[1], len(members))
@@ -141,7 +144,7 @@ def _affinity(x: NDArray[np.float32], groups: list[list[int]]) -> NDArray[np.flo
     return result
 
 
-def _alone(contents: Contents) -> NDArray[np.bool_]:
-    """[C, C] true on the diagonal where a category has one feature."""
-    single: NDArray[np.bool_] = np.diag([len(members) == 1 for members in contents.groups])
+def _single_feature_categories(summary: CheckpointSummary) -> NDArray[np.bool_]:
+    """[C, C] True on the diagonal where a category has one feature."""
+    single: NDArray[np.bool_] = np.diag([len(members) == 1 for members in summary.groups])
     return single

@@ -1,0 +1,39 @@
+"""The settings of a training run from the command line: a YAML file or a run to resume, and overrides."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from spinlock_fast.checkpoints.run_directory import config_to_resume, run_to_resume
+from spinlock_fast.config.loading import load_config, load_written_config
+from spinlock_fast.config.schema import RunConfig
+
+
+def run_settings(
+    config: str | None, overrides: Sequence[str], output: str | None, resume: str | None, device: str | None
+) -> tuple[RunConfig, Path | None]:
+    """The settings, and the directory of the run to resume.
+
+    Args:
+        config: YAML file; may be None with `resume`, whose settings are then used.
+        overrides: texts such as "training.num_epochs=5".
+        output: checkpoint directory; by default that of the resumed run, else `output_dir`.
+        resume: directory of an interrupted run.
+        device: replaces the `device` of the file.
+
+    Raises:
+        ConfigError: a setting is wrong.
+        DataError: there is no run to resume.
+    """
+    resumed = run_to_resume(Path(resume)) if resume else None
+    changes = list(overrides)
+    if device:
+        changes.append(f"device={json.dumps(device)}")
+    if directory := output or resumed:
+        changes += [f"output_dir={json.dumps(str(directory))}", "training.checkpoint_dir=null"]
+    if resumed and not config:
+        return load_written_config(config_to_resume(resumed), changes), resumed
+    assert config is not None
+    return load_config(config, changes), resumed

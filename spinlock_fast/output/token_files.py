@@ -1,0 +1,145 @@
+"""Files of tokens, written block by block: HDF5, NumPy, CSV or Parquet, as the ending of the name says."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spinlock_fast.errors import ConfigError
+from spinlock_fast.messages import csv_text
+from spinlock_fast.output.atomic_files import replacing
+from spinlock_fast.output.hdf5_files import replacing_hdf5
+
+_CHUNK_ROWS = 8192  # rows of an HDF5 chunk
+_GROUP_ROWS = 65_536  # rows of a Parquet row group
+
+WriteBlock = Callable[[NDArray[Any]], None]  # appends rows [B, G]
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """Description of a table of tokens [rows, G].
+
+    Args:
+        rows: number of rows.
+        codebook_names: [G] column names.
+        codebook_sizes: [G] codes of each codebook.
+        checkpoint_sha256: hash of the model file that made the tokens.
+    """
+
+    rows: int
+    codebook_names: Sequence[str]
+    codebook_sizes: Sequence[int]
+    checkpoint_sha256: str
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The narrowest unsigned integer that holds every code."""
+        largest = max(self.codebook_sizes) - 1
+        return np.dtype(next(kind for kind in (np.uint8, np.uint16, np.uint32) if largest <= np.iinfo(kind).max))
+
+
+def token_file(path: Path, table: TokenTable) -> AbstractContextManager[WriteBlock]:
+    """A function that appends blocks of tokens to a new file, which replaces `path` when the block ends without error.
+
+    `.csv`: a header of codebook names, one line per row. `.npy`: the array. `.parquet`: one column per codebook.
+    Any other ending: HDF5, dataset `tokens` with attributes codebook_names, codebook_sizes, checkpoint_sha256.
+
+    Raises:
+        ConfigError: `.parquet` without pyarrow.
+        OutputError: the file cannot be written; `path` stays as it was.
+    """
+    writers = {".csv": _csv, ".npy": _npy, ".parquet": _parquet}
+    check_format(path)
+    return writers.get(path.suffix.lower(), _hdf5)(path, table)
+
+
+def check_format(path: Path) -> None:
+    """Raises ConfigError where the ending of a name asks for a package that is not installed."""
+    if path.suffix.lower() == ".parquet" and not parquet_available():
+        raise ConfigError(f"{path}: Parquet files need pyarrow: pip install 'spinlock-fast[analysis]'")
+
+
+def parquet_available() -> bool:
+    """Whether pyarrow is installed."""
+    try:
+        import pyarrow.parquet  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+@contextmanager
+def _hdf5(path: Path, table: TokenTable) -> Iterator[WriteBlock]:
+    G, start = len(table.codebook_names), 0
+    with replacing_hdf5(path) as writer:
+        out = writer.file.create_dataset(
+            "tokens", (table.rows, G), table.dtype, chunks=(min(table.rows, _CHUNK_ROWS), G), compression="gzip"
+        )
+        out.attrs["codebook_names"] = list(table.codebook_names)
+        out.attrs["codebook_sizes"] = np.array(table.codebook_sizes)
+        out.attrs["checkpoint_sha256"] = table.checkpoint_sha256
+
+        def write(tokens: NDArray[Any]) -> None:
+            nonlocal start
+            writer.write(out, start, tokens.astype(table.dtype))
+            start += len(tokens)
+
+        yield write
+
+
+@contextmanager
+def _npy(path: Path, table: TokenTable) -> Iterator[WriteBlock]:
+    shape = (table.rows, len(table.codebook_names))
+    header = {"descr": np.lib.format.dtype_to_descr(table.dtype), "fortran_order": False, "shape": shape}
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+
+        def write(tokens: NDArray[Any]) -> None:
+            # Not a memory map: on a full disk that would end the process with SIGBUS.
+            file.write(tokens.astype(table.dtype).tobytes())
+
+        yield write
+
+
+@contextmanager
+def _csv(path: Path, table: TokenTable) -> Iterator[WriteBlock]:
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(map(csv_text, table.codebook_names))
+        yield lambda tokens: writer.writerows(tokens.tolist())
+
+
+@contextmanager
+def _parquet(path: Path, table: TokenTable) -> Iterator[WriteBlock]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    sizes = ",".join(map(str, table.codebook_sizes))
+    schema = pa.schema(
+        [(name, pa.from_numpy_dtype(table.dtype)) for name in table.codebook_names],
+        {"codebook_sizes": sizes, "checkpoint_sha256": table.checkpoint_sha256},
+    )
+    pending: list[NDArray[Any]] = []
+
+    def flush() -> None:
+        columns = np.concatenate(pending).astype(table.dtype).T
+        pending.clear()
+        writer.write_table(pa.table([np.ascontiguousarray(column) for column in columns], schema=schema))
+
+    def write(tokens: NDArray[Any]) -> None:
+        pending.append(tokens)
+        if sum(map(len, pending)) >= _GROUP_ROWS:
+            flush()
+
+    with replacing(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+        yield write
+        if pending:
+            flush()
