@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from spinlock_fast.features.row_keys import row_keys
 from spinlock_fast.kernels._common.guard import device_guard
 from spinlock_fast.models.input_check import InputCheck, KnownRows, TrainingRange
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE
-from spinlock_fast.output.locks import written_by_one
+from spinlock_fast.output.locks import locked_output_file
 from spinlock_fast.output.token_files import TokenTable, check_format, token_file
 
 log = logging.getLogger(__name__)
@@ -121,7 +120,7 @@ class Tokenizer:
             A torch tensor for torch tensors, else a numpy array.
 
         Raises:
-            DataError: see `features`; for a file also see `Source`.
+            DataError: see `features`; for a file also see `FeatureSource`.
         """
         if _is_path(raw):
             return np.concatenate([tokens for _, tokens in self.encode_file(raw)])
@@ -201,7 +200,7 @@ class Tokenizer:
             for start, _, x in self.raw_and_features(source, memory_budget, check):
                 yield start, x
 
-    def source(self, path: str | Path | list[str]) -> Source:
+    def source(self, path: str | Path | list[str]) -> FeatureSource:
         """Opens the families of an HDF5 file; a context manager."""
         paths = [str(part) for part in path] if isinstance(path, list) else str(path)
         return FeatureSource(
@@ -325,7 +324,7 @@ def write_tokens(
     if output.is_dir():
         raise OutputError(f"{output}: is a directory; name a file")
     table = TokenTable(rows, model.codebook_names, model.quantizer.num_codes, tokenizer.checkpoint_hash)
-    with written_by_one(output), token_file(output, table) as write:
+    with locked_output_file(output), token_file(output, table) as write:
         for start, tokens in tokenizer.encode_file(data, memory_budget):
             write(tokens)
             if progress is not None:

@@ -1,4 +1,4 @@
-"""Checks on a CPU whether a training step can be captured as a CUDA graph."""
+"""What tells on a CPU whether a training step could be a CUDA graph."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ _WAITING = {
 
 
 class HostNeededError(AssertionError):
-    """An operation that synchronises with the device or transfers data to it."""
+    """An operation that would make the host wait for a device, or send it something."""
 
 
 class DeviceOnly(TorchDispatchMode):
-    """Raises HostNeededError for operations that a CUDA graph cannot capture; `seen` counts the others by name."""
+    """Raises HostNeededError at what a CUDA graph cannot hold; `seen` counts the others by name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,8 +81,8 @@ def lasting_tensors(step: TrainingStep) -> dict[str, Tensor]:
     return kept
 
 
-def record(step: TrainingStep, kind: StepKind, count: int) -> Callable[[], object]:
-    """Records the operations of some steps once, as a capture does; the result replays them.
+class _Recorder(TorchDispatchMode):
+    """Runs operations and keeps each with its arguments and result."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -212,7 +212,7 @@ def code_distances(latents: Tensor, codebook: Tensor, tokens: Tensor, layout: Co
     return torch.stack(chosen, 1), torch.stack(further, 1)
 
 
-def measured_names(source: Source, family: str) -> list[str]:
+def measured_names(source: FeatureSource, family: str) -> list[str]:
     """Names of the last axis of a family's dataset: attribute `feature_names` of it or its groups, else indices."""
     info = source.datasets[family]
     width = info.row_shape[-1]
@@ -239,11 +239,11 @@ def read_conditions(
         if values is not None:
             if values.ndim != 1 or values.dtype.kind not in "OSfiub":
                 raise _wrong_shape(source, path, "texts or numbers [N]", values)
-            labels[name] = np.array([text_of(v) for v in values]) if values.dtype.kind in "OS" else values
+            labels[name] = np.array([decode_text(v) for v in values]) if values.dtype.kind in "OS" else values
     return parameters, labels
 
 
-def _wrong_shape(source: Source, path: str, expected: str, values: NDArray[Any]) -> DataError:
+def _wrong_shape(source: FeatureSource, path: str, expected: str, values: NDArray[Any]) -> DataError:
     return DataError(f"{source.files[0]}: {path}: expected {expected}, got {values.dtype} of shape {values.shape}")
 
 
@@ -253,7 +253,7 @@ def _parameter_names(source: FeatureSource, width: int) -> list[str]:
     return [f"theta[{i}]" for i in range(width)]
 
 
-def _read(source: Source, path: str, rows: NDArray[np.int64], notes: list[str]) -> NDArray[Any] | None:
+def _read(source: FeatureSource, path: str, rows: NDArray[np.int64], notes: list[str]) -> NDArray[Any] | None:
     values_of_file = source.read_whole(path)
     if values_of_file is None:
         notes.append(f"the data have no {path}")

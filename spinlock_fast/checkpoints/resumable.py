@@ -21,9 +21,8 @@ from spinlock_fast.checkpoints.integrity import (
     write_state_manifest,
 )
 from spinlock_fast.checkpoints.run_directory import FINAL, PARTIAL, check_integrity, find
-from spinlock_fast.config.loading import resolve_aliases
 from spinlock_fast.config.schema import RunConfig
-from spinlock_fast.data.untrusted import reading
+from spinlock_fast.data.payload_checks import payload_errors
 from spinlock_fast.errors import ConfigError, DataError, OutputError
 from spinlock_fast.output.atomic_files import sync_directory
 
@@ -45,6 +44,7 @@ _CHANGEABLE = {
     "training.use_torch_compile",
     "training.cuda_graphs",
     "training.data_on_device",
+    "training.checkpoint_dir",
 }
 # Settings that may change as well after a divergence.
 _CHANGEABLE_AFTER_DIVERGENCE = {

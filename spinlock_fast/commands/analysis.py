@@ -18,7 +18,7 @@ from spinlock_fast.config.schema import LoggingConfig
 from spinlock_fast.device import resolve_device
 from spinlock_fast.errors import ConfigError
 from spinlock_fast.output.atomic_files import check_writable, write_json
-from spinlock_fast.output.locks import directory_written_by_one
+from spinlock_fast.output.locks import locked_output_directory
 from spinlock_fast.output.token_files import parquet_available
 
 
@@ -50,7 +50,7 @@ def run_analysis(options: argparse.Namespace, settings: Mapping[str, Any]) -> No
             allow_external=not options.no_external,
         )
         display.stage("Writing")
-        with directory_written_by_one(output):
+        with locked_output_directory(output):
             written = write_tables(analysis.tables, output, formats)
             write_json(output / "summary.json", analysis.summary)
     if options.quiet:

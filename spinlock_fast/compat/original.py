@@ -415,7 +415,7 @@ def _cleaner(
     unbounded = np.full(int(keep.sum()), np.inf)
     if data is None:
         return FeatureCleaner(keep, np.zeros(keep.size), -unbounded, unbounded), not config.enabled, None
-    with Source(data, {family.name: family.dataset for family in families}) as source:
+    with FeatureSource(data, {family.name: family.dataset for family in families}) as source:
         columns = encode(source, families, RunConfig().memory_budget, torch.device("cpu"))
     fill = np.median(columns, axis=0).astype(np.float64)
     low, high = clip_bounds(columns[:, keep].astype(np.float64), config)

@@ -208,12 +208,7 @@ def reporting_damage(file: Path, path: str) -> Iterator[None]:
         raise DataError(f"{file}: {path}: the file is damaged: {one_line(error)}") from None
 
 
-def one_line(error: BaseException) -> str:
-    """The text of an error without line breaks."""
-    return printable(" ".join(str(error).split()))
-
-
-def _how_to_make(path: str) -> str:
+def _generate_hint(path: str) -> str:
     """How to obtain a missing data file."""
     if (size := re.fullmatch(r"(10k|100k)_full_features\.h5", Path(path).name)) is not None:
         return (

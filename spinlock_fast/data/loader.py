@@ -15,16 +15,16 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from spinlock_fast import _native
 from spinlock_fast.config.byte_sizes import parse_bytes
-from spinlock_fast.data.backing import descriptor_limit
-from spinlock_fast.data.cache import decoded_once
-from spinlock_fast.data.epochs import SharedPosition
-from spinlock_fast.data.files import Identity, find_files
-from spinlock_fast.data.links import Boundary
-from spinlock_fast.data.memory import BatchMemory
-from spinlock_fast.data.order import RowOrder
-from spinlock_fast.data.reading import LoaderPass, PassStats, batch_memory
-from spinlock_fast.data.table import Tables
-from spinlock_fast.data.windows import Windows, processors, sequential_windows, shuffled_windows
+from spinlock_fast.data.batch_memory import BatchMemory
+from spinlock_fast.data.dataset_warnings import log_slow_reading, log_unusual_datasets
+from spinlock_fast.data.hdf5_links import ExternalFilePolicy
+from spinlock_fast.data.input_files import FileIdentity, find_files
+from spinlock_fast.data.loader_pass import LoaderPass, PassStats, batch_memory
+from spinlock_fast.data.row_order import RowOrder
+from spinlock_fast.data.sharded_dataset import ShardedDatasets
+from spinlock_fast.data.shared_position import SharedPosition
+from spinlock_fast.data.uncompressed_copies import uncompressed_copies
+from spinlock_fast.data.window_sizes import WindowSizes, available_cpus, sequential_windows, shuffled_windows
 from spinlock_fast.errors import ConfigError
 
 

@@ -59,12 +59,12 @@ class FeatureCleaner:
     @classmethod
     def from_state(cls, state: Mapping[str, Any], features: int | None = None) -> FeatureCleaner:
         """The cleaner with a saved state, of the given number of features (None: any); raises DataError."""
-        keep = array(state["keep"], "keep", "b", [None])
+        keep = checked_array(state["keep"], "keep", "b", [None])
         features = int(keep.sum()) if features is None else features
         if keep.sum() != features:
             raise DataError(f"keep has {keep.sum()} features, expected {features}")
-        fill = array(state["fill"], "fill", "f", keep.shape)
-        low, high = (array(state[name], name, "f", [features]) for name in ("low", "high"))
+        fill = checked_array(state["fill"], "fill", "f", keep.shape)
+        low, high = (checked_array(state[name], name, "f", [features]) for name in ("low", "high"))
         if not (low <= high).all():  # also refuses NaN
             raise DataError("low must be at most high")
         return cls(keep, fill, low, high)

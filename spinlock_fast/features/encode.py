@@ -158,9 +158,9 @@ class FamilyEncoder:
         shape = tuple(int(size) for size in state["row_shape"])
         if not isinstance(state["dataset"], str) or not isinstance(name, str):
             raise DataError(f"{shown(name)}: names of families and datasets must be text")
-        actual = shapes(state["state_dict"])
+        actual = tensor_shapes(state["state_dict"])
         with torch.device("meta"):  # allocates nothing for a network larger than its weights
-            expected = shapes(build_encoder(shape, params).state_dict())
+            expected = tensor_shapes(build_encoder(shape, params).state_dict())
         if problem := shape_difference(actual, expected):
             raise DataError(f"{name}: {problem}")
         encoder = build_encoder(shape, params)

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spinlock_fast.data.source import DatasetInfo, Source
+from spinlock_fast.data.feature_source import DatasetInfo, FeatureSource
 from spinlock_fast.features.statistics import nan_median, nan_robust_scale, robust_scale
 
 Rows = NDArray[np.int64]
@@ -18,7 +18,7 @@ _ROWS_WITHOUT_GAPS = 512  # rows used for a position without missing values in t
 _STANDARDIZE_ROWS = 8192
 
 
-def column_medians(source: Source, family: str, training_rows: Rows, memory_budget: int) -> Tensor:
+def column_medians(source: FeatureSource, family: str, training_rows: Rows, memory_budget: int) -> Tensor:
     """Values that replace the missing ones of a family: float32 of a row's shape.
 
     The median of each position over the training rows, or over at most 512 of them where none is missing. A position
@@ -60,7 +60,9 @@ def raw_statistics(
     return torch.from_numpy(center).float(), torch.from_numpy(scale).float()
 
 
-def _sampled(source: Source, family: str, rows: Rows | None, most_rows: int, most_bytes: int) -> NDArray[np.float32]:
+def _sampled(
+    source: FeatureSource, family: str, rows: Rows | None, most_rows: int, most_bytes: int
+) -> NDArray[np.float32]:
     """Raw values of evenly spaced chunks of the data set, restricted to `rows` (None: all rows)."""
     info = source.datasets[family]
     chosen = _spread_rows(info, most_rows, most_bytes)

@@ -53,7 +53,7 @@ def write_report(
     except ImportError as error:
         raise SpinlockFastError(f"{error.name} is not installed: pip install 'spinlock-fast[report]'") from None
     from spinlock_fast.device import resolve_device
-    from spinlock_fast.output.locks import directory_written_by_one
+    from spinlock_fast.output.locks import locked_output_directory
     from spinlock_fast.report.checkpoint_summary import read_checkpoint_summary
     from spinlock_fast.report.style import RC
 

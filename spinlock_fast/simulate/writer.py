@@ -24,8 +24,14 @@ from spinlock_fast.config.schema import DEFAULT_DATASETS
 from spinlock_fast.descriptors.registry import aggregated_names, registry, temporal_names, trajectory_names
 from spinlock_fast.errors import ConfigError, DataError, OutputError
 from spinlock_fast.messages import one_line
-from spinlock_fast.output.atomic_files import check_no_link, check_regular, check_writable, reserve, sync_directory
-from spinlock_fast.output.hdf5_files import new_file
+from spinlock_fast.output.atomic_files import (
+    check_no_link,
+    check_regular,
+    check_writable,
+    reserve_disk_space,
+    sync_directory,
+)
+from spinlock_fast.output.hdf5_files import create_hdf5_file
 from spinlock_fast.output.locks import locked
 from spinlock_fast.simulate.config import GeneratorConfig
 from spinlock_fast.simulate.parameters import PARAMETER_NAMES, ThetaSequence
@@ -199,7 +205,7 @@ class Writer:
         resumed = resume and partial.exists()
         num_copied = self.finished = self._check_resumable(partial) if resumed else 0
         size = self.rows * _PARAMETER_BYTES + (partial.stat().st_size if num_copied else 0)
-        self._file = new_file(self._new_partial, size + _METADATA_BYTES, _FORMAT)
+        self._file = create_hdf5_file(self._new_partial, size + _METADATA_BYTES, _FORMAT)
         self._create(self._file)
         if num_copied:
             with _reading(partial) as source:
