@@ -167,7 +167,7 @@ def test_what_does_not_fit_is_told_in_one_line(state: Any, format: Any, texts: l
         (encodec(), {"format": "encode"}, ["encodec, mimi, dac", "'encode'"]),
         (encodec(), {"num_quantizers": 0}, ["at least 1"]),
         (IMAGE, {"num_quantizers": 1}, ["no stages"]),
-        (encodec(), {"codebook_dim": 3}, ["codebook_dim", "the weights decide"]),
+        (encodec(), {"codebook_dim": 3}, ["codebook_dim", "follows from the weights"]),
         (encodec(), {"shared_codebook": True}, ["shared_codebook"]),
     ],
 )
@@ -209,7 +209,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
             from_pretrained_codebook(tmp_path / name)
     for name, value in {"fractions.Fraction": Fraction(1, 2), "numpy.": np.float64(0.5)}.items():
         torch.save({"state_dict": encodec(), "callbacks": value}, tmp_path / "objects.ckpt")
-        with raises_one_line(DataError, f"holds {name}", "state dict alone"):
+        with raises_one_line(DataError, f"contains {name}", "only the state dict"):
             from_pretrained_codebook(tmp_path / "objects.ckpt", "encodec")
 
 

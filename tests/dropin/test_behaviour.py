@@ -237,14 +237,14 @@ def test_fewer_stages_decode():
 
 
 def test_one_warning_for_what_is_not_fused():
-    arguments.warn_reference.cache_clear()
+    arguments.warn_unfused.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(3):
             VectorQuantize(8, 16, commitment_use_cross_entropy_loss=True)
     (warning,) = caught
     assert str(warning.message).startswith(
-        "commitment_use_cross_entropy_loss is not fused: the reference path serves it"
+        "commitment_use_cross_entropy_loss is not fused: it runs on the reference path"
     )
 
 

@@ -1,4 +1,4 @@
-"""Codes that depend on what earlier stages chose (QINCo, Huijben et al. 2024, arXiv 2401.14732)."""
+"""Codebooks that depend on the codes of earlier stages (QINCo, Huijben et al. 2024, arXiv 2401.14732)."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class CodeNetwork(nn.Module):
-    """A residual network that turns a codebook into one for each row.
+class ImplicitCodebook(nn.Module):
+    """Residual MLP that maps a codebook and the sum of earlier code vectors to one codebook per row.
 
     Args:
-        dim: of the codes.
-        dim_hidden: of the layers, `dim` by default.
-        depth: number of layers.
-        l2norm_output: codes of unit length.
+        dim: dimension of the codes.
+        dim_hidden: hidden width; `dim` by default.
+        depth: number of residual layers.
+        l2norm_output: normalises the codes to unit length.
     """
 
     def __init__(self, dim: int, dim_hidden: int | None = None, depth: int = 4, l2norm_output: bool = False) -> None:
@@ -27,7 +27,7 @@ class CodeNetwork(nn.Module):
         self.l2norm_output = l2norm_output
 
     def forward(self, codes: Tensor, condition: Tensor) -> Tensor:
-        """Codes [..., K, D] and a condition [b, n, D] or [b, D] -> [..., b, n, K, D] of the type of the codes."""
+        """Codes [..., K, D] and a condition [b, n, D] or [b, D] -> codes [..., b, n, K, D] in the input's dtype."""
         if condition.ndim == 2:
             condition = condition[:, None]
         shape = (*codes.shape[:-2], *condition.shape[:2], *codes.shape[-2:])
