@@ -13,9 +13,10 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from spinlock_fast.dropin import dense_search, gradient_estimators, losses
 from spinlock_fast.dropin.affine_codebook import NO_STATISTICS, AffineStatistics, Statistics
-from spinlock_fast.dropin.code_usage import CodeUsage
 from spinlock_fast.dropin.codebook import Codebook, CodebookUpdate, UpdateWeight, apply_updates
 from spinlock_fast.dropin.input_layout import apply_projection
+from spinlock_fast.kernels.ema_update import code_usage
+from spinlock_fast.kernels.layout import CodebookLayout
 from spinlock_fast.kernels.residual_vq import residual_vq
 from spinlock_fast.kernels.residual_vq.op import Gradient
 from spinlock_fast.kernels.snapshot import snapshot
@@ -52,7 +53,7 @@ class SearchResult:
     in_place_loss: Tensor | None = None
 
 
-class CodeSearch(CodeUsage, TransientBuffers):
+class CodeSearch(TransientBuffers):
     """Searches codes and updates the codebook. Its attributes are set by the constructor of `VectorQuantize`."""
 
     _codebook: Codebook
@@ -81,6 +82,24 @@ class CodeSearch(CodeUsage, TransientBuffers):
     @process_group.setter
     def process_group(self, group: dist.ProcessGroup | None) -> None:
         self._codebook.processes.set(group)
+
+    def utilization(self) -> Tensor:
+        """Fraction of codes used in training since `reset_usage`: a scalar, or [heads] with one codebook per head."""
+        return self._usage_statistics()[0]
+
+    def perplexity(self) -> Tensor:
+        """exp of the entropy of code use since `reset_usage`: a scalar, or [heads] with one codebook per head."""
+        return self._usage_statistics()[1]
+
+    def reset_usage(self) -> None:
+        """Resets the counts behind `utilization` and `perplexity`."""
+        self._codebook.usage.zero_()
+
+    def _usage_statistics(self) -> tuple[Tensor, ...]:
+        usage = self._codebook.usage
+        H, K = usage.shape
+        statistics = code_usage(usage.flatten(), CodebookLayout.of([K] * H, [1] * H), backend="reference")
+        return tuple(values[0] if H == 1 else values for values in statistics)
 
     @property
     def needs_similarities(self) -> bool:

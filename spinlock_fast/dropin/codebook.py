@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spinlock_fast.dropin.input_layout import at_least_float32
-from spinlock_fast.dropin.kmeans_init import initialize_codebooks, laplace_smoothing
+from spinlock_fast.dropin.kmeans_init import laplace_smoothing
 from spinlock_fast.kernels.export import exporting
 from spinlock_fast.kernels.residual_vq.reference import tally, unit
 from spinlock_fast.quantize.activation_checkpointing import kept
@@ -139,19 +139,19 @@ class Codebook(TransientBuffers):
 
     @torch.no_grad()
     def _fit_kmeans(self, rows: Tensor, mask: Tensor | None) -> None:
-        initialize_codebooks(
+        torch.ops.spinlock_fast.kmeans_init(
             rows.detach(),
             mask,
             self.embed.data,
             self.embed_avg,
             self.cluster_size,
             self.initted,
-            first=self._first_batch,
-            iterations=self.kmeans_iters,
-            cosine=self.use_cosine_sim,
-            eps=self.eps,
-            sync=self.syncs_updates and self.sync_kmeans,
-            keep_empty="kmeans_scale" in self.corrections,
+            self._first_batch.key,
+            self.kmeans_iters,
+            self.use_cosine_sim,
+            self.eps,
+            self.syncs_updates and self.sync_kmeans,
+            "kmeans_scale" in self.corrections,
         )
 
     @property

@@ -25,42 +25,6 @@ def laplace_smoothing(cluster_size: Tensor, eps: float) -> Tensor:
     return (cluster_size + eps) / (total + cluster_size.shape[-1] * eps) * total
 
 
-def initialize_codebooks(
-    rows: Tensor,
-    mask: Tensor | None,
-    embed: Tensor,
-    embed_avg: Tensor,
-    cluster_size: Tensor,
-    initted: Tensor,
-    *,
-    first: FirstBatch,
-    iterations: int,
-    cosine: bool,
-    eps: float,
-    sync: bool,
-    keep_empty: bool,
-) -> None:
-    """Fits codebooks in place, unless `initted` is True. Changes nothing if some codebook has no valid row.
-
-    Args:
-        rows: [H, N, D] latents; rows that are not finite are ignored.
-        mask: [N] bool.
-        embed: [H, K, D] codes, overwritten.
-        embed_avg: [H, K, D] moving sums, overwritten.
-        cluster_size: [H, K] moving counts, overwritten.
-        initted: bool scalar, set to True.
-        first: host-side flag, updated as well.
-        iterations: Lloyd iterations.
-        cosine: normalises rows and codes to unit length.
-        eps: epsilon of the Laplace smoothing.
-        sync: fits the rows of all processes of `first`.
-        keep_empty: an empty cluster keeps its code (correction "kmeans_scale").
-    """
-    torch.ops.spinlock_fast.kmeans_init(
-        rows, mask, embed, embed_avg, cluster_size, initted, first.key, iterations, cosine, eps, sync, keep_empty
-    )
-
-
 torch.library.define(
     "spinlock_fast::kmeans_init",
     "(Tensor rows, Tensor? mask, Tensor(a!) embed, Tensor(b!) embed_avg, Tensor(c!) cluster_size, Tensor(d!) initted,"
@@ -83,6 +47,22 @@ def _kmeans_init(
     sync: bool,
     keep_empty: bool,
 ) -> None:
+    """Fits codebooks in place, unless `initted` is True. Changes nothing if some codebook has no valid row.
+
+    Args:
+        rows: [H, N, D] latents; rows that are not finite are ignored.
+        mask: [N] bool.
+        embed: [H, K, D] codes, overwritten.
+        embed_avg: [H, K, D] moving sums, overwritten.
+        cluster_size: [H, K] moving counts, overwritten.
+        initted: bool scalar, set to True.
+        key: of the `FirstBatch`, the same flag on the host; updated as well.
+        iterations: Lloyd iterations.
+        cosine: normalises rows and codes to unit length.
+        eps: epsilon of the Laplace smoothing.
+        sync: fits the rows of all processes of the `FirstBatch`.
+        keep_empty: an empty cluster keeps its code (correction "kmeans_scale").
+    """
     first = FirstBatch.of(key)
     if bool(initted):
         first.awaited = False

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from spinlock_fast.dropin import losses
 from spinlock_fast.dropin.arguments import check_mask, warn_unfused
-from spinlock_fast.dropin.code_usage import perplexity, utilization
 from spinlock_fast.dropin.decoding import check_indices, code_vectors, zero_missing
 from spinlock_fast.dropin.gradient_estimators import directional_reparam
 from spinlock_fast.dropin.implicit_codebook import ImplicitCodebook
@@ -208,11 +207,11 @@ class ResidualVQ(ResidualStages):
 
     def utilization(self) -> Tensor:
         """[q] fraction of codes used in training since `reset_usage`, without host synchronisation."""
-        return torch.stack([utilization(self.layer(q)._codebook.usage[0]) for q in range(self.num_quantizers)])
+        return torch.stack([self.layer(q).utilization() for q in range(self.num_quantizers)])
 
     def perplexity(self) -> Tensor:
         """[q] exp of the entropy of code use in training since `reset_usage`."""
-        return torch.stack([perplexity(self.layer(q)._codebook.usage[0]) for q in range(self.num_quantizers)])
+        return torch.stack([self.layer(q).perplexity() for q in range(self.num_quantizers)])
 
     def reset_usage(self) -> None:
         """Resets the counts behind `utilization` and `perplexity`."""
