@@ -1,8 +1,8 @@
-"""The model and its training step in plain PyTorch, as one writes it first: what `bench_train_step.py` compares with.
+"""The model and its training step in plain PyTorch: the baseline of `train_step.py` and `equal_quality.py`.
 
-The same mathematics as `spinlock_fast`, in the structure of the original project: a module per category, per codebook
-and per decoder, called in Python loops; one-hot matrices for look-up and moving averages; partial decoders on
-every sample; `cdist` for distances. Nothing in it is made slow on purpose.
+The same mathematics as `spinlock_fast`, in the structure of the original project: a module per category, codebook and
+decoder, called in Python loops; one-hot matrices for look-up and moving averages; partial decoders on every sample;
+`cdist` for distances. Nothing is slowed down on purpose.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class CategoryMLP(nn.Module):
 
 
 class Codebook(nn.Module):
-    """One vector quantizer with moving averages (van den Oord et al. 2017, appendix A.1; idle codes stay in place)."""
+    """Vector quantizer with moving averages (van den Oord et al. 2017, appendix A.1); unused codes do not change."""
 
     embedding: Tensor
     cluster_size: Tensor
@@ -54,20 +54,20 @@ class Codebook(nn.Module):
         quantized = encodings @ self.embedding
         if self.training:
             with torch.no_grad():
-                self._move(encodings, z)
+                self._update(encodings, z)
         loss = self.commitment_cost * nn.functional.mse_loss(z, quantized.detach())
         return z + (quantized - z).detach(), loss
 
-    def _move(self, encodings: Tensor, z: Tensor) -> None:
+    def _update(self, encodings: Tensor, z: Tensor) -> None:
         self.cluster_size.mul_(self.decay).add_(encodings.sum(0), alpha=1.0 - self.decay)
         self.embedding_sum.mul_(self.decay).add_(encodings.t() @ z, alpha=1.0 - self.decay)
-        moves = self.cluster_size > 1e-5 * self.cluster_size.mean()
-        means = self.embedding_sum / torch.where(moves, self.cluster_size, 1.0)[:, None]
-        self.embedding.copy_(torch.where(moves[:, None], means, self.embedding))
+        used = self.cluster_size > 1e-5 * self.cluster_size.mean()
+        means = self.embedding_sum / torch.where(used, self.cluster_size, 1.0)[:, None]
+        self.embedding.copy_(torch.where(used[:, None], means, self.embedding))
 
 
 class BaselineModel(nn.Module):
-    """Features [B, F] -> reconstruction, latents and quantized latents by codebook, commitment loss."""
+    """Features [B, F] -> reconstruction, latents and quantized latents per codebook, commitment loss."""
 
     def __init__(self, like: CategoricalHierarchicalVQVAE) -> None:
         super().__init__()
@@ -89,14 +89,14 @@ class BaselineModel(nn.Module):
             )
             for name in like.categories
         )
-        books = [level for name in like.categories for level in levels[name]]
+        codebooks = [level for name in like.categories for level in levels[name]]
         self.codebooks = nn.ModuleList(
-            Codebook(book.num_tokens, book.latent_dim, config.decay, config.commitment_cost) for book in books
+            Codebook(c.num_tokens, c.latent_dim, config.decay, config.commitment_cost) for c in codebooks
         )
-        total = sum(book.latent_dim for book in books)
+        total = sum(c.latent_dim for c in codebooks)
         self.shared_decoder = nn.Sequential(nn.Linear(total, 256), nn.ReLU(), nn.Dropout(p), nn.Linear(256, F))
         self.partial_decoders = nn.ModuleList(
-            nn.Sequential(nn.Linear(book.latent_dim, 128), nn.ReLU(), nn.Linear(128, F)) for book in books
+            nn.Sequential(nn.Linear(c.latent_dim, 128), nn.ReLU(), nn.Linear(128, F)) for c in codebooks
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
@@ -111,12 +111,12 @@ class BaselineModel(nn.Module):
         return reconstruction, latents, list(quantized), torch.stack(losses).sum()
 
     def loss(self, x: Tensor, topo_samples: int) -> Tensor:
-        """The weighted sum of the five terms, with the default weights."""
+        """The total loss with the default weights."""
         reconstruction, latents, quantized, vq = self(x)
         info = torch.stack(
             [nn.functional.mse_loss(decoder(e), x) for decoder, e in zip(self.partial_decoders, quantized, strict=True)]
         ).mean()
-        ortho = torch.stack([_orthogonality(book.embedding) for book in self.codebooks]).mean()
+        ortho = torch.stack([_orthogonality(codebook.embedding) for codebook in self.codebooks]).mean()
         topo = _topographic(
             x[:topo_samples], [z[:topo_samples] for z in latents], [e[:topo_samples] for e in quantized]
         )
@@ -144,7 +144,7 @@ def _pearson(a: Tensor, b: Tensor) -> Tensor:
 
 
 def baseline_of(model: CategoricalHierarchicalVQVAE) -> BaselineModel:
-    """The baseline with the parameters and codes of `model`."""
+    """A baseline with the parameters and codes of `model`."""
     baseline = BaselineModel(model).to(model.feature_order.device, model.quantizer.embedding.dtype)
     baseline.load_state_dict(translate(model, {**dict(model.named_parameters()), **dict(model.named_buffers())}))
     return baseline
@@ -152,7 +152,7 @@ def baseline_of(model: CategoricalHierarchicalVQVAE) -> BaselineModel:
 
 @torch.no_grad()
 def translate(model: CategoricalHierarchicalVQVAE, values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under the names of `model` (parameters, or their gradients) -> under those of its baseline."""
+    """Renames tensors of `model` (parameters, buffers or gradients) to those of its baseline."""
     layout = model.quantizer.layout
     out: dict[str, Tensor] = {}
 

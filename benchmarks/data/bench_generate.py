@@ -1,14 +1,16 @@
-"""Operators per second, and what they go to: `pytest benchmarks/bench_generate.py`."""
+"""Simulated operators per second, and the time of the simulation's parts.
+
+pytest benchmarks/data/bench_generate.py --benchmark-only
+"""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from benchmarks.common.commands import ROOT
 from spinlock_fast.descriptors.per_step import StepFeatures, StepSeries, joined
 from spinlock_fast.descriptors.spectral import Wavenumbers
 from spinlock_fast.descriptors.trajectory import trajectory_features
@@ -21,7 +23,7 @@ from spinlock_fast.simulate.simulator import Simulator
 OPERATORS = 8
 CPU = torch.device("cpu")
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-QUICKSTART = Path(__file__).parents[1] / "configs" / "data" / "quickstart.yaml"
+QUICKSTART = ROOT / "configs" / "data" / "quickstart.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,7 @@ def _one_thread() -> object:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_operators(benchmark: BenchmarkFixture, config: GeneratorConfig, device: str) -> None:
-    """Whole operators in one process; their number over the time is operators per second."""
+    """Whole operators in one process; `operators_per_second` is their number divided by the median time."""
     count = OPERATORS if device == "cpu" else 128
     simulator = Simulator(config, torch.device(device))
     first = simulator.simulate(0, 1)
@@ -56,7 +58,7 @@ def test_operators(benchmark: BenchmarkFixture, config: GeneratorConfig, device:
 
 @torch.inference_mode()
 def test_rollout(benchmark: BenchmarkFixture, config: GeneratorConfig, thetas: list[Theta]) -> None:
-    """Networks, noise and updates, without features."""
+    """Networks, noise and state updates, without features."""
 
     def run() -> list[torch.Tensor]:
         return [list(Rollout([theta], config, CPU).blocks())[-1] for theta in thetas]
@@ -67,7 +69,7 @@ def test_rollout(benchmark: BenchmarkFixture, config: GeneratorConfig, thetas: l
 
 @torch.inference_mode()
 def test_noise(benchmark: BenchmarkFixture, config: GeneratorConfig, thetas: list[Theta]) -> None:
-    """Correlated noise and dropout masks alone."""
+    """Correlated noise and dropout masks only."""
 
     def run() -> float:
         total = 0.0
@@ -90,7 +92,7 @@ def states(config: GeneratorConfig, thetas: list[Theta]) -> list[list[torch.Tens
 
 @torch.inference_mode()
 def test_step_features(benchmark: BenchmarkFixture, config: GeneratorConfig, states: list[list[torch.Tensor]]) -> None:
-    """The 63 features of every state and the series beside them."""
+    """The 63 features of every state, and the per-step series."""
     waves = Wavenumbers(config.grid_size, CPU)
 
     def run() -> list[StepSeries]:
@@ -109,7 +111,7 @@ def test_step_features(benchmark: BenchmarkFixture, config: GeneratorConfig, sta
 def test_trajectory_features(
     benchmark: BenchmarkFixture, config: GeneratorConfig, states: list[list[torch.Tensor]]
 ) -> None:
-    """The 110 features of every trajectory, from its series."""
+    """The 110 features of every trajectory, from the per-step series."""
     waves = Wavenumbers(config.grid_size, CPU)
     series = []
     for blocks in states:

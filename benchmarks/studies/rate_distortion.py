@@ -1,19 +1,19 @@
-"""Error against bits: the model with more or fewer codes and levels, and quantizers without a network.
+"""Rate-distortion curve: error against bits for models of different sizes and for quantizers without a network.
 
-    python benchmarks/rate_distortion.py DATA --output rate.jsonl [--plot rate.png] [--variant combined] [--jobs 4]
+    python -m benchmarks.studies.rate_distortion DATA --output rate.jsonl [--plot rate.png] [--variant combined]
 
-Trains on a frame of `study_quality.py` in its mode `select`: 2 to 5 levels, and 1, 2 and 4 times the codes. A sample
-takes log2 K bits a codebook. The reference lines are fitted to the same training rows and scored on the same others:
+Trains on a frame of `quality.py` in mode `select`, with 2 to 5 levels and 1, 2 and 4 times the codes. A sample takes
+log2 K bits per codebook. The reference quantizers are fitted to the same training rows and scored on the same rows:
 
-    product   k-means in equal parts of the rotated features (Ge et al. 2013), by faiss
-    residual  codebooks of the whole row that each code what those before left, with beam search, by faiss
-    category  the same within each category, without search, with the model's own numbers of codes; decoded by a ridge
-              regression from all categories
-    scalar    principal components rounded to even steps, bits by water-filling: what finite scalar quantization
-              (Mentzer et al. 2023) is behind a linear encoder
+    product   product quantization with a learned rotation (Ge et al. 2013), by faiss
+    residual  residual quantization of whole rows with beam search, by faiss
+    category  residual quantization within each category, without beam search, with the codebook sizes of the model;
+              decoded by a ridge regression from all categories
+    scalar    principal components rounded to uniform steps, bits by reverse water-filling: finite scalar quantization
+              (Mentzer et al. 2023) with a linear encoder
 
-Finished runs have their line in the output and are skipped. The reference lines and `--plot` need the extra
-`study` (faiss, matplotlib).
+Finished runs have a line in the output and are skipped. The reference quantizers and `--plot` need the extra `study`
+(faiss, matplotlib).
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from study_quality import Array, Run, _start_worker, append, load_frame, rows_of, say, train
-from study_variants import VARIANTS
 
+from benchmarks.studies.quality import Array, Run, _start_worker, append, load_split, rows_of, train
+from benchmarks.studies.variants import VARIANTS
 from spinlock_fast.config.schema import LevelConfig
 from spinlock_fast.models.decoder_refit import least_squares
 from spinlock_fast.models.pq_init import component_bits
@@ -40,32 +40,31 @@ from spinlock_fast.quantize import resolve_levels
 LEVELS = (2, 3, 4, 5)
 FACTORS = (1, 2, 4)
 RATIOS = ("0.5", "1", "1.5", "2", "2.5")
-CODE_BITS = 4  # of a codebook of the references: 16 codes, about as many as the model's have
+CODE_BITS = 4  # per codebook of the references: 16 codes, about as many as in the model
 BITS = (40, 60, 80, 120, 160, 240, 320)
 
+CodebookSizes = dict[str, list[LevelConfig]]  # by category
 
-Books = dict[str, list[LevelConfig]]
 
-
-def sized(groups: dict[str, list[int]], levels: int, factor: int) -> Books:
-    """Codebooks by the rule of the configuration, with `factor` times the codes."""
-    plain = resolve_levels({name: len(members) for name, members in groups.items()}, [], ":".join(RATIOS[:levels]))
+def codebook_sizes(groups: dict[str, list[int]], levels: int, factor: int) -> CodebookSizes:
+    """Codebook sizes of the default configuration, with `factor` times the codes."""
+    default = resolve_levels({name: len(members) for name, members in groups.items()}, [], ":".join(RATIOS[:levels]))
     return {
-        name: [LevelConfig(num_tokens=factor * book.num_tokens, latent_dim=book.latent_dim) for book in books]
-        for name, books in plain.items()
+        name: [LevelConfig(num_tokens=factor * size.num_tokens, latent_dim=size.latent_dim) for size in sizes]
+        for name, sizes in default.items()
     }
 
 
-def bits_of(books: Books) -> float:
-    """Bits of a sample."""
-    return sum(math.log2(book.num_tokens) for found in books.values() for book in found)
+def bits_of(sizes: CodebookSizes) -> float:
+    """Bits per sample."""
+    return sum(math.log2(size.num_tokens) for category in sizes.values() for size in category)
 
 
 def _trained(job: tuple[Run, Path, str, int | None, int, int]) -> dict[str, Any]:
     run, data, device, epochs, levels, factor = job
-    books = sized(load_frame(data, run.frame).meta["group_indices"], levels, factor)
-    row = train(run, data, device, epochs, {name: [b.model_dump() for b in found] for name, found in books.items()})
-    return {"kind": "model", "levels": levels, "factor": factor, "bits": bits_of(books), **row}
+    sizes = codebook_sizes(load_split(data, run.frame).meta["group_indices"], levels, factor)
+    row = train(run, data, device, epochs, {name: [s.model_dump() for s in own] for name, own in sizes.items()})
+    return {"kind": "model", "levels": levels, "factor": factor, "bits": bits_of(sizes), **row}
 
 
 def product(x: Array, scored: Array, bits: int) -> Array:
@@ -74,13 +73,13 @@ def product(x: Array, scored: Array, bits: int) -> Array:
     parts = max(1, bits // CODE_BITS)
     width = x.shape[1] // parts * parts
     quantizer = faiss.ProductQuantizer(width, parts, CODE_BITS)
-    quantizer.cp.min_points_per_centroid = 1  # no warning a codebook
+    quantizer.cp.min_points_per_centroid = 1  # no warning per codebook
     rotation = faiss.OPQMatrix(x.shape[1], parts, width)
-    rotation.pq = quantizer  # it would turn for 256 codes otherwise
+    rotation.pq = quantizer  # else the rotation is optimised for 256 codes
     rotation.train(x)
     quantizer.train(rotation.apply(x))
-    found: Array = rotation.reverse_transform(quantizer.decode(quantizer.compute_codes(rotation.apply(scored))))
-    return found
+    decoded: Array = rotation.reverse_transform(quantizer.decode(quantizer.compute_codes(rotation.apply(scored))))
+    return decoded
 
 
 def residual(x: Array, scored: Array, bits: int) -> Array:
@@ -88,60 +87,59 @@ def residual(x: Array, scored: Array, bits: int) -> Array:
 
     quantizer = faiss.ResidualQuantizer(x.shape[1], max(1, bits // CODE_BITS), CODE_BITS)
     quantizer.train(x)
-    found: Array = quantizer.decode(quantizer.compute_codes(scored))
-    return found
+    decoded: Array = quantizer.decode(quantizer.compute_codes(scored))
+    return decoded
 
 
 def scalar(x: Array, scored: Array, bits: int) -> Array:
     variance, directions = np.linalg.eigh(np.cov(x.T, bias=True))
-    each = component_bits(torch.from_numpy(variance.clip(min=0.0)), float(bits)).round().numpy()
-    coded = each > 0
-    basis, steps = directions[:, coded], 2.0 ** each[coded]
+    allocated = component_bits(torch.from_numpy(variance.clip(min=0.0)), float(bits)).round().numpy()
+    basis, steps = directions[:, allocated > 0], 2.0 ** allocated[allocated > 0]
     low, high = np.quantile(x @ basis, [0.005, 0.995], axis=0)
     width = (high - low) / steps
     cells = np.floor((scored @ basis - low) / width).clip(0, steps - 1)
-    found: Array = (low + (cells + 0.5) * width) @ basis.T
-    return found
+    decoded: Array = (low + (cells + 0.5) * width) @ basis.T
+    return decoded
 
 
 REFERENCES = {"product": product, "residual": residual, "scalar": scalar}
 
 
-def by_category(x: Array, trained: Array, groups: dict[str, list[int]], books: Books) -> Array:
-    """Rows [N, F] after residual k-means within each category, fitted to the rows `trained`."""
+def by_category(x: Array, trained: Array, groups: dict[str, list[int]], sizes: CodebookSizes) -> Array:
+    """Reconstructed rows [N, F] after residual k-means in each category, fitted to the rows `trained`."""
     from sklearn.cluster import KMeans
 
-    coded = []
+    quantized = []
     for name, members in groups.items():
-        left = x[:, members].copy()
-        for book in books[name]:
-            codes = KMeans(book.num_tokens, n_init=4, random_state=0).fit(left[trained])
-            left = left - codes.cluster_centers_[codes.predict(left)]
-        coded.append(x[:, members] - left)
-    inputs = torch.from_numpy(np.concatenate(coded, 1)).double()
+        residual = x[:, members].copy()
+        for size in sizes[name]:
+            codes = KMeans(size.num_tokens, n_init=4, random_state=0).fit(residual[trained])
+            residual = residual - codes.cluster_centers_[codes.predict(residual)]
+        quantized.append(x[:, members] - residual)
+    inputs = torch.from_numpy(np.concatenate(quantized, 1)).double()
     weights, constant = least_squares(inputs[trained], torch.from_numpy(x[trained]).double(), 0.01)
-    found: Array = (inputs @ weights + constant).numpy()
-    return found
+    decoded: Array = (inputs @ weights + constant).numpy()
+    return decoded
 
 
 def references(data: Path, seed: int) -> Iterator[dict[str, Any]]:
-    """Errors of the reference lines."""
-    frame = load_frame(data, seed)
+    """Errors of the reference quantizers."""
+    frame = load_split(data, seed)
     rows, scored = rows_of(frame, "select")
     x = np.ascontiguousarray(frame.x[rows], dtype=np.float32)
     trained = np.setdiff1d(np.arange(len(x)), scored)
     mean = x[trained].mean(0)
     for bits in BITS:
         for kind, quantize in REFERENCES.items():
-            found = quantize(x[trained] - mean, x[scored] - mean, bits)
-            error = float(np.square(found - (x[scored] - mean)).mean())
+            decoded = quantize(x[trained] - mean, x[scored] - mean, bits)
+            error = float(np.square(decoded - (x[scored] - mean)).mean())
             yield {"kind": kind, "frame": seed, "bits": bits, "error": error}
     groups = frame.meta["group_indices"]
     for factor in FACTORS:
-        books = sized(groups, 3, factor)
-        found = by_category(x, trained, groups, books)[scored]
-        error = float(np.square(found - x[scored]).mean())
-        yield {"kind": "category", "frame": seed, "bits": bits_of(books), "error": error}
+        sizes = codebook_sizes(groups, 3, factor)
+        decoded = by_category(x, trained, groups, sizes)[scored]
+        error = float(np.square(decoded - x[scored]).mean())
+        yield {"kind": "category", "frame": seed, "bits": bits_of(sizes), "error": error}
 
 
 def lines_of(output: Path) -> list[dict[str, Any]]:
@@ -149,7 +147,7 @@ def lines_of(output: Path) -> list[dict[str, Any]]:
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Bits and error on logarithmic axes; one line a number of levels, one a reference."""
+    """Plots error against bits on logarithmic axes: a line per number of levels and per reference."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -184,15 +182,15 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="directory of the data, as for study_quality.py")
-    parser.add_argument("--output", type=Path, required=True, help="JSON lines, continued where they are")
-    parser.add_argument("--plot", type=Path, help="picture to write")
+    parser.add_argument("data", type=Path, help="directory of the data, as for quality.py")
+    parser.add_argument("--output", type=Path, required=True, help="JSON lines file, continued if it exists")
+    parser.add_argument("--plot", type=Path, help="image file to write")
     parser.add_argument("--variant", default="combined", choices=list(VARIANTS), metavar="NAME")
     parser.add_argument("--frame", type=int, default=42)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--epochs", type=int, help="instead of those of the settings, for a trial")
-    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--epochs", type=int, help="overrides the epochs of the settings, for a trial")
+    parser.add_argument("--jobs", type=int, default=1, help="number of processes")
     arguments = parser.parse_args(argv)
     present = lines_of(arguments.output)
     if not any(row["kind"] == "category" for row in present):
@@ -216,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with multiprocessing.get_context("spawn").Pool(arguments.jobs, _start_worker) as pool:
         for row in pool.imap_unordered(_trained, jobs):
             append(arguments.output, row)
-            say("{levels} levels, {factor} x codes, {bits:.0f} bits: error {error:.4f}".format(**row))
+            print("{levels} levels, {factor} x codes, {bits:.0f} bits: error {error:.4f}".format(**row), flush=True)
     if arguments.plot:
         plot(lines_of(arguments.output), arguments.plot)
     return 0

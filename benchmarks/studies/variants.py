@@ -1,4 +1,4 @@
-"""The settings that the study compares, the most telling first. Each adds to `COMMON`."""
+"""Settings compared by `quality.py`, most promising first; each extends `COMMON`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 Settings = dict[str, Any]
 
-# What every run shares: the budget of the frames' own runs, and nothing decided by the scored rows.
+# Settings of all runs: the training budget of the original runs, without early stopping on the scored rows.
 COMMON: Settings = {
     "training.batch_size": 128,
     "training.topo_samples": 128,
@@ -30,7 +30,7 @@ _RECIPE: Settings = {
 
 
 def _with(settings: Settings, **changes: Any) -> Settings:
-    """Settings with some changed; `model__dropout` stands for model.dropout."""
+    """Settings with changes; `model__dropout` means `model.dropout`."""
     return settings | {name.replace("__", ".", 1): value for name, value in changes.items()}
 
 
@@ -47,7 +47,7 @@ def _regularised(noise: float, mixing: float, dropout: float, commitment: float 
     )
 
 
-# What helped singly, together: the recipe with more commitment, a larger rate, and codes that are reset often.
+# The recipe with more commitment, a higher learning rate and frequent dead-code resets, each of which helped alone.
 _COMBINED: Settings = _changed(
     model__commitment_cost=0.1,
     model__decay=0.97,
@@ -61,7 +61,7 @@ _COMBINED: Settings = _changed(
 
 _combined = partial(_with, _COMBINED)
 
-# The start from product quantization has linear networks now, and every feature is read.
+# Since product initialisation has linear networks and every feature is an input.
 _READ_ALL: Settings = _combined(
     model__unassigned_features="nearest", training__optimizer="adamw", training__weight_decay=1.0
 )
@@ -72,7 +72,7 @@ _ADAM: Settings = {"training__optimizer": "adam", "training__weight_decay": 0.0}
 
 _read_all = partial(_with, _READ_ALL)
 
-# What `--choose` picks from, the most promising first.
+# The candidates of `--choose`, most promising first.
 COMBINATIONS: dict[str, Settings] = {
     "read_all": _READ_ALL,
     "read_all_lr_1e-3": _read_all(training__learning_rate=1e-3),
@@ -115,7 +115,7 @@ VARIANTS: dict[str, Settings] = {
     "baseline": {},
     **COMBINATIONS,
     "recipe": _RECIPE,
-    # What keeps the networks from learning rows by heart: noise / mixing / dropout / commitment.
+    # Regularisation: noise / mixing / dropout / commitment.
     "n0.3_m0_d0": _regularised(0.3, 0.0, 0.0),
     "n0_m0.4_d0": _regularised(0.0, 0.4, 0.0),
     "n0_m0.4_d0.1": _regularised(0.0, 0.4, 0.1),
@@ -132,14 +132,14 @@ VARIANTS: dict[str, Settings] = {
     "n0_m0_d0": _regularised(0.0, 0.0, 0.0),
     "n0_m0_d0.1": _regularised(0.0, 0.0, 0.1),
     "n0.1_m0_d0": _regularised(0.1, 0.0, 0.0),
-    # The recipe without each of the others.
+    # The recipe with one change.
     "kmeans_start": _changed(model__codebook_init="kmeans"),
     "rate_constant": _changed(training__scheduler="none"),
     "info_0.1": _changed(training__informativeness_weight=0.1),
     "info_0.03": _changed(training__informativeness_weight=0.03),
     "info_0.1_c0.1": _changed(training__informativeness_weight=0.1, model__commitment_cost=0.1),
     "commitment_0.25": _changed(model__commitment_cost=0.25),
-    # The strength of each.
+    # The recipe with other values of one setting.
     "lr_2e-3": _changed(training__learning_rate=2e-3),
     "lr_4e-3": _changed(training__learning_rate=4e-3),
     "lr_5e-4": _changed(training__learning_rate=5e-4),
@@ -163,7 +163,7 @@ VARIANTS: dict[str, Settings] = {
     "warmup_0": _changed(training__warmup_epochs=0),
     "warmup_30": _changed(training__warmup_epochs=30),
     "topo_0": _changed(training__topo_weight=0.0),
-    # From the baseline, one at a time.
+    # The baseline with one change.
     "baseline_commitment_0.01": {"model.commitment_cost": 0.01},
     "baseline_product_start": {"model.codebook_init": "product"},
     "baseline_info_0.001": {"training.informativeness_weight": 0.001},

@@ -1,14 +1,14 @@
-"""Whether the trainer learns as well as the same mathematics in plain PyTorch: validation error after equal epochs.
+"""Validation error of the trainer and of the same mathematics in plain PyTorch, after equal epochs.
 
-    python benchmarks/equal_quality.py DATA --frame 42 --seeds 0 1 2 3 4 --device cuda
+    python -m benchmarks.studies.equal_quality DATA --frame 42 --seeds 0 1 2 3 4 --device cuda
 
-DATA holds `original_frames/seed*.npz`: features, categories, codes and validation rows of an earlier run. Per seed the
-`Trainer`'s own run and `baseline_model.py` start from the same weights and codes and see the same rows in the same
-order at the same rates, by the recipe of `configs/baseline-100k.yaml` with batches of 128 rows. They part by dropout,
-whose masks come from other generators, and by rounding. Both are scored after the last epoch, so that nothing is picked
-by its score. Neither replaces dead codes, of which the baseline has no form, nor stops early.
+DATA contains `original_frames/seed*.npz`: features, categories, codebook sizes and validation rows of runs of the
+original project. Per seed, the `Trainer`'s run and `baseline_model.py` start from the same weights and codes, and use
+the same rows in the same order at the same learning rates: those of `configs/baseline-100k.yaml` with batches of 128
+rows. They differ by dropout masks, which come from different generators, and by rounding. Both are scored after the
+last epoch. Dead codes are not replaced (the baseline cannot), and training does not stop early.
 
-The errors are equal within the noise of seeds if the mean of the differences is less than twice its standard error.
+The errors are equal within seed noise if the mean difference is below twice its standard error.
 """
 
 from __future__ import annotations
@@ -17,21 +17,18 @@ import argparse
 import json
 import logging
 import statistics
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from baseline_model import BaselineModel, baseline_of
-from timing import environment
-
+from benchmarks.common.baseline_model import BaselineModel, baseline_of
+from benchmarks.common.commands import ROOT
+from benchmarks.common.timing import environment
+from benchmarks.studies.quality import load_split
 from spinlock_fast.config.loading import load_config
 from spinlock_fast.config.random_streams import Stream, generator
 from spinlock_fast.config.schema import RunConfig
@@ -41,11 +38,11 @@ from spinlock_fast.training.loop import TrainingRun
 from spinlock_fast.training.observer import SilentObserver
 from spinlock_fast.training.step import learning_rates
 
-RECIPE = Path(__file__).parents[1] / "configs" / "baseline-100k.yaml"
+RECIPE = ROOT / "configs" / "baseline-100k.yaml"
 
 
 class Data(NamedTuple):
-    """Features [N, F] on a device, and the model that a frame describes."""
+    """Training and validation features [N, F], and the categories and codebook sizes of the model."""
 
     train: Tensor
     val: Tensor
@@ -53,14 +50,13 @@ class Data(NamedTuple):
     levels: Any
 
 
-def load_frame(directory: Path, frame: int, device: torch.device) -> Data:
-    with np.load(directory / "original_frames" / f"seed{frame}.npz") as file:
-        x, val_rows, meta = file["x"], file["val_rows"], json.loads(str(file["meta"]))
-    held_out = np.zeros(len(x), dtype=bool)
-    held_out[val_rows] = True
-    rows = torch.from_numpy(x).to(device, torch.float32)
-    chosen = torch.from_numpy(held_out).to(device)
-    return Data(rows[~chosen], rows[chosen], meta["group_indices"], meta["levels"])
+def load_data(directory: Path, frame: int, device: torch.device) -> Data:
+    """Data of one run of the original project; `frame` is its seed."""
+    split = load_split(directory, frame)
+    x = torch.from_numpy(split.x).to(device, torch.float32)
+    validation = torch.zeros(len(x), dtype=torch.bool, device=device)
+    validation[torch.from_numpy(split.val_rows)] = True
+    return Data(x[~validation], x[validation], split.meta["group_indices"], split.meta["levels"])
 
 
 def recipe(epochs: int, seed: int, settings: Mapping[str, Any]) -> RunConfig:
@@ -81,7 +77,7 @@ def recipe(epochs: int, seed: int, settings: Mapping[str, Any]) -> RunConfig:
 
 
 def train_baseline(baseline: BaselineModel, config: RunConfig, x: Tensor) -> None:
-    """The epochs of `TrainingRun`, in its order of rows and at its rates."""
+    """Trains with the row order and learning rates of `TrainingRun`."""
     training = config.training
     optimizer = torch.optim.Adam(baseline.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay)
     batch = min(training.batch_size, len(x))
@@ -99,7 +95,7 @@ def train_baseline(baseline: BaselineModel, config: RunConfig, x: Tensor) -> Non
 
 @torch.no_grad()
 def score(model: CategoricalHierarchicalVQVAE | BaselineModel, x: Tensor) -> float:
-    """Mean squared error of the reconstruction, without dropout."""
+    """Mean squared reconstruction error in eval mode."""
     model.eval()
     out = model(x)
     reconstruction = out["reconstruction"] if isinstance(out, dict) else out[0]
@@ -107,7 +103,7 @@ def score(model: CategoricalHierarchicalVQVAE | BaselineModel, x: Tensor) -> flo
 
 
 def compare(data: Data, epochs: int, seed: int, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Both errors of one seed; `settings` change the recipe."""
+    """Errors of model and baseline for one seed; `settings` override the recipe."""
     config = recipe(epochs, seed, settings or {})
     shape = {"input_dim": data.train.shape[1], "group_indices": data.groups, "levels": data.levels}
     torch.manual_seed(seed)
@@ -117,8 +113,8 @@ def compare(data: Data, epochs: int, seed: int, settings: Mapping[str, Any] | No
     run = TrainingRun(config, SilentObserver(), lambda: None, model, data.train, data.val)
     run.initialize_codes()
     baseline = baseline_of(model)
-    before = score(model, data.val), score(baseline, data.val)
-    assert abs(before[0] - before[1]) <= 1e-4 * before[1], f"the start is not the same: {before}"
+    initial = score(model, data.val), score(baseline, data.val)
+    assert abs(initial[0] - initial[1]) <= 1e-4 * initial[1], f"the initial errors differ: {initial}"
     seconds = []
     started = time.perf_counter()
     run.train()
@@ -130,7 +126,7 @@ def compare(data: Data, epochs: int, seed: int, settings: Mapping[str, Any] | No
     seconds.append(time.perf_counter() - started)
     return {
         "seed": seed,
-        "error_at_start": before[0],
+        "error_at_start": initial[0],
         "error": error,
         "baseline_error": baseline_error,
         "train_error": score(model, data.train),
@@ -144,17 +140,17 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Means and standard deviations over seeds, and the mean difference with its standard error."""
     ours, theirs = [row["error"] for row in rows], [row["baseline_error"] for row in rows]
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "error": statistics.mean(ours),
         "baseline_error": statistics.mean(theirs),
         "difference": statistics.mean(differences),
     }
     if len(rows) > 1:
-        found["error_deviation"] = statistics.stdev(ours)
-        found["baseline_error_deviation"] = statistics.stdev(theirs)
-        found["standard_error"] = statistics.stdev(differences) / len(rows) ** 0.5
-        found["equal"] = abs(found["difference"]) <= 2.0 * found["standard_error"]
-    return found
+        result["error_deviation"] = statistics.stdev(ours)
+        result["baseline_error_deviation"] = statistics.stdev(theirs)
+        result["standard_error"] = statistics.stdev(differences) / len(rows) ** 0.5
+        result["equal"] = abs(result["difference"]) <= 2.0 * result["standard_error"]
+    return result
 
 
 def main() -> None:
@@ -168,30 +164,30 @@ def main() -> None:
     chosen = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
     device = resolve_device(chosen.device)
-    data = load_frame(chosen.data, chosen.frame, device)
+    data = load_data(chosen.data, chosen.frame, device)
     rows = []
     for seed in chosen.seeds:
         rows.append(compare(data, chosen.epochs, seed))
         row = rows[-1]
-        print(  # noqa: T201
+        print(
             f"seed {seed}: validation error {row['error']:.4f}, baseline {row['baseline_error']:.4f} "
             f"(training rows {row['train_error']:.4f}, {row['baseline_train_error']:.4f}); "
             f"{row['seconds']:.1f} s, {row['baseline_seconds']:.1f} s",
             flush=True,
         )
-    found = summary(rows)
-    print(f"mean {found['error']:.4f}, baseline {found['baseline_error']:.4f}", end="")  # noqa: T201
+    result = summary(rows)
+    print(f"mean {result['error']:.4f}, baseline {result['baseline_error']:.4f}", end="")
     if len(rows) > 1:
-        print(  # noqa: T201
-            f"; deviation over seeds {found['error_deviation']:.4f}, {found['baseline_error_deviation']:.4f}; "
-            f"difference {found['difference']:+.4f} +- {found['standard_error']:.4f}: "
-            + ("equal within the noise of seeds" if found["equal"] else "NOT EQUAL")
+        print(
+            f"; deviation over seeds {result['error_deviation']:.4f}, {result['baseline_error_deviation']:.4f}; "
+            f"difference {result['difference']:+.4f} +- {result['standard_error']:.4f}: "
+            + ("equal within seed noise" if result["equal"] else "NOT EQUAL")
         )
     else:
-        print()  # noqa: T201
+        print()
     if chosen.output:
-        told = {"frame": chosen.frame, "epochs": chosen.epochs, **environment(str(device))}
-        chosen.output.write_text(json.dumps({**told, "summary": found, "runs": rows}, indent=1) + "\n")
+        facts = {"frame": chosen.frame, "epochs": chosen.epochs, **environment(str(device))}
+        chosen.output.write_text(json.dumps({**facts, "summary": result, "runs": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""Seconds of the token statistics at the size of the baseline: `python benchmarks/bench_analysis.py [--measured 423]`.
+"""Times the token statistics of `analyze` at full size.
 
-100,000 operators with 33 tokens of 484 codes and 172 features; tokens of the first category follow one parameter of
-twelve, which the answer must tell before a time is printed. `--measured` adds columns of the file, as real data have.
+    python -m benchmarks.data.analysis [--measured 423]
+
+100,000 operators with 33 tokens, 484 codes and 172 features. The tokens of the first category depend on one of twelve
+parameters, and the statistics must find exactly this association. `--measured` adds measured columns, as in real files.
 """
 
 from __future__ import annotations
@@ -11,26 +13,27 @@ import json
 import time
 
 import numpy as np
-from timing import environment
 
+from benchmarks.common.timing import environment
 from spinlock_fast.analysis import AnalysisConfig, analyze_observations
 from spinlock_fast.analysis.observations import Codebooks, Observations
-from spinlock_fast.config.schema import LevelConfig
+from spinlock_fast.benchmark import SEED_FEATURES
 from spinlock_fast.quantize.sizing import size_codebooks
 
-SIZES = [4, 16, 15, 13, 32, 28, 20, 10, 11, 14, 9]
 RATIOS = (0.5, 1.0, 1.5)
 
 
 def observations(rows: int, measured: int) -> Observations:
-    """Operators of noise, but for the features and tokens of category 0, which follow theta_0."""
+    """Random observations; only features and tokens of the first category depend on theta_0."""
     rng = np.random.default_rng(0)
     theta = rng.random((rows, 12))
-    factor = rng.standard_normal((rows, len(SIZES))).astype(np.float32)
+    factor = rng.standard_normal((rows, len(SEED_FEATURES))).astype(np.float32)
     factor[:, 0] += 2.0 * theta[:, 0]
-    features = np.repeat(factor, SIZES, axis=1)
+    features = np.repeat(factor, SEED_FEATURES, axis=1)
     features += 0.3 * rng.standard_normal(features.shape, dtype=np.float32)
-    levels = [(f"cluster_{c + 1}", i, level) for c, n in enumerate(SIZES) for i, level in enumerate(books(n))]
+    names = [f"cluster_{c + 1}" for c in range(len(SEED_FEATURES))]
+    sizes = [size_codebooks(n, RATIOS) for n in SEED_FEATURES]
+    levels = [(name, i, level) for name, own in zip(names, sizes, strict=True) for i, level in enumerate(own)]
     tokens = np.empty((rows, len(levels)), np.int64)
     for g, (_, _, level) in enumerate(levels):
         z = factor[:, g // 3] + 0.4 * rng.standard_normal(rows)
@@ -42,7 +45,7 @@ def observations(rows: int, measured: int) -> Observations:
         [level.num_tokens for _, _, level in levels],
         [rng.standard_normal((level.num_tokens, level.latent_dim)).astype(np.float32) for _, _, level in levels],
     )
-    ends = np.cumsum(SIZES)
+    ends = np.cumsum(SEED_FEATURES)
     return Observations(
         codebooks,
         np.arange(rows),
@@ -51,7 +54,7 @@ def observations(rows: int, measured: int) -> Observations:
         rng.random((rows, len(levels)), dtype=np.float32),
         features,
         [f"features::{i}" for i in range(features.shape[1])],
-        {f"cluster_{c + 1}": list(range(end - n, end)) for c, (n, end) in enumerate(zip(SIZES, ends, strict=True))},
+        {name: list(range(end - n, end)) for name, n, end in zip(names, SEED_FEATURES, ends, strict=True)},
         rng.standard_normal((rows, measured), dtype=np.float32),
         [f"measured {i}" for i in range(measured)],
         {f"theta_{i}": theta[:, i] for i in range(12)},
@@ -63,25 +66,22 @@ def observations(rows: int, measured: int) -> Observations:
     )
 
 
-def books(features: int) -> list[LevelConfig]:
-    return size_codebooks(features, RATIOS)
-
-
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__)
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--rows", type=int, default=100_000)
     options.add_argument("--measured", type=int, default=0)
     chosen = options.parse_args()
     observed = observations(chosen.rows, chosen.measured)
-    wall, processor = time.perf_counter(), time.process_time()
-    found = analyze_observations(observed, AnalysisConfig())
-    wall, processor = time.perf_counter() - wall, time.process_time() - processor
-    table = found.tables["associations"]
-    right = {(b, "theta_0") for b in ("cluster_1/L0", "cluster_1/L1", "cluster_1/L2")}
-    told = table["q"] <= 0.05
-    assert set(zip(table["codebook"][told].tolist(), table["condition"][told].tolist(), strict=True)) == right
-    seconds = {"seconds": round(wall, 1), "processor_seconds": round(processor, 1), **found.summary["seconds"]}
-    print(json.dumps({"rows": chosen.rows, "measured": chosen.measured, **seconds, **environment()}))  # noqa: T201
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = analyze_observations(observed, AnalysisConfig())
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    table = result.tables["associations"]
+    expected = {(codebook, "theta_0") for codebook in ("cluster_1/L0", "cluster_1/L1", "cluster_1/L2")}
+    significant = table["q"] <= 0.05
+    pairs = zip(table["codebook"][significant].tolist(), table["condition"][significant].tolist(), strict=True)
+    assert set(pairs) == expected
+    seconds = {"seconds": round(wall, 1), "processor_seconds": round(cpu, 1), **result.summary["seconds"]}
+    print(json.dumps({"rows": chosen.rows, "measured": chosen.measured, **seconds, **environment()}))
 
 
 if __name__ == "__main__":

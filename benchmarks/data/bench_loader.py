@@ -1,7 +1,9 @@
-"""Reading rows: the loader beside h5py, a DataLoader of h5py workers, and hidefix.
+"""Reading rows of HDF5 files: `HDF5Loader` beside h5py, a DataLoader with h5py workers, and hidefix.
 
-`python benchmarks/bench_loader.py` prints a table; `pytest benchmarks/bench_loader.py --benchmark-only` records it.
-All readers take turns, round after round, so that a busy machine is busy for all of them; files are in the page cache.
+    python -m benchmarks.data.bench_loader                          # prints a table
+    pytest benchmarks/data/bench_loader.py --benchmark-only
+
+The readers alternate in each round, so that other load on the machine affects all of them. Files are in the page cache.
 """
 
 from __future__ import annotations
@@ -10,7 +12,6 @@ import argparse
 import os
 import resource
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +30,7 @@ from spinlock_fast.data import HDF5Loader
 
 ROW = (256, 63)
 BATCH = 512
-FANCY_BATCHES = 1  # h5py reads random rows so slowly that one batch tells enough
+FANCY_BATCHES = 1  # h5py reads random rows slowly: one batch suffices
 LAYOUTS: dict[str, dict[str, Any]] = {
     "gzip": {"chunks": (8, *ROW), "compression": "gzip", "compression_opts": 4},
     "gzip+shuffle": {"chunks": (8, *ROW), "compression": "gzip", "compression_opts": 4, "shuffle": True},
@@ -40,7 +41,7 @@ Reader = Callable[[], Iterator[Any]]
 
 
 def write(path: Path, rows: int) -> None:
-    """Noise whose last bits are zero: gzip takes off a sixth, as it does from real features."""
+    """Noise with the last 5 bits set to 0: gzip compresses it by a sixth, as it does real features."""
     bits = np.random.default_rng(0).standard_normal((rows, *ROW), dtype=np.float32).view(np.uint32)
     values = (bits & np.uint32(0xFFFFFFE0)).view(np.float32)
     with h5py.File(path, "w") as file:
@@ -49,7 +50,7 @@ def write(path: Path, rows: int) -> None:
 
 
 class H5pyBatches(torch.utils.data.Dataset[torch.Tensor]):
-    """What people write: a file opened in each worker, an item for a batch of rows."""
+    """A common h5py data set: opens the file in each worker; an item is a batch of rows."""
 
     def __init__(self, path: Path, name: str, batches: list[NDArray[np.int64]]) -> None:
         self.path, self.name, self.batches = path, name, batches
@@ -61,19 +62,20 @@ class H5pyBatches(torch.utils.data.Dataset[torch.Tensor]):
     def __getitem__(self, i: int) -> torch.Tensor:
         self.file = self.file or h5py.File(self.path)
         rows = self.batches[i]
-        run = rows[-1] - rows[0] == len(rows) - 1
-        return torch.from_numpy(self.file[self.name][rows[0] : rows[-1] + 1] if run else self.file[self.name][rows])
+        dataset = self.file[self.name]
+        contiguous = rows[-1] - rows[0] == len(rows) - 1
+        return torch.from_numpy(dataset[rows[0] : rows[-1] + 1] if contiguous else dataset[rows])
 
 
 def readers(path: Path, name: str, rows: int) -> dict[str, Reader]:
-    """Ways to read the dataset, each giving arrays or tensors of rows."""
+    """Readers of the dataset by name; each yields arrays or tensors of rows."""
     runs = np.split(np.arange(rows), range(BATCH, rows, BATCH))
     shuffled = np.split(np.random.default_rng(1).permutation(rows), range(BATCH, rows, BATCH))[:FANCY_BATCHES]
     shuffled = [np.sort(batch) for batch in shuffled]  # h5py takes increasing rows only
 
     def ours(threads: int, shuffle: bool) -> Reader:
         loader = HDF5Loader(path, name, BATCH, shuffle=shuffle, num_threads=threads)
-        for _ in loader:  # later epochs count: this one pays for fresh memory
+        for _ in loader:  # the first epoch allocates memory; later ones are timed
             pass
         return lambda: (batch[name] for batch in loader)
 
@@ -97,7 +99,7 @@ def readers(path: Path, name: str, rows: int) -> dict[str, Reader]:
         finally:
             os.close(file_descriptor)
 
-    found: dict[str, Reader] = {
+    by_name: dict[str, Reader] = {
         "h5py": plain(runs),
         "h5py, 2 workers": workers(runs),
         "ours, 1 thread": ours(1, False),
@@ -108,25 +110,25 @@ def readers(path: Path, name: str, rows: int) -> dict[str, Reader]:
         "ours, shuffled, 2 threads": ours(2, True),
     }
     if LAYOUTS[name].get("compression"):
-        found["inflate alone, 1 thread"] = lambda: inflate_alone(path, name)
+        by_name["inflate alone, 1 thread"] = lambda: inflate_alone(path, name)
     if name == "contiguous":
-        found["pread loop"] = pread
+        by_name["pread loop"] = pread
     try:
         import hidefix
     except ImportError:
-        return found
+        return by_name
 
     def concurrent() -> Iterator[NDArray[np.float32]]:
         dataset = hidefix.Index(str(path)).dataset(name)
         for batch in runs:
             yield dataset[slice(int(batch[0]), int(batch[-1]) + 1), slice(0, ROW[0]), slice(0, ROW[1])]
 
-    found["hidefix"] = concurrent
-    return found
+    by_name["hidefix"] = concurrent
+    return by_name
 
 
 def inflate_alone(path: Path, name: str) -> Iterator[NDArray[np.uint8]]:
-    """The bound: stored chunks that are in memory already, inflated into one buffer that stays in the cache."""
+    """Upper bound: inflates chunks that are already in memory into one cached buffer."""
     out = np.empty(8 * int(np.prod(ROW)) * 4, np.uint8)
     for stored in _stored_chunks(path, name):
         _native.inflate(stored, out)
@@ -140,19 +142,19 @@ def _stored_chunks(path: Path, name: str) -> list[bytes]:
     if (path, name) not in _in_memory:
         with h5py.File(path) as file:
             dataset = file[name].id
-            places = [dataset.get_chunk_info(i).chunk_offset for i in range(dataset.get_num_chunks())]
-            _in_memory[path, name] = [dataset.read_direct_chunk(place)[1] for place in places]
+            offsets = [dataset.get_chunk_info(i).chunk_offset for i in range(dataset.get_num_chunks())]
+            _in_memory[path, name] = [dataset.read_direct_chunk(offset)[1] for offset in offsets]
     return _in_memory[path, name]
 
 
 def cpu_seconds() -> float:
-    """Of this process and of children that have ended."""
+    """CPU seconds of this process and of its finished children."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 def measure(read: Reader) -> tuple[float, float]:
-    """(MB per second, MB per CPU second) of decoded data."""
+    """Decoded MB per second, and per CPU second."""
     wall, cpu, size = time.perf_counter(), cpu_seconds(), 0
     for part in read():
         size += part.nbytes
@@ -160,30 +162,31 @@ def measure(read: Reader) -> tuple[float, float]:
 
 
 def compare(path: Path, name: str, rows: int, rounds: int) -> dict[str, list[tuple[float, float]]]:
-    """Measurements of every reader, in turn; asserts first that all read the same."""
-    ways = readers(path, name, rows)
+    """Measurements of all readers, alternating, after checking that they read the same values."""
+    by_name = readers(path, name, rows)
     with h5py.File(path) as file:
         total = float(file[name][:].sum(dtype=np.float64))
-    for way in ("ours, 1 thread", "ours, shuffled, 2 threads", "hidefix"):
-        if way in ways:
-            assert sum(float(np.asarray(part).sum(dtype=np.float64)) for part in ways[way]()) == pytest.approx(total)
-    found: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
+    for reader in ("ours, 1 thread", "ours, shuffled, 2 threads", "hidefix"):
+        if reader in by_name:
+            sums = (float(np.asarray(part).sum(dtype=np.float64)) for part in by_name[reader]())
+            assert sum(sums) == pytest.approx(total)
+    speeds: dict[str, list[tuple[float, float]]] = {reader: [] for reader in by_name}
     for _ in range(rounds):
-        for way, read in ways.items():
-            found[way].append(measure(read))
-    return found
+        for reader, read in by_name.items():
+            speeds[reader].append(measure(read))
+    return speeds
 
 
-def summary(found: dict[str, list[tuple[float, float]]]) -> dict[str, dict[str, float]]:
-    """Medians by reader, and the median of the ratios to h5py taken round by round."""
+def summary(speeds: dict[str, list[tuple[float, float]]]) -> dict[str, dict[str, float]]:
+    """Medians per reader, and the median over rounds of the ratio to h5py."""
     rows = {}
-    for way, values in found.items():
-        slow = found["h5py, random rows" if "random" in way or "shuffled" in way else "h5py"]
-        rows[way] = {
+    for reader, values in speeds.items():
+        baseline = speeds["h5py, random rows" if "random" in reader or "shuffled" in reader else "h5py"]
+        rows[reader] = {
             "mb_per_second": statistics.median(wall for wall, _ in values),
             "mb_per_cpu_second": statistics.median(cpu for _, cpu in values),
-            "times_h5py": statistics.median(a[0] / b[0] for a, b in zip(values, slow, strict=True)),
-            "times_h5py_per_cpu_second": statistics.median(a[1] / b[1] for a, b in zip(values, slow, strict=True)),
+            "times_h5py": statistics.median(a[0] / b[0] for a, b in zip(values, baseline, strict=True)),
+            "times_h5py_per_cpu_second": statistics.median(a[1] / b[1] for a, b in zip(values, baseline, strict=True)),
         }
     return rows
 
@@ -197,8 +200,8 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def bench_readers(benchmark: Any, file: Path, layout: str) -> None:
-    found = benchmark.pedantic(compare, args=(file, layout, 2048, 3), rounds=1)
-    benchmark.extra_info |= {"inflate": _native.inflate_library(), "h5py": h5py.__version__, **summary(found)}
+    speeds = benchmark.pedantic(compare, args=(file, layout, 2048, 3), rounds=1)
+    benchmark.extra_info |= {"inflate": _native.inflate_library(), "h5py": h5py.__version__, **summary(speeds)}
 
 
 def main() -> None:
@@ -207,16 +210,15 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--layouts", nargs="*", default=list(LAYOUTS), choices=list(LAYOUTS))
     chosen = options.parse_args()
-    out = sys.stdout.write
-    out(f"{_native.inflate_library()}, h5py {h5py.__version__}, load average {os.getloadavg()[0]:.1f}\n")
+    print(f"{_native.inflate_library()}, h5py {h5py.__version__}, load average {os.getloadavg()[0]:.1f}")
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "bench.h5"
         write(path, chosen.rows)
         for name in chosen.layouts:
-            out(f"\n{name:32}{'MB/s':>8}{'MB/CPU s':>10}{'x h5py':>9}{'per CPU s':>11}\n")
-            for way, row in summary(compare(path, name, chosen.rows, chosen.rounds)).items():
+            print(f"\n{name:32}{'MB/s':>8}{'MB/CPU s':>10}{'x h5py':>9}{'per CPU s':>11}")
+            for reader, row in summary(compare(path, name, chosen.rows, chosen.rounds)).items():
                 a, b, c, d = row.values()
-                out(f"{way:32}{a:8.0f}{b:10.0f}{c:9.2f}{d:11.2f}\n")
+                print(f"{reader:32}{a:8.0f}{b:10.0f}{c:9.2f}{d:11.2f}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Where an epoch of training goes: step times by way of launching, work between epochs, and the longest operations."""
+"""Profile of a training epoch: step times per launch mode, work between epochs, and the longest operations."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ _PROFILED_STEPS = 48
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:
-    """p20, p50 and p80 of some measurements."""
+    """p20, p50 and p80 of measurements."""
     ordered = sorted(values)
     last = len(ordered) - 1
     return {f"p{p}": ordered[round(p / 100 * last)] for p in (20, 50, 80)}
 
 
-def made_run(
+def random_run(
     config: RunConfig, model_config: CategoricalVQVAEConfig, rows: int, device: torch.device, steps_per_launch: int
 ) -> TrainingRun:
-    """A run on random features that follow a factor per category; 0 steps a launch: no graphs."""
+    """A run on random features with one factor per category; `steps_per_launch=0` disables CUDA graphs."""
     torch.manual_seed(0)
     model = CategoricalHierarchicalVQVAE(model_config).to(device)
     x = torch.randn(rows, model_config.input_dim, device=device)
@@ -51,7 +51,7 @@ def made_run(
 
 
 def one_epoch(run: TrainingRun, after_launch: Callable[[int], None] = lambda steps: None) -> None:
-    """The steps of the next epoch; `after_launch` hears how many each launch made."""
+    """Runs the steps of the next epoch; `after_launch` is called with the number of steps of each launch."""
     original = run.launcher.run
 
     def launch(kind: Any, most: int) -> int:
@@ -69,25 +69,27 @@ def one_epoch(run: TrainingRun, after_launch: Callable[[int], None] = lambda ste
 
 
 def step_times(run: TrainingRun) -> dict[str, Any]:
-    """Milliseconds of a step, of an epoch, and of the host's part in it."""
+    """Milliseconds per step, per epoch, and of launching an epoch on the host."""
     for _ in range(WARM_UP + 1 if run.launcher.capturing else 1):
         one_epoch(run)
     steps_ms: list[float] = []
     epochs_ms: list[float] = []
     launching_ms: list[float] = []
     for _ in range(_EPOCHS):
-        marks, counts, host = [_now(run.device)], [], [time.perf_counter()]
+        events, counts, host_times = [_timestamp(run.device)], [], [time.perf_counter()]
 
-        def mark(steps: int, marks: list[Any] = marks, counts: list[int] = counts, host: list[float] = host) -> None:
-            marks.append(_now(run.device))
+        def record(steps: int, events: Any = events, counts: Any = counts, host_times: Any = host_times) -> None:
+            events.append(_timestamp(run.device))
             counts.append(steps)
-            host.append(time.perf_counter())
+            host_times.append(time.perf_counter())
 
-        one_epoch(run, mark)
-        epochs_ms.append(1e3 * (time.perf_counter() - host[0]))
-        launching_ms.append(1e3 * (host[-1] - host[0]))
-        whole = len(counts) - (run.one_step.rest > 0)
-        steps_ms += [_between(marks[i], marks[i + 1]) / counts[i] for i in range(whole) for _ in range(counts[i])]
+        one_epoch(run, record)
+        epochs_ms.append(1e3 * (time.perf_counter() - host_times[0]))
+        launching_ms.append(1e3 * (host_times[-1] - host_times[0]))
+        full_launches = len(counts) - (run.one_step.rest > 0)
+        steps_ms += [
+            _milliseconds(events[i], events[i + 1]) / counts[i] for i in range(full_launches) for _ in range(counts[i])
+        ]
     return {
         "step_ms": percentiles(steps_ms),
         "epoch_ms": percentiles(epochs_ms),
@@ -97,7 +99,7 @@ def step_times(run: TrainingRun) -> dict[str, Any]:
     }
 
 
-def _now(device: torch.device) -> Any:
+def _timestamp(device: torch.device) -> Any:
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -105,12 +107,12 @@ def _now(device: torch.device) -> Any:
     return event
 
 
-def _between(a: Any, b: Any) -> float:
-    return 1e3 * (b - a) if isinstance(a, float) else a.elapsed_time(b)
+def _milliseconds(start: Any, end: Any) -> float:
+    return 1e3 * (end - start) if isinstance(start, float) else start.elapsed_time(end)
 
 
 def between_epochs(run: TrainingRun) -> dict[str, float]:
-    """Milliseconds (medians of five) of what happens outside of steps."""
+    """Median milliseconds (of five) of the work between epochs."""
 
     def median(action: Callable[[], object]) -> float:
         times = []
@@ -123,7 +125,7 @@ def between_epochs(run: TrainingRun) -> dict[str, float]:
         return statistics.median(times[1:])
 
     staging = Staging(run.device.type)
-    for _ in range(WARM_UP + 1):  # until it is a graph
+    for _ in range(WARM_UP + 1):  # until the validation is captured as a CUDA graph
         run._validate()
     with tempfile.TemporaryDirectory() as directory:
         return {
@@ -139,14 +141,14 @@ def between_epochs(run: TrainingRun) -> dict[str, float]:
 
 
 def top_operations(run: TrainingRun) -> dict[str, Any]:
-    """Device time by kernel (host time by operation on a CPU) over some steps, and launches a step."""
+    """Device time per kernel (on a CPU, host time per operation) over some steps, and launches per step."""
     on_cuda = run.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
     kind = run.one_step.kind(0, reset=False)
     steps = min(_PROFILED_STEPS if on_cuda else 8, run.one_step.full)
     run.model.train()
     run.one_step.begin_epoch(run._rows_of(run.epoch), torch.full((run.one_step.count,), 1e-3), 0)
-    with profile(activities=activities) as found:
+    with profile(activities=activities) as profiler:
         started, done = time.perf_counter(), 0
         while done < steps:
             done += run.launcher.run(kind, steps - done)
@@ -154,7 +156,7 @@ def top_operations(run: TrainingRun) -> dict[str, Any]:
             torch.cuda.synchronize(run.device)
         wall = time.perf_counter() - started
     rows = []
-    for event in found.key_averages():
+    for event in profiler.key_averages():
         if on_cuda and event.device_type != DeviceType.CUDA:
             continue
         micros = event.self_device_time_total if on_cuda else event.self_cpu_time_total
@@ -173,7 +175,7 @@ def top_operations(run: TrainingRun) -> dict[str, Any]:
     }
 
 
-def measured(
+def profile_epoch(
     config: RunConfig,
     model_config: CategoricalVQVAEConfig,
     rows: int,
@@ -181,17 +183,17 @@ def measured(
     launches: Sequence[int] = (0, 1, 4, 16),
     compiled: bool = False,
 ) -> dict[str, Any]:
-    """Step times for each number of steps a launch (0: no graphs), and a profile of the fastest way.
+    """Step times per number of steps in a launch (0: no CUDA graphs), and a profile of the fastest mode.
 
     Args:
-        config: of the training.
-        model_config: shapes of the model.
-        rows: N, of which a tenth is for validation.
-        device: where.
-        launches: steps a launch; only 0 on a CPU.
-        compiled: also with torch.compile, which takes its time.
+        config: of the run.
+        model_config: of the model.
+        rows: number of rows; a tenth is used for validation.
+        device: of the run.
+        launches: steps per launch; only 0 on a CPU.
+        compiled: also times steps with torch.compile, which compiles for minutes.
     """
-    ways: dict[str, Any] = {}
+    modes: dict[str, Any] = {}
     fastest: TrainingRun | None = None
     best = float("inf")
     if device.type == "cuda":
@@ -200,10 +202,10 @@ def measured(
         for count in launches if device.type == "cuda" else (0,):
             options = apply_overrides(config, {"training.use_torch_compile": compile_it})
             with own_stream(device):
-                run = made_run(options, model_config, rows, device, count)
+                run = random_run(options, model_config, rows, device, count)
                 times = step_times(run)
             name = f"graphs of {count}" if count else "one by one"
-            ways[name + (", compiled" if compile_it else "")] = times
+            modes[name + (", compiled" if compile_it else "")] = times
             if times["step_ms"]["p50"] < best:
                 best, fastest = times["step_ms"]["p50"], run
     assert fastest is not None
@@ -215,7 +217,7 @@ def measured(
             "codes": fastest.model.quantizer.layout.total_codes,
             "batch": fastest.one_step.batch,
             "topo_samples": config.training.topo_samples,
-            "ways": ways,
+            "ways": modes,
             "between_epochs": between_epochs(fastest),
             "profile": top_operations(fastest),
             "peak_gpu_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,

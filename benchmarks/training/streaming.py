@@ -1,12 +1,12 @@
-"""What it costs that rows follow from main memory instead of lying on the device: steps a second, each way.
+"""Steps per second with training rows streamed from host memory, beside rows that are resident on the device.
 
-    python benchmarks/bench_streaming.py --output streaming.json                 # 1,000,000 rows on a CUDA device
-    python benchmarks/bench_streaming.py --device cpu --rows 20000 --batches 512
+    python -m benchmarks.training.streaming --output streaming.json              # 1,000,000 rows on a CUDA device
+    python -m benchmarks.training.streaming --device cpu --rows 20000 --batches 512
 
-The same 172 features and 33 codebooks, the same batches; epochs alternate between the two ways, and the middle ratio
-of neighbours counts. `ready` is the share of an epoch in which the host sent rows, waited for them, or for the device
-where it was two halves of the table ahead. Before anything is timed, each way must give every step its own rows,
-launched ahead of the device as in training.
+Both train 172 features and 33 codebooks on the same batches. Epochs alternate; the result is the median ratio of
+neighbouring epochs. `ready` is the fraction of an epoch in which the host copied rows, waited for a copy, or waited for
+the device to free a buffer. Before anything is timed, every step is checked to read its own rows, with steps launched
+ahead of the device as in training.
 """
 
 from __future__ import annotations
@@ -20,23 +20,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 import torch
-from epoch_profile import one_epoch
-from timing import write
 from torch import Tensor
 
+from benchmarks.common.timing import write
+from benchmarks.training.epoch_profile import one_epoch
 from spinlock_fast.benchmark import SEED_FEATURES, training_run
 from spinlock_fast.device import resolve_device
 from spinlock_fast.training.cuda_graphs import WARM_UP, own_stream
 from spinlock_fast.training.loop import TrainingRun
 
-WAYS = {"resident": "always", "streamed": "never"}
+PLACEMENTS = {"resident": "always", "streamed": "never"}  # values of training.data_on_device
 
 
 def check_rows(run: TrainingRun, x: Tensor) -> None:
-    """Raises AssertionError where a step of an epoch would find other rows than the order gives it."""
+    """Raises AssertionError if a step of an epoch reads other rows than those of the shuffled order."""
     step = run.one_step
     order, there = torch.randperm(len(x)), x.to(run.device)
     places, numbers = step.feed.begin(order, 0).to(run.device), order.to(run.device)
@@ -49,7 +47,7 @@ def check_rows(run: TrainingRun, x: Tensor) -> None:
 
 
 def epoch_seconds(run: TrainingRun) -> tuple[float, float]:
-    """Seconds of an epoch, and of what the host did for its rows in it."""
+    """Seconds of an epoch, and those that the host spent in `feed.ready`."""
     feed, spent = run.one_step.feed, 0.0
     original = feed.ready
 
@@ -63,18 +61,21 @@ def epoch_seconds(run: TrainingRun) -> tuple[float, float]:
     feed.ready = timed  # type: ignore[method-assign]
     try:
         started = time.perf_counter()
-        one_epoch(run)  # its summary waits for the device
+        one_epoch(run)  # its summary synchronises with the device
         return time.perf_counter() - started, spent
     finally:
         del feed.ready
 
 
-def measured(rows: int, batch: int, device: str, epochs: int) -> dict[str, Any]:
-    """One row of the results."""
+def measure(rows: int, batch: int, device: str, epochs: int) -> dict[str, Any]:
+    """Times both placements at one batch size: a row of the results."""
     x = torch.randn(rows, sum(SEED_FEATURES), generator=torch.Generator().manual_seed(0))
-    runs = {way: training_run(batch, device=device, x=x, training__data_on_device=where) for way, where in WAYS.items()}
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-    waits: list[float] = []
+    runs = {
+        way: training_run(batch, device=device, x=x, training__data_on_device=where)
+        for way, where in PLACEMENTS.items()
+    }
+    seconds: dict[str, list[float]] = {way: [] for way in PLACEMENTS}
+    ready_fractions: list[float] = []
     for run in runs.values():
         with own_stream(run.device):
             check_rows(run, x)
@@ -83,10 +84,10 @@ def measured(rows: int, batch: int, device: str, epochs: int) -> dict[str, Any]:
     for _ in range(epochs):
         for way, run in runs.items():
             with own_stream(run.device):
-                whole, spent = epoch_seconds(run)
-            seconds[way].append(whole)
+                total, spent = epoch_seconds(run)
+            seconds[way].append(total)
             if way == "streamed":
-                waits.append(spent / whole)
+                ready_fractions.append(spent / total)
     steps = runs["resident"].one_step.count
     assert all(math.isfinite(run.one_step.summary().loss) for run in runs.values())
     ratios = [a / b for a, b in zip(seconds["resident"], seconds["streamed"], strict=True)]
@@ -95,18 +96,23 @@ def measured(rows: int, batch: int, device: str, epochs: int) -> dict[str, Any]:
         "rows": rows,
         "batch": batch,
         "steps": steps,
-        **{f"{way}_steps_per_second": steps / statistics.median(found) for way, found in seconds.items()},
+        **{
+            f"{way}_steps_per_second": steps / statistics.median(epochs_seconds)
+            for way, epochs_seconds in seconds.items()
+        },
         "streamed_over_resident": statistics.median(ratios),
         "ratios": ratios,
         "streamed_gb_per_second": x.nbytes / streamed / 1e9,
-        "ready": statistics.median(waits),
+        "ready": statistics.median(ready_fractions),
         "graphs": runs["streamed"].launcher.capturing,
     }
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """The command; returns the rows that it writes."""
-    options = argparse.ArgumentParser(description="Steps a second with rows that follow, against rows on the device.")
+    """Runs the command; returns the rows of the results file."""
+    options = argparse.ArgumentParser(
+        description="Steps per second with rows streamed from host memory and resident on the device."
+    )
     options.add_argument("--device", default="auto")
     options.add_argument("--rows", type=int, default=1_000_000)
     options.add_argument("--batches", type=int, nargs="+", default=[512, 4096, 65_536])
@@ -116,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     device = str(resolve_device(chosen.device))
     rows = []
     for batch in chosen.batches:
-        row = measured(chosen.rows, batch, device, chosen.epochs)
+        row = measure(chosen.rows, batch, device, chosen.epochs)
         rows.append(row)
         sys.stdout.write(
             f"batch {batch}: {row['resident_steps_per_second']:.1f} steps/s resident, "
@@ -124,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
             f"{row['streamed_gb_per_second']:.2f} GB/s of rows, ready {row['ready']:.1%})\n"
         )
         if chosen.output is not None:
-            write(chosen.output, rows, device)  # what is measured is kept, whatever comes next
+            write(chosen.output, rows, device)
     return rows
 
 

@@ -1,4 +1,7 @@
-"""The quantizer and a whole training step at the seed shape: 512 rows, 33 codebooks, 484 codes, 172 features."""
+"""The quantizer and a whole training step at the seed shape: 512 rows, 33 codebooks, 484 codes, 172 features.
+
+pytest benchmarks/training/bench_step.py --benchmark-only
+"""
 
 from __future__ import annotations
 
@@ -9,24 +12,24 @@ import pytest
 import torch
 
 from spinlock_fast import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
+from spinlock_fast.benchmark import SEED_FEATURES
 from spinlock_fast.config.schema import TrainingConfig
 from spinlock_fast.models.losses import LossWeights, loss_terms
 
-SIZES = [4, 16, 15, 13, 32, 28, 20, 10, 11, 14, 9]
 ROWS = 512
 
 
 @pytest.fixture(scope="module")
 def model() -> CategoricalHierarchicalVQVAE:
     groups, start = {}, 0
-    for i, size in enumerate(SIZES, start=1):
+    for i, size in enumerate(SEED_FEATURES, start=1):
         groups[f"cluster_{i}"] = list(range(start, start + size))
         start += size
     torch.manual_seed(0)
     return CategoricalHierarchicalVQVAE(CategoricalVQVAEConfig(input_dim=start, group_indices=groups))
 
 
-def describe(benchmark: Any) -> None:
+def record_environment(benchmark: Any) -> None:
     benchmark.extra_info |= {"rows": ROWS, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
@@ -40,7 +43,7 @@ def bench_quantizer_forward_and_update(benchmark: Any, model: CategoricalHierarc
         distance = torch.cdist(columns, quantizer.codebook(g).double())
         chosen = distance.gather(1, codes[:, g : g + 1])[:, 0]
         assert (chosen - distance.min(1).values).max() < 1e-4
-    describe(benchmark)
+    record_environment(benchmark)
     benchmark(quantizer, z)
 
 
@@ -49,7 +52,7 @@ def bench_training_step(benchmark: Any, model: CategoricalHierarchicalVQVAE) -> 
     training = TrainingConfig()
     weights = LossWeights.of(training)
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
-    x = torch.randn(ROWS, sum(SIZES))
+    x = torch.randn(ROWS, sum(SEED_FEATURES))
 
     def step() -> float:
         total = loss_terms(model, x, model(x), training.topo_samples).total(weights)
@@ -61,5 +64,5 @@ def bench_training_step(benchmark: Any, model: CategoricalHierarchicalVQVAE) -> 
     first = step()
     assert math.isfinite(first)
     assert min(step() for _ in range(20)) < first
-    describe(benchmark)
+    record_environment(benchmark)
     benchmark.pedantic(step, rounds=15, warmup_rounds=2)

@@ -1,10 +1,11 @@
-"""The whole command at full size, timed: `python benchmarks/full_run.py --output result.json`.
+"""Times the whole training command at full size.
 
-Expands a few hundred operators to --rows (see make_100k.py), then trains configs/100k.yaml on them, each time in a new
-process: first with empty kernel caches, then with the caches that the first run left. The data come from the page
-cache of the operating system both times. Early stopping is off, so that every epoch is run. After that an epoch is
-profiled in the shapes that the run found (see epoch_profile.py). Quality on these rows means nothing and is only
-checked for being sane.
+    python -m benchmarks.training.full_run --output result.json
+
+Expands a few hundred operators to --rows (see `benchmarks.data.expand_dataset`), then trains configs/100k.yaml on them
+in new processes: first with empty kernel caches, then with the caches of the first run. The data are in the page cache
+both times. Early stopping is off. Then an epoch is profiled with the shapes of the run (see `epoch_profile.py`).
+Quality on these rows is meaningless and only checked for plausible values.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import math
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,40 +25,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from epoch_profile import measured
 
+from benchmarks.common.commands import ROOT, run_python, simulate_operators
+from benchmarks.common.timing import commit
+from benchmarks.training.epoch_profile import profile_epoch
 from spinlock_fast.checkpoints.directory import load_payload, load_run_config
 from spinlock_fast.device import resolve_device
 from spinlock_fast.models.metrics import device_name, versions
 from spinlock_fast.models.vqvae import CategoricalVQVAEConfig
 
-ROOT = Path(__file__).resolve().parents[1]
 
-
-def generated(directory: Path, operators: int) -> Path:
-    """A file of simulated operators, made by the command."""
-    path = directory / f"operators_{operators}.h5"
-    if not path.exists():
-        settings = ["--config", str(ROOT / "configs/data/quickstart.yaml"), "--operators", str(operators), "--quiet"]
-        _run(["-m", "spinlock_fast.generate", *settings, "--output", str(path)], os.environ, directory / "generate.log")
-    return path
-
-
-def _run(command: Sequence[str], environment: Any, log: Path) -> float:
-    """Seconds of a Python process; what it says goes to a file, and here if it fails."""
-    started = time.perf_counter()
-    with open(log, "w") as said:
-        done = subprocess.run(
-            [sys.executable, *command], env=environment, cwd=ROOT, stdout=said, stderr=said, check=False
-        )
-    seconds = time.perf_counter() - started
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed ({done.returncode}):\n{log.read_text()[-4000:]}")
-    return seconds
-
-
-def trained(name: str, chosen: argparse.Namespace, data: str, caches: Path) -> dict[str, Any]:
-    """One run of the command: wall time, seconds by stage, and whether what it made is sane."""
+def timed_training(name: str, chosen: argparse.Namespace, data: str, caches: Path) -> dict[str, Any]:
+    """Runs the command once: wall time and seconds per stage, after checking its metrics."""
     checkpoint = chosen.work / name
     shutil.rmtree(checkpoint, ignore_errors=True)
     settings = {
@@ -73,10 +51,10 @@ def trained(name: str, chosen: argparse.Namespace, data: str, caches: Path) -> d
         command += ["--set", change]
     kinds = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_CACHE_PATH")
     environment = {**os.environ, **{kind: str(caches / kind.lower()) for kind in kinds}}
-    wall = _run(command, environment, chosen.work / f"{name}.log")
+    wall = run_python(command, chosen.work / f"{name}.log", environment)
     metrics = json.loads((checkpoint / "metrics.json").read_text())
     history = json.loads((checkpoint / "training_history.json").read_text())["epochs"]
-    check_sane(metrics, history, chosen.rows, chosen.epochs)
+    check_plausible(metrics, history, chosen.rows, chosen.epochs)
     stages = {**metrics["seconds"], "outside": wall - metrics["seconds"]["total"]}
     steps = sum(record["seconds"] for record in history)
     return {
@@ -93,31 +71,25 @@ def trained(name: str, chosen: argparse.Namespace, data: str, caches: Path) -> d
     }
 
 
-def check_sane(metrics: dict[str, Any], history: Sequence[dict[str, Any]], rows: int, epochs: int) -> None:
-    """Raises AssertionError where a run did not do what it was timed for."""
+def check_plausible(metrics: dict[str, Any], history: Sequence[dict[str, Any]], rows: int, epochs: int) -> None:
+    """Raises AssertionError if rows, epochs, losses or metrics of a run are not as expected."""
     assert metrics["samples"] == rows, f"{metrics['samples']} rows instead of {rows}"
     assert len(history) == metrics["epochs"] == epochs, f"{len(history)} epochs instead of {epochs}"
     assert metrics["val_rows"] == round(rows / 10)
     losses = [record["train_loss"] for record in history]
     assert all(math.isfinite(loss) for loss in losses)
-    # Shorter runs end in the warm-up, while rows are mixed more with every epoch.
+    # Shorter runs end during warm-up, while the loss may still rise.
     assert epochs < 20 or losses[-1] < losses[0], f"the loss rose from {losses[0]} to {losses[-1]}"
     assert 0.0 < metrics["reconstruction_error"] < 1.0, metrics["reconstruction_error"]
     assert 0.0 < metrics["utilization"] <= 1.0
 
 
-def commit() -> str:
-    """Of the working tree, "unknown" outside of a repository."""
-    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
-
-
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """The command; returns what it writes."""
-    options = argparse.ArgumentParser(description="Times the whole training command, cold and warm.")
-    options.add_argument("--source", help="HDF5 file of operators to expand; simulated when not given")
+    """Runs the command; returns the results."""
+    options = argparse.ArgumentParser(description="Times the whole training command with cold and warm kernel caches.")
+    options.add_argument("--source", help="HDF5 file of operators to expand; default: simulated")
     options.add_argument("--operators", type=int, default=256, help="operators to simulate without --source")
-    options.add_argument("--data", help="a data set of --rows rows (a path or a glob) instead of expanding one")
+    options.add_argument("--data", help="data set of --rows rows (path or glob) to use instead of expanding one")
     options.add_argument("--rows", type=int, default=100_000)
     options.add_argument("--epochs", type=int, default=200)
     options.add_argument("--device", default="auto")
@@ -128,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options.add_argument("--output", type=Path, required=True, help="JSON file of results")
     options.add_argument("--no-profile", action="store_true")
     options.add_argument("--profile-compiled", action="store_true", help="also time steps under torch.compile")
-    options.add_argument("--commit", help="of this tree, where git does not know it")
+    options.add_argument("--commit", help="of the source tree, if it is not a git repository")
     chosen = options.parse_args(arguments)
     chosen.work = chosen.work.resolve()
     chosen.work.mkdir(parents=True, exist_ok=True)
@@ -146,9 +118,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     started = time.perf_counter()
     data = chosen.data
     if data is None:
-        source = chosen.source or generated(chosen.work, chosen.operators)
-        command = [str(ROOT / "benchmarks" / "make_100k.py"), str(source), str(chosen.work / "data")]
-        _run([*command, "--rows", str(chosen.rows)], os.environ, chosen.work / "make.log")
+        source = chosen.source or simulate_operators(chosen.work, chosen.operators)
+        command = ["-m", "benchmarks.data.expand_dataset", str(source), str(chosen.work / "data")]
+        run_python([*command, "--rows", str(chosen.rows)], chosen.work / "expand.log")
         data = str(chosen.work / "data" / "part_*.h5")
     result["seconds_to_make_data"] = time.perf_counter() - started
     _write(chosen.output, result)
@@ -157,13 +129,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         names = ["cold", *(f"warm{i or ''}" for i in range(chosen.warm_runs))]
         result["runs"] = []
         for name in names:
-            result["runs"].append(trained(name, chosen, data, Path(caches)))
-            _write(chosen.output, result)  # what is measured is kept, whatever comes next
+            result["runs"].append(timed_training(name, chosen, data, Path(caches)))
+            _write(chosen.output, result)
     if not chosen.no_profile:
         checkpoint = chosen.work / names[-1]
         shapes = CategoricalVQVAEConfig(**load_payload(checkpoint)["model_config"])
         config = load_run_config(checkpoint)
-        result["epoch"] = measured(config, shapes, chosen.rows, device, compiled=chosen.profile_compiled)
+        result["epoch"] = profile_epoch(config, shapes, chosen.rows, device, compiled=chosen.profile_compiled)
         _write(chosen.output, result)
     sys.stdout.write(summary(result))
     return result
@@ -175,7 +147,7 @@ def _write(path: Path, result: dict[str, Any]) -> None:
 
 
 def summary(result: dict[str, Any]) -> str:
-    """A few lines of what matters."""
+    """The main results as text."""
     lines = [f"{result['device']}, {result['rows']:,} rows x {result['epochs']} epochs"]
     for run in result["runs"]:
         stages = ", ".join(f"{name} {value:.2f}" for name, value in run["seconds"].items())
@@ -189,14 +161,14 @@ def summary(result: dict[str, Any]) -> str:
                 f"host {way['launching_an_epoch_ms']['p50']:.1f} ms{'' if way['graphs'] else ', no graphs'}"
             )
         lines.append("  " + ", ".join(f"{name} {value:.2f}" for name, value in epoch["between_epochs"].items()))
-        found = epoch["profile"]
+        profile = epoch["profile"]
         lines.append(
-            f"  profile: {found['wall_us_per_step']:.0f} us a step, {found['busy_us_per_step']:.0f} busy, "
-            f"{found['launches_per_step']:.0f} operations"
+            f"  profile: {profile['wall_us_per_step']:.0f} us a step, {profile['busy_us_per_step']:.0f} busy, "
+            f"{profile['launches_per_step']:.0f} operations"
         )
         lines += [
             f"    {row['us_per_step']:8.1f} us {row['share']:6.1%} x{row['per_step']:<6.1f} {row['name'][:100]}"
-            for row in found["top"][:15]
+            for row in profile["top"][:15]
         ]
     return "\n".join(lines) + "\n"
 

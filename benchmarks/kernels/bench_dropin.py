@@ -1,8 +1,10 @@
-"""Drop-in quantizers beside vector-quantize-pytorch: `pytest benchmarks/bench_dropin.py --benchmark-only`.
+"""Drop-in quantizers beside vector-quantize-pytorch: a training step (forward, backward, update) and its peak memory.
 
-One row a layer: a training step (forward, backward, update) of 8,192 rows (65,536 on a GPU), D = 64, K = 1,024. The
-ratio comes from steps that alternate, so that both meet the same neighbours: `python benchmarks/bench_dropin.py` prints
-it with the peak memory of a step. Codes, outputs and gradients are compared before anything is timed.
+    python -m benchmarks.kernels.bench_dropin                          # ratio of alternating steps, and peak memory
+    pytest benchmarks/kernels/bench_dropin.py --benchmark-only
+
+8,192 rows (65,536 on a GPU), D = 64, K = 1,024. Steps of both libraries alternate, so that other load on the machine
+affects both. Codes, outputs and gradients are compared before anything is timed.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -18,6 +20,7 @@ import pytest
 import torch
 
 import spinlock_fast
+from benchmarks.common.timing import peak_memory
 
 DIM, CODES, STAGES = 64, 1024, 8
 LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -30,7 +33,7 @@ ROWS = 65536 if DEVICE.type == "cuda" else 8192
 
 
 def pair(layer: str) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """Theirs and ours with the same codes, spread as widely as the rows are."""
+    """The layer of vector-quantize-pytorch and ours, with equal codes of the scale of the latents."""
     import vector_quantize_pytorch as peer
 
     name, options = LAYERS[layer]
@@ -47,7 +50,7 @@ def pair(layer: str) -> tuple[torch.nn.Module, torch.nn.Module]:
 
 
 def step(layer: torch.nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Forward, backward and update: output, codes and gradient of the input."""
+    """Forward, backward and update; returns output, codes and gradient of the input."""
     leaf = x.detach().requires_grad_()
     quantized, codes, loss = layer(leaf)
     (quantized.sum() + loss.sum()).backward()
@@ -61,14 +64,14 @@ def latents() -> torch.Tensor:
     return torch.randn(8, ROWS // 8, DIM, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(1))
 
 
-def compared(layer: str) -> tuple[torch.nn.Module, torch.nn.Module, torch.Tensor]:
-    """The pair and its input, after one step that agreed."""
+def checked_pair(layer: str) -> tuple[torch.nn.Module, torch.nn.Module, torch.Tensor]:
+    """The pair and its input, after one step in which codes, outputs and gradients agreed."""
     theirs, ours = pair(layer)
     x = latents()
-    (expected, codes, grads), (found, found_codes, found_grads) = step(theirs, x), step(ours, x)
-    same = (codes == found_codes).view(ROWS, -1).all(1)
-    assert same.double().mean() > 0.999, "the codes differ"  # but where two codes are equally near
-    for one, other in ((expected, found), (grads, found_grads)):
+    (expected, codes, grads), (actual, actual_codes, actual_grads) = step(theirs, x), step(ours, x)
+    same = (codes == actual_codes).view(ROWS, -1).all(1)  # they may differ where two codes are equally near
+    assert same.double().mean() > 0.999, "the codes differ"
+    for one, other in ((expected, actual), (grads, actual_grads)):
         one, other = one.view(ROWS, DIM)[same], other.view(ROWS, DIM)[same]
         assert (one - other).norm() < 1e-3 * one.norm(), "the numbers differ"
     return theirs, ours, x
@@ -79,13 +82,13 @@ def compared(layer: str) -> tuple[torch.nn.Module, torch.nn.Module, torch.Tensor
 @pytest.mark.parametrize("layer", LAYERS)
 def bench_dropin(benchmark: Any, layer: str, whose: str) -> None:
     pytest.importorskip("vector_quantize_pytorch", reason="pip install vector-quantize-pytorch")
-    theirs, ours, x = compared(layer)
+    theirs, ours, x = checked_pair(layer)
     benchmark.pedantic(step, (ours if whose == "ours" else theirs, x), rounds=7, warmup_rounds=1)
 
 
 def alternating(layer: str, rounds: int) -> Iterator[tuple[float, float]]:
-    """Milliseconds of a step, theirs and ours in turn."""
-    theirs, ours, x = compared(layer)
+    """Milliseconds of alternating steps: (theirs, ours)."""
+    theirs, ours, x = checked_pair(layer)
     for _ in range(rounds):
         times = []
         for module in (theirs, ours):
@@ -95,33 +98,16 @@ def alternating(layer: str, rounds: int) -> Iterator[tuple[float, float]]:
         yield times[0], times[1]
 
 
-def peak_bytes(run: Callable[[], Any]) -> int:
-    """Most memory that one call holds beyond what was there."""
-    if DEVICE.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(profile_memory=True) as profile:
-        run()
-    held = most = 0
-    for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):  # type: ignore[union-attr]
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    return most
-
-
 def main() -> None:
     warnings.filterwarnings("ignore")
-    print(f"{ROWS} rows, {DIM} dimensions, {CODES} codes, {DEVICE}, {torch.get_num_threads()} threads")  # noqa: T201
+    print(f"{ROWS} rows, {DIM} dimensions, {CODES} codes, {DEVICE}, {torch.get_num_threads()} threads")
     for layer in LAYERS:
         times = list(alternating(layer, 9))[1:]
         theirs, ours = (statistics.median(column) for column in zip(*times, strict=True))
         ratio = statistics.median(one / other for one, other in times)
-        first, second, x = compared(layer)
-        memory = [peak_bytes(partial(step, module, x)) / 2**20 for module in (first, second)]
-        print(  # noqa: T201
+        first, second, x = checked_pair(layer)
+        memory = [peak_memory(partial(step, module, x), DEVICE.type) / 2**20 for module in (first, second)]
+        print(
             f"{layer:7} theirs {theirs:8.1f} ms, ours {ours:7.1f} ms, {ratio:5.1f} times; "
             f"peak memory {memory[0]:7.1f} and {memory[1]:6.1f} MiB"
         )

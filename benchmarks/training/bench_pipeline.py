@@ -1,13 +1,13 @@
-"""Time of every stage of the pipeline against the number of rows N, and the targets of set-up and start.
+"""Time of every stage of the pipeline against the number of rows N, and the targets for set-up and start-up time.
 
-    python benchmarks/bench_pipeline.py                              # CPU: files of up to 10,000 rows
-    python benchmarks/bench_pipeline.py --device cuda --file-rows 1000 10000 100000
-    pytest benchmarks/bench_pipeline.py --benchmark-only             # small
+    python -m benchmarks.training.bench_pipeline                              # CPU: files of up to 10,000 rows
+    python -m benchmarks.training.bench_pipeline --device cuda --file-rows 1000 10000 100000
+    pytest benchmarks/training/bench_pipeline.py --benchmark-only             # small
 
-Loading, encoding and tokenizing a file are timed on operators expanded by make_100k.py, from the page cache. The stages
-after encoding are timed on a synthetic matrix [N, 268] of which cleaning keeps 172 columns in 11 categories: the seed
-shape. What a stage gives is compared with what it must give before its time is written. Times are those of the clock;
-`cpu_us` is what all threads of the process used, which neighbours on the machine disturb less.
+Loading, encoding and tokenizing are timed on files expanded by `benchmarks.data.expand_dataset`, from the page cache.
+The stages after encoding are timed on a synthetic matrix [N, 268] of which cleaning keeps 172 columns in 11 categories:
+the seed shape. The result of each stage is checked before its time is written. Times are wall times; `cpu_us` is the
+CPU time of all threads, which other load on the machine affects less.
 """
 
 from __future__ import annotations
@@ -24,17 +24,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 import h5py
 import numpy as np
 import pytest
 import torch
-from epoch_profile import one_epoch
-from full_run import ROOT, generated
-from make_100k import expand
-from timing import exponent, percentiles, write
 
+from benchmarks.common.commands import ROOT, simulate_operators
+from benchmarks.common.timing import exponent, percentiles, write
+from benchmarks.data.expand_dataset import expand
+from benchmarks.training.epoch_profile import one_epoch
 from spinlock_fast.benchmark import SEED_FEATURES, step_seconds, training_run
 from spinlock_fast.config.loading import load_config
 from spinlock_fast.config.schema import RunConfig
@@ -51,7 +49,7 @@ from spinlock_fast.training.observer import SilentObserver
 from spinlock_fast.training.run import open_source, prepare
 from spinlock_fast.training.trainer import find_categories
 
-COLUMNS, COPIES = 268, 60  # raw columns; those among them that say what another one says
+COLUMNS, COPIES = 268, 60  # raw columns; linear copies of others among them
 SET_UP = ("clean", "discover", "normalise")
 SET_UP_ROWS, SET_UP_SECONDS = 100_000, 3.0
 IMPORT_RATIO, DRY_RUN_SECONDS = 1.2, 4.0
@@ -62,31 +60,31 @@ Emit = Callable[..., None]
 
 
 class Stopwatch:
-    """Times calls one by one: the clock, and the time of all threads."""
+    """Wall time of single calls, and CPU time of all threads."""
 
     def __init__(self, device: torch.device, repeats: int, budget: float) -> None:
         self.device, self.repeats, self.budget = device, repeats, budget
 
     def __call__(self, run: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
-        """What the last call returned, and the times; as many calls as fit into the budget, at least one."""
+        """Repeats the call within the budget, at least once; returns the last result and the times."""
         wall: list[float] = []
         cpu: list[float] = []
         while not wall or (len(wall) < self.repeats and sum(wall) < self.budget):
-            self._wait()
+            self._synchronize()
             started, used = time.perf_counter(), time.process_time()
-            found = run()
-            self._wait()
+            result = run()
+            self._synchronize()
             wall.append(time.perf_counter() - started)
             cpu.append(time.process_time() - used)
-        return found, {**percentiles(wall), "cpu_us": statistics.median(cpu) * 1e6}
+        return result, {**percentiles(wall), "cpu_us": statistics.median(cpu) * 1e6}
 
-    def _wait(self) -> None:
+    def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
 class Silent(SilentObserver):
-    """A display that shows nothing."""
+    """An observer without output."""
 
     def stage(self, text: str) -> None:
         pass
@@ -96,7 +94,7 @@ class Silent(SilentObserver):
 
 
 def raw_columns(rows: int, seed: int = 0) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """[rows, 268]: 172 columns in 11 groups that follow a factor each, some with gaps, 60 copies, 36 constants."""
+    """[rows, 268]: 172 columns in 11 groups of one factor each, some with NaN, 60 linear copies, 36 constants."""
     random = np.random.default_rng(seed)
     x = np.empty((rows, COLUMNS), dtype=np.float32)
     kept = sum(SEED_FEATURES)
@@ -111,7 +109,7 @@ def raw_columns(rows: int, seed: int = 0) -> np.ndarray[Any, np.dtype[np.float32
 
 
 def planted_groups() -> list[list[int]]:
-    """The columns that follow each factor."""
+    """The columns of each factor."""
     edges = np.cumsum([0, *SEED_FEATURES]).tolist()
     return [list(range(a, b)) for a, b in itertools.pairwise(edges)]
 
@@ -119,7 +117,7 @@ def planted_groups() -> list[list[int]]:
 def set_up(
     rows: int, config: RunConfig, watch: Stopwatch, emit: Emit
 ) -> tuple[np.ndarray[Any, np.dtype[np.float32]], Any]:
-    """Cleaning, discovery, normalisation of a synthetic matrix as `pipeline.prepare` does them: features, split."""
+    """Cleaning, category discovery and normalisation as in `prepare`; returns features and split."""
     columns = raw_columns(rows)
     split = split_rows(rows, config.training, config.random_seed)
 
@@ -149,7 +147,7 @@ def set_up(
 
 
 def train_and_use(x: Any, split: Any, watch: Stopwatch, emit: Emit, batch: int = 512) -> None:
-    """An epoch of training, a validation, tokens of all rows, on the features that `set_up` gave."""
+    """A training epoch, a validation and tokens of all rows, for the features of `set_up`."""
     device = watch.device
     rows = torch.from_numpy(x)
     run = training_run(batch, device=str(device), x=rows[torch.from_numpy(split.train)])
@@ -167,20 +165,18 @@ def train_and_use(x: Any, split: Any, watch: Stopwatch, emit: Emit, batch: int =
         _, epoch = watch(lambda: one_epoch(run))
         for _ in range(WARM_UP + 1 if device.type == "cuda" else 1):
             validate()
-        found, validated = watch(lambda: (validate(), validation.result())[1])
-        assert found["val_loss"] < untrained, "training did not lower the validation loss"
+        metrics, validated = watch(lambda: (validate(), validation.result())[1])
+        assert metrics["val_loss"] < untrained, "training did not lower the validation loss"
         emit("train_epoch", len(x), epoch, steps=run.one_step.count)
         emit("validate", len(x), validated, val_rows=len(x_val))
-        everything = rows.to(device)
-        tokens, took = watch(
-            lambda: torch.cat([run.model.get_tokens(part) for part in everything.split(_ROWS_AT_ONCE)])
-        )
-        check_tokens(run.model, everything[:256], tokens[:256])
+        all_rows = rows.to(device)
+        tokens, took = watch(lambda: torch.cat([run.model.get_tokens(part) for part in all_rows.split(_ROWS_AT_ONCE)]))
+        check_tokens(run.model, all_rows[:256], tokens[:256])
         emit("tokenize", len(x), took)
 
 
 def check_tokens(model: CategoricalHierarchicalVQVAE, x: torch.Tensor, tokens: torch.Tensor) -> None:
-    """The tokens are the nearest codes, by float64."""
+    """Raises AssertionError unless the tokens are the nearest codes in float64."""
     with torch.no_grad():
         latents = model.eval().encode(x).double()
     layout = model.quantizer.layout
@@ -191,7 +187,7 @@ def check_tokens(model: CategoricalHierarchicalVQVAE, x: torch.Tensor, tokens: t
 
 
 def from_file(data: str, config: RunConfig, watch: Stopwatch, emit: Emit) -> None:
-    """Loading and encoding of a data set; tokens of the same files by a tokenizer with codes as they are drawn."""
+    """Loading and encoding of a data set, and tokens of its files from a tokenizer with random codes."""
     device = watch.device
     with open_source(config) as source:
         encoders = make_encoders(source, config.families, config.random_seed, config.memory_budget)
@@ -215,27 +211,29 @@ def from_file(data: str, config: RunConfig, watch: Stopwatch, emit: Emit) -> Non
     tokens, took = watch(lambda: tokenizer.encode(data))
     expected = model.get_tokens(torch.from_numpy(prepared.x[:_ROWS_AT_ONCE]).to(device)).cpu().numpy()
     assert len(tokens) == len(prepared.x)
-    # Blocks of another size round differently, in TF32 the more: a row between two codes may change.
-    most = 2e-2 if device.type == "cuda" else 1e-3
-    assert (tokens[: len(expected)] != expected).mean() < most, "the file gives other tokens than its features"
+    # Rounding depends on the block size, in TF32 more so: a row between two codes may change.
+    tolerance = 2e-2 if device.type == "cuda" else 1e-3
+    assert (tokens[: len(expected)] != expected).mean() < tolerance, (
+        "the tokens of the file differ from those of its features"
+    )
     emit("tokenize_file", len(tokens), took)
 
 
 def check_columns(path: str | Path, encoders: Sequence[Any], columns: Any, tolerance: float) -> None:
-    """The first rows, read by h5py and encoded on the CPU, give the same columns. (A GPU convolves in TF32.)"""
+    """Compares the first rows with those read by h5py and encoded on the CPU (a GPU convolves in TF32)."""
     column = 0
     for family in encoders:
         with h5py.File(path) as file:
             raw = torch.from_numpy(file[family.dataset][:64])
         expected = family(raw).numpy()
-        found = columns[: len(expected), column : column + expected.shape[1]]
+        actual = columns[: len(expected), column : column + expected.shape[1]]
         scale = np.abs(expected).max() + 1e-6
-        assert np.abs(found - expected).max() <= tolerance * scale, f"family {family.name}: other columns"
+        assert np.abs(actual - expected).max() <= tolerance * scale, f"family {family.name}: the columns differ"
         column += expected.shape[1]
 
 
 def commands(data: str, repeats: int) -> list[dict[str, Any]]:
-    """Start-up: imports against torch's, in turn, and --dry-run of a training command."""
+    """Start-up times: alternating imports of torch and this package, and `--dry-run` of the training command."""
     imports = {
         "torch": "import torch",
         "spinlock_fast": "import spinlock_fast",
@@ -250,23 +248,23 @@ def commands(data: str, repeats: int) -> list[dict[str, Any]]:
     for name, seconds in times.items():
         ratio = statistics.median(a / b for a, b in zip(seconds, times["torch"], strict=True))
         rows.append({"stage": f"import {name}", **percentiles(seconds), "ratio_to_torch": ratio})
-    dry: list[float] = []
+    dry_runs: list[float] = []
     with tempfile.TemporaryDirectory() as directory:
         command = ["-m", "spinlock_fast.train", str(_CONFIG), "--dry-run", "--output", f"{directory}/run"]
         command += ["--set", f"dataset_path={data}"]
         for _ in range(min(repeats, 5)):
             started = time.perf_counter()
-            said = subprocess.check_output([sys.executable, *command], text=True, cwd=ROOT)
-            dry.append(time.perf_counter() - started)
-            assert "samples in" in said
+            output = subprocess.check_output([sys.executable, *command], text=True, cwd=ROOT)
+            dry_runs.append(time.perf_counter() - started)
+            assert "samples in" in output
             assert not Path(directory, "run").exists(), "--dry-run wrote something"
-    rows.append({"stage": "--dry-run", **percentiles(dry)})
+    rows.append({"stage": "--dry-run", **percentiles(dry_runs)})
     return rows
 
 
 def growth(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Per stage the fitted exponents of N: over all sizes, between the two largest, and there of the threads' time."""
-    found: dict[str, dict[str, float]] = {}
+    """Fitted exponents of N per stage: over all sizes, and between the two largest of wall and CPU time."""
+    exponents: dict[str, dict[str, float]] = {}
     for stage in dict.fromkeys(row["stage"] for row in rows if "rows" in row):
         points = sorted(
             (row["rows"], row["p50_us"], row.get("cpu_us", 0.0))
@@ -274,19 +272,19 @@ def growth(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
             if row["stage"] == stage and "rows" in row
         )
         if len(points) > 1:
-            sizes, times, used = zip(*points, strict=True)
-            found[stage] = {"all": exponent(sizes, times), "largest": exponent(sizes[-2:], times[-2:])}
-            if all(used):
-                found[stage]["largest, threads"] = exponent(sizes[-2:], used[-2:])
-    return found
+            sizes, times, cpu_times = zip(*points, strict=True)
+            exponents[stage] = {"all": exponent(sizes, times), "largest": exponent(sizes[-2:], times[-2:])}
+            if all(cpu_times):
+                exponents[stage]["largest, threads"] = exponent(sizes[-2:], cpu_times[-2:])
+    return exponents
 
 
 def targets(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The targets that these rows decide."""
-    found: list[dict[str, Any]] = []
+    """Targets, limits and measured values, for the rows that are present."""
+    results: list[dict[str, Any]] = []
 
     def decide(name: str, value: float, limit: float) -> None:
-        found.append({"target": name, "limit": limit, "measured": value, "met": value <= limit})
+        results.append({"target": name, "limit": limit, "measured": value, "met": value <= limit})
 
     medians = {row["stage"]: row["p50_us"] / 1e6 for row in rows if row.get("rows") == SET_UP_ROWS}
     if medians.keys() >= set(SET_UP):
@@ -296,25 +294,29 @@ def targets(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             decide("import spinlock_fast, against import torch", row["ratio_to_torch"], IMPORT_RATIO)
         if row["stage"] == "--dry-run":
             decide("--dry-run, s", row["p50_us"] / 1e6, DRY_RUN_SECONDS)
-    return found
+    return results
 
 
 def settings(data: str | None = None) -> RunConfig:
-    """The 100K run's configuration, with the data that are timed."""
+    """The configuration of the 100K run, for the timed data."""
     return load_config(_CONFIG, [f"dataset_path={data or 'none.h5'}"])
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """The command; returns rows, exponents and targets."""
+    """Runs the command; returns rows, exponents and targets."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="*", default=[1000, 10_000, 100_000], help="of the matrices")
-    parser.add_argument("--file-rows", type=int, nargs="*", default=[1000, 10_000], help="of the files: 64.5 KB a row")
+    parser.add_argument(
+        "--rows", type=int, nargs="*", default=[1000, 10_000, 100_000], help="sizes of the synthetic matrices"
+    )
+    parser.add_argument(
+        "--file-rows", type=int, nargs="*", default=[1000, 10_000], help="sizes of the files (64.5 KB per row)"
+    )
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, help="of torch; its default when not given")
-    parser.add_argument("--set-up-only", action="store_true", help="of the matrices: leave training and tokens out")
+    parser.add_argument("--threads", type=int, help="of torch; default: torch's")
+    parser.add_argument("--set-up-only", action="store_true", help="skip training and tokens of the matrices")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--budget", type=float, default=20.0, help="seconds for the repeats of a stage")
-    parser.add_argument("--source", help="HDF5 file of operators to expand; simulated when not given")
+    parser.add_argument("--source", help="HDF5 file of operators to expand; default: simulated")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "spinlock_pipeline")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/pipeline.json")
     chosen = parser.parse_args(arguments)
@@ -324,16 +326,16 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     device = resolve_device(chosen.device)
     watch = Stopwatch(device, chosen.repeats, chosen.budget)
 
-    def keep() -> dict[str, Any]:
+    def save() -> dict[str, Any]:
         facts = {"exponents": growth(rows), "targets": targets(rows)}
         write(chosen.output, rows, device.type, **facts)
         return {"rows": rows, **facts}
 
     def emit(stage: str, count: int, took: dict[str, float], **facts: Any) -> None:
         rows.append({"stage": stage, "rows": count, **took, **facts, "load": os.getloadavg()[0]})
-        line = f"{stage:14} {count:9,} rows {took['p50_us'] / 1e6:10.4f} s, {took['cpu_us'] / 1e6:10.4f} s of threads"
-        print(line, flush=True)  # noqa: T201
-        keep()
+        line = f"{stage:14} {count:9,} rows {took['p50_us'] / 1e6:10.4f} s, {took['cpu_us'] / 1e6:10.4f} s CPU"
+        print(line, flush=True)
+        save()
 
     for count in chosen.rows:
         x, split = set_up(count, settings(), watch, emit)
@@ -341,29 +343,29 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             train_and_use(x, split, watch, emit)
     if chosen.file_rows:
         chosen.work.mkdir(parents=True, exist_ok=True)
-        source = chosen.source or generated(chosen.work, 256)
+        source = chosen.source or simulate_operators(chosen.work, 256)
         for count in chosen.file_rows:
             expand(source, chosen.work / str(count), count)
             data = str((chosen.work / str(count) / "part_*.h5").resolve())
             from_file(data, settings(data), watch, emit)
         rows += commands(data, chosen.repeats)
-    result = keep()
-    print(report(result), flush=True)  # noqa: T201
+    result = save()
+    print(report(result), flush=True)
     return result
 
 
 def report(result: dict[str, Any]) -> str:
-    """A line for each exponent and each target."""
+    """One line per exponent and target."""
     lines = [f"{s:14} ~ N^{e['all']:.2f} (N^{e['largest']:.2f} at the end)" for s, e in result["exponents"].items()]
-    for found in result["targets"]:
-        word = "met" if found["met"] else "MISSED"
-        lines.append(f"{found['target']}: {found['measured']:.3g}, at most {found['limit']:g}: {word}")
+    for target in result["targets"]:
+        outcome = "met" if target["met"] else "MISSED"
+        lines.append(f"{target['target']}: {target['measured']:.3g}, at most {target['limit']:g}: {outcome}")
     return "\n".join(lines)
 
 
 @pytest.fixture(scope="module", params=[1000, 10_000])
 def features(request: Any) -> Any:
-    """Features of a small synthetic matrix; the stages have checked themselves."""
+    """Features and split of a small synthetic matrix."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return set_up(request.param, settings(), Stopwatch(device, 1, 0.0), lambda *_, **__: None)
 
