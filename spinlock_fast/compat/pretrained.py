@@ -14,6 +14,8 @@ from spinlock_fast.compat.weights import Format, Weights, read_weights
 from spinlock_fast.dropin import ResidualVQ, VectorQuantize
 from spinlock_fast.errors import DataError
 from spinlock_fast.messages import one_line
+from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
+from spinlock_fast.quantize import GroupedVectorQuantizer
 
 # Arguments that follow from the weights, or that would change the codes.
 _FIXED_OPTIONS = {
@@ -219,8 +221,6 @@ def _vqgan(weights: Weights, num_quantizers: int | None, options: Mapping[str, A
 
 
 def _spinlock(weights: Weights, num_quantizers: int | None, options: Mapping[str, Any]) -> nn.Module:
-    from spinlock_fast.quantize import GroupedVectorQuantizer
-
     if weights.prefixes("vq_layers.0.embedding.weight"):
         return _spinlock_original(weights, options)
     prefix = weights.prefix_in("quantizer.", "embedding")
@@ -239,8 +239,6 @@ def _spinlock(weights: Weights, num_quantizers: int | None, options: Mapping[str
 
 def _spinlock_arguments(payload: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of the quantizer in a checkpoint of this package; empty without `model_config`."""
-    from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
-
     config = payload.get("model_config")
     if not isinstance(config, Mapping):
         return {}
@@ -253,8 +251,6 @@ def _spinlock_arguments(payload: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _spinlock_original(weights: Weights, options: Mapping[str, Any]) -> nn.Module:
-    from spinlock_fast.quantize import GroupedVectorQuantizer
-
     prefix = weights.prefix("vq_layers.0.embedding.weight")
     num_codebooks = weights.num_stages(f"{prefix}vq_layers.", ".embedding.weight", None)
     layers = [f"{prefix}vq_layers.{g}." for g in range(num_codebooks)]

@@ -12,7 +12,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from spinlock_fast.checkpoints.directory import load_restricted
+from spinlock_fast.checkpoints.run_directory import BEST, FINAL, SAFETENSORS, check_integrity, find
+from spinlock_fast.compat.original_files import read_original
 from spinlock_fast.errors import DataError
+from spinlock_fast.messages import one_line
 
 Format = Literal["encodec", "mimi", "dac", "taming", "diffusers", "spinlock"]
 
@@ -161,9 +165,6 @@ def _some(keys: Any) -> str:
 
 def read_weights(path: Path, format: Format | None) -> Mapping[str, Any]:
     """The contents of a weights file or checkpoint directory; raises DataError."""
-    from spinlock_fast.checkpoints.directory import BEST, FINAL, SAFETENSORS, load_restricted
-    from spinlock_fast.checkpoints.run_directory import check_integrity, find
-
     if path.is_dir():
         names = (BEST, FINAL, SAFETENSORS, "diffusion_pytorch_model.safetensors")
         files = [file for name in names if (file := find(path, name)).exists()]
@@ -179,8 +180,6 @@ def read_weights(path: Path, format: Format | None) -> Mapping[str, Any]:
         name = re.search(r"GLOBAL (\S+)", str(error))
         refused = name[1] if name else "an unknown type"
     if format in (None, "spinlock") and refused.split(".")[0] in ("numpy", "pathlib", "spinlock"):
-        from spinlock_fast.compat.original_files import read_original
-
         return read_original(path)
     raise DataError(f"{path}: contains {refused}, which is not loaded; save only the state dict and give that file")
 
@@ -194,4 +193,4 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except (OSError, SafetensorError) as error:
-        raise DataError(f"{path}: cannot be read as safetensors: {' '.join(str(error).split())[:200]}") from None
+        raise DataError(f"{path}: cannot be read as safetensors: {one_line(error, 200)}") from None

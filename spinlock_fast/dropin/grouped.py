@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from spinlock_fast.dropin.residual import ResidualVQ, draw_shared_seed, skip_seed
+from spinlock_fast.dropin.residual import ResidualVQ, draw_shared_seed
 from spinlock_fast.kernels._common.guard import check_dense
 from spinlock_fast.quantize.activation_checkpointing import once
 
@@ -130,9 +130,10 @@ class GroupedResidualVQ(nn.Module):
     def _draw_dropout_seed(self, device: torch.device) -> int | Tensor | None:
         """Seed of quantize_dropout that all groups share; in compiled code the number of stages as a tensor."""
         rvqs = self._quantizers()
-        if not any(rvq.quantize_dropout for rvq in rvqs):
-            skip_seed(device)
-            return None
+        dropout = any(rvq.quantize_dropout for rvq in rvqs)
         if torch.compiler.is_compiling():
-            return rvqs[0].draw_num_stages(device)
+            return rvqs[0].draw_num_stages(device) if dropout else None
+        if not dropout:
+            torch.randint(0, 10_000, (), device=device)  # vector-quantize-pytorch also draws unused seeds
+            return None
         return once(self, lambda: draw_shared_seed(device, rvqs[0]._processes))

@@ -310,9 +310,3 @@ def draw_shared_seed(device: torch.device, processes: Processes) -> int:
     if processes.size() > 1:
         processes.sum_(seed)
     return int(seed)
-
-
-def skip_seed(device: torch.device) -> None:
-    """Advances the generator as `draw_shared_seed` does: vector-quantize-pytorch also draws unused seeds."""
-    if not torch.compiler.is_compiling():
-        torch.randint(0, 10_000, (), device=device)

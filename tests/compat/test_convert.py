@@ -1,4 +1,4 @@
-"""Conversion of a checkpoint in the original project's form, made here from its documented names."""
+"""Conversion of a checkpoint of the original project, written here with its documented names."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def state_dict(hidden: int = 10, embedding: int = 6) -> dict[str, Tensor]:
 
 
 def original_forward(w: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens and reconstruction as the original's modules compute them, one category after another."""
+    """Tokens and reconstruction computed as in the original project, one category at a time."""
     tokens, quantized, g = [], [], 0
 
     def linear(name: str, value: Tensor) -> Tensor:
@@ -190,7 +190,7 @@ def convert(*arguments: object) -> int:
     return int(end.value.code or 0)
 
 
-def test_tokens_and_reconstructions_agree_with_the_original(original: Original, tmp_path: Path) -> None:
+def test_converted_tokens_and_reconstructions_match_the_original(original: Original, tmp_path: Path) -> None:
     assert convert(original.directory, "--output", tmp_path / "ours", "--data", original.data) == 0
     model = load_checkpoint(tmp_path / "ours")
     tokens, decoded = original_forward(original.weights, original.x)
@@ -199,7 +199,7 @@ def test_tokens_and_reconstructions_agree_with_the_original(original: Original, 
     assert model.codebook_names[:3] == ["cluster_1/L0", "cluster_1/L1", "cluster_10/L0"]
 
 
-def test_the_whole_pipeline_agrees_when_the_data_are_given(original: Original, tmp_path: Path) -> None:
+def test_converted_pipeline_with_data_matches_the_original(original: Original, tmp_path: Path) -> None:
     convert(original.directory, "--output", tmp_path / "ours", "--data", original.data)
     assert load_run_config(tmp_path / "ours").feature_cleaning.nan_fill == "zero"
     tokenizer = Tokenizer.from_checkpoint(tmp_path / "ours")
@@ -208,7 +208,7 @@ def test_the_whole_pipeline_agrees_when_the_data_are_given(original: Original, t
     assert np.array_equal(tokenizer.encode(original.data), original_forward(original.weights, original.x)[0].numpy())
 
 
-def test_without_data_it_says_that_nothing_is_clipped(
+def test_conversion_without_data_reports_missing_clip_bounds(
     original: Original, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert convert(original.directory, "--output", tmp_path / "ours") == 0
@@ -218,14 +218,14 @@ def test_without_data_it_says_that_nothing_is_clipped(
     assert np.isinf(tokenizer.cleaner.high).all()
 
 
-def test_weights_of_a_compiled_model_are_recognised(original: Original, tmp_path: Path, original_module: None) -> None:
+def test_weights_of_a_compiled_model_are_converted(original: Original, tmp_path: Path, original_module: None) -> None:
     payload = torch.load(original.directory / "best_model.pt", weights_only=False)
     payload["model_state_dict"] = {f"_orig_mod.{key}": value for key, value in original.weights.items()}
     torch.save(payload, original.directory / "best_model.pt")
     assert convert(original.directory, "--output", tmp_path / "ours") == 0
 
 
-def test_settings_and_statistics_may_lie_beside_the_model(original: Original, tmp_path: Path) -> None:
+def test_settings_and_statistics_in_separate_files(original: Original, tmp_path: Path) -> None:
     path = original.directory / "best_model.pt"
     payload = torch.load(path, weights_only=False)
     stats = payload.pop("normalization_stats")
@@ -253,7 +253,7 @@ def trap(tmp_path: Path) -> Iterator[Any]:
     assert not (tmp_path / "trapped").exists()
 
 
-def test_code_in_a_model_file_is_refused(trap: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_model_file_with_code_is_refused(trap: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"model_state_dict": {}, "config": trap}, tmp_path / "best_model.pt")
     assert convert(tmp_path, "--output", tmp_path / "ours") == 3
     errors = capsys.readouterr().err.splitlines()
@@ -261,7 +261,7 @@ def test_code_in_a_model_file_is_refused(trap: Any, tmp_path: Path, capsys: pyte
     assert "refused" in errors[0]
 
 
-def test_code_in_a_settings_file_is_refused(original: Original, tmp_path: Path) -> None:
+def test_settings_file_with_code_is_refused(original: Original, tmp_path: Path) -> None:
     path = original.directory / "best_model.pt"
     payload = torch.load(path, weights_only=False)
     del payload["config"]
@@ -276,7 +276,7 @@ def test_code_in_a_settings_file_is_refused(original: Original, tmp_path: Path) 
     "key",
     ["vq_layers.1.embedding.weight", "shared_decoder.3.bias", "feature_extractor.group_mlps.cluster_2.net.0.bias"],
 )
-def test_missing_weights_are_named(
+def test_missing_weights_are_named_in_the_error(
     original: Original, tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str
 ) -> None:
     path = original.directory / "best_model.pt"
@@ -288,7 +288,7 @@ def test_missing_weights_are_named(
 
 
 @pytest.mark.parametrize("content", [None, b"", b"junk", {}])
-def test_what_is_no_checkpoint_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: Any) -> None:
+def test_invalid_checkpoint_reports_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: Any) -> None:
     if isinstance(content, bytes):
         (tmp_path / "best_model.pt").write_bytes(content)
     elif content is not None:
