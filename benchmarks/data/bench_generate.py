@@ -45,7 +45,7 @@ def _one_thread() -> object:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_operators(benchmark: BenchmarkFixture, config: GeneratorConfig, device: str) -> None:
+def bench_operators(benchmark: BenchmarkFixture, config: GeneratorConfig, device: str) -> None:
     """Whole operators in one process; `operators_per_second` is their number divided by the median time."""
     count = OPERATORS if device == "cpu" else 128
     simulator = Simulator(config, torch.device(device))
@@ -57,7 +57,7 @@ def test_operators(benchmark: BenchmarkFixture, config: GeneratorConfig, device:
 
 
 @torch.inference_mode()
-def test_rollout(benchmark: BenchmarkFixture, config: GeneratorConfig, thetas: list[Theta]) -> None:
+def bench_rollout(benchmark: BenchmarkFixture, config: GeneratorConfig, thetas: list[Theta]) -> None:
     """Networks, noise and state updates, without features."""
 
     def run() -> list[torch.Tensor]:
@@ -68,7 +68,7 @@ def test_rollout(benchmark: BenchmarkFixture, config: GeneratorConfig, thetas: l
 
 
 @torch.inference_mode()
-def test_noise(benchmark: BenchmarkFixture, config: GeneratorConfig, thetas: list[Theta]) -> None:
+def bench_noise(benchmark: BenchmarkFixture, config: GeneratorConfig, thetas: list[Theta]) -> None:
     """Correlated noise and dropout masks only."""
 
     def run() -> float:
@@ -91,7 +91,7 @@ def states(config: GeneratorConfig, thetas: list[Theta]) -> list[list[torch.Tens
 
 
 @torch.inference_mode()
-def test_step_features(benchmark: BenchmarkFixture, config: GeneratorConfig, states: list[list[torch.Tensor]]) -> None:
+def bench_step_features(benchmark: BenchmarkFixture, config: GeneratorConfig, states: list[list[torch.Tensor]]) -> None:
     """The 63 features of every state, and the per-step series."""
     waves = Wavenumbers(config.grid_size, CPU)
 
@@ -108,7 +108,7 @@ def test_step_features(benchmark: BenchmarkFixture, config: GeneratorConfig, sta
 
 
 @torch.inference_mode()
-def test_trajectory_features(
+def bench_trajectory_features(
     benchmark: BenchmarkFixture, config: GeneratorConfig, states: list[list[torch.Tensor]]
 ) -> None:
     """The 110 features of every trajectory, from the per-step series."""
