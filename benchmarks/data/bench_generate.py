@@ -90,19 +90,20 @@ def states(config: GeneratorConfig, thetas: list[Theta]) -> list[list[torch.Tens
         return [[block.flatten(1, 2) for block in Rollout([theta], config, CPU).blocks()] for theta in thetas]
 
 
+def step_series(config: GeneratorConfig, states: list[list[torch.Tensor]]) -> list[StepSeries]:
+    """Features and series of every step, one item per operator."""
+    waves = Wavenumbers(config.grid_size, CPU)
+    series = []
+    for blocks in states:
+        steps = StepFeatures(blocks[0][0], config.clip, waves)
+        series.append(joined([steps.block(block) for block in blocks]))
+    return series
+
+
 @torch.inference_mode()
 def bench_step_features(benchmark: BenchmarkFixture, config: GeneratorConfig, states: list[list[torch.Tensor]]) -> None:
     """The 63 features of every state, and the per-step series."""
-    waves = Wavenumbers(config.grid_size, CPU)
-
-    def run() -> list[StepSeries]:
-        out = []
-        for blocks in states:
-            steps = StepFeatures(blocks[0][0], config.clip, waves)
-            out.append(joined([steps.block(block) for block in blocks]))
-        return out
-
-    series = benchmark.pedantic(run, rounds=3, warmup_rounds=1)
+    series = benchmark.pedantic(step_series, (config, states), rounds=3, warmup_rounds=1)
     energy = torch.cat(states[0]).square().mean((2, 3, 4))
     assert torch.allclose(series[0].energy, energy, rtol=1e-4)
 
@@ -112,10 +113,6 @@ def bench_trajectory_features(
     benchmark: BenchmarkFixture, config: GeneratorConfig, states: list[list[torch.Tensor]]
 ) -> None:
     """The 110 features of every trajectory, from the per-step series."""
-    waves = Wavenumbers(config.grid_size, CPU)
-    series = []
-    for blocks in states:
-        steps = StepFeatures(blocks[0][0], config.clip, waves)
-        series.append(joined([steps.block(block) for block in blocks]))
+    series = step_series(config, states)
     features = benchmark.pedantic(lambda: [trajectory_features(s) for s in series], rounds=3, warmup_rounds=1)
     assert all(torch.isfinite(values).all() for values in features)

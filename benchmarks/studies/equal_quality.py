@@ -167,8 +167,8 @@ def main() -> None:
     data = load_data(chosen.data, chosen.frame, device)
     rows = []
     for seed in chosen.seeds:
-        rows.append(compare(data, chosen.epochs, seed))
-        row = rows[-1]
+        row = compare(data, chosen.epochs, seed)
+        rows.append(row)
         print(
             f"seed {seed}: validation error {row['error']:.4f}, baseline {row['baseline_error']:.4f} "
             f"(training rows {row['train_error']:.4f}, {row['baseline_train_error']:.4f}); "
@@ -176,15 +176,13 @@ def main() -> None:
             flush=True,
         )
     result = summary(rows)
-    print(f"mean {result['error']:.4f}, baseline {result['baseline_error']:.4f}", end="")
+    print(f"mean {result['error']:.4f}, baseline {result['baseline_error']:.4f}")
     if len(rows) > 1:
+        outcome = "equal within seed noise" if result["equal"] else "NOT EQUAL"
         print(
-            f"; deviation over seeds {result['error_deviation']:.4f}, {result['baseline_error_deviation']:.4f}; "
-            f"difference {result['difference']:+.4f} +- {result['standard_error']:.4f}: "
-            + ("equal within seed noise" if result["equal"] else "NOT EQUAL")
+            f"deviation over seeds {result['error_deviation']:.4f}, {result['baseline_error_deviation']:.4f}; "
+            f"difference {result['difference']:+.4f} +- {result['standard_error']:.4f}: {outcome}"
         )
-    else:
-        print()
     if chosen.output:
         facts = {"frame": chosen.frame, "epochs": chosen.epochs, **environment(str(device))}
         chosen.output.write_text(json.dumps({**facts, "summary": result, "runs": rows}, indent=1) + "\n")

@@ -162,9 +162,6 @@ def _convert_state_dict(state: Mapping[str, Tensor], model: CategoricalHierarchi
     def stack_categories(pattern: str) -> Tensor:
         return torch.stack([state[pattern.format(name)] for name in names])
 
-    def cat_heads(suffix: str) -> Tensor:
-        return torch.cat([state[f"{head}.{name}.{level}.{suffix}"] for name, level in heads])
-
     def per_codebook(pattern: str) -> list[Tensor]:
         return [state[pattern.format(g)] for g in range(model.num_codebooks)]
 
@@ -175,10 +172,6 @@ def _convert_state_dict(state: Mapping[str, Tensor], model: CategoricalHierarchi
         "category_mlp.3.bias": stack_categories(mlp + ".{}.net.3.bias"),
         "category_mlp.4.weight": stack_categories(mlp + ".{}.net.4.weight"),
         "category_mlp.4.bias": stack_categories(mlp + ".{}.net.4.bias"),
-        "heads.0.weight": cat_heads("0.weight"),
-        "heads.0.bias": cat_heads("0.bias"),
-        "heads.2.weight": cat_heads("2.weight"),
-        "heads.2.bias": cat_heads("2.bias"),
         "quantizer.embedding": torch.cat([w.flatten() for w in per_codebook("vq_layers.{}.embedding.weight")]),
         "quantizer.initialized": torch.tensor(True),
         "partial_decoders.0.weight": torch.cat([w.t() for w in per_codebook("partial_decoders.{}.0.weight")]),
@@ -186,9 +179,10 @@ def _convert_state_dict(state: Mapping[str, Tensor], model: CategoricalHierarchi
         "partial_decoders.2.weight": torch.stack(per_codebook("partial_decoders.{}.2.weight")).transpose(1, 2),
         "partial_decoders.2.bias": torch.stack(per_codebook("partial_decoders.{}.2.bias")),
     }
-    for layer in ("0", "3"):
-        for kind in ("weight", "bias"):
-            converted[f"shared_decoder.{layer}.{kind}"] = state[f"shared_decoder.{layer}.{kind}"]
+    for layer in ("0.weight", "0.bias", "2.weight", "2.bias"):
+        converted[f"heads.{layer}"] = torch.cat([state[f"{head}.{name}.{i}.{layer}"] for name, i in heads])
+    for layer in ("0.weight", "0.bias", "3.weight", "3.bias"):
+        converted[f"shared_decoder.{layer}"] = state[f"shared_decoder.{layer}"]
     if model.quantizer.use_ema:
         converted["quantizer.cluster_size"] = torch.cat(per_codebook("vq_layers.{}.ema_cluster_size"))
         converted["quantizer.embedding_sum"] = torch.cat([w.flatten() for w in per_codebook("vq_layers.{}.ema_w")])

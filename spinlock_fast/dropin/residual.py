@@ -80,11 +80,8 @@ class ResidualVQ(ResidualStages):
         self.project_out: nn.Module = nn.Linear(self.codebook_dim, dim) if self.has_projections else nn.Identity()
         self.accept_image_fmap, self.channel_last = accept_image_fmap, vq_kwargs.get("channel_last", True)
         self.return_zeros_for_masked_padding = return_zeros_for_masked_padding
-        self.implicit_neural_codebook, self.diveq, self.shared_codebook = (
-            implicit_neural_codebook,
-            diveq,
-            shared_codebook,
-        )
+        self.implicit_neural_codebook = implicit_neural_codebook
+        self.diveq, self.shared_codebook = diveq, shared_codebook
         vq_kwargs = {**vq_kwargs, "return_zeros_for_masked_padding": return_zeros_for_masked_padding}
         if implicit_neural_codebook:
             vq_kwargs |= {"learnable_codebook": True, "ema_update": False}
