@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# All that needs a GPU, on a machine that may have no network: installs the package, runs `pytest -m gpu`, times the
-# kernels, the layers and the whole command, and leaves JSON files in ${OUT:-benchmarks/results}.
+# Runs everything that needs a GPU, without network access: installs the package, runs `pytest -m gpu`, times kernels,
+# layers and the training command, and writes JSON files to ${OUT:-benchmarks/results}.
 #
-#   bash benchmarks/gpu_check.sh [tests] [kernels] [layers] [train]      (all four without arguments)
-#   bash benchmarks/gpu_check.sh pipeline scaling streaming     (stages and steps against their sizes; rows that follow)
-#   STUDY="DATA --time-limit 400" bash benchmarks/gpu_check.sh study     (study_quality.py, with these arguments)
+#   bash benchmarks/gpu_check.sh [tests] [kernels] [layers] [train]      (default: all four)
+#   bash benchmarks/gpu_check.sh pipeline scaling streaming     (times against sizes; rows in host memory)
+#   STUDY="DATA --time-limit 400" bash benchmarks/gpu_check.sh study     (studies/quality.py with these arguments)
 #
-# torch, triton, h5py, scikit-build-core, pybind11, cmake, ninja, rich, scikit-learn and pytest must be there. What else
-# is missing is taken from the folder ${WHEELS:-.whl}; fetch it beforehand where there is a network, for Python 3.12:
+# Requires torch, triton, h5py, scikit-build-core, pybind11, cmake, ninja, rich, scikit-learn and pytest. Other packages
+# are installed from the folder ${WHEELS:-.whl}; on a machine with network access, for Python 3.12, fill it with:
 #
 #   pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
 #     --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -d .whl \
 #     pydantic pydantic-core annotated-types typing-inspection \
 #     vector-quantize-pytorch einx loguru torch-einops-utils frozendict flash-kmeans     # the last line: peers
 #
-# Without a GPU it runs to its end as well: the tests say how many were skipped, the rest runs small on the CPU.
+# Without a GPU, GPU tests are skipped and the benchmarks run at small sizes on the CPU.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-benchmarks/results}
@@ -32,7 +32,7 @@ if compgen -G "$WHEELS/*.whl" >/dev/null; then
   $PYTHON -m pip install -q --no-index --no-deps --no-cache-dir --target "$site" "$WHEELS"/*.whl || exit 1
   export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
 fi
-# `make setup` leaves libdeflate's sources here; without them the system's inflate serves.
+# `make setup` downloads the libdeflate sources; without them the build uses the system's zlib.
 options=()
 [ ! -d build/libdeflate ] || options=("-Ccmake.define.LIBDEFLATE_SOURCE_DIR=$PWD/build/libdeflate")
 $PYTHON -c 'import spinlock_fast._native' 2>/dev/null ||
@@ -60,9 +60,9 @@ import xml.etree.ElementTree as tree
 suite = tree.parse(sys.argv[1]).getroot().find("testsuite").attrib
 total, skipped = int(suite["tests"]), int(suite["skipped"])
 bad = int(suite["failures"]) + int(suite["errors"])
-print(f"{total - skipped} GPU tests ran, {bad} of them failed, {skipped} were skipped for want of a GPU")
+print(f"{total - skipped} GPU tests ran, {bad} of them failed, {skipped} were skipped without a GPU")
 PY
-  if [ "$has_gpu" = 0 ]; then # what can be shown without one: values by the interpreter
+  if [ "$has_gpu" = 0 ]; then # the kernels in Triton's interpreter
     $PYTHON -m pytest -q -p no:cacheprovider --junitxml="$OUT/tests.xml" tests/kernels -m "not gpu" | tail -3 || status=1
     grep -q 'tests="0"' "$OUT/tests.xml" && status=1
   fi
@@ -73,18 +73,18 @@ PY
 small=()
 [ "$has_gpu" = 1 ] || small=(--rows 2000 --epochs 2 --device cpu)
 stage tests run_tests
-stage kernels $PYTHON benchmarks/kernel_times.py --output "$OUT/kernels.json"
-stage layers $PYTHON benchmarks/layer_times.py --output "$OUT/layers.json"
-stage train $PYTHON benchmarks/full_run.py --output "$OUT/train.json" --commit "$COMMIT" ${small[@]+"${small[@]}"}
+stage kernels $PYTHON -m benchmarks.kernels.kernel_times --output "$OUT/kernels.json"
+stage layers $PYTHON -m benchmarks.kernels.layer_times --output "$OUT/layers.json"
+stage train $PYTHON -m benchmarks.training.full_run --output "$OUT/train.json" --commit "$COMMIT" ${small[@]+"${small[@]}"}
 sizes=(--device cuda --file-rows 1000 10000 100000)
 [ "$has_gpu" = 1 ] || sizes=(--device cpu --rows 1000 --file-rows 1000)
-stage pipeline $PYTHON benchmarks/bench_pipeline.py --output "$OUT/pipeline.json" "${sizes[@]}"
-stage scaling $PYTHON benchmarks/bench_scaling.py --output "$OUT/scaling.json" "${sizes[@]:0:2}"
+stage pipeline $PYTHON -m benchmarks.training.bench_pipeline --output "$OUT/pipeline.json" "${sizes[@]}"
+stage scaling $PYTHON -m benchmarks.training.bench_scaling --output "$OUT/scaling.json" "${sizes[@]:0:2}"
 rows=(--device cuda)
 [ "$has_gpu" = 1 ] || rows=(--device cpu --rows 2000 --batches 512)
-stage streaming $PYTHON benchmarks/bench_streaming.py --output "$OUT/streaming.json" "${rows[@]}"
+stage streaming $PYTHON -m benchmarks.training.streaming --output "$OUT/streaming.json" "${rows[@]}"
 read -ra study <<<"${STUDY:-}"
-stage study $PYTHON benchmarks/study_quality.py --output "$OUT/study.jsonl" ${study[@]+"${study[@]}"}
+stage study $PYTHON -m benchmarks.studies.quality --output "$OUT/study.jsonl" ${study[@]+"${study[@]}"}
 
 if [ ${#failed[@]} -gt 0 ]; then
   echo "failed: ${failed[*]}"

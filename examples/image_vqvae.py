@@ -1,8 +1,8 @@
-"""A small convolutional VQ-VAE on scikit-learn's 8 x 8 digits: 16 tokens an image.
+"""A small convolutional VQ-VAE on scikit-learn's 8 x 8 digits: 16 tokens per image.
 
 python examples/image_vqvae.py [--epochs 20] [--codes 64] [--output digits.png]
 
-Needs scikit-learn; with matplotlib it also draws originals and reconstructions.
+Needs scikit-learn; with matplotlib, also writes an image of originals and reconstructions.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ HELD_OUT = 297
 
 
 class ImageVQVAE(nn.Module):
-    """Images [b, 1, 8, 8] in [0, 1] <-> tokens [b, 4, 4]."""
+    """Convolutional VQ-VAE from images [b, 1, 8, 8] in [0, 1] to tokens [b, 4, 4] and back."""
 
     def __init__(self, codes: int, dim: int = 16, hidden: int = 64) -> None:
         super().__init__()
@@ -63,13 +63,13 @@ class ImageVQVAE(nn.Module):
 
 @torch.no_grad()
 def held_out_error(model: ImageVQVAE, images: Tensor) -> float:
-    """Mean squared error of the reconstructions, in eval mode: no code moves."""
+    """Mean squared reconstruction error, in eval mode: codes are not updated."""
     model.eval()
     return F.mse_loss(model(images)[0], images).item()
 
 
 def train(epochs: int, codes: int, seed: int = 0) -> tuple[ImageVQVAE, Tensor]:
-    """The trained model and the held-out images; prints one line an epoch (utilization and perplexity: in training)."""
+    """The trained model and the held-out images; prints a line per epoch (utilization and perplexity in training)."""
     torch.manual_seed(seed)
     images = torch.from_numpy(load_digits().images).float()[:, None] / 16.0
     images = images[torch.randperm(len(images))]
@@ -93,7 +93,7 @@ def train(epochs: int, codes: int, seed: int = 0) -> tuple[ImageVQVAE, Tensor]:
 
 @torch.no_grad()
 def draw(model: ImageVQVAE, images: Tensor, path: Path, columns: int = 12) -> None:
-    """Writes pairs of rows: originals, and below them what their 16 tokens decode to."""
+    """Writes an image with pairs of rows: originals, and below them their reconstructions."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -120,16 +120,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--codes", type=int, default=64)
     parser.add_argument("--output", type=Path, default=Path("digits.png"))
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     start = time.perf_counter()
-    model, held_out = train(given.epochs, given.codes)
+    model, held_out = train(options.epochs, options.codes)
     print(f"trained in {time.perf_counter() - start:.1f} s")
     try:
-        draw(model, held_out, given.output)
+        draw(model, held_out, options.output)
     except ModuleNotFoundError as error:
         print(f"no picture: {error.name} is not installed")
     else:
-        print(f"picture: {given.output}")
+        print(f"picture: {options.output}")
 
 
 if __name__ == "__main__":

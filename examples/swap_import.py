@@ -1,8 +1,8 @@
-"""An autoencoder with ResidualVQ, written for vector-quantize-pytorch; one import line decides which library it uses.
+"""An autoencoder with ResidualVQ, written for vector-quantize-pytorch; one import line selects the library.
 
 python examples/swap_import.py                                        # spinlock_fast
-python examples/swap_import.py --library vector_quantize_pytorch      # as it was
-python examples/swap_import.py --library both                         # one after the other, compared
+python examples/swap_import.py --library vector_quantize_pytorch      # the original
+python examples/swap_import.py --library both                         # both, compared
 """
 
 from __future__ import annotations
@@ -24,21 +24,19 @@ LIBRARIES = ("vector_quantize_pytorch", "spinlock_fast")
 class Settings:
     steps: int = 50
     batch: int = 32
-    length: int = 64  # windows in a sequence
-    window: int = 32  # samples in a window
+    length: int = 64  # windows per sequence
+    window: int = 32  # samples per window
     dim: int = 64
     codes: int = 512
     quantizers: int = 8
 
 
 class Autoencoder(nn.Module):
-    """Windows of signals [b, n, window] <-> tokens [b, n, quantizers]."""
+    """Reconstructs windows of signals [b, n, window] through ResidualVQ."""
 
     def __init__(self, settings: Settings, library: str) -> None:
         super().__init__()
-        vq = import_module(
-            library
-        )  # the line that changes: import vector_quantize_pytorch as vq -> spinlock_fast as vq
+        vq = import_module(library)  # instead of: import vector_quantize_pytorch as vq, or import spinlock_fast as vq
         self.encoder = nn.Sequential(nn.Linear(settings.window, 128), nn.GELU(), nn.Linear(128, settings.dim))
         self.vq = vq.ResidualVQ(
             dim=settings.dim,
@@ -55,7 +53,7 @@ class Autoencoder(nn.Module):
 
 
 def signals(settings: Settings, generator: torch.Generator) -> Tensor:
-    """[b, n, window]: sums of three sines of random frequency, amplitude and phase."""
+    """[b, n, window]: sums of three sines with random frequency, amplitude and phase."""
     frequency, amplitude, phase = torch.rand(3, settings.batch, 3, 1, generator=generator)
     time_axis = torch.arange(settings.length * settings.window) / settings.window
     waves: Tensor = amplitude * torch.sin(2.0 * torch.pi * (2.0 * frequency * time_axis + phase))
@@ -63,7 +61,7 @@ def signals(settings: Settings, generator: torch.Generator) -> Tensor:
 
 
 def run(library: str, settings: Settings, seed: int = 0) -> tuple[list[float], float]:
-    """The loss of each step, and the median of the milliseconds that a step takes."""
+    """The loss of each step, and the median milliseconds per step."""
     torch.manual_seed(seed)
     model = Autoencoder(settings, library)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
@@ -87,17 +85,17 @@ def main(arguments: list[str] | None = None) -> dict[str, tuple[list[float], flo
     parser.add_argument("--library", choices=[*LIBRARIES, "both"], default="spinlock_fast")
     for name, value in vars(Settings()).items():
         parser.add_argument(f"--{name}", type=int, default=value)
-    given = vars(parser.parse_args(arguments))
-    library = given.pop("library")
-    settings = Settings(**given)
+    options = vars(parser.parse_args(arguments))
+    library = options.pop("library")
+    settings = Settings(**options)
     results = {name: run(name, settings) for name in (LIBRARIES if library == "both" else [library])}
     for name, (losses, milliseconds) in results.items():
-        shown = sorted({0, len(losses) // 2, len(losses) - 1})
-        trace = ", ".join(f"{losses[step]:.4f} (step {step + 1})" for step in shown)
+        steps = sorted({0, len(losses) // 2, len(losses) - 1})
+        trace = ", ".join(f"{losses[step]:.4f} (step {step + 1})" for step in steps)
         print(f"{name:24s} {milliseconds:8.1f} ms a step   loss {trace}")
     if library == "both":
-        (before, slow), (after, fast) = (results[name] for name in LIBRARIES)
-        print(f"{slow / fast:.1f} times as fast; final losses differ by {abs(before[-1] - after[-1]):.1e}")
+        (theirs, their_time), (ours, our_time) = (results[name] for name in LIBRARIES)
+        print(f"{their_time / our_time:.1f} times as fast; final losses differ by {abs(theirs[-1] - ours[-1]):.1e}")
     return results
 
 

@@ -21,6 +21,7 @@ from spinlock_fast.checkpoints.integrity import (
     write_state_manifest,
 )
 from spinlock_fast.checkpoints.run_directory import FINAL, PARTIAL, check_integrity, find
+from spinlock_fast.config.loading import resolve_aliases
 from spinlock_fast.config.schema import RunConfig
 from spinlock_fast.data.payload_checks import payload_errors
 from spinlock_fast.errors import ConfigError, DataError, OutputError

@@ -1,4 +1,4 @@
-"""Ways in from other projects: the original's quantizer and checkpoints, and the quantizers of trained models."""
+"""Compatibility with other projects: quantizer and checkpoints of the original project, and pretrained codebooks."""
 
 from spinlock_fast.compat.codecs import FactorizedResidualVQ, SplitResidualVQ
 from spinlock_fast.compat.vector_quantizer import VectorQuantizer

@@ -1,9 +1,8 @@
-"""Reading checkpoints of the original project, without running code from them."""
+"""Converts checkpoints of the original project."""
 
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,17 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spinlock_fast.checkpoints.directory import (
-    finite_or_null,
-    load_restricted,
-    model_payload,
-    save_torch,
-    write_normalization,
-)
+from spinlock_fast.checkpoints.directory import finite_or_null, model_payload, save_torch, write_normalization
 from spinlock_fast.checkpoints.integrity import write_manifest
 from spinlock_fast.checkpoints.model_card import model_card
 from spinlock_fast.checkpoints.run_directory import (
@@ -34,7 +26,8 @@ from spinlock_fast.checkpoints.run_directory import (
     RunDirectory,
 )
 from spinlock_fast.compat.converted_metrics import converted_metrics
-from spinlock_fast.config.loading import BoundedLoader, check_config, dump_config, parse_yaml, read_text_file
+from spinlock_fast.compat.original_files import read_original, read_settings
+from spinlock_fast.config.loading import check_config, dump_config
 from spinlock_fast.config.schema import (
     ENCODER_PARAMS,
     FamilyConfig,
@@ -57,87 +50,12 @@ from spinlock_fast.output.atomic_files import write_atomically, write_json, writ
 _MODEL_FILES = ("best_model.pt", "final_model.pt")
 
 
-class _NormalizationStats:
-    """Stands in for `spinlock.encoding.normalization.NormalizationStats`."""
-
-    mean: Any
-    std: Any
-
-
-def _path(*parts: str) -> str:
-    return "/".join(parts)
-
-
-def _allowed() -> list[Any]:
-    from numpy._core import multiarray
-
-    allowed: list[Any] = [
-        np.ndarray,
-        np.dtype,
-        (_NormalizationStats, "spinlock.encoding.normalization.NormalizationStats"),
-    ]
-    for module in ("numpy._core.multiarray", "numpy.core.multiarray"):
-        allowed += [(multiarray._reconstruct, f"{module}._reconstruct"), (multiarray.scalar, f"{module}.scalar")]
-    for module in ("pathlib", "pathlib._local"):
-        allowed += [
-            (_path, f"{module}.{name}") for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")
-        ]
-    kinds = (
-        "bool",
-        "int8",
-        "int16",
-        "int32",
-        "int64",
-        "uint8",
-        "uint16",
-        "uint32",
-        "uint64",
-        "float32",
-        "float64",
-        "U1",
-    )
-    return allowed + [type(np.dtype(kind)) for kind in kinds]
-
-
-def read_original(path: Path) -> dict[str, Any]:
-    """The contents of a model file of the original project.
-
-    Numpy arrays, paths (as text) and its normalisation statistics are understood; anything else is
-    refused, and no code from the file runs.
-
-    Raises:
-        DataError: missing, damaged, or holding a type that is not on the list.
-    """
-    try:
-        with torch.serialization.safe_globals(_allowed()):
-            payload = load_restricted(path)
-    except pickle.UnpicklingError as error:
-        reason = str(error).split("WeightsUnpickler error:")[-1].strip().splitlines()[0]
-        raise DataError(f"{path}: refused: {reason}") from None
-    if "model_state_dict" not in payload:
-        raise DataError(f"{path}: no model_state_dict: not a checkpoint of the original project")
-    return payload
-
-
-class _TaggedLoader(BoundedLoader):
-    """A loader that reads the original's path tags as text."""
-
-
-def _construct_path(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> str:
-    if not isinstance(node, yaml.SequenceNode):
-        raise yaml.constructor.ConstructorError(None, None, f"unexpected {suffix}", node.start_mark)
-    return _path(*map(str, loader.construct_sequence(node)))
-
-
-_TaggedLoader.add_multi_constructor("tag:yaml.org,2002:python/object/apply:pathlib.", _construct_path)
-
-
 @dataclass
 class Converted:
-    """An original checkpoint in this package's terms."""
+    """A checkpoint of the original project, converted to the types of this package."""
 
     model: CategoricalHierarchicalVQVAE
-    parts: dict[str, Any]
+    parts: dict[str, Any]  # further entries of best_model.pt: encoders, cleaning, normalization, names
     normalizer: Normalizer
     config: RunConfig
     epoch: int
@@ -146,21 +64,21 @@ class Converted:
 
 
 def convert(source: Path, data: str | None = None) -> Converted:
-    """A checkpoint directory (or model file) of the original project as one of this package.
+    """Converts a checkpoint directory (or model file) of the original project.
 
     Args:
         source: directory with best_model.pt or final_model.pt, or the file itself.
-        data: HDF5 file that it was trained on. The original does not store its clip bounds; with the
-            file they are recomputed, without it features are not clipped.
+        data: HDF5 file with the training data, from which the clip bounds are recomputed: the original project does
+            not store them. If None, features are not clipped.
 
     Raises:
-        DataError: the checkpoint or the data cannot serve.
+        DataError: the checkpoint or the data are missing, damaged, or do not match.
     """
     path = source
     if os.path.isdir(source):
         path = next((source / name for name in _MODEL_FILES if (source / name).exists()), source / _MODEL_FILES[0])
     payload = read_original(path)
-    settings = payload.get("config") or _read_config(path.parent / "config.yaml")
+    settings = payload.get("config") or read_settings(path.parent / "config.yaml")
     model = convert_model(payload, settings, path)
     feature_count = model.config.input_dim
     mask = payload.get("feature_mask")
@@ -192,18 +110,18 @@ def convert(source: Path, data: str | None = None) -> Converted:
 def write_converted(converted: Converted, directory: Path) -> None:
     """Writes model files, config.yaml, normalization_stats.npz, metrics.json, README.md and manifest.json.
 
-    An earlier result in the directory is moved to `previous`, see `RunDirectory`.
+    Moves an earlier result in the directory to `previous`, see `RunDirectory`.
 
     Raises:
-        OutputError: they cannot be written.
+        OutputError: a file cannot be written.
     """
     from safetensors.torch import save
 
     payload = model_payload(converted.model, converted.model.state_dict(), converted.epoch, converted.parts)
     tensors = {key: value.contiguous() for key, value in payload["model_state_dict"].items()}
     groups = converted.model.config.group_indices
-    with RunDirectory(directory) as place:
-        partial = place.begin(resumed=False)
+    with RunDirectory(directory) as run_directory:
+        partial = run_directory.begin(resumed=False)
         write_text(partial / CONFIG, dump_config(converted.config))
         write_atomically(partial / SAFETENSORS, lambda temporary: temporary.write_bytes(save(tensors)))
         write_normalization(partial / NORMALIZATION, converted.normalizer.by_category(groups))
@@ -211,104 +129,92 @@ def write_converted(converted: Converted, directory: Path) -> None:
         write_text(partial / CARD, model_card(converted.metrics, converted.config))
         save_torch(partial / BEST, payload)
         write_manifest(partial)
-        place.publish()
+        run_directory.publish()
 
 
 def convert_model(payload: Mapping[str, Any], settings: Mapping[str, Any], path: Path) -> CategoricalHierarchicalVQVAE:
-    """The model alone, in eval mode; raises DataError where weights are missing or do not fit."""
+    """The model in eval mode. Raises DataError if weights are missing or do not match `model_config`."""
     if "category_mlp.0.weight" in payload["model_state_dict"]:
         raise DataError(f"{path}: is a checkpoint of this package already")
-    described = payload.get("model_config")
-    if not isinstance(described, Mapping) or "group_indices" not in described:
+    model_config = payload.get("model_config")
+    if not isinstance(model_config, Mapping) or "group_indices" not in model_config:
         raise DataError(f"{path}: no model_config with group_indices")
     state = {str(key).removeprefix("_orig_mod."): value for key, value in payload["model_state_dict"].items()}
-    hyper = {**settings, **settings.get("model", {}), **described}
-    groups = {str(name): [int(i) for i in members] for name, members in described["group_indices"].items()}
-    known = {key: hyper[key] for key in ModelConfig.model_fields if key in hyper and hyper[key] is not None}
-    known["levels"] = _plain_levels(described.get("levels") or [], groups)
-    known["codebook_init"] = "uniform"
-    known["use_ema"] = any(key.endswith("ema_cluster_size") for key in state)
+    merged = {**settings, **settings.get("model", {}), **model_config}
+    groups = {str(name): [int(i) for i in members] for name, members in model_config["group_indices"].items()}
+    fields = {key: merged[key] for key in ModelConfig.model_fields if merged.get(key) is not None}
+    fields |= {
+        "levels": _convert_levels(model_config.get("levels") or [], groups),
+        "codebook_init": "uniform",
+        "use_ema": any(key.endswith("ema_cluster_size") for key in state),
+        "group_indices": groups,
+    }
     try:
-        config = CategoricalVQVAEConfig(**{**known, "input_dim": int(described["input_dim"]), "group_indices": groups})
+        config = CategoricalVQVAEConfig(**{**fields, "input_dim": int(model_config["input_dim"])})
     except ValueError as error:
-        raise DataError(f"{path}: model_config: {' '.join(str(error).split())[:200]}") from None
+        raise DataError(f"{path}: model_config: {one_line(error, 200)}") from None
     model = CategoricalHierarchicalVQVAE(config)
     try:
-        model.load_state_dict(_translate(state, model))
+        model.load_state_dict(_convert_state_dict(state, model))
     except KeyError as error:
         raise DataError(f"{path}: model_state_dict has no {error.args[0]}") from None
     except RuntimeError as error:
-        raise DataError(f"{path}: weights do not fit model_config: {' '.join(str(error).split())[:200]}") from None
+        raise DataError(f"{path}: weights do not match model_config: {one_line(error, 200)}") from None
     return model.eval()
 
 
-def _plain_levels(levels: Any, groups: Mapping[str, Any]) -> Any:
-    def book(level: Mapping[str, Any]) -> dict[str, int]:
+def _convert_levels(levels: Any, groups: Mapping[str, Any]) -> Any:
+    def convert_level(level: Mapping[str, Any]) -> dict[str, int]:
         return {"num_tokens": int(level["num_tokens"]), "latent_dim": int(level["latent_dim"])}
 
     if isinstance(levels, Mapping):
-        return {name: [book(level) for level in levels[name]] for name in groups}
-    return [book(level) for level in levels]
+        return {name: [convert_level(level) for level in levels[name]] for name in groups}
+    return [convert_level(level) for level in levels]
 
 
-def _translate(state: Mapping[str, Tensor], model: CategoricalHierarchicalVQVAE) -> dict[str, Tensor]:
-    """The original's state dict in this package's names and packed shapes."""
+def _convert_state_dict(state: Mapping[str, Tensor], model: CategoricalHierarchicalVQVAE) -> dict[str, Tensor]:
+    """The state dict with the names and packed shapes of this package."""
     mlp, head = "feature_extractor.group_mlps", "projector.projection_heads"
     names = model.categories
     heads = [(name, level) for name in names for level in range(len(model.levels[name]))]
-    books = range(model.num_codebooks)
 
-    def stack(pattern: str) -> Tensor:
+    def stack_categories(pattern: str) -> Tensor:
         return torch.stack([state[pattern.format(name)] for name in names])
 
-    def over_heads(suffix: str) -> Tensor:
-        return torch.cat([state[f"{head}.{name}.{level}.{suffix}"] for name, level in heads])
+    def per_codebook(pattern: str) -> list[Tensor]:
+        return [state[pattern.format(g)] for g in range(model.num_codebooks)]
 
-    def over_books(pattern: str) -> list[Tensor]:
-        return [state[pattern.format(g)] for g in books]
-
-    translated = {
+    converted = {
         "category_mlp.0.weight": torch.cat([state[f"{mlp}.{name}.net.0.weight"].t() for name in names]),
-        "category_mlp.0.bias": stack(mlp + ".{}.net.0.bias"),
-        "category_mlp.3.weight": stack(mlp + ".{}.net.3.weight").transpose(1, 2),
-        "category_mlp.3.bias": stack(mlp + ".{}.net.3.bias"),
-        "category_mlp.4.weight": stack(mlp + ".{}.net.4.weight"),
-        "category_mlp.4.bias": stack(mlp + ".{}.net.4.bias"),
-        "heads.0.weight": over_heads("0.weight"),
-        "heads.0.bias": over_heads("0.bias"),
-        "heads.2.weight": over_heads("2.weight"),
-        "heads.2.bias": over_heads("2.bias"),
-        "quantizer.embedding": torch.cat([w.flatten() for w in over_books("vq_layers.{}.embedding.weight")]),
+        "category_mlp.0.bias": stack_categories(mlp + ".{}.net.0.bias"),
+        "category_mlp.3.weight": stack_categories(mlp + ".{}.net.3.weight").transpose(1, 2),
+        "category_mlp.3.bias": stack_categories(mlp + ".{}.net.3.bias"),
+        "category_mlp.4.weight": stack_categories(mlp + ".{}.net.4.weight"),
+        "category_mlp.4.bias": stack_categories(mlp + ".{}.net.4.bias"),
+        "quantizer.embedding": torch.cat([w.flatten() for w in per_codebook("vq_layers.{}.embedding.weight")]),
         "quantizer.initialized": torch.tensor(True),
-        "partial_decoders.0.weight": torch.cat([w.t() for w in over_books("partial_decoders.{}.0.weight")]),
-        "partial_decoders.0.bias": torch.stack(over_books("partial_decoders.{}.0.bias")),
-        "partial_decoders.2.weight": torch.stack(over_books("partial_decoders.{}.2.weight")).transpose(1, 2),
-        "partial_decoders.2.bias": torch.stack(over_books("partial_decoders.{}.2.bias")),
+        "partial_decoders.0.weight": torch.cat([w.t() for w in per_codebook("partial_decoders.{}.0.weight")]),
+        "partial_decoders.0.bias": torch.stack(per_codebook("partial_decoders.{}.0.bias")),
+        "partial_decoders.2.weight": torch.stack(per_codebook("partial_decoders.{}.2.weight")).transpose(1, 2),
+        "partial_decoders.2.bias": torch.stack(per_codebook("partial_decoders.{}.2.bias")),
     }
-    for layer in ("0", "3"):
-        for kind in ("weight", "bias"):
-            translated[f"shared_decoder.{layer}.{kind}"] = state[f"shared_decoder.{layer}.{kind}"]
+    for layer in ("0.weight", "0.bias", "2.weight", "2.bias"):
+        converted[f"heads.{layer}"] = torch.cat([state[f"{head}.{name}.{i}.{layer}"] for name, i in heads])
+    for layer in ("0.weight", "0.bias", "3.weight", "3.bias"):
+        converted[f"shared_decoder.{layer}"] = state[f"shared_decoder.{layer}"]
     if model.quantizer.use_ema:
-        translated["quantizer.cluster_size"] = torch.cat(over_books("vq_layers.{}.ema_cluster_size"))
-        translated["quantizer.embedding_sum"] = torch.cat([w.flatten() for w in over_books("vq_layers.{}.ema_w")])
+        converted["quantizer.cluster_size"] = torch.cat(per_codebook("vq_layers.{}.ema_cluster_size"))
+        converted["quantizer.embedding_sum"] = torch.cat([w.flatten() for w in per_codebook("vq_layers.{}.ema_w")])
     else:
-        translated["quantizer.cluster_size"] = model.quantizer.cluster_size
-        translated["quantizer.embedding_sum"] = translated["quantizer.embedding"]
-    return translated
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        value = parse_yaml(read_text_file(path), _TaggedLoader) if path.exists() else {}
-    except (OSError, ConfigError, yaml.YAMLError) as error:
-        raise DataError(f"{path}: cannot be read: {one_line(error, 200)}") from None
-    return value if isinstance(value, dict) else {}
+        converted["quantizer.cluster_size"] = model.quantizer.cluster_size
+        converted["quantizer.embedding_sum"] = converted["quantizer.embedding"]
+    return converted
 
 
 def _normalizer(
     payload: Mapping[str, Any], path: Path, groups: Mapping[str, Sequence[int]], features: int
 ) -> Normalizer:
-    """Centre and scale of every feature; those in no category are left as they are."""
+    """Centre and scale of every feature; 0 and 1 for features without a category."""
     center, scale = np.zeros(features), np.ones(features)
     stats = payload.get("normalization_stats")
     if isinstance(stats, Mapping):
@@ -317,7 +223,7 @@ def _normalizer(
     else:
         file = path.parent / NORMALIZATION
         if not file.exists():
-            raise DataError(f"{path}: no normalization_stats in it, and no {file.name} beside it")
+            raise DataError(f"{path}: no normalization_stats, and no {file.name} in its directory")
         with np.load(file, allow_pickle=False) as arrays:
             mad = any(key.endswith("_mad") for key in arrays)
             first, second = ("median", "mad") if mad else ("mean", "std")
@@ -326,10 +232,10 @@ def _normalizer(
                 for name in groups
                 if f"{name}_{first}" in arrays
             }
-    for name, (middle, width) in pairs.items():
+    for name, (group_center, group_scale) in pairs.items():
         members = list(groups[name])
-        center[members] = np.asarray(middle, dtype=np.float64)
-        scale[members] = np.asarray(width, dtype=np.float64)
+        center[members] = np.asarray(group_center, dtype=np.float64)
+        scale[members] = np.asarray(group_scale, dtype=np.float64)
     return Normalizer("mad" if mad else "standard", center, np.where(scale > 0, scale, 1.0))
 
 
@@ -337,11 +243,11 @@ def _families(
     payload: Mapping[str, Any], settings: Mapping[str, Any], columns: int, data: str | None, path: Path
 ) -> list[FamilyEncoder]:
     saved = payload.get("encoder_state_dicts") or {}
-    described = settings.get("families") or {}
-    names = list(described) or list(saved)
+    family_settings = settings.get("families") or {}
+    names = list(family_settings) or list(saved)
     if not names:
-        raise DataError(f"{path}: neither encoder_state_dicts nor families are in it")
-    configs = {name: _family_config(name, described.get(name), saved.get(name), path) for name in names}
+        raise DataError(f"{path}: has neither encoder_state_dicts nor families")
+    configs = {name: _family_config(name, family_settings.get(name), saved.get(name), path) for name in names}
     shapes = _row_shapes(configs, saved, columns, data, path)
     families = []
     for name, config in configs.items():
@@ -349,7 +255,7 @@ def _families(
         if name in saved:
             encoder.load_state_dict(dict(saved[name]["state_dict"]))
         elif config.encoder != "IdentityEncoder":
-            raise DataError(f"{path}: no weights of encoder {config.encoder} of family {name!r}")
+            raise DataError(f"{path}: no weights for encoder {config.encoder} of family {name!r}")
         dataset = config.dataset or RunConfig(families={name: config}).datasets()[name]
         families.append(FamilyEncoder(name, config.encoder, config.encoder_params, dataset, shapes[name], encoder))
     width = sum(family.encoder.output_dim for family in families)
@@ -358,19 +264,19 @@ def _families(
     return families
 
 
-def _family_config(name: str, described: Any, saved: Any, path: Path) -> FamilyConfig:
-    both = {**(described or {})}
+def _family_config(name: str, settings: Any, saved: Any, path: Path) -> FamilyConfig:
+    merged = {**(settings or {})}
     if saved is not None:
-        both |= {"encoder": saved["encoder_name"], "encoder_params": saved["encoder_params"]}
-    params = both.get("encoder_params") or {}
-    fields = ENCODER_PARAMS.get(both.get("encoder", ""))
+        merged |= {"encoder": saved["encoder_name"], "encoder_params": saved["encoder_params"]}
+    params = merged.get("encoder_params") or {}
+    fields = ENCODER_PARAMS.get(merged.get("encoder", ""))
     if fields is None:
-        raise DataError(f"{path}: family {name!r} has encoder {both.get('encoder')!r}, which is not supported")
+        raise DataError(f"{path}: family {name!r} has encoder {merged.get('encoder')!r}, which is not supported")
     known = {key: value for key, value in params.items() if key in fields.model_fields}
     try:
-        return FamilyConfig(encoder=both["encoder"], encoder_params=fields(**known), dataset=both.get("dataset"))
+        return FamilyConfig(encoder=merged["encoder"], encoder_params=fields(**known), dataset=merged.get("dataset"))
     except ValueError as error:
-        raise DataError(f"{path}: family {name!r}: {' '.join(str(error).split())[:200]}") from None
+        raise DataError(f"{path}: family {name!r}: {one_line(error, 200)}") from None
 
 
 def _row_shapes(
@@ -380,24 +286,24 @@ def _row_shapes(
     data: str | None,
     path: Path,
 ) -> dict[str, tuple[int, ...]]:
-    """Shapes of raw rows: from the data, else from the weights; one identity family takes the rest."""
+    """Row shapes of the families: from the data, else from the encoder weights. One family may take what remains."""
     if data is not None:
         with FeatureSource(data, RunConfig(families=dict(configs)).datasets()) as source:
             return {name: source.datasets[name].row_shape for name in configs}
     shapes: dict[str, tuple[int, ...]] = {}
-    rest = columns
+    remaining = columns
     for name, config in configs.items():
         if name in saved and config.encoder == "MLPEncoder":
             weights = saved[name]["state_dict"]
             shapes[name] = (int(weights["encoder.0.weight"].shape[1]),)
-            rest -= config.encoder_params.output_dim  # type: ignore[union-attr]
+            remaining -= config.encoder_params.output_dim  # type: ignore[union-attr]
         elif name in saved and config.encoder == "TemporalCNNEncoder":
             shapes[name] = (ANY_LENGTH, int(saved[name]["state_dict"]["stage1.0.weight"].shape[1]))
-            rest -= config.encoder_params.embedding_dim  # type: ignore[union-attr]
-    open_names = [name for name in configs if name not in shapes]
-    if len(open_names) > 1:
-        raise DataError(f"{path}: the widths of {' and '.join(open_names)} are not stored; give --data")
-    return shapes | dict.fromkeys(open_names, (rest,))
+            remaining -= config.encoder_params.embedding_dim  # type: ignore[union-attr]
+    unknown = [name for name in configs if name not in shapes]
+    if len(unknown) > 1:
+        raise DataError(f"{path}: the widths of {' and '.join(unknown)} are not stored; give --data")
+    return shapes | dict.fromkeys(unknown, (remaining,))
 
 
 def _cleaner(
@@ -408,9 +314,9 @@ def _cleaner(
     data: str | None,
 ) -> tuple[FeatureCleaner, bool, NDArray[np.float32] | None]:
     """The cleaner, whether its clip bounds are known, and the columns of the data where these are given."""
-    given = {**(settings.get("feature_cleaning") or {}), **(payload.get("feature_cleaning_params") or {})}
-    known = {key: given[key] for key in FeatureCleaningConfig.model_fields if given.get(key) is not None}
-    # The original clips at multiples of the MAD itself.
+    merged = {**(settings.get("feature_cleaning") or {}), **(payload.get("feature_cleaning_params") or {})}
+    known = {key: merged[key] for key in FeatureCleaningConfig.model_fields if merged.get(key) is not None}
+    # The original project clips at multiples of the MAD without the factor 1.4826.
     config = check_config({"feature_cleaning": {**known, "mad_scale": 1.0}}).feature_cleaning
     unbounded = np.full(int(keep.sum()), np.inf)
     if data is None:
@@ -423,7 +329,7 @@ def _cleaner(
 
 
 def _run_config(settings: Mapping[str, Any], families: list[FamilyEncoder], model: CategoricalVQVAEConfig) -> RunConfig:
-    """The settings of the original run, as far as this package has them."""
+    """The settings of the original run that exist in this package."""
     flat = {**settings, **settings.get("training", {})}
     training: dict[str, Any] = {}
     for key in (*TrainingConfig.model_fields, "category_mapping_file"):

@@ -1,4 +1,4 @@
-"""A quantizer with the interface, the names and the numbers of the original project's."""
+"""`VectorQuantizer` of the original project: same interface, state dict and numerics."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from spinlock_fast.quantize.process_group import Processes
 class VectorQuantizer(nn.Module):
     """One codebook of `num_embeddings` codes of `embedding_dim` dimensions.
 
-    Loads the original's state dict: `embedding.weight`, `ema_cluster_size`, `ema_w`. With `use_ema` the
-    codes follow the inputs by moving average with Laplace smoothing (`epsilon`); as in the original they
-    are a parameter all the same, and `commitment_loss` gives them a gradient. Unlike there, processes of
-    `torch.distributed` share the moving average: those of `process_group` (None for all), as of each call.
+    State dict keys are those of the original project: `embedding.weight`, `ema_cluster_size`, `ema_w`. With `use_ema`,
+    codes are moving averages of the inputs with Laplace smoothing (`epsilon`); as in the original project they are
+    still a parameter, with a gradient from `commitment_loss`. Unlike there, the processes of `process_group` (None for
+    all processes of `torch.distributed`) share the moving averages.
 
-    forward(z [..., D]) returns
+    forward(inputs [..., D]) returns
 
-    - quantized [..., D], gradient straight through;
+    - quantized [..., D], with the straight-through gradient;
     - one-hot encodings [..., K] float32;
     - losses: `codebook_loss` = mean((sg(e) - z)^2), `commitment_loss` = mean((e - sg(z))^2) and `loss` =
-      codebook_loss + commitment_cost * commitment_loss. The two names are those of the original,
-      which uses them the other way round from van den Oord et al. (2017).
+      codebook_loss + commitment_cost * commitment_loss. The original project swaps the two names of van den Oord et
+      al. (2017), and so does this class.
 
     Raises:
-        ValueError: the last dimension of z is not `embedding_dim`.
+        ValueError: the last dimension of the inputs is not `embedding_dim`.
     """
 
     ema_cluster_size: Tensor
@@ -75,7 +75,7 @@ class VectorQuantizer(nn.Module):
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
-        """The processes that share the moving average; None for all."""
+        """Processes that share the moving averages; None for all."""
         return self.processes.group
 
     @process_group.setter
@@ -88,28 +88,27 @@ class VectorQuantizer(nn.Module):
             raise ValueError(f"inputs must be [..., {self.embedding_dim}], got {list(inputs.shape)}")
         flat = inputs.reshape(-1, self.embedding_dim)
         weight = first_run_values(self, self.embedding.weight) if self.training else self.embedding.weight
-        found = vq_assign(flat, weight.detach().flatten(), self._layout, centred=False)
-        codes = found.codes[:, 0]
-        # The losses see the codes that the inputs were assigned to: taken before they move.
+        assignment = vq_assign(flat, weight.detach().flatten(), self._layout, centred=False)
+        codes = assignment.codes[:, 0]
         valid = codes >= 0
-        chosen = F.embedding(codes.clamp(min=0), snapshot(weight))
-        chosen = torch.where(valid[:, None], chosen, torch.nan)
+        vectors = F.embedding(codes.clamp(min=0), snapshot(weight))  # before the update changes them in place
+        vectors = torch.where(valid[:, None], vectors, torch.nan)
         if self.training and self.use_ema:
-            once(self, lambda: self._move_codes(found), self.ema_cluster_size)
+            once(self, lambda: self._update_ema(assignment), self.ema_cluster_size)
         encodings = F.one_hot(codes.clamp(min=0), self.num_embeddings).to(torch.float32) * valid[:, None]
-        codebook_loss = _mean_squared(chosen.detach(), flat)
-        commitment_loss = _mean_squared(chosen, flat.detach())
+        codebook_loss = _mean_squared_error(vectors.detach(), flat)
+        commitment_loss = _mean_squared_error(vectors, flat.detach())
         losses = {
             "loss": codebook_loss + self.commitment_cost * commitment_loss,
             "codebook_loss": codebook_loss,
             "commitment_loss": commitment_loss,
         }
-        quantized = quantize(flat, chosen.detach(), self._layout)
+        quantized = quantize(flat, vectors.detach(), self._layout)
         return quantized.view(inputs.shape), encodings.view(*inputs.shape[:-1], self.num_embeddings), losses
 
     @torch.no_grad()
-    def _move_codes(self, found: Assignment) -> None:
-        counts, sums = found.counts, found.sums
+    def _update_ema(self, assignment: Assignment) -> None:
+        counts, sums = assignment.counts, assignment.sums
         if self.processes.size() > 1:
             counts, sums = self.processes.sum_(torch.cat([counts, sums])).split([len(counts), len(sums)])
         ema_update(
@@ -130,6 +129,6 @@ class VectorQuantizer(nn.Module):
         return entries
 
 
-def _mean_squared(a: Tensor, b: Tensor) -> Tensor:
-    """0 without a row, with a gradient."""
+def _mean_squared_error(a: Tensor, b: Tensor) -> Tensor:
+    """Mean squared error; 0 for empty inputs, with a gradient."""
     return F.mse_loss(a, b) if a.shape[0] else F.mse_loss(a, b, reduction="sum")

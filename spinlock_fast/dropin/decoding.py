@@ -1,4 +1,4 @@
-"""Code vectors of given indices."""
+"""Decodes code indices to code vectors; an index of -1 means no code."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def checked_indices(indices: Tensor) -> Tensor:
+def check_indices(indices: Tensor) -> Tensor:
     """`indices` as int64.
 
     Raises:
@@ -19,15 +19,15 @@ def checked_indices(indices: Tensor) -> Tensor:
 
 
 def code_vectors(codebook: Tensor, indices: Tensor) -> Tensor:
-    """Codes [..., D] of a codebook [K, D] for indices [...]; 0 where the index is -1, which stands for no code.
+    """Code vectors [..., D] of a codebook [K, D] at indices [...]; 0 where the index is -1.
 
     Raises:
-        IndexError: another index outside the codebook, on a CPU.
+        IndexError: any other index outside the codebook, on a CPU.
     """
     missing = indices == -1
     return F.embedding(indices.masked_fill(missing, 0), codebook).masked_fill(missing[..., None], 0.0)
 
 
-def hide_missing(output: Tensor, missing: Tensor) -> Tensor:
-    """output [b, ..., dim], 0 where all of `missing` [b, ..., n] is True: what `forward` returns for masked rows."""
+def zero_missing(output: Tensor, missing: Tensor) -> Tensor:
+    """output [b, ..., dim], set to 0 where all of missing [b, ..., n] is True, as `forward` does for masked rows."""
     return output.masked_fill(missing.all(-1, keepdim=True), 0.0)

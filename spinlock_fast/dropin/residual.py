@@ -1,4 +1,4 @@
-"""`ResidualVQ` of vector-quantize-pytorch: all stages in one operator where that serves."""
+"""`ResidualVQ` of vector-quantize-pytorch: all stages in one fused operator where the arguments permit."""
 
 from __future__ import annotations
 
@@ -13,34 +13,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spinlock_fast.dropin import losses
-from spinlock_fast.dropin.arguments import check_mask, warn_reference
-from spinlock_fast.dropin.decoding import checked_indices, code_vectors, hide_missing
-from spinlock_fast.dropin.implicit import CodeNetwork
-from spinlock_fast.dropin.shapes import InputShape, projected
-from spinlock_fast.dropin.stages import by_beam, by_stages, fused, stages_fuse, with_cross_entropy
-from spinlock_fast.dropin.usage import perplexity, utilization
+from spinlock_fast.dropin.arguments import check_mask, warn_unfused
+from spinlock_fast.dropin.decoding import check_indices, code_vectors, zero_missing
+from spinlock_fast.dropin.gradient_estimators import directional_reparam
+from spinlock_fast.dropin.implicit_codebook import ImplicitCodebook
+from spinlock_fast.dropin.input_layout import InputLayout, apply_projection
+from spinlock_fast.dropin.residual_stages import ResidualStages
 from spinlock_fast.dropin.vector_quantize import VectorQuantize
 from spinlock_fast.quantize.activation_checkpointing import once
-from spinlock_fast.quantize.buffers import TransientBuffers
 from spinlock_fast.quantize.process_group import Processes
 
 
-class ResidualVQ(TransientBuffers):
-    """Quantizes vectors, then what each stage leaves over (Zeghidour et al. 2021, algorithm 1).
+class ResidualVQ(ResidualStages):
+    """Residual vector quantization: each stage quantizes the error of the stages before (Zeghidour et al. 2021).
 
     Arguments, `forward` and returns are those of vector-quantize-pytorch 1.32 and documented there; docs/drop-in.md
-    says how each is served. Further arguments, `corrections` and `process_group` among them, are those of
+    lists how each is implemented. Further arguments, including `corrections` and `process_group`, are those of
     `VectorQuantize`.
 
     Shapes:
-        x [b, n, dim] (or [b, dim]; images [b, dim, h, w]) -> quantized like x; codes [b, n, q] int64, -1 where masked
-        or dropped out; losses [q].
+        x [b, n, dim] (or [b, dim]; images [b, dim, h, w]) -> quantized, same shape; codes [b, n, q] int64, -1 where
+        masked or dropped out; losses [q].
 
     Raises:
-        ValueError: arguments that contradict each other, or an input that does not fit.
+        ValueError: incompatible arguments, or an input of the wrong shape or dtype.
     """
-
-    beam_score_weights: Tensor
 
     def __init__(
         self,
@@ -83,11 +80,8 @@ class ResidualVQ(TransientBuffers):
         self.project_out: nn.Module = nn.Linear(self.codebook_dim, dim) if self.has_projections else nn.Identity()
         self.accept_image_fmap, self.channel_last = accept_image_fmap, vq_kwargs.get("channel_last", True)
         self.return_zeros_for_masked_padding = return_zeros_for_masked_padding
-        self.implicit_neural_codebook, self.diveq, self.shared_codebook = (
-            implicit_neural_codebook,
-            diveq,
-            shared_codebook,
-        )
+        self.implicit_neural_codebook = implicit_neural_codebook
+        self.diveq, self.shared_codebook = diveq, shared_codebook
         vq_kwargs = {**vq_kwargs, "return_zeros_for_masked_padding": return_zeros_for_masked_padding}
         if implicit_neural_codebook:
             vq_kwargs |= {"learnable_codebook": True, "ema_update": False}
@@ -126,10 +120,10 @@ class ResidualVQ(TransientBuffers):
         if implicit_neural_codebook:
             unit_codes = self.layer(0).use_cosine_sim
             self.mlps = nn.ModuleList(
-                CodeNetwork(dim=self.codebook_dim, l2norm_output=unit_codes, **(mlp_kwargs or {}))
+                ImplicitCodebook(dim=self.codebook_dim, l2norm_output=unit_codes, **(mlp_kwargs or {}))
                 for _ in range(self.num_quantizers - 1)
             )
-        self._say_what_is_slow()
+        self._warn_unfused_arguments()
         if shared_codebook:
             if not self.uniform_codebook_size:
                 raise ValueError("shared_codebook needs codebooks of one size")
@@ -139,21 +133,16 @@ class ResidualVQ(TransientBuffers):
     def transient_buffers(self) -> dict[str, Tensor]:
         return {"beam_score_weights": torch.tensor(self._score_weights, device="cpu")}
 
-    def layer(self, q: int) -> VectorQuantize:
-        layer = self.layers[q]
-        assert isinstance(layer, VectorQuantize)
-        return layer
-
-    def _say_what_is_slow(self) -> None:
+    def _warn_unfused_arguments(self) -> None:
         for name in ("diveq", "implicit_neural_codebook", "beam_size"):
             if getattr(self, name):
-                warn_reference(name)
+                warn_unfused(name)
         if self.quant_grad_frac > 0.0 and not self.diveq:
-            warn_reference("quant_grad_frac", "takes one operator a stage")
+            warn_unfused("quant_grad_frac", "runs one operator per stage")
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
-        """The processes that share updates; None for all."""
+        """Processes that share updates; None for all."""
         return self._processes.group
 
     @process_group.setter
@@ -171,58 +160,58 @@ class ResidualVQ(TransientBuffers):
 
     @property
     def codebooks(self) -> Tensor | tuple[Tensor, ...]:
-        """[q, K, D], or [K_q, D] of each stage where they differ in size."""
-        books = tuple(self.layer(q)._codebook.embed[0] for q in range(self.num_quantizers))
-        return torch.stack(books) if self.uniform_codebook_size else books
+        """[q, K, D], or a tuple of [K_q, D] if stages differ in codebook size."""
+        codebooks = tuple(self.layer(q)._codebook.embed[0] for q in range(self.num_quantizers))
+        return torch.stack(codebooks) if self.uniform_codebook_size else codebooks
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
-        """Code vectors [q, b, ..., D] of indices [b, ..., q]; 0 where an index is -1 or its stage is not given.
+        """Code vectors [q, b, ..., D] of indices [b, ..., q]; 0 where an index is -1 or its stage is missing.
 
         Raises:
-            ValueError: indices that are not integers, or of another number of stages.
+            ValueError: indices that are not integers, or of the wrong number of stages.
             IndexError: an index outside its codebook, on a CPU.
         """
-        indices, given = checked_indices(indices), indices.shape[-1]
-        if given > self.num_quantizers:
-            raise ValueError(f"indices must be of at most {self.num_quantizers} stages, got {given}")
-        if given < self.num_quantizers:
+        indices, stages = check_indices(indices), indices.shape[-1]
+        if stages > self.num_quantizers:
+            raise ValueError(f"indices must be of at most {self.num_quantizers} stages, got {stages}")
+        if stages < self.num_quantizers:
             if not self.quantize_dropout:
-                raise ValueError(f"without quantize_dropout, indices are of {self.num_quantizers} stages, got {given}")
-            indices = F.pad(indices, (0, self.num_quantizers - given), value=-1)
+                raise ValueError(f"without quantize_dropout, indices are of {self.num_quantizers} stages, got {stages}")
+            indices = F.pad(indices, (0, self.num_quantizers - stages), value=-1)
         flat = indices.reshape(indices.shape[0], -1, self.num_quantizers)  # [b, n, q]
-        codes: list[Tensor] = []
+        vectors: list[Tensor] = []
         for q, index in enumerate(flat.unbind(-1)):
-            book = self.layer(q).codes_in_use()[0]
-            network = self.mlps[q - 1] if q > 0 else None
+            codebook = self.layer(q).effective_codes()[0]
+            network = self._implicit_codebook(q)
             if network is None:
-                codes.append(code_vectors(book, index))
+                vectors.append(code_vectors(codebook, index))
                 continue
-            own = network(book, condition=torch.stack(codes).sum(0))  # [b, n, K, D]
-            at = index.clamp(min=0)[..., None, None].expand(*index.shape, 1, own.shape[-1])
-            codes.append(own.gather(2, at)[:, :, 0].masked_fill((index == -1)[..., None], 0.0))
-        return torch.stack(codes).view(self.num_quantizers, *indices.shape[:-1], -1)
+            row_codebooks = network(codebook, condition=torch.stack(vectors).sum(0))  # [b, n, K, D]
+            at = index.clamp(min=0)[..., None, None].expand(*index.shape, 1, row_codebooks.shape[-1])
+            vectors.append(row_codebooks.gather(2, at)[:, :, 0].masked_fill((index == -1)[..., None], 0.0))
+        return torch.stack(vectors).view(self.num_quantizers, *indices.shape[:-1], -1)
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
-        """What `forward` returns in eval mode for these codes, channels where the input has them; 0 where masked.
+        """The output of `forward` in eval mode for these codes; 0 where masked (-1).
 
         Raises:
-            ValueError: indices that are not integers, or of another number of stages.
+            ValueError: indices that are not integers, or of the wrong number of stages.
             IndexError: an index outside its codebook, on a CPU.
         """
-        output = projected(self.project_out, self.get_codes_from_indices(indices).sum(0))
-        output = hide_missing(output, indices == -1)
+        output = apply_projection(self.project_out, self.get_codes_from_indices(indices).sum(0))
+        output = zero_missing(output, indices == -1)
         return output if self.channel_last and not self.accept_image_fmap else output.movedim(-1, 1)
 
     def utilization(self) -> Tensor:
-        """[q] share of codes used in training since `reset_usage`; nothing waits for the device."""
-        return torch.stack([utilization(self.layer(q)._codebook.usage[0]) for q in range(self.num_quantizers)])
+        """[q] fraction of codes used in training since `reset_usage`, without host synchronisation."""
+        return torch.stack([self.layer(q).utilization() for q in range(self.num_quantizers)])
 
     def perplexity(self) -> Tensor:
         """[q] exp of the entropy of code use in training since `reset_usage`."""
-        return torch.stack([perplexity(self.layer(q)._codebook.usage[0]) for q in range(self.num_quantizers)])
+        return torch.stack([self.layer(q).perplexity() for q in range(self.num_quantizers)])
 
     def reset_usage(self) -> None:
-        """Starts a new window for `utilization` and `perplexity`."""
+        """Resets the counts behind `utilization` and `perplexity`."""
         for q in range(self.num_quantizers):
             self.layer(q).reset_usage()
 
@@ -237,86 +226,84 @@ class ResidualVQ(TransientBuffers):
         beam_size: int | None = None,
         rand_quantize_dropout_fixed_seed: int | Tensor | None = None,
     ) -> Any:
-        """Quantizes and, in training mode, updates the codes.
+        """Quantizes x and, in training mode, updates the codebooks.
 
         Args:
-            x: see the class.
-            mask: [b, n] bool; where False a row gives codes -1 and 0 and takes no part.
-            indices: [b, n, q] codes whose cross entropy is returned instead: (quantized, loss).
-            return_all_codes: append the code vectors of each stage, [q, b, n, D].
-            sample_codebook_temp: of `stochastic_sample_codes`.
+            x: input, see the class for shapes.
+            mask: [b, n] bool; rows where it is False are ignored and get codes -1 and output 0.
+            indices: codes [b, n, q]; returns (quantized, cross entropy of these codes) instead.
+            return_all_codes: appends the code vectors of each stage, [q, b, n, D], to the result.
+            sample_codebook_temp: temperature of `stochastic_sample_codes`.
             freeze_codebook: no update.
-            beam_size: candidates a row, in place of that of the constructor.
-            rand_quantize_dropout_fixed_seed: of the number of stages that dropout leaves; a tensor is that number.
+            beam_size: overrides the constructor's `beam_size`.
+            rand_quantize_dropout_fixed_seed: seed of the number of stages that dropout keeps; a tensor is that number.
         """
-        shape = InputShape.of(x, self.dim, self.channel_last, self.accept_image_fmap, False)
-        if mask is not None and shape.layout in ("token", "image"):
+        layout = InputLayout.of(x, self.dim, self.channel_last, self.accept_image_fmap, False)
+        if mask is not None and layout.layout in ("token", "image"):
             raise ValueError(f"mask does not go with an input of shape {list(x.shape)}")
-        origin = shape.rows(x)
+        origin = layout.to_rows(x)
         check_mask(mask, origin)
-        rows = projected(self.project_in, origin)
+        rows = apply_projection(self.project_in, origin)
         if indices is not None:
-            given = torch.stack(indices) if isinstance(indices, list) else indices
-            total, loss = with_cross_entropy(self, shape, rows, given, mask, sample_codebook_temp, freeze_codebook)
-            return shape.restore(self._masked(projected(self.project_out, total), origin, mask)), loss
-        beam = beam_size or (self.beam_size if self.training else self.eval_beam_size) or 1
-        plain = beam == 1 and once(self, lambda: stages_fuse(self, mask))
-        seed, limit, stages = rand_quantize_dropout_fixed_seed, None, self.num_quantizers
+            codes = torch.stack(indices) if isinstance(indices, list) else indices
+            quantized, loss = self._quantize_with_cross_entropy(
+                layout, rows, codes, mask, sample_codebook_temp, freeze_codebook
+            )
+            output = self._apply_padding(apply_projection(self.project_out, quantized), origin, mask)
+            return layout.from_rows(output), loss
+        beam_size = beam_size or (self.beam_size if self.training else self.eval_beam_size) or 1
+        fused = beam_size == 1 and once(self, lambda: self._is_fusable(mask))
+        seed, active_stages, stages = rand_quantize_dropout_fixed_seed, None, self.num_quantizers
         if self.training and self.quantize_dropout:
-            if isinstance(seed, Tensor) or (plain and seed is None and torch.compiler.is_compiling()):
-                limit = seed if isinstance(seed, Tensor) else self.draw_stages(x.device)
+            if isinstance(seed, Tensor) or (fused and seed is None and torch.compiler.is_compiling()):
+                active_stages = seed if isinstance(seed, Tensor) else self.draw_num_stages(x.device)
             else:
-                stages = self._stages(x.device, seed)
-        if beam > 1:
-            found = by_beam(self, rows, mask, stages, beam, sample_codebook_temp, freeze_codebook)
-        elif plain:
-            found = fused(self, rows, mask, stages, freeze_codebook, limit)
+                stages = self._num_stages_from_seed(x.device, seed)
+        if beam_size > 1:
+            results = self._quantize_by_beam(rows, mask, stages, beam_size, sample_codebook_temp, freeze_codebook)
+        elif fused:
+            results = self._quantize_fused(rows, mask, stages, freeze_codebook, active_stages)
         else:
-            found = by_stages(self, shape, rows, mask, stages, sample_codebook_temp, freeze_codebook)
-        quantized, codes, loss = found
-        missing = self.num_quantizers - stages
-        codes, loss = F.pad(codes, (0, missing), value=-1), F.pad(loss, (0, missing))
-        loss = losses.with_backward(loss) if self.training else loss
+            results = self._quantize_by_stage(layout, rows, mask, stages, sample_codebook_temp, freeze_codebook)
+        quantized, codes, loss = results
+        dropped = self.num_quantizers - stages
+        codes, loss = F.pad(codes, (0, dropped), value=-1), F.pad(loss, (0, dropped))
+        loss = losses.ensure_backward(loss) if self.training else loss
         if self.diveq:
-            quantized = losses.step_in_direction(rows, quantized)
-        output = self._masked(projected(self.project_out, quantized).to(x.dtype), origin, mask)
-        codes = shape.restore_positions(codes)
-        result = shape.restore(output), codes, loss
-        return (*result, self.get_codes_from_indices(codes)) if return_all_codes else result
+            quantized = directional_reparam(rows, quantized)
+        output = self._apply_padding(apply_projection(self.project_out, quantized).to(x.dtype), origin, mask)
+        codes = layout.unflatten_positions(codes)
+        returned = layout.from_rows(output), codes, loss
+        return (*returned, self.get_codes_from_indices(codes)) if return_all_codes else returned
 
-    def _masked(self, output: Tensor, origin: Tensor, mask: Tensor | None) -> Tensor:
+    def _apply_padding(self, output: Tensor, origin: Tensor, mask: Tensor | None) -> Tensor:
         if mask is None:
             return output
-        hidden = torch.zeros_like(output) if self.return_zeros_for_masked_padding else origin
-        return torch.where(mask[..., None], output, hidden)
+        padding = torch.zeros_like(output) if self.return_zeros_for_masked_padding else origin
+        return torch.where(mask[..., None], output, padding)
 
-    def _stages(self, device: torch.device, seed: int | None) -> int:
-        """Stages that take part: a random number of them under dropout, the same in all processes."""
-        seed = once(self, lambda: shared_seed(device, self._processes)) if seed is None else seed
+    def _num_stages_from_seed(self, device: torch.device, seed: int | None) -> int:
+        """Random number of stages that dropout keeps, the same in all processes."""
+        seed = once(self, lambda: draw_shared_seed(device, self._processes)) if seed is None else seed
         last = random.Random(seed).randrange(self.quantize_dropout_cutoff_index, self.num_quantizers)
         multiple = self.quantize_dropout_multiple_of
         return min(ceil((last + 1) / multiple) * multiple, self.num_quantizers)
 
-    def draw_stages(self, device: torch.device) -> Tensor:
-        """As `_stages`, as a tensor that a compiled graph can draw: on the CPU, where reading it waits for nothing."""
-        shared = self._processes.size() > 1
-        place = device if shared else torch.device("cpu")
-        last = torch.randint(self.quantize_dropout_cutoff_index, self.num_quantizers, (), device=place)
-        if shared:
+    def draw_num_stages(self, device: torch.device) -> Tensor:
+        """Random number of stages that dropout keeps, as a tensor for compiled graphs; on the CPU with one process,
+        where reading it needs no device synchronisation."""
+        distributed = self._processes.size() > 1
+        draw_device = device if distributed else torch.device("cpu")
+        last = torch.randint(self.quantize_dropout_cutoff_index, self.num_quantizers, (), device=draw_device)
+        if distributed:
             self._processes.max_(last)
         multiple = self.quantize_dropout_multiple_of
         return ((last // multiple + 1) * multiple).clamp(max=self.num_quantizers)
 
 
-def shared_seed(device: torch.device, processes: Processes) -> int:
-    """A random number that all processes share."""
+def draw_shared_seed(device: torch.device, processes: Processes) -> int:
+    """A random seed, equal in all processes."""
     seed = torch.randint(0, 10_000, (), device=device)
     if processes.size() > 1:
         processes.sum_(seed)
     return int(seed)
-
-
-def skip_seed(device: torch.device) -> None:
-    """Leaves the generator as `shared_seed` does: the original draws a seed that it does not need."""
-    if not torch.compiler.is_compiling():
-        torch.randint(0, 10_000, (), device=device)

@@ -17,17 +17,10 @@ from spinlock_fast.config.loading import apply_overrides
 from spinlock_fast.config.schema import RunConfig
 from spinlock_fast.training.preparation import open_source, prepare
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     return write_dataset(tmp_path / "source.h5", 40, seed=0)
-
-
-@pytest.fixture(autouse=True)
-def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
 def together(paths: list[Path], name: str) -> np.ndarray[Any, Any]:
@@ -39,7 +32,7 @@ def together(paths: list[Path], name: str) -> np.ndarray[Any, Any]:
 
 
 def test_an_expanded_set_does_not_depend_on_its_parts(source: Path, tmp_path: Path) -> None:
-    from make_100k import expand
+    from benchmarks.data.expand_dataset import expand
 
     one = expand(source, tmp_path / "one", 300, parts=1, workers=1)
     many = expand(source, tmp_path / "many", 300, parts=3, workers=2)
@@ -53,7 +46,7 @@ def test_an_expanded_set_does_not_depend_on_its_parts(source: Path, tmp_path: Pa
 
 
 def test_an_expanded_set_keeps_layout_scales_and_gaps(source: Path, tmp_path: Path) -> None:
-    from make_100k import expand
+    from benchmarks.data.expand_dataset import expand
 
     (path,) = expand(source, tmp_path / "set", 200, parts=1, workers=1)
     with h5py.File(source) as old, h5py.File(path) as new:
@@ -71,7 +64,7 @@ def test_an_expanded_set_keeps_layout_scales_and_gaps(source: Path, tmp_path: Pa
 
 
 def test_columns_of_a_few_values_keep_them(tmp_path: Path) -> None:
-    from make_100k import expand
+    from benchmarks.data.expand_dataset import expand
 
     path = tmp_path / "binary.h5"
     with h5py.File(path, "w") as file:
@@ -83,7 +76,7 @@ def test_columns_of_a_few_values_keep_them(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the profiler's
 def test_the_full_run_measures_itself(source: Path, tmp_path: Path) -> None:
-    from full_run import main
+    from benchmarks.training.full_run import main
 
     output = tmp_path / "result.json"
     sizes = ["--source", str(source), "--rows", "400", "--epochs", "3", "--device", "cpu"]
@@ -105,15 +98,15 @@ def test_the_full_run_measures_itself(source: Path, tmp_path: Path) -> None:
     "wrong", [{"samples": 99}, {"epochs": 2}, {"reconstruction_error": 1.5}, {"utilization": 0.0}, {"val_rows": 9}]
 )
 def test_a_run_that_did_something_else_is_not_timed(wrong: dict[str, Any]) -> None:
-    from full_run import check_sane
+    from benchmarks.training.full_run import check_plausible
 
     metrics = {"samples": 100, "epochs": 30, "val_rows": 10, "reconstruction_error": 0.3, "utilization": 0.5}
     history = [{"train_loss": 1.0 / epoch} for epoch in range(1, 31)]
-    check_sane(metrics, history, 100, 30)
+    check_plausible(metrics, history, 100, 30)
     with pytest.raises(AssertionError):
-        check_sane({**metrics, **wrong}, history, 100, 30)
+        check_plausible({**metrics, **wrong}, history, 100, 30)
     with pytest.raises(AssertionError, match="rose"):
-        check_sane(metrics, history[::-1], 100, 30)
+        check_plausible(metrics, history[::-1], 100, 30)
 
 
 def nothing(*_: Any, **__: Any) -> None:
@@ -121,13 +114,13 @@ def nothing(*_: Any, **__: Any) -> None:
 
 
 def stopwatch() -> Any:
-    from bench_pipeline import Stopwatch
+    from benchmarks.training.bench_pipeline import Stopwatch
 
     return Stopwatch(torch.device("cpu"), 1, 0.0)
 
 
 def test_the_timed_stages_are_the_pipelines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import bench_pipeline
+    from benchmarks.training import bench_pipeline
 
     raw = np.nan_to_num(bench_pipeline.raw_columns(600))
     monkeypatch.setattr(bench_pipeline, "raw_columns", lambda rows: raw.copy())
@@ -144,7 +137,7 @@ def test_the_timed_stages_are_the_pipelines(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_stages_that_give_something_else_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    import bench_pipeline
+    from benchmarks.training import bench_pipeline
 
     config = bench_pipeline.settings()
     stages: list[str] = []
@@ -159,7 +152,7 @@ def test_stages_that_give_something_else_are_not_timed(monkeypatch: pytest.Monke
 
 
 def test_tokens_are_checked_against_distances() -> None:
-    from bench_pipeline import check_tokens
+    from benchmarks.training.bench_pipeline import check_tokens
 
     run = training_run(64, [3, 5], 8)
     tokens = run.model.get_tokens(run.x_train[:64])
@@ -169,7 +162,7 @@ def test_tokens_are_checked_against_distances() -> None:
 
 
 def test_exponents_and_targets_of_the_pipeline() -> None:
-    from bench_pipeline import growth, targets
+    from benchmarks.training.bench_pipeline import growth, targets
 
     rows: list[dict[str, Any]] = [
         {"stage": stage, "rows": N, "p50_us": 8.0 * N}
@@ -186,7 +179,7 @@ def test_exponents_and_targets_of_the_pipeline() -> None:
 
 
 def test_the_pipeline_benchmark_writes_what_it_measured(tmp_path: Path) -> None:
-    from bench_pipeline import main
+    from benchmarks.training.bench_pipeline import main
 
     output = tmp_path / "pipeline.json"
     main(["--rows", "600", "900", "--file-rows", "--repeats", "3", "--budget", "1", "--output", str(output)])
@@ -200,7 +193,7 @@ def test_the_pipeline_benchmark_writes_what_it_measured(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_pipeline_benchmark_reads_files(source: Path, tmp_path: Path) -> None:
-    from bench_pipeline import main
+    from benchmarks.training.bench_pipeline import main
 
     work = ["--source", str(source), "--work", str(tmp_path), "--output", str(tmp_path / "pipeline.json")]
     result = main(["--rows", "--file-rows", "200", "--repeats", "1", *work])
@@ -210,7 +203,7 @@ def test_the_pipeline_benchmark_reads_files(source: Path, tmp_path: Path) -> Non
 
 @pytest.mark.filterwarnings("ignore")  # the profiler's
 def test_the_scaling_benchmark_writes_what_it_measured(tmp_path: Path) -> None:
-    from bench_scaling import main
+    from benchmarks.training.bench_scaling import main
 
     output = tmp_path / "scaling.json"
     axes = ["--axes", "batch", "quantizer codebooks", "quantizer rows"]
@@ -225,7 +218,7 @@ def test_the_scaling_benchmark_writes_what_it_measured(tmp_path: Path) -> None:
 
 
 def test_the_streaming_benchmark_compares_both_ways(tmp_path: Path) -> None:
-    from bench_streaming import main
+    from benchmarks.training.streaming import main
 
     output = tmp_path / "streaming.json"
     main(["--device", "cpu", "--rows", "150", "--batches", "64", "--epochs", "1", "--output", str(output)])
@@ -237,7 +230,7 @@ def test_the_streaming_benchmark_compares_both_ways(tmp_path: Path) -> None:
 
 
 def test_rows_that_a_step_should_not_read_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bench_streaming import check_rows
+    from benchmarks.training.streaming import check_rows
 
     x = torch.randn(100, 8)
     run = training_run(32, [3, 5], 8, x=x, training__data_on_device="never")
@@ -250,7 +243,7 @@ def test_rows_that_a_step_should_not_read_are_found(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.filterwarnings("ignore")  # the profiler's
 def test_a_quantizer_that_holds_n_by_k_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    import bench_scaling
+    from benchmarks.training import bench_scaling
 
     monkeypatch.setattr(bench_scaling, "peak_memory", lambda run, device: 4 * 16_384 * 4096)
     with pytest.raises(AssertionError, match=r"matrix \[N, K\]"):
@@ -259,7 +252,7 @@ def test_a_quantizer_that_holds_n_by_k_is_found(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.filterwarnings("ignore")  # the profiler's
 def test_peak_memory_counts_what_is_held_at_once() -> None:
-    from timing import peak_memory
+    from benchmarks.common.timing import peak_memory
 
     def run() -> None:
         for _ in range(3):
@@ -269,14 +262,14 @@ def test_peak_memory_counts_what_is_held_at_once() -> None:
 
 
 def test_exponents_are_slopes_of_logarithms() -> None:
-    from timing import exponent
+    from benchmarks.common.timing import exponent
 
     assert exponent([1, 10, 100], [3.0, 3.0, 3.0]) == pytest.approx(0.0)
     assert exponent([1, 10, 100], [2.0, 200.0, 20_000.0]) == pytest.approx(2.0)
 
 
 def test_without_dropout_trainer_and_baseline_learn_the_same(tmp_path: Path) -> None:
-    from equal_quality import compare, load_frame, summary
+    from benchmarks.studies.equal_quality import compare, load_data, summary
 
     x = np.random.default_rng(0).normal(size=(80, 9)).astype(np.float32)
     x[:, 1::2] = x[:, 0:8:2] + 0.1 * x[:, 1::2]
@@ -286,7 +279,7 @@ def test_without_dropout_trainer_and_baseline_learn_the_same(tmp_path: Path) -> 
     }
     (tmp_path / "original_frames").mkdir()
     np.savez(tmp_path / "original_frames" / "seed7.npz", x=x, val_rows=np.arange(0, 80, 8), meta=json.dumps(meta))
-    data = load_frame(tmp_path, 7, torch.device("cpu"))
+    data = load_data(tmp_path, 7, torch.device("cpu"))
     assert (len(data.train), len(data.val)) == (70, 10)
     settings = {"model.dropout": 0.0, "training.batch_size": 32, "training.topo_samples": 20}
     found = compare(data, epochs=3, seed=0, settings=settings)

@@ -8,15 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import rate_distortion
 from helpers import planted_matrix, write_dataset
-from rate_distortion import bits_of, by_category, lines_of, main, plot, scalar, sized
+
+from benchmarks.studies import rate_distortion
+from benchmarks.studies.rate_distortion import bits_of, by_category, codebook_sizes, lines_of, main, plot, scalar
 
 GROUPS = {"a": list(range(6)), "b": list(range(6, 12))}
 
 
 def test_codes_are_multiplied_and_levels_added() -> None:
-    plain, more = sized(GROUPS, 2, 1), sized(GROUPS, 3, 4)
+    plain, more = codebook_sizes(GROUPS, 2, 1), codebook_sizes(GROUPS, 3, 4)
     assert [len(books) for books in plain.values()] == [2, 2]
     assert [book.num_tokens for book in more["a"][:2]] == [4 * book.num_tokens for book in plain["a"]]
     codes = [book.num_tokens for books in plain.values() for book in books]
@@ -31,7 +32,7 @@ def test_references_gain_by_bits() -> None:
     assert few < float(np.square(others).mean())
     trained = np.arange(250)
     few, many = (
-        float(np.square(by_category(x, trained, GROUPS, sized(GROUPS, levels, 1))[250:] - others).mean())
+        float(np.square(by_category(x, trained, GROUPS, codebook_sizes(GROUPS, levels, 1))[250:] - others).mean())
         for levels in (1, 3)
     )
     assert many < few
@@ -63,7 +64,7 @@ def test_lines_are_written_once(
     assert "2 levels, 1 x codes" in capsys.readouterr().out
     rows = lines_of(output)
     assert [row["kind"] for row in rows] == ["scalar", "scalar", "category", "model"]
-    assert rows[-1]["bits"] == pytest.approx(bits_of(sized(GROUPS, 2, 1)))
+    assert rows[-1]["bits"] == pytest.approx(bits_of(codebook_sizes(GROUPS, 2, 1)))
     assert main(command) == 0
     assert lines_of(output) == rows
 

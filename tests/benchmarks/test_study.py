@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import study_quality
 from helpers import planted_matrix, write_dataset
-from study_quality import Run, append, choose, finished, load_frame, main, rows_of, usefulness
-from study_variants import COMBINATIONS, COMMON, VARIANTS
 
+from benchmarks.studies import quality
+from benchmarks.studies.quality import Run, append, choose, finished, load_split, main, probe_scores, rows_of
+from benchmarks.studies.variants import COMBINATIONS, COMMON, VARIANTS
 from spinlock_fast.config.loading import apply_overrides
 from spinlock_fast.config.schema import RunConfig
 
@@ -47,7 +47,7 @@ def test_every_variant_is_a_valid_setting(name: str) -> None:
 
 
 def test_settings_are_chosen_without_the_reported_rows(data: Path) -> None:
-    frame = load_frame(data, 42)
+    frame = load_split(data, 42)
     rows, scored = rows_of(frame, "select")
     assert not set(rows) & set(frame.val_rows)
     assert len(rows) == 90
@@ -77,7 +77,7 @@ def test_a_study_goes_on_where_it_was_stopped(
     assert capsys.readouterr().out.split() == ["select/baseline/42/1"]
     append(output, {**row, "seed": 1})
     assert len(finished(output)) == 2
-    monkeypatch.setattr(study_quality, "work", lambda *_: pytest.fail("nothing is left to do"))
+    monkeypatch.setattr(quality, "run_all", lambda *_: pytest.fail("nothing is left to do"))
     assert main([*command, "--seeds", "0", "1", "--list"]) == 0
     assert main([*command, "--table"]) == 0
     assert "select baseline 42 2" in capsys.readouterr().out
@@ -110,8 +110,8 @@ def test_the_choice_is_made_and_then_reported(
     data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     two = dict(list(COMBINATIONS.items())[:2])
-    monkeypatch.setattr(study_quality, "COMBINATIONS", two)
-    monkeypatch.setattr(study_quality, "SELECT_SEEDS", 2)
+    monkeypatch.setattr(quality, "COMBINATIONS", two)
+    monkeypatch.setattr(quality, "SELECT_SEEDS", 2)
     output = data / "study.jsonl"
     assert (
         main([str(data), "--output", str(output), "--frames", "42", "--epochs", "1", "--seeds", "0", "1", "--choose"])
@@ -129,11 +129,11 @@ def test_the_choice_is_made_and_then_reported(
 
 def test_no_run_starts_after_the_time_limit(data: Path) -> None:
     run = Run("select", "baseline", 42, 0)
-    assert study_quality._job((run, data, "cpu", 1, 0.0)) is None
+    assert quality._job((run, data, "cpu", 1, 0.0)) is None
 
 
 def test_a_failing_run_says_so_and_leaves_no_line(data: Path) -> None:
-    row = study_quality._job((Run("select", "baseline", 42, 0), data, "cuda:99", 1, float("inf")))
+    row = quality._job((Run("select", "baseline", 42, 0), data, "cuda:99", 1, float("inf")))
     assert row is not None
     assert "cuda:99" in row["failed"]
 
@@ -146,8 +146,8 @@ def test_probes_tell_useful_tokens_from_useless_ones() -> None:
         "columns": np.stack([useful[:, 1] + 0.0, np.sin(useful[:, 0])], 1),
     }
     trained, scored = np.arange(300), np.arange(300, 400)
-    good = usefulness(useful, trained, scored, targets)
-    bad = usefulness(random.integers(0, 5, (400, 2)), trained, scored, targets)
+    good = probe_scores(useful, trained, scored, targets)
+    bad = probe_scores(random.integers(0, 5, (400, 2)), trained, scored, targets)
     assert good["probe_label"] == 1.0
     assert good["probe_columns"] > 0.95
     assert bad["probe_label"] < 0.4

@@ -1,4 +1,4 @@
-"""The residual quantizers of codecs by themselves: shapes, masks, gradients."""
+"""Residual quantizers of audio codecs: shapes, masks, gradients."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def vq(request: pytest.FixtureRequest) -> Any:
     return request.param().eval()
 
 
-def test_contract(vq: Any) -> None:
+def test_output_shapes(vq: Any) -> None:
     x = torch.randn(2, 5, DIM)
     quantized, indices, losses, codes = vq(x, return_all_codes=True)
     assert quantized.shape == x.shape
@@ -42,7 +42,7 @@ def test_contract(vq: Any) -> None:
     torch.testing.assert_close(vq.get_output_from_indices(indices), quantized)
 
 
-def test_masked_rows_are_zero_and_have_no_code(vq: Any) -> None:
+def test_masked_rows_have_output_zero_and_code_minus_one(vq: Any) -> None:
     x = torch.randn(2, 5, DIM)
     mask = torch.tensor([[True] * 5, [True, True, False, False, False]])
     quantized, indices, _ = vq(x, mask=mask)
@@ -52,12 +52,12 @@ def test_masked_rows_are_zero_and_have_no_code(vq: Any) -> None:
 
 
 @pytest.mark.parametrize("given", [0, STAGES + 1])
-def test_wrong_number_of_indices(vq: Any, given: int) -> None:
+def test_wrong_number_of_indices_raises(vq: Any, given: int) -> None:
     with pytest.raises(ValueError, match=f"got {given}"):
         vq.get_output_from_indices(torch.zeros(2, 5, given, dtype=torch.int64))
 
 
-def test_an_index_of_minus_one_adds_nothing(vq: Any) -> None:
+def test_index_minus_one_decodes_to_zero(vq: Any) -> None:
     indices = torch.randint(0, 5, (2, 5, STAGES))
     indices[..., -1] = -1
     torch.testing.assert_close(vq.get_output_from_indices(indices), vq.get_output_from_indices(indices[..., :-1]))
@@ -67,7 +67,7 @@ def test_an_index_of_minus_one_adds_nothing(vq: Any) -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("training", [True, False])
-def test_factorized_compiles_without_a_break(training: bool) -> None:
+def test_factorized_compiles_fullgraph(training: bool) -> None:
     torch._dynamo.reset()
     vq = factorized().train(training)
     x = torch.randn(2, 5, DIM)
@@ -83,7 +83,7 @@ def test_gradient_reaches_the_input(vq: Any) -> None:
     assert (x.grad != 0).any()
 
 
-def test_factorized_losses_count_only_rows_of_the_mask() -> None:
+def test_factorized_losses_ignore_masked_rows() -> None:
     vq = factorized().train()
     x = torch.randn(2, 5, DIM)
     mask = torch.tensor([[True] * 5, [False] * 5])
@@ -92,7 +92,7 @@ def test_factorized_losses_count_only_rows_of_the_mask() -> None:
     assert torch.equal(indices[1], torch.full((5, STAGES), -1))
 
 
-def test_factorized_codes_are_nearest_by_direction_and_keep_their_length() -> None:
+def test_factorized_codes_are_selected_by_cosine_similarity() -> None:
     vq = factorized()
     stage = vq.layers[0]
     latents = torch.randn(20, 3)
@@ -103,7 +103,7 @@ def test_factorized_codes_are_nearest_by_direction_and_keep_their_length() -> No
     assert torch.equal(stage.codes_of(nearest), stage.codebook.weight[nearest])
 
 
-def test_a_frozen_codebook_gets_no_gradient() -> None:
+def test_frozen_codebook_has_no_gradient() -> None:
     vq = factorized().train()
     quantized, _, losses = vq(torch.randn(2, 5, DIM), freeze_codebook=True)
     (quantized.sum() + losses.sum()).backward()
@@ -112,7 +112,7 @@ def test_a_frozen_codebook_gets_no_gradient() -> None:
         assert stage.in_proj.weight.grad.any()
 
 
-def test_a_row_that_is_not_finite_is_no_code_zero() -> None:
+def test_row_that_is_not_finite_has_no_code() -> None:
     x = torch.randn(1, 4, DIM)
     x[0, 2, 1] = torch.nan
     quantized, indices, _ = factorized().eval()(x)
@@ -130,7 +130,7 @@ def test_factorized_under_autocast() -> None:
     assert quantized.isfinite().all()
 
 
-def test_split_refuses_a_cross_entropy_loss() -> None:
+def test_split_with_indices_raises() -> None:
     with pytest.raises(NotImplementedError, match="indices"):
         split()(torch.randn(2, 5, DIM), indices=torch.zeros(2, 5, STAGES, dtype=torch.int64))
 

@@ -22,7 +22,7 @@ K = 16
 
 
 def optional(name: str) -> ModuleType:
-    """A library of the extra `pretrained`; what it warns of while it is imported is not this package's."""
+    """Imports a library of the extra `pretrained`, ignoring its warnings."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -104,7 +104,7 @@ def renamed(state: Mapping[str, Tensor], *pairs: tuple[str, str]) -> dict[str, T
 
 
 def quantize(vq: nn.Module, latents: Tensor) -> tuple[Tensor, Tensor]:
-    """Channels before time, as the codecs have them: quantized [b, d, n] and codes [b, q, n]."""
+    """Quantized [b, d, n] and codes [b, q, n] in the layout of the codecs: channels before time."""
     quantized, indices, losses = vq(latents.transpose(1, 2))
     assert indices.dtype == torch.int64
     assert losses.shape == (indices.shape[-1],)
@@ -133,7 +133,7 @@ def test_encodec_at_every_bandwidth(encodec: Any, bandwidth: float) -> None:
 
 
 @torch.no_grad()
-def test_encodec_decodes_the_first_codes_alone(encodec: Any) -> None:
+def test_encodec_decodes_the_first_codes(encodec: Any) -> None:
     vq = from_pretrained_codebook(encodec.state_dict(), "encodec")
     codes = torch.randint(0, K, (2, 2, 7))
     torch.testing.assert_close(decode(vq, codes), encodec.quantizer.decode(codes.transpose(0, 1)))
@@ -204,7 +204,7 @@ def test_mimi_with_the_names_of_its_first_release(mimi: Any) -> None:
     assert torch.equal(codes, mimi.quantizer.encode(z).transpose(0, 1))
 
 
-def test_mimi_projections_stay_without_bias_in_training() -> None:
+def test_mimi_projection_biases_stay_zero_in_training() -> None:
     source = make_mimi(16)
     vq = from_pretrained_codebook(source.state_dict(), freeze_codebook=True, quantize_dropout=False).train()
     optimizer = torch.optim.SGD(vq.parameters(), lr=0.1)
@@ -249,7 +249,7 @@ def test_dac_with_some_codebooks(dac: Any, form: str, stages: int) -> None:
     assert isinstance(vq, FactorizedResidualVQ)
     quantized, codes = quantize(vq, latents)
     assert torch.equal(codes, codes_expected)
-    # Each stage's error goes on into the next through products of some ten terms.
+    # Rounding errors accumulate over the stages.
     torch.testing.assert_close(quantized, expected, rtol=1e-5, atol=1e-4)
     everything = from_pretrained_codebook(state, "dac")
     torch.testing.assert_close(decode(everything, codes), dac.quantizer.from_codes(codes)[0], rtol=1e-5, atol=1e-4)
@@ -265,7 +265,7 @@ def test_dac_from_audio_to_audio(dac: Any) -> None:
     torch.testing.assert_close(dac.decoder(quantized).squeeze(1), heard, rtol=1e-4, atol=1e-5)
 
 
-def test_dac_trains_as_its_source(dac: Any) -> None:
+def test_dac_gradients_match_its_source(dac: Any) -> None:
     vq = from_pretrained_codebook(dac.state_dict(), "dac").train()
     z = torch.randn(2, 16, 25)
     ours, theirs = z.clone().requires_grad_(), z.clone().requires_grad_()

@@ -1,4 +1,4 @@
-"""`compat.VectorQuantizer` against the original's rules, written out."""
+"""`compat.VectorQuantizer` against the update rules of the original project."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def make(use_ema: bool = True) -> VectorQuantizer:
 
 
 @pytest.mark.parametrize("use_ema", [True, False])
-def test_state_dict_has_the_originals_names(use_ema: bool) -> None:
+def test_state_dict_has_original_keys(use_ema: bool) -> None:
     expected = {"embedding.weight"} | ({"ema_cluster_size", "ema_w"} if use_ema else set())
     assert set(VectorQuantizer(K, D, use_ema=use_ema).state_dict()) == expected
 
@@ -70,7 +70,7 @@ def test_gradients_of_the_two_losses() -> None:
     torch.testing.assert_close(vq.embedding.weight.grad, 0.3 * 2 * encodings.t() @ (chosen - z.detach()) / z.numel())
 
 
-def test_losses_can_be_differentiated_after_the_codes_have_moved() -> None:
+def test_losses_backward_after_the_codebook_update() -> None:
     vq = make().train()
     z = torch.randn(40, D, requires_grad=True)
     before = vq.embedding.weight.detach().clone()
@@ -79,12 +79,12 @@ def test_losses_can_be_differentiated_after_the_codes_have_moved() -> None:
     torch.testing.assert_close(z.grad, 2 * (z.detach() - encodings @ before) / z.numel())
 
 
-def test_wrong_width_is_refused() -> None:
+def test_wrong_dimension_raises() -> None:
     with pytest.raises(ValueError, match="must be"):
         make()(torch.randn(3, D + 1))
 
 
-def test_a_row_that_is_not_finite_is_no_code_zero() -> None:
+def test_row_that_is_not_finite_has_no_code() -> None:
     z = torch.randn(4, D)
     z[2, 1] = torch.nan
     quantized, encodings, losses = make()(z)

@@ -1,4 +1,4 @@
-"""Weights of this package and the original project, and what cannot be loaded."""
+"""Loading weights of this package and of the original project, and errors for invalid weights."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_quantizers_of_the_original_project(use_ema: bool) -> None:
     assert torch.equal(quantized, torch.cat(expected, dim=1))
 
 
-def test_learned_codes_of_the_original_project_may_move_by_average() -> None:
+def test_learned_original_codes_train_with_ema() -> None:
     layer = VectorQuantizer(5, 4, use_ema=False)
     state = {f"vq_layers.0.{name}": value for name, value in layer.state_dict().items()}
     vq: Any = from_pretrained_codebook(state, use_ema=True).train()
@@ -137,8 +137,8 @@ IMAGE = {"quantize.embedding.weight": torch.randn(6, 3)}
         ({"text.embedding.weight": torch.ones(3, 2)}, "taming", ["no 'quantize.embedding.weight'", "'text.embedding"]),
         ({"head.weight": torch.ones(3, 2)}, None, ["no known format", "'head.weight'", "format="]),
         ({"head.weight": torch.ones(3, 2)}, "spinlock", ["no 'quantizer.embedding'", "nearest key is 'head.weight'"]),
-        ({"epoch": 3}, None, ["no tensors", "'epoch'"]),
-        ({}, "dac", ["no tensors"]),
+        ({"epoch": 3}, None, ["no named tensors", "'epoch'"]),
+        ({}, "dac", ["no named tensors"]),
         (torch.nn.Linear(2, 2), None, ["got Linear", "state_dict()"]),
         ({**encodec(), **encodec(prefix="other.")}, None, ["2 quantizers", "'quantizer.'", "'other.'"]),
         ({key: value[None] for key, value in encodec().items()}, None, ["must be [rows, columns]", "[1, 6, 4]"]),
@@ -148,7 +148,7 @@ IMAGE = {"quantize.embedding.weight": torch.randn(6, 3)}
         ({**encodec(), "quantizer.layers.0.project_in.weight": torch.ones(4, 4)}, None, ["projections"]),
         (
             {**encodec(), "quantizer.layers.0.codebook.cluster_size": torch.ones(5),
-             "quantizer.layers.0.codebook.embed_avg": torch.ones(6, 4)}, None, ["do not fit", "cluster_size"],
+             "quantizer.layers.0.codebook.embed_avg": torch.ones(6, 4)}, None, ["do not match", "cluster_size"],
         ),
         ({k: v for k, v in dac().items() if not k.endswith("1.out_proj.bias")}, "dac", ["quantizers.1.out_proj.bias"]),
         ({k: v for k, v in mimi().items() if "acoustic" not in k}, "mimi", ["acoustic_residual_vector_quantizer"]),
@@ -156,7 +156,7 @@ IMAGE = {"quantize.embedding.weight": torch.randn(6, 3)}
         ({"quantize.embed.weight": torch.ones(6, 3)}, "taming", ["Gumbel"]),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_told_in_one_line(state: Any, format: Any, texts: list[str]) -> None:
+def test_invalid_weights_raise_one_line(state: Any, format: Any, texts: list[str]) -> None:
     with raises_one_line(DataError, *texts):
         from_pretrained_codebook(state, format)
 
@@ -167,11 +167,11 @@ def test_what_does_not_fit_is_told_in_one_line(state: Any, format: Any, texts: l
         (encodec(), {"format": "encode"}, ["encodec, mimi, dac", "'encode'"]),
         (encodec(), {"num_quantizers": 0}, ["at least 1"]),
         (IMAGE, {"num_quantizers": 1}, ["no stages"]),
-        (encodec(), {"codebook_dim": 3}, ["codebook_dim", "the weights decide"]),
+        (encodec(), {"codebook_dim": 3}, ["codebook_dim", "follows from the weights"]),
         (encodec(), {"shared_codebook": True}, ["shared_codebook"]),
     ],
 )
-def test_impossible_arguments(state: Any, arguments: dict[str, Any], texts: list[str]) -> None:
+def test_invalid_arguments_raise(state: Any, arguments: dict[str, Any], texts: list[str]) -> None:
     with raises_one_line(ValueError, *texts):
         from_pretrained_codebook(state, **arguments)
 
@@ -180,7 +180,7 @@ def test_impossible_arguments(state: Any, arguments: dict[str, Any], texts: list
     ("state", "wanted", "text"),
     [(encodec(), 3, "there are 2"), (dac(), 3, "there are 2"), (mimi(), 3, "there are 1")],
 )
-def test_more_stages_than_there_are(state: Any, wanted: int, text: str) -> None:
+def test_too_many_stages_raise(state: Any, wanted: int, text: str) -> None:
     with raises_one_line(DataError, text):
         from_pretrained_codebook(state, num_quantizers=wanted)
 
@@ -198,7 +198,7 @@ def test_codebooks_of_different_sizes() -> None:
     assert [len(codebook) for codebook in vq.codebooks] == [6, 9]
 
 
-def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+def test_unreadable_files_raise(tmp_path: Path) -> None:
     with raises_one_line(DataError, "no such file"):
         from_pretrained_codebook(tmp_path / "none.safetensors")
     with raises_one_line(DataError, "none of best_model.pt", "model.safetensors"):
@@ -209,7 +209,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
             from_pretrained_codebook(tmp_path / name)
     for name, value in {"fractions.Fraction": Fraction(1, 2), "numpy.": np.float64(0.5)}.items():
         torch.save({"state_dict": encodec(), "callbacks": value}, tmp_path / "objects.ckpt")
-        with raises_one_line(DataError, f"holds {name}", "state dict alone"):
+        with raises_one_line(DataError, f"contains {name}", "only the state dict"):
             from_pretrained_codebook(tmp_path / "objects.ckpt", "encodec")
 
 
@@ -222,7 +222,7 @@ def test_taming_with_moving_averages() -> None:
 
 
 @pytest.mark.parametrize("counts", [{}, {"cluster_size": torch.zeros(6), "embed_avg": torch.zeros(6, 3)}])
-def test_codes_without_moving_averages_weigh_one_row_each(counts: dict[str, Tensor]) -> None:
+def test_codes_without_counts_have_count_one(counts: dict[str, Tensor]) -> None:
     embed = 10.0 * torch.randn(6, 3)
     state = {"quantize.embedding.weight": embed} | {f"quantize.embedding.{key}": value for key, value in counts.items()}
     vq: Any = from_pretrained_codebook(state, "taming", accept_image_fmap=False, decay=0.5).train()
@@ -239,7 +239,7 @@ def test_options_reach_the_quantizer() -> None:
 
 @pytest.mark.parametrize("kind", ["complex", "sparse", "meta"])
 @pytest.mark.parametrize("format", ["taming", "spinlock"])
-def test_codes_of_another_kind_of_number_are_refused(format: Any, kind: str) -> None:
+def test_codes_of_an_unsupported_dtype_raise(format: Any, kind: str) -> None:
     codes = torch.randn(4, 3)
     stored = {
         "complex": lambda: codes.to(torch.complex64),
@@ -251,7 +251,7 @@ def test_codes_of_another_kind_of_number_are_refused(format: Any, kind: str) -> 
         from_pretrained_codebook({name: stored}, format)
 
 
-def test_packed_codes_that_are_complex_are_refused(model: CategoricalHierarchicalVQVAE) -> None:
+def test_complex_packed_codes_raise(model: CategoricalHierarchicalVQVAE) -> None:
     quantizer = model.quantizer
     state = {**quantizer.state_dict(), "embedding": quantizer.embedding.to(torch.complex64)}
     with raises_one_line(DataError, "embedding", "complex"):

@@ -1,4 +1,4 @@
-"""What users of vector-quantize-pytorch ask for beside equal numbers; see docs/drop-in.md."""
+"""Behaviour of the drop-in quantizers beyond equality with vector-quantize-pytorch; see docs/drop-in.md."""
 
 import copy
 import subprocess
@@ -35,7 +35,7 @@ def make(kind, **more):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.filterwarnings("ignore")
-def test_compiles_without_a_break(kind, training):
+def test_compile_fullgraph_matches_eager(kind, training):
     torch._dynamo.reset()
     quantizer, plain = make(kind).train(training), make(kind).train(training)
     compiled = torch.compile(quantizer, fullgraph=True, backend="aot_eager")
@@ -52,12 +52,12 @@ def test_compiles_without_a_break(kind, training):
             torch.testing.assert_close(quantizer.state_dict(), plain.state_dict())
 
 
-def test_import_leaves_the_compiler_alone():
+def test_import_does_not_load_dynamo():
     lines = "import sys, spinlock_fast; spinlock_fast.ResidualVQ; sys.exit('torch._dynamo' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", lines], check=False).returncode == 0
 
 
-def test_other_classes_of_the_package():
+def test_other_classes_come_from_vector_quantize_pytorch():
     vector_quantize_pytorch = pytest.importorskip("vector_quantize_pytorch")
     assert spinlock_fast.FSQ is vector_quantize_pytorch.FSQ
     theirs = {
@@ -67,7 +67,7 @@ def test_other_classes_of_the_package():
         assert getattr(spinlock_fast, name) is not None
 
 
-def test_other_classes_when_it_is_missing(monkeypatch):
+def test_other_classes_without_the_package_raise(monkeypatch):
     monkeypatch.setitem(sys.modules, "vector_quantize_pytorch", None)
     with pytest.raises(ImportError, match="LFQ is provided by another package: pip install vector-quantize-pytorch"):
         _ = spinlock_fast.LFQ
@@ -76,7 +76,7 @@ def test_other_classes_when_it_is_missing(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["plain", "stages"])
-def test_usage(kind):
+def test_usage_statistics_match_counts(kind):
     quantizer = make(kind)
     x = torch.randn(4, 100, 8)
     counts = 0
@@ -94,7 +94,7 @@ def test_usage(kind):
     assert quantizer.perplexity().abs().sum() == 0
 
 
-def test_usage_of_groups_and_heads():
+def test_usage_statistics_of_groups_and_heads():
     groups, heads = make("groups"), make("cosine per head")
     for quantizer in (groups, heads):
         quantizer(torch.randn(2, 40, 8))
@@ -116,7 +116,7 @@ def test_accumulated_batches_are_one_update():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["plain", "cosine per head", "stages"])
-def test_half_precision_is_float32_inside(kind, dtype):
+def test_half_precision_computes_in_float32(kind, dtype):
     half, full = make(kind), make(kind)
     x = torch.randn(2, 50, 8).to(dtype)
     one, other = x.clone().requires_grad_(), x.float().requires_grad_()
@@ -130,7 +130,7 @@ def test_half_precision_is_float32_inside(kind, dtype):
     assert one.grad.dtype == dtype
 
 
-def test_a_model_in_half_precision():
+def test_half_precision_module_output():
     quantizer = make("stages").half()
     quantized, *_ = quantizer(torch.randn(2, 50, 8).half())
     assert quantized.dtype == torch.float16
@@ -138,7 +138,7 @@ def test_a_model_in_half_precision():
     assert quantizer.utilization().max() <= 1
 
 
-def test_resets_at_the_right_scale():
+def test_correction_reset_scale():
     torch.manual_seed(1)
     x = torch.randn(1, 4000, 8)
     replaced = {}
@@ -154,7 +154,7 @@ def test_resets_at_the_right_scale():
     assert (replaced[True] > 1.5).all()
 
 
-def test_empty_clusters_of_k_means():
+def test_correction_kmeans_scale():
     x = torch.randn(1, 4, 8)
     for corrections, origin in (((), True), ("kmeans_scale", False)):
         torch.manual_seed(0)
@@ -163,7 +163,7 @@ def test_empty_clusters_of_k_means():
         assert bool((quantizer.codebook.norm(dim=1) < 1e-3).any()) == origin
 
 
-def test_k_means_fits_clusters():
+def test_kmeans_init_fits_clusters():
     torch.manual_seed(0)
     centres = 10 * torch.randn(4, 8)
     x = centres[torch.randint(0, 4, (500,))] + 0.1 * torch.randn(500, 8)
@@ -188,7 +188,7 @@ def test_random_codes_follow_the_softmax_of_distances():
 
 
 @pytest.mark.parametrize("kind", ["plain", "stages"])
-def test_memory_does_not_grow_with_rows_times_codes(kind):
+def test_peak_memory_is_below_a_distance_matrix(kind):
     rows, codes = 4096, 4096
     quantizer = (
         VectorQuantize(4, codes) if kind == "plain" else ResidualVQ(dim=4, codebook_size=codes, num_quantizers=2)
@@ -202,7 +202,7 @@ def test_memory_does_not_grow_with_rows_times_codes(kind):
 
 
 @pytest.mark.parametrize("kind", ["plain", "cosine per head", "stages", "shared"])
-def test_codes_give_the_output_back(kind):
+def test_output_from_indices_equals_eval_output(kind):
     quantizer = make(kind, codebook_dim=4).eval()
     quantized, codes, loss = quantizer(torch.randn(2, 5, 8))
     torch.testing.assert_close(quantizer.get_output_from_indices(codes), quantized)
@@ -211,14 +211,14 @@ def test_codes_give_the_output_back(kind):
 
 
 @pytest.mark.parametrize("options", [{"codebook_dim": 4}, {"heads": 2, "codebook_dim": 3}])
-def test_images_give_the_output_back(options):
+def test_output_from_indices_of_images_equals_eval_output(options):
     quantizer = VectorQuantize(8, 16, accept_image_fmap=True, **options).eval()
     quantized, codes, _ = quantizer(torch.randn(2, 8, 3, 5))
     assert codes.shape[:3] == (2, 3, 5)
     torch.testing.assert_close(quantizer.get_output_from_indices(codes), quantized)
 
 
-def test_images_in_stages():
+def test_residual_vq_image_shapes():
     quantizer = ResidualVQ(dim=8, codebook_size=16, num_quantizers=3, accept_image_fmap=True)
     quantized, codes, losses, every = quantizer(torch.randn(2, 8, 3, 5), return_all_codes=True)
     assert quantized.shape == (2, 8, 3, 5)
@@ -227,7 +227,7 @@ def test_images_in_stages():
     assert losses.shape == (3,)
 
 
-def test_fewer_stages_decode():
+def test_decoding_of_fewer_stages():
     quantizer = make("dropout").eval()
     quantized, codes, _ = quantizer(torch.randn(2, 5, 8))
     assert quantizer.get_output_from_indices(codes[..., :2]).shape == quantized.shape
@@ -235,15 +235,15 @@ def test_fewer_stages_decode():
         make("stages").get_output_from_indices(codes[..., :2])
 
 
-def test_one_warning_for_what_is_not_fused():
-    arguments.warn_reference.cache_clear()
+def test_unfused_argument_warns_once():
+    arguments.warn_unfused.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(3):
             VectorQuantize(8, 16, commitment_use_cross_entropy_loss=True)
     (warning,) = caught
     assert str(warning.message).startswith(
-        "commitment_use_cross_entropy_loss is not fused: the reference path serves it"
+        "commitment_use_cross_entropy_loss is not fused: it runs on the reference path"
     )
 
 
@@ -259,13 +259,13 @@ def test_one_warning_for_what_is_not_fused():
         ({"sync_affine_param": True}, "sync_affine_param"),
     ],
 )
-def test_contradictions_are_refused(options, message):
+def test_incompatible_arguments_raise(options, message):
     with pytest.raises((ValueError, NotImplementedError), match=message):
         VectorQuantize(8, 16, **options)
 
 
 @pytest.mark.parametrize("cls", [VectorQuantize, ResidualVQ])
-def test_masks_of_another_shape_are_refused_before_codes_move(cls):
+def test_wrong_mask_shape_raises_without_an_update(cls):
     quantizer = cls(dim=8, codebook_size=16, **({"num_quantizers": 2} if cls is ResidualVQ else {}))
     before = {name: value.clone() for name, value in quantizer.state_dict().items()}
     for shape in ((4, 2), (8,), (1, 8)):
@@ -282,7 +282,7 @@ def test_no_gradient_in_evaluation(kind):
     assert make(kind).train()(x)[0].requires_grad
 
 
-def test_sums_that_wait_are_those_of_the_codes_before_a_load():
+def test_load_state_dict_discards_accumulated_sums():
     x, quantizer, other = torch.randn(1, 50, 8), make("plain"), make("plain")
     state = {name: value.clone() for name, value in quantizer.state_dict().items()}
     quantizer(torch.randn(1, 50, 8) + 3.0, accum_ema_update=True)
@@ -292,7 +292,7 @@ def test_sums_that_wait_are_those_of_the_codes_before_a_load():
     torch.testing.assert_close(quantizer.state_dict(), other.state_dict())
 
 
-def test_what_cannot_be_quantized_is_refused():
+def test_invalid_dtype_and_sizes_raise():
     with pytest.raises(ValueError, match=r"floating-point type, got torch\.int64"):
         make("plain")(torch.zeros(1, 3, 8, dtype=torch.int64))
     for cls, more in ((VectorQuantize, {}), (ResidualVQ, {"num_quantizers": 2})):
@@ -300,7 +300,7 @@ def test_what_cannot_be_quantized_is_refused():
             cls(dim=8, codebook_size=0, **more)
 
 
-def test_calls_that_do_not_fit_are_refused():
+def test_invalid_calls_raise():
     quantizer = make("plain")
     with pytest.raises(ValueError, match="mask or lens"):
         quantizer(torch.randn(2, 5, 8), mask=torch.ones(2, 5).bool(), lens=torch.tensor([1, 2]))
@@ -315,7 +315,7 @@ def test_calls_that_do_not_fit_are_refused():
 
 
 @pytest.mark.filterwarnings("ignore:.*is not fused")
-def test_a_share_without_rows_has_a_loss_of_zero():
+def test_batch_without_rows_has_zero_loss():
     options = {
         "plain": {},
         "projection": {"codebook_dim": 4, "heads": 2},
@@ -345,7 +345,7 @@ def test_a_share_without_rows_has_a_loss_of_zero():
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("kind", ["vector", "stages", "grouped"])
 @pytest.mark.filterwarnings("ignore")
-def test_k_means_waits_for_a_batch_with_rows(kind, compiled):
+def test_kmeans_init_uses_the_first_batch_with_rows(kind, compiled):
     torch._dynamo.reset()
     graphs = []
 
@@ -375,13 +375,13 @@ def test_k_means_waits_for_a_batch_with_rows(kind, compiled):
         call(x, mask=everything)
     copied = copy.deepcopy(layer)
     copied(x)
-    if compiled:  # the graph in use has no operator that waits for the device
+    if compiled:  # the second graph has no k-means operator, which synchronises with the host
         assert len(graphs) == 2
         assert graphs[0]
         assert not graphs[1]
 
 
-def test_averages_stay_wide_in_half_precision():
+def test_moving_averages_stay_float32_in_half_precision():
     layer = make("plain").bfloat16()
     assert layer._codebook.embed.dtype == torch.bfloat16
     assert layer._codebook.cluster_size.dtype == layer._codebook.embed_avg.dtype == torch.float32
@@ -393,11 +393,11 @@ def test_averages_stay_wide_in_half_precision():
 
 @pytest.mark.parametrize("options", [{"commitment_use_cross_entropy_loss": True}, {"orthogonal_reg_weight": 1.0}])
 @pytest.mark.filterwarnings("ignore:.*is not fused")
-def test_gradients_are_those_of_the_codes_before_the_update(options):
+def test_gradients_use_codes_before_the_update(options):
     torch.manual_seed(0)
     moving = VectorQuantize(8, 16, **options)
     frozen = copy.deepcopy(moving)
-    frozen._codebook.decay = 1.0  # averages, and so codes, stay: up to smoothing
+    frozen._codebook.decay = 1.0  # averages and codes stay constant, up to smoothing
     moving._codebook.embed_avg.copy_(moving._codebook.embed.detach())
     grads = []
     for layer, manual in ((moving, False), (frozen, True)):

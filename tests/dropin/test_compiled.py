@@ -1,6 +1,6 @@
 """`torch.compile` with its default backend gives the outputs, gradients and states of eager mode.
 
-Inductor removes and recomputes what it thinks has no effect, which other backends do not.
+Only Inductor removes and recomputes operations, so that other backends do not test this.
 """
 
 import copy
@@ -83,12 +83,12 @@ CASES = {
     "model": model,
 }
 FULL_GRAPH = set(CASES) - {"affine", "beam", "implicit"}
-# Cases that share a compilation in the fast tier.
+# Cases compiled together in the fast tier.
 TOGETHER = ("plain", "cross entropy", "packed, one learned")
 
 
 class Several(nn.Module):
-    """Several quantizers side by side."""
+    """Applies several quantizers to the same input."""
 
     def __init__(self, *parts):
         super().__init__()
@@ -99,7 +99,7 @@ class Several(nn.Module):
 
 
 def floats(returned):
-    """All tensors of a result, in order, that may carry a gradient."""
+    """The floating-point tensors of a result, in order."""
     if isinstance(returned, torch.Tensor):
         return [returned] if returned.is_floating_point() else []
     parts = returned.values() if isinstance(returned, dict) else returned
@@ -107,7 +107,7 @@ def floats(returned):
 
 
 def step(module, run, x, differentiable=True):
-    """Results, gradients of the input and of the parameters, and the state after the step."""
+    """Results, gradients of input and parameters, and buffers and parameters after a step."""
     leaf = x.clone().requires_grad_(differentiable)
     torch.manual_seed(7)
     returned = run(leaf)
@@ -144,7 +144,7 @@ def assert_same_steps(module, training, dynamic, sizes=(40, 40, 40), fullgraph=T
             assert_alike(flat(expected), flat(found), f"step {i}")
 
 
-def test_several_quantizers_train_alike():
+def test_compiled_training_matches_eager():
     torch.manual_seed(0)
     assert_same_steps(Several(*(CASES[case]() for case in TOGETHER)), True, False)
 
@@ -152,7 +152,7 @@ def test_several_quantizers_train_alike():
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("training", "dynamic"), [(True, False), (True, True), (False, False), (False, True)])
-def test_every_quantizer(case, training, dynamic):
+def test_compiled_quantizer_matches_eager(case, training, dynamic):
     torch.manual_seed(0)
     sizes = (40, 57, 33) if dynamic else (40, 40, 40)
     assert_same_steps(CASES[case](), training, dynamic, sizes, case in FULL_GRAPH)
@@ -160,14 +160,14 @@ def test_every_quantizer(case, training, dynamic):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_every_quantizer_with_an_input_that_takes_no_gradient(case):
+def test_compiled_quantizer_without_input_gradient_matches_eager(case):
     torch.manual_seed(0)
     assert_same_steps(CASES[case](), True, False, fullgraph=case in FULL_GRAPH, differentiable=False)
 
 
 @pytest.mark.parametrize("case", ["no commitment", "stages"])
-def test_the_loss_has_a_backward_pass_without_an_input_that_takes_a_gradient(case):
-    """As in vector-quantize-pytorch, and compiled as well."""
+def test_loss_backward_without_input_gradient(case):
+    """As in vector-quantize-pytorch; also compiled."""
     torch._dynamo.reset()
     for run in (CASES[case](), torch.compile(CASES[case](), backend="aot_eager", fullgraph=True)):
         run(torch.randn(40, 8))[2].sum().backward()
@@ -176,8 +176,8 @@ def test_the_loss_has_a_backward_pass_without_an_input_that_takes_a_gradient(cas
 
 
 @pytest.mark.parametrize("case", ["soft", "cross entropy", "diversity", "learned, resets", "shared, orthogonal"])
-def test_gradients_are_those_of_the_codes_before_the_update(case):
-    """Also of two calls before one backward pass. vector-quantize-pytorch reads codes that have moved."""
+def test_gradients_use_codes_before_the_update(case):
+    """Also for two calls before one backward pass. vector-quantize-pytorch reads codes after the update."""
     torch.manual_seed(0)
     x = torch.randn(3, 40, 8)
     moving = CASES[case]()

@@ -1,4 +1,4 @@
-"""Indices give back the output of eval mode, in its shape; codes that are set stay; states load anywhere."""
+"""Decoding of indices, assignment of codebooks, and loading of state dicts."""
 
 import copy
 import pickle
@@ -62,7 +62,7 @@ def stages(kind, layout, groups=None):
 
 
 def assert_decodes(quantizer, x, masked=True, batch_dim=0):
-    quantizer(x)  # a step of training
+    quantizer(x)  # a training step
     quantizer.eval()
     quantized, codes, *_ = quantizer(x)
     torch.testing.assert_close(quantizer.get_output_from_indices(codes), quantized)
@@ -78,7 +78,7 @@ def assert_decodes(quantizer, x, masked=True, batch_dim=0):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", HEADS)
-def test_one_quantizer(kind, layout):
+def test_vector_quantize_decodes_to_eval_output(kind, layout):
     quantizer, x = one(kind, layout)
     assert_decodes(quantizer, x)
     codes = quantizer(x)[1]
@@ -88,13 +88,13 @@ def test_one_quantizer(kind, layout):
 
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "video"])
 @pytest.mark.parametrize("kind", STAGES)
-def test_stages(kind, layout):
+def test_residual_vq_decodes_to_eval_output(kind, layout):
     assert_decodes(*stages(kind, layout))
 
 
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "video"])
 @pytest.mark.parametrize("kind", ["stages", "projected stages", "stages of several sizes", "dropout"])
-def test_groups(kind, layout):
+def test_grouped_residual_vq_decodes_to_eval_output(kind, layout):
     quantizer, x = stages(kind, layout, groups=2)
     assert_decodes(quantizer, x)
     assert len(quantizer.codebooks) == 2
@@ -102,13 +102,13 @@ def test_groups(kind, layout):
         quantizer.get_output_from_indices(quantizer(x)[1][:1])
 
 
-def test_several_choices():
+def test_topk_codes_decode():
     quantizer, x = one("projection", "sequence")
     quantized, codes, _ = quantizer.eval()(x, topk=3)
     torch.testing.assert_close(quantizer.get_output_from_indices(codes), quantized)
 
 
-def test_stages_that_dropout_left_out():
+def test_dropped_stages_decode():
     quantizer, x = stages("dropout", "sequence")
     quantized, codes, _ = quantizer(x, rand_quantize_dropout_fixed_seed=torch.tensor(2), freeze_codebook=True)
     assert (codes[..., 2] == -1).all()
@@ -126,12 +126,12 @@ def test_stages_that_dropout_left_out():
         (lambda: stages("stages of several sizes", "sequence")[0], [[[5, 0, 0]]]),
     ],
 )
-def test_indices_outside_the_codebook_are_refused(make, indices):
+def test_indices_outside_the_codebook_raise(make, indices):
     with pytest.raises(IndexError):
         make().get_output_from_indices(torch.tensor(indices))
 
 
-def test_indices_that_do_not_fit_are_refused():
+def test_invalid_indices_raise():
     with pytest.raises(ValueError, match="indices must be integers, got"):
         one("plain", "sequence")[0].get_output_from_indices(torch.zeros(2, 5))
     with pytest.raises(ValueError, match=r"of 2 heads, got \[2, 5\]"):
@@ -142,9 +142,9 @@ def test_indices_that_do_not_fit_are_refused():
 
 @pytest.mark.parametrize("kind", ["plain", "cosine", "codebook per head"])
 @pytest.mark.parametrize("steps", [0, 200])
-def test_codes_that_are_set_stay_where_no_row_comes(kind, steps):
+def test_assigned_codes_survive_updates_without_rows(kind, steps):
     quantizer, x = one(kind, "sequence")
-    x[:] = x[0, 0]  # all but one code of each codebook idle
+    x[:] = x[0, 0]  # all codes but one per codebook are unused
     for _ in range(steps):
         quantizer(x)
     codes = torch.randn(quantizer.codebook.shape)
@@ -156,7 +156,7 @@ def test_codes_that_are_set_stay_where_no_row_comes(kind, steps):
     torch.testing.assert_close(quantizer.codebook[..., still, :], codes[..., still, :], rtol=1e-3, atol=1e-4)
 
 
-def test_codes_that_are_set_are_no_place_for_k_means():
+def test_assigned_codes_disable_kmeans_init():
     quantizer = vq.VectorQuantize(dim=8, codebook_size=4, kmeans_init=True, decay=0.99)
     codes = torch.randn(4, 8)
     quantizer.codebook = codes
@@ -229,9 +229,9 @@ def pickled(make, state):
 @pytest.mark.parametrize("by", [materialised, assigned, loaded, pickled])
 @pytest.mark.parametrize("kind", MODULES)
 @pytest.mark.parametrize("used", [False, True])
-def test_states_load(kind, by, used, monkeypatch):
+def test_state_dict_round_trip(kind, by, used, monkeypatch):
     real = torch.empty_like
-    monkeypatch.setattr(  # what `to_empty` finds in memory
+    monkeypatch.setattr(  # simulates uninitialised memory in `to_empty`
         torch, "empty_like", lambda *a, **k: real(*a, **k).fill_(1) if k.get("device") == "cpu" else real(*a, **k)
     )
     torch.manual_seed(0)
@@ -255,8 +255,8 @@ def test_states_load(kind, by, used, monkeypatch):
     torch.testing.assert_close(source.state_dict(), module.state_dict())
 
 
-def test_unused_states_load_into_used_layers():
-    """The statistics of `affine_param` exist from the first batch on."""
+def test_new_state_loads_into_a_trained_layer():
+    """The statistics of `affine_param` exist only after the first batch."""
     new, used = MODULES["affine"](), MODULES["affine"]()
     used(torch.randn(20, 8))
     state = new.state_dict()
@@ -266,7 +266,7 @@ def test_unused_states_load_into_used_layers():
         used.load_state_dict({name: value for name, value in state.items() if "embed_avg" not in name})
 
 
-def test_counts_of_a_codebook_that_stages_share_are_zero_after_to_empty(monkeypatch):
+def test_shared_codebook_usage_is_zero_after_to_empty(monkeypatch):
     real = torch.empty_like
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: real(*a, **k).fill_(1))
     with torch.device("meta"):

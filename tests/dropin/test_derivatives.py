@@ -1,4 +1,4 @@
-"""Gradients of gradients, and torch.func, through whole quantizers."""
+"""Double backward and torch.func through quantizers."""
 
 import copy
 
@@ -21,7 +21,7 @@ NAMES = pytest.mark.parametrize("name", QUANTIZERS)
 
 
 def penalised(layer, x, dtype=torch.float32):
-    """The gradient of |d loss / d x|^2 by x."""
+    """The gradient d loss / dx and the gradient of |d loss / dx|^2 by x."""
     x = x.to(dtype).requires_grad_()
     found, _, loss, *_ = layer(x)
     (grad,) = torch.autograd.grad(found.square().sum() + loss.sum(), x, create_graph=True)
@@ -38,7 +38,7 @@ def test_gradient_penalty(name):
     found, _, loss, *_ = copy.deepcopy(layer)(leaf)
     (expected,) = torch.autograd.grad(found.square().sum() + loss.sum(), leaf)
     torch.testing.assert_close(grad, expected)
-    # d |g|^2 / dx = 2 H g, and H g is how g changes along g: the codes stay in a small neighbourhood.
+    # d |g|^2 / dx = 2 H g, the change of g along g: codes are constant in a small neighbourhood.
     assert torch.isfinite(second).all()
     assert second.abs().max() > 0
 
@@ -61,7 +61,7 @@ def test_torch_func(name):
     x = torch.randn(2, 3, 4)
 
     def value(rows):
-        # A copy each: `affine_param` moves its statistics in every call.
+        # A copy per call: `affine_param` updates its statistics in every call.
         found, _, loss, *_ = copy.deepcopy(layer)(rows, freeze_codebook=True)
         return found.square().sum() + loss.sum()
 
@@ -81,7 +81,7 @@ def test_gradient_penalty_through_the_grouped_quantizer_and_model():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_a_transform_keeps_no_statistics_of_affine_param(training):
+def test_torch_func_does_not_change_affine_statistics(training):
     layer = QUANTIZERS["affine"]()
     layer(torch.randn(2, 3, 4))
     layer.train(training)

@@ -1,4 +1,4 @@
-"""Drop-in quantizers that several processes train together."""
+"""Drop-in quantizers trained by several processes."""
 
 import pytest
 import torch
@@ -41,17 +41,17 @@ def train(rank, quantizer, calls, file):
     torch.manual_seed(rank)
     for step in range(4):
         if step == 1:
-            calls.clear()  # k-means has collectives of its own
-        # Uneven shares, one of them empty: neither size nor content may matter to the communication.
+            calls.clear()  # k-means has additional collectives
+        # Uneven shares, one of them empty: collectives must not depend on size or content.
         share = latents(step)[: 60 if step == 3 else 40] if rank == 0 else latents(step)[60 if step == 3 else 40 :]
         quantizer(share)
-    assert len(calls) == 3, "one collective a step"
+    assert len(calls) == 3, "one collective per step"
     usage = quantizer.perplexity()
     torch.save({**quantizer.state_dict(), "perplexity": usage}, file)
 
 
 @pytest.mark.dist
-def test_processes_share_one_update(tmp_path):
+def test_processes_end_with_equal_states(tmp_path):
     file = tmp_path / "rendezvous"
     run_ranks(worker, (2, str(file)), 2)
     for case, (residual, options) in enumerate(CASES):
@@ -62,7 +62,7 @@ def check(first, second, residual, options):
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
     assert all(torch.isfinite(value).all() for value in first.values())
-    if options == "plain":  # as one process sees all rows
+    if options == "plain":  # equal to one process with all rows
         alone = make(residual, options)
         for step in range(4):
             alone(latents(step))

@@ -1,4 +1,4 @@
-"""Ten training steps give the numbers of vector-quantize-pytorch, argument by argument."""
+"""Ten training steps with each argument give the results of vector-quantize-pytorch."""
 
 import inspect
 
@@ -45,7 +45,7 @@ CASES = {
     "random codes": {"stochastic_sample_codes": True, "sample_codebook_temp": 0.3},
     "gumbel": {"straight_through": True, "stochastic_sample_codes": True, "rotation_trick": False},
     "soft": {"straight_through": True, "rotation_trick": False},
-    # The gradient of distances: 1.32 takes it with codes that have moved already, so here they do not move.
+    # 1.32 forms the gradient of distances with codes after the update, so here codes are not updated.
     "cross entropy": {"commitment_use_cross_entropy_loss": True, "manual_ema_update": True},
     "diversity": {
         "codebook_diversity_loss_weight": 0.1,
@@ -74,7 +74,7 @@ def test_masks(case):
     assert_same_training("VectorQuantize", {"dim": 8, "codebook_size": 16, **CASES[case]}, call=masks)
 
 
-def test_padding_as_it_came():
+def test_masked_padding_returns_the_input():
     arguments = {"dim": 8, "codebook_size": 16, "return_zeros_for_masked_padding": False}
     assert_same_training("VectorQuantize", arguments, call=masks)
 

@@ -1,4 +1,4 @@
-"""Quantizers and the tokenizer's model in other runtimes: exported graphs hold PyTorch's own operations alone."""
+"""Export of quantizers and of the tokenizer's model by torch.export and ONNX, without custom operators."""
 
 import io
 
@@ -27,7 +27,7 @@ class Tokens(nn.Module):
 
 
 class Decoder(nn.Module):
-    """There and back by the indices."""
+    """Input -> indices -> output."""
 
     def __init__(self, quantizer):
         super().__init__()
@@ -76,7 +76,7 @@ MASKED = ("plain", "projected heads", "stages", "projected stages")
 
 
 class Several(nn.Module):
-    """Several quantizers side by side, and masked ones on two sequences."""
+    """Several quantizers, without and with a mask."""
 
     def __init__(self):
         super().__init__()
@@ -111,7 +111,7 @@ def compare(expected, found):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_exported_graphs_need_no_operator_of_ours(kind):
+def test_exported_graph_has_no_custom_operators(kind):
     module, x = build(kind), torch.randn(12, 8)
     rows = torch.export.Dim("rows", min=2, max=4096)
     program = torch.export.export(module, (x,), dynamic_shapes=((rows, None),) if kind != "tokens" else None)
@@ -124,14 +124,14 @@ def test_exported_graphs_need_no_operator_of_ours(kind):
     run = program.module()
     for size in (12,) if kind == "tokens" else (12, 31):
         other = torch.randn(size, 8)
-        compare(flat(module(other)), flat(run(other)))  # the module works as before as well
+        compare(flat(module(other)), flat(run(other)))  # the module itself still works
     module.train()
     if kind not in ("tokens", "decoder", "decoder of stages", "codec"):
         module(x)
 
 
 @pytest.mark.parametrize("kind", MASKED)
-def test_a_mask_is_an_input(kind):
+def test_exported_graph_takes_a_mask(kind):
     module, x, mask = build(kind), torch.randn(2, 6, 8), torch.rand(2, 6) > 0.4
     program = torch.export.export(module, (x,), {"mask": mask})
     other = torch.rand(2, 6) > 0.4
@@ -139,7 +139,7 @@ def test_a_mask_is_an_input(kind):
 
 
 def run_onnx(module, arguments, tmp_path, dynamic=None):
-    """Outputs of onnxruntime, by a function of other inputs."""
+    """Exports to ONNX; returns a function that runs the model in onnxruntime."""
     pytest.importorskip("onnxscript", reason="pip install onnxscript")
     runtime = pytest.importorskip("onnxruntime", reason="pip install onnxruntime")
     program = torch.onnx.export(module, arguments, dynamo=True, dynamic_shapes=dynamic, verbose=False)

@@ -1,4 +1,4 @@
-"""Inputs of quantizers that are not what they should be, and batches without a row."""
+"""Invalid inputs of quantizers, and batches without rows."""
 
 import pytest
 import torch
@@ -28,28 +28,28 @@ WRONG = {
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("wrong", WRONG)
 @pytest.mark.parametrize("kind", LAYERS)
-def test_other_inputs_are_refused_in_one_line(kind, wrong, training):
+def test_invalid_input_raises_one_line(kind, wrong, training):
     with pytest.raises((TypeError, ValueError), match=r"must (be|have)") as raised:
         LAYERS[kind]().train(training)(WRONG[wrong])
     assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("layout", ["first", "image"])
-def test_channels_are_counted_where_they_are(layout):
+def test_channel_dimension_is_checked(layout):
     options = {"first": {"channel_last": False}, "image": {"accept_image_fmap": True}}[layout]
     x = torch.zeros(2, 9, 8) if layout == "first" else torch.zeros(2, 9, 4, 8)
     with pytest.raises(ValueError, match="8 channels in dimension 1"):
         vq.VectorQuantize(8, 16, **options)(x)
 
 
-def test_a_mask_of_other_order_is_refused():
+def test_transposed_mask_raises():
     quantizer = LAYERS["packed"]()
     with pytest.raises(ValueError, match=r"mask must be \[3, 4\], got \[4, 3\]"):
         quantizer(torch.zeros(3, 4, 8), torch.ones(4, 3, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("use_ema", [True, False])
-def test_losses_of_the_original_without_a_row_are_zero(use_ema):
+def test_original_losses_without_rows_are_zero(use_ema):
     quantizer = VectorQuantizer(16, 8, use_ema=use_ema)
     x = torch.zeros(0, 8, requires_grad=True)
     _, _, losses = quantizer(x)

@@ -1,4 +1,4 @@
-"""Types of the input, of the layer and torch's default type, in every combination."""
+"""Combinations of the dtypes of the input, of the layer and of torch's default."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def step(module, x):
 @pytest.mark.parametrize("input_type", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_default_type_changes_no_result(kind, default, input_type, default_dtype):
+def test_default_dtype_does_not_change_results(kind, default, input_type, default_dtype):
     torch.manual_seed(0)
     module, other, x = KINDS[kind](), KINDS[kind](), torch.randn(60, 8).to(input_type)
     other.load_state_dict(module.state_dict())
@@ -59,7 +59,7 @@ def test_the_default_type_changes_no_result(kind, default, input_type, default_d
 @pytest.mark.parametrize("input_type", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("kind", KINDS)
-def test_layers_of_the_default_type(kind, default, input_type, default_dtype):
+def test_layers_in_the_default_dtype(kind, default, input_type, default_dtype):
     default_dtype(default)
     torch.manual_seed(0)
     module, x = KINDS[kind](), torch.randn(60, 8, dtype=input_type)
@@ -71,8 +71,8 @@ def test_layers_of_the_default_type(kind, default, input_type, default_dtype):
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "cosine"])
-def test_float64_is_computed_in_float64(kind):
-    """In float32, latents so far from the origin are all the same."""
+def test_float64_computes_in_float64(kind):
+    """In float32, latents this far from the origin cannot be distinguished."""
     torch.manual_seed(0)
     module, x = KINDS[kind]().double(), torch.randn(60, 8, dtype=torch.float64)
     for book in (m for m in module.modules() if hasattr(m, "embed") or hasattr(m, "embedding")):
@@ -92,10 +92,10 @@ def test_float64_is_computed_in_float64(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_float64_is_computed_in_float64_beside_float32_codes(kind):
+def test_float64_inputs_with_float32_codes_compute_in_float64(kind):
     torch.manual_seed(0)
     module, x = KINDS[kind](), torch.randn(60, 8, dtype=torch.float64)
-    module(x)  # codes may start here
+    module(x)  # k-means may run here
     twin = KINDS[kind]().double()
     twin.load_state_dict(module.state_dict())
     found, expected = step(module, x), step(twin, x)
@@ -103,7 +103,7 @@ def test_float64_is_computed_in_float64_beside_float32_codes(kind):
     torch.testing.assert_close(found[2].double(), expected[2], rtol=1e-12, atol=1e-12)
 
 
-def test_audio_codecs_compute_float64_in_float64():
+def test_factorized_residual_vq_computes_in_float64():
     torch.manual_seed(0)
     module, x = FactorizedResidualVQ(8, [16, 16], [4, 4]).double(), torch.randn(2, 9, 8, dtype=torch.float64)
     quantized, codes, losses = module(x)
@@ -122,7 +122,7 @@ def test_audio_codecs_compute_float64_in_float64():
     ids=["bridge", "implicit"],
 )
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
-def test_networks_of_codes_run_in_the_type_of_their_weights(make, kind, training):
+def test_code_networks_run_in_the_dtype_of_their_weights(make, kind, training):
     module = make().to(kind).train(training)
     x = torch.randn(2, 5, 8, dtype=kind, requires_grad=True)
     quantized, codes, loss = module(x)

@@ -1,10 +1,10 @@
-"""Runs the tests of `vector_quantize_pytorch` with our classes in the place of theirs.
+"""Runs the tests of `vector_quantize_pytorch` with the classes of this package.
 
     python tests/dropin/upstream.py PATH_OF_THEIR_TESTS [--theirs | --corrected] [pytest arguments]
 
-The files are run as they are: an import of `VectorQuantize`, `ResidualVQ` or `GroupedResidualVQ` finds ours. `--theirs`
-leaves theirs in place, to see which tests the installed version fails itself: some are newer than it, and test what
-our `corrections` repair. `--corrected` turns those on.
+The test files are unchanged: their imports of `VectorQuantize`, `ResidualVQ` and `GroupedResidualVQ` get our classes.
+`--theirs` keeps the original classes, to see which tests the installed version fails: newer tests cover behaviour that
+our `corrections` change. `--corrected` enables all corrections.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Timing, reference implementations and subprocesses that the benchmarks share."""

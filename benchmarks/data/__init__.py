@@ -1,0 +1,1 @@
+"""Data sets: simulation, reading, expansion and the statistics of their tokens."""

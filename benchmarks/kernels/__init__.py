@@ -1,0 +1,1 @@
+"""Quantizer kernels and layers."""

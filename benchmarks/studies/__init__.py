@@ -1,0 +1,1 @@
+"""Studies of quality, which train many models."""

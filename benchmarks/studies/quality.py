@@ -1,0 +1,371 @@
+"""Effect of training settings on the tokens, with equal codes, epochs and rows.
+
+    python -m benchmarks.studies.quality DATA --output study.jsonl [--variants NAME ...] [--mode report]
+
+DATA contains `original_frames/seed*.npz` (features, categories, codebook sizes and validation rows of runs of the
+original project, called frames here) and the raw `operators_real.h5`. Every run trains with `Trainer` and is scored
+after its last epoch. Mode `select` removes the frame's validation rows and scores a tenth of the remaining rows, drawn
+with the frame's seed; settings are chosen there. Mode `report` trains on all other rows and scores the frame's
+validation rows.
+
+`--choose` runs the whole study: `variants.COMBINATIONS` and the baseline in `select` (three seeds, until the time
+limit), the choice of one by `choose`, then that one and the baseline in `report` with all seeds.
+
+Each finished run is a line of the output. Runs that have a line are skipped, so that an interrupted study can be
+continued. `--table` prints means over the finished runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import logging
+import math
+import multiprocessing
+import os
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from functools import cache
+from multiprocessing.pool import Pool
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from benchmarks.studies.variants import COMBINATIONS, COMMON, VARIANTS
+from spinlock_fast import Trainer
+from spinlock_fast.config.schema import RunConfig
+from spinlock_fast.errors import SpinlockFastError
+from spinlock_fast.models.decoder_refit import refit_decoder
+from spinlock_fast.models.metrics import evaluate
+
+Array = np.ndarray[Any, np.dtype[Any]]
+SELECT_SHARE = 0.1
+SELECT_SEEDS = 3
+# Targets of the scored rows in every frame, and the penalty on the log error per unit below a target.
+TARGETS = {"utilization": 0.86, "perplexity_over_k": 0.58, "topo_post": 0.975}
+PENALTY = 3.0
+COLUMNS = ["error", "error_over_original", "train_error", "utilization", "perplexity_over_k", "topo_pre", "topo_post"]
+
+
+class EvaluationSplit(NamedTuple):
+    """Features [N, F], validation rows and metadata of one run of the original project."""
+
+    seed: int
+    x: Array
+    val_rows: Array
+    meta: dict[str, Any]
+
+
+class Run(NamedTuple):
+    """One run of the study, a line of the output."""
+
+    mode: str
+    variant: str
+    frame: int
+    seed: int
+
+    @property
+    def key(self) -> str:
+        return "/".join(map(str, self))
+
+
+@cache
+def load_split(data: Path, seed: int) -> EvaluationSplit:
+    with np.load(data / "original_frames" / f"seed{seed}.npz") as file:
+        return EvaluationSplit(seed, file["x"], file["val_rows"], json.loads(str(file["meta"])))
+
+
+def rows_of(frame: EvaluationSplit, mode: str) -> tuple[Array, Array]:
+    """The rows of a run, and the positions among them that are scored."""
+    rows = np.arange(len(frame.x))
+    if mode == "report":
+        return rows, frame.val_rows
+    rows = np.setdiff1d(rows, frame.val_rows)
+    scored = np.random.default_rng([frame.seed, 1]).permutation(len(rows))[: round(SELECT_SHARE * len(rows))]
+    return rows, np.sort(scored)
+
+
+def train(
+    run: Run, data: Path, device: str, epochs: int | None, levels: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Trains and scores one run; `levels` replaces the codebook sizes of the frame."""
+    frame = load_split(data, run.frame)
+    rows, scored = rows_of(frame, run.mode)
+    settings = {**COMMON, **VARIANTS[run.variant], "random_seed": run.seed, "device": device}
+    if epochs is not None:
+        settings["training.num_epochs"] = epochs
+    trainer = Trainer.from_config(RunConfig(), settings)
+    x, meta = frame.x[rows], frame.meta
+    started = time.perf_counter()
+    result = trainer.fit(x, meta["group_indices"], levels or meta["levels"], meta["feature_names"], scored)
+    seconds = time.perf_counter() - started
+    model = result.model
+    model.load_state_dict(result.final_state["model_state_dict"])
+    model.eval()
+    features = torch.from_numpy(x).to(model.feature_order.device)
+    trained = np.setdiff1d(np.arange(len(x)), scored)
+    training = trainer.config.training
+    metrics = evaluate(model, features[scored], training)
+    error_before_refit = metrics["reconstruction_error"]
+    if training.decoder_refit:
+        refit_decoder(model, features[trained], training.decoder_refit)
+        metrics = evaluate(model, features[scored], training)
+    with torch.no_grad():
+        out = model(features)
+    squared = (out["reconstruction"] - features).square().cpu().numpy()
+    encoded = [i for members in meta["group_indices"].values() for i in members]
+    parts = {**meta["group_indices"], "(in no category)": np.setdiff1d(np.arange(x.shape[1]), encoded)}
+    return {
+        **run._asdict(),
+        "error": metrics["reconstruction_error"],
+        "error_over_original": metrics["reconstruction_error"] / meta["original"]["error_final"],
+        "train_error": float(squared[trained].mean()),
+        "best_error": result.metrics["reconstruction_error"],
+        "error_before_refit": error_before_refit,
+        **{name: metrics[name] for name in ("utilization", "perplexity_over_k", "topo_pre", "topo_post", "val_loss")},
+        "category_error": {k: float(squared[scored][:, i].mean()) for k, i in parts.items() if len(i)},
+        **probe_scores(out["tokens"].cpu().numpy(), trained, scored, targets_of(data, tuple(rows.tolist()))),
+        "epochs": len(result.history),
+        "rows": [len(trained), len(scored)],
+        "seconds": seconds,
+        "device": result.metrics["device"],
+        "versions": result.metrics["versions"],
+    }
+
+
+@cache
+def targets_of(data: Path, rows: tuple[int, ...]) -> dict[str, Array]:
+    """Probe targets per operator: two labels [N], and columns [N, T] that are not among the encoded features."""
+    import h5py
+
+    with h5py.File(data / "operators_real.h5") as file:
+        temporal = np.nan_to_num(file["features/temporal/features"][:])
+        raw = np.concatenate([file["features/summary/aggregated/features"][:], temporal.mean(1), temporal.std(1)], 1)
+        raw = raw[:, ~np.isnan(raw).any(0)]
+        varies = raw.std(0) > 1e-8
+        targets = {
+            "ic_type": file["metadata/ic_types"][:].astype(str),
+            "evolution_policy": file["metadata/evolution_policies"][:].astype(str),
+            "theta": file["parameters/params"][:],
+            "raw": _ranks(raw[:, varies]),
+        }
+    return {name: values[np.array(rows)] for name, values in targets.items()}
+
+
+def _ranks(values: Array) -> Array:
+    """Columns as ranks in [0, 1): some raw features have outliers of thousands of standard deviations."""
+    ranks: Array = values.argsort(0, kind="stable").argsort(0, kind="stable") / len(values)
+    return ranks
+
+
+def probe_scores(tokens: Array, trained: Array, scored: Array, targets: dict[str, Array]) -> dict[str, float]:
+    """Scores of linear probes from one-hot tokens [N, G], fitted to the training rows.
+
+    Accuracy for labels; for columns the mean over columns of R2, clipped at -1.
+    """
+    inputs = np.concatenate([column[:, None] == np.unique(column) for column in tokens.T], 1).astype(np.float64)
+    return {f"probe_{name}": _probe(inputs, values, trained, scored) for name, values in targets.items()}
+
+
+def _probe(inputs: Array, values: Array, trained: Array, scored: Array, penalty: float = 10.0) -> float:
+    """Ridge regression; labels are predicted as the largest of their one-hot columns."""
+    labels = values.ndim == 1
+    outputs = (values[:, None] == np.unique(values)).astype(np.float64) if labels else values
+    mean_in, mean_out = inputs[trained].mean(0), outputs[trained].mean(0)
+    a, b = inputs[trained] - mean_in, outputs[trained] - mean_out
+    weights = np.linalg.solve(a.T @ a + penalty * np.eye(a.shape[1]), a.T @ b)
+    predicted = (inputs[scored] - mean_in) @ weights + mean_out
+    true = outputs[scored]
+    if labels:
+        return float((predicted.argmax(1) == true.argmax(1)).mean())
+    variance = np.square(true - mean_out).sum(0)
+    varies = variance > 1e-12
+    r2 = 1.0 - np.square(true - predicted).sum(0)[varies] / variance[varies]
+    return float(r2.clip(min=-1.0).mean())
+
+
+def original_probes(data: Path, frames: Iterable[int], mode: str) -> dict[str, Any]:
+    """Probe scores of the original project's tokens (in `report`, its training rows are the same)."""
+    scores = {}
+    for seed in frames:
+        frame = load_split(data, seed)
+        rows, scored = rows_of(frame, mode)
+        with np.load(data / "original_frames" / f"seed{seed}.npz") as file:
+            tokens = file["tokens"][rows].astype(np.int64)
+        trained = np.setdiff1d(np.arange(len(rows)), scored)
+        scores[str(seed)] = probe_scores(tokens, trained, scored, targets_of(data, tuple(rows.tolist())))
+    return scores
+
+
+def finished(output: Path) -> dict[str, dict[str, Any]]:
+    """Finished runs by key; an incomplete last line of a killed process is ignored."""
+    rows = {}
+    for line in output.read_text(encoding="utf-8").splitlines() if output.exists() else ():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        rows[Run(row["mode"], row["variant"], row["frame"], row["seed"]).key] = row
+    return rows
+
+
+def append(output: Path, row: dict[str, Any]) -> None:
+    """Appends a line with a single write, so that lines of several processes do not mix."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    incomplete = output.exists() and not output.read_bytes().endswith(b"\n") and output.stat().st_size > 0
+    line = ("\n" if incomplete else "") + json.dumps(row) + "\n"
+    handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(handle, line.encode())
+    finally:
+        os.close(handle)
+
+
+def choose(rows: Iterable[dict[str, Any]]) -> tuple[str, dict[str, float]]:
+    """The combination with the lowest score, and all scores, from runs of mode `select`.
+
+    Score: mean over frames of log(mean error / mean error of the baseline) + PENALTY x the sum of the shortfalls of the
+    mean metrics from `TARGETS`. Combinations without two seeds in each frame of the baseline are ignored.
+    """
+    runs = defaultdict(list)
+    for row in rows:
+        if row["mode"] == "select":
+            runs[row["variant"], row["frame"]].append(row)
+    frames = sorted(frame for variant, frame in runs if variant == "baseline")
+    scores = {}
+    for variant in COMBINATIONS:
+        if not frames or any(len(runs[variant, frame]) < 2 for frame in frames):
+            continue
+        scores[variant] = float(np.mean([_score(runs[variant, f], runs["baseline", f]) for f in frames]))
+    if not scores:
+        raise SystemExit("nothing to choose from: no combination has two seeds in each frame that the baseline has")
+    return min(scores, key=scores.__getitem__), scores
+
+
+def _score(runs: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]]) -> float:
+    def mean(rows: Sequence[dict[str, Any]], column: str) -> float:
+        return float(np.mean([row[column] for row in rows]))
+
+    shortfall = sum(max(0.0, target - mean(runs, column)) for column, target in TARGETS.items())
+    return math.log(mean(runs, "error") / mean(baseline, "error")) + PENALTY * shortfall
+
+
+def print_table(rows: Iterable[dict[str, Any]]) -> None:
+    """Prints means over seeds (for the error also the standard deviation) per mode, variant and frame."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row["mode"], row["variant"], row["frame"]].append(row)
+    columns = [*COLUMNS, "probe_ic_type", "probe_evolution_policy", "probe_theta", "probe_raw", "seconds"]
+    print("mode variant frame runs " + " ".join(columns), flush=True)
+    for (mode, variant, frame), runs in sorted(groups.items()):
+        cells = [
+            f"{np.mean([r[c] for r in runs]):.3g}" + (f"({np.std([r[c] for r in runs]):.2g})" if c == "error" else "")
+            for c in columns
+        ]
+        print(" ".join([mode, variant, str(frame), str(len(runs)), *cells]), flush=True)
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)  # steps are small: processes use the cores better than threads
+    logging.getLogger("spinlock_fast").setLevel(logging.ERROR)
+
+
+def _job(arguments: tuple[Run, Path, str, int | None, float]) -> dict[str, Any] | None:
+    run, data, device, epochs, deadline = arguments
+    if time.time() > deadline:
+        return None
+    try:
+        return train(run, data, device, epochs)
+    except (SpinlockFastError, ValueError, RuntimeError) as error:  # a failing setting must not stop the study
+        return {**run._asdict(), "failed": f"{type(error).__name__}: {error}"}
+
+
+def pending_runs(
+    mode: str, variants: Iterable[str], frames: Sequence[int], seeds: Sequence[int], output: Path
+) -> list[Run]:
+    """Runs without a line in the output; all variants run with the first seed before the second."""
+    present = finished(output)
+    order = itertools.product(seeds, variants, frames)
+    runs = [Run(mode, variant, frame, seed) for seed, variant, frame in order]
+    return [run for run in runs if run.key not in present]
+
+
+def run_all(runs: Sequence[Run], arguments: argparse.Namespace, pool: Pool, deadline: float = float("inf")) -> int:
+    """Runs the study; returns the number of failed runs."""
+    started = time.time()
+    jobs = [(run, arguments.data, arguments.device, arguments.epochs, deadline) for run in runs]
+    failed = done = 0
+    for row in pool.imap_unordered(_job, jobs):
+        if row is None:
+            continue
+        done += 1
+        name = Run(row["mode"], row["variant"], row["frame"], row["seed"]).key
+        prefix = f"[{done}/{len(jobs)}, {time.time() - started:.0f} s] {name}: "
+        if "failed" in row:
+            failed += 1
+            print(prefix + row["failed"], flush=True)
+            continue
+        append(arguments.output, row)
+        print(prefix + " ".join(f"{c}={row[c]:.3f}" for c in COLUMNS) + f" {row['seconds']:.1f}s", flush=True)
+    if done < len(jobs):
+        print(f"time limit: {len(jobs) - done} runs are left", flush=True)
+    return failed
+
+
+def choose_and_report(arguments: argparse.Namespace, pool: Pool, deadline: float) -> int:
+    """Runs the combinations, chooses one, and runs it and the baseline in mode `report`."""
+    output, frames, seeds = arguments.output, arguments.frames, arguments.seeds
+    candidates = ["baseline", *COMBINATIONS]
+    failed = run_all(
+        pending_runs("select", candidates, frames, seeds[:SELECT_SEEDS], output), arguments, pool, deadline
+    )
+    chosen, scores = choose(finished(output).values())
+    for variant, score in sorted(scores.items(), key=lambda item: item[1]):
+        print(f"score {score:.3f} {variant}", flush=True)
+    print(f"chosen: {chosen}", flush=True)
+    failed += run_all(pending_runs("report", [chosen, "baseline"], frames, seeds, output), arguments, pool)
+    print_table(row for row in finished(output).values() if row["mode"] == "report")
+    return failed
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="directory of the data, see above")
+    parser.add_argument("--output", type=Path, required=True, help="JSON lines file, continued if it exists")
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME")
+    parser.add_argument("--frames", nargs="+", type=int, default=[42, 43, 44])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--mode", choices=["select", "report"], default="select")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--epochs", type=int, help="overrides the epochs of the settings, for a trial")
+    parser.add_argument("--jobs", type=int, default=1, help="number of processes")
+    parser.add_argument("--time-limit", type=float, default=float("inf"), help="seconds after which no run is started")
+    parser.add_argument("--choose", action="store_true", help="select among the combinations, then report one")
+    parser.add_argument("--table", action="store_true", help="only print the means over finished runs")
+    parser.add_argument("--list", action="store_true", help="only print what would run")
+    arguments = parser.parse_args(argv)
+    runs = pending_runs(arguments.mode, arguments.variants, arguments.frames, arguments.seeds, arguments.output)
+    if arguments.list:
+        print("\n".join(run.key for run in runs), flush=True)
+    elif arguments.table:
+        print_table(finished(arguments.output).values())
+        probes = original_probes(arguments.data, arguments.frames, "report")
+        print("probes from the original's tokens: " + json.dumps(probes), flush=True)
+    else:
+        deadline = time.time() + arguments.time_limit
+        with multiprocessing.get_context("spawn").Pool(arguments.jobs, _start_worker) as pool:
+            if arguments.choose:
+                failed = choose_and_report(arguments, pool, deadline)
+            else:
+                failed = run_all(runs, arguments, pool, deadline)
+        return min(failed, 1)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

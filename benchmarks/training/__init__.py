@@ -1,0 +1,1 @@
+"""Training steps, epochs, the pipeline and the whole training command."""
