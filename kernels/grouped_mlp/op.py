@@ -82,7 +82,8 @@ class _GroupedMLP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        tensors, saved = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        unpacked = ctx.saved_tensors  # read once: activation checkpointing refuses a second time
+        tensors, saved = unpacked[:5], unpacked[5:]
         inputs, dropout, needed = ctx.inputs, ctx.dropout, ctx.needs_input_grad[:5]
         gradients: tuple[Tensor | None, ...]
         if needs_graph(grads):

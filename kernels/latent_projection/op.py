@@ -100,7 +100,8 @@ class _TritonProject(torch.autograd.Function):
 def _project_gradients(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     from spinlock_fast.kernels.latent_projection import triton_backward
 
-    tensors, saved = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
+    unpacked = ctx.saved_tensors  # read once: activation checkpointing refuses a second time
+    tensors, saved = unpacked[:7], unpacked[7:]
     results = triton_backward.backward(grads[0], tensors, saved, ctx.outputs, ctx.parts, ctx.dropout, ctx.precision)
     return *results, *[None] * 5
 
@@ -148,7 +149,8 @@ class _ScaledOutputLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        tensors, saved = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        unpacked = ctx.saved_tensors  # read once: activation checkpointing refuses a second time
+        tensors, saved = unpacked[:5], unpacked[5:]
         outputs: Ragged = ctx.outputs
         if needs_graph(grads):
             formula = partial(reference.scaled_output_linear, sizes=outputs.sizes)
