@@ -3,10 +3,10 @@
     make docs
     python docs/check_site.py [site] [--output DIR]
 
-Each page is shown at the widths of a desktop and of a phone. Reported are code blocks wider than the page (on a phone,
-blocks of output may scroll; commands and code may not), tables that scroll on a desktop, pages that scroll sideways, and
-pictures that do not load. The exit status is 1 if there are any. Needs `chromium` (apt-get install chromium) and nothing
-else outside the standard library.
+Each page is shown at the widths of a desktop and of a phone. The script reports code blocks wider than the page, tables
+that scroll on a desktop, pages that scroll sideways and pictures that do not load, and exits with status 1 if there are
+any. On a phone, tables and blocks of output may scroll; commands and code may not. Besides the standard library it needs
+`chromium` (apt-get install chromium).
 """
 
 from __future__ import annotations
@@ -37,12 +37,13 @@ _MAX_HEIGHT = 16_000  # pixels of a screenshot
 _FRAME = """<!doctype html><body style="margin:0"><iframe src="{page}" onload="this.style.height =
 this.contentDocument.documentElement.scrollHeight + 'px'" style="border:0;width:{width}px;height:800px"></iframe>"""
 
-# Opens the pages one after the other in one frame, and leaves the findings as JSON in the document.
+# Opens the pages one after the other in a frame and writes the findings as JSON into the document.
 _MEASURE = """<!doctype html><body style="margin:0"><pre id="findings"></pre><script>
 const pages = %s, widths = %s, findings = [];
 function measure(page, width, doc) {
   const found = {page, width, height: doc.documentElement.scrollHeight, problems: []};
-  const add = (kind, element, text) => found.problems.push({kind, excess: element.scrollWidth - element.clientWidth, text});
+  const add = (kind, element, text) =>
+    found.problems.push({kind, excess: element.scrollWidth - element.clientWidth, text});
   if (doc.documentElement.scrollWidth > width + 1) add("page", doc.documentElement, "");
   for (const code of doc.querySelectorAll("pre > code")) {
     const box = code.closest("div.highlight");
@@ -104,8 +105,8 @@ def main() -> int:
     options.add_argument("site", nargs="?", type=Path, default=Path("site"), help="what mkdocs built")
     options.add_argument("--output", type=Path, metavar="DIR", help="write a screenshot of each page and width")
     chosen = options.parse_args()
-    pages = sorted("/" + str(path.parent.relative_to(chosen.site)).strip(".") for path in chosen.site.rglob("index.html"))
-    _Site.pages = tuple(page.rstrip("/") + "/" for page in pages)
+    folders = sorted(path.parent.relative_to(chosen.site) for path in chosen.site.rglob("index.html"))
+    _Site.pages = tuple("/" if folder == Path() else f"/{folder}/" for folder in folders)
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Site, directory=str(chosen.site)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     root = f"http://127.0.0.1:{server.server_port}"
