@@ -5,8 +5,8 @@
 
 Each page is shown at the widths of a desktop and of a phone. The script reports code blocks wider than the page, tables
 that scroll on a desktop, pages that scroll sideways and pictures that do not load, and exits with status 1 if there are
-any. On a phone, tables and blocks of output may scroll; commands and code may not. Besides the standard library it needs
-`chromium` (apt-get install chromium).
+any. On a phone, tables and blocks of output may scroll; commands and code may not. The only requirement is Chromium
+(apt-get install chromium).
 """
 
 from __future__ import annotations

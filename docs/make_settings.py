@@ -31,8 +31,8 @@ check them. `python -m spinlock_fast.train --help-config` prints the settings of
   is written.
 - `checkpoints/NAME/config.yaml` records the settings of a run with every default filled in.
 
-`configs/100k.yaml` and `configs/quickstart.yaml` are complete examples. The defaults are those of the original project's
-baseline document; [Quality](quality.md#what-was-chosen-and-why) gives the reasons for the values in `configs/`.
+`configs/100k.yaml` and `configs/quickstart.yaml` are complete examples. The defaults are those of the original project;
+[Quality](quality.md#what-was-chosen-and-why) gives the reasons for the values in `configs/`.
 """
 
 
