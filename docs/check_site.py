@@ -123,7 +123,8 @@ def main() -> int:
             failures += not accepted
             if not accepted:
                 sys.stdout.write("{page} at {width} px: ".format(**finding))
-                sys.stdout.write("{kind}, {excess} px too wide: {text!r}\n".format(**problem))
+                fault = "does not load" if problem["kind"] == "image" else "{excess} px too wide".format(**problem)
+                sys.stdout.write("{kind} {fault}: {text!r}\n".format(fault=fault, **problem))
     if chosen.output:
         chosen.output.mkdir(parents=True, exist_ok=True)
         for finding in findings:
