@@ -167,6 +167,21 @@ def test_the_settings_page_is_current() -> None:
     assert page == script("make_settings").markdown(), "run `python docs/make_settings.py`"
 
 
+def test_the_script_of_the_overview_finds_the_best_code_of_each_parameter(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="pictures need the extra `report`")
+    overview = script("make_overview")
+    (tmp_path / "lifts.csv").write_text(
+        "codebook,code,condition,value,count,share,lift,p,q\n"
+        "a/L0,1,normalization,0,9,0.9,2.7,1e-5,0.01\n"
+        "a/L1,2,normalization,1,8,0.8,2.4,1e-4,0.02\n"
+        "a/L0,3,kernel_size,5,6,0.6,1.2,0.1,0.4\n"
+        "a/L0,1,evolution policy,convex,9,0.9,3.6,1e-9,0.001\n"
+    )
+    ((text, share, usual),) = overview.clearest_codes(tmp_path, overview.load_generator_config(None))
+    assert text == "normalization: none\na/L0 code 1, 10 systems"
+    assert (share, usual) == pytest.approx((0.9, 1 / 3))
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built site."""
