@@ -114,7 +114,9 @@ fuzz: $(READY)
 		-print_final_stats=1 build/fuzz/corpus
 
 docs: $(READY)
-	$(BIN)/python -c 'import material' 2>/dev/null || $(BIN)/python -m pip install --quiet "mkdocs-material>=9.5"
+	$(BIN)/python -c 'import material, mkdocstrings' 2>/dev/null || \
+		$(BIN)/python -m pip install --quiet "mkdocs-material>=9.5" "mkdocstrings[python]>=0.29"
+	$(BIN)/python docs/make_settings.py
 	$(BIN)/python -m mkdocs build --strict
 
 # The wheel has a build directory of its own: the editable installation keeps using build/. auditwheel sets the oldest

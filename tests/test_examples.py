@@ -1,18 +1,15 @@
-"""The examples and the snippets of docs/pretrained.md run as they stand, small."""
+"""The scripts of examples/ run, with small sizes."""
 
 from __future__ import annotations
 
 import importlib.util
-import re
 import sys
-import warnings
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "pretrained.md").read_text(encoding="utf-8"), re.DOTALL)
 
 
 def example(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
@@ -20,7 +17,7 @@ def example(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, name, module)  # dataclasses look their module up
+    monkeypatch.setitem(sys.modules, name, module)  # dataclasses look up their module
     spec.loader.exec_module(module)
     return module
 
@@ -52,14 +49,3 @@ def test_image_vqvae_learns_and_draws(
         assert "matplotlib is not installed" in printed
     else:
         assert picture.read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize("number", range(len(SNIPPETS)))
-def test_snippets_of_the_page_on_pretrained_codebooks(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for name in ("transformers", "diffusers"):
-        if re.search(rf"^from {name} import", SNIPPETS[number], re.MULTILINE):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                pytest.importorskip(name, reason=f"needs {name}: pip install 'spinlock-fast[pretrained]'")
-    exec(compile(SNIPPETS[number], f"docs/pretrained.md, snippet {number + 1}", "exec"), {})
