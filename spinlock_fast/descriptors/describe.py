@@ -93,7 +93,7 @@ class Describer:
             Of the states, averaged over realizations, [T, D]; of the trajectories [M, S]. NaN where a value of the
             sample is not finite.
         """
-        states = fields.to(self.dtype).transpose(0, 1)  # [T, M, C, *space]
+        states = fields.to(self.dtype).transpose(0, 1).contiguous()  # [T, M, C, *space]
         before = None if initial is None else initial.to(self.dtype)
         with nullcontext() if self.differentiable else torch.inference_mode():
             finite = bool(torch.isfinite(states).all()) and (before is None or bool(torch.isfinite(before).all()))

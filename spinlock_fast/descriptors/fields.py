@@ -158,11 +158,11 @@ class StateDescriptors:
         columns = []
         for scale in self.scales:
             means = fields if scale == 1 else pool(fields, scale)
-            flat = means.view(S, B, -1)
+            flat = means.reshape(S, B, -1)
             squares = torch.zeros_like(means)
             for i in range(self.grid.dimensions):
                 squares = squares + self._difference(means, i).square()
-            columns += [flat.abs().mean(2), root(flat.square().mean(2)), root(squares).view(S, B, -1).mean(2)]
+            columns += [flat.abs().mean(2), root(flat.square().mean(2)), root(squares).reshape(S, B, -1).mean(2)]
         return torch.stack(columns, 2)
 
     def _at_probes(self, states: Tensor) -> Tensor:

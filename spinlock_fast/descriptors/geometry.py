@@ -125,9 +125,8 @@ class FourierModes:
         self.shells = int(shell.max()) + 1
         self.modes = float(multiplicity.sum())
         ones = multiplicity.reshape(-1)
-        self.band_modes = (
-            torch.zeros(BANDS, dtype=torch.float64).index_add_(0, band.reshape(-1), ones).to(device, dtype)
-        )
+        held = torch.zeros(BANDS, dtype=torch.float64).index_add_(0, band.reshape(-1), ones)
+        self.band_modes = held.to(device, dtype)
         self.conjugates = flat(torch.where(_self_conjugate(mesh), 1.0, 2.0))
 
     def transform(self, fields: Tensor) -> Tensor:
@@ -136,7 +135,8 @@ class FourierModes:
             if not periodic:
                 fields = torch.cat([fields, fields.flip(1 + i)], 1 + i)
         axes = tuple(range(1, 1 + self.grid.dimensions))
-        return torch.fft.rfftn(fields, dim=axes, norm="forward").flatten(1)
+        coefficients: Tensor = torch.fft.rfftn(fields, dim=axes, norm="forward")
+        return coefficients.flatten(1)
 
     def sum_by(self, values: Tensor, index: Tensor, count: int) -> Tensor:
         """[B, count] sums of values [B, modes], each mode with its multiplicity, by the index of each mode."""
