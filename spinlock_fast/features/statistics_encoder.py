@@ -56,7 +56,7 @@ class StatisticsEncoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # In float64, as a series may change little about a large mean; a few rows at a time, as that takes memory.
         rows = max(1, _VALUES_AT_ONCE // max(x[:1].numel(), 1))
-        parts = [series_statistics(part.transpose(1, 2).double()).flatten(1) for part in x.split(rows)]
+        parts = [series_statistics(part.transpose(1, 2).contiguous().double()).flatten(1) for part in x.split(rows)]
         return torch.cat(parts).to(x.dtype)
 
 
@@ -103,8 +103,7 @@ def _autocorrelation_time(centred: Tensor, variance: Tensor, longest: int) -> Te
     """By the Wiener-Khinchin theorem; the covariance at a lag is over the T - lag pairs."""
     T = centred.shape[-1]
     longest = min(longest, T - 1)
-    spectrum = torch.fft.rfft(centred, n=2 * T).abs().square()
-    covariance = torch.fft.irfft(spectrum, n=2 * T)[..., : longest + 1]
+    covariance = torch.fft.irfft(_power(torch.fft.rfft(centred, n=2 * T)), n=2 * T)[..., : longest + 1]
     pairs = T - torch.arange(longest + 1, dtype=centred.dtype, device=centred.device)
     r = covariance / pairs / variance[..., None]
     below = r < math.exp(-1.0)
@@ -119,7 +118,7 @@ def _autocorrelation_time(centred: Tensor, variance: Tensor, longest: int) -> Te
 
 def _dominant(centred: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
     T = centred.shape[-1]
-    power = torch.fft.rfft(centred, norm="forward").abs().square()[..., 1:]
+    power = _power(torch.fft.rfft(centred, norm="forward"))[..., 1:]
     twice = torch.full((power.shape[-1],), 2.0, dtype=centred.dtype, device=centred.device)
     if T % 2 == 0:
         twice[-1] = 1.0  # the Nyquist frequency is its own conjugate
@@ -127,3 +126,7 @@ def _dominant(centred: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
     largest, place = power.max(-1)
     frequency = ((place + 1) / T).masked_fill(largest == 0.0, 0.0)
     return frequency, (largest / variance).clamp(max=1.0)
+
+
+def _power(coefficients: Tensor) -> Tensor:
+    return coefficients.real.square() + coefficients.imag.square()
