@@ -3,12 +3,13 @@
     pip install py-pde
     python examples/equations.py simulate --output data/equations --samples 60
     python -m spinlock_fast.extract "data/equations/*.h5" --output data/equations.h5
-    python -m spinlock_fast.train configs/trajectories.yaml --set dataset_path=data/equations.h5 --output checkpoints/equations
+    python -m spinlock_fast.train configs/trajectories.yaml --set dataset_path=data/equations.h5 \\
+        --output checkpoints/equations
     python -m spinlock_fast.tokenize checkpoints/equations data/equations.h5 --output data/equations_tokens.h5
     python examples/equations.py probe data/equations.h5 data/equations_tokens.h5
 
-`simulate` writes one file per equation in the layout of The Well. `probe` fits linear models from tokens (one-hot) to the
-equation and to its parameters, and reports how well they do on samples they were not fitted to.
+`simulate` writes one file per equation in the layout of The Well. `probe` fits linear models from tokens (one-hot) to
+the equation and to its parameters, and reports how well they do on samples they were not fitted to.
 """
 
 from __future__ import annotations
