@@ -11,7 +11,9 @@ import json
 import os
 import shutil
 import zipfile
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -23,9 +25,11 @@ import torch
 from numpy.typing import NDArray
 
 from spinlock_fast.config.schema import DEFAULT_DATASETS
+from spinlock_fast.data.windows import processors
 from spinlock_fast.descriptors.describe import Describer, aggregate
 from spinlock_fast.descriptors.names import Groups, changes_with
 from spinlock_fast.errors import ConfigError, DataError, Interrupted, OutputError
+from spinlock_fast.kernels._common.single_thread import single_thread
 from spinlock_fast.output.atomic_files import check_regular, check_writable, replacing, write_json
 from spinlock_fast.output.hdf5_files import replacing_hdf5
 from spinlock_fast.output.locks import locked
@@ -152,15 +156,14 @@ def _describe_blocks(
     done = (stop - start) - sum(min(BLOCK, stop - first) for first in firsts)
     try:
         for low, high in _runs(firsts, stop):
-            samples = trajectories.read(low, high)
+            described = _described(trajectories.read(low, high), describer)
             for first in range(low, high, BLOCK):
                 states, each, diverged = [], [], []
                 for _ in range(first, min(first + BLOCK, high)):
-                    fields = torch.from_numpy(next(samples)).to(describer.device)
-                    state, one = describer(fields)
-                    states.append(state.cpu().numpy())
-                    each.append(one.cpu().numpy())
-                    diverged.append(bool(np.isnan(states[-1]).all()))
+                    state, one = next(described)
+                    states.append(state)
+                    each.append(one)
+                    diverged.append(bool(np.isnan(state).all()))
                     done += 1
                     progress(done, stop - start)
                 with replacing(_block_path(partial, first)) as temporary, open(temporary, "wb") as file:
@@ -169,6 +172,32 @@ def _describe_blocks(
         kept = sum(1 for _ in partial.glob("*.npz")) * BLOCK
         message = f"stopped; about {min(kept, stop - start)} of {stop - start} trajectories are kept, --resume goes on"
         raise Interrupted(message, stopped.exit_status - 128) from None
+
+
+def _described(
+    samples: Iterator[NDArray[np.floating]], describer: Describer
+) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+    """Descriptors of each sample, in order. On a CPU several samples at a time, each in one thread."""
+
+    def describe(sample: NDArray[np.floating]) -> tuple[NDArray[Any], NDArray[Any]]:
+        state, trajectories = describer(torch.from_numpy(sample).to(describer.device))
+        return state.cpu().numpy(), trajectories.cpu().numpy()
+
+    if describer.device.type != "cpu":
+        yield from map(describe, samples)
+        return
+    workers = processors()
+    with (
+        single_thread(describer.device),
+        ThreadPoolExecutor(workers, "describe", initializer=torch.set_num_threads, initargs=(1,)) as pool,
+    ):
+        waiting: deque[Future[tuple[NDArray[Any], NDArray[Any]]]] = deque()
+        for sample in samples:
+            waiting.append(pool.submit(describe, sample))
+            if len(waiting) > workers:  # one more than are described, so that memory does not grow
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _runs(firsts: list[int], stop: int) -> Iterator[tuple[int, int]]:
