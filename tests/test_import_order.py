@@ -28,7 +28,7 @@ FLOORS = [
     {"dropin"},
     {"checkpoints"},
     {"tokenizer", "compat"},
-    {"training", "simulate"},
+    {"training", "simulate", "trajectories"},
     {"analysis", "report"},
     {"commands"},
 ]

@@ -15,6 +15,7 @@ from spinlock_fast.messages import shown
 
 VERBS = {
     "generate": "simulate operators and write their features to an HDF5 file",
+    "extract": "describe trajectories of any simulation as features",
     "train": "train a tokenizer on an HDF5 file",
     "evaluate": "measure a checkpoint on an HDF5 file",
     "tokenize": "turn an HDF5 file into tokens",

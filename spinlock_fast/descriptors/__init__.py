@@ -1,1 +1,5 @@
-"""Features of trajectories: per step (TEMPORAL), per trajectory and over realizations (SUMMARY)."""
+"""Named descriptors of the behaviour of simulated fields; see docs/features.md for their definitions."""
+
+from spinlock_fast.descriptors.describe import Families, describe
+
+__all__ = ["Families", "describe"]

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from itertools import combinations, permutations
 
 import torch
 from torch import Tensor
 
+from spinlock_fast.descriptors.fields import Series, root
+from spinlock_fast.descriptors.names import DescriptorNames
 from spinlock_fast.descriptors.per_step import StepSeries
 from spinlock_fast.descriptors.registry import CROSS_CHANNEL, CROSS_IN_SUMMARY, LAGS, SPATIAL, SPECTRAL
 
 _TINY = 1e-12
 _AUTOCORRELATION_LAGS = (1, 8, 32)
 _GRANGER_ORDERS = (1, 2)
-_DIRECTED = tuple((i, j) for i in range(3) for j in range(3) if i != j)
 
 
 def trajectory_features(series: StepSeries) -> Tensor:
@@ -32,37 +34,53 @@ def trajectory_features(series: StepSeries) -> Tensor:
     return torch.cat(parts, 1).float()
 
 
+def describe_trajectories(series: Series, names: DescriptorNames) -> Tensor:
+    """Descriptors of trajectories in the order of `names.trajectory`: [B, D], float64."""
+    average = series.state.double().mean(0)
+    fields = sum(len(names.state[group]) for group in ("spatial", "spectral"))
+    probes = series.probes.double().permute(1, 2, 3, 0)  # [B, C, P, T]
+    parts = [
+        average[:, :fields],
+        temporal_features(series.energy.double().T, series.activity.double().T, probes),
+        average[:, [fields + i for i in names.cross_in_summary]],
+        causality_features(probes, series.velocity.double().transpose(0, 1)),
+        invariant_features(series.norms.double().transpose(0, 1)),
+    ]
+    return torch.cat(parts, 1)
+
+
 def temporal_features(energy: Tensor, activity: Tensor, probes: Tensor) -> Tensor:
     """The group temporal.
 
     Args:
         energy: mean square of the states [B, T].
-        activity: root mean square changes [B, T].
-        probes: values at fixed points [B, 3, P, T].
+        activity: root mean square changes [B, T], or [B, T - 1] where no state precedes the first.
+        probes: values at fixed points [B, C, P, T].
     """
     T = energy.shape[1]
     logs = energy.clamp(min=_TINY).log()
-    late = energy[:, T // 2 :]
-    final = energy[:, -(T // 16) :].mean(1)
+    half = min(T // 2, T - 2)  # of a short trajectory at least two states
+    late = energy[:, half:]
+    final = energy[:, -max(T // 16, 1) :].mean(1)
     off = (energy - final[:, None]).abs() > 0.1 * final[:, None] + _TINY
     time = torch.arange(1, T + 1, device=energy.device)
     changes = energy.diff(dim=1)
     changes = changes - changes.mean(1, keepdim=True)
     columns = [
-        _slope(logs[:, : T // 4]),
-        _slope(logs[:, T // 2 :]),
+        _slope(logs[:, : max(T // 4, 2)]),
+        _slope(logs[:, half:]),
         _trend(energy),
         final.clamp(min=_TINY).log() - logs[:, 0],
-        late.std(1, correction=0) / (late.mean(1) + _TINY),
+        root(late.var(1, correction=0)) / (late.mean(1) + _TINY),
         (off * time).amax(1) / T,
         (energy.argmax(1) + 1) / T,
         activity.mean(1),
-        (activity / (energy.sqrt() + _TINY)).mean(1),
+        (activity / (root(energy[:, T - activity.shape[1] :]) + _TINY)).mean(1),
         _trend(activity),
         _roughness(probes),
-        *_autocorrelation_features(probes[..., T // 2 :], T // 4),
-        *_frequency_features(probes[..., T // 2 :]),
-        *_crossing_features(probes[..., T // 2 :]),
+        *_autocorrelation_features(probes[..., half:], max(T // 4, 1)),
+        *_frequency_features(probes[..., half:]),
+        *_crossing_features(probes[..., half:]),
         changes.pow(4).mean(1) / (changes.square().mean(1).square() + _TINY**2) - 3.0 * (changes.abs().amax(1) > _TINY),
     ]
     return torch.stack(columns, 1)
@@ -72,29 +90,30 @@ def causality_features(probes: Tensor, velocity: Tensor) -> Tensor:
     """The group causality.
 
     Args:
-        probes: [B, 3, P, T].
-        velocity: of the best translation at each step [B, T, 2].
+        probes: [B, C, P, T].
+        velocity: of the best translation at each change [B, R, d].
     """
     centered = probes - probes.mean(3, keepdim=True)
-    scale = centered.square().mean((2, 3)).sqrt()  # [B, 3]
+    scale = root(centered.square().mean((2, 3)))  # [B, 3]
     columns = []
-    for lag in LAGS:
+    C, T = probes.shape[1], probes.shape[3]
+    first, second = (list(side) for side in zip(*combinations(range(C), 2), strict=True)) if C > 1 else ([], [])
+    for lag in (min(lag, T - 1) for lag in LAGS if C > 1):
         # r_ij(lag): channel i now with channel j `lag` steps later
         product = torch.einsum("bipt,bjpt->bij", centered[..., :-lag], centered[..., lag:])
         product = product / (centered.shape[2] * (centered.shape[3] - lag))
         r = product / (scale[:, :, None] * scale[:, None, :] + _TINY)
         apart = (r - r.transpose(1, 2)).abs()
-        pairs = torch.stack([apart[:, 0, 1], apart[:, 0, 2], apart[:, 1, 2]], 1)
+        pairs = apart[:, first, second]
         columns += [pairs.mean(1), pairs.amax(1)]
-    one, two = (granger(centered, order) for order in _GRANGER_ORDERS)
+    if C > 1:
+        one, two = (granger(centered, order) for order in _GRANGER_ORDERS)
+        columns += [one.mean(1), two.mean(1), one.amax(1)]
     steps = probes.diff(dim=3)
     steps = steps - steps.mean((2, 3), keepdim=True)
     m2 = steps.square().mean((2, 3))
     speed = velocity.norm(dim=2).mean(1)
     columns += [
-        one.mean(1),
-        two.mean(1),
-        one.amax(1),
         (steps.pow(3).mean((2, 3)) / (m2.pow(1.5) + _TINY**1.5)).mean(1),
         speed,
         velocity.mean(1).norm(dim=1) / (speed + _TINY),
@@ -109,12 +128,14 @@ def granger(centered: Tensor, order: int) -> Tensor:
         centered: series minus their means [B, 3, P, T]; one regression over all points.
         order: lags of the linear model.
     """
-    T = centered.shape[3]
+    B, C, _, T = centered.shape
+    if order >= T:
+        return centered.new_zeros(B, C * (C - 1))
     past = torch.stack([centered[..., order - 1 - lag : T - 1 - lag] for lag in range(order)], 2)
     now = centered[..., order:]
     past, now = past.flatten(3), now.flatten(2)  # [B, 3, order, n], [B, 3, n]
     out = []
-    for i, j in _DIRECTED:
+    for i, j in permutations(range(C), 2):
         own = _residual(past[:, j], now[:, j])
         both = _residual(torch.cat([past[:, j], past[:, i]], 1), now[:, j])
         floor = _TINY + 1e-9 * now[:, j].square().mean(1)
@@ -156,6 +177,8 @@ def _trend(values: Tensor) -> Tensor:
 
 
 def _roughness(probes: Tensor) -> Tensor:
+    if probes.shape[3] < 3:
+        return probes.new_zeros(len(probes))
     first = probes.diff(dim=3)
     second = first.diff(dim=3)
     return second.square().mean((1, 2, 3)) / (first.square().mean((1, 2, 3)) + _TINY)
@@ -164,6 +187,7 @@ def _roughness(probes: Tensor) -> Tensor:
 def _autocorrelation_features(probes: Tensor, longest: int) -> list[Tensor]:
     """Autocorrelation at three lags, and the lag at which it falls to 1/e, by the Wiener-Khinchin theorem."""
     T = probes.shape[3]
+    longest = min(longest, T - 1)
     centered = probes - probes.mean(3, keepdim=True)
     spectrum = torch.fft.rfft(centered, n=2 * T).abs().square().mean((1, 2))
     covariance = torch.fft.irfft(spectrum)[:, : longest + 1]
@@ -184,7 +208,7 @@ def _frequency_features(probes: Tensor) -> list[Tensor]:
     frequency = torch.arange(1, power.shape[1] + 1, dtype=power.dtype, device=power.device) / T
     p = power / (power.sum(1, keepdim=True) + _TINY)
     top = p.argmax(1)
-    entropy = -torch.special.xlogy(p, p).sum(1) / math.log(p.shape[1])
+    entropy = -torch.special.xlogy(p, p.masked_fill(p <= 0.0, 1.0)).sum(1) / math.log(max(p.shape[1], 2))
     return [frequency[top], p.amax(1), p @ frequency, entropy]
 
 
