@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 from spinlock_fast.commands.console import RunDisplay
-from spinlock_fast.config.schema import LoggingConfig, parse_bytes
+from spinlock_fast.config.byte_sizes import parse_bytes
+from spinlock_fast.config.schema import LoggingConfig
 from spinlock_fast.device import resolve_device
 from spinlock_fast.errors import ConfigError
 from spinlock_fast.trajectories.extraction import extract

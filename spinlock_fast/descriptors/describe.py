@@ -11,11 +11,11 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from spinlock_fast.data.arrays import real_numbers
+from spinlock_fast.data.input_arrays import to_real_tensor
 from spinlock_fast.descriptors.fields import StateDescriptors, concatenated, root
 from spinlock_fast.descriptors.geometry import AXIS_NAMES, Grid
 from spinlock_fast.descriptors.names import DescriptorNames, Groups
-from spinlock_fast.descriptors.per_step import StepFeatures, joined
+from spinlock_fast.descriptors.per_step import StepFeatures, concatenate_series
 from spinlock_fast.descriptors.registry import STATISTICS, names
 from spinlock_fast.descriptors.spectral import Wavenumbers
 from spinlock_fast.descriptors.trajectory import describe_trajectories, trajectory_features
@@ -122,7 +122,7 @@ class Describer:
     def _fast(self, states: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
         assert self._waves is not None
         describer = StepFeatures(before, float("inf"), self._waves)
-        series = joined([describer.block(block.contiguous()) for block in states.split(_FAST_PATH_STEPS)])
+        series = concatenate_series([describer.block(block.contiguous()) for block in states.split(_FAST_PATH_STEPS)])
         return series.features, trajectory_features(series)
 
 
@@ -237,7 +237,7 @@ def _arranged(fields: ArrayLike | Tensor, axes: str, name: str, has_time: bool =
             raise DataError(f"{name}: expected real numbers, got {fields.dtype}")
         values = fields
     else:
-        values = real_numbers(fields, name)
+        values = to_real_tensor(fields, name)
     if not has_time:
         values = values[None]
         axes = f"t {axes.replace('t', '')}"

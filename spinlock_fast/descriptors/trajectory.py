@@ -94,7 +94,7 @@ def causality_features(probes: Tensor, velocity: Tensor) -> Tensor:
         velocity: of the best translation at each change [B, R, d].
     """
     centered = probes - probes.mean(3, keepdim=True)
-    scale = root(centered.square().mean((2, 3)))  # [B, 3]
+    scale = root(centered.square().mean((2, 3)))  # [B, C]
     columns = []
     C, T = probes.shape[1], probes.shape[3]
     first, second = (list(side) for side in zip(*combinations(range(C), 2), strict=True)) if C > 1 else ([], [])
@@ -122,10 +122,10 @@ def causality_features(probes: Tensor, velocity: Tensor) -> Tensor:
 
 
 def granger(centered: Tensor, order: int) -> Tensor:
-    """[B, 6] ln(residual variance given the own past / given both pasts) of each directed pair i -> j (Granger 1969).
+    """[B, C (C - 1)] ln(residual variance given the own past / given both pasts) of each directed pair i -> j (Granger 1969).
 
     Args:
-        centered: series minus their means [B, 3, P, T]; one regression over all points.
+        centered: series minus their means [B, C, P, T]; one regression over all points.
         order: lags of the linear model.
     """
     B, C, _, T = centered.shape
@@ -133,7 +133,7 @@ def granger(centered: Tensor, order: int) -> Tensor:
         return centered.new_zeros(B, C * (C - 1))
     past = torch.stack([centered[..., order - 1 - lag : T - 1 - lag] for lag in range(order)], 2)
     now = centered[..., order:]
-    past, now = past.flatten(3), now.flatten(2)  # [B, 3, order, n], [B, 3, n]
+    past, now = past.flatten(3), now.flatten(2)  # [B, C, order, n], [B, C, n]
     out = []
     for i, j in permutations(range(C), 2):
         own = _residual(past[:, j], now[:, j])

@@ -10,8 +10,8 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from spinlock_fast.data.arrays import real_numbers
-from spinlock_fast.data.files import open_file
+from spinlock_fast.data.input_arrays import to_real_tensor
+from spinlock_fast.data.input_files import open_file
 from spinlock_fast.errors import ConfigError, DataError
 from spinlock_fast.trajectories.options import Options
 from spinlock_fast.trajectories.samples import SampleShape, numeric_attributes, space_axes, stream_rows, to_array
@@ -76,7 +76,7 @@ def _open(path: Path, options: Options) -> ArrayFile:
             raise DataError(f"{path}: cannot be read as .npy: {' '.join(str(error).split())}") from None
         dataset, shape, kind = None, array.shape, array.dtype
         if kind.kind not in "fiub":
-            real_numbers(np.zeros(1, kind), str(path))
+            to_real_tensor(np.zeros(1, kind), str(path))
     else:
         with open_file(path) as file:
             dataset = options.dataset or _only_array(path, file)

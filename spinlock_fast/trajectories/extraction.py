@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from spinlock_fast.config.schema import DEFAULT_DATASETS
-from spinlock_fast.data.windows import processors
+from spinlock_fast.data.window_sizes import available_cpus
 from spinlock_fast.descriptors.describe import Describer, aggregate
 from spinlock_fast.descriptors.names import Groups, changes_with
 from spinlock_fast.errors import ConfigError, DataError, Interrupted, OutputError
@@ -186,7 +186,7 @@ def _described(
     if describer.device.type != "cpu":
         yield from map(describe, samples)
         return
-    workers = processors()
+    workers = available_cpus()
     with (
         single_thread(describer.device),
         ThreadPoolExecutor(workers, "describe", initializer=torch.set_num_threads, initargs=(1,)) as pool,

@@ -8,7 +8,7 @@ from typing import Any
 
 import h5py
 
-from spinlock_fast.data.files import find_files, open_file
+from spinlock_fast.data.input_files import find_files, open_file
 from spinlock_fast.errors import ConfigError, DataError
 from spinlock_fast.trajectories.arrays import open_arrays
 from spinlock_fast.trajectories.options import Options

@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from spinlock_fast.data.files import open_file
+from spinlock_fast.data.input_files import open_file
 from spinlock_fast.errors import ConfigError, DataError
 from spinlock_fast.messages import printable
 from spinlock_fast.trajectories.options import Options
