@@ -153,7 +153,7 @@ def train_and_use(x: Any, split: Any, watch: Stopwatch, emit: Emit, batch: int =
     run = training_run(batch, device=str(device), x=rows[torch.from_numpy(split.train)])
     x_val = rows[torch.from_numpy(split.val)].to(device)
     validation = Validation(run.model, x_val, run.training)
-    validate = run.launcher.beside(validation.run, "validations")
+    validate = run.launcher.captured(validation.run, "validations")
     validation.run()
     untrained = validation.result()["val_loss"]
     with dedicated_stream(device):
