@@ -122,7 +122,7 @@ def causality_features(probes: Tensor, velocity: Tensor) -> Tensor:
 
 
 def granger(centered: Tensor, order: int) -> Tensor:
-    """[B, C (C - 1)] ln(residual variance given the own past / given both pasts) of each directed pair i -> j (Granger 1969).
+    """[B, C (C - 1)] ln(residual variance given the own past / given both pasts) of each pair i -> j (Granger 1969).
 
     Args:
         centered: series minus their means [B, C, P, T]; one regression over all points.
