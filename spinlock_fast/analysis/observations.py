@@ -32,6 +32,8 @@ LABELS = {
 Progress = Callable[[int, int], None]
 Floats = NDArray[np.float32]
 
+_NAMED_COLUMNS = ("IdentityEncoder", "StatisticsEncoder")  # encoders whose columns are described by themselves
+
 
 @dataclass(frozen=True)
 class Codebooks:
@@ -114,7 +116,7 @@ def collect_observations(
         rows = np.unique(np.linspace(0, total - 1, min(total, most_rows)).astype(np.int64))
         if len(rows) < total:
             notes.append(f"{len(rows):,} of {total:,} operators, evenly spaced, were analysed")
-        mixed = [family.name for family in tokenizer.families if family.encoder_name != "IdentityEncoder"]
+        mixed = [family.name for family in tokenizer.families if family.encoder_name not in _NAMED_COLUMNS]
         names = [name for family in mixed for name in measured_names(source, family)]
         check = InputCheck(tokenizer.training_range, total)
         for start, raw, x in tokenizer.raw_and_features(source, memory_budget, check):

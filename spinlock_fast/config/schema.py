@@ -42,12 +42,17 @@ class IdentityEncoderParams(Section):
     pass
 
 
-EncoderParams = MLPEncoderParams | TemporalCNNEncoderParams | IdentityEncoderParams
+class StatisticsEncoderParams(Section):
+    pass
+
+
+EncoderParams = MLPEncoderParams | TemporalCNNEncoderParams | IdentityEncoderParams | StatisticsEncoderParams
 
 ENCODER_PARAMS: dict[str, type[EncoderParams]] = {
     "MLPEncoder": MLPEncoderParams,
     "TemporalCNNEncoder": TemporalCNNEncoderParams,
     "IdentityEncoder": IdentityEncoderParams,
+    "StatisticsEncoder": StatisticsEncoderParams,
 }
 
 DEFAULT_DATASETS = {
@@ -58,8 +63,8 @@ DEFAULT_DATASETS = {
 
 
 class FamilyConfig(Section):
-    encoder: Literal["MLPEncoder", "TemporalCNNEncoder", "IdentityEncoder"] = Field(
-        description="network from the family's raw values to columns"
+    encoder: Literal["MLPEncoder", "TemporalCNNEncoder", "IdentityEncoder", "StatisticsEncoder"] = Field(
+        description="from the family's raw values to columns; the first two are random networks"
     )
     encoder_params: EncoderParams = Field(
         default=None, validate_default=True, description="settings of the encoder, see its section"

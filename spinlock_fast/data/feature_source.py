@@ -174,6 +174,11 @@ class FeatureSource:
         path = self.datasets[family].path
         return column_names(self.files[0], path, self.datasets[family].row_shape, groups=1)
 
+    def series_names(self, family: str) -> list[str] | None:
+        """As `feature_names`, for the last axis of a family of time series [N, T, D]."""
+        info = self.datasets[family]
+        return column_names(self.files[0], info.path, info.row_shape[-1:], groups=1)
+
     def read_whole(self, path: str) -> NDArray[Any] | None:
         """Reads another dataset of any type from all files; None if a file lacks it. Packed numbers are unpacked.
 

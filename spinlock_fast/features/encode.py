@@ -20,6 +20,7 @@ from spinlock_fast.errors import ConfigError, DataError
 from spinlock_fast.features.encoders import Encoder, build_encoder, seeded_encoder
 from spinlock_fast.features.missing import column_medians, missing_report, raw_statistics
 from spinlock_fast.features.row_keys import row_keys
+from spinlock_fast.features.statistics_encoder import StatisticsEncoder
 from spinlock_fast.messages import shown
 
 log = logging.getLogger(__name__)
@@ -209,6 +210,9 @@ def make_encoders(
         family = FamilyEncoder.seeded(name, config, source.datasets[name], seed)
         if config.encoder == "IdentityEncoder":
             family.column_names = source.feature_names(name)
+        elif isinstance(family.encoder, StatisticsEncoder):
+            columns = source.series_names(name) or [f"{name}_{i}" for i in range(family.row_shape[-1])]
+            family.column_names = family.encoder.column_names(columns)
         if config.standardize:
             family.center, family.scale = raw_statistics(source, name, training_rows, memory_budget)
         encoders.append(family)

@@ -18,8 +18,10 @@ from spinlock_fast.config.schema import (
     EncoderParams,
     IdentityEncoderParams,
     MLPEncoderParams,
+    StatisticsEncoderParams,
     TemporalCNNEncoderParams,
 )
+from spinlock_fast.features.statistics_encoder import StatisticsEncoder
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -111,14 +113,14 @@ class IdentityEncoder(nn.Module):
         return x.flatten(1)
 
 
-Encoder = MLPEncoder | TemporalCNNEncoder | IdentityEncoder
+Encoder = MLPEncoder | TemporalCNNEncoder | IdentityEncoder | StatisticsEncoder
 
 
 def build_encoder(row_shape: Sequence[int], params: EncoderParams) -> Encoder:
     """An encoder in eval mode without gradients, with weights from torch's random state.
 
     Raises:
-        ValueError: TemporalCNNEncoder for rows that are not [T, D].
+        ValueError: TemporalCNNEncoder or StatisticsEncoder for rows that are not [T, D].
     """
     encoder: Encoder
     if isinstance(params, MLPEncoderParams):
@@ -127,6 +129,8 @@ def build_encoder(row_shape: Sequence[int], params: EncoderParams) -> Encoder:
         if len(row_shape) != 2:
             raise ValueError(f"TemporalCNNEncoder needs a 3-D dataset [N, T, D], got rows of shape {tuple(row_shape)}")
         encoder = TemporalCNNEncoder(row_shape, params)
+    elif isinstance(params, StatisticsEncoderParams):
+        encoder = StatisticsEncoder(row_shape)
     else:
         encoder = IdentityEncoder(row_shape, params)
     return encoder.eval().requires_grad_(False)
