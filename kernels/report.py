@@ -147,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         parser.error("TRITON_INTERPRET=1 is set: kernels that are interpreted cannot be compiled")
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # the default; setting it avoids a warning
-    report_rows = rows(options.capability or CAPABILITIES)
+    report_rows = rows(options.capability or CAPABILITIES, quick=options.quick)
     _print_table(report_rows)
     if options.json:
         Path(options.json).write_text(json.dumps(report_rows, indent=1) + "\n")

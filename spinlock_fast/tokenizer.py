@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -319,9 +320,9 @@ def write_tokens(
     check_format(output)
     with tokenizer.source(data) as source:
         rows = source.rows
-        if any(output.exists() and output.samefile(file) for file in source.all_files):
+        if any(os.path.exists(output) and output.samefile(file) for file in source.all_files):
             raise OutputError(f"{output}: is the input file")
-    if output.is_dir():
+    if os.path.isdir(output):
         raise OutputError(f"{output}: is a directory; name a file")
     table = TokenTable(rows, model.codebook_names, model.quantizer.num_codes, tokenizer.checkpoint_hash)
     with locked_output_file(output), token_file(output, table) as write:

@@ -175,7 +175,7 @@ def test_message_names_the_entry_and_the_version(payload: dict[str, Any]) -> Non
         (("feature_cleaning", "fill"), None, "feature_cleaning: fill must be a tensor, got None"),
         (("encoder_state_dicts", "mine", "row_shape"), [5], "mine: fill is [12], expected [5]"),
         (("encoder_state_dicts", "mine", "encoder_name"), "NoEncoder", "encoder_state_dicts: 'NoEncoder' is missing"),
-        (("feature_names",), ["a"], "feature_names must be 12 texts"),
+        (("feature_names",), ["a"], "feature_names must be 12 strings"),
         (("code_usage",), torch.zeros(3), "code_usage must be ["),
     ):
         with pytest.raises(DataError, match="read by spinlock-fast") as caught:

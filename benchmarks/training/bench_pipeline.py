@@ -167,7 +167,7 @@ def train_and_use(x: Any, split: Any, watch: Stopwatch, emit: Emit, batch: int =
             validate()
         metrics, validated = watch(lambda: (validate(), validation.result())[1])
         assert metrics["val_loss"] < untrained, "training did not lower the validation loss"
-        emit("train_epoch", len(x), epoch, steps=run.one_step.count)
+        emit("train_epoch", len(x), epoch, steps=run.training_step.steps_per_epoch)
         emit("validate", len(x), validated, val_rows=len(x_val))
         all_rows = rows.to(device)
         tokens, took = watch(lambda: torch.cat([run.model.get_tokens(part) for part in all_rows.split(_ROWS_AT_ONCE)]))

@@ -80,7 +80,7 @@ def timed_steps(steps: int, device: str, rows: int, batch: int, features: Sequen
     step_seconds(run, 1)
     unchanged = [i for i, (a, p) in enumerate(zip(before, run.model.parameters(), strict=True)) if torch.equal(a, p)]
     assert not unchanged, f"parameters {unchanged} did not change"
-    assert math.isfinite(run.one_step.summary().loss)
+    assert math.isfinite(run.training_step.summary().loss)
     return percentiles(step_seconds(run, steps))
 
 

@@ -88,7 +88,7 @@ def step_times(run: TrainingRun) -> dict[str, Any]:
         one_epoch(run, record)
         epochs_ms.append(1e3 * (time.perf_counter() - host_times[0]))
         launching_ms.append(1e3 * (host_times[-1] - host_times[0]))
-        full_launches = len(counts) - (run.one_step.rest > 0)
+        full_launches = len(counts) - (run.training_step.remainder > 0)
         steps_ms += [
             _milliseconds(events[i], events[i + 1]) / counts[i] for i in range(full_launches) for _ in range(counts[i])
         ]
@@ -151,7 +151,7 @@ def top_operations(run: TrainingRun) -> dict[str, Any]:
     kind = run.training_step.kind(0, reset=False)
     steps = min(_PROFILED_STEPS if on_cuda else 8, run.training_step.full_batches)
     run.model.train()
-    run.one_step.begin_epoch(run._rows_of(run.epoch), torch.full((run.one_step.count,), 1e-3), 0)
+    run.training_step.begin_epoch(run.row_order(run.epoch), torch.full((run.training_step.steps_per_epoch,), 1e-3), 0)
     with profile(activities=activities) as profiler:
         started, done = time.perf_counter(), 0
         while done < steps:

@@ -35,7 +35,7 @@ PLACEMENTS = {"resident": "always", "streamed": "never"}  # values of training.d
 
 def check_rows(run: TrainingRun, x: Tensor) -> None:
     """Raises AssertionError if a step of an epoch reads other rows than those of the shuffled order."""
-    step = run.one_step
+    step = run.training_step
     order, there = torch.randperm(len(x)), x.to(run.device)
     places, numbers = step.feed.begin_epoch(order, 0).to(run.device), order.to(run.device)
     differences = torch.zeros(step.steps_per_epoch, dtype=torch.int64, device=run.device)
@@ -47,9 +47,9 @@ def check_rows(run: TrainingRun, x: Tensor) -> None:
 
 
 def epoch_seconds(run: TrainingRun) -> tuple[float, float]:
-    """Seconds of an epoch, and those that the host spent in `feed.ready`."""
-    feed, spent = run.one_step.feed, 0.0
-    original = feed.ready
+    """Seconds of an epoch, and those that the host spent in `feed.steps_available`."""
+    feed, spent = run.training_step.feed, 0.0
+    original = feed.steps_available
 
     def timed(step: int) -> int:
         nonlocal spent
@@ -88,8 +88,8 @@ def measure(rows: int, batch: int, device: str, epochs: int) -> dict[str, Any]:
             seconds[way].append(total)
             if way == "streamed":
                 ready_fractions.append(spent / total)
-    steps = runs["resident"].one_step.count
-    assert all(math.isfinite(run.one_step.summary().loss) for run in runs.values())
+    steps = runs["resident"].training_step.steps_per_epoch
+    assert all(math.isfinite(run.training_step.summary().loss) for run in runs.values())
     ratios = [a / b for a, b in zip(seconds["resident"], seconds["streamed"], strict=True)]
     streamed = statistics.median(seconds["streamed"])
     return {

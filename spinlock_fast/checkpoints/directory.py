@@ -122,7 +122,7 @@ def load_torch(path: Path) -> dict[str, Any]:
 def load_restricted(path: Path) -> dict[str, Any]:
     """As `load_torch`, but raises pickle.UnpicklingError for types that may not be loaded."""
     try:
-        if path.exists() and not zipfile.is_zipfile(path):
+        if os.path.exists(path) and not zipfile.is_zipfile(path):
             raise DataError(f"{path}: not a checkpoint, or a damaged one (torch files are zip archives)")
         payload = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:

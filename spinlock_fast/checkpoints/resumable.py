@@ -69,7 +69,7 @@ def write_state(directory: Path, state: Mapping[str, Any]) -> None:
     known = _known_states(directory) or []
     write_state_manifest(directory, [file_sha256(new), *known][:3])
     try:
-        if path.exists():
+        if os.path.exists(path):
             os.replace(path, previous)
         os.replace(new, path)
     except OSError as error:
@@ -86,8 +86,8 @@ def read_resumable(directory: Path, config: RunConfig) -> dict[str, Any]:
         DataError: there is no state, or none is undamaged.
         ConfigError: a setting that the result depends on differs from that of the run.
     """
-    paths = [path for name in (*STATES, FINAL) if (path := directory / PARTIAL / name).exists()]
-    paths = paths or [path for name in (*STATES, FINAL) if (path := find(directory, name)).exists()]
+    paths = [path for name in (*STATES, FINAL) if os.path.exists(path := directory / PARTIAL / name)]
+    paths = paths or [path for name in (*STATES, FINAL) if os.path.exists(path := find(directory, name))]
     if not paths:
         raise DataError(f"{directory}: nothing to resume, neither {RESUME} nor {FINAL} is there")
     for path, previous in zip(paths, [*paths[1:], None], strict=True):

@@ -91,7 +91,7 @@ class RunDirectory:
 
     def __enter__(self) -> RunDirectory:
         try:
-            self._created = [path for path in (self.path, *self.path.parents) if not path.exists()]
+            self._created = [path for path in (self.path, *self.path.parents) if not os.path.exists(path)]
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.enter_context(locked(self.path))
             for name in (PARTIAL, NEW, PREVIOUS):
@@ -109,7 +109,7 @@ class RunDirectory:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # Without a state there is nothing to resume.
-        if self.partial.is_dir() and not unfinished(self.path):
+        if os.path.isdir(self.partial) and not unfinished(self.path):
             shutil.rmtree(self.partial, ignore_errors=True)
         self._release()
 
@@ -130,7 +130,7 @@ class RunDirectory:
         """
         self._resumed = resumed
         try:
-            if not resumed and self.partial.is_dir():
+            if not resumed and os.path.isdir(self.partial):
                 self._archive_unfinished()
             self.partial.mkdir(exist_ok=True)
         except OSError as error:
@@ -167,7 +167,7 @@ class RunDirectory:
     def _finish_moves(self) -> None:
         """Completes a publication from any point at which it was interrupted."""
         new = self.path / NEW
-        if not new.is_dir():
+        if not os.path.isdir(new):
             return
         try:
             moves = json.loads((new / _MOVES).read_bytes())
@@ -187,7 +187,7 @@ class RunDirectory:
         if moves["set_aside"]:
             sync_directory(archive)
         for name in moves["published"]:
-            if (new / name).exists():
+            if os.path.exists(new / name):
                 os.replace(new / name, self.path / name)
         for name in STATES:
             (new / name).unlink(missing_ok=True)
@@ -202,7 +202,7 @@ class RunDirectory:
             path.unlink()
 
     def _archive_unfinished(self) -> None:
-        state = next((self.partial / name for name in (*STATES, FINAL) if (self.partial / name).exists()), None)
+        state = next((self.partial / name for name in (*STATES, FINAL) if os.path.exists(self.partial / name)), None)
         if state is None:  # killed before its first state
             shutil.rmtree(self.partial)
             return
@@ -240,7 +240,7 @@ def _check_subdirectory(directory: Path, path: Path) -> None:
     """Raises OutputError if `path` exists and is not a directory on the same file system."""
     if not os.path.lexists(path):
         return
-    if path.is_symlink() or not path.is_dir():
+    if path.is_symlink() or not os.path.isdir(path):
         raise OutputError(f"{path}: is not a directory of {directory}; move it away")
     if os.stat(path).st_dev != os.stat(directory).st_dev:
         raise OutputError(f"{path}: is on another file system than {directory}; move it away")
@@ -248,7 +248,7 @@ def _check_subdirectory(directory: Path, path: Path) -> None:
 
 def unfinished(directory: Path) -> bool:
     """Whether a directory has an unfinished run that can be resumed, from a state or a final model."""
-    return any((directory / PARTIAL / name).exists() for name in (*STATES, FINAL))
+    return any(os.path.exists(directory / PARTIAL / name) for name in (*STATES, FINAL))
 
 
 def run_to_resume(directory: Path) -> Path:
@@ -259,4 +259,4 @@ def run_to_resume(directory: Path) -> Path:
 def config_to_resume(directory: Path) -> Path:
     """Path of the settings of the run that --resume continues."""
     path = directory / PARTIAL / CONFIG
-    return path if unfinished(directory) and path.exists() else find(directory, CONFIG)
+    return path if unfinished(directory) and os.path.exists(path) else find(directory, CONFIG)

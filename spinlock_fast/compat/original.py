@@ -76,7 +76,7 @@ def convert(source: Path, data: str | None = None) -> Converted:
     """
     path = source
     if os.path.isdir(source):
-        path = next((source / name for name in _MODEL_FILES if (source / name).exists()), source / _MODEL_FILES[0])
+        path = next((source / name for name in _MODEL_FILES if os.path.exists(source / name)), source / _MODEL_FILES[0])
     payload = read_original(path)
     settings = payload.get("config") or read_settings(path.parent / "config.yaml")
     model = convert_model(payload, settings, path)
@@ -222,7 +222,7 @@ def _normalizer(
         mad = False
     else:
         file = path.parent / NORMALIZATION
-        if not file.exists():
+        if not os.path.exists(file):
             raise DataError(f"{path}: no normalization_stats, and no {file.name} in its directory")
         with np.load(file, allow_pickle=False) as arrays:
             mad = any(key.endswith("_mad") for key in arrays)

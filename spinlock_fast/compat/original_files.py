@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ _PathTagLoader.add_multi_constructor("tag:yaml.org,2002:python/object/apply:path
 def read_settings(path: Path) -> dict[str, Any]:
     """The settings in a config.yaml of the original project; empty if there is no such file. Raises DataError."""
     try:
-        value = parse_yaml(read_text_file(path), _PathTagLoader) if path.exists() else {}
+        value = parse_yaml(read_text_file(path), _PathTagLoader) if os.path.exists(path) else {}
     except (OSError, ConfigError, yaml.YAMLError) as error:
         raise DataError(f"{path}: cannot be read: {one_line(error, 200)}") from None
     return value if isinstance(value, dict) else {}

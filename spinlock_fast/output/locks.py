@@ -55,7 +55,7 @@ def locked_output_file(output: Path) -> Iterator[None]:
         OutputError: another process is writing the file, or its directory cannot be written.
     """
     target = Path(os.path.realpath(output))
-    if os.path.exists(target) and not target.is_file():
+    if os.path.exists(target) and not os.path.isfile(target):
         yield
         return
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -113,7 +114,7 @@ def read_checkpoint_summary(directory: str | Path, device: str | torch.device = 
     tokenizer = Tokenizer.from_checkpoint(directory, device)
     notes: list[str] = []
     config = None
-    if find(directory, CONFIG).exists():
+    if os.path.exists(find(directory, CONFIG)):
         try:
             config = load_run_config(directory)
         except ConfigError as error:

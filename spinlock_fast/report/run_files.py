@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -78,7 +79,7 @@ def read_history(path: Path) -> dict[str, Any]:
 
 
 def _read(path: Path, kind: type[_JsonFile]) -> dict[str, Any]:
-    if not path.exists():
+    if not os.path.exists(path):
         return {}
     try:
         contents = json.loads(read_text_file(path), parse_constant=_refuse_constant)

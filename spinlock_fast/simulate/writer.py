@@ -120,7 +120,7 @@ class Writer:
             if overwrite and path.is_symlink():
                 path.unlink()
             check_no_link(path)
-        if resume and not overwrite and output.exists():
+        if resume and not overwrite and os.path.exists(output):
             self.finished = self._check_resumable(output)
             if self.finished < self.rows:
                 raise DataError(f"{output}: holds {self.finished} of {self.rows} operators; --overwrite replaces it")
@@ -190,7 +190,7 @@ class Writer:
             sync_directory(self.output.parent)
 
     def _refuse_existing(self) -> None:
-        if self.output.exists():
+        if os.path.exists(self.output):
             raise OutputError(f"{self.output}: exists; --overwrite replaces it")
         if os.path.lexists(self.partial) or os.path.lexists(self._legacy_partial):
             raise OutputError(
@@ -199,10 +199,10 @@ class Writer:
 
     def _open(self, resume: bool) -> None:
         partial = self.partial
-        if resume and self._legacy_partial.exists():  # earlier versions moved the file there during the copy
+        if resume and os.path.exists(self._legacy_partial):  # earlier versions moved the file there during the copy
             os.replace(self._legacy_partial, partial)
         self._legacy_partial.unlink(missing_ok=True)
-        resumed = resume and partial.exists()
+        resumed = resume and os.path.exists(partial)
         num_copied = self.finished = self._check_resumable(partial) if resumed else 0
         size = self.rows * _PARAMETER_BYTES + (partial.stat().st_size if num_copied else 0)
         self._file = create_hdf5_file(self._new_partial, size + _METADATA_BYTES, _FORMAT)

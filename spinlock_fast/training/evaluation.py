@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,7 +58,7 @@ def evaluate_file(
     """
     tokenizer = Tokenizer.from_checkpoint(checkpoint, resolve_device(device))
     tokenizer.allow_external = allow_external
-    has_config = find(Path(checkpoint), CONFIG).exists()
+    has_config = os.path.exists(find(Path(checkpoint), CONFIG))
     training = load_run_config(checkpoint).training if has_config else TrainingConfig()
     blocks, keys = [], []
     with tokenizer.source(data) as source:

@@ -82,9 +82,9 @@ def extract(
     check_regular(output)
     partial = output.with_name(output.name + ".partial")
     if not overwrite:
-        if output.exists() and not resume:
+        if os.path.exists(output) and not resume:
             raise OutputError(f"{output}: exists; --overwrite replaces it")
-        if partial.exists() and not resume:
+        if os.path.exists(partial) and not resume:
             raise OutputError(
                 f"{partial}: an unfinished extraction is there; --resume goes on with it, --overwrite starts again"
             )
@@ -124,7 +124,7 @@ def _settings(trajectories: TrajectorySet, options: Options, span: tuple[int, in
 def _begin(partial: Path, settings: dict[str, Any]) -> None:
     """Makes the directory of blocks, or checks that it is of the same extraction."""
     path = partial / _SETTINGS
-    if path.exists():
+    if os.path.exists(path):
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):

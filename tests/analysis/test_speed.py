@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 
 import pytest
-from bench_analysis import observations
 
+from benchmarks.data.analysis import observations
 from spinlock_fast.analysis import AnalysisConfig, analyze_observations
 
 

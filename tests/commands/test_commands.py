@@ -12,6 +12,7 @@ from spinlock_fast.commands.main import VERBS, command_of, main
 CONFIGS = Path(__file__).parents[2] / "configs"
 ARGUMENTS = {
     "generate": ["--output", "x.h5"],
+    "extract": ["fields.npy", "--axes", "n t x", "--output", "features.h5"],
     "train": ["run.yaml"],
     "evaluate": ["ckpt", "x.h5"],
     "tokenize": ["ckpt", "x.h5", "--output", "tokens.h5"],
@@ -48,7 +49,9 @@ def test_version_is_printed(capsys):
     assert capsys.readouterr().out == f"spinlock-fast {__version__}\n"
 
 
-@pytest.mark.parametrize(("verb", "hint"), [("trian", "did you mean train?"), ("xyzzy", "choose from generate, train")])
+@pytest.mark.parametrize(
+    ("verb", "hint"), [("trian", "did you mean train?"), ("xyzzy", "choose from generate, extract, train")]
+)
 def test_unknown_verb_suggests_the_nearest(verb, hint, capsys):
     with pytest.raises(SystemExit) as ended:
         main([verb, "run.yaml"])

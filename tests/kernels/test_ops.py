@@ -139,7 +139,7 @@ def test_the_choice_is_logged_once(caplog, monkeypatch, variable, expected):
     monkeypatch.delenv(backend.VARIABLE, raising=False)
     if variable is not None:
         monkeypatch.setenv(backend.VARIABLE, variable)
-    backend._say_once.cache_clear()
+    backend._log_once.cache_clear()
     with caplog.at_level(logging.INFO, logger=backend.__name__):
         for _ in range(3):
             resolve_backend("auto", torch.zeros(1))

@@ -122,7 +122,7 @@ def test_uncategorised_feature_is_coded_by_its_reader() -> None:
         )
         scale = torch.ones(9)
         scale[5] = 20.0
-        model.fit_extra_inputs(*helpers.mean_and_std_of(x * scale))
+        model.fit_extra_inputs(*helpers.column_mean_std(x * scale))
         product_quantization_init(model, x * scale)
         with torch.no_grad():
             squared = (model.eval()(fresh * scale)["reconstruction"] - fresh * scale).square().mean(0)

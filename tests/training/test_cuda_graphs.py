@@ -275,7 +275,7 @@ def test_cached_tables_live_as_long_as_their_graph(
 
 def test_tables_captured_by_a_user_are_kept_forever(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = weakref.ref(commitment_factors(1000))
-    monkeypatch.setattr(table_cache, "capturing", lambda device: True)
+    monkeypatch.setattr(table_cache, "is_capturing", lambda device: True)
     assert commitment_factors(1000) is kept()
     monkeypatch.undo()
     for i in range(400):
