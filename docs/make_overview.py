@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from spinlock_fast.simulate.config import GeneratorConfig, load_generator_config
-from spinlock_fast.simulate.initial import INITIAL_TYPES
+from spinlock_fast.simulate.initial_conditions import INITIAL_TYPES
 from spinlock_fast.simulate.parameters import PARAMETER_NAMES, POLICIES, ThetaSequence
 from spinlock_fast.simulate.rollout import Rollout
 

@@ -35,7 +35,7 @@ MUTATIONS = [
         "kernels/vq_assign/triton_forward.py",
         r"counts \+= tl\.load\(counts_out",
         "counts = counts + 0.0 * tl.load(counts_out",
-        "tests/kernels/test_triton.py -k many_rows",
+        "tests/kernels/test_vq_assign_triton.py -k many_rows",
     ),
     Mutation(
         "Triton search: products of distances in plain TF32",
@@ -49,14 +49,14 @@ MUTATIONS = [
         "kernels/_common/triton_rotation.py",
         r"\+ along_target",
         "- along_target",
-        "tests/kernels/test_triton.py -k gradients",
+        "tests/kernels/test_vq_assign_triton.py -k gradients",
     ),
     Mutation(
         "Triton moving average: idle codes move",
         "kernels/ema_update/triton_update.py",
         r"n > idle_share \* total / K",
         "n >= 0.0 * idle_share",
-        "tests/kernels/test_triton.py -k ema_update",
+        "tests/kernels/test_vq_assign_triton.py -k ema_update",
     ),
     Mutation(
         "Triton residual quantizer: gradient of the last stage only",

@@ -1,4 +1,4 @@
-// Layer normalisation of the rows of a batch and of segments of its rows; called by kernels/grouped_mlp.
+// Layer normalisation of the rows of a batch and of segments of its rows; called by kernels/latent_projection.
 #include <algorithm>
 #include <vector>
 

@@ -1,4 +1,4 @@
-// Linear projections of the groups to their codebooks; called by kernels/grouped_mlp.
+// Linear projections of the groups to their codebooks; called by kernels/latent_projection.
 #include <algorithm>
 #include <cstdint>
 #include <vector>

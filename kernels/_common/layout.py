@@ -1,4 +1,4 @@
-"""Memory layout of a group of G codebooks, of which codebook g has K_g codes of D_g dimensions.
+"""Memory layout of a group of G codebooks; codebook g has K_g codes of D_g dimensions.
 
 Packed tensors store the codebooks one after the other:
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spinlock_fast.kernels._common.launch_sizes import codebook_offsets
+from spinlock_fast.kernels._common.launch_helpers import codebook_offsets
 from spinlock_fast.kernels._common.layout import CodebookLayout
 
 _PAD_D = 32  # padded dimensions are a multiple, which aligns the rows

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spinlock_fast.kernels._common.launch_sizes import codebook_offsets, next_power_of_two
+from spinlock_fast.kernels._common.launch_helpers import codebook_offsets, next_power_of_two
 from spinlock_fast.kernels._common.layout import CodebookLayout
 
 SEGMENT_ROWS = 32

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spinlock_fast.kernels._common.guard import launches
-from spinlock_fast.kernels._common.launch_sizes import codebook_offsets
+from spinlock_fast.kernels._common.launch_helpers import codebook_offsets
 from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels.code_decoders.reference import Decoders
 from spinlock_fast.kernels.code_decoders.triton_forward import DecoderConfig, mean_factor

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spinlock_fast.kernels._common.guard import launches, rows_of
-from spinlock_fast.kernels._common.launch_sizes import check_int32_offsets, codebook_offsets, next_power_of_two
+from spinlock_fast.kernels._common.launch_helpers import check_int32_offsets, codebook_offsets, next_power_of_two
 from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels.code_decoders.reference import Decoders
 

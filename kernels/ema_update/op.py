@@ -1,4 +1,4 @@
-"""Moving-average update in place, usage statistics and dead-code reset: argument checks, operator, implementation."""
+"""Moving-average update in place and usage statistics: argument checks, operator, implementation."""
 
 from __future__ import annotations
 
@@ -124,39 +124,3 @@ def code_usage(counts: Tensor, layout: CodebookLayout, *, backend: str = "auto")
 
         return triton_update.code_usage(counts, layout)
     return reference.code_usage(counts, layout)
-
-
-@torch.no_grad()
-def reset_dead_codes(
-    codebook: Tensor,
-    cluster_size: Tensor,
-    code_sum: Tensor,
-    layout: CodebookLayout,
-    threshold: float = 0.05,
-    strategy: Literal["perturb", "sample"] = "perturb",
-    max_fraction: float = 0.25,
-    latents: Tensor | None = None,
-    noise: float = 0.1,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Replaces dead codes in place, see `reference.reset_dead_codes`.
-
-    Returns:
-        [G] number of replaced codes of each codebook.
-    """
-    E, K = layout.total_entries, layout.total_codes
-    check(
-        "reset_dead_codes",
-        ("codebook", codebook, (E,), FLOAT),
-        ("cluster_size", cluster_size, (K,), FLOAT),
-        ("code_sum", code_sum, (E,), FLOAT),
-        ("latents", latents, ("N", layout.total_dims), FLOAT),
-    )
-    if strategy not in ("perturb", "sample"):
-        raise ValueError(f"reset_dead_codes: strategy must be perturb or sample, got {strategy!r}")
-    *updated, replaced = reference.reset_dead_codes(
-        codebook, cluster_size, code_sum, layout, threshold, strategy, max_fraction, latents, noise, generator
-    )
-    for target, value in zip((codebook, cluster_size, code_sum), updated, strict=True):
-        target.copy_(value)
-    return replaced

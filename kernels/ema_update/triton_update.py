@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spinlock_fast.kernels._common.guard import launches
-from spinlock_fast.kernels._common.launch_sizes import codebook_offsets, next_power_of_two
+from spinlock_fast.kernels._common.launch_helpers import codebook_offsets, next_power_of_two
 from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels.ema_update.reference import IDLE_SHARE
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from spinlock_fast.kernels._common.dropout import draw_seed, drop_threshold, keep_scale
 from spinlock_fast.kernels._common.guard import launches, rows_of
-from spinlock_fast.kernels._common.launch_sizes import check_int32_offsets
+from spinlock_fast.kernels._common.launch_helpers import check_int32_offsets
 from spinlock_fast.kernels._common.ragged import Ragged, part_offsets
 from spinlock_fast.kernels._common.triton_dropout import dropout_mask
 

@@ -1,4 +1,4 @@
-"""Triton kernels of the projection, backward: two launches, of which that of the parameters is deferred."""
+"""Triton kernels of the projection, backward: two launches; the one for parameter gradients is deferred."""
 
 from __future__ import annotations
 

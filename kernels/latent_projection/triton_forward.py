@@ -14,7 +14,7 @@ from torch import Tensor
 
 from spinlock_fast.kernels._common.dropout import draw_seed, drop_threshold, keep_scale
 from spinlock_fast.kernels._common.guard import launches
-from spinlock_fast.kernels._common.launch_sizes import next_power_of_two
+from spinlock_fast.kernels._common.launch_helpers import next_power_of_two
 from spinlock_fast.kernels._common.ragged import Ragged, part_offsets
 from spinlock_fast.kernels._common.triton_dropout import dropout_mask
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spinlock_fast.kernels._common.guard import launches, rows_of
-from spinlock_fast.kernels._common.launch_sizes import codebook_offsets, compute_capability, next_power_of_two
+from spinlock_fast.kernels._common.launch_helpers import codebook_offsets, compute_capability, next_power_of_two
 from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels._common.triton_centred_codes import centred_codes
 from spinlock_fast.kernels._common.triton_code_sums import sum_by_code

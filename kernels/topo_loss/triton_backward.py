@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spinlock_fast.kernels._common.guard import launches
-from spinlock_fast.kernels._common.launch_sizes import next_power_of_two
+from spinlock_fast.kernels._common.launch_helpers import next_power_of_two
 from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels._common.streams import run_on_side_streams
 from spinlock_fast.kernels.topo_loss.triton_forward import (

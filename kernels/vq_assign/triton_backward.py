@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spinlock_fast.kernels._common.guard import launches, rows_of
-from spinlock_fast.kernels._common.launch_sizes import codebook_offsets, next_power_of_two
+from spinlock_fast.kernels._common.launch_helpers import codebook_offsets, next_power_of_two
 from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels._common.triton_rotation import rotation_transpose
 from spinlock_fast.kernels.vq_assign.reference import PART_ROWS

@@ -168,7 +168,7 @@ def model_from_payload(payload: Mapping[str, Any]) -> CategoricalHierarchicalVQV
         raise DataError(f"model_config: {_first_problem(error)}{writer_note(payload)}") from None
     with payload_errors(payload, "model_state_dict"):
         sizes = tensor_shapes(weights)
-    # Checked before the model is built: a damaged configuration could ask for any amount of memory.
+    # Checked before the model is built: a damaged configuration could cause an allocation of any size.
     if config.parameter_count() > sum(map(math.prod, sizes.values())):
         raise DataError(
             f"model_config describes {config.parameter_count():,} parameters, but model_state_dict holds "

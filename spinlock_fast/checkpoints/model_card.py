@@ -11,9 +11,9 @@ from spinlock_fast.models.metrics import Metrics
 
 
 def model_card(metrics: Metrics, config: RunConfig) -> str:
-    """What the tokenizer is, what it was fitted to, how good it is, how it is used, and where it ends.
+    """The model card: description, use, data, quality, limits.
 
-    Sections as Mitchell et al. (2019) ask for; only what the run measured or was told.
+    Sections of Mitchell et al. (2019), filled from the metrics and settings of the run.
     """
     categories = metrics["categories"]
     tokens = sum(len(category["codes"]) for category in categories)
@@ -70,9 +70,9 @@ Tokens are in this order, level by level: {_token_names(metrics)}.
 
 ## Limits
 
-- It knows operators like those it was fitted to. Features far outside their range are clipped and get the nearest
-  code, whatever that means. `evaluate`, `tokenize` and `analyze` warn of such data; look at `evaluate` first.
-- Tokens are numbers of this checkpoint. Those of another run, even of another seed, are other numbers.
+- It is valid for operators similar to its training data. Features far outside their range are clipped and get the
+  nearest code, which may be far. `evaluate`, `tokenize` and `analyze` warn about such data; look at `evaluate` first.
+- Tokens belong to this checkpoint. Another run, even with another seed only, gives other numbers.
 - What a token stands for is not known until it is measured; names such as cluster_1 carry no meaning.
 {_unused_codes(metrics)}
 {_origin(metrics)}

@@ -1,4 +1,4 @@
-"""What `python -m spinlock_fast.extract` does with its arguments."""
+"""Implementation of the command `extract`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from spinlock_fast.trajectories.samples import TrajectorySet
 
 
 def run_extract(chosen: argparse.Namespace) -> Path:
-    """Extracts as the command line says; the path of the output."""
+    """Runs `extract` with parsed arguments; returns the output path."""
     options = _options(chosen)
     shard = parse_shard(chosen.shard)
     device = resolve_device(chosen.device)

@@ -66,9 +66,7 @@ class FamilyConfig(Section):
     encoder: Literal["MLPEncoder", "TemporalCNNEncoder", "IdentityEncoder", "StatisticsEncoder"] = Field(
         description="from the family's raw values to columns; the first two are random networks"
     )
-    encoder_params: EncoderParams = Field(
-        default=None, validate_default=True, description="settings of the encoder, see its section"
-    )
+    encoder_params: EncoderParams = Field(default=None, validate_default=True, description="settings of the encoder")
     dataset: str | None = Field(
         default=None,
         description="path in the HDF5 file; optional for the families summary, temporal and architecture",

@@ -46,7 +46,7 @@ class RowView:
         self._read(self._row_numbers[positions], out)
 
     def _read(self, row_numbers: NDArray[np.int64], out: NDArray[np.float32]) -> None:
-        # mode="raise" would copy through a buffer, at half the speed; the row row_numbers are in range.
+        # mode="raise" would copy through a buffer, at half the speed; the row numbers are in range.
         np.take(self._matrix, row_numbers, axis=0, out=out, mode="clip")
         if self._transform is not None:
             out[...] = self._transform(out)

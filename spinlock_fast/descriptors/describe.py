@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from spinlock_fast.data.input_arrays import to_real_tensor
-from spinlock_fast.descriptors.fields import StateDescriptors, concatenated, root
+from spinlock_fast.descriptors.any_grid import StateDescriptors, concatenated, root
 from spinlock_fast.descriptors.geometry import AXIS_NAMES, Grid
 from spinlock_fast.descriptors.names import DescriptorNames, Groups
 from spinlock_fast.descriptors.per_step import StepFeatures, concatenate_series

@@ -8,7 +8,7 @@ from itertools import combinations, permutations
 import torch
 from torch import Tensor
 
-from spinlock_fast.descriptors.fields import Series, root
+from spinlock_fast.descriptors.any_grid import Series, root
 from spinlock_fast.descriptors.names import DescriptorNames
 from spinlock_fast.descriptors.per_step import StepSeries
 from spinlock_fast.descriptors.registry import CROSS_CHANNEL, CROSS_IN_SUMMARY, LAGS, SPATIAL, SPECTRAL

@@ -154,7 +154,7 @@ class FamilyEncoder:
 
     @classmethod
     def from_state(cls, name: str, state: Mapping[str, Any]) -> FamilyEncoder:
-        """The encoder with a saved state; raises DataError, or the error of a wrong entry (see `untrusted.reading`)."""
+        """The encoder with a saved state; raises DataError, or the error of a wrong entry (see `payload_errors`)."""
         params = ENCODER_PARAMS[state["encoder_name"]].model_validate(state["encoder_params"])
         shape = tuple(int(size) for size in state["row_shape"])
         if not isinstance(state["dataset"], str) or not isinstance(name, str):

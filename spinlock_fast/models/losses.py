@@ -84,7 +84,7 @@ def loss_terms(
     """The loss terms of a batch.
 
     Independent terms run on side streams of a CUDA device. The code update and the orthogonality of codes without a
-    gradient are deferred: only the optimizer waits for them, see `streams.later`.
+    gradient are deferred: only the optimizer waits for them, see `streams.defer`.
 
     Args:
         x: [B, F] reconstruction targets.

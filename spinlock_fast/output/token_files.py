@@ -62,7 +62,7 @@ def token_file(path: Path, table: TokenTable) -> AbstractContextManager[WriteBlo
 
 
 def check_format(path: Path) -> None:
-    """Raises ConfigError where the ending of a name asks for a package that is not installed."""
+    """Raises ConfigError if the file format needs a package that is not installed."""
     if path.suffix.lower() == ".parquet" and not parquet_available():
         raise ConfigError(f"{path}: Parquet files need pyarrow: pip install 'spinlock-fast[analysis]'")
 

@@ -15,7 +15,8 @@ from spinlock_fast.kernels._common.export import exporting
 from spinlock_fast.kernels._common.guard import check_dense
 from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels._common.table_cache import TableCache
-from spinlock_fast.kernels.ema_update import code_usage, ema_update, reset_dead_codes
+from spinlock_fast.kernels.dead_codes import reset_dead_codes
+from spinlock_fast.kernels.ema_update import code_usage, ema_update
 from spinlock_fast.kernels.vq_assign import Assignment, lookup, vq_assign
 from spinlock_fast.quantize.activation_checkpointing import first_run_values, once
 from spinlock_fast.quantize.buffers import TransientBuffers

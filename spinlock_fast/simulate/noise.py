@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spinlock_fast.simulate.initial import CHANNELS
+from spinlock_fast.simulate.initial_conditions import CHANNELS
 from spinlock_fast.simulate.parameters import Theta
 
 BLOCK_STEPS = 16  # steps whose noise is drawn together; changing it changes all data

@@ -1,7 +1,7 @@
 """Randomly initialised convolutional networks on the torus, evaluated in tiles of operators.
 
 A tile of O operators is one network of grouped convolutions, zero-padded to the largest depth, width and kernel of the
-tile. The other operators of a tile affect the values of one by rounding only; tiles consist of fixed operator indices,
+tile. Operators in a tile affect each other only by rounding; tiles consist of fixed operator indices,
 so that results do not depend on the batch.
 """
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spinlock_fast.simulate.initial import CHANNELS
+from spinlock_fast.simulate.initial_conditions import CHANNELS
 from spinlock_fast.simulate.noise import Purpose, generator
 from spinlock_fast.simulate.parameters import Theta
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.stats import qmc
 
 from spinlock_fast.simulate.config import Activation, NoiseSchedule, Normalization, ParameterSpace
-from spinlock_fast.simulate.initial import INITIAL_TYPES
+from spinlock_fast.simulate.initial_conditions import INITIAL_TYPES
 
 PARAMETER_NAMES = (
     "num_layers",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from spinlock_fast.simulate.config import GeneratorConfig
-from spinlock_fast.simulate.initial import initial_field
+from spinlock_fast.simulate.initial_conditions import initial_field
 from spinlock_fast.simulate.noise import BLOCK_STEPS, NoiseSource, Purpose, generator
 from spinlock_fast.simulate.operators import OperatorTile
 from spinlock_fast.simulate.parameters import Theta

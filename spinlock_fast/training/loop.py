@@ -370,7 +370,7 @@ class TrainingRun:
         """Restores what `state` returned; every tensor keeps its address.
 
         Raises:
-            DataError: an entry does not fit the run. Malformed entries raise other errors, see `untrusted.reading`.
+            DataError: an entry does not fit the run. Malformed entries raise other errors, see `payload_errors`.
         """
         weights = self.model.state_dict()
         check_selection_state(state, weights)

@@ -64,7 +64,7 @@ def extract(
         paths: a file, a glob, or a list of those.
         output: the HDF5 file of features.
         layout: see `open_trajectories`.
-        options: what the user says besides.
+        options: overrides of the file metadata.
         shard: (i, n): the i-th (from 0) of n consecutive parts of the samples.
         device: where descriptors are computed.
         overwrite: replace the output, or an unfinished extraction.
@@ -76,7 +76,7 @@ def extract(
         ConfigError: an impossible setting, an empty shard, or a resumed extraction of other files or settings.
         DataError: files cannot be read or do not fit together.
         OutputError: the output exists or cannot be written.
-        Interrupted: a signal; what is described is kept for `resume`.
+        Interrupted: a signal; finished blocks are kept for `resume`.
     """
     options = options or Options()
     check_regular(output)

@@ -31,7 +31,7 @@ def open_trajectories(
         paths: a file, a glob, or a list of those; HDF5 (netCDF-4 included) or `.npy`.
         layout: one of `LAYOUTS`; "auto" recognises The Well, PDEBench and py-pde, and takes everything else as plain
             arrays.
-        options: what the user says besides.
+        options: overrides of the file metadata.
 
     Raises:
         ConfigError: an impossible setting, or one that is missing.

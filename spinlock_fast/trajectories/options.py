@@ -1,4 +1,4 @@
-"""What a user says about trajectories besides the files."""
+"""Options that supplement the metadata of trajectory files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from spinlock_fast.trajectories.samples import space_axes
 
 @dataclass(frozen=True)
 class Options:
-    """Settings that fill in or replace what the files say.
+    """Settings that supplement or override metadata of the files.
 
     Args:
         dataset: path of the array in an HDF5 file.
@@ -22,7 +22,7 @@ class Options:
         fields: names of the fields to read, or, of a plain array, names for its channels; None for all.
         spacing: distance of neighbouring points, one value or one per space axis in the order x, y, z.
         time_step: time between states.
-        periodic: names of the periodic axes ("xy", "" for none); None takes what the files say.
+        periodic: names of the periodic axes ("xy", "" for none); None: by the files.
         memory_budget: bytes of decoded rows.
     """
 

@@ -1,4 +1,4 @@
-"""What every layout gives: samples of one shape with their parameters, read one after another."""
+"""Common interface of all layouts: samples of one shape with their parameters, read one after another."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from helpers import raises_one_line
-from run_files import NAMES, contents, fill, publish
+from small_run_files import NAMES, contents, fill, publish
 
 from spinlock_fast.checkpoints import run_directory
 from spinlock_fast.checkpoints.integrity import MANIFEST, RESUME, read_manifest
@@ -123,7 +123,7 @@ KILLED = textwrap.dedent("""
     import os, shutil, sys
     from pathlib import Path
     sys.path[:0] = [{tests!r}]
-    from run_files import contents, fill, publish
+    from small_run_files import contents, fill, publish
     from spinlock_fast.checkpoints.integrity import MANIFEST, RESUME
     from spinlock_fast.checkpoints.run_directory import (
         BEST, CONFIG, FINAL, METRICS, PARTIAL, PREVIOUS, RunDirectory, find, unfinished)

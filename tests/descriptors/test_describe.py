@@ -11,7 +11,7 @@ import torch
 from helpers import raises_one_line
 
 from spinlock_fast.descriptors import describe
-from spinlock_fast.descriptors.fields import StateDescriptors
+from spinlock_fast.descriptors.any_grid import StateDescriptors
 from spinlock_fast.descriptors.geometry import FourierModes, Grid
 from spinlock_fast.descriptors.names import DescriptorNames, changes_with
 from spinlock_fast.descriptors.registry import CROSS_CHANNEL, SPATIAL, names, temporal_names, trajectory_names

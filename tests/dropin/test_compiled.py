@@ -7,8 +7,8 @@ import copy
 
 import pytest
 import torch
-from peers import assert_alike
 from torch import nn
+from vqp_comparison import assert_alike
 
 import spinlock_fast as vq
 from spinlock_fast import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig, GroupedVectorQuantizer

@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from peers import assert_alike, assert_same_training, pair, step
+from vqp_comparison import assert_alike, assert_same_training, pair, step
 
 import spinlock_fast
 

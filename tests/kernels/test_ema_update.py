@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spinlock_fast.kernels._common.layout import CodebookLayout
-from spinlock_fast.kernels.ema_update import code_usage, ema_update, reset_dead_codes
+from spinlock_fast.kernels.dead_codes import reset_dead_codes
+from spinlock_fast.kernels.ema_update import code_usage, ema_update
 from spinlock_fast.kernels.vq_assign import vq_assign
 
 LAYOUT = CodebookLayout.of([5, 1, 8, 12], [3, 4, 1, 6])

@@ -14,7 +14,7 @@ if torch.cuda.is_available():
 
 from triton.runtime import interpreter
 
-from spinlock_fast.kernels._common.launch_sizes import check_int32_offsets, codebook_offsets
+from spinlock_fast.kernels._common.launch_helpers import check_int32_offsets, codebook_offsets
 from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels.augment.triton_forward import augment_fwd_kernel
 from spinlock_fast.kernels.topo_loss import triton_backward as topo_backward

@@ -19,7 +19,8 @@ from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels._common.ragged import Ragged
 from spinlock_fast.kernels.augment import augmented_rows
 from spinlock_fast.kernels.code_decoders import Decoders, code_statistics, decode_codes, partial_loss
-from spinlock_fast.kernels.ema_update import code_usage, ema_update, reset_dead_codes
+from spinlock_fast.kernels.dead_codes import reset_dead_codes
+from spinlock_fast.kernels.ema_update import code_usage, ema_update
 from spinlock_fast.kernels.grouped_mlp import grouped_mlp
 from spinlock_fast.kernels.latent_projection import normalize_, project, ragged_layer_norm, scaled_output_linear
 from spinlock_fast.kernels.residual_vq import residual_vq

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from graph_recording import DeviceOnly
 from helpers import planted_matrix
-from recording import DeviceOnly
 
 from spinlock_fast import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
 from spinlock_fast.config.schema import TrainingConfig

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from spinlock_fast.simulate.config import ParameterSpace
-from spinlock_fast.simulate.initial import INITIAL_TYPES, initial_field
+from spinlock_fast.simulate.initial_conditions import INITIAL_TYPES, initial_field
 from spinlock_fast.simulate.noise import (
     BLOCK_STEPS,
     NoiseSource,

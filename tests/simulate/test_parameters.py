@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from spinlock_fast.simulate.config import ParameterSpace
-from spinlock_fast.simulate.initial import INITIAL_TYPES
+from spinlock_fast.simulate.initial_conditions import INITIAL_TYPES
 from spinlock_fast.simulate.parameters import PARAMETER_NAMES, Theta, ThetaSequence
 
 

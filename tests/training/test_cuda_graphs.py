@@ -12,7 +12,7 @@ import torch
 
 from spinlock_fast.config.loading import apply_overrides
 from spinlock_fast.config.schema import RunConfig
-from spinlock_fast.kernels._common import launch_sizes, ragged, table_cache
+from spinlock_fast.kernels._common import launch_helpers, ragged, table_cache
 from spinlock_fast.kernels._common import layout as kernel_layout
 from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels._common.precision import cuda_matmul
@@ -237,7 +237,7 @@ def loss_weights(i: int) -> Any:
 
 
 def codebook_offsets(i: int) -> Any:
-    return launch_sizes.codebook_offsets(CodebookLayout.of([i + 1], [4]), CPU)
+    return launch_helpers.codebook_offsets(CodebookLayout.of([i + 1], [4]), CPU)
 
 
 def network_offsets(i: int) -> Any:

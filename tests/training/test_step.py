@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from graph_recording import DeviceOnly, HostNeededError, lasting_tensors, record
 from helpers import planted_matrix
-from recording import DeviceOnly, HostNeededError, lasting_tensors, record
 from torch import Tensor
 
 from spinlock_fast.config.loading import apply_overrides
