@@ -47,6 +47,7 @@ def resolve_backend(name: str, *tensors: Tensor) -> str:
         RuntimeError: `name` is "triton" and Triton cannot run on these tensors.
     """
     check_backend(name)
+    automatic = name == "auto"
     has_float64 = any(tensor.dtype == torch.float64 for tensor in tensors)
     if name == "auto":
         name = os.environ.get(VARIABLE, "auto")
@@ -67,7 +68,7 @@ def resolve_backend(name: str, *tensors: Tensor) -> str:
             raise RuntimeError("backend triton: lazily negated tensors are not supported, call resolve_neg() first")
         if device.type != "cuda" and not _interpreted():
             raise RuntimeError(f"backend triton: needs a CUDA device, the tensors are on {device.type}")
-    if not torch.compiler.is_compiling():
+    if automatic and not torch.compiler.is_compiling():
         native = name == "reference" and device.type == "cpu" and not has_float64
         native = native and os.environ.get(VARIABLE, "auto") == "auto"
         _log_once("native" if native else name, device.type)
