@@ -41,6 +41,8 @@ REPLACED = {
     "training.num_epochs=50": "training.num_epochs=2",
     "dataset_path=data/1k.h5": "dataset_path=data/quickstart.h5 --set training.num_epochs=1 --output checkpoints/100k",
     "--output checkpoints/behaviour": "--output checkpoints/behaviour --set training.num_epochs=2",
+    "N, T, G = 200, 40, 32": "N, T, G = 80, 12, 16",
+    "--output checkpoints/mine": "--output checkpoints/mine --set training.num_epochs=2",
 }
 _BLOCK = re.compile(r"(?:<!-- (?P<marker>[^>]*?) -->\n)?```(?P<language>bash|python)\n(?P<text>.*?)```", re.DOTALL)
 _OPTIONAL = ("diffusers", "matplotlib", "transformers")  # packages of extras
