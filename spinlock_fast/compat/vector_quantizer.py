@@ -131,4 +131,6 @@ class VectorQuantizer(nn.Module):
 
 def _mean_squared_error(a: Tensor, b: Tensor) -> Tensor:
     """Mean squared error; 0 for empty inputs, with a gradient."""
+    dtype = torch.promote_types(a.dtype, b.dtype)  # torch 2.11 differentiates no error of two dtypes
+    a, b = a.to(dtype), b.to(dtype)
     return F.mse_loss(a, b) if a.shape[0] else F.mse_loss(a, b, reduction="sum")

@@ -252,7 +252,7 @@ class GroupedVectorQuantizer(TransientBuffers):
     def _loss(self, assignment: Assignment, rows: Tensor | int, embedding: Tensor) -> Tensor:
         errors = assignment.error_parts
         if not isinstance(rows, Tensor):
-            rows = torch.sym_max(rows, 1)
+            rows = max(rows, 1) if isinstance(rows, int) else torch.sym_max(rows, 1)  # for torch.compile of 2.11
         # Factors are cached per number of rows; an exported graph must work for any number.
         divide_last = isinstance(rows, Tensor) or exporting()
         count: Any = 1 if divide_last else rows

@@ -187,7 +187,7 @@ def test_dispatch_modes_receive_the_operators():
 
 
 def test_profiles_contain_the_operators():
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
         assign_and_differentiate()
     names = {event.key for event in profile.key_averages()}
     assert {"spinlock_fast::vq_assign", "spinlock_fast::vq_assign_backward"} <= names
