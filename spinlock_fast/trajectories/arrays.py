@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from spinlock_fast.data.input_arrays import to_real_tensor
 from spinlock_fast.data.input_files import open_file
 from spinlock_fast.errors import ConfigError, DataError
+from spinlock_fast.messages import one_line
 from spinlock_fast.trajectories.options import Options
 from spinlock_fast.trajectories.samples import SampleShape, numeric_attributes, space_axes, stream_rows, to_array
 
@@ -72,8 +73,10 @@ def _open(path: Path, options: Options) -> ArrayFile:
     if path.suffix == ".npy":
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise DataError(f"{path}: cannot be read as .npy: {' '.join(str(error).split())}") from None
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror or one_line(error)}") from None
+        except (ValueError, EOFError):  # NumPy's message recommends to unpickle the file
+            raise DataError(f"{path}: cannot be read as .npy: not a whole array of numbers") from None
         dataset, shape, kind = None, array.shape, array.dtype
         if kind.kind not in "fiub":
             to_real_tensor(np.zeros(1, kind), str(path))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
+import re
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -30,6 +30,7 @@ from spinlock_fast.descriptors.describe import Describer, aggregate
 from spinlock_fast.descriptors.names import Groups, changes_with
 from spinlock_fast.errors import ConfigError, DataError, Interrupted, OutputError
 from spinlock_fast.kernels._common.single_thread import single_thread
+from spinlock_fast.messages import printable
 from spinlock_fast.output.atomic_files import check_regular, check_writable, replacing, write_json
 from spinlock_fast.output.hdf5_files import replacing_hdf5
 from spinlock_fast.output.locks import locked
@@ -89,6 +90,8 @@ def extract(
                 f"{partial}: an unfinished extraction is there; --resume goes on with it, --overwrite starts again"
             )
     trajectories = open_trajectories(paths, layout, options)
+    if os.path.exists(output) and any(os.path.samefile(output, file.path) for file in trajectories.files):
+        raise OutputError(f"{output}: is one of the files to read")
     opened(trajectories)
     start, stop = (trajectories.samples * i // shard[1] for i in (shard[0], shard[0] + 1))
     if start == stop:
@@ -98,13 +101,13 @@ def extract(
     settings = _settings(trajectories, options, (start, stop))
     with locked(output):
         if overwrite:
-            shutil.rmtree(partial, ignore_errors=True)
+            _remove_blocks(partial)
         _begin(partial, settings)
         shape = trajectories.shape
         describer = Describer(shape.grid, len(shape.channels), shape.time_step, device)
         _describe_blocks(trajectories, describer, partial, (start, stop), progress)
         _write(trajectories, describer, partial, (start, stop), output)
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove_blocks(partial)
     return output
 
 
@@ -136,12 +139,30 @@ def _begin(partial: Path, settings: dict[str, Any]) -> None:
             what = "files have changed" if name == "files" else f"{name} differs"
             raise ConfigError(f"{partial}: made with other settings: {what}; --overwrite starts again")
         return
-    shutil.rmtree(partial, ignore_errors=True)
+    _remove_blocks(partial)
     try:
         partial.mkdir()
     except OSError as error:
         raise OutputError(f"{partial}: cannot be made: {error.strerror}") from None
     write_json(path, settings)
+
+
+def _remove_blocks(partial: Path) -> None:
+    """Removes a directory of blocks; raises OutputError, and removes nothing, if it holds anything else."""
+    if not os.path.lexists(partial):
+        return
+    names = os.listdir(partial) if partial.is_dir() and not partial.is_symlink() else [""]
+    # Temporary files of a killed process have the name of their target, with a dot before it.
+    ours = re.compile(rf"{re.escape(_SETTINGS)}|\d+\.npz|\.({re.escape(_SETTINGS)}|\d+\.npz)\..*")
+    if others := [name for name in names if not (ours.fullmatch(name) and (partial / name).is_file())]:
+        shown = printable(others[0]) or "a file"
+        raise OutputError(f"{partial}: is not a directory of an extraction ({shown}); remove it")
+    try:
+        for name in names:
+            os.unlink(partial / name)
+        partial.rmdir()
+    except OSError as error:
+        raise OutputError(f"{partial}: cannot be removed: {error.strerror}") from None
 
 
 def _block_path(partial: Path, first: int) -> Path:

@@ -165,6 +165,8 @@ def space_axes(dimensions: int) -> tuple[str, ...]:
 
 
 def to_array(values: Tensor | NDArray[np.floating]) -> NDArray[np.floating]:
-    """Values as a floating-point array."""
+    """Values as a floating-point array that PyTorch accepts: native byte order, at most 64 bits."""
     array = values.numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
-    return array if array.dtype.kind == "f" else array.astype(np.float32)
+    if array.dtype.kind != "f":
+        return array.astype(np.float32)
+    return array.astype(np.float64 if array.dtype.itemsize > 8 else array.dtype.newbyteorder("="), copy=False)

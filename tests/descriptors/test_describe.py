@@ -14,7 +14,9 @@ from spinlock_fast.descriptors import describe
 from spinlock_fast.descriptors.any_grid import StateDescriptors
 from spinlock_fast.descriptors.geometry import FourierModes, Grid
 from spinlock_fast.descriptors.names import DescriptorNames, changes_with
+from spinlock_fast.descriptors.per_step import StepFeatures
 from spinlock_fast.descriptors.registry import CROSS_CHANNEL, SPATIAL, names, temporal_names, trajectory_names
+from spinlock_fast.descriptors.spectral import Wavenumbers
 from spinlock_fast.errors import DataError
 from spinlock_fast.simulate.config import GeneratorConfig
 from spinlock_fast.simulate.parameters import ThetaSequence
@@ -61,6 +63,21 @@ def test_fields_of_the_generator_give_the_bits_of_its_file() -> None:
 
     expected = aggregate(rows.trajectories[:, :, :110])
     assert np.array_equal(found["summary"].numpy(), expected)
+
+
+def test_descriptors_of_any_grid_have_the_definitions_of_the_generator() -> None:
+    states = smooth(7, 2, 3, 32, 32, space=2).cumsum(0)
+    states = states + 0.3 * torch.randn(states.shape, generator=torch.Generator().manual_seed(2), dtype=states.dtype)
+    initial, states = states[0], states[1:]
+    found = DescriptorNames.of(Grid.of((32, 32)), 3)
+    general = StateDescriptors(Grid.of((32, 32)), found.scales, CPU, torch.float64, initial).block(states)
+    own = StepFeatures(initial.float(), float("inf"), Wavenumbers(32, CPU)).block(states.float().contiguous())
+    for name in ("energy", "activity", "norms", "probes"):
+        torch.testing.assert_close(getattr(own, name).double(), getattr(general, name), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(own.velocity.double(), general.velocity.flip(2), rtol=1e-3, atol=1e-4)
+    # In float32 the logarithm of rounding errors enters the geometric mean of flatness.
+    kept = [i for i, name in enumerate(temporal_names()) if name != "spectral_flatness"]
+    torch.testing.assert_close(own.features[..., kept].double(), general.state[..., kept], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,13 @@ def test_a_sine_has_its_frequency(T: int) -> None:
     assert statistic(x, "std").item() == pytest.approx(math.sqrt(0.5))
 
 
+def test_the_nyquist_frequency_counts_once() -> None:
+    t = torch.arange(60, dtype=torch.float64)
+    x = 0.9 * (-1.0) ** t + math.sqrt(2.0) * torch.sin(2.0 * math.pi * 6.0 / 60.0 * t)  # variances 0.81 and 1
+    assert statistic(x, "dominant_frequency").item() == pytest.approx(6.0 / 60.0)
+    assert statistic(x, "dominant_share").item() == pytest.approx(1.0 / 1.81)
+
+
 def test_an_autoregressive_series_has_its_correlation_time() -> None:
     rng, memory = np.random.default_rng(1), 0.9
     x = np.zeros((200, 2000))

@@ -14,7 +14,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from helpers import raises_one_line
+from helpers import largest_file, raises_one_line
 from trajectory_files import (
     CHANNELS,
     SPACING,
@@ -183,6 +183,58 @@ def test_an_output_that_exists_is_not_replaced(tmp_path: Path, array: Path) -> N
     with raises_one_line(OutputError, "exists; --overwrite replaces it"):
         extract(str(array), tmp_path / "f.h5", options=Options(axes="n t c y x"))
     assert (tmp_path / "f.h5").read_text() == "mine"
+
+
+def test_an_input_is_never_replaced(tmp_path: Path, array: Path) -> None:
+    before = array.read_bytes()
+    link = tmp_path / "link.npy"
+    link.symlink_to(array)
+    for output in (array, link):
+        with raises_one_line(OutputError, "is one of the files to read"):
+            extract(str(array), output, options=Options(axes="n t c y x"), overwrite=True)
+    assert array.read_bytes() == before
+
+
+@pytest.mark.parametrize("settings", [{"overwrite": True}, {"resume": True}])
+def test_a_directory_of_the_user_is_never_removed(settings: dict[str, bool], tmp_path: Path, array: Path) -> None:
+    partial = tmp_path / "f.h5.partial"
+    partial.mkdir()
+    (partial / "thesis.txt").write_text("mine")
+    with raises_one_line(OutputError, "is not a directory of an extraction (thesis.txt)"):
+        extract(str(array), tmp_path / "f.h5", options=Options(axes="n t c y x"), **settings)
+    assert (partial / "thesis.txt").read_text() == "mine"
+    (partial / "thesis.txt").unlink()
+    partial.rmdir()
+    partial.write_text("an unfinished simulation")
+    with raises_one_line(OutputError, "is not a directory of an extraction (a file)"):
+        extract(str(array), tmp_path / "f.h5", options=Options(axes="n t c y x"), **settings)
+
+
+@pytest.mark.parametrize("kind", ["fortran", ">f4", ">f8", "f2", "i2", "longdouble"])
+def test_stored_types_and_orders_give_the_same_features(kind: str, tmp_path: Path) -> None:
+    fields = np.round(8.0 * FIELDS) / 8.0 if kind == "f2" else np.round(100.0 * FIELDS)
+    expected = describe(fields, "n t c y x")
+    stored = np.asfortranarray(fields) if kind == "fortran" else fields.astype(kind)
+    np.save(tmp_path / "a.npy", stored)
+    extract(str(tmp_path / "a.npy"), tmp_path / "f.h5", options=Options(axes="n t c y x"))
+    assert np.array_equal(features(tmp_path / "f.h5")["temporal"], expected["temporal"])
+
+
+def test_a_full_disk_is_one_line_and_blocks_are_kept(tmp_path: Path, array: Path) -> None:
+    output = tmp_path / "f.h5"
+    with largest_file(100), raises_one_line(OutputError, "cannot be written", "File too large"):
+        extract(str(array), output, options=Options(axes="n t c y x"))
+    assert not output.exists()
+    with largest_file(60_000), raises_one_line(OutputError, "f.h5: cannot be written", "File too large"):
+        extract(str(array), output, options=Options(axes="n t c y x"), overwrite=True)
+    extract(str(array), output, options=Options(axes="n t c y x"), resume=True)
+
+
+def test_a_second_process_is_refused(tmp_path: Path, array: Path) -> None:
+    from spinlock_fast.output.locks import locked
+
+    with locked(tmp_path / "f.h5"), raises_one_line(OutputError, "f.h5"):
+        extract(str(array), tmp_path / "f.h5", options=Options(axes="n t c y x"))
 
 
 @pytest.mark.dist
