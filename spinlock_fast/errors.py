@@ -39,6 +39,10 @@ class TrainingError(SpinlockFastError):
     """Training cannot continue, for instance because a loss is not finite."""
 
 
+class DistributedError(SpinlockFastError):
+    """Another process of a distributed run ended, or cannot be reached."""
+
+
 class Interrupted(SpinlockFastError):  # noqa: N818 - the requested outcome, not an error
     """A signal stopped the run; the state to resume from has been saved."""
 

@@ -17,6 +17,7 @@ PACKAGE = Path(spinlock_fast.__file__).parent
 FLOORS = [
     {"_native", "_version", "messages"},
     {"errors", "interrupts"},
+    {"distributed"},
     {"config"},
     {"kernels"},
     {"device"},

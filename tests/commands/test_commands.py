@@ -32,7 +32,8 @@ def _sigterm_handler():
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_command_started_by_torchrun_is_refused(verb, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as ended:
         command_of(verb)(ARGUMENTS[verb])
     assert ended.value.code == 2
