@@ -59,6 +59,19 @@ def _dropout_rate(dropout: nn.Dropout) -> float:
     return dropout.p if dropout.training else 0.0
 
 
+def _outputs(
+    tokens: Tensor, vq_loss: Tensor, latents: Tensor, quantized: Tensor, codebook: Tensor
+) -> dict[str, Tensor]:
+    """The outputs of the encoder and the quantizer, by name."""
+    return {
+        "tokens": tokens,
+        "vq_loss": vq_loss,
+        "latents": latents,
+        "quantized": quantized,
+        "codebook": codebook,
+    }
+
+
 _RELATIVE_EPS = 1e-6  # rounding error of a float32 mean
 _PARTIAL_HIDDEN = 128
 _SHARED_HIDDEN = 256
@@ -327,14 +340,14 @@ class CategoricalHierarchicalVQVAE(TransientBuffers):
         """`forward` without the reconstruction, and a function that updates the codes (outside training: nothing)."""
         latents = self.encode(x)
         quantized, tokens, vq_loss, codebook, apply_ema = self.quantizer.quantize_with_codebook(latents)
-        out = {
-            "tokens": tokens,
-            "vq_loss": vq_loss,
-            "latents": latents,
-            "quantized": quantized,
-            "codebook": snapshot(codebook) if self.training else codebook,
-        }
+        out = _outputs(tokens, vq_loss, latents, quantized, snapshot(codebook) if self.training else codebook)
         return out, apply_ema
+
+    def encode_with_statistics(self, x: Tensor, batch: BatchSlice | None = None) -> tuple[dict[str, Tensor], Tensor]:
+        """`encode_and_quantize` with the statistics of the code update, see `GroupedVectorQuantizer`, for ranks."""
+        latents = self.encode(x, batch)
+        quantized, tokens, vq_loss, codebook, statistics = self.quantizer.quantize_with_statistics(latents)
+        return _outputs(tokens, vq_loss, latents, quantized, snapshot(codebook)), statistics
 
     @torch.no_grad()
     def get_tokens(self, x: Tensor | ArrayLike) -> Tensor:

@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,12 +18,14 @@ from torch import Tensor
 from spinlock_fast.config.random_streams import Stream, generator, version
 from spinlock_fast.config.schema import RunConfig
 from spinlock_fast.data.host_rows import Rows
+from spinlock_fast.distributed import SINGLE, Ranks
 from spinlock_fast.errors import ConfigError, DataError, Interrupted, TrainingError
 from spinlock_fast.models.losses import LossTerms
 from spinlock_fast.models.metrics import Validation
 from spinlock_fast.models.outliers import MAX_MAGNITUDE, has_unusable_values, largest_magnitude, without_outliers
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE
 from spinlock_fast.training.cuda_graphs import StepLauncher, dedicated_stream
+from spinlock_fast.training.distributed import agreed_signal, all_ranks_agree, check_replicas
 from spinlock_fast.training.divergence import (
     MAX_REWINDS,
     DivergenceError,
@@ -59,6 +62,7 @@ class TrainingRun:
         x_train, x_val: [N, F] training and validation rows, for the model's device.
         train_rows, val_rows: [N] numbers of these rows in the data, for messages.
         started: `time.perf_counter` at which the run's time starts; now if not given.
+        ranks: processes that share each batch; all of them run the same loop.
     """
 
     def __init__(
@@ -73,8 +77,10 @@ class TrainingRun:
         train_rows: NDArray[np.int64] | None = None,
         val_rows: NDArray[np.int64] | None = None,
         started: float | None = None,
+        ranks: Ranks = SINGLE,
     ) -> None:
         self.config = config
+        self.ranks = ranks
         self.training = config.training
         self.seed = config.random_seed
         self.observer = observer
@@ -83,8 +89,10 @@ class TrainingRun:
         self.device = device = x_train.device
         self.x_train = x_train
         self.train_rows, self.val_rows = train_rows, val_rows
-        self.training_step = TrainingStep(model, x_train, self.training)
-        self.launcher = StepLauncher(self.training_step, device, self.training.cuda_graphs)
+        self.training_step = TrainingStep(model, x_train, self.training, ranks)
+        self.launcher = StepLauncher(
+            self.training_step, device, self.training.cuda_graphs, agree=partial(all_ranks_agree, ranks)
+        )
         self._set_validation_rows(x_val)
         rows = x_train.shape[0]
         if rows < self.training.batch_size:
@@ -145,7 +153,7 @@ class TrainingRun:
                     self._train_epoch()
                 except DivergenceError as error:
                     self._rewind(error)
-        stopped_by = self.stop_signal()
+        stopped_by = agreed_signal(self.stop_signal(), self.ranks)
         if stopped_by is not None:
             self.observer.save(self.state())
             raise Interrupted(f"stopped after epoch {self.epoch}, before the metrics", stopped_by)
@@ -226,6 +234,7 @@ class TrainingRun:
             self._save()
 
     def _save(self) -> None:
+        check_replicas(self.model, self.ranks, self.epoch * self.training_step.steps_per_epoch + self.step)
         self._snapshot_good_state()
         self.observer.save(self.state())
         self._last_save = time.perf_counter()
@@ -260,8 +269,8 @@ class TrainingRun:
         while self.step < step.steps_per_epoch:
             kind, max_steps = self._next_launch()
             self.step += self.launcher.run(kind, max_steps)
-            stopped_by = self.stop_signal()
-            if stopped_by is not None or self._save_is_due():
+            stopped_by, save_is_due = self._requests()
+            if stopped_by is not None or save_is_due:
                 self._report_pending_epoch()
                 self._check_finite(step.summary(), self.epoch)
                 self._save()
@@ -269,6 +278,15 @@ class TrainingRun:
                 raise Interrupted(f"stopped in epoch {self.epoch + 1} of {self.training.num_epochs}", stopped_by)
         if self.epoch + 1 < self.training.num_epochs:
             self.row_order(self.epoch + 1)  # overlaps with the device's work on this epoch
+
+    def _requests(self) -> tuple[int | None, bool]:
+        """The signal that ends the run, and whether to save the state; the same on all ranks."""
+        stopped_by, save_is_due = self.stop_signal(), self._save_is_due()
+        exchange = self.training_step.exchange
+        if exchange is None:
+            return stopped_by, save_is_due
+        exchange.request(stopped_by, save_is_due)
+        return exchange.requested()
 
     def row_order(self, epoch: int) -> Tensor:
         """Permutation [N] of the training rows, by seed and epoch alone: equal on every device and after a resume."""
@@ -317,6 +335,7 @@ class TrainingRun:
             self._set_validation_rows(x_val)
             self._run_validation()
             metrics = self.validation.result()
+        metrics = self.ranks.on_main(lambda: metrics)
         if not math.isfinite(metrics["val_loss"]):
             message = f"the validation loss is not finite after epoch {self.epoch}: "
             if largest_magnitude(self.x_val)[1] > MAX_MAGNITUDE:
