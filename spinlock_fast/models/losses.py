@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from spinlock_fast.config.schema import TrainingConfig
+from spinlock_fast.kernels._common.dropout import BatchSlice
 from spinlock_fast.kernels._common.streams import defer, run_on_side_streams
 from spinlock_fast.kernels._common.table_cache import TableCache
 from spinlock_fast.kernels.code_decoders import partial_loss
@@ -80,6 +81,7 @@ def loss_terms(
     out: dict[str, Tensor],
     topo_samples: int,
     apply_ema: Callable[[], None] | None = None,
+    batch: BatchSlice | None = None,
 ) -> LossTerms:
     """The loss terms of a batch.
 
@@ -91,6 +93,7 @@ def loss_terms(
         out: the outputs of `model(x)`, or of `model.encode_and_quantize(x)`, in which case the decoder runs here.
         topo_samples: number of leading rows that enter the topographic term.
         apply_ema: the code update returned by `model.encode_and_quantize(x)`.
+        batch: place of the rows in a larger batch, for the dropout of the decoder.
     """
     layout, codes, codebook = model.quantizer.layout, out["tokens"], out["codebook"]
     quantized = out["quantized"]
@@ -102,7 +105,7 @@ def loss_terms(
         return topographic_loss(first_x, first_latents, first_codes, codebook, layout, TOPO_PRE_WEIGHT)
 
     def reconstruction_error() -> Tensor:
-        reconstruction = out["reconstruction"] if "reconstruction" in out else model.decode(quantized)
+        reconstruction = out["reconstruction"] if "reconstruction" in out else model.decode(quantized, batch)
         squared = torch.nn.functional.mse_loss(reconstruction, x, reduction="none")
         if model.config.extra_inputs:
             squared = squared * model.error_weight
