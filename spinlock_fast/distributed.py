@@ -86,8 +86,10 @@ class Ranks:
             return output.copy_(tensor)
         import torch.distributed as dist
 
+        # torch 2.13 renamed the function and deprecated the old name.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         with self._errors():
-            dist.all_gather_into_tensor(output, tensor)
+            gather(output, tensor)
         return output
 
     def broadcast_object(self, value: Any, source: int = 0) -> Any:

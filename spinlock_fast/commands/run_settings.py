@@ -29,10 +29,9 @@ def run_settings(
     """
     if resume == "auto":
         settings, _ = run_settings(config, overrides, output, None, device)
-        directory = settings.output_dir
-        if directory is None or not can_resume(Path(directory)):
+        if settings.output_dir is None or not can_resume(Path(settings.output_dir)):
             return settings, None
-        resume = output = directory
+        resume = output = str(settings.output_dir)
     resumed = run_to_resume(Path(resume)) if resume else None
     changes = list(overrides)
     if device:
