@@ -160,10 +160,10 @@ class Ranks:
             raise self._lost(error) from error
 
     def _lost(self, error: RuntimeError) -> DistributedError:
+        reason = one_line(str(error).split(". ")[0], 120)
         return DistributedError(
             f"rank {self.rank} of {self.size} lost contact with another rank, which ended or did not answer within "
-            f"{timeout_seconds():g} s ({TIMEOUT_VARIABLE}); torchrun names the rank that failed first: "
-            f"{one_line(str(error), 160)}"
+            f"{timeout_seconds():g} s ({TIMEOUT_VARIABLE}); torchrun reports the rank that failed first ({reason})"
         )
 
 
@@ -171,7 +171,7 @@ def _error_of_main(types: Sequence[type], lines: list[str], status: int) -> Spin
     """The error of rank 0, as the first of its types that can be constructed from lines."""
     plain = (ConfigError, DataError, OutputError, DistributedError, TrainingError)
     error = next((kind for kind in types if kind in plain), SpinlockFastError)(*lines)
-    error.exit_status = status
+    error.exit_status, error.repeats_rank_0 = status, True
     return error
 
 

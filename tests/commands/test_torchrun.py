@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -17,9 +17,11 @@ import pytest
 import torch
 import yaml
 from helpers import write_arrays
+from processes import Ranks
 
 from spinlock_fast.checkpoints.directory import load_torch
 from spinlock_fast.checkpoints.run_directory import FINAL, METRICS, PARTIAL, unfinished
+from spinlock_fast.train import main as train_main
 
 pytestmark = pytest.mark.dist
 
@@ -67,13 +69,6 @@ def torchrun(world: int, *arguments: object, options: tuple[str, ...] = ()) -> I
         process.communicate()
 
 
-def train(world: int, *arguments: object, options: tuple[str, ...] = ()) -> tuple[int, str, str]:
-    """Exit status, standard output and standard error of a finished run."""
-    with torchrun(world, *arguments, options=options) as process:
-        stdout, stderr = process.communicate(timeout=120)
-        return process.returncode, stdout, stderr
-
-
 def descendants(pid: int) -> list[int]:
     """Process numbers of the children of a process, in the order of their start, and of their children."""
     children: list[int] = []
@@ -94,14 +89,6 @@ def rank_process(launcher: int, rank: int) -> int:
     raise AssertionError(f"rank {rank} does not run")
 
 
-def wait_for(condition: object, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 60.0
-    while not condition():  # type: ignore[operator]
-        assert process.poll() is None, process.communicate()[1][-2000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def final_weights(directory: Path) -> dict[str, torch.Tensor]:
     return dict(load_torch(directory / FINAL)["model_state_dict"])
 
@@ -116,54 +103,105 @@ def assert_same_weights(one: Path, other: Path) -> None:
 def alone(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of one process."""
     directory = tmp_path_factory.mktemp("alone") / "run"
-    status, _, stderr = train(1, config, "--quiet", "--output", directory)
-    assert status == 0, stderr
+    train_alone(config, "--output", directory)
     return directory
 
 
+def train_alone(*arguments: object) -> None:
+    with pytest.raises(SystemExit) as ended:
+        train_main(["--quiet", *map(str, arguments)])
+    assert ended.value.code == 0
+
+
 def test_two_ranks_write_one_result(config: Path, alone: Path, tmp_path: Path) -> None:
-    status, stdout, stderr = train(2, config, "--output", tmp_path / "run")
-    assert status == 0, stderr
-    assert stdout.count("checkpoint:") == 1
-    assert stdout.endswith(f"checkpoint: {tmp_path / 'run'}\n")
-    assert stderr.count("training") <= 2  # one display
+    ranks = Ranks("train", (config, "--output", tmp_path / "run"), 2, tmp_path / "outputs")
+    assert ranks.join() == [0, 0], ranks.stderr(0) + ranks.stderr(1)
+    assert ranks.stdout(0).endswith(f"checkpoint: {tmp_path / 'run'}\n")
+    assert ranks.stdout(1) == ""
+    assert ranks.stderr(1) == ""
     assert json.loads((tmp_path / "run" / METRICS).read_text())["ranks"] == 2
     assert_same_weights(alone, tmp_path / "run")
 
 
-def test_signal_on_one_rank_stops_all_and_the_run_resumes_elsewhere(config: Path, alone: Path, tmp_path: Path) -> None:
+SAVE_OFTEN = ("--set", "training.save_minutes=0.0005")
+
+
+def test_signal_on_one_rank_stops_all_at_the_same_step(config: Path, alone: Path, tmp_path: Path) -> None:
     """The state of two ranks is continued by one process, and equals its uninterrupted run."""
     output = tmp_path / "run"
-    with torchrun(2, config, "--output", output, "--set", "training.save_minutes=0.0005") as process:
-        wait_for(lambda: unfinished(output), process)
-        os.kill(rank_process(process.pid, 1), signal.SIGTERM)
-        _, stderr = process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert f"--resume {output}" in stderr
-    assert "Traceback" not in stderr.split("torch.distributed.elastic")[0]
-    assert unfinished(output)
-    status, _, stderr = train(1, "--quiet", "--resume", output)
-    assert status == 0, stderr
+    ranks = Ranks("train", (config, "--output", output, *SAVE_OFTEN), 2, tmp_path / "outputs")
+    wait_for(lambda: unfinished(output), ranks)
+    ranks.signal(1, signal.SIGTERM)
+    assert ranks.join() == [143, 143], ranks.stderr(0) + ranks.stderr(1)
+    assert f"--resume {output}" in ranks.stderr(0)
+    train_alone("--resume", output)
     assert_same_weights(alone, output)
 
 
-def test_killed_rank_ends_the_job_and_a_restart_goes_on(config: Path, alone: Path, tmp_path: Path) -> None:
+def test_killed_rank_ends_the_others_and_the_run_resumes_on_more_ranks(
+    config: Path, alone: Path, tmp_path: Path
+) -> None:
     output = tmp_path / "run"
-    arguments = config, "--output", output, "--resume", "auto", "--set", "training.save_minutes=0.0005"
+    ranks = Ranks("train", (config, "--output", output, *SAVE_OFTEN), 2, tmp_path / "outputs")
+    wait_for(lambda: unfinished(output), ranks)
+    ranks.signal(1, signal.SIGKILL)
+    assert ranks.join() == [1, -9]
+    last = ranks.stderr(0).splitlines()[-1]
+    assert last.startswith("error: rank 0 of 2 lost contact with another rank")
+    ranks = Ranks("train", (config, "--output", output, "--resume", "auto"), 3, tmp_path / "outputs")
+    assert ranks.join() == [0, 0, 0], ranks.stderr(0)
+    assert_same_weights(alone, output)
+
+
+def test_rank_that_does_not_answer_ends_the_job(config: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    arguments = (config, "--output", output, *SAVE_OFTEN)
+    ranks = Ranks("train", arguments, 2, tmp_path / "outputs", SPINLOCK_FAST_DISTRIBUTED_TIMEOUT="2")
+    wait_for(lambda: unfinished(output), ranks)
+    ranks.signal(1, signal.SIGSTOP)
+    ranks.processes[0].join(30)
+    assert ranks.processes[0].exitcode == 1
+    assert "did not answer within 2 s (SPINLOCK_FAST_DISTRIBUTED_TIMEOUT)" in ranks.stderr(0)
+    ranks.join(0.0)
+    assert unfinished(output)
+
+
+def test_error_of_all_ranks_is_printed_once(tmp_path: Path) -> None:
+    ranks = Ranks("train", (tmp_path / "missing.yaml",), 2, tmp_path / "outputs")
+    assert ranks.join() == [2, 2]
+    assert ranks.stderr(0) == f"error: {tmp_path / 'missing.yaml'}: no such configuration file\n"
+    assert ranks.stderr(1) == ""
+
+
+def wait_for(condition: Callable[[], bool], ranks: Ranks) -> None:
+    deadline = time.monotonic() + 60.0
+    while not condition():
+        assert all(process.is_alive() for process in ranks.processes), ranks.stderr(0) + ranks.stderr(1)
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_after_a_killed_rank(config: Path, alone: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    arguments = config, "--output", output, "--resume", "auto", *SAVE_OFTEN
     with torchrun(2, *arguments, options=("--max-restarts", "1")) as process:
-        wait_for(lambda: unfinished(output), process)
+        while not unfinished(output):
+            assert process.poll() is None, process.communicate()[1][-2000:]
+            time.sleep(0.02)
         os.kill(rank_process(process.pid, 1), signal.SIGKILL)
         stdout, stderr = process.communicate(timeout=90)
     assert process.returncode == 0, stderr
-    assert "rank: 1" in stderr or "local_rank: 1" in stderr or "exitcode: -9" in stderr
+    assert "exitcode: -9" in stderr
     assert f"checkpoint: {output}" in stdout
     assert not (output / PARTIAL).exists()
     assert_same_weights(alone, output)
 
 
-def test_error_of_all_ranks_is_printed_once(tmp_path: Path) -> None:
-    status, _, stderr = train(2, tmp_path / "missing.yaml")
-    assert status != 0
-    assert stderr.count("error: ") == 1
-    assert "missing.yaml" in stderr
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.slow
+def test_torchrun_reports_one_line_of_our_own(tmp_path: Path) -> None:
+    with torchrun(2, tmp_path / "missing.yaml") as process:
+        _, stderr = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert stderr.count("missing.yaml") == 1
+    assert "/spinlock_fast/" not in stderr  # a traceback of torchrun itself is expected
