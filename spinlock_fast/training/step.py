@@ -160,6 +160,7 @@ class TrainingStep:
         self.optimizer.step()
         if kind.reset:
             gather = self._latent_gathers.get(kind.partial_batch)
+            latents = latents.detach()
             self.reset_dead_codes(latents if gather is None else gather.gather(latents))
 
     def _gradients(self, target: Tensor, x: Tensor) -> Tensor:
@@ -171,7 +172,7 @@ class TrainingStep:
             defer(lambda: self._store_losses(terms), [self.loss_values, *terms], after_deferred=True)
             self.optimizer.zero_grad()
             terms.backward(self.weights)
-        return out["latents"].detach()
+        return out["latents"]
 
     def _shared_gradients(
         self, target: Tensor, x: Tensor, share: Share, gather: RowGather, exchange: StepExchange
@@ -183,14 +184,13 @@ class TrainingStep:
             self.optimizer.zero_grad()
             if share.rows:
                 terms.backward(share.weights(self.weights, self.ranks))
-        latents = out["latents"].detach()
         exchange.sum_(statistics, share.values(terms, self.ranks) if share.rows else None)
         self.model.quantizer.apply_statistics(exchange.statistics)
         reduced = LossTerms(*exchange.terms)
         if self.model.quantizer.use_ema:
             reduced = reduced._replace(orthogonality=code_orthogonality(self.model.quantizer))
         self._store_losses(reduced)
-        return latents
+        return out["latents"]
 
     @torch.no_grad()
     def _store_losses(self, terms: LossTerms) -> None:

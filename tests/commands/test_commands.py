@@ -29,7 +29,7 @@ def _sigterm_handler():
     signal.signal(signal.SIGTERM, before)
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", sorted(VERBS.keys() - {"train"}))
 def test_a_command_started_by_torchrun_is_refused(verb, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
