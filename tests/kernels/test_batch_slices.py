@@ -139,3 +139,16 @@ def test_rows_outside_of_the_batch_are_refused():
             augmented_rows(x, rows, 0.1, batch=batch)
     with pytest.raises(ValueError, match="next_row"):
         augmented_rows(x, rows, 0.1, next_row=rows[:2])
+
+
+@pytest.mark.parametrize("operation", [networks, projection])
+def test_torch_func_gradients_of_slices(operation):
+    x, parameters = arguments(operation, torch.float64, "cpu")
+
+    def value(rows, batch):
+        torch.manual_seed(3)
+        return operation(rows, parameters, "auto", batch).square().sum()
+
+    whole = torch.func.grad(value)(x, None)
+    parts = [torch.func.grad(value)(x[s], batch) for s, batch in SLICES if s.stop > s.start]
+    torch.testing.assert_close(torch.cat(parts), whole)
