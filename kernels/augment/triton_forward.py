@@ -62,7 +62,8 @@ def augment_fwd_kernel(
     out = b.to(tl.int64)[:, None] * F + f[None, :]
     tl.store(target_ptr + out, x, mask=in_batch)
     if HAS_NOISE:
-        noise = tl.randn(seed, (first_row + b)[:, None] * F + f[None, :])
+        # With `first_row + b` as in u, ptxas uses the stack.
+        noise = tl.randn(seed, first_row * F + (b[:, None] * F + f[None, :]))
         tl.store(input_ptr + out, x + noise_std * noise, mask=in_batch)
 
 
