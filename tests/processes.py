@@ -18,6 +18,7 @@ PRELOADED = (
     "torch.fx.experimental.symbolic_shapes",
     "torch._subclasses.fake_tensor",
     "scipy.cluster.hierarchy",
+    "spinlock_fast.analysis",
     "spinlock_fast.commands.console",
     "spinlock_fast.data",
     "spinlock_fast.dropin",

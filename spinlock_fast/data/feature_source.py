@@ -24,6 +24,7 @@ from spinlock_fast.data.packing import read_packing
 from spinlock_fast.data.row_order import SingleBatch
 from spinlock_fast.data.sharded_dataset import ShardedDatasets
 from spinlock_fast.data.window_sizes import available_cpus
+from spinlock_fast.distributed import SINGLE, Ranks
 from spinlock_fast.errors import DataError
 from spinlock_fast.messages import printable
 
@@ -120,7 +121,7 @@ class FeatureSource:
         return as_float32(values, lambda i: self.row_location(family, int(rows[i]))).numpy()
 
     def batches(
-        self, families: Sequence[str], rows: int, memory_budget: int, device: torch.device
+        self, families: Sequence[str], rows: int, memory_budget: int, device: torch.device, ranks: Ranks = SINGLE
     ) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Iterates over all rows in order, with read-ahead.
 
@@ -129,6 +130,7 @@ class FeatureSource:
             rows: rows of a batch.
             memory_budget: bytes for decoded rows.
             device: device of the batches.
+            ranks: each gets consecutive batches of those of one process, which have the same rows.
 
         Yields:
             (first row, {family: float32 [B, *row_shape] on the device}).
@@ -136,11 +138,11 @@ class FeatureSource:
         Raises:
             DataError: rows cannot be read, or the files changed since they were opened.
         """
-        self._iterators.append(iterator := self._read_ahead(families, rows, memory_budget, device))
+        self._iterators.append(iterator := self._read_ahead(families, rows, memory_budget, device, ranks))
         return iterator
 
     def _read_ahead(
-        self, families: Sequence[str], rows: int, memory_budget: int, device: torch.device
+        self, families: Sequence[str], rows: int, memory_budget: int, device: torch.device, ranks: Ranks
     ) -> Generator[tuple[int, dict[str, Tensor]], None, None]:
         loader = HDF5Loader(
             [str(file) for file in self.files],
@@ -153,8 +155,9 @@ class FeatureSource:
         )
         if any(self._sharded.origins[path] != origin for path, origin in loader.origins.items()):
             raise DataError(f"{self.files[0]}: the data set has changed since it was opened")
-        start = 0
-        for batch in loader:
+        share = ranks.share(len(loader))
+        start = share.start * rows
+        for batch in loader.batch_range(share.start, share.stop):
             on_device = {family: batch[self.datasets[family].path].to(device, non_blocking=True) for family in families}
             yield start, {family: as_float32(x, self.row_locator(family, start)) for family, x in on_device.items()}
             start += len(batch["index"])

@@ -16,6 +16,7 @@ from spinlock_fast.config.schema import TrainingConfig
 from spinlock_fast.data.host_rows import place_rows
 from spinlock_fast.data.row_view import RowView
 from spinlock_fast.device import resolve_device
+from spinlock_fast.distributed import SINGLE, Ranks
 from spinlock_fast.errors import DataError
 from spinlock_fast.features.categories import category_correlation, max_off_diagonal
 from spinlock_fast.models.input_check import TEST, TRAIN, VALIDATION, InputCheck, row_errors
@@ -35,6 +36,7 @@ def evaluate_file(
     rows: RowSelection = "auto",
     *,
     allow_external: bool = True,
+    ranks: Ranks = SINGLE,
 ) -> dict[str, Any]:
     """Metrics of a checkpoint on rows of HDF5 files, with the loss weights of its run.
 
@@ -47,6 +49,7 @@ def evaluate_file(
         rows: which rows are measured. "heldout": those that the checkpoint was not trained on; "train", "validation"
             and "test": those of the run's split; "auto": held-out rows if the data also have training rows, else all.
         allow_external: False refuses data files with links to outside their directory.
+        ranks: if there are several, each encodes and measures a share of the rows; all return the same metrics.
 
     Returns:
         The metrics of `metrics.evaluate` and `add_model_metrics`, and: rows, the selection that was measured; samples,
@@ -63,14 +66,16 @@ def evaluate_file(
     blocks, keys = [], []
     with tokenizer.source(data) as source:
         check = InputCheck(tokenizer.training_range, source.rows)
-        for _, raw, block in tokenizer.raw_and_features(source, check=check):
+        for _, raw, block in tokenizer.raw_and_features(source, check=check, ranks=ranks):
             blocks.append(block)
             if tokenizer.known_rows is not None:
                 keys.append(tokenizer.row_keys(raw))
-    x = np.concatenate(blocks)
-    splits = tokenizer.known_rows.splits_of(np.concatenate(keys)) if tokenizer.known_rows is not None else None
+    check.merge(ranks)
+    x = _all_rows(blocks, ranks)
+    splits = tokenizer.known_rows.splits_of(_all_rows(keys, ranks)) if tokenizer.known_rows is not None else None
     selection, selected = _select_rows(rows, splits, len(x))
-    metrics = evaluate(tokenizer.model, place_rows(RowView(x, selected), tokenizer.device), training)
+    mine = RowView(x, selected[ranks.share(len(selected))])
+    metrics = evaluate(tokenizer.model, place_rows(mine, tokenizer.device), training, ranks=ranks)
     correlation = category_correlation(x, tokenizer.model.config.group_indices)
     add_model_metrics(metrics, tokenizer.model, tokenizer.feature_names, max_off_diagonal(correlation))
     check.restrict_to(selected)
@@ -85,6 +90,11 @@ def evaluate_file(
     if warning is not None:
         log.warning("%s", warning)
     return metrics
+
+
+def _all_rows(blocks: list[NDArray[Any]], ranks: Ranks) -> NDArray[Any]:
+    """The blocks of all ranks as one array, on every rank."""
+    return np.concatenate([block for of_rank in ranks.gather_objects(blocks) for block in of_rank])
 
 
 def _select_rows(rows: RowSelection, splits: NDArray[np.uint8] | None, count: int) -> tuple[str, NDArray[np.int64]]:
