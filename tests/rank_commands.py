@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import import_module
@@ -28,12 +28,18 @@ class Ended:
     stderr: str
 
 
-def run_on_ranks(verbs: Sequence[tuple[str, Sequence[object]]], count: int, directory: Path) -> Ended:
+def run_on_ranks(
+    verbs: Sequence[tuple[str, Sequence[object]]],
+    count: int,
+    directory: Path,
+    meanwhile: Callable[[list[int]], None] = lambda pids: None,
+) -> Ended:
     """Runs commands, one after the other, with `count` ranks each; stops after one that fails.
 
     Args:
         verbs: (module of the package, arguments) of each command.
         directory: where the outputs are kept.
+        meanwhile: called with the process IDs of the ranks once they are started.
     """
     calls = [(verb, [str(argument) for argument in arguments]) for verb, arguments in verbs]
     ports = _free_ports(len(calls))
@@ -43,6 +49,7 @@ def run_on_ranks(verbs: Sequence[tuple[str, Sequence[object]]], count: int, dire
         process = forkserver().Process(target=_run, args=(rank, count, ports, calls, paths))
         process.start()
         started.append((process, paths))
+    meanwhile([process.pid or 0 for process, _ in started])
     deadline = time.monotonic() + 120.0
     while waiting := [process for process, _ in started if process.is_alive()]:
         wait([process.sentinel for process in waiting], deadline - time.monotonic())
