@@ -244,7 +244,8 @@ class Tokenizer:
         rows = min(block_rows(info, share) for info in source.datasets.values())
         copy = rows * max(info.row_bytes for info in source.datasets.values())  # one family without NaN
         names = [family.name for family in self.families]
-        for start, raw in source.batches(names, rows, memory_budget - copy, self.device, ranks):
+        part = ranks.share(-(-source.rows // rows))
+        for start, raw in source.batches(names, rows, memory_budget - copy, self.device, part):
             with device_guard(self.device):
                 columns = [family(raw[family.name], source.row_locator(family.name, start)) for family in self.families]
                 encoded = torch.cat(columns, 1).cpu().numpy()

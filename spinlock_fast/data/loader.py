@@ -226,10 +226,6 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
         self._shared.set(epoch)
         return self._main_pass(epoch, first)
 
-    def batch_range(self, first: int, stop: int) -> Iterator[dict[str, Tensor]]:
-        """Iterates over batches first .. stop - 1 of the current epoch only."""
-        return self._pass(self._epoch, first, stop)
-
     def _main_pass(self, epoch: int, first: int) -> Iterator[dict[str, Tensor]]:
         yield from self._pass(epoch, first, len(self))
         self._epoch, self._batch = epoch + 1, 0

@@ -15,8 +15,9 @@ from spinlock_fast.config.loading import read_text_file
 from spinlock_fast.config.random_streams import Stream, generator
 from spinlock_fast.config.schema import TrainingConfig
 from spinlock_fast.errors import ConfigError, DataError
+from spinlock_fast.features.blocks import Blocks
 from spinlock_fast.features.names import family_of
-from spinlock_fast.features.statistics import Blocks, correlation
+from spinlock_fast.features.statistics import correlation
 from spinlock_fast.messages import one_line, shown
 
 log = logging.getLogger(__name__)

@@ -128,7 +128,7 @@ def check_no_link(path: Path) -> None:
 
 
 def create_temporary(target: Path) -> Path:
-    """Creates an empty file in the directory of the target."""
+    """Creates an empty temporary file of a target, in its directory; `remove_stale_temporaries` finds it."""
     stem = os.fsdecode(os.fsencode(target.name)[:_MAX_NAME_BYTES])
     suffix = target.suffix if len(target.suffix) <= 16 else ""
     # The replaced file may be private: its successor must not be readable by others meanwhile.
