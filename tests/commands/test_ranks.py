@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -137,3 +140,29 @@ def test_an_error_of_one_rank_is_one_line(checkpoint: Path, data: Path, tmp_path
     assert len(lines) <= 2
     assert [path.name for path in output.iterdir()] == ["tokens.csv"]
     assert (output / "tokens.csv").read_text() == "earlier"
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_commands_are_started_by_torchrun(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    """One command that ends well, and one with an error before any rank works; `report` refuses several ranks."""
+    tokens = tmp_path / "tokens.npy"
+    ended = torchrun("tokenize", checkpoint, data, "--output", tokens, *BUDGET)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout == f"tokens: {tokens} [330, {np.load(tokens).shape[1]}]\n"
+    np.testing.assert_array_equal(np.load(tokens), Tokenizer.from_checkpoint(checkpoint).encode(data))
+    ended = torchrun("analyze", checkpoint, tmp_path / "missing.h5", "--output", tmp_path / "tables")
+    assert ended.returncode != 0
+    (line,) = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert "missing.h5: no such file" in line
+    ended = torchrun("report", checkpoint, "--output", tmp_path / "pictures")
+    assert ended.returncode != 0
+    assert "error: WORLD_SIZE is 2: this command runs in one process" in ended.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tokens.npy"]
+
+
+def torchrun(verb: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    line += ["-m", f"spinlock_fast.{verb}", *map(str, arguments)]
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    return subprocess.run(line, capture_output=True, text=True, timeout=300, env=environment)
