@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from spinlock_fast.commands.arguments import add_device, add_external, add_quiet, parser
+from spinlock_fast.commands.arguments import add_device, add_external, add_memory_budget, add_quiet, parser
 from spinlock_fast.commands.exit_status import exit_with
 
 
@@ -23,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "where the file contains training rows, else all",
     )
     options.add_argument("--json", metavar="FILE", help="also write the metrics to a JSON file")
+    add_memory_budget(options)
     add_external(options)
     add_device(options)
     add_quiet(options, "no table")
@@ -45,6 +46,7 @@ def _evaluate(chosen: argparse.Namespace) -> None:
             chosen.device,
             chosen.rows,
             allow_external=not chosen.no_external,
+            memory_budget=chosen.memory_budget,
             ranks=ranks,
         )
     if chosen.json and ranks.is_main:

@@ -34,7 +34,7 @@ from spinlock_fast.output.token_files import TokenTable, check_format, token_fil
 
 log = logging.getLogger(__name__)
 
-_DEFAULT_BUDGET = 1_250_000_000
+DEFAULT_BUDGET = 1_250_000_000
 _ROWS_AT_ONCE = 4096
 
 
@@ -187,7 +187,7 @@ class Tokenizer:
         return self._prepare(torch.cat(blocks).cpu().numpy(), lambda row: f"row {row}", check)
 
     def encode_file(
-        self, path: str | Path | list[str], memory_budget: int = _DEFAULT_BUDGET, ranks: Ranks = SINGLE
+        self, path: str | Path | list[str], memory_budget: int = DEFAULT_BUDGET, ranks: Ranks = SINGLE
     ) -> Iterator[tuple[int, NDArray[np.int64]]]:
         """(first row, tokens [B, G]) of an HDF5 file, block by block; see `encode`.
 
@@ -203,7 +203,7 @@ class Tokenizer:
         self._warn(check)
 
     def features_file(
-        self, path: str | Path | list[str], memory_budget: int = _DEFAULT_BUDGET, check: InputCheck | None = None
+        self, path: str | Path | list[str], memory_budget: int = DEFAULT_BUDGET, check: InputCheck | None = None
     ) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """(first row, cleaned and normalised features [B, F]) of an HDF5 file, block by block."""
         with self.source(path) as source:
@@ -220,7 +220,7 @@ class Tokenizer:
     def raw_and_features(
         self,
         source: FeatureSource,
-        memory_budget: int = _DEFAULT_BUDGET,
+        memory_budget: int = DEFAULT_BUDGET,
         check: InputCheck | None = None,
         ranks: Ranks = SINGLE,
     ) -> Iterator[tuple[int, dict[str, Tensor], NDArray[np.float32]]]:
@@ -313,7 +313,7 @@ def write_tokens(
     tokenizer: Tokenizer,
     data: str | list[str],
     output: Path,
-    memory_budget: int = _DEFAULT_BUDGET,
+    memory_budget: int = DEFAULT_BUDGET,
     progress: Callable[[int, int], None] | None = None,
     ranks: Ranks = SINGLE,
 ) -> int:

@@ -118,6 +118,11 @@ class FeatureMatrix:
         self.x = self._buffer[:size].reshape(self._rows, columns)
         self.pages = MappedPages(self.x)
 
+    def write(self, start: int, block: NDArray[np.float32], columns: slice = slice(None)) -> None:
+        """Writes a block of rows, or some of their columns."""
+        self.x[start : start + len(block), columns] = block
+        self.pages.touched(np.arange(start, start + len(block)))
+
     def synchronize(self) -> None:
         """Makes the values that any rank has written visible to all ranks."""
         if self.on_disk and self._several_hosts:  # network file systems show changes when a file is mapped again

@@ -275,10 +275,8 @@ def encode_rows(
         counts = np.zeros(family.row_shape[-1], dtype=np.int64)
         done = 0
         for block in encode_blocks(source, family, memory_budget, device, training_rows, ranks):
-            rows = slice(block.start, block.start + len(block.columns))
-            matrix.x[rows, columns] = block.columns
-            matrix.pages.touched(np.arange(rows.start, rows.stop))
-            keys[rows] += block.keys
+            matrix.write(block.start, block.columns, columns)
+            keys[block.start : block.start + len(block.keys)] += block.keys
             counts += block.missing
             done += len(block.columns)
             if progress is not None:
