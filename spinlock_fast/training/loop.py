@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -15,14 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spinlock_fast.config.random_streams import Stream, generator, version
+from spinlock_fast.config.random_streams import version
 from spinlock_fast.config.schema import RunConfig
 from spinlock_fast.data.host_rows import Rows
 from spinlock_fast.distributed import SINGLE, Ranks
-from spinlock_fast.errors import ConfigError, DataError, Interrupted, TrainingError
+from spinlock_fast.errors import ConfigError, DataError, Interrupted
 from spinlock_fast.models.losses import LossTerms
-from spinlock_fast.models.metrics import Validation
-from spinlock_fast.models.outliers import MAX_MAGNITUDE, has_unusable_values, largest_magnitude, without_outliers
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE
 from spinlock_fast.training.cuda_graphs import StepLauncher, dedicated_stream
 from spinlock_fast.training.distributed import agreed_signal, all_ranks_agree, check_replicas
@@ -36,7 +33,9 @@ from spinlock_fast.training.divergence import (
 )
 from spinlock_fast.training.model_selection import ModelSelection, check_selection_state
 from spinlock_fast.training.observer import EpochRecord, Observer
+from spinlock_fast.training.row_order import training_order
 from spinlock_fast.training.step import EpochSummary, StepKind, TrainingStep, learning_rates
+from spinlock_fast.training.validation import ValidationRows
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +61,8 @@ class TrainingRun:
         x_train, x_val: [N, F] training and validation rows, for the model's device.
         train_rows, val_rows: [N] numbers of these rows in the data, for messages.
         started: `time.perf_counter` at which the run's time starts; now if not given.
-        ranks: processes that share each batch; all of them run the same loop.
+        ranks: processes that share each batch; all of them run the same loop. x_train is the same on each; x_val are
+            the validation rows of this rank, in the order of the ranks.
     """
 
     def __init__(
@@ -88,12 +88,12 @@ class TrainingRun:
         self.model = model
         self.device = device = x_train.device
         self.x_train = x_train
-        self.train_rows, self.val_rows = train_rows, val_rows
+        self.train_rows = train_rows
         self.training_step = TrainingStep(model, x_train, self.training, ranks)
         self.launcher = StepLauncher(
             self.training_step, device, self.training.cuda_graphs, agree=partial(all_ranks_agree, ranks)
         )
-        self._set_validation_rows(x_val)
+        self.validation = ValidationRows(model, x_val, val_rows, self.training, self.launcher, ranks)
         rows = x_train.shape[0]
         if rows < self.training.batch_size:
             log.info("batch size is %d, all training rows (training.batch_size is %d)", rows, self.training.batch_size)
@@ -117,13 +117,6 @@ class TrainingRun:
         self._last_save = self._epoch_started = time.perf_counter()
         self._last_readback = 0.0
         self._interrupted_epoch_seconds = 0.0  # spent by an interrupted run on the current epoch
-
-    def _set_validation_rows(self, x_val: Rows) -> None:
-        self.x_val = x_val
-        self.validation = Validation(self.model, x_val, self.training)
-        self._run_validation = self.validation.run
-        if isinstance(x_val, Tensor):  # copies of rows from host memory cannot be captured
-            self._run_validation = self.launcher.captured(self.validation.run, "validations")
 
     def train(self) -> None:
         """Runs the remaining epochs.
@@ -291,8 +284,8 @@ class TrainingRun:
     def row_order(self, epoch: int) -> Tensor:
         """Permutation [N] of the training rows, by seed and epoch alone: equal on every device and after a resume."""
         if self._row_order is None or self._row_order[0] != epoch:
-            order = generator(self.seed, Stream.ROW_ORDER, epoch).permutation(self.x_train.shape[0])
-            self._row_order = epoch, torch.from_numpy(order)
+            rows, columns = self.x_train.shape
+            self._row_order = epoch, training_order(rows, columns, self.seed, epoch, self.training.row_order)
         return self._row_order[1]
 
     def _next_launch(self) -> tuple[StepKind, int]:
@@ -328,20 +321,7 @@ class TrainingRun:
 
     def _validate(self) -> dict[str, float]:
         """Metrics of the validation rows, which model selection takes into account."""
-        self._run_validation()
-        metrics = self.validation.result()
-        if has_unusable_values(metrics["reconstruction_error"], metrics.values(), self.x_val.shape):
-            x_val, self.val_rows, _ = without_outliers(self.model, self.x_val, self.val_rows, "validation")
-            self._set_validation_rows(x_val)
-            self._run_validation()
-            metrics = self.validation.result()
-        metrics = self.ranks.on_main(lambda: metrics)
-        if not math.isfinite(metrics["val_loss"]):
-            message = f"the validation loss is not finite after epoch {self.epoch}: "
-            if largest_magnitude(self.x_val)[1] > MAX_MAGNITUDE:
-                raise TrainingError(message + "validation rows have values far outside those of training")
-            step = self.epoch * self.training_step.steps_per_epoch
-            raise DivergenceError(message + "the weights are too large for the validation rows", step)
+        metrics = self.validation.measure(self.epoch, self.epoch * self.training_step.steps_per_epoch)
         self.selection.update(metrics["val_loss"], self.epoch, self.model)
         return metrics
 

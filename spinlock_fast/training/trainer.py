@@ -26,6 +26,7 @@ from spinlock_fast.data.split import Split, split_rows
 from spinlock_fast.device import resolve_device
 from spinlock_fast.distributed import Ranks, current_ranks
 from spinlock_fast.errors import ConfigError, DataError, Interrupted, TrainingError
+from spinlock_fast.features.blocks import Blocks
 from spinlock_fast.features.categories import (
     Groups,
     assign_categories,
@@ -36,7 +37,7 @@ from spinlock_fast.features.categories import (
 )
 from spinlock_fast.features.matrix import MatrixNormalizer, fit_matrix_normalizer
 from spinlock_fast.features.normalize import units
-from spinlock_fast.features.statistics import Blocks, mean_and_std
+from spinlock_fast.features.statistics import mean_and_std
 from spinlock_fast.kernels._common.guard import device_guard
 from spinlock_fast.models.decoder_refit import refit_decoder
 from spinlock_fast.models.initialization import initialize_codebooks
@@ -233,9 +234,9 @@ class Trainer:
                 self._requested_signal,
                 model,
                 self._place_rows(rows(split.train), device),
-                self._place_rows(rows(split.val), device),
+                self._place_rows(rows(split.val[ranks.share(split.val.size)]), device),
                 train_rows=split.train,
-                val_rows=split.val,
+                val_rows=split.val[ranks.share(split.val.size)],
                 started=started,
                 ranks=ranks,
             )
@@ -268,13 +269,18 @@ class Trainer:
         """Metrics of the validation rows, whose code usage the quantizer gets, and of the test rows if any."""
         training = self.config.training
         self._raise_if_stopped(final_state)
-        metrics, code_counts = evaluate_with_counts(model, run.x_val, training, run.val_rows, "validation")
+        ranks = self._ranks()
+        validation = run.validation
+        metrics, code_counts = evaluate_with_counts(
+            model, validation.x, training, validation.numbers, "validation", ranks
+        )
         model.quantizer.usage.copy_(code_counts)
         model.quantizer.rows_seen.fill_(metrics["val_rows"])
         if split.test.size:
             self._raise_if_stopped(final_state)
-            x_test = self._place_rows(rows(split.test), run.device)
-            metrics["test"] = evaluate(model, x_test, training, split.test, "test")
+            test_rows = split.test[ranks.share(split.test.size)]
+            x_test = self._place_rows(rows(test_rows), run.device)
+            metrics["test"] = evaluate(model, x_test, training, test_rows, "test", ranks)
         return metrics
 
     def _raise_if_stopped(self, final_state: dict[str, Any]) -> None:
