@@ -15,6 +15,10 @@ from torch import Tensor
 
 from spinlock_fast.config.loading import apply_overrides
 from spinlock_fast.config.schema import RunConfig
+from spinlock_fast.distributed import Ranks, current_ranks
+from spinlock_fast.errors import DataError, TrainingError
+from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
+from spinlock_fast.training.distributed import check_replicas
 from spinlock_fast.training.trainer import Trainer
 
 pytestmark = pytest.mark.dist
@@ -78,7 +82,30 @@ def fit_variants(rank: int, world: int, file: str) -> None:
     torch.set_num_threads(1)
     for name, changes in VARIANTS.items():
         torch.save(fit(settings(**changes)), f"{file}.{name}.{rank}")
+    torch.save(misuse(rank), f"{file}.misuse.{rank}")
     dist.destroy_process_group()
+
+
+def misuse(rank: int) -> dict[str, Any]:
+    """What happens to ranks that are given different rows, or hold different weights."""
+    outcome: dict[str, Any] = {}
+    one_epoch = settings(**{"training.num_epochs": 1})
+    try:
+        Trainer(one_epoch).fit(rows()[: ROWS - rank], GROUPS)
+    except DataError as error:
+        outcome["different rows"] = str(error)
+    by_itself = Trainer(one_epoch, ranks=Ranks()).fit(rows()[: ROWS - rank], GROUPS, normalize=False)
+    outcome["by itself"] = by_itself.metrics["samples"]
+    torch.manual_seed(0)
+    model = CategoricalHierarchicalVQVAE(CategoricalVQVAEConfig(input_dim=20, group_indices=GROUPS))
+    check_replicas(model, current_ranks(), 7)
+    with torch.no_grad():
+        next(model.parameters())[0, 0] += 1e-5 * rank
+    try:
+        check_replicas(model, current_ranks(), 7)
+    except TrainingError as error:
+        outcome["different weights"] = str(error)
+    return outcome
 
 
 def assert_equal(one: Any, other: Any, where: str, tolerance: float) -> None:
@@ -107,3 +134,10 @@ def test_ranks_train_what_one_process_trains(world: int, tmp_path: Path) -> None
         # Adam divides by the root of mean squares: where a gradient nearly vanishes, its rounding error shows. With
         # learned codes one bias has such gradients; the gradients of a step agree within 3e-7.
         assert_equal(alone, ranks[0], name, 1e-4 if name == "learned codes" else 1e-5)
+    for rank in range(world):
+        outcome = torch.load(f"{file}.misuse.{rank}", weights_only=True)
+        assert outcome["different rows"].startswith(
+            "the ranks were given different rows ([301, 20] on rank 0, [300, 20]"
+        )
+        assert outcome["by itself"] == ROWS - rank
+        assert outcome["different weights"].startswith("the ranks hold different weights after step 7")
