@@ -113,12 +113,12 @@ def _fake(x: Tensor, *_: Any) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.num_codes, ctx.dims, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*inputs[:8])
+    ctx.options = inputs[8:]
 
 
 def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = _loss_gradients(*grads, *ctx.saved_tensors, ctx.num_codes, ctx.dims, ctx.backend)
+    gradients = _loss_gradients(grads[0], *ctx.saved_tensors, *ctx.options)
     return None, gradients[0], None, None, *gradients[1:]
 
 

@@ -133,12 +133,13 @@ def _fake(x: Tensor, latents: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.num_codes, ctx.dims = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*inputs[:4])
+    ctx.sizes = inputs[4:]
 
 
 def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    return None, _latents_gradient(*grads, *ctx.saved_tensors, ctx.num_codes, ctx.dims)
+    grad_pre, grad_post = grads
+    return None, _latents_gradient(grad_pre, grad_post, *ctx.saved_tensors, *ctx.sizes)
 
 
 @operator("topographic_correlations", fake=_fake, setup_context=_setup_context, backward=_backward)
