@@ -32,7 +32,7 @@ def loss(codebook, *tensors):
     found = vq_assign(latents, codebook, LAYOUT, gradient="straight_through")
     decoders = Decoders(*tensors[len(SHAPES) :])
     partial = partial_loss(tensors[0], found.quantized, found.codes, codebook, decoders, LAYOUT)
-    return partial + topographic_loss(tensors[0], latents, found.codes, codebook, LAYOUT, 0.5)
+    return partial + topographic_loss(tensors[0], latents, found.codes, codebook, LAYOUT, 0.3)
 
 
 class Recorder:
