@@ -60,6 +60,8 @@ def grouped_mlp(
         ones = x.new_ones(G, x.shape[0], w1.shape[1]) if dropout > 0.0 else None
         keep = None if ones is None else drop(ones, dropout, batch)
         return reference.grouped_mlp(x, w1, b1, w2, b2, inputs.sizes, keep)
+    if torch.compiler.is_compiling():  # autograd and the compiler derive the gradients
+        return pytorch.forward(x, w1, b1, w2, b2, inputs, dropout, batch)[0]
     implementation = choose_implementation(backend, x, w1, b1, w2, b2)
     out: Tensor = _GroupedMLP.apply(x, w1, b1, w2, b2, inputs, dropout, batch, implementation)  # type: ignore[no-untyped-call]
     return out

@@ -139,6 +139,8 @@ def scaled_output_linear(
     )
     if in_transform():
         return reference.scaled_output_linear(x, gain, shift, weight, bias, outputs.sizes)
+    if torch.compiler.is_compiling():  # autograd and the compiler derive the gradients
+        return pytorch.scaled_output_linear(x, gain, shift, weight, bias, outputs)[0]
     native = native_supports(x, gain, shift, weight, bias)
     out: Tensor = _ScaledOutputLinear.apply(x, gain, shift, weight, bias, outputs, native)  # type: ignore[no-untyped-call]
     return out
@@ -172,9 +174,11 @@ def normalize_(x: Tensor, eps: float = 1e-5) -> Tensor:
     if not isinstance(x, Tensor) or x.ndim < 1:
         raise TypeError("normalize_: x must be a tensor of at least one dimension")
     check("normalize_", ("x", x, tuple(x.shape), FLOAT))
+    if in_transform() or torch.compiler.is_compiling():
+        return reference.normalize(x, eps)
     # Autograd refuses in-place changes of a leaf, and of a view by a function with two results.
     in_place = x.is_contiguous() and not x._is_view() and not (x.requires_grad and x.is_leaf)
-    if in_place and not in_transform() and native_supports(x):
+    if in_place and native_supports(x):
         out: Tensor = _NativeNormalize.apply(x, eps)[0]  # type: ignore[no-untyped-call]
         return out
     return reference.normalize(x, eps)
@@ -234,6 +238,8 @@ def ragged_layer_norm(
     tensors = (x.to(wide), weight.to(wide), bias.to(wide))
     if in_transform():
         out = reference.ragged_layer_norm(*tensors, segments.sizes, eps)
+    elif torch.compiler.is_compiling():
+        out = pytorch.ragged_layer_norm(*tensors, segments, eps)[0]
     else:
         out = _RaggedLayerNorm.apply(*tensors, segments, eps, 0.0, None, False)  # type: ignore[no-untyped-call]
     return out.to(x.dtype)
