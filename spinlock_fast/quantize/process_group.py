@@ -64,6 +64,11 @@ class Processes:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
         return tensor
 
+    def copy_first_(self, *tensors: Tensor) -> None:
+        """Replaces tensors by those of the first process."""
+        for tensor in tensors:
+            dist.broadcast(tensor, group=self.group, group_src=0)
+
     def sample(self, rows: Tensor, max_rows: int) -> Tensor:
         """A random sample of the rows of all processes, identical on each of them.
 
