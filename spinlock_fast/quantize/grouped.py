@@ -120,8 +120,7 @@ class GroupedVectorQuantizer(TransientBuffers):
         self.centred = centred
         self.sync = sync
         self.processes = Processes(process_group)
-        self.requested_backend = backend
-        self.frozen = False
+        self.requested_backend, self.frozen = backend, False
 
         layout = self.layout
         index = layout.indices(torch.device("cpu"))
@@ -386,13 +385,13 @@ class GroupedVectorQuantizer(TransientBuffers):
 
         If several processes share the quantizer, all of them must call this; the draws of the first one apply to all.
         """
-        codes, averages = gathered(self.embedding.detach()), (self.cluster_size, self.embedding_sum)
-        sizes = self.layout, threshold, strategy, max_fraction
-        replaced = reset_dead_codes(codes, *averages, *sizes, latents, generator=generator)
-        if self.shared:
-            self.processes.copy_first_(codes, *averages, replaced)
+        state = gathered(self.embedding.detach()), self.cluster_size, self.embedding_sum
+        options: Any = threshold, strategy, max_fraction, latents
+        replaced = reset_dead_codes(*state, self.layout, *options, generator=generator)
+        for drawn in (*state, replaced) if self.shared else ():
+            self.processes.copy_first_(drawn)
         if is_sharded(self.embedding):
-            assign_(self.embedding, codes)
+            assign_(self.embedding, state[0])
         return replaced
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:

@@ -59,15 +59,11 @@ class Processes:
         dist.all_reduce(tensor, group=self.group)
         return tensor
 
-    def max_(self, tensor: Tensor) -> Tensor:
-        """All-reduces `tensor` in place by elementwise maximum."""
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
-        return tensor
-
-    def copy_first_(self, *tensors: Tensor) -> None:
-        """Replaces tensors by those of the first process."""
-        for tensor in tensors:
-            dist.broadcast(tensor, group=self.group, group_src=0)
+    def copy_first_(self, tensor: Tensor) -> Tensor:
+        """Replaces finite `tensor` by that of the first process; an all-reduce, which torch.compile can trace."""
+        if self.rank() != 0:
+            tensor.zero_()
+        return self.sum_(tensor)
 
     def sample(self, rows: Tensor, max_rows: int) -> Tensor:
         """A random sample of the rows of all processes, identical on each of them.

@@ -40,7 +40,7 @@ _numbers = itertools.count()
 def store_written(module: nn.Module, name: str) -> None:
     """Copies values that were written to a gathered parameter during `forward` to its shards.
 
-    Does nothing if `name` is a buffer, or if the parameter is not sharded. All processes must have written equal values.
+    Does nothing if `name` is a buffer or a parameter that is not sharded. All processes must have written equal values.
     """
     parameter = module._parameters.get(name)
     if parameter is not None and dist.is_available() and dist.is_initialized():

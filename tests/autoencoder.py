@@ -23,6 +23,8 @@ KINDS: dict[str, Callable[..., nn.Module]] = {
     "orthogonal": functools.partial(VectorQuantize, D, K, orthogonal_reg_weight=0.1),
     "heads": functools.partial(VectorQuantize, D, K, heads=2, codebook_dim=3, separate_codebook_per_head=True),
     "stages": functools.partial(ResidualVQ, dim=D, codebook_size=K, num_quantizers=4),
+    "dropout": functools.partial(ResidualVQ, dim=D, codebook_size=K, num_quantizers=4, quantize_dropout=True),
+    "shared": functools.partial(ResidualVQ, dim=D, codebook_size=K, num_quantizers=3, shared_codebook=True),
     "learned stages": functools.partial(ResidualVQ, dim=D, codebook_size=K, num_quantizers=2, **LEARNED),
     "groups": functools.partial(GroupedResidualVQ, dim=D, codebook_size=K, num_quantizers=2, groups=2),
     "packed": functools.partial(GroupedVectorQuantizer, [5, 3], [3, 1], codebook_init="uniform"),
@@ -31,6 +33,13 @@ KINDS: dict[str, Callable[..., nn.Module]] = {
     ),
     "original": functools.partial(VectorQuantizer, K, D),
     "original, learned": functools.partial(VectorQuantizer, K, D, use_ema=False),
+}
+# Kinds of single tests.
+OTHER_KINDS: dict[str, Callable[..., nn.Module]] = {
+    "affine": functools.partial(VectorQuantize, D, K, affine_param=True, sync_affine_param=True),
+    "in place": functools.partial(
+        VectorQuantize, D, K, **LEARNED, in_place_codebook_optimizer=lambda codes: torch.optim.SGD(codes, lr=0.1)
+    ),
 }
 # Kinds that draw random rows: each process draws its own, so codes differ from those of one process.
 RANDOM_KINDS: dict[str, Callable[..., nn.Module]] = {
@@ -52,7 +61,7 @@ class Autoencoder(nn.Module):
     def __init__(self, kind: str, **more: Any) -> None:
         super().__init__()
         self.encoder = nn.Sequential(nn.Linear(WIDTH, 8), nn.Tanh(), nn.Linear(8, D))
-        self.quantizer = {**KINDS, **RANDOM_KINDS}[kind](**more)
+        self.quantizer = {**KINDS, **RANDOM_KINDS, **OTHER_KINDS}[kind](**more)
         self.decoder = nn.Linear(D, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -67,6 +76,13 @@ def make(kind: str, **more: Any) -> Autoencoder:
     """The same weights for each call with a kind."""
     torch.manual_seed(0)
     return Autoencoder(kind, **more)
+
+
+def load(kind: str, state: dict[str, Tensor]) -> Autoencoder:
+    """An autoencoder with this state."""
+    module = make(kind)
+    module.load_state_dict({name: value for name, value in state.items() if not name.endswith("usage")})
+    return module
 
 
 def batch(step: int, rows: int = ROWS) -> Tensor:
@@ -91,13 +107,6 @@ def train(
         module(x).backward()
         optimizer.step()
     return optimizer
-
-
-def trained_alone(kind: str, steps: int = 20, **more: Any) -> dict[str, Tensor]:
-    """The state after training on whole batches in this process."""
-    module = make(kind, **more)
-    train(module, map(batch, range(steps)))
-    return state_of(module)
 
 
 def state_of(module: nn.Module) -> dict[str, Tensor]:
