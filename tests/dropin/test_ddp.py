@@ -111,6 +111,7 @@ def two_passes_before_backward(rank):
         other.quantizer.process_group = group_of_one()
         for run, x in ((DistributedDataParallel(module), lambda step: share(step, rank)), (other, batch)):
             optimizer = optimizer_of(run)
+            torch.manual_seed(0)
             for step in range(3):
                 optimizer.zero_grad()
                 (run(x(step)) + run(x(step + 50))).backward()
@@ -147,12 +148,26 @@ def compiled(rank):
         lambda module: torch.compile(DistributedDataParallel(module)),
         lambda module: DistributedDataParallel(torch.compile(module)),
     ):
-        for kind in ("averages", "learned", "stages", "packed, learned", "original", "dropout"):
+        for kind in ("averages", "learned", "stages", "packed, learned", "original"):
             torch._dynamo.reset()
             compare(kind, wrap, rank, steps=4)
-        for kind in ("stages, resets", "learned, k-means", "packed, k-means"):
+        for kind in ("dropout", "stages, resets", "learned, k-means", "packed, k-means"):
             torch._dynamo.reset()
             trained(kind, wrap, rank, [uneven_share(step, rank) for step in range(4)])
+
+
+def dropout_draws(rank):
+    """The number of stages is the first process's draw, also in compiled graphs: uniformly distributed."""
+    for draw in (
+        lambda quantizer: quantizer._num_stages_from_seed(torch.device("cpu"), None),
+        lambda quantizer: int(quantizer.draw_num_stages(torch.device("cpu"))),
+    ):
+        quantizer = make("dropout").quantizer
+        torch.manual_seed(rank)
+        found = [draw(quantizer) for _ in range(20)]
+        quantizer.process_group = group_of_one()
+        torch.manual_seed(0)
+        assert found == [draw(quantizer) for _ in range(20)]
 
 
 def affine_statistics(rank):
@@ -178,7 +193,14 @@ def group_created_late(rank, file):
 
 
 def test_two_processes_equal_one(tmp_path):
-    checks = (equals_one_process, float64_is_not_rounded, shares_without_rows, resets_draw_once, affine_statistics)
+    checks = (
+        equals_one_process,
+        float64_is_not_rounded,
+        shares_without_rows,
+        resets_draw_once,
+        dropout_draws,
+        affine_statistics,
+    )
     run_checks(checks, tmp_path, group_created_late)
 
 
