@@ -44,7 +44,8 @@ class Processes:
         Raises:
             RuntimeError: the group was lost in pickling, and there are several processes.
         """
-        if not dist.is_available() or not dist.is_initialized():
+        # torch.compile takes `is_initialized` for a constant, but guards on this attribute: a later group recompiles.
+        if not dist.is_available() or dist.distributed_c10d._world.default_pg is None:
             return 1
         if self.lost and dist.get_world_size() > 1:
             raise RuntimeError(_LOST)

@@ -180,16 +180,18 @@ def group_created_late(rank, file):
     """Averages are summed from the first step after `init_process_group` on; DDP starts from the first process's."""
     kinds = ("averages", "stages", "packed, k-means", "k-means", "original")
     modules = {kind: make(kind) for kind in kinds}
-    for kind in kinds:
+    modules["compiled"] = make("averages")
+    modules["compiled"].compile(backend="aot_eager")
+    for module in modules.values():
         torch.manual_seed(rank)
-        train(modules[kind], [share(step, rank) for step in range(2)])
+        train(module, [share(step, rank) for step in range(2)])
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    for kind in kinds:
-        train(DistributedDataParallel(modules[kind]), [share(step, rank) for step in range(2, 5)])
-        assert_equal_ranks(modules[kind], kind)
+    for kind, module in modules.items():
+        train(DistributedDataParallel(module), [share(step, rank) for step in range(2, 5)])
+        assert_equal_ranks(module, kind)
     dist.destroy_process_group()
-    for kind in kinds:
-        modules[kind](batch(0))  # one process again
+    for module in modules.values():
+        module(batch(0))  # one process again
 
 
 def test_two_processes_equal_one(tmp_path):
