@@ -386,7 +386,7 @@ class GroupedVectorQuantizer(TransientBuffers):
         If several processes share the quantizer, all of them must call this; the draws of the first one apply to all.
         """
         state = gathered(self.embedding.detach()), self.cluster_size, self.embedding_sum
-        options: Any = threshold, strategy, max_fraction, latents
+        options = threshold, strategy, max_fraction, latents
         replaced = reset_dead_codes(*state, self.layout, *options, generator=generator)
         for drawn in (*state, replaced) if self.shared else ():
             self.processes.copy_first_(drawn)
