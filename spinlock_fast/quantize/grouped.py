@@ -385,13 +385,12 @@ class GroupedVectorQuantizer(TransientBuffers):
 
         If several processes share the quantizer, all of them must call this; the draws of the first one apply to all.
         """
-        state = gathered(self.embedding.detach()), self.cluster_size, self.embedding_sum
-        options = threshold, strategy, max_fraction, latents
-        replaced = reset_dead_codes(*state, self.layout, *options, generator=generator)
-        for drawn in (*state, replaced) if self.shared else ():
+        held = gathered(self.embedding.detach()), self.cluster_size, self.embedding_sum
+        replaced = reset_dead_codes(*held, self.layout, threshold, strategy, max_fraction, latents, generator=generator)
+        for drawn in (*held, replaced) if self.shared else ():
             self.processes.copy_first_(drawn)
         if is_sharded(self.embedding):
-            assign_(self.embedding, state[0])
+            assign_(self.embedding, held[0])
         return replaced
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
