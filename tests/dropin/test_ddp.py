@@ -203,13 +203,13 @@ def test_two_processes_equal_one(tmp_path):
         dropout_draws,
         affine_statistics,
     )
-    run_checks(checks, tmp_path, group_created_late)
+    run_checks(checks, tmp_path)
 
 
 @pytest.mark.slow
 def test_options_and_orders_of_passes(tmp_path):
     checks = (options_of_ddp, gradient_accumulation, two_passes_before_backward, subgroups, random_rows_are_shared)
-    run_checks(checks, tmp_path)
+    run_checks(checks, tmp_path, group_created_late)
 
 
 @pytest.mark.slow

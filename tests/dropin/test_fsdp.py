@@ -27,8 +27,7 @@ def parts(module):
     return fully_shard(module)
 
 
-# Kinds whose codes are parameters that are written during the forward pass, and one of each other sort.
-WRITTEN = ("orthogonal", "original", "learned, k-means", "learned, resets", "packed, learned, k-means")
+# Kinds of the fast tier.
 SHORT = ("orthogonal", "original", "packed, learned", "stages")
 
 
@@ -42,13 +41,17 @@ def some_equal_one_process(rank):
     equals_one_process(rank, SHORT, (parts,))
 
 
-def equals_ddp(rank):
+def equals_ddp(rank, kinds=tuple(RANDOM_KINDS)):
     """Random draws are those of DDP: codes written to gathered parameters are in the shards."""
-    for kind in RANDOM_KINDS:
+    for kind in kinds:
         shares = [share(step, rank) for step in range(6)]
         expected = state_of(trained(kind, DistributedDataParallel, rank, shares))
         for wrap in (fully_shard, parts):
             assert_same(state_of(trained(kind, wrap, rank, shares)), expected, kind)
+
+
+def written_codes_equal_ddp(rank):
+    equals_ddp(rank, ("learned, resets", "packed, learned, k-means"))
 
 
 def shares_without_rows(rank):
@@ -146,10 +149,15 @@ def in_place_optimizers_are_refused(rank):
 
 
 def test_two_processes_equal_one(tmp_path):
-    checks = (some_equal_one_process, equals_ddp, mixed_precision, partial(reload, directory=str(tmp_path)))
+    checks = (
+        some_equal_one_process,
+        written_codes_equal_ddp,
+        mixed_precision,
+        partial(reload, directory=str(tmp_path)),
+    )
     run_checks((*checks, meta_device, codes_outside_of_forward, in_place_optimizers_are_refused), tmp_path)
 
 
 @pytest.mark.slow
 def test_every_kind(tmp_path):
-    run_checks((equals_one_process, shares_without_rows), tmp_path)
+    run_checks((equals_one_process, equals_ddp, shares_without_rows), tmp_path)
