@@ -45,7 +45,7 @@ REPLACED = {
     "--output checkpoints/mine": "--output checkpoints/mine --set training.num_epochs=2",
 }
 _BLOCK = re.compile(r"(?:<!-- (?P<marker>[^>]*?) -->\n)?```(?P<language>bash|python)\n(?P<text>.*?)```", re.DOTALL)
-_OPTIONAL = ("diffusers", "matplotlib", "transformers")  # packages of extras
+_OPTIONAL = ("accelerate", "diffusers", "matplotlib", "transformers")  # packages of extras
 
 
 class Block(NamedTuple):
