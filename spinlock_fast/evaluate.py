@@ -28,16 +28,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_device(options)
     add_quiet(options, "no table")
     chosen = options.parse_args(arguments)
-    exit_with(lambda: _evaluate(chosen))
+    exit_with(lambda: _evaluate(chosen), distributed=True)
 
 
 def _evaluate(chosen: argparse.Namespace) -> None:
     from spinlock_fast.commands.console import RunDisplay, print_summary
     from spinlock_fast.config.schema import LoggingConfig
+    from spinlock_fast.distributed import current_ranks
     from spinlock_fast.output.atomic_files import write_json
     from spinlock_fast.training.evaluation import evaluate_file
 
-    with RunDisplay(chosen.quiet, LoggingConfig(level="warning")):
+    ranks = current_ranks()
+    with RunDisplay(chosen.quiet or not ranks.is_main, LoggingConfig(level="warning")):
         metrics = evaluate_file(
             chosen.checkpoint,
             chosen.data,
@@ -45,10 +47,11 @@ def _evaluate(chosen: argparse.Namespace) -> None:
             chosen.rows,
             allow_external=not chosen.no_external,
             memory_budget=chosen.memory_budget,
+            ranks=ranks,
         )
-    if chosen.json:
+    if chosen.json and ranks.is_main:
         write_json(Path(chosen.json), metrics)
-    if not chosen.quiet:
+    if ranks.is_main and not chosen.quiet:
         print_summary(metrics)
 
 

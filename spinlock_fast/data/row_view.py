@@ -46,8 +46,8 @@ class RowView:
         return rows
 
     def select(self, positions: NDArray[np.int64]) -> RowView:
-        """The rows at some positions of this selection, without the transform."""
-        return RowView(self._matrix, self._row_numbers[positions])
+        """The rows at some positions of this selection."""
+        return RowView(self._matrix, self._row_numbers[positions], self._transform)
 
     def read(self, positions: slice | NDArray[np.int64], out: NDArray[np.float32]) -> None:
         """Copies rows to `out` [len(positions), F]; releases the GIL."""
