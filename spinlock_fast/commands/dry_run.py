@@ -26,7 +26,7 @@ from spinlock_fast.training.run import output_directory
 # Measured, see docs/scale.md.
 _PROCESS_BYTES = 350_000_000  # Python, torch and buffers
 _MAPPED_BYTES = 1 << 27  # resident pages of the file of features
-_STATISTICS_BYTES = 400_000_000  # columns while their medians are found
+_STATISTICS_BYTES = 250_000_000  # columns while their medians are found
 _INDEX_BYTES = 60  # row numbers, keys and permutations of a row
 
 _PROBE_STEPS = 4
