@@ -139,7 +139,7 @@ def prepare(
     matrix.rewrite(lambda block: normalizer(cleaner(block)), len(kept_names))
     if config.data.feature_matrix == "memory":
         matrix.to_memory()
-    timer.lap("normalize")
+    timer.lap("clean")
     return PreparedFeatures(
         x=matrix.x,
         encoders=encoders,
@@ -199,6 +199,6 @@ class _StageTimer:
         self._last = time.perf_counter()
 
     def lap(self, name: str) -> None:
-        """Stores the seconds since the last lap."""
+        """Adds the seconds since the last lap to a stage."""
         now = time.perf_counter()
-        self.seconds[name], self._last = now - self._last, now
+        self.seconds[name], self._last = self.seconds.get(name, 0.0) + now - self._last, now

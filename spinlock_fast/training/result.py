@@ -85,7 +85,7 @@ def as_feature_matrix(x: ArrayLike | Tensor) -> NDArray[Any]:
     data = np.ascontiguousarray(array, dtype=np.float32) if array.dtype == np.float32 else array
     pages = MappedPages(data)
     for start in range(0, len(data), _ROWS_PER_BLOCK):
-        pages.touched(np.arange(start, min(start + _ROWS_PER_BLOCK, len(data))))
+        pages.release_if_many()
         with np.errstate(over="ignore"):
             values = data[start : start + _ROWS_PER_BLOCK].astype(np.float32, copy=False)
         finite = np.isfinite(values)
