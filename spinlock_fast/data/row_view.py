@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 
 from spinlock_fast.data.mapped_pages import MappedPages
 
+_MAPPED_ROWS_AT_ONCE = 1024  # between two releases of pages; scattered rows map 64 kB each
+
 
 class RowView:
     """A lazy selection of rows of a matrix: rows are copied when they are read.
@@ -55,7 +57,10 @@ class RowView:
 
     def _read(self, row_numbers: NDArray[np.int64], out: NDArray[np.float32]) -> None:
         # mode="raise" would copy through a buffer, at half the speed; the row numbers are in range.
-        np.take(self._matrix, row_numbers, axis=0, out=out, mode="clip")
-        self._pages.touched(row_numbers)
+        step = _MAPPED_ROWS_AT_ONCE if self.is_mapped else max(len(row_numbers), 1)
+        for start in range(0, len(row_numbers), step):
+            part = row_numbers[start : start + step]
+            np.take(self._matrix, part, axis=0, out=out[start : start + step], mode="clip")
+            self._pages.touched(part)
         if self._transform is not None:
             out[...] = self._transform(out)

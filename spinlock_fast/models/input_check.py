@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from spinlock_fast.data.payload_checks import checked_array
+from spinlock_fast.data.row_view import RowView
 from spinlock_fast.distributed import Ranks
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE
 
@@ -136,7 +137,7 @@ def outside_share(features: Floats, low: Floats, high: Floats) -> NDArray[np.flo
 @torch.no_grad()
 def row_errors(model: CategoricalHierarchicalVQVAE, x: NDArray[np.float32], rows: NDArray[np.int64]) -> Floats:
     """[n] mean squared reconstruction errors of at most 2,048 of the given rows of normalised features x [N, F]."""
-    sample = torch.from_numpy(x[rows[:: max(1, len(rows) // _SAMPLED_ROWS)]]).to(model.feature_order.device)
+    sample = torch.from_numpy(RowView(x)[rows[:: max(1, len(rows) // _SAMPLED_ROWS)]]).to(model.feature_order.device)
     errors: NDArray[np.float32] = (model(sample)["reconstruction"] - sample).square().mean(1).cpu().numpy()
     return errors
 
