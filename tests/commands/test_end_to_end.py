@@ -667,7 +667,7 @@ def test_unreadable_files_are_rejected(
         (["training.batch_size=many"], "training.batch_size"),
         (["training.num_epochs=0"], "training.num_epochs"),
         (["training.val_fraction=0.7", "training.test_fraction=0.5"], "must leave rows"),
-        (["families={mine: {encoder: MLPEncoder}}"], "needs `dataset`"),
+        (["families={mine: {encoder: MLPEncodr}}"], "families.mine.encoder"),
         (["device=tpu"], "auto, cpu, cuda"),
         (["training.category_assignment=/no/such.json"], "no such file"),
         (["memory_budget=lots"], "expected a size"),
