@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from spinlock_fast.analysis.associations import associations_table, code_counts, cooccurrence_table, lifts_table
 from spinlock_fast.analysis.codes import codes_table, features_table, one_hot, samples_table
 from spinlock_fast.analysis.conditions import Condition, make_conditions
+from spinlock_fast.analysis.named_conditions import add_named_conditions
 from spinlock_fast.analysis.neighbours import agreement_table, nearest_operators, neighbours_table
 from spinlock_fast.analysis.observations import Observations, Progress, collect_observations
 from spinlock_fast.analysis.refinement import refinement_table
@@ -68,6 +69,7 @@ def analyze(
     progress: Progress | None = None,
     *,
     allow_external: bool = True,
+    conditions: Sequence[str] = (),
 ) -> Analysis:
     """Encodes the operators of a file and analyses their tokens.
 
@@ -78,6 +80,7 @@ def analyze(
         stage: called with a text when a stage begins.
         progress: called with (operators done, all operators).
         allow_external: False refuses data files with links to other directories.
+        conditions: further conditions, see `add_named_conditions`.
 
     Raises:
         DataError: the checkpoint or the data cannot be used.
@@ -90,6 +93,9 @@ def analyze(
         each.allow_external = allow_external
     stage("Encoding")
     observed = collect_observations(tokenizer, data, config.rows, memory_budget, progress)
+    if conditions:
+        with tokenizer.source(data) as source:
+            add_named_conditions(observed, source, conditions)
     encoded = time.perf_counter()
     analysis = analyze_observations(observed, config, stage)
     parts = []

@@ -48,6 +48,7 @@ def run_analysis(options: argparse.Namespace, settings: Mapping[str, Any]) -> No
             display.stage,
             lambda done, total: display.encoded("operators", done, total),
             allow_external=not options.no_external,
+            conditions=options.conditions,
         )
         display.stage("Writing")
         with locked_output_directory(output):
