@@ -135,7 +135,7 @@ def prepare(
     cleaned = TransformedRows(train, lambda block: np.ascontiguousarray(cleaner(block)), len(kept_names))
     timer.lap("clean")
     display.stage(f"discovering categories of {len(kept_names)} features")
-    groups = ranks.broadcast_object(find_categories(cleaned, kept_names, config) if ranks.is_main else {})
+    groups = ranks.on_main(lambda: find_categories(cleaned, kept_names, config))
     timer.lap("discover")
     normalizer = fit_normalizer(cleaned, config.training.normalization_method, ranks)
     matrix.rewrite(lambda block: normalizer(cleaner(block)), len(kept_names))
