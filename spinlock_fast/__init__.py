@@ -9,6 +9,7 @@ from spinlock_fast._native import __version__
 
 if TYPE_CHECKING:
     from spinlock_fast.checkpoints.directory import load_checkpoint
+    from spinlock_fast.commands.fit import fit_tokenizer as fit_tokenizer
     from spinlock_fast.compat.pretrained import from_pretrained_codebook
     from spinlock_fast.dropin import GroupedResidualVQ, ResidualVQ, VectorQuantize
     from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
@@ -27,6 +28,7 @@ _MODULES = {
     "Trainer": "training.trainer",
     "TrainResult": "training.result",
     "VectorQuantize": "dropin",
+    "fit_tokenizer": "commands.fit",  # not public: the work of Tokenizer.fit, which is far below it
     "from_pretrained_codebook": "compat.pretrained",
     "load_checkpoint": "checkpoints.directory",
 }

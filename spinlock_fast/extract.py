@@ -16,10 +16,10 @@ _LAYOUTS = ("auto", "well", "pdebench", "pypde", "array")
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     options = parser("extract", "Describes trajectories of any simulation; see docs/trajectories.md.")
-    options.add_argument("files", nargs="+", metavar="FILE", help="HDF5, netCDF-4 or .npy files, or globs")
+    options.add_argument("files", nargs="+", metavar="FILE", help="HDF5, netCDF-4, .npy or Zarr, or globs")
     options.add_argument("--output", required=True, metavar="FEATURES.h5", help="the file of features")
     options.add_argument("--layout", default="auto", choices=_LAYOUTS, help="how the files are arranged (auto)")
-    options.add_argument("--dataset", metavar="PATH", help="plain arrays: path of the array in the HDF5 file")
+    options.add_argument("--dataset", metavar="PATH", help="plain arrays: path of the array in the file or store")
     options.add_argument("--axes", help="plain arrays: letters of the axes, n m t c z y x, e.g. 'n t c y x'")
     options.add_argument("--fields", metavar="A,B", help="fields to read (default: all that change in time)")
     options.add_argument("--spacing", metavar="DX[,DY[,DZ]]", help="distance of neighbouring points")

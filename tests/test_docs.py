@@ -38,6 +38,7 @@ REPLACED = {
     "--operators 1000": "--operators 4",
     "--seed 7": "--seed 7 --operators 24",
     '{"training.num_epochs": 50}': '{"training.num_epochs": 1, "training.batch_size": 64, "training.topo_samples": 64}',
+    "num_epochs=20, batch_size=64": "num_epochs=1, batch_size=64, topo_samples=64",
     "training.num_epochs=50": "training.num_epochs=2",
     "dataset_path=data/1k.h5": "dataset_path=data/quickstart.h5 --set training.num_epochs=1 --output checkpoints/100k",
     "--output checkpoints/behaviour": "--output checkpoints/behaviour --set training.num_epochs=2",
@@ -45,7 +46,7 @@ REPLACED = {
     "--output checkpoints/mine": "--output checkpoints/mine --set training.num_epochs=2",
 }
 _BLOCK = re.compile(r"(?:<!-- (?P<marker>[^>]*?) -->\n)?```(?P<language>bash|python)\n(?P<text>.*?)```", re.DOTALL)
-_OPTIONAL = ("accelerate", "diffusers", "matplotlib", "transformers")  # packages of extras
+_OPTIONAL = ("accelerate", "diffusers", "matplotlib", "sklearn", "transformers")  # packages of extras
 
 
 class Block(NamedTuple):

@@ -28,6 +28,8 @@ FLOORS = [
     {"models"},
     {"dropin"},
     {"checkpoints"},
+    {"raw_input"},
+    {"estimator"},
     {"tokenizer", "compat"},
     {"training", "simulate", "trajectories"},
     {"analysis", "report"},

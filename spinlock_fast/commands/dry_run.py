@@ -17,6 +17,7 @@ from spinlock_fast.device import resolve_device
 from spinlock_fast.distributed import current_ranks
 from spinlock_fast.errors import OutputError
 from spinlock_fast.features.encode import block_rows, encode_seconds, make_encoders
+from spinlock_fast.features.family_layout import resolve_families
 from spinlock_fast.messages import format_bytes
 from spinlock_fast.models.losses import LossWeights, loss_terms
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
@@ -45,6 +46,7 @@ def print_plan(config: RunConfig) -> None:
     device = resolve_device(config.device)
     ranks = current_ranks()
     directory = output_directory(config)
+    config = resolve_families(config)
     lines = []
     with open_source(config) as source:
         rows = source.rows

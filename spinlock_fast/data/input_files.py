@@ -70,7 +70,7 @@ def find_files(paths: str | Sequence[str]) -> list[Path]:
         if "\0" in pattern:
             raise DataError(f"{pattern!r}: a path cannot hold a NUL character")
         if _GLOB.search(pattern) and not os.path.exists(pattern):
-            matches = sorted(glob.glob(pattern, recursive=True), key=_natural_sort_key)
+            matches = sorted(glob.glob(pattern, recursive=True), key=natural_sort_key)
             if not matches:
                 raise DataError(f"{pattern}: no file matches{_generate_hint(pattern)}")
             files += [Path(match) for match in matches]
@@ -219,5 +219,6 @@ def _generate_hint(path: str) -> str:
     return f"; simulate one with `python -m spinlock_fast.generate --operators 512 --output {name}`"
 
 
-def _natural_sort_key(text: str) -> list[Any]:
+def natural_sort_key(text: str) -> list[Any]:
+    """Sorts shard_10 after shard_9."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)]

@@ -168,7 +168,8 @@ class InputCheck:
     def merge(self, ranks: Ranks) -> None:
         """Adds the rows of the other ranks, in order of the ranks; then the summary is the same on each of them."""
         for values in (self._outside, self._errors):
-            values[:] = [part for of_rank in ranks.gather_objects(values) for part in of_rank]
+            mine = np.concatenate(values) if values else np.zeros(0)
+            values[:] = [part for part in ranks.gather_objects(mine) if len(part)]
 
     def restrict_to(self, rows: NDArray[np.int64]) -> None:
         """Keeps only the features of the given row numbers; call before `add_errors`."""

@@ -24,6 +24,7 @@ from spinlock_fast.features.blocks import TransformedRows, extremes
 from spinlock_fast.features.categories import MIN_ROWS, read_mapping
 from spinlock_fast.features.cleaning import FeatureCleaner, fit_cleaner
 from spinlock_fast.features.encode import FamilyEncoder, block_rows, encode_rows, encode_seconds, make_encoders
+from spinlock_fast.features.family_layout import resolve_families
 from spinlock_fast.features.normalize import Normalizer, fit_normalizer
 from spinlock_fast.features.statistics import mean_and_std
 from spinlock_fast.models.input_check import KnownRows, RowStatistic, outside_share
@@ -83,7 +84,8 @@ def open_source(config: RunConfig) -> FeatureSource:
     """The configured data; raises DataError, or ConfigError if dataset_path is not set."""
     if config.dataset_path is None:
         raise ConfigError("dataset_path: required, not given; name an HDF5 file, a glob or a list of files")
-    return FeatureSource(config.dataset_path, config.datasets(), allow_external=config.data.allow_external)
+    datasets = resolve_families(config).datasets()
+    return FeatureSource(config.dataset_path, datasets, allow_external=config.data.allow_external)
 
 
 def prepare(

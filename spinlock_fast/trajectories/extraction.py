@@ -38,6 +38,7 @@ from spinlock_fast.output.locks import locked
 from spinlock_fast.trajectories.layouts import open_trajectories
 from spinlock_fast.trajectories.options import Options
 from spinlock_fast.trajectories.samples import TrajectorySet
+from spinlock_fast.trajectories.zarr_arrays import store_state
 
 BLOCK = 32  # most samples that are kept at a time
 _BLOCKS_OF_A_RANK = 4  # at least, so that all ranks end at about the same time
@@ -140,8 +141,7 @@ def _settings(trajectories: TrajectorySet, options: Options, span: tuple[int, in
     """What the described samples depend on."""
     files = []
     for file in trajectories.files:
-        status = file.path.stat()
-        files.append([str(file.path.resolve()), status.st_size, status.st_mtime_ns])
+        files.append([str(file.path.resolve()), *store_state(file.path)])
     chosen = {name: value for name, value in asdict(options).items() if name != "memory_budget"}
     digest = hashlib.sha256(json.dumps(files).encode(errors="replace")).hexdigest()
     return json.loads(  # type: ignore[no-any-return]
