@@ -14,6 +14,7 @@ from spinlock_fast import _native
 from spinlock_fast.config.schema import RunConfig
 from spinlock_fast.data.feature_source import FeatureSource
 from spinlock_fast.data.split import Split, split_rows
+from spinlock_fast.descriptors.field_grid import FieldGrid
 from spinlock_fast.errors import ConfigError, DataError
 from spinlock_fast.features.categories import MIN_ROWS, read_mapping
 from spinlock_fast.features.cleaning import FeatureCleaner, fit_cleaner
@@ -45,6 +46,7 @@ class PreparedFeatures:
     high: NDArray[np.float64]
     outside: RowStatistic
     missing: dict[str, int]  # missing raw values by family
+    field_grid: FieldGrid | None  # of the fields that `extract` described
 
     def checkpoint_entries(self) -> dict[str, Any]:
         """The entries of a model file that do not come from the model."""
@@ -56,6 +58,7 @@ class PreparedFeatures:
             "normalization": self.normalizer.state(),
             "feature_names": self.feature_names,
             "known_rows": self.known_rows.state(),
+            "field_grid": None if self.field_grid is None else self.field_grid.state(),
         }
 
     def fingerprint(self) -> dict[str, Any]:
@@ -136,6 +139,7 @@ def prepare(source: FeatureSource, config: RunConfig, device: torch.device, disp
         high=high,
         outside=outside,
         missing=missing,
+        field_grid=FieldGrid.of_files(source.files),
     )
 
 

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from spinlock_fast.config.schema import DEFAULT_DATASETS
 from spinlock_fast.data.window_sizes import available_cpus
 from spinlock_fast.descriptors.describe import Describer, aggregate
+from spinlock_fast.descriptors.field_grid import GENERATOR
 from spinlock_fast.descriptors.names import Groups, changes_with
 from spinlock_fast.errors import ConfigError, DataError, Interrupted, OutputError
 from spinlock_fast.kernels._common.single_thread import single_thread
@@ -276,7 +277,7 @@ def _write(
         grid = shape.grid
         file.attrs.update(
             {
-                "generator": "spinlock-fast extract",
+                "generator": GENERATOR,
                 "layout": trajectories.layout,
                 "channels": list(shape.channels),
                 "extents": list(grid.extents),
