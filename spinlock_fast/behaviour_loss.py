@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 WEIGHTS = {"commitment": 0.1, "latent": 1.0, "reconstruction": 0.1, "tokens": 0.1}
 OF_TARGET = ("latent", "tokens")  # terms that need a target
+_NOT_OF_FIELDS = "operator_sensitivity"  # descriptors that need the operator, in files of `generate`
 _DESCRIBE = ("axes", "spacing", "periodic", "time_step")
 
 Descriptors = Callable[[Tensor], Mapping[str, Tensor]]
@@ -175,8 +176,10 @@ class BehaviourLoss(nn.Module):
             raise DataError(f"none of {len(finite)} trajectories has finite descriptors in prediction and target")
         if self.missing:
             predicted, target = predicted[left], None if target is None else target[left]
-        terms = self._terms(predicted, None if target is None else target.detach())
-        return {**terms, "total": torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()}
+        with torch.autocast(predicted_fields.device.type, enabled=False):
+            terms = self._terms(predicted, None if target is None else target.detach())
+            total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
+        return {**terms, "total": total}
 
     def encode(self, fields: Tensor, families: Mapping[str, Any] | None = None) -> Behaviour:
         """Features, latents and tokens of fields; arguments and errors as in `forward`.
@@ -271,6 +274,13 @@ class BehaviourLoss(nn.Module):
             return None
         if columns == expected:
             return None
+        if isinstance(self._describe, BatchDescriber):
+            lacking = [column for column in expected if column not in columns and not column.startswith(_NOT_OF_FIELDS)]
+            if others := lacking + [column for column in columns if column not in expected]:
+                text = "the fields do not give" if lacking else "the tokenizer was not trained on"
+                raise DataError(
+                    f"family {name!r}: {text} {shown(others[0])}; channels, axes and realizations must be the same"
+                )
         place = {column: i for i, column in enumerate(columns)}
         index = torch.tensor([place.get(column, 0) for column in expected])
         present = torch.tensor([column in place for column in expected])
@@ -336,7 +346,7 @@ class BehaviourLoss(nn.Module):
 
 def _code_spread(codes: Tensor, mask: Tensor) -> Tensor:
     """[G] mean squared distance of a code of codes [G, K, D] from the nearest other one; 1 for a single code."""
-    distance = torch.cdist(codes, codes).square()
+    distance = torch.cdist(codes, codes, compute_mode="donot_use_mm_for_euclid_dist").square()
     # Equal codes are one.
     alone = ~(mask[:, None] & mask[:, :, None]) | (distance <= 1e-12 * codes.square().sum(2).amax(1)[:, None, None])
     nearest = distance.masked_fill(alone, torch.inf).amin(2)
