@@ -57,7 +57,7 @@ def simulate(output: Path, train: int, test: int, seed: int) -> None:
 class Surrogate(nn.Module):
     """u(t) [N, 1, Y, X] and nu [N] -> u(t + 1)."""
 
-    def __init__(self, channels: int = 16) -> None:
+    def __init__(self, channels: int = 12) -> None:
         super().__init__()
 
         def layer(inputs: int, outputs: int) -> nn.Conv2d:
@@ -170,7 +170,7 @@ def main(arguments: list[str] | None = None) -> None:
     training = verbs.add_parser("train", help="train the surrogates and print the table")
     training.add_argument("data", type=Path, help="the directory that `simulate` wrote")
     training.add_argument("checkpoint", type=Path)
-    training.add_argument("--epochs", type=int, default=20, help="of single steps, and of rollouts (20)")
+    training.add_argument("--epochs", type=int, default=12, help="of single steps, and of rollouts (12)")
     training.add_argument("--weight", type=float, default=0.3, help="of the behaviour loss (0.3)")
     training.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args(arguments)

@@ -23,7 +23,7 @@ from spinlock_fast.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-WEIGHTS = {"commitment": 0.1, "latent": 1.0, "reconstruction": 0.1, "tokens": 0.1}
+WEIGHTS = {"commitment": 0.1, "latent": 1.0, "reconstruction": 0.01, "tokens": 0.1}
 OF_TARGET = ("latent", "tokens")  # terms that need a target
 _NOT_OF_FIELDS = "operator_sensitivity"  # descriptors that need the operator, in files of `generate`
 _DESCRIBE = ("axes", "spacing", "periodic", "time_step")
