@@ -102,7 +102,7 @@ class BehaviourLoss(nn.Module):
         self._describe = _describer(tokenizer, descriptors)
         self.feature_names = list(tokenizer.feature_names)
         self._datasets = {family.name: family.dataset for family in tokenizer.families}
-        model = deepcopy(tokenizer.model).requires_grad_(False)
+        model = deepcopy(tokenizer.model).eval().requires_grad_(False)
         features = DifferentiableFeatures(tokenizer.families, tokenizer.cleaner, tokenizer.normalizer)
         # In a tuple, not registered: neither an optimizer, `requires_grad_` nor a checkpoint of a module that has this
         # loss as a part reaches the tokenizer.
@@ -121,8 +121,6 @@ class BehaviourLoss(nn.Module):
 
     def train(self, mode: bool = True) -> Self:
         """Stays in eval mode."""
-        for module in self._frozen:
-            module.train(False)
         return super().train(False)
 
     @property

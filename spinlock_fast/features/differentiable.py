@@ -50,8 +50,7 @@ def inward_clamp(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
 class DifferentiableFeatures(nn.Module):
     """{family: [N, ...]} -> cleaned, normalised features [N, F], as `Tokenizer.features`, with gradients.
 
-    A frozen copy: without parameters that are trained, and always in eval mode. Missing values (NaN) are replaced as in
-    `Tokenizer.features`, and have no gradient.
+    A frozen copy, in eval mode. Missing values (NaN) are replaced as in `Tokenizer.features`, and have no gradient.
 
     Args:
         families: encoders, in the order of the columns.
@@ -69,7 +68,7 @@ class DifferentiableFeatures(nn.Module):
         self._keep = torch.from_numpy(cleaner.keep.nonzero()[0])
         self._bounds = torch.from_numpy(cleaner.low), torch.from_numpy(cleaner.high)
         self._normalization = torch.from_numpy(normalizer.center), torch.from_numpy(normalizer.scale)
-        self.train(False)
+        self.eval()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -81,10 +80,6 @@ class DifferentiableFeatures(nn.Module):
         for family in self.families.values():
             family.move(device)
         return self
-
-    def train(self, mode: bool = True) -> Self:
-        """Stays in eval mode."""
-        return super().train(False)
 
     def available(self, given: Mapping[str, Tensor]) -> Tensor:
         """[F] bool, on the CPU: features made of values that are given.
