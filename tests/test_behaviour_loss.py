@@ -21,6 +21,7 @@ from spinlock_fast.descriptors.batched import BatchDescriber
 from spinlock_fast.descriptors.describe import Families
 from spinlock_fast.descriptors.field_grid import FieldGrid
 from spinlock_fast.descriptors.gradients import is_constant
+from spinlock_fast.descriptors.registry import aggregated_names, temporal_names
 from spinlock_fast.errors import ConfigError, DataError
 from spinlock_fast.features.cleaning import fit_cleaner
 from spinlock_fast.features.differentiable import inward_clamp
@@ -449,3 +450,37 @@ def test_a_compiled_surrogate_and_a_compiled_step(tokenizer: Tokenizer) -> None:
     found = torch.autograd.grad(torch.compile(step, backend="aot_eager")(target), list(surrogate.parameters()))
     for own, other in zip(expected, found, strict=True):
         torch.testing.assert_close(own, other, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("encoder", ["IdentityEncoder", "MLPEncoder"])
+def test_descriptors_of_the_operator_are_given_or_left_out(encoder: str) -> None:
+    """The families of a file of `generate`: 3 channels, realizations, and columns that only the operator gives."""
+    fields = torch.randn(6, 2, 8, 3, 16, 16, generator=torch.Generator().manual_seed(0)).cumsum(2)
+    described = describe(fields, "n m t c y x")
+    own = torch.rand(6, 360, generator=torch.Generator().manual_seed(1))
+    place = {name: i for i, name in enumerate(described.names["summary"])}
+    for i, name in enumerate(aggregated_names()):
+        if name in place:
+            own[:, i] = described["summary"][:, place[name]]
+    raw = {"summary": own, "temporal": described["temporal"]}
+    torch.manual_seed(0)
+    families = [
+        family("summary", encoder, raw["summary"], aggregated_names()),
+        family("temporal", "TemporalCNNEncoder", raw["temporal"], temporal_names()),
+    ]
+    columns = torch.cat([made(raw[made.name]) for made in families], 1).numpy()
+    cleaner = fit_cleaner(columns, FeatureCleaningConfig())
+    normalizer = fit_normalizer(cleaner(columns), "standard")
+    kept = [name for name, keep in zip([n for f in families for n in f.names], cleaner.keep, strict=True) if keep]
+    groups = {kind: [i for i, name in enumerate(kept) if name.startswith(kind)] for kind in ("summary", "temporal")}
+    model = CategoricalHierarchicalVQVAE(CategoricalVQVAEConfig(input_dim=len(kept), group_indices=groups)).eval()
+    tokenizer = Tokenizer(model, families, cleaner, normalizer, kept)
+    loss = BehaviourLoss(tokenizer, {"axes": "n m t c y x", "spacing": 1.0, "periodic": True, "time_step": 1.0})
+    whole = loss.encode(fields, {"summary": own})
+    torch.testing.assert_close(whole.features, torch.from_numpy(tokenizer.features(raw)), rtol=1e-3, atol=1e-3)
+    available = loss.encode(fields).available
+    assert loss.left_out(available) == ["summary"]
+    lost = [name for name, known in zip(kept, available.tolist(), strict=True) if not known]
+    assert lost == [
+        name for name in kept if ("operator_sensitivity" in name or encoder == "MLPEncoder") and "summ" in name
+    ]
