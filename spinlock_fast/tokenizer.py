@@ -19,6 +19,7 @@ from spinlock_fast.checkpoints.tokenizer_files import Origin, write_tokenizer
 from spinlock_fast.data.feature_source import FeatureSource
 from spinlock_fast.data.input_arrays import to_real_tensor
 from spinlock_fast.data.payload_checks import checked_strings, payload_errors
+from spinlock_fast.descriptors.field_grid import FieldGrid
 from spinlock_fast.distributed import SINGLE, Ranks
 from spinlock_fast.errors import DataError
 from spinlock_fast.estimator import Estimator, not_fitted
@@ -54,6 +55,7 @@ class Tokenizer(Estimator):
     allow_external: bool = True  # False: refuses data files with links to other directories
     known_rows: KnownRows | None = None  # None: of an earlier version, converted, or of a `TrainResult`
     training_range: TrainingRange | None = None
+    field_grid: FieldGrid | None = None  # of the fields that `extract` described; None: not recorded
     metrics: Mapping[str, Any] = MappingProxyType({})  # the contents of metrics.json
     origin: Origin = Origin()
 
@@ -125,18 +127,20 @@ class Tokenizer(Estimator):
                 raise DataError(f"feature_mask has {cleaner.keep.size} columns, but the encoders give {columns}")
         with payload_errors(payload, "normalization"):
             normalizer = Normalizer.from_state(payload["normalization"], F)
-        known_rows = training_range = None
+        known_rows = training_range = field_grid = None
         with payload_errors(payload, "known_rows"):
             if "known_rows" in payload:
                 known_rows = KnownRows.from_state(payload["known_rows"])
         with payload_errors(payload, "training_range"):
             if "training_range" in payload:
                 training_range = TrainingRange.from_state(payload["training_range"], F)
+        with payload_errors(payload, "field_grid"):
+            if payload.get("field_grid") is not None:
+                field_grid = FieldGrid.from_state(payload["field_grid"])
         with payload_errors(payload, "feature_names"):
             names = checked_strings(payload["feature_names"], "feature_names", F)
-        return cls.from_parts(
-            model, families, cleaner, normalizer, names, known_rows=known_rows, training_range=training_range
-        )
+        recorded: Any = {"known_rows": known_rows, "training_range": training_range, "field_grid": field_grid}
+        return cls.from_parts(model, families, cleaner, normalizer, names, **recorded)
 
     def payload(self) -> dict[str, Any]:
         """The contents of a model file, which `from_payload` reads."""
@@ -152,7 +156,7 @@ class Tokenizer(Estimator):
             "code_usage": self.model.quantizer.usage,
             "code_usage_rows": int(self.model.quantizer.rows_seen),
         }
-        for name in ("known_rows", "training_range"):
+        for name in ("known_rows", "training_range", "field_grid"):
             if (known := getattr(self, name)) is not None:
                 parts[name] = known.state()
         return model_payload(self.model, self.model.state_dict(), self.origin.epoch, parts)

@@ -31,7 +31,7 @@ FLOORS = [
     {"raw_input"},
     {"estimator"},
     {"tokenizer", "compat"},
-    {"training", "simulate", "trajectories"},
+    {"training", "simulate", "trajectories", "behaviour_loss"},
     {"analysis", "report"},
     {"commands"},
 ]
