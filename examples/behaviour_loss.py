@@ -9,8 +9,8 @@
 
 `simulate` solves the equation with random parameters, in 120 simulations for training and 32 for the test. `train`
 first fits one step of the surrogate, and goes on from there with whole rollouts: once with their mean squared error
-alone, and once with the behaviour loss added. The table has both measures on the test simulations, also those of
-another simulation in place of a prediction.
+alone, and once for each weight of the behaviour loss. The table has both measures on the test simulations,
+also those of another simulation in place of a prediction.
 """
 
 from __future__ import annotations
@@ -137,8 +137,8 @@ def measure(predicted: Tensor, fields: Tensor, behaviour: BehaviourLoss) -> dict
     }
 
 
-def train(data: Path, checkpoint: Path, epochs: int, weight: float, seed: int) -> dict[str, dict[str, float]]:
-    """Trains both surrogates and prints the table."""
+def train(data: Path, checkpoint: Path, epochs: int, weights: list[float], seed: int) -> dict[str, dict[str, float]]:
+    """Trains the surrogates and prints the table."""
     train_fields, train_nu, test_fields, test_nu = (
         torch.from_numpy(np.load(data / f"{name}.npy")) for name in ("train", "train_nu", "test", "test_nu")
     )
@@ -155,7 +155,9 @@ def train(data: Path, checkpoint: Path, epochs: int, weight: float, seed: int) -
         "(another simulation)": measure(test_fields.roll(1, 0), test_fields, behaviour),
         "single steps": tested(model),
     }
-    for name, loss in (("rollouts, MSE", None), ("rollouts, MSE + behaviour", behaviour)):
+    for weight in (0.0, *weights):
+        name = "rollouts, MSE" + (f" + {weight:g} behaviour" if weight else "")
+        loss = behaviour if weight else None
         started, own = time.perf_counter(), copy.deepcopy(model)
         fit_rollouts(own, train_fields, train_nu, epochs, loss, weight)
         print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
@@ -179,13 +181,13 @@ def main(arguments: list[str] | None = None) -> None:
     training.add_argument("data", type=Path, help="the directory that `simulate` wrote")
     training.add_argument("checkpoint", type=Path)
     training.add_argument("--epochs", type=int, default=12, help="of single steps, and of rollouts (12)")
-    training.add_argument("--weight", type=float, default=0.3, help="of the behaviour loss (0.3)")
+    training.add_argument("--weights", type=float, nargs="*", default=[0.3, 3.0], help="of the behaviour loss (0.3 3)")
     training.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args(arguments)
     if chosen.verb == "simulate":
         simulate(chosen.output, chosen.train, chosen.test, chosen.seed)
     else:
-        train(chosen.data, chosen.checkpoint, chosen.epochs, chosen.weight, chosen.seed)
+        train(chosen.data, chosen.checkpoint, chosen.epochs, chosen.weights, chosen.seed)
 
 
 if __name__ == "__main__":

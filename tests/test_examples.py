@@ -71,9 +71,9 @@ def test_the_surrogate_trains_with_the_loss_on_its_behaviour(
     for command in (extraction, [*training, *(part for setting in settings for part in ("--set", setting))]):
         subprocess.run([sys.executable, "-m", "spinlock_fast", *command], check=True, capture_output=True)
     module = example("behaviour_loss", monkeypatch)
-    results = module.train(tmp_path, tmp_path / "checkpoint", 2, 0.1, 0)
+    results = module.train(tmp_path, tmp_path / "checkpoint", 2, [0.1], 0)
     printed = capsys.readouterr().out
-    assert list(results)[1:] == ["single steps", "rollouts, MSE", "rollouts, MSE + behaviour"]
+    assert list(results)[1:] == ["single steps", "rollouts, MSE", "rollouts, MSE + 0.1 behaviour"]
     for name, found in results.items():
         assert all(np.isfinite(value) for value in found.values()), name
         assert name in printed
