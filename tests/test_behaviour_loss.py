@@ -77,7 +77,7 @@ def make_tokenizer(
     sizes: dict[str, Any] = {"group_embedding_dim": 12, "group_hidden_dim": 16, "dropout": 0.3}
     model = CategoricalHierarchicalVQVAE(CategoricalVQVAEConfig(input_dim=len(kept), group_indices=parts, **sizes))
     model.train()(torch.from_numpy(normalizer(cleaned)))  # k-means
-    return Tokenizer(model.eval(), families, cleaner, normalizer, kept, field_grid=GRID)
+    return Tokenizer.from_parts(model.eval(), families, cleaner, normalizer, kept, field_grid=GRID)
 
 
 @pytest.fixture(scope="module")
@@ -387,7 +387,7 @@ def test_descriptors_of_the_operator_are_given_or_left_out(encoder: str) -> None
     kept = [name for name, keep in zip([n for f in families for n in f.names], cleaner.keep, strict=True) if keep]
     groups = {kind: [i for i, name in enumerate(kept) if name.startswith(kind)] for kind in ("summary", "temporal")}
     model = CategoricalHierarchicalVQVAE(CategoricalVQVAEConfig(input_dim=len(kept), group_indices=groups)).eval()
-    tokenizer = Tokenizer(model, families, cleaner, normalizer, kept)
+    tokenizer = Tokenizer.from_parts(model, families, cleaner, normalizer, kept)
     loss = BehaviourLoss(tokenizer, {"axes": "n m t c y x", "spacing": 1.0, "periodic": True, "time_step": 1.0})
     whole = loss.encode(fields, {"summary": own})
     torch.testing.assert_close(whole.features, torch.from_numpy(tokenizer.features(raw)), rtol=1e-3, atol=1e-3)

@@ -68,6 +68,7 @@ def train_tokenizer(data: Any, config: RunConfig, display: Display, *, matrix: b
         prepared.feature_names,
         checkpoint_hash="",
         known_rows=prepared.known_rows,
+        field_grid=prepared.field_grid,
         training_range=TrainingRange(prepared.low, prepared.high, prepared.outside, errors),
         metrics=result.metrics,
         origin=Origin.of_run(config, result.metrics, history),
