@@ -93,6 +93,17 @@ class Ranks:
             dist.all_gather_object(values, value)
         return values
 
+    def gather_on_main(self, value: Any) -> list[Any]:
+        """The values that the ranks pass, in their order, on rank 0; an empty list on the others. They are pickled."""
+        if self.size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        values: list[Any] | None = [None] * self.size if self.is_main else None
+        with self._errors():
+            dist.gather_object(value, values)
+        return values or []
+
     def barrier(self) -> None:
         """Waits until every rank has reached this point."""
         if self.size > 1:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -20,7 +19,8 @@ from spinlock_fast.checkpoints.tokenizer_files import Origin, write_tokenizer
 from spinlock_fast.data.feature_source import FeatureSource
 from spinlock_fast.data.input_arrays import to_real_tensor
 from spinlock_fast.data.payload_checks import checked_strings, payload_errors
-from spinlock_fast.errors import DataError, OutputError
+from spinlock_fast.distributed import SINGLE, Ranks
+from spinlock_fast.errors import DataError
 from spinlock_fast.estimator import Estimator, not_fitted
 from spinlock_fast.features.cleaning import FeatureCleaner
 from spinlock_fast.features.encode import FamilyEncoder, block_rows
@@ -29,13 +29,11 @@ from spinlock_fast.features.row_keys import row_keys
 from spinlock_fast.kernels._common.guard import device_guard
 from spinlock_fast.models.input_check import InputCheck, KnownRows, TrainingRange
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE
-from spinlock_fast.output.locks import locked_output_file
-from spinlock_fast.output.token_files import TokenTable, check_format, token_file
 from spinlock_fast.raw_input import families_of, family_tensors, is_path
 
 log = logging.getLogger(__name__)
 
-_DEFAULT_BUDGET = 1_250_000_000
+DEFAULT_BUDGET = 1_250_000_000
 _ROWS_AT_ONCE = 4096
 _TRAINED = ("model", "families", "cleaner", "normalizer", "feature_names")
 
@@ -236,17 +234,23 @@ class Tokenizer(Estimator):
         return self._prepare(torch.cat(blocks).cpu().numpy(), lambda row: f"row {row}", check)
 
     def encode_file(
-        self, path: str | Path | list[str], memory_budget: int = _DEFAULT_BUDGET
+        self, path: str | Path | list[str], memory_budget: int = DEFAULT_BUDGET, ranks: Ranks = SINGLE
     ) -> Iterator[tuple[int, NDArray[np.int64]]]:
-        """(first row, tokens [B, G]) of an HDF5 file, block by block; see `encode`."""
+        """(first row, tokens [B, G]) of an HDF5 file, block by block; see `encode`.
+
+        Args:
+            ranks: if there are several, each gets consecutive blocks of those of one process; all of them must read
+                their blocks to the end.
+        """
         with self.source(path) as source:
             check = InputCheck(self.training_range, source.rows)
-            for start, _, x in self.raw_and_features(source, memory_budget, check):
+            for start, _, x in self.raw_and_features(source, memory_budget, check, ranks):
                 yield start, self._tokens(x, check, start)
+        check.merge(ranks)
         self._warn(check)
 
     def features_file(
-        self, path: str | Path | list[str], memory_budget: int = _DEFAULT_BUDGET, check: InputCheck | None = None
+        self, path: str | Path | list[str], memory_budget: int = DEFAULT_BUDGET, check: InputCheck | None = None
     ) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """(first row, cleaned and normalised features [B, F]) of an HDF5 file, block by block."""
         with self.source(path) as source:
@@ -261,12 +265,17 @@ class Tokenizer(Estimator):
         )
 
     def raw_and_features(
-        self, source: FeatureSource, memory_budget: int = _DEFAULT_BUDGET, check: InputCheck | None = None
+        self,
+        source: FeatureSource,
+        memory_budget: int = DEFAULT_BUDGET,
+        check: InputCheck | None = None,
+        ranks: Ranks = SINGLE,
     ) -> Iterator[tuple[int, dict[str, Tensor], NDArray[np.float32]]]:
         """(first row, raw families [B, ...] on the device, features [B, F]) of an open source, block by block.
 
         Args:
             check: collects statistics of the features before clipping.
+            ranks: if there are several, each gets consecutive blocks of those of one process.
 
         Raises:
             DataError: the rows have another shape than in training; see also `features`.
@@ -282,7 +291,8 @@ class Tokenizer(Estimator):
         rows = min(block_rows(info, share) for info in source.datasets.values())
         copy = rows * max(info.row_bytes for info in source.datasets.values())  # one family without NaN
         names = [family.name for family in self.families]
-        for start, raw in source.batches(names, rows, memory_budget - copy, self.device):
+        part = ranks.share(-(-source.rows // rows))
+        for start, raw in source.batches(names, rows, memory_budget - copy, self.device, part):
             with device_guard(self.device):
                 columns = [family(raw[family.name], source.row_locator(family.name, start)) for family in self.families]
                 encoded = torch.cat(columns, 1).cpu().numpy()
@@ -359,42 +369,3 @@ class Tokenizer(Estimator):
         warning = check.warning()
         if warning is not None:
             log.warning("%s", warning)
-
-
-def write_tokens(
-    tokenizer: Tokenizer,
-    data: str | list[str],
-    output: Path,
-    memory_budget: int = _DEFAULT_BUDGET,
-    progress: Callable[[int, int], None] | None = None,
-) -> int:
-    """Writes the tokens of an HDF5 file to a file whose ending names the format; see `token_file`.
-
-    Holds at most `memory_budget` bytes of raw values at once; an earlier file is replaced when all rows are written.
-
-    Args:
-        progress: called with (rows written, all rows).
-
-    Returns:
-        Number of rows.
-
-    Raises:
-        ConfigError: the format needs a package that is not installed.
-        DataError: the data cannot be read.
-        OutputError: the file cannot be written, or is the input.
-    """
-    model = tokenizer.model
-    check_format(output)
-    with tokenizer.source(data) as source:
-        rows = source.rows
-        if any(os.path.exists(output) and output.samefile(file) for file in source.all_files):
-            raise OutputError(f"{output}: is the input file")
-    if os.path.isdir(output):
-        raise OutputError(f"{output}: is a directory; name a file")
-    table = TokenTable(rows, model.codebook_names, model.quantizer.num_codes, tokenizer.checkpoint_hash)
-    with locked_output_file(output), token_file(output, table) as write:
-        for start, tokens in tokenizer.encode_file(data, memory_budget):
-            write(tokens)
-            if progress is not None:
-                progress(start + len(tokens), rows)
-    return rows

@@ -18,12 +18,15 @@ PRELOADED = (
     "torch.fx.experimental.symbolic_shapes",
     "torch._subclasses.fake_tensor",
     "scipy.cluster.hierarchy",
+    "spinlock_fast.commands.analysis",
     "spinlock_fast.commands.console",
+    "spinlock_fast.commands.extract",
     "spinlock_fast.data",
     "spinlock_fast.dropin",
     "spinlock_fast.simulate.run",
     "spinlock_fast.tokenizer",
     "spinlock_fast.train",
+    "spinlock_fast.training.evaluation",
     "spinlock_fast.training.run",
 )
 

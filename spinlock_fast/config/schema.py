@@ -296,6 +296,11 @@ class DataConfig(Section):
         default=True,
         description="false: refuse links, virtual and external sources outside of the directory of a data file",
     )
+    feature_matrix: Literal["auto", "memory", "disk"] = Field(
+        default="auto",
+        description="where the encoded features are kept: memory, or a file in the output directory while the command "
+        "runs (disk); auto: on disk beyond half of memory_budget, or with several ranks, which share the file",
+    )
 
 
 class LoggingConfig(Section):

@@ -60,10 +60,15 @@ class ArraySource(FeatureSource):
         return as_float32(chosen, lambda i: self.row_location(family, int(rows[i]))).numpy()
 
     def batches(
-        self, families: Sequence[str], rows: int, memory_budget: int, device: torch.device
+        self,
+        families: Sequence[str],
+        rows: int,
+        memory_budget: int,
+        device: torch.device,
+        part: slice | None = None,
     ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """Iterates over all rows in order; see `FeatureSource.batches`."""
-        for start in range(0, self._rows, rows):
+        """Iterates over the rows in order; see `FeatureSource.batches`."""
+        for start in range(0, self._rows, rows)[part or slice(None)]:
             block = {family: self._arrays[family][start : start + rows].to(device) for family in families}
             yield start, {family: as_float32(x, self.row_locator(family, start)) for family, x in block.items()}
 

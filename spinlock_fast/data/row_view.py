@@ -7,6 +7,10 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from spinlock_fast.data.mapped_pages import MappedPages
+
+_MAPPED_ROWS_AT_ONCE = 1024  # between two releases of pages; scattered rows map 64 kB each
+
 
 class RowView:
     """A lazy selection of rows of a matrix: rows are copied when they are read.
@@ -14,7 +18,7 @@ class RowView:
     Has `shape` and supports indexing by a slice or by positions within the selection.
 
     Args:
-        matrix: [N, F] float32, contiguous; may be a memory map.
+        matrix: [N, F] float32, contiguous; may be a memory map, whose pages are released after reading.
         row_numbers: [n] rows to select; all rows by default.
         transform: function [m, F] -> [m, F], float32, applied to rows when they are read.
     """
@@ -25,10 +29,16 @@ class RowView:
         row_numbers: NDArray[np.int64] | None = None,
         transform: Callable[[NDArray[np.float32]], NDArray[np.float32]] | None = None,
     ) -> None:
+        self._pages = MappedPages(matrix)
         self._matrix = np.asarray(matrix)  # a plain view of a memory map is faster to index
         self._row_numbers = np.arange(len(matrix)) if row_numbers is None else row_numbers
         self._transform = transform
         self.shape = (len(self._row_numbers), matrix.shape[1])
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether the rows are read from a file."""
+        return self._pages.is_mapped
 
     def __getitem__(self, positions: slice | NDArray[np.int64]) -> NDArray[np.float32]:
         """Copies of rows [m, F]."""
@@ -38,8 +48,8 @@ class RowView:
         return rows
 
     def select(self, positions: NDArray[np.int64]) -> RowView:
-        """The rows at some positions of this selection, without the transform."""
-        return RowView(self._matrix, self._row_numbers[positions])
+        """The rows at some positions of this selection."""
+        return RowView(self._matrix, self._row_numbers[positions], self._transform)
 
     def read(self, positions: slice | NDArray[np.int64], out: NDArray[np.float32]) -> None:
         """Copies rows to `out` [len(positions), F]; releases the GIL."""
@@ -47,6 +57,10 @@ class RowView:
 
     def _read(self, row_numbers: NDArray[np.int64], out: NDArray[np.float32]) -> None:
         # mode="raise" would copy through a buffer, at half the speed; the row numbers are in range.
-        np.take(self._matrix, row_numbers, axis=0, out=out, mode="clip")
+        step = _MAPPED_ROWS_AT_ONCE if self.is_mapped else max(len(row_numbers), 1)
+        for start in range(0, len(row_numbers), step):
+            part = row_numbers[start : start + step]
+            np.take(self._matrix, part, axis=0, out=out[start : start + step], mode="clip")
+            self._pages.touched(part)
         if self._transform is not None:
             out[...] = self._transform(out)

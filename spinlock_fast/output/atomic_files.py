@@ -56,7 +56,7 @@ def _renamed(target: Path) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_stale_temporaries(target)
-        temporary = _create_temporary(target)
+        temporary = create_temporary(target)
         yield temporary
         _copy_permissions(temporary, target)
         with open(temporary, "rb") as file:
@@ -107,6 +107,12 @@ def _is_special(target: Path) -> bool:
     return stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)
 
 
+def is_written_through(path: Path) -> bool:
+    """Whether `replacing` copies to a path at the end: an open descriptor such as /dev/stdout, a device or a FIFO."""
+    target = Path(os.path.realpath(path))
+    return _open_descriptor(path) is not None or (os.path.exists(target) and not os.path.isfile(target))
+
+
 def check_regular(path: Path) -> None:
     """Raises OutputError if a path exists and is not a regular file."""
     try:
@@ -127,8 +133,8 @@ def check_no_link(path: Path) -> None:
         raise OutputError(f"{path}: is a symbolic link; remove it")
 
 
-def _create_temporary(target: Path) -> Path:
-    """Creates an empty file in the directory of the target."""
+def create_temporary(target: Path) -> Path:
+    """Creates an empty temporary file of a target, in its directory; `remove_stale_temporaries` finds it."""
     stem = os.fsdecode(os.fsencode(target.name)[:_MAX_NAME_BYTES])
     suffix = target.suffix if len(target.suffix) <= 16 else ""
     # The replaced file may be private: its successor must not be readable by others meanwhile.

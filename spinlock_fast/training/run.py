@@ -18,6 +18,7 @@ from spinlock_fast.config.loading import dump_config
 from spinlock_fast.config.random_streams import VERSION, streams_of
 from spinlock_fast.config.schema import RunConfig
 from spinlock_fast.device import resolve_device
+from spinlock_fast.distributed import current_ranks
 from spinlock_fast.errors import ConfigError, Interrupted
 from spinlock_fast.features.family_layout import resolve_families
 from spinlock_fast.features.normalize import units
@@ -57,14 +58,15 @@ def run(config: RunConfig, display: Display, resume: Path | None = None) -> RunR
     started = time.perf_counter()
     directory = output_directory(config)
     device = resolve_device(config.device)
+    ranks = current_ranks()
     signals = _SignalHandler(resume)
     with handle_signals(signals.handle), RunDirectory(directory) as output:
         config = resolve_families(config)
         state = read_resumable(resume, config) if resume is not None else None
         streams = state["run"].get("streams", 1) if state is not None else VERSION
         with open_source(config) as source, streams_of(streams):
-            prepared = prepare(source, config, device, display)
-        fingerprint = prepared.fingerprint()
+            prepared = prepare(source, config, device, display, directory, ranks)
+        fingerprint = prepared.fingerprint(ranks)
         if state is not None:
             check_same_features(state["features"], fingerprint)
         partial = output.begin(resume is not None and resume.resolve() == directory.resolve())

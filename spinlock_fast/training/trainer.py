@@ -25,6 +25,7 @@ from spinlock_fast.data.row_view import RowView
 from spinlock_fast.data.split import Split, split_rows
 from spinlock_fast.device import resolve_device
 from spinlock_fast.errors import ConfigError, DataError, Interrupted, TrainingError
+from spinlock_fast.features.blocks import Blocks
 from spinlock_fast.features.categories import (
     Groups,
     assign_categories,
@@ -35,7 +36,7 @@ from spinlock_fast.features.categories import (
 )
 from spinlock_fast.features.matrix import MatrixNormalizer, fit_matrix_normalizer
 from spinlock_fast.features.normalize import units
-from spinlock_fast.features.statistics import Blocks, mean_and_std
+from spinlock_fast.features.statistics import mean_and_std
 from spinlock_fast.kernels._common.guard import device_guard
 from spinlock_fast.models.decoder_refit import refit_decoder
 from spinlock_fast.models.initialization import initialize_codebooks

@@ -37,12 +37,12 @@ from spinlock_fast.analyze import main as analyze_main
 from spinlock_fast.checkpoints.directory import FILES, RESUME, load_run_config, load_torch
 from spinlock_fast.checkpoints.integrity import STATES
 from spinlock_fast.checkpoints.run_directory import PARTIAL
+from spinlock_fast.commands.tokenize import write_tokens
 from spinlock_fast.config.loading import load_config
 from spinlock_fast.config.schema import DEFAULT_DATASETS
 from spinlock_fast.errors import DataError
 from spinlock_fast.evaluate import main as evaluate_main
 from spinlock_fast.tokenize import main as tokenize_main
-from spinlock_fast.tokenizer import write_tokens
 from spinlock_fast.train import main as train_main
 
 ROOT = Path(__file__).parents[2]
