@@ -261,6 +261,11 @@ class TrainingConfig(Section):
         description="keep rows on the device (always) or stream them from main memory (never); auto: on the device "
         "where they take at most half of its free memory",
     )
+    row_order: Literal["auto", "shuffled", "windows"] = Field(
+        default="auto",
+        description="order of the training rows of an epoch: a permutation of all rows (shuffled), or of rows within "
+        "256 MiB of the matrix at a time, which reads a disk in sequence (windows); auto: windows from 8 GiB on",
+    )
     cuda_graphs: bool = Field(
         default=True, description="capture training steps as CUDA graphs; no effect on other devices"
     )

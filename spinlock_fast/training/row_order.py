@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from spinlock_fast.config.random_streams import Stream, generator
 from spinlock_fast.data.row_order import RowOrder
 
 _UNIT_BYTES = 1 << 20  # rows that are neighbours in the file and read in sequence
+_AUTO_BYTES = 1 << 33
 _WINDOW_BYTES = 1 << 28  # rows among which the order is random
 
 
@@ -26,8 +29,16 @@ def windowed_order(rows: int, columns: int, seed: int, epoch: int) -> Tensor:
     return torch.from_numpy(np.concatenate([numbers for _, numbers in order.windows(epoch)]))
 
 
-def training_order(rows: int, columns: int, seed: int, epoch: int, windows: bool) -> Tensor:
-    """Permutation [rows] of the training rows: of all rows, or see `windowed_order`; by seed and epoch alone."""
-    if windows:
+def training_order(
+    rows: int, columns: int, seed: int, epoch: int, method: Literal["auto", "shuffled", "windows"] = "auto"
+) -> Tensor:
+    """Permutation [rows] of the training rows, by the arguments alone: not by memory, device or number of ranks.
+
+    Args:
+        rows, columns: shape of the float32 matrix.
+        seed, epoch: determine the permutation.
+        method: "shuffled" permutes all rows; "windows" see `windowed_order`; "auto" is "windows" from 8 GiB on.
+    """
+    if method == "windows" or (method == "auto" and 4 * rows * columns >= _AUTO_BYTES):
         return windowed_order(rows, columns, seed, epoch)
     return torch.from_numpy(generator(seed, Stream.ROW_ORDER, epoch).permutation(rows))

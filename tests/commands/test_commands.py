@@ -21,7 +21,14 @@ ARGUMENTS = {
     "convert": ["ckpt", "--output", "converted"],
     "report": ["ckpt", "--output", "pictures"],
 }
-OF_RANKS = {"generate", "extract", "evaluate", "tokenize", "analyze"}  # tested in test_ranks.py of their folders
+OF_RANKS = {
+    "train",
+    "generate",
+    "extract",
+    "evaluate",
+    "tokenize",
+    "analyze",
+}  # tested in test_ranks.py of their folders
 
 
 @pytest.fixture(autouse=True)

@@ -36,6 +36,11 @@ def test_seed_and_epoch_determine_the_order(small):
         assert not torch.equal(order, windowed_order(1000, COLUMNS, seed, epoch))
 
 
-def test_the_order_of_a_matrix_in_memory_is_that_of_earlier_versions():
+def test_the_order_of_a_small_matrix_is_that_of_earlier_versions(small, monkeypatch):
     expected = generator(42, Stream.ROW_ORDER, 5).permutation(100)
-    assert training_order(100, COLUMNS, 42, 5, windows=False).tolist() == expected.tolist()
+    assert training_order(100, COLUMNS, 42, 5).tolist() == expected.tolist()
+    monkeypatch.setattr(row_order, "_AUTO_BYTES", 4 * COLUMNS * 100)
+    assert training_order(99, COLUMNS, 42, 5).tolist() != windowed_order(99, COLUMNS, 42, 5).tolist()
+    assert torch.equal(training_order(100, COLUMNS, 42, 5), windowed_order(100, COLUMNS, 42, 5))
+    assert training_order(100, COLUMNS, 42, 5, "shuffled").tolist() == expected.tolist()
+    assert torch.equal(training_order(50, COLUMNS, 42, 5, "windows"), windowed_order(50, COLUMNS, 42, 5))
