@@ -17,15 +17,16 @@ from spinlock_fast.data.input_files import find_files
 from spinlock_fast.data.loader import HDF5Loader
 from spinlock_fast.errors import DataError
 from spinlock_fast.models.input_check import KnownRows
+from spinlock_fast.prediction.network import InputShape
 from spinlock_fast.prediction.settings import PredictorConfig
 from spinlock_fast.tokenizer import Tokenizer
 
-_POOLED = 8  # points per side of a field in `signature`
+_POOLED = 8  # points per axis of a field in `signature`
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of inputs: theta [B, P] (no columns where it is not an input), u0 [B, C, Y, X] or None."""
+    """Rows of inputs: theta [B, P] (no columns where it is not an input), u0 [B, C, *space] or None."""
 
     index: Tensor  # [B] row numbers
     theta: Tensor
@@ -69,8 +70,8 @@ class Inputs:
             for shuffle in (False, True)
         )
         first = next(iter(self.batches()))
-        self.parameters = first.theta.shape[1]
-        self.field_channels = 0 if first.field is None else first.field.shape[1]
+        field = (0, 0) if first.field is None else (first.field.shape[1], first.field.ndim - 2)
+        self.shape = InputShape(first.theta.shape[1], *field)
 
     @property
     def rows(self) -> int:
@@ -92,9 +93,11 @@ class Inputs:
         theta_path, field_path = self.config.parameters, self.config.fields
         theta = torch.empty(len(batch["index"]), 0) if theta_path is None else batch[theta_path].float()
         field = None if field_path is None else batch[field_path].float()
-        for path, values, dimensions in ((theta_path, theta, 2), (field_path, field, 4)):
-            if path is not None and values is not None and values.ndim != dimensions:
-                shape = "[N, P]" if dimensions == 2 else "[N, C, Y, X]"
+        for path, values, allowed, shape in (
+            (theta_path, theta, (2,), "[N, P]"),
+            (field_path, field, (3, 4, 5), "[N, C, X], [N, C, Y, X] or [N, C, Z, Y, X]"),
+        ):
+            if path is not None and values is not None and values.ndim not in allowed:
                 raise DataError(f"{path}: expected {shape}, got rows of shape {list(values.shape[1:])}")
         for path, values in ((theta_path, theta), (field_path, field)):
             if values is not None and not bool(torch.isfinite(values).all()):
@@ -115,7 +118,7 @@ class Standardizer:
     @classmethod
     def fit(cls, inputs: Inputs, training: NDArray[np.bool_]) -> Standardizer:
         """Of the training rows."""
-        sums = [torch.zeros(3, size, dtype=torch.float64) for size in (inputs.parameters, inputs.field_channels)]
+        sums = [torch.zeros(3, size, dtype=torch.float64) for size in inputs.shape[:2]]
         for batch in inputs.batches():
             chosen = torch.from_numpy(training[batch.index.numpy()])
             field = batch.field[chosen].movedim(1, -1).flatten(0, -2) if batch.field is not None else torch.empty(0, 0)
@@ -136,15 +139,17 @@ class Standardizer:
         theta = (batch.theta - self.theta_mean) / self.theta_std
         if batch.field is None:
             return theta.to(device), None
-        field = (batch.field - self.field_mean[:, None, None]) / self.field_std[:, None, None]
+        size = (-1, *[1] * (batch.field.ndim - 2))
+        field = (batch.field - self.field_mean.view(size)) / self.field_std.view(size)
         return theta.to(device), field.to(device)
 
 
 def signature(theta: Tensor, field: Tensor | None) -> Tensor:
-    """[B, S] in which nearest neighbours are searched: theta, and u0 averaged to 8 x 8 points, with equal weights."""
+    """[B, S] in which neighbours are searched: theta, and u0 averaged to 8 points per axis, with equal weights."""
     parts = [theta / max(theta.shape[1], 1) ** 0.5]
     if field is not None:
-        pooled = F.adaptive_avg_pool2d(field, _POOLED).flatten(1)
+        pool = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[field.ndim - 3]
+        pooled = pool(field, _POOLED).flatten(1)
         parts.append(pooled / pooled.shape[1] ** 0.5)
     return torch.cat(parts, 1).cpu()
 

@@ -4,41 +4,55 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from spinlock_fast.prediction.settings import PredictorConfig
 
+_CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
 
 class _ResidualBlock(nn.Module):
-    """[B, C_in, Y, X] -> [B, C_out, ceil(Y / 2), ceil(X / 2)] (He et al. 2016), periodic at the boundary."""
+    """[B, C_in, *space] -> [B, C_out, *half of space] (He et al. 2016), periodic at the boundary."""
 
-    def __init__(self, channels_in: int, channels_out: int) -> None:
+    def __init__(self, dimensions: int, channels_in: int, channels_out: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, stride=2, padding=1, padding_mode="circular", bias=False)
+        convolution = _CONVOLUTIONS[dimensions]
+        periodic: dict[str, Any] = {"padding": 1, "padding_mode": "circular", "bias": False}
+        self.conv1 = convolution(channels_in, channels_out, 3, stride=2, **periodic)
         self.norm1 = nn.GroupNorm(1, channels_out)
-        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1, padding_mode="circular", bias=False)
+        self.conv2 = convolution(channels_out, channels_out, 3, **periodic)
         self.norm2 = nn.GroupNorm(1, channels_out)
-        self.skip = nn.Conv2d(channels_in, channels_out, 1, stride=2)
+        self.skip = convolution(channels_in, channels_out, 1, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
         main = self.norm2(self.conv2(torch.relu(self.norm1(self.conv1(x)))))
         return torch.relu(main + self.skip(x))
 
 
+class InputShape(NamedTuple):
+    """The inputs of a network: P parameters, and C channels on a grid of some dimensions (C = 0: no field)."""
+
+    parameters: int
+    channels: int
+    dimensions: int
+
+
 class InputNetwork(nn.Module):
-    """theta [B, P] and u0 [B, C, Y, X], standardised -> [B, outputs]; either may have no columns or channels.
+    """theta [B, P] and u0 [B, C, *space], standardised -> [B, outputs]; either may have no columns or channels.
 
     u0 passes a residual network and its mean over space, theta is appended, and an MLP of one hidden layer follows.
     """
 
-    def __init__(self, parameters: int, field_channels: int, outputs: int, config: PredictorConfig) -> None:
+    def __init__(self, shape: InputShape, outputs: int, config: PredictorConfig) -> None:
         super().__init__()
-        widths = [field_channels, *(config.channels * 2**i for i in range(config.stages))] if field_channels else [0]
-        self.field = nn.Sequential(*(_ResidualBlock(a, b) for a, b in pairwise(widths)))
+        stages = config.stages if shape.channels else 0
+        widths = [shape.channels, *(config.channels * 2**i for i in range(stages))]
+        self.field = nn.Sequential(*(_ResidualBlock(shape.dimensions, a, b) for a, b in pairwise(widths)))
         self.mlp = nn.Sequential(
-            nn.Linear(parameters + widths[-1], config.hidden_dim),
+            nn.Linear(shape.parameters + widths[-1], config.hidden_dim),
             nn.GELU(),
             nn.Linear(config.hidden_dim, config.hidden_dim),
             nn.GELU(),
@@ -47,7 +61,7 @@ class InputNetwork(nn.Module):
         )
 
     def forward(self, theta: Tensor, field: Tensor | None) -> Tensor:
-        inputs = [theta] if field is None else [theta, self.field(field).mean((2, 3))]
+        inputs = [theta] if field is None else [theta, self.field(field).flatten(2).mean(2)]
         out: Tensor = self.mlp(torch.cat(inputs, 1))
         return out
 
@@ -58,21 +72,21 @@ class TokenNetwork(nn.Module):
     log p(t_g | inputs, earlier tokens) = log softmax(a_g(inputs) + sum over earlier levels g' of T_g'g[t_g'])[t_g].
 
     Args:
+        shape: of the inputs.
         num_codes: [G] codes of each codebook.
         earlier: [G] codebooks of the same category and of lower levels; empty lists without this dependence.
     """
 
     def __init__(
         self,
-        parameters: int,
-        field_channels: int,
+        shape: InputShape,
         num_codes: Sequence[int],
         earlier: Sequence[Sequence[int]],
         config: PredictorConfig,
     ) -> None:
         super().__init__()
         self.num_codes, self.earlier = list(num_codes), [list(before) for before in earlier]
-        self.inputs = InputNetwork(parameters, field_channels, sum(num_codes), config)
+        self.inputs = InputNetwork(shape, sum(num_codes), config)
         self.pairs = nn.ParameterDict(
             {
                 f"{before}_{g}": nn.Parameter(torch.zeros(num_codes[before], num_codes[g]))

@@ -16,7 +16,7 @@ from spinlock_fast.data.payload_checks import payload_errors
 from spinlock_fast.errors import DataError
 from spinlock_fast.models.input_check import KnownRows
 from spinlock_fast.prediction.inputs import Batch, Inputs, Standardizer, earlier_levels
-from spinlock_fast.prediction.network import InputNetwork, TokenNetwork
+from spinlock_fast.prediction.network import InputNetwork, InputShape, TokenNetwork
 from spinlock_fast.prediction.settings import PredictorConfig
 from spinlock_fast.tokenizer import Tokenizer
 
@@ -39,6 +39,7 @@ class Predictor:
     Args:
         config: its settings.
         tokenizer: of the tokens.
+        shape: of the inputs.
         sha256: hash of the tokenizer's model file.
         network: theta and u0 -> logits.
         regression: theta and u0 -> features directly, of the same size, for comparison.
@@ -50,6 +51,7 @@ class Predictor:
 
     config: PredictorConfig
     tokenizer: Tokenizer
+    shape: InputShape
     sha256: str
     network: TokenNetwork
     regression: InputNetwork
@@ -72,11 +74,9 @@ class Predictor:
     def inputs(self, paths: str | list[str]) -> Inputs:
         """The inputs of a file; raises DataError where their shapes are not those of training."""
         inputs = Inputs(paths, self.config)
-        expected = (len(self.standardizer.theta_mean), len(self.standardizer.field_mean))
-        if (inputs.parameters, inputs.field_channels) != expected:
+        if inputs.shape != self.shape:
             raise DataError(
-                f"{paths}: {inputs.parameters} parameters and {inputs.field_channels} channels of fields, but the "
-                f"predictor was trained on {expected[0]} and {expected[1]}"
+                f"{paths}: {_in_words(inputs.shape)}, but the predictor was trained on {_in_words(self.shape)}"
             )
         return inputs
 
@@ -92,6 +92,7 @@ class Predictor:
             "format": _FORMAT,
             "config": self.config.model_dump(mode="json"),
             "tokenizer": self.tokenizer.payload(),
+            "shape": list(self.shape),
             "sha256": self.sha256,
             "network": self.network.state_dict(),
             "regression": self.regression.state_dict(),
@@ -113,8 +114,8 @@ class Predictor:
             config = PredictorConfig.model_validate(payload["config"])
             tokenizer = Tokenizer.from_payload(payload["tokenizer"])
             standardizer = Standardizer(**payload["standardizer"])
-            sizes = len(standardizer.theta_mean), len(standardizer.field_mean)
-            network, regression = build_networks(tokenizer, *sizes, config)
+            shape = InputShape(*map(int, payload["shape"]))
+            network, regression = build_networks(tokenizer, shape, config)
             network.load_state_dict(payload["network"])
             regression.load_state_dict(payload["regression"])
             network.eval().requires_grad_(False)
@@ -122,6 +123,7 @@ class Predictor:
             return cls(
                 config,
                 tokenizer,
+                shape,
                 str(payload["sha256"]),
                 network,
                 regression,
@@ -132,15 +134,20 @@ class Predictor:
             ).to(device)
 
 
+def _in_words(shape: InputShape) -> str:
+    fields = f"{shape.channels} channels of fields in {shape.dimensions} dimensions" if shape.channels else "no fields"
+    return f"{shape.parameters} parameters and {fields}"
+
+
 def build_networks(
-    tokenizer: Tokenizer, parameters: int, field_channels: int, config: PredictorConfig
+    tokenizer: Tokenizer, shape: InputShape, config: PredictorConfig
 ) -> tuple[TokenNetwork, InputNetwork]:
     """The network of tokens, and that of features, with weights from torch's random state."""
     model = tokenizer.model
     categories = [name.rpartition("/")[0] for name in model.codebook_names]
     earlier = earlier_levels(categories, config.autoregressive)
-    network = TokenNetwork(parameters, field_channels, model.quantizer.num_codes, earlier, config)
-    return network, InputNetwork(parameters, field_channels, model.config.input_dim, config)
+    network = TokenNetwork(shape, model.quantizer.num_codes, earlier, config)
+    return network, InputNetwork(shape, model.config.input_dim, config)
 
 
 def differing_settings(saved: Mapping[str, Any], config: PredictorConfig) -> list[str]:

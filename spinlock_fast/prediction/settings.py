@@ -21,7 +21,8 @@ class PredictorConfig(Section):
         default="parameters/params", description="dataset of theta [N, P]; null: theta is not an input"
     )
     fields: str | None = Field(
-        default="inputs/fields", description="dataset of initial fields [N, C, Y, X]; null: they are no input"
+        default="inputs/fields",
+        description="dataset of initial fields [N, C, *space] in 1 to 3 dimensions; null: they are no input",
     )
     hidden_dim: PositiveInt = Field(default=256, description="width of the MLP")
     channels: PositiveInt = Field(default=32, description="channels of the first stage of the convolutional network")

@@ -126,7 +126,7 @@ def _new_predictor(
     standardizer = Standardizer.fit(inputs, training)
     with torch.random.fork_rng(devices=[]):
         seed_torch(config.random_seed)
-        networks = build_networks(tokenizer, inputs.parameters, inputs.field_channels, config)
+        networks = build_networks(tokenizer, inputs.shape, config)
     rows = np.flatnonzero(training)
     sampled = np.zeros(len(training), dtype=bool)
     sampled[rows[:: max(1, -(-len(rows) // _MOST_NEIGHBOURS))]] = True
@@ -139,7 +139,9 @@ def _new_predictor(
     counts = [torch.bincount(tokens[:, g], minlength=k) for g, k in enumerate(tokenizer.model.quantizer.num_codes)]
     known = KnownRows.of(targets.keys, np.flatnonzero(held_out), np.array([], np.int64))
     neighbours = Neighbours(torch.cat(signatures), targets.tokens[torch.cat(places)])
-    return Predictor(config, tokenizer, tokenizer.checkpoint_hash, *networks, standardizer, counts, neighbours, known)
+    return Predictor(
+        config, tokenizer, inputs.shape, tokenizer.checkpoint_hash, *networks, standardizer, counts, neighbours, known
+    )
 
 
 class _Run:

@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from spinlock_fast import Tokenizer
+from spinlock_fast.extract import main as extract_main
 from spinlock_fast.predict import main
-from spinlock_fast.prediction.network import TokenNetwork
+from spinlock_fast.prediction.network import InputShape, TokenNetwork
 from spinlock_fast.prediction.settings import PredictorConfig
 from spinlock_fast.tokenize import main as tokenize_main
 
@@ -157,7 +158,7 @@ def test_an_interrupted_training_goes_on_to_the_same_result(checkpoint: Path, da
 
 def test_levels_depend_on_the_tokens_before_them() -> None:
     config = PredictorConfig(hidden_dim=8, fields=None)
-    network = TokenNetwork(2, 0, [3, 4, 3], [[], [0], []], config).eval()
+    network = TokenNetwork(InputShape(2, 0, 0), [3, 4, 3], [[], [0], []], config).eval()
     with torch.no_grad():
         network.pairs["0_1"].copy_(10.0 * torch.eye(3, 4))
     theta = torch.randn(5, 2)
@@ -175,7 +176,7 @@ def test_levels_depend_on_the_tokens_before_them() -> None:
         ({"set": "num_epochs=0"}, 2, ["num_epochs"]),
         ({"set": "fields=inputs/feilds"}, 3, ["inputs/feilds", "inputs/fields"]),
         ({"set": "fields=parameters/params"}, 2, ["different names"]),
-        ({"set": "fields=features/summary/aggregated/features"}, 3, ["[N, C, Y, X]"]),
+        ({"set": "fields=features/summary/aggregated/features"}, 3, ["[N, C, Y, X]", "[20]"]),
         ({"set": "parameters=inputs/fields", "also": "fields=null"}, 3, ["[N, P]"]),
         ({"set": "parameters=null", "also": "fields=null"}, 2, ["both null"]),
         ({"data": "missing.h5"}, 3, ["missing.h5"]),
@@ -217,3 +218,25 @@ def test_other_inputs_and_damage_are_named(
     torch.save({"format": 1, "config": {"hidden_dim": "x"}}, tmp_path / "predictor.pt")
     assert run("apply", tmp_path, data, *arguments) == 3
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("dimensions", [1, 3])
+def test_fields_that_extract_keeps(dimensions: int, tmp_path: Path) -> None:
+    """Trajectories of one and three dimensions, from `extract --initial-fields` to predicted tokens."""
+    rng = np.random.default_rng(0)
+    space = (16,) if dimensions == 1 else (4, 4, 8)
+    fields = np.cumsum(rng.standard_normal((40, 5, 2, *space)), 1).astype(np.float32)
+    np.save(tmp_path / "fields.npy", fields)
+    axes = "n t c x" if dimensions == 1 else "n t c z y x"
+    arguments = [str(tmp_path / "fields.npy"), "--axes", axes, "--output", str(tmp_path / "f.h5"), "--initial-fields"]
+    with pytest.raises(SystemExit) as end:
+        extract_main([*arguments, "--device", "cpu", "--quiet"])
+    assert not end.value.code
+    with h5py.File(tmp_path / "f.h5") as file:
+        assert np.array_equal(file["inputs/fields"], fields[:, 0])
+    levels = [{"num_tokens": 4, "latent_dim": 4}]
+    tokenizer = Tokenizer(num_epochs=1, batch_size=32, device="cpu", levels=levels)
+    checkpoint = tokenizer.fit(tmp_path / "f.h5").save(tmp_path / "c")
+    assert train(checkpoint, tmp_path / "f.h5", tmp_path / "p", "num_epochs=1", "parameters=null") == 0
+    assert run("apply", tmp_path / "p", tmp_path / "f.h5", "--output", tmp_path / "t.npy", "--quiet") == 0
+    assert len(np.load(tmp_path / "t.npy")) == 40
