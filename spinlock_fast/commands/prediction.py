@@ -39,7 +39,9 @@ def train(chosen: argparse.Namespace) -> None:
             device,
             chosen.resume,
             chosen.overwrite,
-            display.encoded,
+            lambda what, done, total: (
+                display.stage(f"  epoch {done} of {total}") if what == "epochs" else display.encoded(what, done, total)
+            ),
         )
     _print(metrics, chosen.quiet)
     sys.stdout.write(f"predictor: {chosen.output}\n")
