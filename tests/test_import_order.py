@@ -32,7 +32,7 @@ FLOORS = [
     {"estimator"},
     {"tokenizer", "compat"},
     {"training", "simulate", "trajectories", "behaviour_loss"},
-    {"analysis", "report"},
+    {"analysis", "report", "prediction"},
     {"commands"},
 ]
 FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in floor}

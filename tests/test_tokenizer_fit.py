@@ -50,6 +50,8 @@ def test_every_column_of_a_matrix_comes_back(fitted: Tokenizer, rows: np.ndarray
     restored = fitted.inverse_transform(tokens)
     assert restored.shape == rows.shape
     assert np.allclose(restored[:, 3], 7.0)
+    known = np.isfinite(rows[:, 0])
+    assert np.corrcoef(restored[known, 0], rows[known, 0])[0, 1] > 0.2
     assert "x::x_8" in fitted.feature_names  # a copy of x_7, which cleaning would drop
     assert fitted.score(rows) > 0.1
     as_torch = fitted.inverse_transform(fitted.transform(torch.from_numpy(rows)))

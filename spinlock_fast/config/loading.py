@@ -165,7 +165,7 @@ def load_config(path: str | Path, overrides: Sequence[str] | Mapping[str, Any] =
     data = read_yaml(path)
     # A section without keys is null in YAML.
     data = {key: {} if value is None and _is_section(key) else value for key, value in data.items()}
-    pairs = _parse_overrides(overrides)
+    pairs = parse_overrides(overrides)
     if "families" not in data and any(key.startswith("families.") for key, _ in pairs):
         data["families"] = RunConfig().model_dump(mode="json")["families"]
     for key, value in pairs:
@@ -256,12 +256,13 @@ def dump_config(config: RunConfig) -> str:
 def apply_overrides(config: RunConfig, overrides: Sequence[str] | Mapping[str, Any]) -> RunConfig:
     """The settings with overrides; raises ConfigError."""
     data = config.model_dump(mode="json")
-    for key, value in _parse_overrides(overrides):
+    for key, value in parse_overrides(overrides):
         _set_dotted(data, key, value)
     return check_config(data)
 
 
-def _parse_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> list[tuple[str, Any]]:
+def parse_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """(key, value) of texts such as "training.num_epochs=5", whose right side is YAML; raises ConfigError."""
     if isinstance(overrides, Mapping):
         return list(overrides.items())
     pairs: list[tuple[str, Any]] = []
