@@ -69,6 +69,8 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
             False returns the stored numbers.
         allow_external: False rejects links and virtual or external sources outside the directory of the file that
             refers to them.
+        shard_group: number of shards whose chunks `shuffle=True` permutes together: shards are permuted first, and read
+            group by group, so that an epoch reads each of them once. None permutes the chunks of all shards.
 
     Yields:
         {dataset path: tensor [b, ...] of the dataset's type (uint8 for booleans), "index": [b] int64 row numbers over
@@ -99,6 +101,7 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
         cache_dir: str | os.PathLike[str] | None = None,
         unpack: bool = True,
         allow_external: bool = True,
+        shard_group: int | None = None,
     ) -> None:
         self.paths = _path_strings(paths)
         self.datasets = _names(datasets)
@@ -125,6 +128,7 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
             raise ConfigError(f"datasets: {self.datasets}, expected different names, none of them 'index'")
         self.unpack = unpack
         self.allow_external = allow_external
+        self.shard_group = None if shard_group is None else _checked_int("shard_group", shard_group)
         self._epoch = 0
         self._batch = 0  # batches delivered in this epoch
         self._resume_at: int | None = None
@@ -169,6 +173,7 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
             self.rank,
             self.world_size,
             self.drop_last,
+            self.shard_group,
         )
         if (needed := order.nbytes) > self.memory_budget:
             raise ConfigError(
@@ -212,7 +217,7 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
 
     def __len__(self) -> int:
         """Number of batches of an epoch."""
-        return len(self._plan()[0].batch_ends)
+        return self._plan()[0].batch_count
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """Iterates over one epoch, or its rest after `load_state_dict`. An epoch that was left early starts again."""
@@ -303,8 +308,8 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
 
     def _settings(self) -> dict[str, Any]:
         """Settings that determine the order of rows and batches."""
-        names = ("seed", "shuffle", "rank", "world_size", "window_rows", "batch_size", "drop_last", "rows")
-        return {name: getattr(self, name) for name in names}
+        names = "seed shuffle rank world_size window_rows batch_size drop_last rows shard_group"
+        return {name: getattr(self, name) for name in names.split()}
 
     def stats(self) -> dict[str, Any]:
         """Statistics of the last pass (batches, rows, chunks, bytes, seconds, MB/s) and how datasets are read."""

@@ -95,10 +95,11 @@ class LoaderPass:
         stats: PassStats | None = None,
     ) -> None:
         self._sharded = sharded
-        self._ends = order.batch_ends[:stop_batch]
+        self._batch_end = order.batch_end
+        self._batches = range(first_batch, order.batch_count if stop_batch is None else stop_batch)
         self._next_batch = first_batch
-        self._start = int(self._ends[first_batch - 1]) if first_batch else 0
-        self._windows = order.windows(epoch)
+        self._start, self._stop = order.batch_end(first_batch), order.batch_end(self._batches.stop)
+        self._windows = order.windows(epoch, self._start)
         self._windows_ahead = windows_ahead
         self._memory = batch_memory(sharded, order, windows_ahead, pin=False) if memory is None else memory
         self._reader = _native.RowReader(*sharded.native_descriptions(), threads, verify_checksums)
@@ -119,7 +120,8 @@ class LoaderPass:
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         started = time.perf_counter()
-        for end in self._ends[self._next_batch :].tolist():
+        for number in self._batches:
+            end = self._batch_end(number + 1)
             requested = time.perf_counter()
             self._submit(end)
             batch = self._deliver()
@@ -148,12 +150,12 @@ class LoaderPass:
     def _submit(self, needed: int) -> None:
         """Submits windows ahead, at least all windows before position `needed`."""
         while len(self._window_ends) < self._windows_ahead or self._submitted < needed:
-            if not len(self._ends) or self._submitted >= self._ends[-1]:
+            if self._submitted >= self._stop:
                 return
             if (window := next(self._windows, None)) is None:
                 return
             first, rows = window
-            rows = rows[max(0, self._start - first) : max(0, int(self._ends[-1]) - first)]
+            rows = rows[max(0, self._start - first) : max(0, self._stop - first)]
             first = max(first, self._start)
             if not len(rows):
                 continue
@@ -170,11 +172,11 @@ class LoaderPass:
 
     def _add_batches(self, end: int) -> None:
         """Adds the batches that start before position `end`."""
-        while self._next_batch < len(self._ends):
-            first = int(self._ends[self._next_batch - 1]) if self._next_batch else 0
+        while self._next_batch < self._batches.stop:
+            first = self._batch_end(self._next_batch)
             if first >= end:
                 return
-            count = int(self._ends[self._next_batch]) - first
+            count = self._batch_end(self._next_batch + 1) - first
             tensors = [memory.allocate(count) for memory in self._memory]
             pairs = zip(self._sharded.datasets, tensors, strict=True)
             native = [tensor.numpy() for dataset, tensor in pairs if not dataset.h5py_reason]
