@@ -18,6 +18,7 @@ from spinlock_fast import _native
 from spinlock_fast.data.batch_memory import BatchMemory
 from spinlock_fast.data.h5py_reader import H5pyReader
 from spinlock_fast.data.row_order import RowSequence
+from spinlock_fast.data.shard_fetcher import ShardFetcher
 from spinlock_fast.data.sharded_dataset import ShardedDatasets
 from spinlock_fast.errors import DataError
 
@@ -100,6 +101,7 @@ class LoaderPass:
         self._next_batch = first_batch
         self._start, self._stop = order.batch_end(first_batch), order.batch_end(self._batches.stop)
         self._windows = order.windows(epoch, self._start)
+        self._fetcher = ShardFetcher(sharded, order.shards(epoch))
         self._windows_ahead = windows_ahead
         self._memory = batch_memory(sharded, order, windows_ahead, pin=False) if memory is None else memory
         self._reader = _native.RowReader(*sharded.native_descriptions(), threads, verify_checksums)
@@ -114,6 +116,7 @@ class LoaderPass:
     def close(self) -> None:
         """Joins the threads and closes the files; delivered batches stay valid."""
         self._reader.close()
+        self._fetcher.close()
         if os.getpid() == self._owner_pid:  # a forked process must not close the files of its parent
             self._h5py_reader.close()
         self._pending.clear()
@@ -127,6 +130,7 @@ class LoaderPass:
             batch = self._deliver()
             while self._window_ends and self._window_ends[0] <= end:
                 self._window_ends.popleft()
+            self._fetcher.release(end)
             self._submit(end)  # keeps the threads busy while the caller processes the batch
             self._stats.batches += 1
             self._stats.rows += len(batch["index"])
@@ -160,6 +164,7 @@ class LoaderPass:
             if not len(rows):
                 continue
             end = first + len(rows)
+            self._fetcher.require(end, rows)
             self._add_batches(end)
             for batch in self._pending:
                 low, high = max(batch.first, first), min(batch.first + len(batch.rows), end)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from spinlock_fast import _native
 from spinlock_fast.config.schema import RunConfig
 from spinlock_fast.data.feature_source import FeatureSource
+from spinlock_fast.data.remote_files import RemoteCache
 from spinlock_fast.data.split import Split, split_rows
 from spinlock_fast.errors import ConfigError, DataError
 from spinlock_fast.features.categories import MIN_ROWS, read_mapping
@@ -76,7 +78,14 @@ def open_source(config: RunConfig) -> FeatureSource:
     """The configured data; raises DataError, or ConfigError if dataset_path is not set."""
     if config.dataset_path is None:
         raise ConfigError("dataset_path: required, not given; name an HDF5 file, a glob or a list of files")
-    return FeatureSource(config.dataset_path, config.datasets(), allow_external=config.data.allow_external)
+    remote_dir = None if config.data.remote_cache_dir is None else Path(config.data.remote_cache_dir)
+    return FeatureSource(
+        config.dataset_path,
+        config.datasets(),
+        allow_external=config.data.allow_external,
+        manifest_dir=config.data.manifest_dir,
+        remote_cache=RemoteCache(remote_dir, config.data.remote_cache_size),
+    )
 
 
 def prepare(source: FeatureSource, config: RunConfig, device: torch.device, display: Display) -> PreparedFeatures:
