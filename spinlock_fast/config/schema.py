@@ -330,7 +330,7 @@ class DataConfig(Section):
     allow_external: bool = Field(default=True, description="false: refuse values outside the directory of a data file")
     manifest_dir: str | None = Field(default=None, description="directory for the manifest of the shards; null: none")
     remote_cache_dir: str | None = Field(default=None, description="directory for copies of remote files; null: user's")
-    remote_cache_size: ByteSize = Field(default=20_000_000_000, description="size limit of that directory")
+    remote_cache_size: ByteSize | None = Field(default=None, description="size limit of that directory; null: 20GB")
 
 
 class LoggingConfig(Section):

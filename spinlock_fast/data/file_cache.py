@@ -31,6 +31,8 @@ _STALE_SECONDS = 86400.0  # unfinished downloads older than this are removed
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 _held: Counter[Path] = Counter()  # number of holds of this process on a copy
 _held_lock = Lock()
+_downloading: dict[Path, int] = {}  # bytes of the downloads of this process
+_room_lock = Lock()
 
 
 @dataclass
@@ -89,23 +91,31 @@ class FileCache:
                     continue
                 if not self._make_room(path, size, name, wait):
                     return None
-                with replacing(path) as temporary:
-                    _try_repeatedly(lambda: download(temporary), name)
+                try:
+                    with replacing(path) as temporary:
+                        _try_repeatedly(lambda: download(temporary), name)
+                finally:
+                    _downloading.pop(path, None)
         return hold
 
     def _make_room(self, path: Path, size: int, name: str, wait: bool) -> bool:
-        """Removes the least recently used copies until `size` more bytes fit; False if there is no room."""
+        """Removes the least recently used copies until `size` more bytes fit; False if there is no room.
+
+        Reserves the bytes for this process, until they are removed from `_downloading`.
+        """
         deadline = time.monotonic() + (_ROOM_SECONDS if wait else 0.0)
         while True:
-            copies = self._copies()
-            total = sum(entry.st_size for entry in copies.values())
-            for copy in sorted(copies, key=lambda copy: copies[copy].st_atime_ns):
+            with _room_lock:
+                copies = self._copies()
+                total = sum(entry.st_size for entry in copies.values()) + sum(_downloading.values())
+                for copy in sorted(copies, key=lambda copy: copies[copy].st_atime_ns):
+                    if total + size <= self.max_bytes:
+                        break
+                    if copy != path and _remove(copy, copies[copy]):
+                        total -= copies[copy].st_size
                 if total + size <= self.max_bytes:
-                    break
-                if copy != path and _remove(copy, copies[copy]):
-                    total -= copies[copy].st_size
-            if total + size <= self.max_bytes:
-                return True
+                    _downloading[path] = size
+                    return True
             if time.monotonic() >= deadline:
                 break
             time.sleep(0.5)
@@ -117,12 +127,15 @@ class FileCache:
         return False
 
     def _copies(self) -> dict[Path, os.stat_result]:
+        """Copies, and unfinished downloads of other processes."""
         copies = {}
+        own = f"-{os.getpid()}-"  # in names of temporary files
         with suppress(FileNotFoundError):
             for entry in os.scandir(self.directory):
                 with suppress(OSError):
                     status = entry.stat(follow_symlinks=False)
-                    if entry.is_file(follow_symlinks=False) and not entry.name.endswith(".lock"):
+                    unfinished = entry.name.startswith(".") and own in entry.name
+                    if entry.is_file(follow_symlinks=False) and not entry.name.endswith(".lock") and not unfinished:
                         copies[Path(entry.path)] = status
         return copies
 

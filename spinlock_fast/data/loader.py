@@ -20,7 +20,7 @@ from spinlock_fast.data.dataset_warnings import log_slow_reading, log_unusual_da
 from spinlock_fast.data.hdf5_links import ExternalFilePolicy
 from spinlock_fast.data.input_files import FileIdentity, find_files
 from spinlock_fast.data.loader_pass import LoaderPass, PassStats, batch_memory
-from spinlock_fast.data.remote_files import DEFAULT_CACHE_BYTES, RemoteCache
+from spinlock_fast.data.remote_files import RemoteCache
 from spinlock_fast.data.row_order import RowOrder
 from spinlock_fast.data.shard_fetcher import check_remote_shards
 from spinlock_fast.data.sharded_dataset import ShardedDatasets
@@ -82,8 +82,9 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
             group by group, so that an epoch reads each of them once. None permutes the chunks of all shards.
         manifest_dir: directory for a manifest of the shards (sizes, times, shapes, places of chunks), with which later
             runs open only shards that have changed. It may be the directory of the data.
-        remote_cache_dir: directory for copies of remote files; by default in the cache directory of the user.
-        remote_cache_size: size limit of that directory, in bytes or as "20GB".
+        remote_cache_dir: directory for copies of remote files; by default SPINLOCK_FAST_REMOTE_CACHE, or in the cache
+            directory of the user.
+        remote_cache_size: size limit of that directory, in bytes or as "20GB" (the default).
 
     Yields:
         {dataset path: tensor [b, ...] of the dataset's type (uint8 for booleans), "index": [b] int64 row numbers over
@@ -117,7 +118,7 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
         shard_group: int | None = None,
         manifest_dir: str | os.PathLike[str] | None = None,
         remote_cache_dir: str | os.PathLike[str] | None = None,
-        remote_cache_size: str | int = DEFAULT_CACHE_BYTES,
+        remote_cache_size: str | int | None = None,
     ) -> None:
         self.paths = _path_strings(paths)
         self.datasets = _names(datasets)
@@ -145,7 +146,7 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
         self.manifest_dir = None if manifest_dir is None else Path(manifest_dir)
         self._remote_cache = RemoteCache(
             None if remote_cache_dir is None else Path(remote_cache_dir),
-            _checked_bytes("remote_cache_size", remote_cache_size),
+            None if remote_cache_size is None else _checked_bytes("remote_cache_size", remote_cache_size),
         )
         self._epoch = 0
         self._batch = 0  # batches delivered in this epoch

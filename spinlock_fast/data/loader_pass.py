@@ -116,9 +116,9 @@ class LoaderPass:
     def close(self) -> None:
         """Joins the threads and closes the files; delivered batches stay valid."""
         self._reader.close()
-        self._fetcher.close()
         if os.getpid() == self._owner_pid:  # a forked process must not close the files of its parent
             self._h5py_reader.close()
+            self._fetcher.close()
         self._pending.clear()
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:

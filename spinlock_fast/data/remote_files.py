@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from spinlock_fast.config.byte_sizes import parse_bytes
 from spinlock_fast.data.file_cache import FileCache, Hold
 from spinlock_fast.data.natural_sort import natural_sort_key
 from spinlock_fast.errors import ConfigError, DataError
-from spinlock_fast.messages import one_line
+from spinlock_fast.messages import one_line, shown
 
-DEFAULT_CACHE_BYTES = 20_000_000_000
+DIRECTORY_VARIABLE = "SPINLOCK_FAST_REMOTE_CACHE"
+SIZE_VARIABLE = "SPINLOCK_FAST_REMOTE_CACHE_SIZE"
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 # Fields of fsspec's file information that change with the contents, best first.
 _CHECKSUMS = ("ETag", "etag", "generation", "md5Hash", "blob_id", "Content-MD5", "Digest")
@@ -47,7 +49,8 @@ class RemoteFile:
     cache_bytes: int
 
     @property
-    def shown(self) -> str:
+    def name(self) -> str:
+        """The address for messages."""
         return shown_url(self.url)
 
     def download(self, target: Path) -> None:
@@ -59,7 +62,7 @@ class RemoteFile:
             raise OSError(f"{size} of {self.size} bytes arrived")
         store.invalidate_cache()
         if _version(_info(store, path, self.url)) != self.version:
-            raise DataError(f"{self.shown}: the file has changed since it was opened")
+            raise DataError(f"{self.name}: the file has changed since it was opened")
 
     def open(self) -> BinaryIO:
         """The remote file, for reading some parts of it."""
@@ -71,14 +74,23 @@ class RemoteCache:
     """Finds remote files, whose copies share a directory of limited size.
 
     Args:
-        directory: the cache directory; by default in the cache directory of the user.
-        max_bytes: size limit. Copies that were not used for the longest time are removed.
+        directory: the cache directory; by default SPINLOCK_FAST_REMOTE_CACHE, or a directory in the user's cache.
+        max_bytes: size limit; by default SPINLOCK_FAST_REMOTE_CACHE_SIZE, or 20 GB. Copies that were not used for the
+            longest time are removed.
+
+    Raises:
+        ConfigError: the variable is not a size.
     """
 
-    def __init__(self, directory: Path | None = None, max_bytes: int = DEFAULT_CACHE_BYTES) -> None:
+    def __init__(self, directory: Path | None = None, max_bytes: int | None = None) -> None:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        self.directory = Path(os.path.abspath(directory or base / "spinlock-fast" / "remote"))
-        self.max_bytes = max_bytes
+        default = os.environ.get(DIRECTORY_VARIABLE) or base / "spinlock-fast" / "remote"
+        self.directory = Path(os.path.abspath(directory or default))
+        try:
+            given = os.environ.get(SIZE_VARIABLE) or "20GB"
+            self.max_bytes = parse_bytes(given) if max_bytes is None else max_bytes
+        except ValueError as error:
+            raise ConfigError(f"{SIZE_VARIABLE}: {error}, got {shown(os.environ[SIZE_VARIABLE])}") from None
 
     def find(self, url: str) -> list[Path]:
         """Paths of the copies of the files that an address or a glob names; nothing is downloaded.
@@ -151,7 +163,7 @@ def fetch(path: Path, wait: bool = True) -> Hold | None:
     if (file := remote_file(path)) is None:
         return None
     cache = FileCache(path.parent, file.cache_bytes)
-    return cache.get(path, file.size, file.download, file.shown, wait)
+    return cache.get(path, file.size, file.download, file.name, wait)
 
 
 def remote_files(paths: Iterable[Path]) -> dict[Path, RemoteFile]:

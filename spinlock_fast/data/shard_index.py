@@ -126,7 +126,7 @@ def _index_remote(file: Path, paths: list[str], policy: ExternalFilePolicy) -> d
     except DataError:
         raise
     except Exception as error:  # noqa: BLE001 - each store has its own; downloading shows whether it can be read
-        log.info("%s: cannot be read in parts (%s), downloading it", remote.shown, type(error).__name__)
+        log.info("%s: cannot be read in parts (%s), downloading it", remote.name, type(error).__name__)
         return None
 
 

@@ -215,5 +215,5 @@ def _storage(shard: ShardIndex) -> tuple[Path, FileIdentity, str]:
     """The file that stores a dataset, its identity, and its name in error messages."""
     label = str(shard.file) if shard.storage_file == shard.file else f"{shard.file} (values in {shard.storage_file})"
     if (remote := remote_file(shard.file)) is not None:
-        label = f"{remote.shown} (copy in {shard.file})"
+        label = f"{remote.name} (copy in {shard.file})"
     return shard.storage_file, shard.storage_identity, label

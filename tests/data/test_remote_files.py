@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import fcntl
 import functools
 import http.server
 import itertools
@@ -10,6 +11,7 @@ import logging
 import os
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,12 @@ import numpy as np
 import pytest
 import torch
 from processes import forkserver
+from torch.utils.data import DataLoader
 
 from spinlock_fast.data import HDF5Loader, file_cache, remote_files, shard_index
 from spinlock_fast.data.feature_source import FeatureSource
 from spinlock_fast.data.remote_files import RemoteCache, shown_url
+from spinlock_fast.data.shard_fetcher import ShardFetcher
 from spinlock_fast.errors import ConfigError, DataError, OutputError
 
 fsspec = pytest.importorskip("fsspec", reason="the extra `remote` is not installed")
@@ -133,22 +137,23 @@ def test_cache_stays_below_its_limit(local: Path, store: Any, cache: Path, setti
         batches, rows = iter(loader), []
         for batch in batches:
             rows.append(batch)
-            assert sum(entry.stat().st_size for entry in os.scandir(cache)) <= limit
+            sizes = [status.st_size for status in file_cache.FileCache(cache, limit)._copies().values()]
+            assert sum(sizes) <= limit
         assert_rows(rows)
     assert len(store.downloads) > SHARDS
     assert len(copies(cache)) == 5
 
 
-def test_next_shard_is_fetched_ahead(store: Any, cache: Path) -> None:
-    batches = iter(load(cache))
-    next(batches)
-    for _ in range(200):
-        if "s1.h5" in copies(cache):
-            break
+def test_next_shards_are_fetched_ahead(store: Any, cache: Path) -> None:
+    """As many as are in use, in the given order."""
+    sharded = load(cache)._sharded
+    fetcher = ShardFetcher(sharded, np.array([5, 2, 0, 1, 3, 4, 6, 7]))
+    fetcher.require(2 * ROWS, np.array([5 * ROWS, 2 * ROWS + 1]))
+    while len(copies(cache)) < 4:
         time.sleep(0.01)
-    assert {"s0.h5", "s1.h5"} <= set(copies(cache))
-    assert "s4.h5" not in copies(cache)
-    batches.close()  # type: ignore[attr-defined]
+    fetcher.close()
+    assert copies(cache) == ["s0.h5", "s1.h5", "s2.h5", "s5.h5"]
+    assert set(store.downloads[:2]) == {"s2.h5", "s5.h5"}
 
 
 def test_too_small_caches_are_errors(local: Path, store: Any, cache: Path) -> None:
@@ -300,6 +305,41 @@ def test_copies_in_use_are_not_removed(local: Path, store: Any, cache: Path) -> 
     assert not path.exists()
 
 
+def test_copies_that_another_process_uses_are_not_removed(local: Path, store: Any, cache: Path) -> None:
+    paths = RemoteCache(cache, 2 * shard_bytes(local)).find("memory://data/s[0-2].h5")
+    for path in paths[:2]:
+        hold = remote_files.fetch(path)
+        assert hold is not None
+        hold.release()
+    with open(paths[0], "rb") as in_use:  # the lock belongs to this open file, as in another process
+        fcntl.flock(in_use, fcntl.LOCK_SH)
+        assert remote_files.fetch(paths[2]) is not None
+        assert [path.exists() for path in paths] == [True, False, True]
+
+
+def test_copy_with_another_layout_is_an_error(store: Any, cache: Path) -> None:
+    loader = load(cache)
+    shard = loader._sharded.datasets[0].shards[0]
+    assert shard.native_layout is not None
+    shard.native_layout["offsets"][0] += 1
+    with helpers.raises_one_line(DataError, "s0.h5: x: the copy differs from the remote file"):
+        next(iter(loader))
+
+
+def test_variables_set_the_defaults_of_the_cache(
+    store: Any, cache: Path, monkeypatch: pytest.MonkeyPatch, local: Path
+) -> None:
+    monkeypatch.setenv(remote_files.DIRECTORY_VARIABLE, str(cache / "sub"))
+    assert_rows(HDF5Loader("memory://data/s*.h5", ["x", "y"], shuffle=False))
+    assert len(copies(cache / "sub")) == SHARDS
+    monkeypatch.setenv(remote_files.SIZE_VARIABLE, "1kB")
+    with helpers.raises_one_line(ConfigError, "remote_cache_size: 1000 bytes"):
+        HDF5Loader("memory://data/s*.h5", "x")
+    monkeypatch.setenv(remote_files.SIZE_VARIABLE, "big")
+    with helpers.raises_one_line(ConfigError, "SPINLOCK_FAST_REMOTE_CACHE_SIZE", "big"):
+        HDF5Loader("memory://data/s*.h5", "x")
+
+
 def test_file_systems_without_locks(store: Any, cache: Path, local: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy is removed only if it was not used for an hour."""
 
@@ -313,7 +353,11 @@ def test_file_systems_without_locks(store: Any, cache: Path, local: Path, monkey
         assert hold is not None
         hold.release()
     assert remote_files.fetch(paths[2], wait=False) is None
+    in_use = remote_files.fetch(paths[0])
     os.utime(paths[0], ns=(0, 0))
+    assert remote_files.fetch(paths[2], wait=False) is None
+    assert in_use is not None
+    in_use.release()
     assert remote_files.fetch(paths[2], wait=False) is not None
     assert [path.exists() for path in paths] == [False, True, True]
 
@@ -366,6 +410,9 @@ def test_files_of_an_http_server(server: str, cache: Path, ranges: bool) -> None
     Server.ranges = ranges
     loader = load(cache, f"{server}/s*.h5", shuffle=True, shard_group=2)
     assert copies(cache) == []
+    with warnings.catch_warnings(action="ignore"):  # about the number of processors
+        in_workers = DataLoader(loader, batch_size=None, num_workers=2)
+    assert_rows(in_workers)
     assert_rows(loader)
     Server.downloads.clear()
     assert_rows(load(cache, [f"{server}/s{i}.h5" for i in range(SHARDS)]))
