@@ -13,6 +13,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch.utils.data import DataLoader
 
 from spinlock_fast.data import HDF5Loader, file_cache, remote_files, shard_index
 from spinlock_fast.data.feature_source import FeatureSource
+from spinlock_fast.data.input_files import FileIdentity
 from spinlock_fast.data.remote_files import RemoteCache, shown_url
 from spinlock_fast.data.shard_fetcher import ShardFetcher
 from spinlock_fast.errors import ConfigError, DataError, OutputError
@@ -324,6 +326,20 @@ def test_copy_with_another_layout_is_an_error(store: Any, cache: Path) -> None:
     shard.native_layout["offsets"][0] += 1
     with helpers.raises_one_line(DataError, "s0.h5: x: the copy differs from the remote file"):
         next(iter(loader))
+
+
+def test_native_reader_checks_the_size_of_a_copy(local: Path) -> None:
+    loader = HDF5Loader(str(local / "s0.h5"), "x")
+    (dataset,) = loader._sharded.datasets
+    size = dataset.shards[0].identity.size
+    for expected in (size, size + 1):
+        identity = FileIdentity(0, 0, expected, 0)
+        shard = replace(dataset.shards[0], identity=identity, storage_identity=identity)
+        loader._sharded = replace(loader._sharded, datasets=(replace(dataset, shards=(shard,)),))
+        if expected == size:
+            assert sum(len(batch["x"]) for batch in loader) == ROWS
+    with helpers.raises_one_line(DataError, f"holds {size} bytes, expected {size + 1}"):
+        list(loader)
 
 
 def test_variables_set_the_defaults_of_the_cache(
