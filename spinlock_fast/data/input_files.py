@@ -78,7 +78,9 @@ def find_files(paths: str | Sequence[str], remote: RemoteCache | None = None) ->
     files: list[Path] = []
     for pattern, origin in read_path_lists([paths] if isinstance(paths, str) else paths):
         try:
-            if is_remote(pattern):
+            if remote_file(Path(pattern)) is not None:  # a copy that may not exist yet
+                files.append(Path(pattern))
+            elif is_remote(pattern):
                 remote = remote or RemoteCache()
                 files += remote.find(pattern)
             else:
@@ -145,12 +147,19 @@ def open_file(file: Path) -> h5py.File:
         TooManyOpenFilesError: the limit of open files is reached.
         DataError: the file cannot be read.
     """
-    if (hold := fetch(file)) is not None:
-        try:
-            return _open_local(file)  # libhdf5 holds a lock of its own afterwards
-        finally:
+    with fetched(file):
+        return _open_local(file)  # libhdf5 holds a lock of its own afterwards
+
+
+@contextmanager
+def fetched(file: Path) -> Iterator[None]:
+    """Fetches a remote file, and keeps the copy within the block; no effect for other files."""
+    hold = fetch(file)
+    try:
+        yield
+    finally:
+        if hold is not None:
             hold.release()
-    return _open_local(file)
 
 
 def _open_local(file: Path) -> h5py.File:

@@ -1,18 +1,13 @@
-"""Files of remote stores: copies in a cache of limited size, through fsspec's memory and HTTP file systems."""
+"""Files of remote stores: copies in a cache of limited size, through fsspec's file system in memory."""
 
 from __future__ import annotations
 
 import builtins
 import fcntl
-import functools
-import http.server
 import itertools
 import logging
 import os
-import threading
 import time
-import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +16,7 @@ import helpers
 import numpy as np
 import pytest
 import torch
-from processes import forkserver
-from torch.utils.data import DataLoader
+from remote_shards import ROWS, SHARDS, VALUES, assert_rows, copies, load, shard_bytes
 
 from spinlock_fast.data import HDF5Loader, file_cache, remote_files, shard_index
 from spinlock_fast.data.feature_source import FeatureSource
@@ -30,71 +24,8 @@ from spinlock_fast.data.input_files import FileIdentity
 from spinlock_fast.data.remote_files import RemoteCache, shown_url
 from spinlock_fast.data.shard_fetcher import ShardFetcher
 from spinlock_fast.errors import ConfigError, DataError, OutputError
-
-fsspec = pytest.importorskip("fsspec", reason="the extra `remote` is not installed")
-
-SHARDS, ROWS = 8, 96
-VALUES = np.random.default_rng(0).normal(size=(SHARDS * ROWS, 16)).astype(np.float32)
-
-
-@pytest.fixture(scope="module")
-def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("shards")
-    for i, part in enumerate(np.split(VALUES, SHARDS)):
-        helpers.write_arrays(directory / f"s{i}.h5", {"x": part, "y": part[:, :3].copy()})
-    return directory
-
-
-@pytest.fixture
-def store(local: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """fsspec's file system in memory, with the shards in memory://data; counts downloads."""
-    memory = fsspec.filesystem("memory")
-    for file in local.iterdir():
-        memory.pipe_file(f"/data/{file.name}", file.read_bytes())
-    memory.downloads = []
-    original = type(memory).get_file
-
-    def get_file(self: Any, path: str, target: str, **options: Any) -> None:
-        memory.downloads.append(path.rpartition("/")[2])
-        original(self, path, target, **options)
-
-    monkeypatch.setattr(type(memory), "get_file", get_file)
-    shard_index._cache.clear()
-    yield memory
-    memory.store.clear()
-    remote_files._remote_files.clear()
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(file_cache, "_FIRST_WAIT", 0.01)
-    monkeypatch.setattr(file_cache, "_ROOM_SECONDS", 0.5)
-    return tmp_path / "cache"
-
-
-def load(cache: Path, paths: Any = "memory://data/s*.h5", **settings: Any) -> HDF5Loader:
-    defaults = {"batch_size": 40, "window_rows": 64, "shuffle": False, "num_threads": 1}
-    return HDF5Loader(paths, ["x", "y"], **{**defaults, "remote_cache_dir": cache, **settings})
-
-
-def assert_rows(batches: Any, rows: int = SHARDS * ROWS) -> list[int]:
-    found = []
-    for batch in batches:
-        assert torch.equal(batch["x"], torch.from_numpy(VALUES)[batch["index"]])
-        assert torch.equal(batch["y"], batch["x"][:, :3])
-        found += batch["index"].tolist()
-    assert sorted(found) == list(range(rows))
-    return found
-
-
-def copies(cache: Path) -> list[str]:
-    names = os.listdir(cache) if cache.exists() else []
-    return sorted(name.partition("-")[2] for name in names if not name.startswith("."))
-
-
-def shard_bytes(local: Path) -> int:
-    return max(file.stat().st_size for file in local.iterdir())
+from spinlock_fast.trajectories.layouts import open_trajectories
+from spinlock_fast.trajectories.options import Options
 
 
 @pytest.mark.parametrize("settings", [{}, {"shuffle": True}, {"shuffle": "exact"}, {"shard_group": 2, "shuffle": True}])
@@ -378,93 +309,19 @@ def test_file_systems_without_locks(store: Any, cache: Path, local: Path, monkey
     assert [path.exists() for path in paths] == [False, True, True]
 
 
-class Server(http.server.SimpleHTTPRequestHandler):
-    """Counts complete downloads; supports ranges unless `ranges` is False."""
-
-    downloads: list[str] = []  # noqa: RUF012
-    ranges = True
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        given = self.headers.get("Range")
-        if given is None or not self.ranges:
-            if self.path.endswith(".h5"):
-                self.downloads.append(self.path)
-                time.sleep(0.02)
-            super().do_GET()
-            return
-        data = Path(self.translate_path(self.path)).read_bytes()
-        first, last = (int(text) for text in given.removeprefix("bytes=").split("-"))
-        part = data[first : last + 1]
-        self.send_response(206)
-        self.send_header("Content-Range", f"bytes {first}-{first + len(part) - 1}/{len(data)}")
-        self.send_header("Content-Length", str(len(part)))
-        self.end_headers()
-        self.wfile.write(part)
-
-
-@pytest.fixture
-def server(local: Path) -> Iterator[str]:
-    pytest.importorskip("aiohttp", reason="fsspec's HTTP file system needs aiohttp")
-    Server.downloads.clear()
-    Server.ranges = True
-    handler = functools.partial(Server, directory=str(local))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
-        thread = threading.Thread(target=running.serve_forever)
-        thread.start()
-        shard_index._cache.clear()
-        yield f"http://127.0.0.1:{running.server_address[1]}"
-        running.shutdown()
-        thread.join()
-    remote_files._remote_files.clear()
-
-
-@pytest.mark.parametrize("ranges", [True, False])
-def test_files_of_an_http_server(server: str, cache: Path, ranges: bool) -> None:
-    Server.ranges = ranges
-    loader = load(cache, f"{server}/s*.h5", shuffle=True, shard_group=2)
-    assert copies(cache) == []
-    with warnings.catch_warnings(action="ignore"):  # about the number of processors
-        in_workers = DataLoader(loader, batch_size=None, num_workers=2)
-    assert_rows(in_workers)
-    assert_rows(loader)
-    Server.downloads.clear()
-    assert_rows(load(cache, [f"{server}/s{i}.h5" for i in range(SHARDS)]))
-    assert Server.downloads == []
-
-
-def test_http_errors_name_the_address(server: str, cache: Path) -> None:
-    with helpers.raises_one_line(DataError, f"{server}/none.h5: no such file"):
-        load(cache, f"{server}/none.h5?signature=secret")
-    with helpers.raises_one_line(DataError, "http://127.0.0.1:9/a.h5", "cannot be read"):
-        load(cache, "http://127.0.0.1:9/a.h5")
-
-
-def read_epochs(url: str, cache: str, limit: int, seed: int, output: str) -> None:
-    settings = {"shuffle": True, "shard_group": 1, "window_rows": 64, "batch_size": 40, "seed": seed}
-    loader = HDF5Loader(f"{url}/s*.h5", "x", remote_cache_dir=cache, remote_cache_size=limit, **settings)
-    rows = sum(len(batch["index"]) for _ in range(3) for batch in loader)
-    Path(output).write_text(str(rows))
-
-
-@pytest.mark.dist
-@pytest.mark.parametrize("small", [False, True])
-def test_processes_share_the_cache(server: str, cache: Path, local: Path, tmp_path: Path, small: bool) -> None:
-    limit = (6 if small else SHARDS) * shard_bytes(local)
-    outputs = [tmp_path / f"rows{seed}" for seed in range(2)]
-    processes = [
-        forkserver().Process(target=read_epochs, args=(server, str(cache), limit, seed, str(output)))
-        for seed, output in enumerate(outputs)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-        process.kill()
-    assert [output.read_text() for output in outputs] == [str(3 * SHARDS * ROWS)] * 2
-    if small:
-        assert len(Server.downloads) > SHARDS
-    else:
-        assert sorted(Server.downloads) == [f"/s{i}.h5" for i in range(SHARDS)]
+def test_trajectories_of_remote_files(store: Any, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(remote_files.DIRECTORY_VARIABLE, str(cache))
+    fields = np.random.default_rng(0).normal(size=(3, 5, 1, 8, 8)).astype(np.float32)
+    np.save(tmp_path / "a.npy", fields)
+    helpers.write_arrays(tmp_path / "a.h5", {"u": fields}, chunk_rows=1)
+    for name in ("a.npy", "a.h5"):
+        store.pipe_file(f"/data/{name}", (tmp_path / name).read_bytes())
+        remote, local = (
+            open_trajectories(path, "array", Options(axes="n t c y x"))
+            for path in (f"memory://data/{name}", str(tmp_path / name))
+        )
+        assert name in copies(cache)
+        for copy in cache.iterdir():
+            copy.unlink()  # as if another process needed the room
+        pairs = zip(remote.files[0].read(0), local.files[0].read(0), strict=True)
+        assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in pairs)
