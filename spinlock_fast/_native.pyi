@@ -56,7 +56,7 @@ def use_training_level(level: str) -> None:
 
 def mlp_forward(
     x: Matrix, w1: Matrix, b1: int, w2: Matrix, w2_group: int, b2: int, sizes: list[int], rows: int, hidden_width: int,
-    out_width: int, dropout: float, seed: int, hidden: int, out: int, threads: int,
+    out_width: int, dropout: float, seed: int, first_row: int, batch_rows: int, hidden: int, out: int, threads: int,
 ) -> None: ...  # fmt: skip
 def mlp_backward(
     grad: int, x: Matrix, w1: Matrix, w2: Matrix, w2_group: int, hidden: int, sizes: list[int], rows: int,
@@ -76,12 +76,12 @@ def normalize_backward(
     grad: int, normalized: int, inv_std: int, rows: int, width: int, grad_x: int, threads: int
 ) -> None: ...
 def segments(
-    x: int, rows: int, sizes: list[int], weight: int, bias: int, eps: float, dropout: float, seed: int, normalized: int,
-    inv_std: int, out: int, threads: int,
+    x: int, rows: int, sizes: list[int], weight: int, bias: int, eps: float, dropout: float, seed: int, first_row: int,
+    normalized: int, inv_std: int, out: int, threads: int,
 ) -> None: ...  # fmt: skip
 def segments_backward(
     grad: int, normalized: int, inv_std: int, rows: int, sizes: list[int], weight: int, dropout: float, seed: int,
-    grad_x: int, grad_weight: int, grad_bias: int, threads: int,
+    first_row: int, grad_x: int, grad_weight: int, grad_bias: int, threads: int,
 ) -> None: ...  # fmt: skip
 def assign(
     z: int, z_row: int, rows: int, codebook: int, mask: int, centered: bool, num_codes: list[int], dims: list[int],

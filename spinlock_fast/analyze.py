@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_device(options)
     add_quiet(options)
     chosen = options.parse_args(arguments)
-    exit_with(lambda: _analyze(chosen))
+    exit_with(lambda: _analyze(chosen), distributed=True)
 
 
 def _analyze(chosen: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ from spinlock_fast.config.schema import RunConfig
 from spinlock_fast.data.host_rows import place_rows
 from spinlock_fast.data.row_view import RowView
 from spinlock_fast.device import resolve_device
+from spinlock_fast.distributed import SINGLE, Ranks
 from spinlock_fast.models.initialization import initialize_codebooks
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
 from spinlock_fast.training.cuda_graphs import dedicated_stream
@@ -57,6 +58,7 @@ def training_run(
     topo_samples: int = 512,
     device: str = "cpu",
     x: Tensor | None = None,
+    ranks: Ranks = SINGLE,
     **settings: Any,
 ) -> TrainingRun:
     """The training run of `Trainer.fit`, before its first step.
@@ -64,6 +66,7 @@ def training_run(
     Args:
         batch, features, topo_samples, device: see `train_step`.
         x: [N, sum features] training rows; random by default.
+        ranks: processes that share each batch.
         settings: configuration overrides, with "training__learning_rate" for `training.learning_rate`.
     """
     rows = sum(features)
@@ -81,9 +84,10 @@ def training_run(
     with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
         seed_torch(config.random_seed, place)
         model = CategoricalHierarchicalVQVAE(model_config).to(place)
+        model.quantizer.sync = ranks.size == 1
         matrix, where = x.numpy(), config.training.data_on_device
         x_train, x_val = (place_rows(RowView(rows), place, where) for rows in (matrix, matrix[:1]))
-        run = TrainingRun(config, SilentObserver(), lambda: None, model, x_train, x_val)
+        run = TrainingRun(config, SilentObserver(), lambda: None, model, x_train, x_val, ranks=ranks)
         initialize_codebooks(model, x_train)
     model.train()
     return run
@@ -97,7 +101,7 @@ def step_seconds(run: TrainingRun, steps: int) -> list[float]:
         done = 0
         while done < _WARM_UP + steps:
             if done % step.full_batches == 0:
-                order = torch.randperm(run.x_train.shape[0])
+                order = run.row_order(done // step.full_batches)
                 step.begin_epoch(order, learning_rates(run.training, step.steps_per_epoch, 0), 0)
             most = min(
                 step.full_batches - done % step.full_batches, step.feed.steps_available(done % step.full_batches)

@@ -6,17 +6,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
-from spinlock_fast.errors import ConfigError, DistributedError
+from spinlock_fast.errors import (
+    ConfigError,
+    DataError,
+    DistributedError,
+    OutputError,
+    SpinlockFastError,
+    TrainingError,
+)
 from spinlock_fast.messages import one_line, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Result = TypeVar("Result")
 
 TIMEOUT_VARIABLE = "SPINLOCK_FAST_DISTRIBUTED_TIMEOUT"
 _DEFAULT_TIMEOUT = 1800.0  # seconds that a collective operation waits for the slowest rank
@@ -71,6 +80,18 @@ class Ranks:
                 dist.broadcast(tensor, source)
         return tensor
 
+    def gather_into(self, output: Tensor, tensor: Tensor) -> Tensor:
+        """Writes the tensors [n, ...] of the ranks, which have the same shape, to `output` [size * n, ...]."""
+        if self.size == 1:
+            return output.copy_(tensor)
+        import torch.distributed as dist
+
+        # torch 2.13 renamed the function and deprecated the old name.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        with self._errors():
+            gather(output, tensor)
+        return output
+
     def broadcast_object(self, value: Any, source: int = 0) -> Any:
         """The value that rank `source` passes; it is pickled, and only the processes of this run read it."""
         if self.size == 1:
@@ -92,6 +113,38 @@ class Ranks:
         with self._errors():
             dist.all_gather_object(values, value)
         return values
+
+    def on_main(self, work: Callable[[], Result]) -> Result:
+        """The result of `work`, which rank 0 runs while the others wait; it is pickled.
+
+        An error of the package that `work` raises is raised on every rank.
+        """
+        if self.size == 1:
+            return work()
+        result, error = None, None
+        if self.is_main:
+            try:
+                result = work()
+            except SpinlockFastError as raised:
+                error = raised
+        outcome = (result, None if error is None else (type(error).__mro__, error.lines, error.exit_status))
+        result, failure = self.broadcast_object(outcome)
+        if error is not None:
+            raise error
+        if failure is not None:
+            raise _error_of_main(*failure)
+        return cast("Result", result)
+
+    def gather_on_main(self, value: Any) -> list[Any]:
+        """The values that the ranks pass, in their order, on rank 0; an empty list on the others. They are pickled."""
+        if self.size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        values: list[Any] | None = [None] * self.size if self.is_main else None
+        with self._errors():
+            dist.gather_object(value, values)
+        return values or []
 
     def barrier(self) -> None:
         """Waits until every rank has reached this point."""
@@ -118,11 +171,19 @@ class Ranks:
             raise self._lost(error) from error
 
     def _lost(self, error: RuntimeError) -> DistributedError:
+        reason = one_line(str(error).split(". ")[0], 120)
         return DistributedError(
             f"rank {self.rank} of {self.size} lost contact with another rank, which ended or did not answer within "
-            f"{timeout_seconds():g} s ({TIMEOUT_VARIABLE}); torchrun names the rank that failed first: "
-            f"{one_line(str(error), 160)}"
+            f"{timeout_seconds():g} s ({TIMEOUT_VARIABLE}); torchrun reports the rank that failed first ({reason})"
         )
+
+
+def _error_of_main(types: Sequence[type], lines: list[str], status: int) -> SpinlockFastError:
+    """The error of rank 0, as the first of its types that can be constructed from lines."""
+    plain = (ConfigError, DataError, OutputError, DistributedError, TrainingError)
+    error = next((kind for kind in types if kind in plain), SpinlockFastError)(*lines)
+    error.exit_status, error.repeats_rank_0 = status, True
+    return error
 
 
 SINGLE = Ranks()

@@ -7,6 +7,7 @@ class SpinlockFastError(Exception):
     """Base of the errors below; each argument is one line that says what to do."""
 
     exit_status = 1
+    repeats_rank_0 = False  # of a distributed run, whose rank 0 prints it
 
     @property
     def lines(self) -> list[str]:

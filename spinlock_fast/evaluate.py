@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from spinlock_fast.commands.arguments import add_device, add_external, add_quiet, parser
+from spinlock_fast.commands.arguments import add_device, add_external, add_memory_budget, add_quiet, parser
 from spinlock_fast.commands.exit_status import exit_with
 
 
@@ -23,26 +23,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "where the file contains training rows, else all",
     )
     options.add_argument("--json", metavar="FILE", help="also write the metrics to a JSON file")
+    add_memory_budget(options)
     add_external(options)
     add_device(options)
     add_quiet(options, "no table")
     chosen = options.parse_args(arguments)
-    exit_with(lambda: _evaluate(chosen))
+    exit_with(lambda: _evaluate(chosen), distributed=True)
 
 
 def _evaluate(chosen: argparse.Namespace) -> None:
     from spinlock_fast.commands.console import RunDisplay, print_summary
     from spinlock_fast.config.schema import LoggingConfig
+    from spinlock_fast.distributed import current_ranks
     from spinlock_fast.output.atomic_files import write_json
     from spinlock_fast.training.evaluation import evaluate_file
 
-    with RunDisplay(chosen.quiet, LoggingConfig(level="warning")):
+    ranks = current_ranks()
+    with RunDisplay(chosen.quiet or not ranks.is_main, LoggingConfig(level="warning")):
         metrics = evaluate_file(
-            chosen.checkpoint, chosen.data, chosen.device, chosen.rows, allow_external=not chosen.no_external
+            chosen.checkpoint,
+            chosen.data,
+            chosen.device,
+            chosen.rows,
+            allow_external=not chosen.no_external,
+            memory_budget=chosen.memory_budget,
+            ranks=ranks,
         )
-    if chosen.json:
+    if chosen.json and ranks.is_main:
         write_json(Path(chosen.json), metrics)
-    if not chosen.quiet:
+    if ranks.is_main and not chosen.quiet:
         print_summary(metrics)
 
 

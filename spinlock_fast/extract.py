@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = options.parse_args(arguments)
     if chosen.overwrite and chosen.resume:
         options.error("--overwrite and --resume exclude each other")
-    exit_with(lambda: _extract(chosen))
+    exit_with(lambda: _extract(chosen), distributed=True)
 
 
 def _extract(chosen: argparse.Namespace) -> None:

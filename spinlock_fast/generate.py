@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = options.parse_args(arguments)
     if chosen.overwrite and chosen.resume:
         options.error("--overwrite and --resume exclude each other")
-    exit_with(lambda: _generate(chosen))
+    exit_with(lambda: _generate(chosen), distributed=True)
 
 
 def _generate(chosen: argparse.Namespace) -> None:
@@ -42,9 +42,11 @@ def _generate(chosen: argparse.Namespace) -> None:
         "operator_sensitivity": chosen.operator_sensitivity or None,
     }
     config = load_generator_config(chosen.config, {key: value for key, value in changes.items() if value is not None})
+    from spinlock_fast.distributed import current_ranks
     from spinlock_fast.simulate.run import generate  # imports torch: after the checks that do not need it
 
-    path = generate(config, chosen.output, chosen.shard, chosen.overwrite, chosen.resume, chosen.quiet)
+    ranks = current_ranks()
+    path = generate(config, chosen.output, chosen.shard, chosen.overwrite, chosen.resume, chosen.quiet, ranks)
     sys.stdout.write(f"data set: {path}\n")
 
 

@@ -27,24 +27,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_device(options)
     add_quiet(options)
     chosen = options.parse_args(arguments)
-    exit_with(lambda: _tokenize(chosen))
+    exit_with(lambda: _tokenize(chosen), distributed=True)
 
 
 def _tokenize(chosen: argparse.Namespace) -> None:
     from spinlock_fast.commands.console import RunDisplay
     from spinlock_fast.config.schema import LoggingConfig
     from spinlock_fast.device import resolve_device
+    from spinlock_fast.distributed import current_ranks
     from spinlock_fast.tokenizer import Tokenizer, write_tokens
 
+    ranks = current_ranks()
     tokenizer = Tokenizer.from_checkpoint(chosen.checkpoint, resolve_device(chosen.device))
     tokenizer.allow_external = not chosen.no_external
-    with RunDisplay(chosen.quiet, LoggingConfig()) as display:
+    with RunDisplay(chosen.quiet or not ranks.is_main, LoggingConfig()) as display:
         rows = write_tokens(
             tokenizer,
             chosen.data,
             Path(chosen.output),
             chosen.memory_budget,
             lambda done, total: display.encoded("tokens", done, total),
+            ranks,
         )
     if not chosen.quiet:
         sys.stdout.write(f"tokens: {chosen.output} [{rows}, {tokenizer.model.num_codebooks}]\n")

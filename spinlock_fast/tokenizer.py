@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -18,6 +19,7 @@ from spinlock_fast.checkpoints.directory import checkpoint_hash, load_payload, m
 from spinlock_fast.data.feature_source import FeatureSource
 from spinlock_fast.data.input_arrays import to_real_tensor
 from spinlock_fast.data.payload_checks import checked_strings, payload_errors
+from spinlock_fast.distributed import SINGLE, Ranks
 from spinlock_fast.errors import DataError, OutputError
 from spinlock_fast.features.cleaning import FeatureCleaner
 from spinlock_fast.features.encode import FamilyEncoder, block_rows
@@ -27,11 +29,12 @@ from spinlock_fast.kernels._common.guard import device_guard
 from spinlock_fast.models.input_check import InputCheck, KnownRows, TrainingRange
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE
 from spinlock_fast.output.locks import locked_output_file
+from spinlock_fast.output.part_files import write_in_order
 from spinlock_fast.output.token_files import TokenTable, check_format, token_file
 
 log = logging.getLogger(__name__)
 
-_DEFAULT_BUDGET = 1_250_000_000
+DEFAULT_BUDGET = 1_250_000_000
 _ROWS_AT_ONCE = 4096
 
 
@@ -184,17 +187,23 @@ class Tokenizer:
         return self._prepare(torch.cat(blocks).cpu().numpy(), lambda row: f"row {row}", check)
 
     def encode_file(
-        self, path: str | Path | list[str], memory_budget: int = _DEFAULT_BUDGET
+        self, path: str | Path | list[str], memory_budget: int = DEFAULT_BUDGET, ranks: Ranks = SINGLE
     ) -> Iterator[tuple[int, NDArray[np.int64]]]:
-        """(first row, tokens [B, G]) of an HDF5 file, block by block; see `encode`."""
+        """(first row, tokens [B, G]) of an HDF5 file, block by block; see `encode`.
+
+        Args:
+            ranks: if there are several, each gets consecutive blocks of those of one process; all of them must read
+                their blocks to the end.
+        """
         with self.source(path) as source:
             check = InputCheck(self.training_range, source.rows)
-            for start, _, x in self.raw_and_features(source, memory_budget, check):
+            for start, _, x in self.raw_and_features(source, memory_budget, check, ranks):
                 yield start, self._tokens(x, check, start)
+        check.merge(ranks)
         self._warn(check)
 
     def features_file(
-        self, path: str | Path | list[str], memory_budget: int = _DEFAULT_BUDGET, check: InputCheck | None = None
+        self, path: str | Path | list[str], memory_budget: int = DEFAULT_BUDGET, check: InputCheck | None = None
     ) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """(first row, cleaned and normalised features [B, F]) of an HDF5 file, block by block."""
         with self.source(path) as source:
@@ -209,12 +218,17 @@ class Tokenizer:
         )
 
     def raw_and_features(
-        self, source: FeatureSource, memory_budget: int = _DEFAULT_BUDGET, check: InputCheck | None = None
+        self,
+        source: FeatureSource,
+        memory_budget: int = DEFAULT_BUDGET,
+        check: InputCheck | None = None,
+        ranks: Ranks = SINGLE,
     ) -> Iterator[tuple[int, dict[str, Tensor], NDArray[np.float32]]]:
         """(first row, raw families [B, ...] on the device, features [B, F]) of an open source, block by block.
 
         Args:
             check: collects statistics of the features before clipping.
+            ranks: if there are several, each gets consecutive blocks of those of one process.
 
         Raises:
             DataError: the rows have another shape than in training; see also `features`.
@@ -230,7 +244,8 @@ class Tokenizer:
         rows = min(block_rows(info, share) for info in source.datasets.values())
         copy = rows * max(info.row_bytes for info in source.datasets.values())  # one family without NaN
         names = [family.name for family in self.families]
-        for start, raw in source.batches(names, rows, memory_budget - copy, self.device):
+        part = ranks.share(-(-source.rows // rows))
+        for start, raw in source.batches(names, rows, memory_budget - copy, self.device, part):
             with device_guard(self.device):
                 columns = [family(raw[family.name], source.row_locator(family.name, start)) for family in self.families]
                 encoded = torch.cat(columns, 1).cpu().numpy()
@@ -298,15 +313,17 @@ def write_tokens(
     tokenizer: Tokenizer,
     data: str | list[str],
     output: Path,
-    memory_budget: int = _DEFAULT_BUDGET,
+    memory_budget: int = DEFAULT_BUDGET,
     progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks = SINGLE,
 ) -> int:
     """Writes the tokens of an HDF5 file to a file whose ending names the format; see `token_file`.
 
     Holds at most `memory_budget` bytes of raw values at once; an earlier file is replaced when all rows are written.
 
     Args:
-        progress: called with (rows written, all rows).
+        progress: called with (rows done, all rows).
+        ranks: if there are several, each encodes a share of the rows, and rank 0 writes the file.
 
     Returns:
         Number of rows.
@@ -325,11 +342,14 @@ def write_tokens(
     if os.path.isdir(output):
         raise OutputError(f"{output}: is a directory; name a file")
     table = TokenTable(rows, model.codebook_names, model.quantizer.num_codes, tokenizer.checkpoint_hash)
-    with locked_output_file(output), token_file(output, table) as write:
-        for start, tokens in tokenizer.encode_file(data, memory_budget):
-            write(tokens)
-            if progress is not None:
-                progress(start + len(tokens), rows)
+    blocks = (tokens for _, tokens in tokenizer.encode_file(data, memory_budget, ranks))
+    with ExitStack() as stack:
+        write = None
+        if ranks.is_main:
+            stack.enter_context(locked_output_file(output))
+            write = stack.enter_context(token_file(output, table))
+        write_in_order(blocks, (rows, len(table.codebook_names)), table.dtype, output, write, ranks, progress)
+    ranks.barrier()  # the file is complete
     return rows
 
 

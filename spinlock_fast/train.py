@@ -10,6 +10,7 @@ from spinlock_fast.commands.arguments import add_device, add_quiet, parser
 from spinlock_fast.commands.exit_status import exit_with
 from spinlock_fast.commands.run_settings import run_settings
 from spinlock_fast.config.help import help_text
+from spinlock_fast.distributed import current_ranks
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -20,7 +21,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="e.g. training.num_epochs=5"
     )
     options.add_argument("--output", metavar="DIR", help="checkpoint directory, instead of output_dir")
-    options.add_argument("--resume", metavar="DIR", help="continue the interrupted run of this directory")
+    options.add_argument(
+        "--resume",
+        metavar="DIR",
+        help="continue the interrupted run of this directory; auto: that of the output directory, if there is one",
+    )
     add_device(options, default=None)
     options.add_argument("--dry-run", action="store_true", help="check and estimate, write nothing")
     add_quiet(options, "errors and the last line only")
@@ -29,14 +34,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if chosen.help_config:
         sys.stdout.write(help_text() + "\n")
         return
-    if chosen.config is None and chosen.resume is None:
+    if chosen.config is None and chosen.resume in (None, "auto"):
         options.error("name a configuration file")
-    exit_with(lambda: _train(chosen))
+    exit_with(lambda: _train(chosen), distributed=True)
 
 
 def _train(chosen: argparse.Namespace) -> None:
-    config, resume = run_settings(chosen.config, chosen.overrides, chosen.output, chosen.resume, chosen.device)
+    ranks = current_ranks()
+    # Rank 0 reads the settings: other hosts may not have the file, or see a run to resume later.
+    config, resume = ranks.on_main(
+        lambda: run_settings(chosen.config, chosen.overrides, chosen.output, chosen.resume, chosen.device)
+    )
     # The imports below need torch: after the checks that do not.
+    if chosen.dry_run and not ranks.is_main:
+        return
     if chosen.dry_run:
         from spinlock_fast.commands.dry_run import print_plan
 
@@ -45,9 +56,10 @@ def _train(chosen: argparse.Namespace) -> None:
     from spinlock_fast.commands.console import RunDisplay, print_summary
     from spinlock_fast.training.run import output_directory, run
 
-    with RunDisplay(chosen.quiet, config.logging, output_directory(config)) as display:
+    quiet = chosen.quiet or not ranks.is_main
+    with RunDisplay(quiet, config.logging, output_directory(config) if ranks.is_main else None) as display:
         outcome = run(config, display, resume)
-    if not chosen.quiet:
+    if not quiet:
         print_summary(outcome.metrics)
     sys.stdout.write(f"checkpoint: {outcome.directory}\n")
 

@@ -99,7 +99,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "spinlock_full_run")
     options.add_argument("--output", type=Path, required=True, help="JSON file of results")
     options.add_argument("--no-profile", action="store_true")
-    options.add_argument("--profile-compiled", action="store_true", help="also time steps under torch.compile")
     options.add_argument("--commit", help="of the source tree, if it is not a git repository")
     chosen = options.parse_args(arguments)
     chosen.work = chosen.work.resolve()
@@ -135,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         checkpoint = chosen.work / names[-1]
         shapes = CategoricalVQVAEConfig(**load_payload(checkpoint)["model_config"])
         config = load_run_config(checkpoint)
-        result["epoch"] = profile_epoch(config, shapes, chosen.rows, device, compiled=chosen.profile_compiled)
+        result["epoch"] = profile_epoch(config, shapes, chosen.rows, device)
         _write(chosen.output, result)
     sys.stdout.write(summary(result))
     return result

@@ -1,4 +1,5 @@
-// Dropout without stored masks: an element is kept if hash(seed, row, column) >= threshold, threshold = p * 2^32.
+// Dropout without stored masks: an element is kept if hash(seed, first_row + row, column) >= threshold, where
+// threshold = p * 2^32.
 #pragma once
 
 #include "kernels.hpp"
@@ -23,7 +24,8 @@ struct RowDropout {
     std::uint32_t offset, factor, threshold;
 
     RowDropout(Dropout dropout, Index row) : threshold(dropout.threshold) {
-        const std::uint64_t key = splitmix64(dropout.seed ^ splitmix64(static_cast<std::uint64_t>(row)));
+        const auto number = static_cast<std::uint64_t>(dropout.first_row + row);
+        const std::uint64_t key = splitmix64(dropout.seed ^ splitmix64(number));
         offset = static_cast<std::uint32_t>(key), factor = static_cast<std::uint32_t>(key >> 32) | 1u;
     }
 

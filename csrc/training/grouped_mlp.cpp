@@ -12,13 +12,15 @@
 
 namespace spinlock_fast::training {
 
-// Sets hidden [G, B, H] and out [G, B, E].
+// Sets hidden [G, B, H] and out [G, B, E] for rows first_row .. first_row + B of a batch of batch_rows rows, for which
+// dropout draws random numbers.
 void mlp_forward(const MatrixAddress& x, const MatrixAddress& w1, Address b1, const MatrixAddress& w2, Index w2_group,
                  Address b2, const std::vector<Index>& sizes, Index B, Index H, Index E, double rate, Address seed,
-                 Address hidden, Address out, int threads) {
+                 Index first_row, Index batch_rows, Address hidden, Address out, int threads) {
     check_sizes(B, sizes);
     check_sizes(H, {E});
-    const Dropout dropout = make_dropout(rate, seed);
+    check_sizes(first_row, {batch_rows - first_row - B});
+    const Dropout dropout = make_dropout(rate, seed, first_row);
     std::vector<Product> first, second;
     Index column = 0;
     for (Index g = 0; g < static_cast<Index>(sizes.size()); ++g) {
@@ -28,7 +30,7 @@ void mlp_forward(const MatrixAddress& x, const MatrixAddress& w1, Address b1, co
         p.bias = pointer<const float>(b1) + g * H;
         p.relu = true;
         p.dropout = dropout;
-        p.first_row = g * B;
+        p.first_row = g * batch_rows;
         first.push_back(p);
         Operand weight = operand(w2);
         weight.p += g * w2_group;

@@ -24,10 +24,11 @@ struct Operand {
     Index row, column;
 };
 
-// An element is kept if hash(seed, row, column) >= threshold.
+// An element is kept if hash(seed, first_row + row, column) >= threshold.
 struct Dropout {
     std::uint64_t seed;
     std::uint32_t threshold;  // probability * 2^32; 0 keeps everything
+    Index first_row = 0;      // number of row 0 in a larger batch, for which random numbers are drawn
 };
 
 // out = epilogue(alpha a b + bias) for a [M, K], b [K, N] and out [M, N] with row stride `out_row`.

@@ -34,12 +34,15 @@ void normalize_backward(Address grad, Address normalized, Address inv_std, Index
     });
 }
 
-// out = LayerNorm_segment(dropout(x)) * weight + bias for x [B, sum sizes], one segment of columns per group.
+// out = LayerNorm_segment(dropout(x)) * weight + bias for x [B, sum sizes], one segment of columns per group. Dropout
+// draws random numbers by row of a larger batch, in which `first_row` is the number of row 0.
 void segment_layer_norm(Address x, Index B, const std::vector<Index>& sizes, Address weight, Address bias, double eps,
-                        double rate, Address seed, Address normalized, Address inv_std, Address out, int threads) {
+                        double rate, Address seed, Index first_row, Address normalized, Address inv_std, Address out,
+                        int threads) {
     check_sizes(B, sizes);
+    check_sizes(first_row, {});
     const Index total = total_size(sizes);
-    const Dropout dropout = make_dropout(rate, seed);
+    const Dropout dropout = make_dropout(rate, seed, first_row);
     const float scale = dropout_scale(rate);
     parallel_for(divide_up(B, kRowsPerTask), threads, [&](Index i) {
         kernels().segment_layer_norm(pointer<const float>(x), i * kRowsPerTask, std::min(B, (i + 1) * kRowsPerTask),
@@ -52,10 +55,12 @@ void segment_layer_norm(Address x, Index B, const std::vector<Index>& sizes, Add
 
 void segment_layer_norm_backward(Address grad, Address normalized, Address inv_std, Index B,
                                  const std::vector<Index>& sizes, Address weight, double rate, Address seed,
-                                 Address grad_x, Address grad_weight, Address grad_bias, int threads) {
+                                 Index first_row, Address grad_x, Address grad_weight, Address grad_bias,
+                                 int threads) {
     check_sizes(B, sizes);
+    check_sizes(first_row, {});
     const Index total = total_size(sizes);
-    const Dropout dropout = make_dropout(rate, seed);
+    const Dropout dropout = make_dropout(rate, seed, first_row);
     const float scale = dropout_scale(rate);
     parallel_for(divide_up(B, kRowsPerTask), threads, [&](Index i) {
         kernels().segment_layer_norm_backward(

@@ -16,7 +16,7 @@ namespace spinlock_fast::training {
 // grouped_mlp.cpp
 void mlp_forward(const MatrixAddress& x, const MatrixAddress& w1, Address b1, const MatrixAddress& w2, Index w2_group,
                  Address b2, const std::vector<Index>& sizes, Index B, Index H, Index E, double rate, Address seed,
-                 Address hidden, Address out, int threads);
+                 Index first_row, Index batch_rows, Address hidden, Address out, int threads);
 void mlp_backward(Address grad, const MatrixAddress& x, const MatrixAddress& w1, const MatrixAddress& w2,
                   Index w2_group, Address hidden, const std::vector<Index>& sizes, Index B, Index H, Index E,
                   double rate, Address grad_hidden, Address grad_x, const MatrixAddress& grad_w1, Address grad_b1,
@@ -34,10 +34,11 @@ void normalize(Address x, Index rows, Index n, double eps, Address inv_std, int 
 void normalize_backward(Address grad, Address normalized, Address inv_std, Index rows, Index n, Address grad_x,
                         int threads);
 void segment_layer_norm(Address x, Index B, const std::vector<Index>& sizes, Address weight, Address bias, double eps,
-                        double rate, Address seed, Address normalized, Address inv_std, Address out, int threads);
+                        double rate, Address seed, Index first_row, Address normalized, Address inv_std, Address out,
+                        int threads);
 void segment_layer_norm_backward(Address grad, Address normalized, Address inv_std, Index B,
                                  const std::vector<Index>& sizes, Address weight, double rate, Address seed,
-                                 Address grad_x, Address grad_weight, Address grad_bias, int threads);
+                                 Index first_row, Address grad_x, Address grad_weight, Address grad_bias, int threads);
 
 // vq_assign.cpp
 void assign(Address z, Index z_row, Index N, Address codebook, Address mask, bool centered,

@@ -44,10 +44,10 @@ void run_products(const std::vector<Product>& products, int threads) {
                  [&](Index i) { k.product(pieces[static_cast<std::size_t>(i)], workspaces.for_this_thread()); });
 }
 
-Dropout make_dropout(double rate, Address seed) {
+Dropout make_dropout(double rate, Address seed, Index first_row) {
     if (rate <= 0.0) return {0, 0};
     const double threshold = std::min(std::round(rate * 4294967296.0), 4294967295.0);
-    return {*pointer<const std::uint64_t>(seed), static_cast<std::uint32_t>(threshold)};
+    return {*pointer<const std::uint64_t>(seed), static_cast<std::uint32_t>(threshold), first_row};
 }
 
 }  // namespace spinlock_fast::training

@@ -33,8 +33,8 @@ Workspaces workspaces_for(const std::vector<Product>& products, Index partial = 
 // Computes independent products.
 void run_products(const std::vector<Product>& products, int threads);
 
-// `seed` is the address of a 64-bit seed, read only if rate > 0.
-Dropout make_dropout(double rate, Address seed);
+// `seed` is the address of a 64-bit seed, read only if rate > 0; `first_row` is the number of row 0.
+Dropout make_dropout(double rate, Address seed, Index first_row);
 
 // Factor of kept elements: 1 / (1 - rate).
 inline float dropout_scale(double rate) { return static_cast<float>(rate < 1.0 ? 1.0 / (1.0 - rate) : 0.0); }

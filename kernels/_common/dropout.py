@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class BatchSlice(NamedTuple):
+    """Rows first .. first + B of a batch of `total` rows; random numbers are drawn per row of the whole batch.
+
+    A batch gives the same random numbers however it is cut into slices, if the generators are in the same state. The
+    numbers of a slice without rows are drawn as well, so that generators stay in step.
+    """
+
+    first: int
+    total: int
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -19,3 +32,11 @@ def keep_scale(dropout: float) -> float:
 def drop_threshold(dropout: float) -> int:
     """Hashes of 31 bits below this threshold drop their entry."""
     return min(round(dropout * 2**31), 2**31 - 1)
+
+
+def drop(x: Tensor, dropout: float, batch: BatchSlice | None = None) -> Tensor:
+    """torch's dropout of x [..., B, n], by the rows of the mask of the whole batch."""
+    if batch is None:
+        return torch.nn.functional.dropout(x, dropout)
+    mask = torch.nn.functional.dropout(x.new_ones(*x.shape[:-2], batch.total, x.shape[-1]), dropout)
+    return x * mask.narrow(-2, batch.first, x.shape[-2])

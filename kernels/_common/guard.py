@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from spinlock_fast.kernels._common.dropout import BatchSlice
 from spinlock_fast.kernels._common.layout import CodebookLayout
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -140,6 +141,14 @@ def check_rate(operator: str, dropout: float) -> None:
     """Raises ValueError unless `dropout` is a probability."""
     if not 0.0 <= dropout <= 1.0:
         raise ValueError(f"{operator}: dropout must lie in [0, 1], got {dropout}")
+
+
+def check_batch(operator: str, rows: int, batch: BatchSlice | None) -> None:
+    """Raises ValueError unless `rows` rows are a slice of the batch."""
+    if batch is not None and not 0 <= batch.first <= batch.total - rows:
+        raise ValueError(
+            f"{operator}: {rows} rows from row {batch.first} on are not a slice of a batch of {batch.total} rows"
+        )
 
 
 def is_traced() -> bool:

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spinlock_fast.kernels._common.export import real_tensors
+from spinlock_fast.kernels._common.export import constant_in_traces, real_tensors
 from spinlock_fast.kernels._common.table_cache import is_capturing, retain
 
 
@@ -58,6 +58,12 @@ class CodebookLayout:
 
     num_codes: tuple[int, ...]
     dims: tuple[int, ...]
+    # Not cached properties, whose lock (Python 3.11) torch.compile cannot trace.
+    total_codes: int = field(init=False, repr=False, compare=False)
+    total_dims: int = field(init=False, repr=False, compare=False)
+    total_entries: int = field(init=False, repr=False, compare=False)
+    max_codes: int = field(init=False, repr=False, compare=False)
+    max_dims: int = field(init=False, repr=False, compare=False)
     _cache: dict[torch.device, LayoutIndices] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -67,6 +73,13 @@ class CodebookLayout:
             )
         if min(self.num_codes) < 1 or min(self.dims) < 1:
             raise ValueError(f"every codebook needs at least 1 code and 1 dimension, got {self.num_codes}, {self.dims}")
+        self.__dict__.update(
+            total_codes=sum(self.num_codes),
+            total_dims=sum(self.dims),
+            total_entries=sum(k * d for k, d in zip(self.num_codes, self.dims, strict=True)),
+            max_codes=max(self.num_codes),
+            max_dims=max(self.dims),
+        )
 
     @classmethod
     def of(cls, num_codes: Sequence[int], dims: Sequence[int]) -> CodebookLayout:
@@ -79,11 +92,8 @@ class CodebookLayout:
         """`of` for tuples: layouts of the same sizes are one object, with one set of index tensors."""
         return CodebookLayout(num_codes, dims)
 
-    def __getstate__(self) -> dict[str, object]:
-        return {"num_codes": self.num_codes, "dims": self.dims, "_cache": {}}
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CodebookLayout.cached, (self.num_codes, self.dims)
 
     def __deepcopy__(self, memo: dict[int, object]) -> CodebookLayout:
         return self  # immutable
@@ -91,26 +101,6 @@ class CodebookLayout:
     @property
     def groups(self) -> int:
         return len(self.num_codes)
-
-    @cached_property
-    def total_codes(self) -> int:
-        return sum(self.num_codes)
-
-    @cached_property
-    def total_dims(self) -> int:
-        return sum(self.dims)
-
-    @cached_property
-    def total_entries(self) -> int:
-        return sum(k * d for k, d in zip(self.num_codes, self.dims, strict=True))
-
-    @cached_property
-    def max_codes(self) -> int:
-        return max(self.num_codes)
-
-    @cached_property
-    def max_dims(self) -> int:
-        return max(self.dims)
 
     def code_slice(self, g: int) -> slice:
         """Codes of codebook g in tensors [sum K]."""
@@ -131,46 +121,10 @@ class CodebookLayout:
         """The index tensors on `device`, cached."""
         indices = self._cache.get(device)
         if indices is None:
-            with real_tensors():
-                indices = self._cache[device] = self._build(device)
+            indices = self._cache[device] = _build_indices(self.num_codes, self.dims, device)
         if is_capturing(device):
             retain(indices)
         return indices
-
-    def _build(self, device: torch.device) -> LayoutIndices:
-        G, K, D = self.groups, self.max_codes, self.max_dims
-        host: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}  # overrides default types and devices
-        k = torch.tensor(self.num_codes, **host)
-        d = torch.tensor(self.dims, **host)
-        code_mask = torch.arange(K, **host) < k[:, None]
-        column_mask = torch.arange(D, **host) < d[:, None]
-        entry_mask = code_mask[:, :, None] & column_mask[:, None, :]
-        columns = torch.full((G, D), self.total_dims, **host)
-        columns[column_mask] = torch.arange(self.total_dims, **host)
-        entries = torch.full((G, K, D), self.total_entries, **host)
-        entries[entry_mask] = torch.arange(self.total_entries, **host)
-        code_ids = torch.zeros(G, K, **host)
-        code_ids[code_mask] = torch.arange(self.total_codes, **host)
-        flat = LayoutIndices(
-            columns=columns,
-            column_mask=column_mask,
-            packed_columns=column_mask.flatten().nonzero().flatten(),
-            codebook_of_column=torch.repeat_interleave(torch.arange(G, **host), d),
-            entries=entries,
-            packed_entries=entry_mask.flatten().nonzero().flatten(),
-            code_mask=code_mask,
-            packed_codes=code_mask.flatten().nonzero().flatten(),
-            codebook_of_code=torch.repeat_interleave(torch.arange(G, **host), k),
-            code_of_entry=code_ids[:, :, None].expand(G, K, D)[entry_mask],
-            code_offsets=torch.cumsum(k, 0) - k,
-            first_entries=(torch.repeat_interleave(d, k).cumsum(0) - torch.repeat_interleave(d, k)),
-            num_codes=k.to(torch.float32),
-            dims=d.to(torch.float32),
-            hash_factors=torch.randint(-(2**62), 2**62, (D,), generator=torch.Generator("cpu").manual_seed(0), **host)
-            * 2
-            + 1,
-        )
-        return LayoutIndices(**{name: tensor.to(device) for name, tensor in vars(flat).items()})
 
     def pad_columns(self, z: Tensor) -> Tensor:
         """[N, sum D] -> [G, N, D_max]."""
@@ -192,3 +146,44 @@ class CodebookLayout:
     def pack_codebook(self, padded: Tensor) -> Tensor:
         """[G, K_max, D_max] -> [sum K D]."""
         return padded.flatten()[self.indices(padded.device).packed_entries]
+
+
+@constant_in_traces
+def _build_indices(num_codes: tuple[int, ...], dims: tuple[int, ...], device: torch.device) -> LayoutIndices:
+    with real_tensors():
+        host = _host_indices(CodebookLayout.cached(num_codes, dims))
+        return LayoutIndices(**{name: tensor.to(device) for name, tensor in vars(host).items()})
+
+
+def _host_indices(layout: CodebookLayout) -> LayoutIndices:
+    G, K, D = layout.groups, layout.max_codes, layout.max_dims
+    host: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}  # overrides default types and devices
+    k = torch.tensor(layout.num_codes, **host)
+    d = torch.tensor(layout.dims, **host)
+    code_mask = torch.arange(K, **host) < k[:, None]
+    column_mask = torch.arange(D, **host) < d[:, None]
+    entry_mask = code_mask[:, :, None] & column_mask[:, None, :]
+    columns = torch.full((G, D), layout.total_dims, **host)
+    columns[column_mask] = torch.arange(layout.total_dims, **host)
+    entries = torch.full((G, K, D), layout.total_entries, **host)
+    entries[entry_mask] = torch.arange(layout.total_entries, **host)
+    code_ids = torch.zeros(G, K, **host)
+    code_ids[code_mask] = torch.arange(layout.total_codes, **host)
+    return LayoutIndices(
+        columns=columns,
+        column_mask=column_mask,
+        packed_columns=column_mask.flatten().nonzero().flatten(),
+        codebook_of_column=torch.repeat_interleave(torch.arange(G, **host), d),
+        entries=entries,
+        packed_entries=entry_mask.flatten().nonzero().flatten(),
+        code_mask=code_mask,
+        packed_codes=code_mask.flatten().nonzero().flatten(),
+        codebook_of_code=torch.repeat_interleave(torch.arange(G, **host), k),
+        code_of_entry=code_ids[:, :, None].expand(G, K, D)[entry_mask],
+        code_offsets=torch.cumsum(k, 0) - k,
+        first_entries=(torch.repeat_interleave(d, k).cumsum(0) - torch.repeat_interleave(d, k)),
+        num_codes=k.to(torch.float32),
+        dims=d.to(torch.float32),
+        hash_factors=torch.randint(-(2**62), 2**62, (D,), generator=torch.Generator("cpu").manual_seed(0), **host) * 2
+        + 1,
+    )

@@ -68,6 +68,32 @@ def operator(
     return register
 
 
+class _Context:
+    """Stands in for the context that autograd passes to a `torch.autograd.Function`."""
+
+    needs_input_grad: tuple[bool, ...] = ()
+    saved_tensors: tuple[Tensor, ...] = ()
+
+    def save_for_backward(self, *tensors: Tensor) -> None:
+        self.saved_tensors = tensors
+
+
+@torch.no_grad()
+def recomputed_gradients(
+    function: type[torch.autograd.Function], arguments: Sequence[Any], grads: Sequence[Tensor], needed: Sequence[int]
+) -> list[Tensor]:
+    """Gradients of the arguments at the positions `needed`, after another forward pass.
+
+    For operators of compiled code, whose results are the same for all implementations: what the implementations save
+    for their backward passes differs.
+    """
+    ctx = _Context()
+    ctx.needs_input_grad = tuple(i in needed for i in range(len(arguments)))
+    function.forward(ctx, *arguments)
+    gradients = function.backward(ctx, *grads)
+    return [gradients[i] for i in needed]
+
+
 def _padded(backward: Callable[..., tuple[Tensor | None, ...]], arguments: int) -> Callable[..., Any]:
     def padded(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         gradients = backward(ctx, *grads)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spinlock_fast.kernels._common.export import real_tensors
+from spinlock_fast.kernels._common.export import constant_in_traces, real_tensors
 from spinlock_fast.kernels._common.table_cache import TableCache, is_capturing, retain
 
 _offsets: TableCache[Tensor] = TableCache(256)
@@ -20,6 +20,20 @@ class _Indices:
     packed: Tensor  # [sum n] position in the flattened [G * n_max]
     sizes: Tensor  # [G] n, float32
     group: Tensor  # [sum n] group of a row
+
+
+@constant_in_traces
+def _build_indices(sizes: tuple[int, ...], device: torch.device) -> _Indices:
+    host: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}  # independent of the default dtype and device
+    with real_tensors():
+        n = torch.tensor(sizes, **host)
+        mask = torch.arange(max(sizes), **host) < n[:, None]
+        parts = {
+            "packed": mask.flatten().nonzero().flatten(),
+            "sizes": n.to(torch.float32),
+            "group": torch.repeat_interleave(torch.arange(len(sizes), **host), n),
+        }
+        return _Indices(**{name: tensor.to(device) for name, tensor in parts.items()})
 
 
 @dataclass(frozen=True)
@@ -58,22 +72,10 @@ class Ragged:
         """The index tensors on `device`; cached."""
         indices = self._cache.get(device)
         if indices is None:
-            with real_tensors():
-                indices = self._cache[device] = self._build(device)
+            indices = self._cache[device] = _build_indices(self.sizes, device)
         if is_capturing(device):
             retain(indices)
         return indices
-
-    def _build(self, device: torch.device) -> _Indices:
-        host: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}  # independent of the default dtype and device
-        n = torch.tensor(self.sizes, **host)
-        mask = torch.arange(self.widest, **host) < n[:, None]
-        parts = {
-            "packed": mask.flatten().nonzero().flatten(),
-            "sizes": n.to(torch.float32),
-            "group": torch.repeat_interleave(torch.arange(self.groups, **host), n),
-        }
-        return _Indices(**{name: tensor.to(device) for name, tensor in parts.items()})
 
     def pad_rows(self, rows: Tensor) -> Tensor:
         """[sum n, ...] -> [G, n_max, ...], zero where padded."""

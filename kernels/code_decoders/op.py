@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from spinlock_fast.kernels._common.backend import Backend
+from spinlock_fast.kernels._common.export import exporting
 from spinlock_fast.kernels._common.guard import FLOAT, INDEX, SAME, check, check_codes
 from spinlock_fast.kernels._common.higher_order import in_transform, needs_graph
 from spinlock_fast.kernels._common.implementation import choose_implementation
 from spinlock_fast.kernels._common.layout import CodebookLayout
+from spinlock_fast.kernels._common.operator import operator, recomputed_gradients
 from spinlock_fast.kernels.code_decoders import cpu, pytorch, reference
 from spinlock_fast.kernels.code_decoders.reference import Decoders
 
@@ -55,8 +57,11 @@ def partial_loss(
     wide = functools.reduce(torch.promote_types, [t.dtype for t in (x, quantized, *decoders)], torch.float32)
     x, quantized, codebook, *parameters = (t.to(wide) for t in (x, quantized, codebook, *decoders))
     decoders = Decoders(*parameters)
-    if in_transform():
+    if in_transform() or exporting():
         return reference.loss_of_codes(x.detach(), quantized, codes, decoders, layout)
+    if torch.compiler.is_compiling():
+        tensors = x.detach(), quantized, codes, codebook.detach(), *decoders
+        return _loss(*tensors, layout.num_codes, layout.dims, backend)
     implementation = choose_implementation(backend, x, quantized, codebook, *decoders)
     if implementation == "pytorch":
         check_codes("partial_loss", codes, layout)
@@ -101,6 +106,65 @@ class _PartialLoss(torch.autograd.Function):
         else:
             gradients = pytorch.backward(grads[0], saved, decoders, layout, needed[1])
         return None, gradients[0], None, None, *gradients[1:], None, None
+
+
+def _fake(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(())
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs[:8])
+    ctx.options = inputs[8:]
+
+
+def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = _loss_gradients(grads[0], *ctx.saved_tensors, *ctx.options)
+    return None, gradients[0], None, None, *gradients[1:]
+
+
+@operator("partial_loss", fake=_fake, setup_context=_setup_context, backward=_backward)
+def _loss(
+    x: Tensor,
+    quantized: Tensor,
+    codes: Tensor,
+    codebook: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    num_codes: Sequence[int],
+    dims: Sequence[int],
+    backend: str,
+) -> Tensor:
+    """`partial_loss` for compiled code."""
+    layout = CodebookLayout.of(num_codes, dims)
+    return partial_loss(x, quantized, codes, codebook, Decoders(w1, b1, w2, b2), layout, cast(Backend, backend))
+
+
+def _gradients_fake(grad: Tensor, x: Tensor, quantized: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
+    return tuple(t.new_empty(t.shape) for t in (quantized, *tensors[2:6]))
+
+
+@operator("partial_loss_backward", fake=_gradients_fake)
+def _loss_gradients(
+    grad: Tensor,
+    x: Tensor,
+    quantized: Tensor,
+    codes: Tensor,
+    codebook: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    num_codes: Sequence[int],
+    dims: Sequence[int],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tensors = x, quantized, codes, codebook, w1, b1, w2, b2
+    implementation = choose_implementation(cast(Backend, backend), x, quantized, codebook, w1, b1, w2, b2)
+    arguments = *tensors, CodebookLayout.of(num_codes, dims), implementation
+    quantized_gradient, *others = recomputed_gradients(_PartialLoss, arguments, [grad], [1, 4, 5, 6, 7])
+    return quantized_gradient, others[0], others[1], others[2], others[3]
 
 
 def code_statistics(x: Tensor, codes: Tensor, layout: CodebookLayout) -> tuple[Tensor, Tensor]:

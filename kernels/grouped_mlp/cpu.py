@@ -10,22 +10,30 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from spinlock_fast.kernels._common.dropout import draw_seed
+from spinlock_fast.kernels._common.dropout import BatchSlice, draw_seed
 from spinlock_fast.kernels._common.native import address, library, operand
 from spinlock_fast.kernels._common.ragged import Ragged
 
 
 def forward(
-    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, inputs: Ragged, dropout: float
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    inputs: Ragged,
+    dropout: float,
+    batch: BatchSlice | None,
 ) -> tuple[Tensor, ...]:
     """The output [G, B, E] and the hidden values [G, B, H]."""
     (G, H, E), B = w2.shape, x.shape[0]
+    first_row, batch_rows = batch or (0, B)
     seed = draw_seed(x.device) if dropout > 0.0 else None
     hidden, out = x.new_empty(G, B, H), x.new_empty(G, B, E)
     b1, b2 = b1.contiguous(), b2.contiguous()
     library.mlp_forward(
         operand(x), operand(w1), address(b1), operand(w2[0]), w2.stride(0), address(b2), list(inputs.sizes), B, H, E,
-        dropout, address(seed), address(hidden), address(out), torch.get_num_threads(),
+        dropout, address(seed), first_row, batch_rows, address(hidden), address(out), torch.get_num_threads(),
     )  # fmt: skip
     return out, hidden
 

@@ -7,18 +7,29 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from spinlock_fast.kernels._common.dropout import keep_scale
+from spinlock_fast.kernels._common.dropout import BatchSlice, keep_scale
 from spinlock_fast.kernels._common.ragged import Ragged
 
 
 def forward(
-    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, inputs: Ragged, dropout: float
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    inputs: Ragged,
+    dropout: float,
+    batch: BatchSlice | None,
 ) -> tuple[Tensor, ...]:
     """The output [G, B, E], the hidden values [G, B, H], and padded x and w1."""
     x, w1 = inputs.pad_columns(x), inputs.pad_rows(w1)
     hidden = torch.baddbmm(b1[:, None], x, w1).relu_()
-    if dropout > 0.0:
+    if dropout > 0.0 and batch is None:
         hidden = torch.native_dropout(hidden, dropout, True)[0]
+    elif dropout > 0.0 and batch is not None:
+        G, B, H = hidden.shape
+        mask = torch.native_dropout(hidden.new_ones(G, batch.total, H), dropout, True)[0]
+        hidden = hidden * mask[:, batch.first : batch.first + B]
     return torch.baddbmm(b2[:, None], hidden, w2), hidden, x, w1
 
 

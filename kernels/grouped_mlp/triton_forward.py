@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spinlock_fast.kernels._common.dropout import draw_seed, drop_threshold, keep_scale
+from spinlock_fast.kernels._common.dropout import BatchSlice, draw_seed, drop_threshold, keep_scale
 from spinlock_fast.kernels._common.guard import launches, rows_of
 from spinlock_fast.kernels._common.launch_helpers import check_int32_offsets
 from spinlock_fast.kernels._common.ragged import Ragged, part_offsets
@@ -93,7 +93,7 @@ def column_sums(a_ptr, n, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     return tl.sum(sums, axis=0)
 
 
-@triton.jit(do_not_specialize=["B", "G", "threshold", "scale"])
+@triton.jit(do_not_specialize=["B", "G", "threshold", "scale", "first_row", "batch_rows"])
 def grouped_mlp_fwd_first_kernel(
     x_ptr,  # [B, sum n], row stride x_stride
     w_ptr,  # [sum n, H]
@@ -109,6 +109,8 @@ def grouped_mlp_fwd_first_kernel(
     w_column,
     threshold,
     scale,
+    first_row,  # number of row 0 in the batch of batch_rows rows that the mask is for
+    batch_rows,
     DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -131,7 +133,7 @@ def grouped_mlp_fwd_first_kernel(
     out += tl.load(bias_ptr + g * H + n, mask=n < H, other=0.0)[None, :]
     out = tl.where(out < 0.0, 0.0, out)  # keeps NaN
     if DROPOUT:
-        keep = dropout_mask(seed_ptr, g.to(tl.int64) * B + start + m, n, threshold)
+        keep = dropout_mask(seed_ptr, g.to(tl.int64) * batch_rows + first_row + start + m, n, threshold)
         out = tl.where(keep, out * scale, 0.0)
     out_ptr += (g.to(tl.int64) * B + start) * H
     tl.store(out_ptr + (m * H)[:, None] + n[None, :], out, mask=(m < rows)[:, None] & (n < H)[None, :])
@@ -202,10 +204,19 @@ def dense(weight: Tensor) -> Tensor:
 
 @launches
 def forward(
-    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, inputs: Ragged, dropout: float, precision: str
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    inputs: Ragged,
+    dropout: float,
+    batch: BatchSlice | None,
+    precision: str,
 ) -> tuple[Tensor, ...]:
     """The output [G, B, E] and the hidden values [G, B, H]; all float32."""
     (G, H, _), B = w2.shape, x.shape[0]
+    first_row, batch_rows = batch or (0, B)
     x = rows_of(x)
     w1, b1 = dense(w1), b1.contiguous()
     check_int32_offsets("the weights of a network", max(w1.numel(), w2[0].numel()))
@@ -215,6 +226,6 @@ def forward(
     if B:
         grouped_mlp_fwd_first_kernel[(triton.cdiv(B, config.block_m), triton.cdiv(H, config.block_n), G)](
             x, w1, b1, seed, part_offsets(inputs.sizes, (), x.device), hidden, B, G, H, x.stride(0), *w1.stride(),
-            drop_threshold(dropout), keep_scale(dropout), DROPOUT=dropout > 0.0, **config.tiles,
+            drop_threshold(dropout), keep_scale(dropout), first_row, batch_rows, DROPOUT=dropout > 0.0, **config.tiles,
         )  # fmt: skip
     return grouped_product(hidden, w2, precision, bias=b2.contiguous()), hidden

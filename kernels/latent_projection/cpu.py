@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from spinlock_fast.kernels._common.dropout import draw_seed
+from spinlock_fast.kernels._common.dropout import BatchSlice, draw_seed
 from spinlock_fast.kernels._common.native import address, library
 from spinlock_fast.kernels._common.ragged import Ragged
 
@@ -45,7 +45,13 @@ def scaled_output_linear_backward(
 
 
 def ragged_layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, segments: Ragged, eps: float, dropout: float
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    segments: Ragged,
+    eps: float,
+    dropout: float,
+    batch: BatchSlice | None,
 ) -> tuple[Tensor | None, ...]:
     """The output; the normalised values [B, sum n], reciprocal deviations [B, segments] and the seed of dropout."""
     x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
@@ -54,13 +60,19 @@ def ragged_layer_norm(
     normed, deviation, out = torch.empty_like(x), x.new_empty(B, segments.groups), torch.empty_like(x)
     library.segments(
         address(x), B, list(segments.sizes), address(weight), address(bias), eps, dropout, address(seed),
-        address(normed), address(deviation), address(out), torch.get_num_threads(),
+        batch.first if batch else 0, address(normed), address(deviation), address(out), torch.get_num_threads(),
     )  # fmt: skip
     return out, normed, deviation, seed
 
 
 def ragged_layer_norm_backward(
-    grad: Tensor, weight: Tensor, saved: Sequence[Tensor | None], segments: Ragged, dropout: float, needs_x: bool
+    grad: Tensor,
+    weight: Tensor,
+    saved: Sequence[Tensor | None],
+    segments: Ragged,
+    dropout: float,
+    batch: BatchSlice | None,
+    needs_x: bool,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight, bias."""
     normed, deviation, seed = saved
@@ -69,7 +81,8 @@ def ragged_layer_norm_backward(
     grad_x, grad_weight, grad_bias = torch.empty_like(normed), torch.empty_like(weight), torch.empty_like(weight)
     library.segments_backward(
         address(grad), address(normed), address(deviation), normed.shape[0], list(segments.sizes), address(weight),
-        dropout, address(seed), address(grad_x), address(grad_weight), address(grad_bias), torch.get_num_threads(),
+        dropout, address(seed), batch.first if batch else 0, address(grad_x), address(grad_weight), address(grad_bias),
+        torch.get_num_threads(),
     )  # fmt: skip
     return grad_x, grad_weight, grad_bias
 

@@ -43,7 +43,7 @@ def ragged_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, segments: Ragged,
     """The output, the normalised values and the reciprocal deviations, [B, sum n] each."""
     centred = x - _segment_means(x, segments)
     deviation = (_segment_means(centred.square(), segments) + eps).rsqrt_()
-    normed = centred.mul_(deviation)
+    normed = centred * deviation  # not in place: autograd may read `centred`
     return torch.addcmul(bias, normed, weight), normed, deviation
 
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spinlock_fast.kernels._common.dropout import drop_threshold, keep_scale
+from spinlock_fast.kernels._common.dropout import BatchSlice, drop_threshold, keep_scale
 from spinlock_fast.kernels._common.guard import launches
 from spinlock_fast.kernels._common.ragged import Ragged, part_offsets
 from spinlock_fast.kernels._common.streams import defer
@@ -28,7 +28,7 @@ def _load_part(grad_ptr, part_weight_ptr, normed_ptr, start, m, rows, o, size, f
     return inside, entries, grad, tl.load(normed_ptr + entries, mask=inside, other=0.0)
 
 
-@triton.jit(do_not_specialize=["B", "G", "S", "total", "threshold", "scale"])
+@triton.jit(do_not_specialize=["B", "G", "S", "total", "threshold", "scale", "first_row"])
 def project_bwd_rows_kernel(
     grad_ptr,  # [B, sum n]
     x_ptr,  # [G, B, E]
@@ -49,6 +49,7 @@ def project_bwd_rows_kernel(
     total,
     threshold,
     scale,
+    first_row,  # number of row 0 in the batch that the mask is for
     DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_O: tl.constexpr,  # a whole part
@@ -84,7 +85,7 @@ def project_bwd_rows_kernel(
             grad_linear = (grad - mean[:, None] - part * along[:, None]) * deviation[:, None]
             grad_linear = tl.where(inside, grad_linear, 0.0)
             if DROPOUT:
-                keep = dropout_mask(seed_ptr, start + m, first_column + o, threshold)
+                keep = dropout_mask(seed_ptr, first_row + start + m, first_column + o, threshold)
                 grad_linear = tl.where(keep, grad_linear * scale, 0.0)
             tl.store(grad_linear_ptr + entries, grad_linear, mask=inside)
             in_w = (o < size)[:, None] & (e < E)[None, :]
@@ -192,6 +193,7 @@ def backward(
     outputs: Ragged,
     parts: Ragged,
     dropout: float,
+    batch: BatchSlice | None,
     precision: str,
 ) -> tuple[Tensor, ...]:
     """Gradients of x, gain, shift, weight, bias, part_weight, part_bias, where `tensors` are these.
@@ -211,7 +213,7 @@ def backward(
         project_bwd_rows_kernel[(triton.cdiv(B, config.rows["BLOCK_M"]), G)](
             grad, x, gain, weight, part_weight, seed, offsets, statistics, normed, deviation, grad_linear, grad_x,
             B, G, parts.groups, E, parts.total, drop_threshold(dropout), keep_scale(dropout),
-            DROPOUT=dropout > 0.0, **config.rows,
+            batch.first if batch else 0, DROPOUT=dropout > 0.0, **config.rows,
         )  # fmt: skip
 
     def parameter_gradients() -> tuple[Tensor, ...]:

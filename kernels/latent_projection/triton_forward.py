@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spinlock_fast.kernels._common.dropout import draw_seed, drop_threshold, keep_scale
+from spinlock_fast.kernels._common.dropout import BatchSlice, draw_seed, drop_threshold, keep_scale
 from spinlock_fast.kernels._common.guard import launches
 from spinlock_fast.kernels._common.launch_helpers import next_power_of_two
 from spinlock_fast.kernels._common.ragged import Ragged, part_offsets
@@ -87,7 +87,7 @@ def _row_statistics(x_ptr, x_stride, m, rows, E, eps, BLOCK_M: tl.constexpr, BLO
     return mean, 1.0 / tl.sqrt_rn(tl.sum(total, axis=1) / E + eps)
 
 
-@triton.jit(do_not_specialize=["B", "G", "S", "total", "threshold", "scale", "eps", "part_eps"])
+@triton.jit(do_not_specialize=["B", "G", "S", "total", "threshold", "scale", "first_row", "eps", "part_eps"])
 def project_fwd_kernel(
     x_ptr,  # [G, B, E]
     gain_ptr,  # [G, E]
@@ -109,6 +109,7 @@ def project_fwd_kernel(
     total,
     threshold,
     scale,
+    first_row,  # number of row 0 in the batch that the mask is for
     eps,
     part_eps,
     DROPOUT: tl.constexpr,
@@ -149,7 +150,7 @@ def project_fwd_kernel(
     column = first_column + o
     out += tl.load(bias_ptr + column, mask=o < size, other=0.0)[None, :]
     if DROPOUT:
-        out = tl.where(dropout_mask(seed_ptr, start + m, column, threshold), out * scale, 0.0)
+        out = tl.where(dropout_mask(seed_ptr, first_row + start + m, column, threshold), out * scale, 0.0)
 
     centred = tl.where((o < size)[None, :], out - (tl.sum(out, axis=1) / size)[:, None], 0.0)
     deviation = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, axis=1) / size + part_eps)
@@ -172,6 +173,7 @@ def forward(
     eps: float,
     part_eps: float,
     dropout: float,
+    batch: BatchSlice | None,
     precision: str,
 ) -> tuple[Tensor, ...]:
     """The output [B, sum n], and what `triton_backward.backward` reads.
@@ -190,7 +192,7 @@ def forward(
         project_fwd_kernel[(triton.cdiv(B, config.forward["BLOCK_M"]), S)](
             x, gain, shift, weight, bias, part_weight, part_bias, seed,
             part_offsets(outputs.sizes, parts.sizes, x.device), statistics, normed, deviation, out,
-            B, G, S, E, total, drop_threshold(dropout), keep_scale(dropout), eps, part_eps,
+            B, G, S, E, total, drop_threshold(dropout), keep_scale(dropout), batch.first if batch else 0, eps, part_eps,
             DROPOUT=dropout > 0.0, **config.forward,
         )  # fmt: skip
     return out, seed, statistics, normed, deviation

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from spinlock_fast.kernels._common.backend import resolve_backend
+from spinlock_fast.kernels._common.export import exporting
 from spinlock_fast.kernels._common.guard import FLOAT, INDEX, check, check_codes
 from spinlock_fast.kernels._common.higher_order import in_transform, needs_graph
 from spinlock_fast.kernels._common.implementation import Implementation
 from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels._common.native import native_supports
+from spinlock_fast.kernels._common.operator import operator, recomputed_gradients
 from spinlock_fast.kernels._common.precision import full_float32
 from spinlock_fast.kernels.topo_loss import cpu, pytorch, reference
 
@@ -35,8 +38,11 @@ def topographic_correlations(
         Pearson correlations of d_x with d_z and of d_z with d_e; 0 where one of the two is constant.
     """
     x, latents, codebook = _checked("topographic_correlations", x, latents, codes, codebook, layout)
-    if in_transform():
+    if in_transform() or exporting():
         return reference.correlations_of_codes(x.detach(), latents, codes, codebook, layout)
+    if torch.compiler.is_compiling():
+        pre, post = _correlations(x.detach(), latents, codes, codebook.detach(), layout.num_codes, layout.dims)
+        return pre, post
     implementation = _choose(x, latents, codebook)
     if implementation == "pytorch":
         check_codes("topographic_correlations", codes, layout)
@@ -53,7 +59,8 @@ def topographic_loss(
 ) -> Tensor:
     """1 - pre_weight * pre - (1 - pre_weight) * post of `topographic_correlations`, which documents the arguments."""
     x, latents, codebook = _checked("topographic_loss", x, latents, codes, codebook, layout)
-    if not in_transform() and _choose(x, latents, codebook) == "triton":
+    eager = not (in_transform() or torch.compiler.is_compiling())
+    if eager and _choose(x, latents, codebook) == "triton":
         loss: Tensor = _Topographic.apply(  # type: ignore[no-untyped-call]
             x.detach(), latents, codes, codebook.detach(), layout, "triton", pre_weight
         )
@@ -119,3 +126,46 @@ class _Topographic(torch.autograd.Function):
         else:
             grad = (cpu if ctx.implementation == "cpu" else pytorch).backward(grad_pre, grad_post, saved, ctx.layout)
         return None, grad, *[None] * 5
+
+
+def _fake(x: Tensor, latents: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return latents.new_empty((), dtype=torch.promote_types(x.dtype, latents.dtype)), latents.new_empty(())
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.sizes = inputs[4:]
+
+
+def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    grad_pre, grad_post = grads
+    return None, _latents_gradient(grad_pre, grad_post, *ctx.saved_tensors, *ctx.sizes)
+
+
+@operator("topographic_correlations", fake=_fake, setup_context=_setup_context, backward=_backward)
+def _correlations(
+    x: Tensor, latents: Tensor, codes: Tensor, codebook: Tensor, num_codes: Sequence[int], dims: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """`topographic_correlations` for compiled code."""
+    return topographic_correlations(x, latents, codes, codebook, CodebookLayout.of(num_codes, dims))
+
+
+def _gradient_fake(grad_pre: Tensor, grad_post: Tensor, x: Tensor, latents: Tensor, *_: Any) -> Tensor:
+    return latents.new_empty(latents.shape)
+
+
+@operator("topographic_gradient", fake=_gradient_fake)
+def _latents_gradient(
+    grad_pre: Tensor,
+    grad_post: Tensor,
+    x: Tensor,
+    latents: Tensor,
+    codes: Tensor,
+    codebook: Tensor,
+    num_codes: Sequence[int],
+    dims: Sequence[int],
+) -> Tensor:
+    layout, implementation = CodebookLayout.of(num_codes, dims), _choose(x, latents, codebook)
+    arguments = x, latents, codes, codebook, layout, implementation, None
+    with full_float32(x.device):
+        return recomputed_gradients(_Topographic, arguments, (grad_pre, grad_post), [1])[0]

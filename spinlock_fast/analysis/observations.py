@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spinlock_fast.data.feature_source import FeatureSource, column_names, decode_text
+from spinlock_fast.distributed import SINGLE, Ranks
 from spinlock_fast.errors import DataError
 from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.models.input_check import InputCheck
@@ -99,11 +100,13 @@ def collect_observations(
     most_rows: int,
     memory_budget: int,
     progress: Progress | None = None,
-) -> Observations:
+    ranks: Ranks = SINGLE,
+) -> Observations | None:
     """Encodes a file and reads the conditions of its operators.
 
     Args:
         most_rows: maximum number of rows; evenly spaced rows are taken from a larger file.
+        ranks: if there are several, each encodes a share of the rows; all but rank 0 receive None.
 
     Raises:
         DataError: the file cannot be read, or does not fit the checkpoint.
@@ -119,12 +122,16 @@ def collect_observations(
         mixed = [family.name for family in tokenizer.families if family.encoder_name not in _NAMED_COLUMNS]
         names = [name for family in mixed for name in measured_names(source, family)]
         check = InputCheck(tokenizer.training_range, total)
-        for start, raw, x in tokenizer.raw_and_features(source, memory_budget, check):
+        for start, raw, x in tokenizer.raw_and_features(source, memory_budget, check, ranks):
             local_rows = rows[np.searchsorted(rows, start) : np.searchsorted(rows, start + len(x))] - start
             if local_rows.size:
                 parts.append(_block(tokenizer, codebooks, {name: raw[name] for name in mixed}, x, local_rows, check))
             if progress is not None:
-                progress(start + len(x), total)
+                progress(min(total, ranks.size * (start + len(x))), total)
+        check.merge(ranks)
+        parts = [part for of_rank in ranks.gather_on_main(parts) for part in of_rank]
+        if not ranks.is_main:
+            return None
         parameters, labels = read_conditions(source, rows, notes)
     warning = check.warning()
     if warning is not None:

@@ -21,6 +21,7 @@ from spinlock_fast.analysis.significance import Counts
 from spinlock_fast.analysis.stability import stability_table
 from spinlock_fast.analysis.tables import Table
 from spinlock_fast.config.random_streams import Stream, generator
+from spinlock_fast.distributed import SINGLE, Ranks
 from spinlock_fast.errors import DataError
 from spinlock_fast.tokenizer import Tokenizer
 
@@ -68,6 +69,7 @@ def analyze(
     progress: Progress | None = None,
     *,
     allow_external: bool = True,
+    ranks: Ranks = SINGLE,
 ) -> Analysis:
     """Encodes the operators of a file and analyses their tokens.
 
@@ -78,6 +80,7 @@ def analyze(
         stage: called with a text when a stage begins.
         progress: called with (operators done, all operators).
         allow_external: False refuses data files with links to other directories.
+        ranks: if there are several, each encodes a share of the operators; all but rank 0 return an empty analysis.
 
     Raises:
         DataError: the checkpoint or the data cannot be used.
@@ -89,14 +92,17 @@ def analyze(
     for each in (tokenizer, *others):
         each.allow_external = allow_external
     stage("Encoding")
-    observed = collect_observations(tokenizer, data, config.rows, memory_budget, progress)
+    observed = collect_observations(tokenizer, data, config.rows, memory_budget, progress, ranks)
     encoded = time.perf_counter()
-    analysis = analyze_observations(observed, config, stage)
     parts = []
     for directory, other in zip(compare, others, strict=True):
         stage(f"Comparing with {directory}")
-        second = collect_observations(other, data, config.rows, memory_budget, progress)
-        parts.append(stability_table(str(checkpoint), observed, str(directory), second))
+        second = collect_observations(other, data, config.rows, memory_budget, progress, ranks)
+        if observed is not None and second is not None:
+            parts.append(stability_table(str(checkpoint), observed, str(directory), second))
+    if observed is None:
+        return Analysis({}, {})
+    analysis = analyze_observations(observed, config, stage)
     if parts:
         analysis.tables["stability"] = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     analysis.summary.update(

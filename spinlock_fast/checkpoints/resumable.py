@@ -130,7 +130,9 @@ def _known_states(directory: Path) -> list[str] | None:
 def _check_same_settings(saved: Mapping[str, Any], config: RunConfig, changeable: set[str]) -> None:
     """Raises ConfigError for a setting that differs and is not in `changeable`, which lists keys and sections."""
     old, new = _flatten(resolve_aliases(saved)), _flatten(config.model_dump(mode="json"))
-    old.setdefault("feature_cleaning.nan_fill", "zero")  # the behaviour before the setting existed
+    # The behaviour before the settings existed.
+    old.setdefault("feature_cleaning.nan_fill", "zero")
+    old.setdefault("training.row_order", "auto")
     for key in old.keys() | new.keys():
         if old.get(key) != new.get(key) and not any(
             key == prefix or key.startswith(f"{prefix}.") for prefix in changeable

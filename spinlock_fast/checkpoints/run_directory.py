@@ -251,6 +251,11 @@ def unfinished(directory: Path) -> bool:
     return any(os.path.exists(directory / PARTIAL / name) for name in (*STATES, FINAL))
 
 
+def can_resume(directory: Path) -> bool:
+    """Whether a directory has an unfinished run, or a finished one that can be extended."""
+    return unfinished(directory) or any(os.path.exists(find(directory, name)) for name in (*STATES, FINAL))
+
+
 def run_to_resume(directory: Path) -> Path:
     """The output directory, given itself or its `.partial`."""
     return directory.parent if directory.name == PARTIAL else directory

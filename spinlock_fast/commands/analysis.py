@@ -16,6 +16,7 @@ from spinlock_fast.analysis.summary_text import print_analysis
 from spinlock_fast.commands.console import RunDisplay
 from spinlock_fast.config.schema import LoggingConfig
 from spinlock_fast.device import resolve_device
+from spinlock_fast.distributed import current_ranks
 from spinlock_fast.errors import ConfigError
 from spinlock_fast.output.atomic_files import check_writable, write_json
 from spinlock_fast.output.locks import locked_output_directory
@@ -37,7 +38,8 @@ def run_analysis(options: argparse.Namespace, settings: Mapping[str, Any]) -> No
     output = Path(options.output)
     device = str(resolve_device(options.device))
     check_writable(output)
-    with RunDisplay(options.quiet, LoggingConfig()) as display:
+    ranks = current_ranks()
+    with RunDisplay(options.quiet or not ranks.is_main, LoggingConfig()) as display:
         analysis = analyze(
             options.checkpoint,
             options.data,
@@ -48,7 +50,10 @@ def run_analysis(options: argparse.Namespace, settings: Mapping[str, Any]) -> No
             display.stage,
             lambda done, total: display.encoded("operators", done, total),
             allow_external=not options.no_external,
+            ranks=ranks,
         )
+        if not ranks.is_main:
+            return
         display.stage("Writing")
         with locked_output_directory(output):
             written = write_tables(analysis.tables, output, formats)

@@ -17,9 +17,9 @@ from spinlock_fast.messages import one_line
 
 READER_GONE = 141  # standard output is a closed pipe, the status of SIGPIPE
 
-# Delays of error messages under torchrun, which ends all ranks as soon as one has failed.
-_OTHER_RANKS_SECONDS = 1.0  # if all ranks fail alike, rank 0 prints the lines
-_LOST_SECONDS = 3.0  # a rank that failed by itself prints its lines before those that lost contact with it
+# Delays of error messages under torchrun, which ends all ranks soon after one has failed.
+_OTHER_RANKS_SECONDS = 3.0  # if all ranks fail alike, rank 0 prints the lines
+_LOST_SECONDS = 6.0  # a rank that failed by itself prints its lines before those that lost contact with it
 
 
 def exit_with(command: Callable[[], None], distributed: bool = False) -> NoReturn:
@@ -53,7 +53,8 @@ def _status_of(command: Callable[[], None], distributed: bool) -> int:
                 command()
             sys.stdout.flush()
     except SpinlockFastError as error:
-        return _report(error.lines, error.exit_status, ranks, lost=isinstance(error, DistributedError))
+        problems = [] if error.repeats_rank_0 else error.lines
+        return _report(problems, error.exit_status, ranks, lost=isinstance(error, DistributedError))
     except ReaderGone:
         return READER_GONE
     except (MemoryError, RuntimeError) as error:
@@ -75,7 +76,7 @@ def _report(problems: Sequence[str], status: int, ranks: Ranks, *, lost: bool = 
     delayed = ranks.size > 1 and (lost or not ranks.is_main)
     if delayed and _wait(_LOST_SECONDS if lost else _OTHER_RANKS_SECONDS) and not lost:
         return status
-    prefix = f"error: rank {ranks.rank}: " if not ranks.is_main else "error: "
+    prefix = f"error: rank {ranks.rank}: " if not (ranks.is_main or lost) else "error: "
     sys.stderr.write("".join(f"{prefix}{one_line(problem)}\n" for problem in problems))
     sys.stderr.flush()
     return status

@@ -12,6 +12,7 @@ from spinlock_fast.commands.console import RunDisplay
 from spinlock_fast.config.byte_sizes import parse_bytes
 from spinlock_fast.config.schema import LoggingConfig
 from spinlock_fast.device import resolve_device
+from spinlock_fast.distributed import current_ranks
 from spinlock_fast.errors import ConfigError
 from spinlock_fast.trajectories.extraction import extract
 from spinlock_fast.trajectories.options import Options
@@ -23,7 +24,9 @@ def run_extract(chosen: argparse.Namespace) -> Path:
     options = _options(chosen)
     shard = parse_shard(chosen.shard)
     device = resolve_device(chosen.device)
-    with RunDisplay(chosen.quiet, LoggingConfig()) as display:
+    ranks = current_ranks()
+    quiet = chosen.quiet or not ranks.is_main
+    with RunDisplay(quiet, LoggingConfig()) as display:
 
         def opened(trajectories: TrajectorySet) -> None:
             shape = trajectories.shape
@@ -36,7 +39,7 @@ def run_extract(chosen: argparse.Namespace) -> Path:
                 f"{len(shape.channels)} channels on {grid} points, periodic: {periodic or 'none'}, "
                 f"{len(trajectories.parameters)} parameters"
             )
-            if not chosen.quiet:
+            if not quiet:
                 for note in trajectories.notes:
                     sys.stderr.write(f"note: {note}\n")
 
@@ -51,6 +54,7 @@ def run_extract(chosen: argparse.Namespace) -> Path:
             chosen.resume,
             opened,
             lambda done, total: display.encoded("trajectories", done, total),
+            ranks,
         )
 
 

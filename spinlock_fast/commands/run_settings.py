@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from spinlock_fast.checkpoints.run_directory import config_to_resume, run_to_resume
+from spinlock_fast.checkpoints.run_directory import can_resume, config_to_resume, run_to_resume
 from spinlock_fast.config.loading import load_config, load_written_config
 from spinlock_fast.config.schema import RunConfig
 
@@ -20,13 +20,18 @@ def run_settings(
         config: YAML file; may be None with `resume`, whose settings are then used.
         overrides: texts such as "training.num_epochs=5".
         output: checkpoint directory; by default that of the resumed run, else `output_dir`.
-        resume: directory of an interrupted run.
+        resume: directory of an interrupted run; "auto" for the output directory, if there is a run to resume in it.
         device: replaces the `device` of the file.
 
     Raises:
         ConfigError: a setting is wrong.
         DataError: there is no run to resume.
     """
+    if resume == "auto":
+        settings, _ = run_settings(config, overrides, output, None, device)
+        if settings.output_dir is None or not can_resume(Path(settings.output_dir)):
+            return settings, None
+        resume = output = str(settings.output_dir)
     resumed = run_to_resume(Path(resume)) if resume else None
     changes = list(overrides)
     if device:

@@ -93,8 +93,6 @@ class FactorizedVQ(nn.Module):
         self.out_proj = nn.Linear(codebook_dim, dim)
         self.codebook = nn.Embedding(codebook_size, codebook_dim)
         self._layout = CodebookLayout.of([codebook_size], [codebook_dim])
-        # Computes the cached properties now: their lock (Python 3.11) cannot be traced by torch.compile.
-        _ = self._layout.total_dims, self._layout.total_entries
 
     def nearest(self, latents: Tensor, mask: Tensor | None = None) -> Tensor:
         """[N] index of the code with the largest cosine similarity to each row [N, D]; -1 if masked or not finite."""

@@ -296,6 +296,11 @@ class TrainingConfig(Section):
         description="keep rows on the device (always) or stream them from main memory (never); auto: on the device "
         "where they take at most half of its free memory",
     )
+    row_order: Literal["auto", "shuffled", "windows"] = Field(
+        default="auto",
+        description="order of the training rows of an epoch: a permutation of all rows (shuffled), or of rows within "
+        "256 MiB of the matrix at a time, which reads a disk in sequence (windows); auto: windows from 8 GiB on",
+    )
     cuda_graphs: bool = Field(
         default=True, description="capture training steps as CUDA graphs; no effect on other devices"
     )
@@ -331,6 +336,11 @@ class DataConfig(Section):
     manifest_dir: str | None = Field(default=None, description="directory for the manifest of the shards; null: none")
     remote_cache_dir: str | None = Field(default=None, description="directory for copies of remote files; null: user's")
     remote_cache_size: ByteSize | None = Field(default=None, description="size limit of that directory; null: 20GB")
+    feature_matrix: Literal["auto", "memory", "disk"] = Field(
+        default="auto",
+        description="where the encoded features are kept: memory, or a file in the output directory while the command "
+        "runs (disk); auto: on disk beyond half of memory_budget, or with several ranks, which share the file",
+    )
 
 
 class LoggingConfig(Section):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -141,15 +142,21 @@ class FeatureSource:
         return as_float32(unpacked, lambda i: self.row_location(family, int(rows[i]))).numpy()
 
     def batches(
-        self, families: Sequence[str], rows: int, memory_budget: int, device: torch.device
+        self,
+        families: Sequence[str],
+        rows: int,
+        memory_budget: int,
+        device: torch.device,
+        part: slice | None = None,
     ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """Iterates over all rows in order, with read-ahead.
+        """Iterates over the rows in order, with read-ahead.
 
         Args:
             families: names of the families to read.
             rows: rows of a batch.
             memory_budget: bytes for decoded rows.
             device: device of the batches.
+            part: numbers of the batches to read; all by default.
 
         Yields:
             (first row, {family: float32 [B, *row_shape] on the device}).
@@ -157,11 +164,11 @@ class FeatureSource:
         Raises:
             DataError: rows cannot be read, or the files changed since they were opened.
         """
-        self._iterators.append(iterator := self._read_ahead(families, rows, memory_budget, device))
+        self._iterators.append(iterator := self._read_ahead(families, rows, memory_budget, device, part))
         return iterator
 
     def _read_ahead(
-        self, families: Sequence[str], rows: int, memory_budget: int, device: torch.device
+        self, families: Sequence[str], rows: int, memory_budget: int, device: torch.device, part: slice | None
     ) -> Generator[tuple[int, dict[str, Tensor]], None, None]:
         paths = list(dict.fromkeys(self.datasets[family].path for family in families))
         sharded = self._sharded.select(*paths)
@@ -169,11 +176,16 @@ class FeatureSource:
         loader = _OpenedLoader(
             sharded, paths, batch_size=rows, memory_budget=memory_budget, pin_memory=device.type == "cuda"
         )
-        start = 0
-        for batch in loader:
-            on_device = {family: batch[self.datasets[family].path].to(device, non_blocking=True) for family in families}
-            yield start, {family: as_float32(x, self.row_locator(family, start)) for family, x in on_device.items()}
-            start += len(batch["index"])
+        first, stop, _ = (part or slice(None)).indices(len(loader))
+        if first >= stop:
+            return
+        loader.load_state_dict({**loader.state_dict(), "batch": first})
+        start = first * rows
+        with closing(iter(loader)) as batches:  # type: ignore[type-var]
+            for batch in islice(batches, stop - first):
+                on_device = {name: batch[self.datasets[name].path].to(device, non_blocking=True) for name in families}
+                yield start, {name: as_float32(x, self.row_locator(name, start)) for name, x in on_device.items()}
+                start += len(batch["index"])
 
     def row_location(self, family: str, row: int) -> str:
         """File, dataset and row number within the file, for messages."""

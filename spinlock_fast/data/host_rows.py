@@ -96,15 +96,16 @@ def place_rows(rows: RowView, device: torch.device, where: Literal["auto", "alwa
     Args:
         rows: [N, F].
         device: the device that processes the rows.
-        where: "auto" copies the rows to the device if they fit well, "always" copies them, "never" keeps them in host
-            memory.
+        where: "auto" copies the rows to the device if they fit well, but not from a memory map to the CPU; "always"
+            copies them, "never" keeps them in host memory.
 
     Raises:
         DataError: where is "always" and the rows do not fit on the device.
     """
     host = HostRows(rows, device)
     size = 4 * rows.shape[0] * rows.shape[1]
-    if where == "never" or (where == "auto" and size > _MAX_MEMORY_FRACTION * free_memory(device)):
+    stays = size > _MAX_MEMORY_FRACTION * free_memory(device) or (rows.is_mapped and device.type == "cpu")
+    if where == "never" or (where == "auto" and stays):
         return host
     try:
         return host.to_device()

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 from torch.utils.data import get_worker_info
 
 from spinlock_fast.data.input_files import FileIdentity, identify
-from spinlock_fast.data.remote_files import register, remote_files
+from spinlock_fast.data.remote_files import RemoteFile, register, remote_files
 from spinlock_fast.data.shard_index import ShardIndex
 from spinlock_fast.data.sharded_dataset import ShardedDatasets
 from spinlock_fast.distributed import SINGLE, Ranks, current_ranks
-from spinlock_fast.errors import ConfigError, DataError, OutputError
+from spinlock_fast.errors import DataError
 
 
 def ranks_of_share(rank: int, world_size: int) -> Ranks:
@@ -32,21 +33,16 @@ def open_once(ranks: Ranks, open_shards: Callable[[], ShardedDatasets]) -> Shard
     """
     if ranks.size == 1:
         return open_shards()
-    sharded: ShardedDatasets | None = None
-    failure: Exception | None = None
+
+    def open_on_main() -> tuple[ShardedDatasets, dict[Path, RemoteFile]]:
+        sharded = open_shards()
+        return sharded, remote_files(sharded.files)
+
+    sharded, remote = ranks.on_main(open_on_main)
     if ranks.is_main:
-        try:
-            sharded = open_shards()
-        except (ConfigError, DataError, OutputError) as error:
-            failure = error
-    found = remote_files(sharded.files) if sharded is not None else {}
-    received, failure, found = ranks.broadcast_object((sharded, failure, found))
-    if failure is not None:
-        raise failure
-    if sharded is not None:
         return sharded
-    register(found)
-    return _on_this_host(received) or open_shards()
+    register(remote)
+    return _on_this_host(sharded) or open_shards()
 
 
 def _on_this_host(sharded: ShardedDatasets) -> ShardedDatasets | None:

@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 from spinlock_fast.config.loading import read_text_file
 from spinlock_fast.config.random_streams import Stream, generator
 from spinlock_fast.config.schema import TrainingConfig
+from spinlock_fast.distributed import SINGLE, Ranks
 from spinlock_fast.errors import ConfigError, DataError
+from spinlock_fast.features.blocks import Blocks
 from spinlock_fast.features.names import family_of
-from spinlock_fast.features.statistics import Blocks, correlation
+from spinlock_fast.features.statistics import correlation
 from spinlock_fast.messages import one_line, shown
 
 log = logging.getLogger(__name__)
@@ -198,9 +200,9 @@ def _feature_index(member: object, position: dict[str, int], path: str | Path) -
     )
 
 
-def category_correlation(x: Blocks, groups: Groups) -> NDArray[np.float64]:
+def category_correlation(x: Blocks, groups: Groups, ranks: Ranks = SINGLE) -> NDArray[np.float64]:
     """[C, C] mean |Pearson correlation| between features of two categories; within one, over distinct pairs."""
-    strength = np.abs(correlation(x))
+    strength = np.abs(correlation(x, ranks=ranks))
     member = np.zeros((x.shape[1], len(groups)))
     for c, members in enumerate(groups.values()):
         member[members, c] = 1.0

@@ -12,18 +12,12 @@ from numpy.typing import NDArray
 
 from spinlock_fast.config.schema import FeatureCleaningConfig
 from spinlock_fast.data.payload_checks import checked_array
+from spinlock_fast.distributed import SINGLE, Ranks
 from spinlock_fast.errors import DataError
-from spinlock_fast.features.statistics import (
-    Matrix,
-    correlation,
-    map_column_blocks,
-    map_on_threads,
-    mean_and_std,
-    median_and_mad,
-)
+from spinlock_fast.features.blocks import Blocks, Matrix, TransformedRows, extremes, sum_of_blocks
+from spinlock_fast.features.statistics import correlation, mean_and_std, median, median_and_mad, percentiles
 
 _ENTROPY_BINS = 50
-_SCORED_AT_ONCE = 16  # columns
 
 
 @dataclass(frozen=True)
@@ -70,8 +64,8 @@ class FeatureCleaner:
         return cls(keep, fill, low, high)
 
 
-def fit_cleaner(x: Matrix, config: FeatureCleaningConfig) -> FeatureCleaner:
-    """Fits a cleaner.
+def fit_cleaner(x: Blocks, config: FeatureCleaningConfig, ranks: Ranks = SINGLE) -> FeatureCleaner:
+    """Fits a cleaner; reads x block by block.
 
     1. NaN becomes the column's median. 2. Columns with a standard deviation below variance_threshold are dropped.
     3. Of two columns with |correlation| above deduplicate_threshold, the one with the smaller
@@ -80,89 +74,90 @@ def fit_cleaner(x: Matrix, config: FeatureCleaningConfig) -> FeatureCleaner:
 
     Args:
         x: [N, C] columns of the training rows.
+        ranks: each reads a part of the rows; the result is the same for any number of ranks.
 
     Raises:
         DataError: all columns are constant.
     """
-    values, fill = _fill_nan(x)
+    values, fill = _fill_nan(x, ranks)
     if not config.enabled:
         bound = np.full(values.shape[1], np.inf)
         return FeatureCleaner(np.ones(values.shape[1], dtype=bool), fill, -bound, bound)
-    keep = mean_and_std(values)[1] >= max(config.variance_threshold, np.finfo(np.float64).tiny)
+    keep = mean_and_std(values, ranks)[1] >= max(config.variance_threshold, np.finfo(np.float64).tiny)
     if not keep.any():
         raise DataError(
             f"all {values.shape[1]} columns are constant (standard deviation below {config.variance_threshold:g})"
         )
-    keep[_duplicates(values, np.flatnonzero(keep), config.deduplicate_threshold)] = False
-    low, high = clip_bounds(values[:, keep], config)
+    keep[_duplicates(values, np.flatnonzero(keep), config.deduplicate_threshold, ranks)] = False
+    low, high = clip_bounds(TransformedRows(values, lambda block: block[:, keep], int(keep.sum())), config, ranks)
     return FeatureCleaner(keep, fill, low, high)
 
 
-def _fill_nan(x: Matrix) -> tuple[Matrix, NDArray[np.float64]]:
-    """x (a copy where it has NaN) with NaN replaced by column medians, and the medians (0 for a column of NaN)."""
-    fill = np.zeros(x.shape[1])
-    missing = np.zeros(x.shape[1], dtype=bool)
-
-    def find(columns: slice, block: Matrix) -> None:
-        nan = np.isnan(block)
-        missing[columns] = nan.any(axis=1)
-        some = ~nan.all(axis=1)
-        fill[columns][some] = np.nanmedian(block[some], axis=1)
-
-    map_column_blocks(x, find)
-    if missing.any():
-        x = np.where(np.isnan(x), fill.astype(x.dtype), x)
-    return x, fill
+def _fill_nan(x: Blocks, ranks: Ranks) -> tuple[Blocks, NDArray[np.float64]]:
+    """x with NaN replaced by column medians, and the medians (0 for a column of NaN)."""
+    missing = sum_of_blocks(x, lambda block: np.isnan(block).sum(axis=0).astype(np.float64), x.shape[1:], ranks)
+    if not missing.any():
+        return x, median(x, ranks)
+    known = (x.shape[0] - missing).astype(np.int64)
+    fill = np.where(known > 0, median(x, ranks, known), 0.0)
+    filled = TransformedRows(x, lambda block: np.where(np.isnan(block), fill.astype(block.dtype), block), x.shape[1])
+    return filled, fill
 
 
-def clip_bounds(x: Matrix, config: FeatureCleaningConfig) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def clip_bounds(
+    x: Blocks, config: FeatureCleaningConfig, ranks: Ranks = SINGLE
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Per column of x [N, F]: lower and upper bound of values that are not outliers."""
     if config.outlier_method == "mad":
-        median, mad = median_and_mad(x)
+        center, mad = median_and_mad(x, ranks)
         half_width = np.where(mad > 0, config.mad_threshold * config.mad_scale * mad, np.inf)
-        return median - half_width, median + half_width
+        return center - half_width, center + half_width
     if config.outlier_method == "percentile":
-        low, high = np.percentile(x, config.percentile_range, axis=0)
+        low, high = percentiles(x, config.percentile_range, ranks)
         # A column with one rare value must not become constant.
         return np.where(high > low, low, -np.inf), np.where(high > low, high, np.inf)
     if config.outlier_method == "iqr":
-        first, third = np.percentile(x, [25.0, 75.0], axis=0)
+        first, third = percentiles(x, [25.0, 75.0], ranks)
         half_width = np.where(third > first, config.iqr_multiplier * (third - first), np.inf)
         return first - half_width, third + half_width
     bound = np.full(x.shape[1], np.inf)
     return -bound, bound
 
 
-def _duplicates(x: Matrix, candidates: NDArray[np.int64], threshold: float) -> NDArray[np.int64]:
+def _duplicates(x: Blocks, candidates: NDArray[np.int64], threshold: float, ranks: Ranks) -> NDArray[np.int64]:
     """Candidates to drop: each has a correlation above the threshold with a more informative column that stays."""
-    is_duplicate = np.abs(correlation(x, candidates)) > threshold
+    is_duplicate = np.abs(correlation(x, candidates, ranks)) > threshold
     np.fill_diagonal(is_duplicate, False)
     duplicated = np.flatnonzero(is_duplicate.any(axis=0))
-    score = np.full(candidates.size, np.inf)
-
-    def rate(part: NDArray[np.int64]) -> None:
-        score[part] = informativeness(x[:, candidates[part]].astype(np.float64))
-
-    map_on_threads(rate, np.array_split(duplicated, -(-duplicated.size // _SCORED_AT_ONCE)) if duplicated.size else [])
+    if not duplicated.size:
+        return duplicated
+    rated = candidates[duplicated]
+    score = informativeness(TransformedRows(x, lambda block: block[:, rated].astype(np.float64), rated.size), ranks)
     dropped = np.zeros(candidates.size, dtype=bool)
-    for column in duplicated[np.argsort(-score[duplicated], kind="stable")]:
+    for column in duplicated[np.argsort(-score, kind="stable")]:
         if not dropped[column]:
             dropped |= is_duplicate[column]
             dropped[column] = False
     return candidates[dropped]
 
 
-def informativeness(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Per column of x [N, F]: entropy (nats, 50-bin histogram) * IQR * (1 - share beyond 5 sigma)."""
+def informativeness(x: Blocks, ranks: Ranks = SINGLE) -> NDArray[np.float64]:
+    """Per column of float64 x [N, F]: entropy (nats, 50-bin histogram) * IQR * (1 - share beyond 5 sigma)."""
     N, F = x.shape
-    low, high = x.min(axis=0), x.max(axis=0)
+    low, high = extremes(x, ranks)
     width = np.where(high > low, high - low, 1.0)
-    bins = np.minimum((x - low) / width * _ENTROPY_BINS, _ENTROPY_BINS - 1).astype(np.int64)
-    counts = np.bincount((bins + np.arange(F) * _ENTROPY_BINS).ravel(), minlength=F * _ENTROPY_BINS)
-    share = counts.reshape(F, _ENTROPY_BINS) / N
+    first, third = percentiles(x, [25.0, 75.0], ranks)
+    floor, ceiling = clip_bounds(x, FeatureCleaningConfig(), ranks)
+
+    def counts(block: Matrix) -> NDArray[np.float64]:
+        """[F, bins + 1] rows in each bin, and rows beyond 5 sigma."""
+        bins = np.minimum((block - low) / width * _ENTROPY_BINS, _ENTROPY_BINS - 1).astype(np.int64)
+        in_bins = np.bincount((bins + np.arange(F) * _ENTROPY_BINS).ravel(), minlength=F * _ENTROPY_BINS)
+        outside = ((block < floor) | (block > ceiling)).sum(axis=0)
+        return np.hstack([in_bins.reshape(F, _ENTROPY_BINS), outside[:, None]]).astype(np.float64)
+
+    share = sum_of_blocks(x, counts, (F, _ENTROPY_BINS + 1), ranks) / N
+    share, outliers = share[:, :-1], share[:, -1]
     entropy = -np.sum(share * np.log(np.where(share > 0, share, 1.0)), axis=1)
-    first, third = np.percentile(x, [25.0, 75.0], axis=0)
-    floor, ceiling = clip_bounds(x, FeatureCleaningConfig())
-    outliers = ((x < floor) | (x > ceiling)).mean(axis=0)
     result: NDArray[np.float64] = entropy * (third - first) * (1.0 - outliers)
     return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spinlock_fast.config.schema import ENCODER_PARAMS, FamilyConfig
+from spinlock_fast.data.feature_matrix import FeatureMatrix
 from spinlock_fast.data.feature_source import DatasetInfo, FeatureSource, as_float32
 from spinlock_fast.data.payload_checks import checked_strings, shape_difference, tensor_shapes
+from spinlock_fast.distributed import SINGLE, Ranks
 from spinlock_fast.errors import ConfigError, DataError
 from spinlock_fast.features.encoders import Encoder, build_encoder, seeded_encoder
 from spinlock_fast.features.missing import column_medians, missing_report, raw_statistics
@@ -246,6 +249,8 @@ def encode_rows(
     device: torch.device,
     progress: Progress | None = None,
     training_rows: NDArray[np.int64] | None = None,
+    matrix: FeatureMatrix | None = None,
+    ranks: Ranks = SINGLE,
 ) -> Encoded:
     """Columns of all rows, in the order of `encoders`.
 
@@ -253,12 +258,14 @@ def encode_rows(
 
     Args:
         training_rows: the `fill` of every family is set to the medians of these rows; None: it is not changed.
+        matrix: receives the columns; by default a new one in memory.
+        ranks: each encodes a part of the blocks of every family; needs a matrix that the ranks share.
 
     Raises:
         DataError: an infinite value, a damaged file, or a budget below one row.
     """
-    width = sum(family.encoder.output_dim for family in encoders)
-    out = np.empty((source.rows, width), dtype=np.float32)
+    if matrix is None:
+        matrix = FeatureMatrix(source.rows, sum(family.encoder.output_dim for family in encoders))
     keys = np.zeros(source.rows, dtype=np.int64)
     missing = {}
     column = 0
@@ -266,11 +273,19 @@ def encode_rows(
         family.to(device)
         columns = slice(column, column + family.encoder.output_dim)
         counts = np.zeros(family.row_shape[-1], dtype=np.int64)
-        for block in encode_blocks(source, family, memory_budget, device, progress, training_rows):
-            rows = slice(block.start, block.start + len(block.columns))
-            out[rows, columns] = block.columns
-            keys[rows] += block.keys
+        done = 0
+        for block in encode_blocks(source, family, memory_budget, device, training_rows, ranks):
+            matrix.write(block.start, block.columns, columns)
+            keys[block.start : block.start + len(block.keys)] += block.keys
             counts += block.missing
+            done += len(block.columns)
+            if progress is not None:
+                progress(family.name, min(done * ranks.size, source.rows), source.rows)
+        matrix.synchronize()
+        ranks.sum_(torch.from_numpy(counts))
+        if training_rows is not None and family.fill is None:  # nothing is missing here, but new data may have gaps
+            budget = memory_budget if counts.any() else min(memory_budget, _SMALL_BUDGET)
+            family.fill = column_medians(source, family.name, training_rows, budget)
         family.to(torch.device("cpu"))
         missing[family.name] = int(counts.sum())
         if counts.any():
@@ -278,7 +293,8 @@ def encode_rows(
             names = source.feature_names(family.name)
             log.info("%s", missing_report(family.name, counts, family.dropped_columns.numpy(), names, filling))
         column = columns.stop
-    return Encoded(out, keys, missing)
+    ranks.sum_(torch.from_numpy(keys))
+    return Encoded(matrix.x, keys, missing)
 
 
 class EncodedBlock(NamedTuple):
@@ -295,25 +311,25 @@ def encode_blocks(
     family: FamilyEncoder,
     memory_budget: int,
     device: torch.device,
-    progress: Progress | None = None,
     training_rows: NDArray[np.int64] | None = None,
+    ranks: Ranks = SINGLE,
 ) -> Iterator[EncodedBlock]:
-    """Encodes one family block by block; see `encode_rows`."""
+    """Encodes this rank's part of one family block by block; see `encode_rows`."""
     info = source.datasets[family.name]
     rows = block_rows(info, memory_budget)
     read_budget = memory_budget - rows * info.row_bytes  # without the copy that has no NaN
-    for start, raw in source.batches([family.name], rows, read_budget, device):
+    # Ranks on different hosts write no common page of 4,096 bytes, whatever the width of the matrix.
+    unit = 1 if ranks.local_size == ranks.size else 1024 // math.gcd(rows, 1024)
+    blocks = -(-info.rows // rows)
+    share = ranks.share(-(-blocks // unit))
+    part = slice(share.start * unit, min(share.stop * unit, blocks))
+    for start, raw in source.batches([family.name], rows, read_budget, device, part):
         values = raw[family.name]
         counts = _missing_by_column(values)
         if counts.any() and training_rows is not None and family.fill is None:
             family.fill = column_medians(source, family.name, training_rows, memory_budget).to(device)
         columns = family(values, source.row_locator(family.name, start)).cpu().numpy()
         yield EncodedBlock(start, columns, row_keys(values, family.name).cpu().numpy(), counts)
-        if progress is not None:
-            progress(family.name, start + len(columns), info.rows)
-    if training_rows is not None and family.fill is None:  # nothing is missing here, but new data may have gaps
-        fill = column_medians(source, family.name, training_rows, min(memory_budget, _SMALL_BUDGET))
-        family.fill = fill.to(device)
 
 
 def _rows_with_nonfinite(values: Tensor) -> Tensor:

@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 
 from spinlock_fast.config.schema import TrainingConfig
 from spinlock_fast.data.payload_checks import checked_array, checked_finite
+from spinlock_fast.distributed import SINGLE, Ranks
 from spinlock_fast.errors import DataError
-from spinlock_fast.features.statistics import Matrix, center_and_scale
+from spinlock_fast.features.blocks import Blocks, Matrix
+from spinlock_fast.features.statistics import center_and_scale
 from spinlock_fast.messages import shown
 
 _ROWS_AT_ONCE = 8192
@@ -75,9 +77,9 @@ class Normalizer:
         return cls(state["method"], center, scale)
 
 
-def fit_normalizer(x: Matrix, method: Literal["standard", "mad"]) -> Normalizer:
-    """Centre and scale of the columns of x [N, F]; a constant column gets scale 1."""
-    center, scale = center_and_scale(x, method)
+def fit_normalizer(x: Blocks, method: Literal["standard", "mad"], ranks: Ranks = SINGLE) -> Normalizer:
+    """Centre and scale of the columns of x [N, F], which is read block by block; a constant column gets scale 1."""
+    center, scale = center_and_scale(x, method, ranks)
     return Normalizer(method, center.astype(np.float64), np.where(scale > 0, scale, 1.0))
 
 

@@ -1,95 +1,114 @@
 """Column statistics shared by cleaning, discovery and normalisation; float64.
 
-Functions named nan_* ignore NaN; the others do not accept NaN.
+Functions named nan_* ignore NaN; the others do not accept NaN. Results do not depend on the number of ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Literal, TypeVar
+from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from spinlock_fast.data.row_view import RowView
+from spinlock_fast.distributed import SINGLE, Ranks
+from spinlock_fast.features.blocks import Blocks, Matrix, TransformedRows, map_column_blocks, sum_of_blocks
+from spinlock_fast.features.order_statistics import order_statistics
 
-Matrix = NDArray[np.float32] | NDArray[np.float64]
 Vector = NDArray[np.float64]
-Blocks = Matrix | RowView  # supports slicing of rows
-Item = TypeVar("Item")
 
 MAD_TO_SIGMA = 1.4826  # standard deviations per MAD of a normal distribution
 
-_ROWS_AT_ONCE = 16384
-_COLUMNS_AT_ONCE = 16
+_SORTED_BYTES = 6 << 27  # of a matrix whose columns are sorted in memory; larger ones are read by `order_statistics`
 
 
-def median_and_mad(x: Matrix) -> tuple[Vector, Vector]:
+def is_sorted_in_memory(x: Blocks) -> bool:
+    """Whether medians and quantiles of x are found by sorting columns, which is faster and needs memory."""
+    return bool(x.shape[0] * x.shape[1] * x[:0].itemsize <= _SORTED_BYTES)
+
+
+def median(x: Blocks, ranks: Ranks = SINGLE, counts: NDArray[np.int64] | None = None) -> Vector:
+    """Per column of x [N, F]: the median, rounded to the type of x.
+
+    Args:
+        counts: [F] how many values of a column to use if the others are NaN; all by default.
+    """
+    if counts is None and is_sorted_in_memory(x):
+        result = np.empty(x.shape[1])
+
+        def fill(columns: slice, block: Matrix) -> None:
+            result[columns] = np.median(block, axis=1, overwrite_input=True)
+
+        map_column_blocks(x, fill)
+        return result
+    count = np.full(x.shape[1], x.shape[0]) if counts is None else counts
+    middle = order_statistics(x, np.stack([np.maximum(count - 1, 0) // 2, count // 2]), ranks)
+    found: Vector = middle.mean(axis=0).astype(np.float64)
+    return found
+
+
+def median_and_mad(x: Blocks, ranks: Ranks = SINGLE) -> tuple[Vector, Vector]:
     """Per column of x [N, F]: the median, and the median distance from it."""
-    median, mad = np.empty(x.shape[1]), np.empty(x.shape[1])
+    if not is_sorted_in_memory(x):
+        center = median(x, ranks)
+        distances = TransformedRows(x, lambda block: np.abs(block - center.astype(block.dtype)), x.shape[1])
+        return center, median(distances, ranks)
+    center, mad = np.empty(x.shape[1]), np.empty(x.shape[1])
 
     def fill(columns: slice, block: Matrix) -> None:
-        median[columns] = np.median(block, axis=1)
-        deviation = np.abs(block - median[columns, None].astype(block.dtype))
+        center[columns] = np.median(block, axis=1)
+        deviation = np.abs(block - center[columns, None].astype(block.dtype))
         mad[columns] = np.median(deviation, axis=1, overwrite_input=True)
 
     map_column_blocks(x, fill)
-    return median, mad
+    return center, mad
 
 
-def map_column_blocks(x: Matrix, work: Callable[[slice, Matrix], None]) -> None:
-    """Calls work(columns, block) with transposed contiguous blocks of a few columns, on threads, without copying x."""
-    blocks = [slice(start, start + _COLUMNS_AT_ONCE) for start in range(0, x.shape[1], _COLUMNS_AT_ONCE)]
-    map_on_threads(lambda columns: work(columns, x[:, columns].T.copy()), blocks)
+def percentiles(x: Blocks, percentages: Sequence[float], ranks: Ranks = SINGLE) -> Vector:
+    """[Q, F] percentiles of each column, interpolated linearly as by `numpy.percentile`."""
+    if is_sorted_in_memory(x):
+        result = np.empty((len(percentages), x.shape[1]))
+
+        def fill(columns: slice, block: Matrix) -> None:
+            result[:, columns] = np.percentile(block, percentages, axis=1, overwrite_input=True)
+
+        map_column_blocks(x, fill)
+        return result
+    place = np.asarray(percentages) / 100.0 * (x.shape[0] - 1)
+    below = np.floor(place).astype(np.int64)
+    places = np.stack([below, np.minimum(below + 1, x.shape[0] - 1)])  # [2, Q]
+    places = np.repeat(places.reshape(-1, 1), x.shape[1], axis=1)
+    low, high = order_statistics(x, places, ranks).reshape(2, len(place), -1)
+    part = (place - below)[:, None]
+    found: Vector = np.where(part < 0.5, low + (high - low) * part, high - (high - low) * (1.0 - part))
+    return found
 
 
-def map_on_threads(work: Callable[[Item], None], items: Iterable[Item]) -> None:
-    """Calls work(item) for all items in any order, on as many threads as torch uses.
-
-    NumPy releases the GIL while it sorts, copies and computes.
-    """
-    work_items = list(items)
-    threads = min(torch.get_num_threads(), len(work_items))
-    if threads < 2:
-        for item in work_items:
-            work(item)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(work, work_items):
-            pass
-
-
-def mean_and_std(x: Blocks) -> tuple[Vector, Vector]:
+def mean_and_std(x: Blocks, ranks: Ranks = SINGLE) -> tuple[Vector, Vector]:
     """Mean and standard deviation per column, accumulated in float64 over blocks of rows."""
-    starts = range(0, x.shape[0], _ROWS_AT_ONCE)
-    mean, square = np.zeros(x.shape[1]), np.zeros(x.shape[1])
-    for start in starts:
-        mean += x[start : start + _ROWS_AT_ONCE].sum(axis=0, dtype=np.float64)
-    mean /= max(x.shape[0], 1)
-    for start in starts:
-        square += np.square(x[start : start + _ROWS_AT_ONCE] - mean).sum(axis=0)
-    return mean, np.sqrt(square / max(x.shape[0], 1))
+    N, F = x.shape
+    mean = sum_of_blocks(x, lambda block: block.sum(axis=0, dtype=np.float64), (F,), ranks) / max(N, 1)
+    square = sum_of_blocks(x, lambda block: np.square(block - mean).sum(axis=0), (F,), ranks)
+    return mean, np.sqrt(square / max(N, 1))
 
 
-def robust_scale(x: Matrix, mad_scale: float = MAD_TO_SIGMA) -> tuple[Vector, Vector]:
+def robust_scale(x: Blocks, mad_scale: float = MAD_TO_SIGMA, ranks: Ranks = SINGLE) -> tuple[Vector, Vector]:
     """Per column: the median, and mad_scale * MAD, or the standard deviation where MAD = 0."""
-    median, mad = median_and_mad(x)
-    return median, np.where(mad > 0, mad_scale * mad, mean_and_std(x)[1])
+    center, mad = median_and_mad(x, ranks)
+    return center, np.where(mad > 0, mad_scale * mad, mean_and_std(x, ranks)[1])
 
 
-def center_and_scale(x: Blocks, method: Literal["standard", "mad"]) -> tuple[Vector, Vector]:
+def center_and_scale(x: Blocks, method: Literal["standard", "mad"], ranks: Ranks = SINGLE) -> tuple[Vector, Vector]:
     """Per column: mean and standard deviation, or median and robust scale."""
-    return robust_scale(x) if method == "mad" else mean_and_std(x)  # type: ignore[arg-type]
+    return robust_scale(x, ranks=ranks) if method == "mad" else mean_and_std(x, ranks)
 
 
 def nan_median(x: Matrix) -> Vector:
     """Per column of x [N, F]: the median of the non-NaN values; NaN where there is none."""
-    median = np.full(x.shape[1], np.nan)
+    result = np.full(x.shape[1], np.nan)
 
     def fill(columns: slice, block: Matrix) -> None:
-        out = median[columns]  # a view
+        out = result[columns]  # a view
         middle = [(block.shape[1] - 1) // 2, block.shape[1] // 2]
         block.partition([*middle, block.shape[1] - 1], axis=1)  # sorts NaN to the end; twice as fast as np.median
         out[:] = block[:, middle].mean(axis=1)
@@ -98,7 +117,7 @@ def nan_median(x: Matrix) -> Vector:
             out[i] = np.median(known) if known.size else np.nan
 
     map_column_blocks(x, fill)
-    return median
+    return result
 
 
 def nan_robust_scale(x: Matrix) -> tuple[Vector, Vector]:
@@ -113,16 +132,18 @@ def nan_robust_scale(x: Matrix) -> tuple[Vector, Vector]:
     return center, scale
 
 
-def correlation(x: Blocks, columns: NDArray[np.int64] | None = None) -> NDArray[np.float64]:
+def correlation(x: Blocks, columns: NDArray[np.int64] | None = None, ranks: Ranks = SINGLE) -> NDArray[np.float64]:
     """Pearson correlation [F, F] of all or some columns; 0 with a constant column, 1 on the diagonal."""
     chosen = np.arange(x.shape[1]) if columns is None else columns
-    mean, scale = (values[chosen] for values in mean_and_std(x))
+    mean, scale = (values[chosen] for values in mean_and_std(x, ranks))
     inverse = np.divide(1.0, scale, out=np.zeros_like(scale), where=scale > 0)
-    total = np.zeros((chosen.size, chosen.size))
-    for start in range(0, x.shape[0], _ROWS_AT_ONCE):
-        rows = x[start : start + _ROWS_AT_ONCE]
+
+    def products(rows: Matrix) -> NDArray[np.float64]:
         block = ((rows if columns is None else rows[:, chosen]) - mean) * inverse
-        total += block.T @ block
+        result: NDArray[np.float64] = block.T @ block
+        return result
+
+    total = sum_of_blocks(x, products, (chosen.size, chosen.size), ranks)
     result: NDArray[np.float64] = np.clip(total / x.shape[0], -1.0, 1.0)
     np.fill_diagonal(result, 1.0)
     return result

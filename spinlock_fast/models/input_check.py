@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from spinlock_fast.data.payload_checks import checked_array
+from spinlock_fast.distributed import Ranks
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE
 
 Floats = NDArray[np.floating]
@@ -162,6 +163,11 @@ class InputCheck:
     def add_errors(self, errors: Floats) -> None:
         """Adds mean squared reconstruction errors [n] of rows."""
         self._errors.append(errors)
+
+    def merge(self, ranks: Ranks) -> None:
+        """Adds the rows of the other ranks, in order of the ranks; then the summary is the same on each of them."""
+        for values in (self._outside, self._errors):
+            values[:] = [part for of_rank in ranks.gather_objects(values) for part in of_rank]
 
     def restrict_to(self, rows: NDArray[np.int64]) -> None:
         """Keeps only the features of the given row numbers; call before `add_errors`."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from spinlock_fast.config.schema import TrainingConfig
+from spinlock_fast.kernels._common.dropout import BatchSlice
 from spinlock_fast.kernels._common.streams import defer, run_on_side_streams
 from spinlock_fast.kernels._common.table_cache import TableCache
 from spinlock_fast.kernels.code_decoders import partial_loss
@@ -18,6 +19,8 @@ from spinlock_fast.quantize import GroupedVectorQuantizer
 
 # Weight of the correlation of distances between features and latents; the rest is that of latents and codes.
 TOPO_PRE_WEIGHT = 0.3
+
+GatherRows = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 _weight_tensors: TableCache[Tensor] = TableCache(64)
 
@@ -80,6 +83,8 @@ def loss_terms(
     out: dict[str, Tensor],
     topo_samples: int,
     apply_ema: Callable[[], None] | None = None,
+    batch: BatchSlice | None = None,
+    gather: GatherRows | None = None,
 ) -> LossTerms:
     """The loss terms of a batch.
 
@@ -91,6 +96,8 @@ def loss_terms(
         out: the outputs of `model(x)`, or of `model.encode_and_quantize(x)`, in which case the decoder runs here.
         topo_samples: number of leading rows that enter the topographic term.
         apply_ema: the code update returned by `model.encode_and_quantize(x)`.
+        batch: position of the rows in a batch that several ranks share.
+        gather: gives the rows of the topographic term from all ranks; x, latents and codes to the same of the sample.
     """
     layout, codes, codebook = model.quantizer.layout, out["tokens"], out["codebook"]
     quantized = out["quantized"]
@@ -98,11 +105,14 @@ def loss_terms(
 
     def topographic() -> Tensor:
         # Slicing all rows would add a copy to the backward pass.
-        first_x, first_latents, first_codes = (t[:topo_samples] if topo_samples < len(t) else t for t in rows)
+        if gather is not None:
+            first_x, first_latents, first_codes = gather(*rows)
+        else:
+            first_x, first_latents, first_codes = (t[:topo_samples] if topo_samples < len(t) else t for t in rows)
         return topographic_loss(first_x, first_latents, first_codes, codebook, layout, TOPO_PRE_WEIGHT)
 
     def reconstruction_error() -> Tensor:
-        reconstruction = out["reconstruction"] if "reconstruction" in out else model.decode(quantized)
+        reconstruction = out["reconstruction"] if "reconstruction" in out else model.decode(quantized, batch)
         squared = torch.nn.functional.mse_loss(reconstruction, x, reduction="none")
         if model.config.extra_inputs:
             squared = squared * model.error_weight

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from spinlock_fast.data.host_rows import HostRows, Rows, row_blocks
+from spinlock_fast.distributed import SINGLE, Ranks
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,8 @@ def has_unusable_values(reconstruction_error: float, metrics: Iterable[float], s
 @torch.no_grad()
 def measurable_rows(model: CategoricalHierarchicalVQVAE, x: Rows) -> NDArray[np.bool_]:
     """Mask [N] of rows with a code in every codebook, a finite error, and features of at most `MAX_MAGNITUDE`."""
+    if not x.shape[0]:
+        return np.zeros(0, np.bool_)
     was_training = model.training
     model.eval()
     masks = []
@@ -49,7 +52,11 @@ def masked_rows(x: Rows, mask: NDArray[np.bool_]) -> Rows:
 
 
 def without_outliers(
-    model: CategoricalHierarchicalVQVAE, x: Rows, numbers: NDArray[np.int64] | None, what: str
+    model: CategoricalHierarchicalVQVAE,
+    x: Rows,
+    numbers: NDArray[np.int64] | None,
+    what: str,
+    ranks: Ranks = SINGLE,
 ) -> tuple[Rows, NDArray[np.int64], list[int]]:
     """Removes rows without a finite error or code, and logs a warning that lists them.
 
@@ -60,15 +67,19 @@ def without_outliers(
         x: [N, F] rows.
         numbers: [N] numbers of the rows in the data; 0 .. N - 1 if not given.
         what: kind of the rows, for the warning.
+        ranks: if there are several, x and numbers are the rows of this rank; all of them call this.
 
     Returns:
-        The remaining rows, their numbers, and the numbers of the removed rows.
+        The remaining rows, their numbers, and the numbers of the removed rows of all ranks.
     """
-    numbers = np.arange(x.shape[0]) if numbers is None else numbers
+    if numbers is None:
+        first = sum(ranks.gather_objects(x.shape[0])[: ranks.rank])
+        numbers = np.arange(first, first + x.shape[0])
     keep = measurable_rows(model, x)
-    if keep.all() or not keep.any():
+    parts = ranks.gather_objects((numbers[~keep].tolist(), bool(keep.any())))
+    left_out = [number for removed, _ in parts for number in removed]
+    if not left_out or not any(some_kept for _, some_kept in parts):
         return x, numbers, []
-    left_out = [int(number) for number in numbers[~keep]]
     more = f" and {len(left_out) - _LISTED_ROWS} more" if len(left_out) > _LISTED_ROWS else ""
     log.warning(
         "%s row%s %s%s: the features are too large for a finite error or code; left out of the metrics",

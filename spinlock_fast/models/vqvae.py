@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from spinlock_fast.config.schema import LevelConfig, ModelConfig, PositiveInt
 from spinlock_fast.data.input_arrays import to_real_tensor
+from spinlock_fast.kernels._common.dropout import BatchSlice
 from spinlock_fast.kernels._common.guard import check_dense
 from spinlock_fast.kernels._common.ragged import Ragged
 from spinlock_fast.kernels._common.snapshot import snapshot
@@ -57,6 +58,19 @@ class EncoderLayers(NamedTuple):
 
 def _dropout_rate(dropout: nn.Dropout) -> float:
     return dropout.p if dropout.training else 0.0
+
+
+def _outputs(
+    tokens: Tensor, vq_loss: Tensor, latents: Tensor, quantized: Tensor, codebook: Tensor
+) -> dict[str, Tensor]:
+    """The outputs of the encoder and the quantizer, by name."""
+    return {
+        "tokens": tokens,
+        "vq_loss": vq_loss,
+        "latents": latents,
+        "quantized": quantized,
+        "codebook": codebook,
+    }
 
 
 _RELATIVE_EPS = 1e-6  # rounding error of a float32 mean
@@ -221,8 +235,8 @@ class CategoricalHierarchicalVQVAE(TransientBuffers):
         start = sum(len(self.levels[name]) for name in before)
         return slice(start, start + len(self.levels[category]))
 
-    def encode(self, x: Tensor) -> Tensor:
-        """Features [B, F] -> latents [B, sum D]."""
+    def encode(self, x: Tensor, batch: BatchSlice | None = None) -> Tensor:
+        """Features [B, F] -> latents [B, sum D]; dropout draws random numbers per row of `batch`, if given."""
         check_dense("x", x)
         if x.ndim != 2 or x.shape[1] != self.config.input_dim:
             raise ValueError(f"x must be [B, {self.config.input_dim}], got {list(x.shape)}")
@@ -235,6 +249,7 @@ class CategoricalHierarchicalVQVAE(TransientBuffers):
             layers.second.bias,
             layers.first.inputs,
             _dropout_rate(layers.hidden_dropout),
+            batch=batch,
         )  # [C, B, E]
         norm, head, head_norm = layers.norm, layers.head, layers.head_norm
         return project(
@@ -250,6 +265,7 @@ class CategoricalHierarchicalVQVAE(TransientBuffers):
             norm.eps,
             head_norm.eps,
             _dropout_rate(layers.dropout),
+            batch=batch,
         )
 
     def encoder_inputs(self, x: Tensor) -> Tensor:
@@ -280,8 +296,8 @@ class CategoricalHierarchicalVQVAE(TransientBuffers):
         quantized, tokens, loss = self.quantizer(latents)
         return quantized, tokens, loss
 
-    def decode(self, quantized: Tensor) -> Tensor:
-        """Quantized latents [B, sum D] -> features [B, F]."""
+    def decode(self, quantized: Tensor, batch: BatchSlice | None = None) -> Tensor:
+        """Quantized latents [B, sum D] -> features [B, F]; `batch` as in `encode`."""
         first, _, dropout, second = cast(tuple[nn.Linear, nn.ReLU, nn.Dropout, nn.Linear], tuple(self.shared_decoder))
         features = grouped_mlp(
             quantized,
@@ -291,6 +307,7 @@ class CategoricalHierarchicalVQVAE(TransientBuffers):
             second.bias[None],
             Ragged.of([first.in_features]),
             _dropout_rate(dropout),
+            batch=batch,
         )
         return features.squeeze(0)  # not [0], whose gradient copies into a zero tensor
 
@@ -323,18 +340,20 @@ class CategoricalHierarchicalVQVAE(TransientBuffers):
         apply_ema()
         return {"reconstruction": self.decode(out["quantized"]), **out}
 
-    def encode_and_quantize(self, x: Tensor) -> tuple[dict[str, Tensor], Callable[[], None]]:
+    def encode_and_quantize(
+        self, x: Tensor, batch: BatchSlice | None = None
+    ) -> tuple[dict[str, Tensor], Callable[[], None]]:
         """`forward` without the reconstruction, and a function that updates the codes (outside training: nothing)."""
-        latents = self.encode(x)
+        latents = self.encode(x, batch)
         quantized, tokens, vq_loss, codebook, apply_ema = self.quantizer.quantize_with_codebook(latents)
-        out = {
-            "tokens": tokens,
-            "vq_loss": vq_loss,
-            "latents": latents,
-            "quantized": quantized,
-            "codebook": snapshot(codebook) if self.training else codebook,
-        }
+        out = _outputs(tokens, vq_loss, latents, quantized, snapshot(codebook) if self.training else codebook)
         return out, apply_ema
+
+    def encode_with_statistics(self, x: Tensor, batch: BatchSlice | None = None) -> tuple[dict[str, Tensor], Tensor]:
+        """`encode_and_quantize` with the statistics of the code update, see `GroupedVectorQuantizer`, for ranks."""
+        latents = self.encode(x, batch)
+        quantized, tokens, vq_loss, codebook, statistics = self.quantizer.quantize_with_statistics(latents)
+        return _outputs(tokens, vq_loss, latents, quantized, snapshot(codebook)), statistics
 
     @torch.no_grad()
     def get_tokens(self, x: Tensor | ArrayLike) -> Tensor:

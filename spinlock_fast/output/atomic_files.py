@@ -56,7 +56,7 @@ def _renamed(target: Path) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_stale_temporaries(target)
-        temporary = _create_temporary(target)
+        temporary = create_temporary(target)
         yield temporary
         _copy_permissions(temporary, target)
         with open(temporary, "rb") as file:
@@ -127,8 +127,8 @@ def check_no_link(path: Path) -> None:
         raise OutputError(f"{path}: is a symbolic link; remove it")
 
 
-def _create_temporary(target: Path) -> Path:
-    """Creates an empty file in the directory of the target."""
+def create_temporary(target: Path) -> Path:
+    """Creates an empty temporary file of a target, in its directory; `remove_stale_temporaries` finds it."""
     stem = os.fsdecode(os.fsencode(target.name)[:_MAX_NAME_BYTES])
     suffix = target.suffix if len(target.suffix) <= 16 else ""
     # The replaced file may be private: its successor must not be readable by others meanwhile.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 import torch.distributed as dist
@@ -14,27 +14,18 @@ from spinlock_fast.kernels._common.backend import Backend, check_backend, resolv
 from spinlock_fast.kernels._common.export import exporting
 from spinlock_fast.kernels._common.guard import check_dense
 from spinlock_fast.kernels._common.layout import CodebookLayout
-from spinlock_fast.kernels._common.table_cache import TableCache
 from spinlock_fast.kernels.dead_codes import reset_dead_codes
 from spinlock_fast.kernels.ema_update import code_usage, ema_update
 from spinlock_fast.kernels.vq_assign import Assignment, lookup, vq_assign
 from spinlock_fast.quantize.activation_checkpointing import first_run_values, once
 from spinlock_fast.quantize.buffers import TransientBuffers
+from spinlock_fast.quantize.code_statistics import pack_statistics, unpack_statistics
 from spinlock_fast.quantize.kmeans import initialize_codes, kmeans
 from spinlock_fast.quantize.module_state import FirstBatch, keep_float32
 from spinlock_fast.quantize.process_group import Processes
+from spinlock_fast.quantize.quantization_loss import quantization_loss
 
 Gradient = Literal["straight_through", "rotation"] | None
-
-
-# Keyed by the batch size, among others; captured graphs keep their entry alive.
-_factor_tables: TableCache[Tensor] = TableCache(256)
-
-
-def _factor_per_dim(layout: CodebookLayout, factor: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[G] factor / D_g of each codebook."""
-    key = (layout, factor, dtype, device)
-    return _factor_tables.get(key, device, lambda: factor / layout.indices(device).dims.to(dtype))
 
 
 def _no_update() -> None:
@@ -215,66 +206,68 @@ class GroupedVectorQuantizer(TransientBuffers):
         self, z: Tensor, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Callable[[], None]]:
         """As `quantize`, with the detached codes [sum K D] before `apply_ema`, which are a view that it changes."""
-        check_dense("z", z)
-        flat = z.reshape(-1, z.shape[-1]) if z.ndim else z
-        flat_mask = None if mask is None else mask.reshape(-1)
+        flat_mask = self._checked_mask(z, mask)
+        quantized, codes, loss, embedding, assignment, rows = self._quantize(z, flat_mask)
+        update = partial(self._update, assignment, rows)
+        apply_ema = partial(once, self, update, self.usage) if self.training and not self.frozen else _no_update
+        return quantized, codes, loss, embedding.detach(), apply_ema
+
+    def quantize_with_statistics(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """As `quantize_with_codebook` in training mode, with the statistics of the code update instead of the update.
+
+        The sum of the statistics of several batches is that of one batch with all rows, see `apply_statistics`.
+        """
+        quantized, codes, loss, embedding, assignment, rows = self._quantize(z, None)
+        return quantized, codes, loss, embedding.detach(), pack_statistics(assignment, rows)
+
+    @torch.no_grad()
+    def apply_statistics(self, statistics: Tensor) -> None:
+        """Updates the codes by the statistics of a batch, a vector of `statistics_size(layout)` elements."""
+        self._apply_update(*unpack_statistics(statistics, self.layout))
+
+    def _checked_mask(self, z: Tensor, mask: Tensor | None) -> Tensor | None:
         if mask is not None and mask.shape != z.shape[:-1]:
             raise ValueError(f"mask must be {list(z.shape[:-1])}, got {list(mask.shape)}")
-        updating = self.training and not self.frozen
+        return None if mask is None else mask.reshape(-1)
+
+    def _quantize(
+        self, z: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Assignment, Tensor | int]:
+        """quantized, codes, loss, codes of the codebooks, the assignment, and the number of rows."""
+        check_dense("z", z)
+        flat = z.reshape(-1, z.shape[-1]) if z.ndim else z
         if self.training:
-            once(self, lambda: self._initialize_from(flat, flat_mask))
+            once(self, lambda: self._initialize_from(flat, mask))
         embedding = first_run_values(self, self.embedding) if self.training else self.embedding
         gradient: Gradient = "rotation" if self.rotation_trick else "straight_through"
         if not self.training and exporting():
             gradient = None
+        updating = self.training and not self.frozen
         assignment = vq_assign(
             flat,
             embedding,
             self.layout,
-            flat_mask,
+            mask,
             self.centred,
             gradient=gradient,
             with_sums=updating or (gradient is not None and not self.use_ema),
             backend=self.requested_backend,
         )
-        rows = flat.shape[0] if flat_mask is None else flat_mask.sum()
-        loss = self._loss(assignment, rows.clamp(min=1) if isinstance(rows, Tensor) else rows, embedding)
-        update = partial(self._update, assignment, rows)
+        rows = flat.shape[0] if mask is None else mask.sum()
+        loss = quantization_loss(
+            assignment,
+            rows.clamp(min=1) if isinstance(rows, Tensor) else rows,
+            self.layout,
+            self.commitment_weight,
+            None if self.use_ema else embedding,
+        )
         quantized = assignment.quantized.to(z.dtype).view(z.shape)
         codes = assignment.codes.view(*z.shape[:-1], self.layout.groups)
-        apply_ema = partial(once, self, update, self.usage) if updating else _no_update
-        return quantized, codes, loss, embedding.detach(), apply_ema
+        return quantized, codes, loss, embedding, assignment, rows
 
     def assign(self, z: Tensor, mask: Tensor | None = None) -> Assignment:
         """Nearest codes of z [N, sum D], without gradient or code update."""
         return vq_assign(z, self.embedding, self.layout, mask, self.centred, backend=self.requested_backend)
-
-    def _loss(self, assignment: Assignment, rows: Tensor | int, embedding: Tensor) -> Tensor:
-        errors = assignment.error_parts
-        if not isinstance(rows, Tensor):
-            rows = max(rows, 1) if isinstance(rows, int) else torch.sym_max(rows, 1)  # for torch.compile of 2.11
-        # Factors are cached per number of rows; an exported graph must work for any number.
-        divide_last = isinstance(rows, Tensor) or exporting()
-        count: Any = 1 if divide_last else rows
-        factors = partial(_factor_per_dim, self.layout, dtype=errors.dtype, device=errors.device)
-        loss = (errors * factors(self.commitment_weight / count)).sum()
-        if not self.use_ema:
-            loss = loss + self._codebook_error(assignment, embedding, factors(1.0 / count))
-        return loss / rows if divide_last else loss
-
-    def _codebook_error(self, assignment: Assignment, embedding: Tensor, factors: Tensor) -> Tensor:
-        """Sum over rows and codebooks of factors [G] * ||sg(z) - e||^2.
-
-        Its gradient 2 (n e - s) * factor is that of n e^2 - 2 e s, with n rows of sum s per code.
-        """
-        index = self.layout.indices(assignment.codes.device)
-        counts, sums = assignment.counts, assignment.sums
-        if not sums.numel():
-            return (assignment.squared_error * factors).sum()
-        codes = embedding.to(sums.dtype)
-        entries = counts[index.code_of_entry] * codes.square() - 2.0 * codes * sums
-        surrogate = (entries * factors[index.codebook_of_code[index.code_of_entry]]).sum()
-        return (assignment.squared_error.detach() * factors).sum() + (surrogate - surrogate.detach())
 
     @torch.no_grad()
     def _initialize_from(self, z: Tensor, mask: Tensor | None) -> None:
@@ -296,12 +289,13 @@ class GroupedVectorQuantizer(TransientBuffers):
 
     @torch.no_grad()
     def _update(self, assignment: Assignment, rows: Tensor | int) -> None:
-        counts, sums = assignment.count_parts, assignment.sum_parts
         if self.shared:
-            row_count = torch.as_tensor(rows, dtype=counts.dtype, device=counts.device)
-            packed = self.processes.sum_(torch.cat([assignment.counts, assignment.sums, row_count[None]]))
-            counts, sums, row_count = packed.split([counts.shape[1], sums.shape[1], 1])
-            rows = row_count[0].to(torch.int64)
+            self.apply_statistics(self.processes.sum_(pack_statistics(assignment, rows)))
+        else:
+            self._apply_update(assignment.count_parts, assignment.sum_parts, rows)
+
+    def _apply_update(self, counts: Tensor, sums: Tensor, rows: Tensor | int) -> None:
+        """Updates the codes by counts [sum K] and sums [sum K D], or parts of them [P, ...]."""
         self.rows_seen += rows
         if self.use_ema:
             ema_update(

@@ -6,11 +6,11 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from multiprocessing import get_context, parent_process
 
 import numpy as np
@@ -66,13 +66,14 @@ class Simulator:
     Args:
         config: settings of the data set.
         device: device of the simulation.
+        sharing: number of processes of this host that share its CPUs.
     """
 
-    def __init__(self, config: GeneratorConfig, device: torch.device) -> None:
+    def __init__(self, config: GeneratorConfig, device: torch.device, sharing: int = 1) -> None:
         self.config, self.device = config, device
         self.sequence = ThetaSequence(config.parameters, config.random_seed)
         self._waves = Wavenumbers(config.grid_size, device)
-        self._workers = (config.workers or _cores()) if device.type == "cpu" else 1
+        self._workers = (config.workers or max(1, _cores() // sharing)) if device.type == "cpu" else 1
 
     def simulate(self, start: int, stop: int) -> Rows:
         """Simulates the operators start .. stop - 1."""
@@ -87,18 +88,25 @@ class Simulator:
         Raises:
             SpinlockFastError: a worker process died.
         """
-        tile = TILE[self.device.type]
-        firsts = range(start // tile * tile, stop, tile)
-        workers = min(self._workers, len(firsts) // _MIN_TILES_PER_WORKER)
-        tiles = (
-            self._in_worker_processes(firsts, workers, stopped)
-            if workers > 1
-            else self._in_this_process(firsts, stopped)
-        )
-        for first, rows in tiles:
-            yield rows.select(slice(max(start - first, 0), stop - first))
+        yield from self.stream_ranges([(start, stop)], stopped)
 
-    def _in_this_process(self, firsts: range, stopped: Callable[[], bool]) -> Iterator[tuple[int, Rows]]:
+    def stream_ranges(
+        self, ranges: Sequence[tuple[int, int]], stopped: Callable[[], bool] = lambda: False
+    ) -> Iterator[Rows]:
+        """As `stream`, for several ranges, one after the other."""
+        tile = TILE[self.device.type]
+        firsts = [range(start // tile * tile, stop, tile) for start, stop in ranges]
+        workers = min(self._workers, sum(map(len, firsts)) // _MIN_TILES_PER_WORKER)
+        tiles = (
+            self._in_worker_processes(chain.from_iterable(firsts), workers, stopped)
+            if workers > 1
+            else self._in_this_process(chain.from_iterable(firsts), stopped)
+        )
+        for (start, stop), of_range in zip(ranges, firsts, strict=True):
+            for first, rows in islice(tiles, len(of_range)):
+                yield rows.select(slice(max(start - first, 0), stop - first))
+
+    def _in_this_process(self, firsts: Iterable[int], stopped: Callable[[], bool]) -> Iterator[tuple[int, Rows]]:
         tile = TILE[self.device.type]
         with single_thread(torch.device("cpu")):
             for first in firsts:
@@ -107,7 +115,7 @@ class Simulator:
                 yield first, self.simulate_tile(self.sequence.thetas(first, first + tile))
 
     def _in_worker_processes(
-        self, firsts: range, workers: int, stopped: Callable[[], bool]
+        self, firsts: Iterable[int], workers: int, stopped: Callable[[], bool]
     ) -> Iterator[tuple[int, Rows]]:
         context = get_context("spawn")  # a fork would inherit locks of the parent's threads
         with ProcessPoolExecutor(workers, context, _start_worker, (self.config,)) as pool:

@@ -19,6 +19,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+from numpy.typing import NDArray
 
 from spinlock_fast.config.schema import DEFAULT_DATASETS
 from spinlock_fast.descriptors.registry import aggregated_names, registry, temporal_names, trajectory_names
@@ -34,6 +35,7 @@ from spinlock_fast.output.atomic_files import (
 from spinlock_fast.output.hdf5_files import create_hdf5_file
 from spinlock_fast.output.locks import locked
 from spinlock_fast.simulate.config import GeneratorConfig
+from spinlock_fast.simulate.packed_rows import PackedRows, write_packed
 from spinlock_fast.simulate.parameters import PARAMETER_NAMES, ThetaSequence
 from spinlock_fast.simulate.simulator import Rows, aggregate
 
@@ -145,19 +147,27 @@ class Writer:
         """Appends operators and flushes them to the file."""
         assert self._file is not None
         place = slice(self.finished, self.finished + len(rows.fields))
-        values = {
-            "inputs/fields": rows.fields,
-            DEFAULT_DATASETS["temporal"]: rows.temporal,
-            _TRAJECTORIES: rows.trajectories,
-            DEFAULT_DATASETS["summary"]: aggregate(rows.trajectories),
-            "metadata/diverged": rows.diverged,
-        }
+        values = row_values(rows)
         with self._writing():
             self._reserve(sum(value.nbytes for value in values.values()))
             for path, value in values.items():
                 self._write_rows(path, place, value)
             # Last: a row is marked once all of its values are in the file.
             self._write_rows(_FINISHED, place, 1)
+            self._file.flush()
+        self.finished = place.stop
+
+    def write_packed(self, packed: PackedRows) -> None:
+        """Appends compressed operators, which begin at a chunk, and flushes them to the file."""
+        assert self._file is not None
+        place = slice(self.finished, self.finished + packed.rows)
+        with self._writing():
+            self._reserve(packed.nbytes)
+            for path, chunks in packed.chunks.items():
+                dataset = self._file[path]
+                write_packed(dataset, place.start, chunks)
+                dataset.flush()
+            self._write_rows(_FINISHED, place, 1)  # last, as in `write`
             self._file.flush()
         self.finished = place.stop
 
@@ -209,7 +219,7 @@ class Writer:
         self._create(self._file)
         if num_copied:
             with _reading(partial) as source:
-                for path in self._row_datasets():
+                for path in row_datasets(self._config):
                     _copy_compressed_chunks(source[path], self._file[path], num_copied)
             self._file[_FINISHED][:num_copied] = 1
         self._file.swmr_mode = True
@@ -219,11 +229,10 @@ class Writer:
 
     def _create(self, file: h5py.File) -> None:
         """Creates every dataset at its full size and writes parameters, metadata and attributes."""
-        filters, N = _FILTERS[self._config.compression], self.rows
+        N = self.rows
         chunk = min(CHUNK_ROWS, N)
-        for path, shape in self._row_datasets().items():
-            kind = {"dtype": "f4", "fillvalue": np.nan, **filters} if shape else {"dtype": "u1"}
-            file.create_dataset(path, (N, *shape), chunks=(chunk, *shape), **kind)
+        for path, (shape, options) in row_datasets(self._config).items():
+            file.create_dataset(path, (N, *shape), chunks=(chunk, *shape), **options)
         file.create_dataset(_FINISHED, (N,), "u1", chunks=(chunk,))
         self._create_parameters(file)
         for name, value in self._provenance.items():
@@ -238,17 +247,6 @@ class Writer:
             file[path].attrs["feature_names"] = list(names)
         for family, groups in registry().items():
             file["features"][family].attrs["feature_registry"] = json.dumps(groups)
-
-    def _row_datasets(self) -> dict[str, tuple[int, ...]]:
-        """Path and row shape of each simulated dataset."""
-        config = self._config
-        return {
-            "inputs/fields": (3, config.grid_size, config.grid_size),
-            DEFAULT_DATASETS["temporal"]: (config.num_timesteps, len(temporal_names())),
-            _TRAJECTORIES: (config.num_realizations, len(trajectory_names())),
-            DEFAULT_DATASETS["summary"]: (len(aggregated_names()),),
-            "metadata/diverged": (),
-        }
 
     def _create_parameters(self, file: h5py.File) -> None:
         N, filters, sequence = self.rows, _FILTERS[self._config.compression], self._sequence
@@ -304,6 +302,29 @@ class Writer:
         reason = _LIMITS[numbers[0]] if numbers else getattr(error, "strerror", None) or text
         hint = f"; {self.finished} of {self.rows} operators are kept, --resume continues" if self.finished else ""
         return f"{self.partial}: cannot be written: {reason}{hint}"
+
+
+def row_datasets(config: GeneratorConfig) -> dict[str, tuple[tuple[int, ...], dict[str, Any]]]:
+    """Path of each simulated dataset: row shape, and type, filters and fill value."""
+    options = {"dtype": "f4", "fillvalue": np.nan, **_FILTERS[config.compression]}
+    return {
+        "inputs/fields": ((3, config.grid_size, config.grid_size), options),
+        DEFAULT_DATASETS["temporal"]: ((config.num_timesteps, len(temporal_names())), options),
+        _TRAJECTORIES: ((config.num_realizations, len(trajectory_names())), options),
+        DEFAULT_DATASETS["summary"]: ((len(aggregated_names()),), options),
+        "metadata/diverged": ((), {"dtype": "u1"}),
+    }
+
+
+def row_values(rows: Rows) -> dict[str, NDArray[Any]]:
+    """The values of operators by dataset path."""
+    return {
+        "inputs/fields": rows.fields,
+        DEFAULT_DATASETS["temporal"]: rows.temporal,
+        _TRAJECTORIES: rows.trajectories,
+        DEFAULT_DATASETS["summary"]: aggregate(rows.trajectories),
+        "metadata/diverged": rows.diverged,
+    }
 
 
 def _regular_target(output: Path) -> Path:

@@ -28,6 +28,8 @@ WARM_UP_STEPS = 3
 # Steps per graph. More steps leave fewer gaps between launches, but an interruption waits for all of them.
 STEPS_PER_LAUNCH = 4
 
+_OTHER_RANK = "another rank cannot capture them"
+
 _WORK_KIND = StepKind(partial_batch=False, reset=False)  # of work passed to `StepLauncher.captured`
 
 
@@ -42,6 +44,8 @@ class StepLauncher:
         graphs: False disables capture.
         capture: makes a replay of a number of steps of a kind; CUDA capture if not given.
         name: of the steps, for the warning.
+        agree: whether all ranks of a distributed run can capture, given whether this one can. Steps that contain
+            collective operations run alike on all ranks.
     """
 
     def __init__(
@@ -51,12 +55,14 @@ class StepLauncher:
         graphs: bool = True,
         capture: Callable[[Step, StepKind, int], Replay] | None = None,
         name: str = "training steps",
+        agree: Callable[[bool], bool] = bool,
     ) -> None:
         self.step = step
         self.steps_per_launch = STEPS_PER_LAUNCH
         self.capturing = graphs and (device.type == "cuda" or capture is not None)
         self._device = device
         self._name = name
+        self._agree = agree
         self._capture = capture or _CudaCapture(device)
         self._eager_steps: Counter[StepKind] = Counter()
         self._replays: dict[tuple[StepKind, int], Replay] = {}
@@ -92,7 +98,7 @@ class StepLauncher:
             name: of the work, for the warning.
         """
         capture = self._capture if self._device.type == "cuda" else None
-        launcher = StepLauncher(lambda _: work(), self._device, self.capturing, capture, name)
+        launcher = StepLauncher(lambda _: work(), self._device, self.capturing, capture, name, self._agree)
 
         def run() -> None:
             launcher.run(_WORK_KIND, 1)
@@ -109,12 +115,16 @@ class StepLauncher:
             launcher.check_layout(layout)
 
     def _captured_steps(self, kind: StepKind, count: int) -> Replay | None:
+        replay, reason = None, _OTHER_RANK
         try:
             replay = self._capture(self.step, kind, count)
         except RuntimeError as error:
             # Ending an invalidated capture raises as well and hides the cause.
             cause = error.__context__ if isinstance(error.__context__, Exception) else error
-            self._disable_capture(" ".join(str(cause).split())[:200])
+            reason = " ".join(str(cause).split())[:200]
+        if not self._agree(replay is not None):
+            self._disable_capture(reason)
+        if replay is None or not self.capturing:
             return None
         self._replays[kind, count] = replay
         return replay
@@ -138,8 +148,9 @@ class StepLauncher:
                 other_warnings.append(warning)
         for warning in other_warnings:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-        if synchronizations:
-            self._disable_capture(f"{synchronizations[0]} synchronises with the device")
+        if not self._agree(not synchronizations):
+            reason = f"{synchronizations[0]} synchronises with the device" if synchronizations else _OTHER_RANK
+            self._disable_capture(reason)
 
     def _disable_capture(self, reason: str) -> None:
         self.capturing = False

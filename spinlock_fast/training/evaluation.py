@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,14 +14,16 @@ from numpy.typing import NDArray
 from spinlock_fast.checkpoints.directory import CONFIG, load_run_config
 from spinlock_fast.checkpoints.run_directory import find
 from spinlock_fast.config.schema import TrainingConfig
+from spinlock_fast.data.feature_matrix import FeatureMatrix, is_kept_on_disk
 from spinlock_fast.data.host_rows import place_rows
 from spinlock_fast.data.row_view import RowView
 from spinlock_fast.device import resolve_device
+from spinlock_fast.distributed import SINGLE, Ranks
 from spinlock_fast.errors import DataError
 from spinlock_fast.features.categories import category_correlation, max_off_diagonal
 from spinlock_fast.models.input_check import TEST, TRAIN, VALIDATION, InputCheck, row_errors
 from spinlock_fast.models.metrics import add_model_metrics, evaluate
-from spinlock_fast.tokenizer import Tokenizer
+from spinlock_fast.tokenizer import DEFAULT_BUDGET, Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +38,8 @@ def evaluate_file(
     rows: RowSelection = "auto",
     *,
     allow_external: bool = True,
+    memory_budget: int = DEFAULT_BUDGET,
+    ranks: Ranks = SINGLE,
 ) -> dict[str, Any]:
     """Metrics of a checkpoint on rows of HDF5 files, with the loss weights of its run.
 
@@ -47,6 +52,10 @@ def evaluate_file(
         rows: which rows are measured. "heldout": those that the checkpoint was not trained on; "train", "validation"
             and "test": those of the run's split; "auto": held-out rows if the data also have training rows, else all.
         allow_external: False refuses data files with links to outside their directory.
+        memory_budget: maximum bytes of raw features in memory; features that take more than half of it are kept in a
+            file in the directory for temporary files (TMPDIR).
+        ranks: if there are several, each encodes and measures a share of the rows; all return the same metrics. They
+            share the file of features.
 
     Returns:
         The metrics of `metrics.evaluate` and `add_model_metrics`, and: rows, the selection that was measured; samples,
@@ -60,18 +69,27 @@ def evaluate_file(
     tokenizer.allow_external = allow_external
     has_config = os.path.exists(find(Path(checkpoint), CONFIG))
     training = load_run_config(checkpoint).training if has_config else TrainingConfig()
-    blocks, keys = [], []
+    keys = []
     with tokenizer.source(data) as source:
+        columns = len(tokenizer.feature_names)
+        on_disk = is_kept_on_disk(source.rows, columns, "auto", memory_budget, ranks)
+        matrix = FeatureMatrix(source.rows, columns, Path(tempfile.gettempdir()) if on_disk else None, ranks)
         check = InputCheck(tokenizer.training_range, source.rows)
-        for _, raw, block in tokenizer.raw_and_features(source, check=check):
-            blocks.append(block)
+        for start, raw, block in tokenizer.raw_and_features(source, memory_budget, check, ranks):
+            matrix.write(start, block)
             if tokenizer.known_rows is not None:
                 keys.append(tokenizer.row_keys(raw))
-    x = np.concatenate(blocks)
-    splits = tokenizer.known_rows.splits_of(np.concatenate(keys)) if tokenizer.known_rows is not None else None
+    matrix.synchronize()
+    check.merge(ranks)
+    x = matrix.x
+    splits = None
+    if tokenizer.known_rows is not None:
+        keys = [block for blocks in ranks.gather_objects(keys) for block in blocks]
+        splits = tokenizer.known_rows.splits_of(np.concatenate(keys))
     selection, selected = _select_rows(rows, splits, len(x))
-    metrics = evaluate(tokenizer.model, place_rows(RowView(x, selected), tokenizer.device), training)
-    correlation = category_correlation(x, tokenizer.model.config.group_indices)
+    mine = RowView(x, selected[ranks.share(len(selected))])
+    metrics = evaluate(tokenizer.model, place_rows(mine, tokenizer.device), training, ranks=ranks)
+    correlation = category_correlation(RowView(x), tokenizer.model.config.group_indices, ranks)
     add_model_metrics(metrics, tokenizer.model, tokenizer.feature_names, max_off_diagonal(correlation))
     check.restrict_to(selected)
     check.add_errors(row_errors(tokenizer.model, x, selected))

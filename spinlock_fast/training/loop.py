@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,15 +14,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spinlock_fast.config.random_streams import Stream, generator, version
+from spinlock_fast.config.random_streams import version
 from spinlock_fast.config.schema import RunConfig
 from spinlock_fast.data.host_rows import Rows
-from spinlock_fast.errors import ConfigError, DataError, Interrupted, TrainingError
+from spinlock_fast.distributed import SINGLE, Ranks
+from spinlock_fast.errors import ConfigError, DataError, Interrupted
 from spinlock_fast.models.losses import LossTerms
-from spinlock_fast.models.metrics import Validation
-from spinlock_fast.models.outliers import MAX_MAGNITUDE, has_unusable_values, largest_magnitude, without_outliers
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE
 from spinlock_fast.training.cuda_graphs import StepLauncher, dedicated_stream
+from spinlock_fast.training.distributed import agreed_signal, all_ranks_agree, check_replicas
 from spinlock_fast.training.divergence import (
     MAX_REWINDS,
     DivergenceError,
@@ -33,7 +33,9 @@ from spinlock_fast.training.divergence import (
 )
 from spinlock_fast.training.model_selection import ModelSelection, check_selection_state
 from spinlock_fast.training.observer import EpochRecord, Observer
+from spinlock_fast.training.row_order import training_order
 from spinlock_fast.training.step import EpochSummary, StepKind, TrainingStep, learning_rates
+from spinlock_fast.training.validation import ValidationRows
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +61,8 @@ class TrainingRun:
         x_train, x_val: [N, F] training and validation rows, for the model's device.
         train_rows, val_rows: [N] numbers of these rows in the data, for messages.
         started: `time.perf_counter` at which the run's time starts; now if not given.
+        ranks: processes that share each batch; all of them run the same loop. x_train is the same on each; x_val are
+            the validation rows of this rank, in the order of the ranks.
     """
 
     def __init__(
@@ -73,8 +77,10 @@ class TrainingRun:
         train_rows: NDArray[np.int64] | None = None,
         val_rows: NDArray[np.int64] | None = None,
         started: float | None = None,
+        ranks: Ranks = SINGLE,
     ) -> None:
         self.config = config
+        self.ranks = ranks
         self.training = config.training
         self.seed = config.random_seed
         self.observer = observer
@@ -82,10 +88,12 @@ class TrainingRun:
         self.model = model
         self.device = device = x_train.device
         self.x_train = x_train
-        self.train_rows, self.val_rows = train_rows, val_rows
-        self.training_step = TrainingStep(model, x_train, self.training)
-        self.launcher = StepLauncher(self.training_step, device, self.training.cuda_graphs)
-        self._set_validation_rows(x_val)
+        self.train_rows = train_rows
+        self.training_step = TrainingStep(model, x_train, self.training, ranks)
+        self.launcher = StepLauncher(
+            self.training_step, device, self.training.cuda_graphs, agree=partial(all_ranks_agree, ranks)
+        )
+        self.validation = ValidationRows(model, x_val, val_rows, self.training, self.launcher, ranks)
         rows = x_train.shape[0]
         if rows < self.training.batch_size:
             log.info("batch size is %d, all training rows (training.batch_size is %d)", rows, self.training.batch_size)
@@ -109,13 +117,6 @@ class TrainingRun:
         self._last_save = self._epoch_started = time.perf_counter()
         self._last_readback = 0.0
         self._interrupted_epoch_seconds = 0.0  # spent by an interrupted run on the current epoch
-
-    def _set_validation_rows(self, x_val: Rows) -> None:
-        self.x_val = x_val
-        self.validation = Validation(self.model, x_val, self.training)
-        self._run_validation = self.validation.run
-        if isinstance(x_val, Tensor):  # copies of rows from host memory cannot be captured
-            self._run_validation = self.launcher.captured(self.validation.run, "validations")
 
     def train(self) -> None:
         """Runs the remaining epochs.
@@ -145,7 +146,7 @@ class TrainingRun:
                     self._train_epoch()
                 except DivergenceError as error:
                     self._rewind(error)
-        stopped_by = self.stop_signal()
+        stopped_by = agreed_signal(self.stop_signal(), self.ranks)
         if stopped_by is not None:
             self.observer.save(self.state())
             raise Interrupted(f"stopped after epoch {self.epoch}, before the metrics", stopped_by)
@@ -226,6 +227,7 @@ class TrainingRun:
             self._save()
 
     def _save(self) -> None:
+        check_replicas(self.model, self.ranks, self.epoch * self.training_step.steps_per_epoch + self.step)
         self._snapshot_good_state()
         self.observer.save(self.state())
         self._last_save = time.perf_counter()
@@ -260,8 +262,8 @@ class TrainingRun:
         while self.step < step.steps_per_epoch:
             kind, max_steps = self._next_launch()
             self.step += self.launcher.run(kind, max_steps)
-            stopped_by = self.stop_signal()
-            if stopped_by is not None or self._save_is_due():
+            stopped_by, save_is_due = self._requests()
+            if stopped_by is not None or save_is_due:
                 self._report_pending_epoch()
                 self._check_finite(step.summary(), self.epoch)
                 self._save()
@@ -270,11 +272,20 @@ class TrainingRun:
         if self.epoch + 1 < self.training.num_epochs:
             self.row_order(self.epoch + 1)  # overlaps with the device's work on this epoch
 
+    def _requests(self) -> tuple[int | None, bool]:
+        """The signal that ends the run, and whether to save the state; the same on all ranks."""
+        stopped_by, save_is_due = self.stop_signal(), self._save_is_due()
+        exchange = self.training_step.exchange
+        if exchange is None:
+            return stopped_by, save_is_due
+        exchange.request(stopped_by, save_is_due)
+        return exchange.requested()
+
     def row_order(self, epoch: int) -> Tensor:
         """Permutation [N] of the training rows, by seed and epoch alone: equal on every device and after a resume."""
         if self._row_order is None or self._row_order[0] != epoch:
-            order = generator(self.seed, Stream.ROW_ORDER, epoch).permutation(self.x_train.shape[0])
-            self._row_order = epoch, torch.from_numpy(order)
+            rows, columns = self.x_train.shape
+            self._row_order = epoch, training_order(rows, columns, self.seed, epoch, self.training.row_order)
         return self._row_order[1]
 
     def _next_launch(self) -> tuple[StepKind, int]:
@@ -310,19 +321,7 @@ class TrainingRun:
 
     def _validate(self) -> dict[str, float]:
         """Metrics of the validation rows, which model selection takes into account."""
-        self._run_validation()
-        metrics = self.validation.result()
-        if has_unusable_values(metrics["reconstruction_error"], metrics.values(), self.x_val.shape):
-            x_val, self.val_rows, _ = without_outliers(self.model, self.x_val, self.val_rows, "validation")
-            self._set_validation_rows(x_val)
-            self._run_validation()
-            metrics = self.validation.result()
-        if not math.isfinite(metrics["val_loss"]):
-            message = f"the validation loss is not finite after epoch {self.epoch}: "
-            if largest_magnitude(self.x_val)[1] > MAX_MAGNITUDE:
-                raise TrainingError(message + "validation rows have values far outside those of training")
-            step = self.epoch * self.training_step.steps_per_epoch
-            raise DivergenceError(message + "the weights are too large for the validation rows", step)
+        metrics = self.validation.measure(self.epoch, self.epoch * self.training_step.steps_per_epoch)
         self.selection.update(metrics["val_loss"], self.epoch, self.model)
         return metrics
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from spinlock_fast import _native
 from spinlock_fast.config.schema import RunConfig
+from spinlock_fast.data.checksums import fletcher32_of_rows
+from spinlock_fast.data.feature_matrix import FeatureMatrix, is_kept_on_disk
 from spinlock_fast.data.feature_source import FeatureSource
 from spinlock_fast.data.remote_files import RemoteCache
+from spinlock_fast.data.row_view import RowView
 from spinlock_fast.data.split import Split, split_rows
+from spinlock_fast.distributed import SINGLE, Ranks
 from spinlock_fast.errors import ConfigError, DataError
+from spinlock_fast.features.blocks import TransformedRows, extremes
 from spinlock_fast.features.categories import MIN_ROWS, read_mapping
 from spinlock_fast.features.cleaning import FeatureCleaner, fit_cleaner
 from spinlock_fast.features.encode import FamilyEncoder, block_rows, encode_rows, encode_seconds, make_encoders
@@ -47,6 +52,7 @@ class PreparedFeatures:
     high: NDArray[np.float64]
     outside: RowStatistic
     missing: dict[str, int]  # missing raw values by family
+    on_disk: bool = False  # x is a map of a scratch file
 
     def checkpoint_entries(self) -> dict[str, Any]:
         """The entries of a model file that do not come from the model."""
@@ -60,13 +66,13 @@ class PreparedFeatures:
             "known_rows": self.known_rows.state(),
         }
 
-    def fingerprint(self) -> dict[str, Any]:
-        """What `check_same_features` compares when a run is resumed."""
-        x = np.ascontiguousarray(self.x)
-        mean, std = mean_and_std(x)
+    def fingerprint(self, ranks: Ranks = SINGLE) -> dict[str, Any]:
+        """What `check_same_features` compares when a run is resumed; all ranks must call it."""
+        rows = RowView(self.x)
+        mean, std = mean_and_std(rows, ranks)
         return {
-            "shape": list(x.shape),
-            "fletcher32": _native.fletcher32(x),
+            "shape": list(self.x.shape),
+            "fletcher32": fletcher32_of_rows(rows, ranks),
             "mean": torch.from_numpy(mean),
             "std": torch.from_numpy(std),
             "feature_names": self.feature_names,
@@ -74,8 +80,8 @@ class PreparedFeatures:
         }
 
 
-def open_source(config: RunConfig) -> FeatureSource:
-    """The configured data; raises DataError, or ConfigError if dataset_path is not set."""
+def open_source(config: RunConfig, ranks: Ranks = SINGLE) -> FeatureSource:
+    """The configured data, whose files rank 0 opens for all; raises DataError, or ConfigError without dataset_path."""
     if config.dataset_path is None:
         raise ConfigError("dataset_path: required, not given; name an HDF5 file, a glob or a list of files")
     remote_dir = None if config.data.remote_cache_dir is None else Path(config.data.remote_cache_dir)
@@ -85,16 +91,31 @@ def open_source(config: RunConfig) -> FeatureSource:
         allow_external=config.data.allow_external,
         manifest_dir=config.data.manifest_dir,
         remote_cache=RemoteCache(remote_dir, config.data.remote_cache_size),
+        ranks=ranks,
     )
 
 
-def prepare(source: FeatureSource, config: RunConfig, device: torch.device, display: Display) -> PreparedFeatures:
+def prepare(
+    source: FeatureSource,
+    config: RunConfig,
+    device: torch.device,
+    display: Display,
+    scratch: Path | None = None,
+    ranks: Ranks = SINGLE,
+) -> PreparedFeatures:
     """Encodes, cleans, groups and normalises the rows of a source.
 
-    Cleaning, categories and normalisation are fitted to the training rows.
+    Cleaning, categories and normalisation are fitted to the training rows. Every rank encodes a part of the rows and
+    returns the same features, which do not depend on the number of ranks.
+
+    Args:
+        scratch: existing directory for a file of the features where they are kept on disk, see `data.feature_matrix`;
+            all ranks share it. None: the directory for temporary files.
+        ranks: the processes of the run; all must call the function.
 
     Raises:
         ConfigError, DataError: a setting or the data cannot be used; checked before the data are read if possible.
+        OutputError: the disk has no space for the features.
     """
     timer = _StageTimer()
     split = split_rows(source.rows, config.training, config.random_seed)
@@ -106,63 +127,79 @@ def prepare(source: FeatureSource, config: RunConfig, device: torch.device, disp
         block_rows(info, config.memory_budget)
     training_rows = split.train if config.feature_cleaning.nan_fill == "median" else None
     encoders = make_encoders(source, config.families, config.random_seed, config.memory_budget, training_rows)
-    size = sum(info.rows * info.row_bytes for info in source.datasets.values()) / 1e9
-    text = f"encoding {source.rows:,} samples of {len(config.families)} families"
-    if source.rows >= _ESTIMATE_ROWS:
-        seconds = encode_seconds(source, encoders, config.memory_budget, device)
-        text += f": {size:.3g} GB, about {seconds:.0f} s"
-    display.stage(text)
-    encoded = encode_rows(source, encoders, config.memory_budget, device, display.encoded, training_rows)
-    columns = encoded.columns
+    names = [name for family in encoders for name in family.names]
+    matrix = _feature_matrix(source.rows, len(names), config, scratch, ranks)
+    display.stage(_encoding_text(source, encoders, config, device))
+    encoded = encode_rows(source, encoders, config.memory_budget, device, display.encoded, training_rows, matrix, ranks)
     known_rows, missing = KnownRows.of(encoded.keys, split.val, split.test), encoded.missing
     del encoded
-    names = [name for family in encoders for name in family.names]
     timer.lap("load_encode")
-    display.stage(f"cleaning {columns.shape[1]} columns")
-    cleaner = fit_cleaner(columns[split.train], config.feature_cleaning)
-    kept = cleaner.select(columns)
-    width = columns.shape[1]
-    del columns  # frees the raw matrix
-    low, high, outside = training_range(kept, split, cleaner)
-    cleaned = cleaner.clip(kept)
+    display.stage(f"cleaning {len(names)} columns")
+    train = RowView(matrix.x, split.train)
+    cleaner = fit_cleaner(train, config.feature_cleaning, ranks)
+    low, high, outside = training_range(matrix.x, split, cleaner, ranks)
     kept_names = [name for name, keep in zip(names, cleaner.keep, strict=True) if keep]
+    cleaned = TransformedRows(train, lambda block: np.ascontiguousarray(cleaner(block)), len(kept_names))
     timer.lap("clean")
     display.stage(f"discovering categories of {len(kept_names)} features")
-    groups = find_categories(cleaned[split.train], kept_names, config)
+    groups = ranks.on_main(lambda: find_categories(cleaned, kept_names, config))
     timer.lap("discover")
-    normalizer = fit_normalizer(cleaned[split.train], config.training.normalization_method)
+    normalizer = fit_normalizer(cleaned, config.training.normalization_method, ranks)
+    matrix.rewrite(lambda block: normalizer(cleaner(block)), len(kept_names))
+    if config.data.feature_matrix == "memory":
+        matrix.to_memory()
+    timer.lap("normalize")
     return PreparedFeatures(
-        x=normalizer(cleaned),
+        x=matrix.x,
         encoders=encoders,
         cleaner=cleaner,
         normalizer=normalizer,
         groups=groups,
         feature_names=kept_names,
-        columns=width,
+        columns=len(names),
         seconds=timer.seconds,
         known_rows=known_rows,
         low=low,
         high=high,
         outside=outside,
         missing=missing,
+        on_disk=matrix.on_disk,
     )
 
 
+def _feature_matrix(rows: int, columns: int, config: RunConfig, scratch: Path | None, ranks: Ranks) -> FeatureMatrix:
+    on_disk = is_kept_on_disk(rows, columns, config.data.feature_matrix, config.memory_budget, ranks)
+    return FeatureMatrix(rows, columns, (scratch or Path(tempfile.gettempdir())) if on_disk else None, ranks)
+
+
+def _encoding_text(
+    source: FeatureSource, encoders: list[FamilyEncoder], config: RunConfig, device: torch.device
+) -> str:
+    """Description of the stage, with its size and duration if there are many rows."""
+    text = f"encoding {source.rows:,} samples of {len(encoders)} families"
+    if source.rows < _ESTIMATE_ROWS:
+        return text
+    seconds = encode_seconds(source, encoders, config.memory_budget, device)
+    size = sum(info.rows * info.row_bytes for info in source.datasets.values()) / 1e9
+    return f"{text}: {size:.3g} GB, about {seconds:.0f} s"
+
+
 def training_range(
-    kept: NDArray[np.float32], split: Split, cleaner: FeatureCleaner
+    columns: NDArray[np.float32], split: Split, cleaner: FeatureCleaner, ranks: Ranks = SINGLE
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], RowStatistic]:
     """The range of the training rows, and the share of features outside it; see `TrainingRange`.
 
     Args:
-        kept: [N, F] features of all rows before clipping.
+        columns: [N, C] columns of all rows before cleaning.
     """
     low, high = cleaner.low.copy(), cleaner.high.copy()
-    for bound, extreme in ((low, np.min), (high, np.max)):
-        for i in np.flatnonzero(~np.isfinite(bound)):
-            bound[i] = extreme(kept[split.train, i])
+    if not np.isfinite(low).all() or not np.isfinite(high).all():
+        kept = TransformedRows(RowView(columns, split.train), cleaner.select, low.size)
+        for bound, extreme in zip((low, high), extremes(kept, ranks), strict=True):
+            np.copyto(bound, extreme, where=~np.isfinite(bound))
     rows = np.sort(np.concatenate([split.train, split.val]))
-    sample = rows[:: max(1, len(rows) // _RANGE_ROWS)]
-    return low, high, RowStatistic.of(outside_share(kept[sample], low, high))
+    sample = RowView(columns, rows[:: max(1, len(rows) // _RANGE_ROWS)])
+    return low, high, RowStatistic.of(outside_share(cleaner.select(sample[:]), low, high))
 
 
 class _StageTimer:

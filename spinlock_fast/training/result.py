@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from spinlock_fast.data.input_arrays import masked_to_nan
+from spinlock_fast.data.mapped_pages import MappedPages
 from spinlock_fast.data.split import Split
 from spinlock_fast.errors import DataError
 from spinlock_fast.features.matrix import MatrixNormalizer
@@ -82,7 +83,9 @@ def as_feature_matrix(x: ArrayLike | Tensor) -> NDArray[Any]:
     if array.dtype.kind not in "fiub":
         raise DataError(f"x must hold numbers, got {array.dtype}")
     data = np.ascontiguousarray(array, dtype=np.float32) if array.dtype == np.float32 else array
+    pages = MappedPages(data)
     for start in range(0, len(data), _ROWS_PER_BLOCK):
+        pages.touched(np.arange(start, min(start + _ROWS_PER_BLOCK, len(data))))
         with np.errstate(over="ignore"):
             values = data[start : start + _ROWS_PER_BLOCK].astype(np.float32, copy=False)
         finite = np.isfinite(values)

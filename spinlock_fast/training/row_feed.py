@@ -27,11 +27,11 @@ class RowFeed(Protocol):
         """Starts an epoch at a step.
 
         Args:
-            order: [N] the permutation of the rows.
+            order: [n] numbers of the rows that the steps of the epoch read, in their order.
             steps_done: steps of the epoch that a resumed run has made.
 
         Returns:
-            [N] the row of `table` that holds each row of `order` at its step.
+            [n] the row of `table` that holds each row of `order` at its step.
         """
 
     def steps_available(self, step: int) -> int:
@@ -60,14 +60,14 @@ class StreamedFeed:
 
     Args:
         x: the rows.
-        batch_size: rows per step.
+        rows_per_step: rows of each step; the last one may have fewer.
+        steps: steps of an epoch.
     """
 
-    def __init__(self, x: HostRows, batch_size: int) -> None:
-        steps_per_epoch = -(-len(x) // batch_size)
-        steps_per_half = max(1, _HALF_BUFFER_BYTES // (4 * batch_size * x.shape[1]))
-        self._steps_per_half = min(steps_per_half, steps_per_epoch)
-        self._rows_per_half = self._steps_per_half * batch_size
+    def __init__(self, x: HostRows, rows_per_step: int, steps: int) -> None:
+        steps_per_half = max(1, _HALF_BUFFER_BYTES // (4 * rows_per_step * x.shape[1]))
+        self._steps_per_half = min(steps_per_half, steps)
+        self._rows_per_half = self._steps_per_half * rows_per_step
         self.table = torch.empty(2 * self._rows_per_half, x.shape[1], dtype=torch.float32, device=x.device)
         halves = self.table.split(self._rows_per_half)
         self._transfer: Transfer = CopyStream(halves) if x.device.type == "cuda" else NoTransfer(halves)
@@ -181,6 +181,6 @@ class CopyStream:
         self._halves[half][:rows].copy_(self._staging[half][:rows], non_blocking=True)
 
 
-def make_row_feed(x: Rows, batch_size: int) -> RowFeed:
+def make_row_feed(x: Rows, rows_per_step: int, steps: int) -> RowFeed:
     """The feed for rows x [N, F], by where they are stored."""
-    return StreamedFeed(x, batch_size) if isinstance(x, HostRows) else ResidentFeed(x)
+    return StreamedFeed(x, rows_per_step, steps) if isinstance(x, HostRows) else ResidentFeed(x)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -18,6 +18,7 @@ from spinlock_fast.config.loading import dump_config
 from spinlock_fast.config.random_streams import VERSION, streams_of
 from spinlock_fast.config.schema import RunConfig
 from spinlock_fast.device import resolve_device
+from spinlock_fast.distributed import Ranks, current_ranks
 from spinlock_fast.errors import ConfigError, Interrupted
 from spinlock_fast.features.normalize import units
 from spinlock_fast.interrupts import handle_signals
@@ -44,6 +45,8 @@ class RunResult:
 def run(config: RunConfig, display: Display, resume: Path | None = None) -> RunResult:
     """Trains a tokenizer on the configured data and writes its checkpoint directory.
 
+    Under torchrun all ranks call this; rank 0 writes the directory, which need not be visible to the others.
+
     Args:
         config: settings; `output_dir` must be set.
         display: shows progress.
@@ -54,26 +57,29 @@ def run(config: RunConfig, display: Display, resume: Path | None = None) -> RunR
         Interrupted: by SIGINT, SIGTERM or SIGHUP; after the first step a resumable state was saved.
     """
     started = time.perf_counter()
+    ranks = current_ranks()
     directory = output_directory(config)
     device = resolve_device(config.device)
     signals = _SignalHandler(resume)
-    with handle_signals(signals.handle), RunDirectory(directory) as output:
-        state = read_resumable(resume, config) if resume is not None else None
+    with handle_signals(signals.handle), _output(directory, ranks) as output:
+        state = ranks.on_main(lambda: read_resumable(resume, config)) if resume is not None else None
         streams = state["run"].get("streams", 1) if state is not None else VERSION
-        with open_source(config) as source, streams_of(streams):
-            prepared = prepare(source, config, device, display)
-        fingerprint = prepared.fingerprint()
+        with open_source(config, ranks) as source, streams_of(streams):
+            prepared = prepare(source, config, device, display, directory, ranks)
+        fingerprint = prepared.fingerprint(ranks)
         if state is not None:
             check_same_features(state["features"], fingerprint)
-        partial = output.begin(resume is not None and resume.resolve() == directory.resolve())
-        write_text(partial / CONFIG, dump_config(config))
         earlier = state.get("seconds", {}) if state is not None else {}
         stage_seconds = _stage_seconds(earlier, prepared.seconds, started)
-        checkpointer = AsyncCheckpointer(display, partial, fingerprint, config, stage_seconds)
+        checkpointer: AsyncCheckpointer | None = None
+        if output is not None:
+            partial = output.begin(resume is not None and resume.resolve() == directory.resolve())
+            write_text(partial / CONFIG, dump_config(config))
+            checkpointer = AsyncCheckpointer(display, partial, fingerprint, config, stage_seconds)
         trainer = Trainer(config, checkpointer, lambda: signals.number)
         signals.deferred = True
         display.stage("training")
-        with _resume_hint(directory), checkpointer:
+        with _resume_hint(directory), checkpointer or nullcontext():
             result = trainer.fit(
                 prepared.x,
                 prepared.groups,
@@ -86,11 +92,28 @@ def run(config: RunConfig, display: Display, resume: Path | None = None) -> RunR
         total = seconds.pop("total")
         result.metrics["seconds"] = {**seconds, "train": result.metrics["seconds"]["train"], "total": total}
         result.metrics |= {"missing_values": prepared.missing, "units": units(config.training)}
-        _write_result(partial, config, prepared, result, streams, checkpointer.resumable(result.final_state))
-        output.publish()
+        if ranks.size > 1:
+            result.metrics["ranks"] = ranks.size
+        if output is not None and checkpointer is not None:
+            _write_result(partial, config, prepared, result, streams, checkpointer.resumable(result.final_state))
+            output.publish()
     if signals.number is not None:
         raise Interrupted(f"stopped when the run was done: {directory} is complete", signals.number)
     return RunResult(directory, result.metrics)
+
+
+@contextmanager
+def _output(directory: Path, ranks: Ranks) -> Iterator[RunDirectory | None]:
+    """The output directory on rank 0, None on the others; an error of rank 0 is raised on all."""
+    with ExitStack() as stack:
+        output = None
+
+        def enter() -> None:
+            nonlocal output
+            output = stack.enter_context(RunDirectory(directory))
+
+        ranks.on_main(enter)
+        yield output
 
 
 def _write_result(

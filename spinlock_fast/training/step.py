@@ -12,11 +12,13 @@ from torch import Tensor
 
 from spinlock_fast.config.schema import TrainingConfig
 from spinlock_fast.data.host_rows import Rows
+from spinlock_fast.distributed import SINGLE, Ranks
 from spinlock_fast.kernels._common.precision import cuda_matmul
 from spinlock_fast.kernels._common.streams import defer, deferred_scope
 from spinlock_fast.kernels.augment import augmented_rows
-from spinlock_fast.models.losses import LossTerms, LossWeights, loss_terms
+from spinlock_fast.models.losses import LossTerms, LossWeights, code_orthogonality, loss_terms
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE
+from spinlock_fast.training.distributed import RowGather, Share, StepExchange, broadcast_codes
 from spinlock_fast.training.optimizer import FusedAdam
 from spinlock_fast.training.row_feed import make_row_feed
 
@@ -47,22 +49,42 @@ class TrainingStep:
         model: in training mode while steps run.
         x: [N, F] training rows, for the model's device.
         training: settings.
+        ranks: processes that share the rows of each batch. All have the same model, rows and settings.
     """
 
-    def __init__(self, model: CategoricalHierarchicalVQVAE, x: Rows, training: TrainingConfig) -> None:
+    def __init__(
+        self, model: CategoricalHierarchicalVQVAE, x: Rows, training: TrainingConfig, ranks: Ranks = SINGLE
+    ) -> None:
         self.model = model
         self.training = training
+        self.ranks = ranks
         self.weights = LossWeights.of(training)
         self.rows, device = x.shape[0], x.device
         self.batch_size = min(training.batch_size, self.rows)
-        self.feed = make_row_feed(x, self.batch_size)
-        self.x = self.feed.table
         self.full_batches, self.remainder = divmod(self.rows, self.batch_size)
         self.steps_per_epoch = self.full_batches + (self.remainder > 0)
+        self.exchange = StepExchange(model, ranks) if ranks.size > 1 else None
+        self._shares = {False: Share.of(self.batch_size, ranks), True: Share.of(self.remainder, ranks)}
+        # Several ranks: also the row after the last one of the share.
+        rows_per_step = max(share.rows for share in self._shares.values()) + (ranks.size > 1)
+        self._gathers = {
+            partial: RowGather(share.total, training.topo_samples, ranks, device)
+            for partial, share in self._shares.items()
+            if ranks.size > 1
+        }
+        # Resets take latents of all ranks' rows.
+        gathers_latents = training.dead_code_reset_steps > 0 and training.dead_code_strategy == "sample"
+        self._latent_gathers = {
+            partial: RowGather(share.total, share.total, ranks, device)
+            for partial, share in self._shares.items()
+            if ranks.size > 1 and gathers_latents
+        }
+        self.feed = make_row_feed(x, rows_per_step, self.steps_per_epoch)
+        self.x = self.feed.table
         # Rows of `x` and learning rate of every step of an epoch, and those of the current step. The fused optimizer
         # reads the rate on the device: float32 on CUDA, float64 on a CPU.
-        self._epoch_rows = torch.zeros(self.steps_per_epoch, self.batch_size, dtype=torch.int64, device=device)
-        self._batch_rows = torch.zeros(1, self.batch_size, dtype=torch.int64, device=device)
+        self._epoch_rows = torch.zeros(self.steps_per_epoch, rows_per_step, dtype=torch.int64, device=device)
+        self._batch_rows = torch.zeros(1, rows_per_step, dtype=torch.int64, device=device)
         rate_dtype = torch.float32 if device.type == "cuda" else torch.float64
         self._epoch_rates = torch.zeros(self.steps_per_epoch, dtype=rate_dtype, device=device)
         self._rate = torch.zeros(1, dtype=rate_dtype, device=device)
@@ -86,16 +108,29 @@ class TrainingStep:
         Args:
             steps_done: steps of the epoch that a resumed run has made.
         """
-        order = self.feed.begin_epoch(order, steps_done)
+        order = self.feed.begin_epoch(self._rows_of_share(order), steps_done)
         pinned = self._epoch_rows.is_cuda
         rows = torch.zeros(self._epoch_rows.shape, dtype=torch.int64, pin_memory=pinned)
-        rows.view(-1)[: self.rows] = order
+        rows.view(-1)[: len(order)] = order
         self._epoch_rows.copy_(rows, non_blocking=True)
         host_rates = torch.empty(self._epoch_rates.shape, dtype=self._epoch_rates.dtype, pin_memory=pinned)
         self._epoch_rates.copy_(host_rates.copy_(rates), non_blocking=True)
         self._step_index.fill_(steps_done)
         if steps_done == 0:
             self.loss_values.zero_()
+
+    def _rows_of_share(self, order: Tensor) -> Tensor:
+        """Numbers of the rows that this rank reads, step by step, from the order of all rows [N]."""
+        if self.ranks.size == 1:
+            return order
+        rows = torch.zeros(self._epoch_rows.shape, dtype=torch.int64)
+        full = self.full_batches * self.batch_size
+        columns = self._shares[False].columns()
+        rows[: self.full_batches, : len(columns)] = order[:full].view(-1, self.batch_size)[:, columns]
+        if self.remainder:
+            columns = self._shares[True].columns()
+            rows[-1, : len(columns)] = order[full:][columns]
+        return rows.flatten()
 
     def memory_layout(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
         """Address and strides of every tensor of the model.
@@ -116,7 +151,20 @@ class TrainingStep:
         """Runs the next step."""
         torch.index_select(self._epoch_rows, 0, self._step_index, out=self._batch_rows)
         torch.index_select(self._epoch_rates, 0, self._step_index, out=self._rate)
-        target, x = self._augmented_batch(self.remainder if kind.partial_batch else self.batch_size)
+        share = self._shares[kind.partial_batch]
+        target, x = self._augmented_batch(share)
+        if self.exchange is None:
+            latents = self._gradients(target, x)
+        else:
+            latents = self._shared_gradients(target, x, share, self._gathers[kind.partial_batch], self.exchange)
+        self.optimizer.step()
+        if kind.reset:
+            gather = self._latent_gathers.get(kind.partial_batch)
+            latents = latents.detach()
+            self.reset_dead_codes(latents if gather is None else gather.gather(latents))
+
+    def _gradients(self, target: Tensor, x: Tensor) -> Tensor:
+        """Computes the gradients, updates the codes and stores the losses; returns the latents of the batch."""
         with self._precision(), deferred_scope(self.x.device):
             # The reconstruction is decoded in `loss_terms`, on a side stream.
             out, apply_ema = self.model.encode_and_quantize(x)
@@ -124,9 +172,25 @@ class TrainingStep:
             defer(lambda: self._store_losses(terms), [self.loss_values, *terms], after_deferred=True)
             self.optimizer.zero_grad()
             terms.backward(self.weights)
-        self.optimizer.step()
-        if kind.reset:
-            self.reset_dead_codes(out["latents"].detach())
+        return out["latents"]
+
+    def _shared_gradients(
+        self, target: Tensor, x: Tensor, share: Share, gather: RowGather, exchange: StepExchange
+    ) -> Tensor:
+        """`_gradients` of a batch that the ranks share; returns the latents of this rank's rows."""
+        with self._precision(), deferred_scope(self.x.device):
+            out, statistics = self.model.encode_with_statistics(x, share.batch)
+            terms = loss_terms(self.model, target, out, self.training.topo_samples, None, share.batch, gather)
+            self.optimizer.zero_grad()
+            if share.rows:
+                terms.backward(share.weights(self.weights, self.ranks))
+        exchange.sum_(statistics, share.values(terms, self.ranks) if share.rows else None)
+        self.model.quantizer.apply_statistics(exchange.statistics)
+        reduced = LossTerms(*exchange.terms)
+        if self.model.quantizer.use_ema:
+            reduced = reduced._replace(orthogonality=code_orthogonality(self.model.quantizer))
+        self._store_losses(reduced)
+        return out["latents"]
 
     @torch.no_grad()
     def _store_losses(self, terms: LossTerms) -> None:
@@ -138,9 +202,11 @@ class TrainingStep:
     def reset_dead_codes(self, latents: Tensor | None) -> Tensor:
         """Replaces dead codes as the settings say; returns their number per codebook [G]."""
         training = self.training
-        return self.model.reset_dead_codes(
+        replaced = self.model.reset_dead_codes(
             training.dead_code_threshold, training.dead_code_strategy, training.max_reset_fraction, latents
         )
+        broadcast_codes(self.model, self.ranks)
+        return replaced
 
     def summary(self) -> EpochSummary:
         """Means over the steps launched so far in the epoch; synchronises with the device."""
@@ -176,13 +242,17 @@ class TrainingStep:
         self.optimizer.load_state_dict(state["optimizer_state_dict"])
         self.loss_values.copy_(state["values"])
 
-    def _augmented_batch(self, count: int) -> tuple[Tensor, Tensor]:
-        """The first `count` rows of the current batch: reconstruction targets (mixup), and inputs (mixup and noise)."""
+    def _augmented_batch(self, share: Share) -> tuple[Tensor, Tensor]:
+        """This rank's rows of the current batch: reconstruction targets (mixup), and inputs (mixup and noise)."""
         training = self.training
-        rows, scale, rate_factor = self._batch_rows[0, :count], training.mixup_scale, None
+        scale, rate_factor = training.mixup_scale, None
         if training.mixup_decay:
             scale, rate_factor = scale / training.learning_rate, self._rate
-        return augmented_rows(self.x, rows, scale, training.input_noise, rate_factor)
+        rows = self._batch_rows[0, : share.rows]
+        next_row = self._batch_rows[0, share.rows : share.rows + 1] if share.batch is not None else None
+        return augmented_rows(
+            self.x, rows, scale, training.input_noise, rate_factor, batch=share.batch, next_row=next_row
+        )
 
     def _precision(self) -> AbstractContextManager[None]:
         """TF32 for the networks, forward and backward; distance kernels choose float32 themselves."""

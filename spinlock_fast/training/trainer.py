@@ -24,7 +24,9 @@ from spinlock_fast.data.payload_checks import payload_errors
 from spinlock_fast.data.row_view import RowView
 from spinlock_fast.data.split import Split, split_rows
 from spinlock_fast.device import resolve_device
+from spinlock_fast.distributed import Ranks, current_ranks
 from spinlock_fast.errors import ConfigError, DataError, Interrupted, TrainingError
+from spinlock_fast.features.blocks import Blocks
 from spinlock_fast.features.categories import (
     Groups,
     assign_categories,
@@ -35,12 +37,18 @@ from spinlock_fast.features.categories import (
 )
 from spinlock_fast.features.matrix import MatrixNormalizer, fit_matrix_normalizer
 from spinlock_fast.features.normalize import units
-from spinlock_fast.features.statistics import Blocks, mean_and_std
+from spinlock_fast.features.statistics import mean_and_std
 from spinlock_fast.kernels._common.guard import device_guard
 from spinlock_fast.models.decoder_refit import refit_decoder
 from spinlock_fast.models.initialization import initialize_codebooks
 from spinlock_fast.models.metrics import Metrics, add_model_metrics, evaluate, evaluate_with_counts
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
+from spinlock_fast.training.distributed import (
+    agreed_signal,
+    broadcast_model,
+    broadcast_random_state,
+    check_same_rows,
+)
 from spinlock_fast.training.loop import TrainingRun
 from spinlock_fast.training.observer import Observer, SilentObserver
 from spinlock_fast.training.result import TrainResult, as_feature_matrix
@@ -55,6 +63,8 @@ class Trainer:
         config: settings; `device`, `random_seed`, `feature_cleaning`, `model` and `training` are used.
         observer: receives epoch records and resumable states.
         stop_requested: called after every launch of steps; returns the number of a signal that ends `fit`, else None.
+        ranks: processes that train one model together; those of `torch.distributed` if not given. All of them call
+            `fit` with the same rows and settings, and get the same result. `training.batch_size` is that of all ranks.
     """
 
     def __init__(
@@ -62,7 +72,9 @@ class Trainer:
         config: RunConfig,
         observer: Observer | None = None,
         stop_requested: Callable[[], int | None] = lambda: None,
+        ranks: Ranks | None = None,
     ) -> None:
+        self._given_ranks = ranks
         self.config = config
         self.observer = observer or SilentObserver()
         self._stop_requested = stop_requested
@@ -88,6 +100,9 @@ class Trainer:
         """
         if not self._finished:
             self._stop_signal = signal_number
+
+    def _ranks(self) -> Ranks:
+        return current_ranks() if self._given_ranks is None else self._given_ranks
 
     def _requested_signal(self) -> int | None:
         return self._stop_signal if self._stop_signal is not None else self._stop_requested()
@@ -146,6 +161,8 @@ class Trainer:
         started = time.perf_counter()
         data = as_feature_matrix(x)
         N, F = data.shape
+        ranks = self._ranks()
+        check_same_rows(data, ranks)
         names = list(feature_names) if feature_names is not None else [f"feature_{i}" for i in range(F)]
         if len(names) != F:
             raise DataError(f"feature_names has {len(names)} names for {F} columns")
@@ -161,7 +178,7 @@ class Trainer:
         train_rows = rows(split.train)
         groups, discover_seconds = group_indices, 0.0
         if groups is None:
-            groups = find_categories(train_rows, names, self.config)
+            groups = ranks.on_main(lambda: find_categories(train_rows, names, self.config))
             discover_seconds = time.perf_counter() - started
         model_config = self._model_config(train_rows, groups, levels)
         correlation_max = self._checked_correlation(train_rows, model_config)
@@ -170,7 +187,10 @@ class Trainer:
         with device_guard(device):  # `_train` has restored the caller's device
             model = run.best_model()
             if training.decoder_refit:
-                refit_decoder(model, run.x_train, training.decoder_refit)
+                if ranks.is_main:
+                    refit_decoder(model, run.x_train, training.decoder_refit)
+                broadcast_model(model, ranks)
+            model.quantizer.sync = True
             metrics = self._evaluate(model, run, rows, split, final_state)
         add_model_metrics(metrics, model, names, correlation_max)
         constant = [c["name"] for c in metrics["categories"] if max(c["perplexity"]) < 1.0 + 1e-6]
@@ -201,6 +221,8 @@ class Trainer:
         with _forked_rng(device):
             seed_torch(self.config.random_seed, device)
             model = CategoricalHierarchicalVQVAE(model_config).to(device)
+            ranks = self._ranks()
+            model.quantizer.sync = ranks.size == 1  # the step itself sums over ranks
             largest = max(model.quantizer.num_codes)
             if split.train.size < largest:
                 raise DataError(
@@ -212,18 +234,21 @@ class Trainer:
                 self._requested_signal,
                 model,
                 self._place_rows(rows(split.train), device),
-                self._place_rows(rows(split.val), device),
+                self._place_rows(rows(split.val[ranks.share(split.val.size)]), device),
                 train_rows=split.train,
-                val_rows=split.val,
+                val_rows=split.val[ranks.share(split.val.size)],
                 started=started,
+                ranks=ranks,
             )
             if model_config.extra_inputs:
                 model.fit_extra_inputs(*(torch.from_numpy(values) for values in mean_and_std(rows(split.train))))
             if resume is not None:
                 with payload_errors(resume, "the saved state"):
                     run.load(resume)
-            else:
+            elif ranks.is_main:
                 initialize_codebooks(model, run.x_train)
+            broadcast_model(model, ranks)
+            broadcast_random_state(ranks, device)
             try:
                 run.train()
             except torch.OutOfMemoryError:
@@ -244,18 +269,23 @@ class Trainer:
         """Metrics of the validation rows, whose code usage the quantizer gets, and of the test rows if any."""
         training = self.config.training
         self._raise_if_stopped(final_state)
-        metrics, code_counts = evaluate_with_counts(model, run.x_val, training, run.val_rows, "validation")
+        ranks = self._ranks()
+        validation = run.validation
+        metrics, code_counts = evaluate_with_counts(
+            model, validation.x, training, validation.numbers, "validation", ranks
+        )
         model.quantizer.usage.copy_(code_counts)
         model.quantizer.rows_seen.fill_(metrics["val_rows"])
         if split.test.size:
             self._raise_if_stopped(final_state)
-            x_test = self._place_rows(rows(split.test), run.device)
-            metrics["test"] = evaluate(model, x_test, training, split.test, "test")
+            test_rows = split.test[ranks.share(split.test.size)]
+            x_test = self._place_rows(rows(test_rows), run.device)
+            metrics["test"] = evaluate(model, x_test, training, test_rows, "test", ranks)
         return metrics
 
     def _raise_if_stopped(self, final_state: dict[str, Any]) -> None:
         """Saves the final state and raises Interrupted if `fit` was asked to stop after the last epoch."""
-        stopped_by = self._requested_signal()
+        stopped_by = agreed_signal(self._requested_signal(), self._ranks())
         if stopped_by is not None:
             self.observer.save(final_state)
             raise Interrupted("stopped after the last epoch, before the metrics", stopped_by)

@@ -14,7 +14,7 @@ import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from spinlock_fast.config.schema import DEFAULT_DATASETS
 from spinlock_fast.data.window_sizes import available_cpus
 from spinlock_fast.descriptors.describe import Describer, aggregate
 from spinlock_fast.descriptors.names import Groups, changes_with
+from spinlock_fast.distributed import SINGLE, Ranks
 from spinlock_fast.errors import ConfigError, DataError, Interrupted, OutputError
 from spinlock_fast.kernels._common.single_thread import single_thread
 from spinlock_fast.messages import printable
@@ -38,13 +39,15 @@ from spinlock_fast.trajectories.layouts import open_trajectories
 from spinlock_fast.trajectories.options import Options
 from spinlock_fast.trajectories.samples import TrajectorySet
 
-BLOCK = 32  # samples that are kept at a time
+BLOCK = 32  # most samples that are kept at a time
+_BLOCKS_OF_A_RANK = 4  # at least, so that all ranks end at about the same time
 _CHUNK_ROWS = 8
 _FORMAT = 1
 _PER_TRAJECTORY = "features/summary/per_trajectory/features"
 _SETTINGS = "settings.json"
 
 Progress = Callable[[int, int], None]
+Block = tuple[int, int]  # first sample, and the one after the last
 
 
 def extract(
@@ -58,6 +61,7 @@ def extract(
     resume: bool = False,
     opened: Callable[[TrajectorySet], None] = lambda trajectories: None,
     progress: Progress = lambda done, total: None,
+    ranks: Ranks = SINGLE,
 ) -> Path:
     """Describes every trajectory of some files; memory does not grow with their number.
 
@@ -72,6 +76,8 @@ def extract(
         resume: keep the blocks of an unfinished extraction of the same files and settings.
         opened: called with the trajectories once their headers are read.
         progress: called with the number of samples that are done, and of all.
+        ranks: if there are several, each describes a share of the blocks, and rank 0 writes the output. Their number
+            may differ from that of an extraction to resume.
 
     Raises:
         ConfigError: an impossible setting, an empty shard, or a resumed extraction of other files or settings.
@@ -80,35 +86,54 @@ def extract(
         Interrupted: a signal; finished blocks are kept for `resume`.
     """
     options = options or Options()
-    check_regular(output)
     partial = output.with_name(output.name + ".partial")
-    if not overwrite:
-        if os.path.exists(output) and not resume:
-            raise OutputError(f"{output}: exists; --overwrite replaces it")
-        if os.path.exists(partial) and not resume:
-            raise OutputError(
-                f"{partial}: an unfinished extraction is there; --resume goes on with it, --overwrite starts again"
-            )
+    if ranks.is_main:
+        _check_output(output, partial, overwrite, resume)
     trajectories = open_trajectories(paths, layout, options)
-    if os.path.exists(output) and any(os.path.samefile(output, file.path) for file in trajectories.files):
+    if ranks.is_main and os.path.exists(output) and any(os.path.samefile(output, f.path) for f in trajectories.files):
         raise OutputError(f"{output}: is one of the files to read")
     opened(trajectories)
     start, stop = (trajectories.samples * i // shard[1] for i in (shard[0], shard[0] + 1))
     if start == stop:
         raise ConfigError(f"--shard {shard[0]}/{shard[1]}: leaves none of {trajectories.samples} trajectories")
-    check_writable(output.parent)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    settings = _settings(trajectories, options, (start, stop))
-    with locked(output):
-        if overwrite:
+    shape = trajectories.shape
+    describer = Describer(shape.grid, len(shape.channels), shape.time_step, device)
+    with ExitStack() as stack:
+        if ranks.is_main:
+            check_writable(output.parent)
+            output.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(output))
+            if overwrite:
+                _remove_blocks(partial)
+            block = _begin(
+                partial, _settings(trajectories, options, (start, stop)), _block_samples(stop - start, ranks)
+            )
+        block = ranks.broadcast_object(block if ranks.is_main else 0)
+        blocks = [(first, min(first + block, stop)) for first in range(start, stop, block)]
+        missing = ranks.broadcast_object(_missing(partial, blocks) if ranks.is_main else [])
+        if not os.path.exists(partial / _SETTINGS):
+            raise OutputError(f"{partial}: rank {ranks.rank} does not see what rank 0 wrote; use a shared directory")
+        _describe_blocks(trajectories, describer, partial, missing, stop - start, ranks, progress)
+        ranks.barrier()
+        if ranks.is_main:
+            if ranks.size > 1:
+                progress(stop - start, stop - start)
+            _write(trajectories, describer, partial, blocks, output)
             _remove_blocks(partial)
-        _begin(partial, settings)
-        shape = trajectories.shape
-        describer = Describer(shape.grid, len(shape.channels), shape.time_step, device)
-        _describe_blocks(trajectories, describer, partial, (start, stop), progress)
-        _write(trajectories, describer, partial, (start, stop), output)
-        _remove_blocks(partial)
+    ranks.barrier()  # the file is complete
     return output
+
+
+def _check_output(output: Path, partial: Path, overwrite: bool, resume: bool) -> None:
+    check_regular(output)
+    if overwrite or resume:
+        return
+    if os.path.exists(output):
+        raise OutputError(f"{output}: exists; --overwrite replaces it")
+    if os.path.exists(partial):
+        raise OutputError(
+            f"{partial}: an unfinished extraction is there; --resume goes on with it, --overwrite starts again"
+        )
 
 
 def _settings(trajectories: TrajectorySet, options: Options, span: tuple[int, int]) -> dict[str, Any]:
@@ -124,27 +149,37 @@ def _settings(trajectories: TrajectorySet, options: Options, span: tuple[int, in
     )
 
 
-def _begin(partial: Path, settings: dict[str, Any]) -> None:
-    """Makes the directory of blocks, or checks that it is of the same extraction."""
+def _block_samples(count: int, ranks: Ranks) -> int:
+    """Samples of a block in a new extraction of `count` samples: BLOCK, or BLOCK / 2^i if ranks would have too few."""
+    block = BLOCK
+    while ranks.size > 1 and block % 2 == 0 and block * ranks.size * _BLOCKS_OF_A_RANK > count:
+        block //= 2
+    return block
+
+
+def _begin(partial: Path, settings: dict[str, Any], block: int) -> int:
+    """Makes the directory of blocks, or checks that it is of the same extraction; returns the samples of a block."""
     path = partial / _SETTINGS
     if os.path.exists(path):
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             found = None
-        if found != settings:
+        existing = found.pop("block", BLOCK) if isinstance(found, dict) else 0
+        if found != settings or type(existing) is not int or existing < 1:
             name = next(
-                (name for name in settings if not isinstance(found, dict) or found.get(name) != settings[name]), ""
+                (name for name in settings if not isinstance(found, dict) or found.get(name) != settings[name]), "block"
             )
             what = "files have changed" if name == "files" else f"{name} differs"
             raise ConfigError(f"{partial}: made with other settings: {what}; --overwrite starts again")
-        return
+        return existing
     _remove_blocks(partial)
     try:
         partial.mkdir()
     except OSError as error:
         raise OutputError(f"{partial}: cannot be made: {error.strerror}") from None
-    write_json(path, settings)
+    write_json(path, {**settings, "block": block})
+    return block
 
 
 def _remove_blocks(partial: Path) -> None:
@@ -169,36 +204,49 @@ def _block_path(partial: Path, first: int) -> Path:
     return partial / f"{first:012d}.npz"
 
 
+def _missing(partial: Path, blocks: list[Block]) -> list[Block]:
+    """The blocks that are not there."""
+    names = set(os.listdir(partial))  # a test of each path could be remembered as missing by a network file system
+    return [block for block in blocks if _block_path(partial, block[0]).name not in names]
+
+
 def _describe_blocks(
-    trajectories: TrajectorySet, describer: Describer, partial: Path, span: tuple[int, int], progress: Progress
+    trajectories: TrajectorySet,
+    describer: Describer,
+    partial: Path,
+    missing: list[Block],
+    count: int,
+    ranks: Ranks,
+    progress: Progress,
 ) -> None:
-    start, stop = span
-    firsts = [first for first in range(start, stop, BLOCK) if not _block_path(partial, first).exists()]
-    done = (stop - start) - sum(min(BLOCK, stop - first) for first in firsts)
+    """Describes this rank's share of the missing blocks; `progress` assumes that the other ranks are as fast."""
+    done = count - sum(last - first for first, last in missing)
+    workers = max(1, available_cpus() // ranks.local_size)
     try:
-        for low, high in _runs(firsts, stop):
-            described = _described(trajectories.read(low, high), describer)
-            for first in range(low, high, BLOCK):
+        for blocks in _runs(missing[ranks.share(len(missing))]):
+            described = _described(trajectories.read(blocks[0][0], blocks[-1][1]), describer, workers)
+            for first, last in blocks:
                 states, each, diverged = [], [], []
-                for _ in range(first, min(first + BLOCK, high)):
+                for _ in range(first, last):
                     state, one = next(described)
                     states.append(state)
                     each.append(one)
                     diverged.append(bool(np.isnan(state).all()))
-                    done += 1
-                    progress(done, stop - start)
+                    done += ranks.size
+                    progress(done if ranks.size == 1 else min(done, count - 1), count)
                 with replacing(_block_path(partial, first)) as temporary, open(temporary, "wb") as file:
                     np.savez(file, temporal=np.stack(states), trajectories=np.stack(each), diverged=np.array(diverged))
     except Interrupted as stopped:
-        kept = sum(1 for _ in partial.glob("*.npz")) * BLOCK
-        message = f"stopped; about {min(kept, stop - start)} of {stop - start} trajectories are kept, --resume goes on"
+        left = _missing(partial, missing)
+        kept = count - sum(last - first for first, last in left)
+        message = f"stopped; {kept} of {count} trajectories are kept, --resume goes on"
         raise Interrupted(message, stopped.exit_status - 128) from None
 
 
 def _described(
-    samples: Iterator[NDArray[np.floating]], describer: Describer
+    samples: Iterator[NDArray[np.floating]], describer: Describer, workers: int
 ) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
-    """Descriptors of each sample, in order. On a CPU several samples at a time, each in one thread."""
+    """Descriptors of each sample, in order. On a CPU `workers` samples at a time, each in one thread."""
 
     def describe(sample: NDArray[np.floating]) -> tuple[NDArray[Any], NDArray[Any]]:
         state, trajectories = describer(torch.from_numpy(sample).to(describer.device))
@@ -207,7 +255,6 @@ def _described(
     if describer.device.type != "cpu":
         yield from map(describe, samples)
         return
-    workers = available_cpus()
     with (
         single_thread(describer.device),
         ThreadPoolExecutor(workers, "describe", initializer=torch.set_num_threads, initargs=(1,)) as pool,
@@ -221,21 +268,19 @@ def _described(
             yield waiting.popleft().result()
 
 
-def _runs(firsts: list[int], stop: int) -> Iterator[tuple[int, int]]:
-    """Consecutive blocks as ranges of samples, so that each is read in one pass."""
+def _runs(blocks: list[Block]) -> Iterator[list[Block]]:
+    """Runs of consecutive blocks, so that each is read in one pass."""
     i = 0
-    while i < len(firsts):
-        j = i
-        while j + 1 < len(firsts) and firsts[j + 1] == firsts[j] + BLOCK:
+    while i < len(blocks):
+        j = i + 1
+        while j < len(blocks) and blocks[j][0] == blocks[j - 1][1]:
             j += 1
-        yield firsts[i], min(firsts[j] + BLOCK, stop)
-        i = j + 1
+        yield blocks[i:j]
+        i = j
 
 
-def _write(
-    trajectories: TrajectorySet, describer: Describer, partial: Path, span: tuple[int, int], output: Path
-) -> None:
-    start, stop = span
+def _write(trajectories: TrajectorySet, describer: Describer, partial: Path, blocks: list[Block], output: Path) -> None:
+    start, stop = span = blocks[0][0], blocks[-1][1]
     N, shape = stop - start, trajectories.shape
     names = {
         "features/temporal": describer.state_names,
@@ -253,17 +298,18 @@ def _write(
         for path, row in rows.items():
             file.create_dataset(path, (N, *row), "f4", chunks=(chunk, *row), compression="gzip", shuffle=True)
         file.create_dataset("metadata/diverged", (N,), "u1")
-        for first in range(start, stop, BLOCK):
-            with _block(_block_path(partial, first)) as block:
-                each = block["trajectories"]
-                values = {
-                    DEFAULT_DATASETS["temporal"]: block["temporal"],
-                    _PER_TRAJECTORY: each,
-                    DEFAULT_DATASETS["summary"]: aggregate(torch.from_numpy(each)).numpy(),
-                    "metadata/diverged": block["diverged"].astype(np.uint8),
-                }
-                for path, value in values.items():
-                    writer.write(file[path], first - start, value)
+        at_once = max(1, BLOCK // (blocks[0][1] - start))  # so that chunks are compressed once
+        for i in range(0, len(blocks), at_once):
+            group = _read_blocks([_block_path(partial, first) for first, _ in blocks[i : i + at_once]])
+            each = group["trajectories"]
+            values = {
+                DEFAULT_DATASETS["temporal"]: group["temporal"],
+                _PER_TRAJECTORY: each,
+                DEFAULT_DATASETS["summary"]: aggregate(torch.from_numpy(each)).numpy(),
+                "metadata/diverged": group["diverged"].astype(np.uint8),
+            }
+            for path, value in values.items():
+                writer.write(file[path], blocks[i][0] - start, value)
         origins = trajectories.origins[start:stop]
         texts = np.array([path for path, _ in origins], dtype=object)
         file.create_dataset("metadata/source_files", data=texts, dtype=h5py.string_dtype())
@@ -318,11 +364,16 @@ def _registry(groups: Groups) -> dict[str, dict[str, dict[str, Any]]]:
     return out
 
 
-@contextmanager
-def _block(path: Path) -> Iterator[dict[str, NDArray[Any]]]:
-    try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as found:
-            yield {name: found[name] for name in ("temporal", "trajectories", "diverged")}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        os.unlink(path)
-        raise DataError(f"{path}: is damaged ({' '.join(str(error).split())}); --resume describes it again") from None
+def _read_blocks(paths: list[Path]) -> dict[str, NDArray[Any]]:
+    """The arrays of consecutive blocks; a damaged one is removed."""
+    blocks = []
+    for path in paths:
+        try:
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as found:
+                blocks.append({name: found[name] for name in ("temporal", "trajectories", "diverged")})
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            path.unlink(missing_ok=True)
+            raise DataError(
+                f"{path}: is damaged ({' '.join(str(error).split())}); --resume describes it again"
+            ) from None
+    return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}

@@ -22,6 +22,7 @@ from spinlock_fast.config.schema import FamilyConfig, IdentityEncoderParams
 from spinlock_fast.data import HDF5Loader
 from spinlock_fast.data.feature_source import FeatureSource
 from spinlock_fast.features.encode import encode_blocks, make_encoders
+from spinlock_fast.features.missing import column_medians
 
 def status(key):
     with open("/proc/self/status") as file:
@@ -36,8 +37,9 @@ if what == "encode":
     with FeatureSource(path, {"x": "x"}) as source:
         (family,) = make_encoders(source, families, 0, budget)
         training = np.arange(0, source.rows, 2)
-        for block in encode_blocks(source, family, budget, torch.device("cpu"), None, training):
+        for block in encode_blocks(source, family, budget, torch.device("cpu"), training):
             rows += len(block.columns)
+        column_medians(source, family.name, training, budget)
 else:
     for batch in HDF5Loader(path, "x", shuffle=what == "shuffled", window_rows=1024, memory_budget=budget):
         rows += len(batch["index"])

@@ -107,7 +107,11 @@ def floats(returned):
 
 
 def step(module, run, x, differentiable=True):
-    """Results, gradients of input and parameters, and buffers and parameters after a step."""
+    """Results, gradients of input and parameters, and buffers and parameters after a step.
+
+    The change of a parameter has a norm of at most 0.1: with a larger one, networks as deep as an implicit codebook
+    diverge, and rounding errors of 1e-7 become as large as the gradients.
+    """
     leaf = x.clone().requires_grad_(differentiable)
     torch.manual_seed(7)
     returned = run(leaf)
@@ -121,7 +125,7 @@ def step(module, run, x, differentiable=True):
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.grad is not None:
-                parameter -= 0.1 * parameter.grad
+                parameter -= 0.1 * parameter.grad / parameter.grad.norm().clamp(min=1.0)
                 parameter.grad = None
     return returned, gradients, list(module.buffers()), list(module.parameters())
 

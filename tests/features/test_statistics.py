@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spinlock_fast.features import statistics
+from spinlock_fast.features import blocks
 from spinlock_fast.features.statistics import correlation, median_and_mad, robust_scale
 
 
@@ -66,7 +66,7 @@ def test_a_constant_column_correlates_with_nothing_but_itself():
 def test_correlation_in_blocks(monkeypatch):
     x = matrix(101)
     whole = correlation(x)
-    monkeypatch.setattr(statistics, "_ROWS_AT_ONCE", 10)
+    monkeypatch.setattr(blocks, "ROWS_AT_ONCE", 10)
     np.testing.assert_allclose(correlation(x), whole, atol=1e-12)
 
 
@@ -77,7 +77,7 @@ def test_correlation_of_data_far_from_zero():
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_column_blocks_cover_every_column_once_on_torchs_threads(monkeypatch, threads):
-    monkeypatch.setattr(statistics.torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(blocks.torch, "get_num_threads", lambda: threads)
     x = np.arange(3 * 50, dtype=np.float32).reshape(3, 50)
     found = np.zeros_like(x)
     names = set()
@@ -87,16 +87,16 @@ def test_column_blocks_cover_every_column_once_on_torchs_threads(monkeypatch, th
         found[:, columns] += block.T
         names.add(threading.current_thread().name.split("-")[0].split("_")[0])
 
-    statistics.map_column_blocks(x, work)
+    blocks.map_column_blocks(x, work)
     np.testing.assert_array_equal(found, x)
     assert names == ({"MainThread"} if threads == 1 else {"ThreadPoolExecutor"})
 
 
 def test_error_on_a_thread_is_raised(monkeypatch):
-    monkeypatch.setattr(statistics.torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(blocks.torch, "get_num_threads", lambda: 2)
 
     def work(item):
         raise ValueError(f"item {item}")
 
     with pytest.raises(ValueError, match="item 0"):
-        statistics.map_on_threads(work, range(4))
+        blocks.map_on_threads(work, range(4))

@@ -145,7 +145,7 @@ def test_rows_of_a_batch(memory):
     order, tile = torch.zeros(64, dtype=torch.int64), S // 8 - 1
     seen = memory((tile, WIDE // 128 - 1), (tile + 1, WIDE // 128), seed)
     augment_fwd_kernel[(1, 1)](
-        x, order, x, seed, target, x, S, S, WIDE, WIDE, 0.0, 0.0, HAS_MIXUP=False, HAS_DECAY=False,
+        x, order, order, x, seed, target, x, S, S, WIDE, WIDE, 0, 0.0, 0.0, HAS_MIXUP=False, HAS_DECAY=False,
         HAS_NOISE=False, BLOCK_B=8, BLOCK_F=128,
     )  # fmt: skip
     seen.check(target, (S - 1) * WIDE + WIDE // 128 * 128 - 1)

@@ -51,6 +51,23 @@ def test_ema_update_passes_opcheck(device, name):
     torch.library.opcheck(torch.ops.spinlock_fast.ema_update.default, arguments)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_losses_of_compiled_code_pass_opcheck(device, dtype):
+    z, codebook = (t.to(device, dtype) for t in helpers.random_group(LAYOUT, 9, seed=0))
+    codes = vq_assign(z, codebook, LAYOUT).codes
+    x, sizes = torch.randn(9, 6, dtype=dtype, device=device), (list(LAYOUT.num_codes), list(LAYOUT.dims))
+    decoders = [torch.randn(shape, dtype=dtype, device=device) for shape in ((9, 5), (3, 5), (3, 5, 6), (3, 6))]
+    grad, operators = torch.ones((), dtype=dtype, device=device), torch.ops.spinlock_fast
+    tensors = x, z, codes, codebook
+    torch.library.opcheck(operators.topographic_gradient.default, (grad, grad, *tensors, *sizes))
+    torch.library.opcheck(operators.partial_loss_backward.default, (grad, *tensors, *decoders, *sizes, "auto"))
+    tensors = x, z.clone().requires_grad_(), codes, codebook
+    torch.library.opcheck(operators.topographic_correlations.default, (*tensors, *sizes))
+    decoders = [decoder.requires_grad_() for decoder in decoders]
+    torch.library.opcheck(operators.partial_loss.default, (*tensors, *decoders, *sizes, "auto"))
+
+
 @pytest.mark.parametrize("gradient", ["straight_through", "rotation"])
 def test_gradient_in_float64(gradient):
     # The code is constant within a cell, so the numerical gradient is that of the error.

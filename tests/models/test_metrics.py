@@ -128,7 +128,7 @@ def test_validation_equals_the_scalars_of_evaluate(model: CategoricalHierarchica
     validation = metrics.Validation(model, x(), TrainingConfig())
     validation.run()
     assert validation.result() == kept
-    assert list(kept) == ["quality", *metrics._SCALARS]
+    assert list(kept) == ["quality", *metrics.SCALARS]
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -186,7 +186,7 @@ def test_names_without_a_family_are_one_family() -> None:
 
 def test_scalars_begin_with_the_error() -> None:
     """`evaluate` reads the error there to detect outliers."""
-    assert metrics._SCALARS[0] == "reconstruction_error"
+    assert metrics.SCALARS[0] == "reconstruction_error"
 
 
 def test_nonfinite_row_is_left_out(model: CategoricalHierarchicalVQVAE, caplog: pytest.LogCaptureFixture) -> None:

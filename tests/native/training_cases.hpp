@@ -88,7 +88,7 @@ inline Results two_layers(const Shape& s, int threads, bool with_inputs, bool tr
     const training::MatrixAddress second = transposed ? training::MatrixAddress{address(w2), 1, H} : matrix(w2, E);
     Floats hidden = unwritten(G * B * H), out = unwritten(G * B * E);
     training::mlp_forward(matrix(x, n), first, address(b1), second, H * E, address(b2), s.inputs, B, H, E, s.dropout,
-                          address(seed), address(hidden), address(out), threads);
+                          address(seed), 3, B + 5, address(hidden), address(out), threads);
     Floats grad_hidden = unwritten(with_inputs ? G * B * H : 0), grad_x = unwritten(with_inputs ? B * n : 0);
     Floats grad_w1 = unwritten(n * H), grad_b1 = unwritten(G * H), grad_w2 = unwritten(G * H * E),
            grad_b2 = unwritten(G * E);
@@ -122,10 +122,11 @@ inline Results projections(const Shape& s, int threads) {
     Floats parts = unwritten(B * n), part_inv_std = unwritten(B * G), part_out = unwritten(B * n);
     Floats grad_parts = unwritten(B * n), grad_part_weight = unwritten(n), grad_part_bias = unwritten(n);
     training::segment_layer_norm(address(out), B, s.outputs, address(part_weight), address(part_bias), 1e-5, s.dropout,
-                                 address(seed), address(parts), address(part_inv_std), address(part_out), threads);
+                                 address(seed), 3, address(parts), address(part_inv_std), address(part_out), threads);
     training::segment_layer_norm_backward(address(grad), address(parts), address(part_inv_std), B, s.outputs,
-                                          address(part_weight), s.dropout, address(seed), address(grad_parts),
-                                          address(grad_part_weight), address(grad_part_bias), threads);
+                                          address(part_weight), s.dropout, address(seed), 3,
+                                          address(grad_parts), address(grad_part_weight), address(grad_part_bias),
+                                          threads);
     return {out,          grad_x,     grad_gain,  grad_shift,       grad_weight,
             grad_bias,    normalized, inv_std,    grad_normalized,  parts,
             part_inv_std, part_out,   grad_parts, grad_part_weight, grad_part_bias};

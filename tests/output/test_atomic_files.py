@@ -15,9 +15,9 @@ import torch
 
 from spinlock_fast.errors import OutputError
 from spinlock_fast.output.atomic_files import (
-    _create_temporary,
     check_regular,
     check_writable,
+    create_temporary,
     replacing,
     write_atomically,
     write_json,
@@ -328,7 +328,7 @@ def test_temporary_files_of_killed_processes_are_removed(tmp_path):
     for _ in range(2):
         subprocess.run([sys.executable, "-c", script], check=False)
     assert len(names(tmp_path)) == 1  # the second removed the file of the first
-    own = _create_temporary(path)  # of a running process
+    own = create_temporary(path)  # of a running process
     (tmp_path / ".a.txt.backup").write_text("the user's")
     (tmp_path / f".ba.txt.{'0' * 8}-1-{'0' * 8}.txt").write_text("of another file")
     write_text(path, "whole")

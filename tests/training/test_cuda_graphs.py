@@ -18,7 +18,7 @@ from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels._common.precision import cuda_matmul
 from spinlock_fast.models.losses import _weight_tensor
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
-from spinlock_fast.quantize.grouped import _factor_per_dim
+from spinlock_fast.quantize.quantization_loss import _factor_per_dim
 from spinlock_fast.training import loop
 from spinlock_fast.training.cuda_graphs import WARM_UP_STEPS, StepLauncher, _CudaCapture
 from spinlock_fast.training.loop import TrainingRun

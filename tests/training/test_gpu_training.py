@@ -336,7 +336,7 @@ def short_halves(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_streamed_rows_are_complete_while_steps_read_them() -> None:
     """Steps are slow and launched far ahead of the device; rows are sent as soon as events allow."""
     x = torch.randn(990, 20)
-    feed = StreamedFeed(HostRows(RowView(x.numpy()), torch.device("cuda:0")), 64)
+    feed = StreamedFeed(HostRows(RowView(x.numpy()), torch.device("cuda:0")), 64, -(-len(x) // 64))
     there = x.cuda()
     with dedicated_stream(there.device):
         wrong = torch.zeros(16, dtype=torch.int64, device="cuda")

@@ -380,8 +380,8 @@ def test_no_step_reads_rows_of_another_step(
     set_steps_per_half(half)
     x = torch.randn(count, 20)
     batch = min(batch, count)
-    feed = StreamedFeed(HostRows(RowView(x.numpy()), CPU), batch)
     steps, read = -(-count // batch), 0
+    feed = StreamedFeed(HostRows(RowView(x.numpy()), CPU), batch, steps)
 
     def check(places: Tensor, numbers: Tensor) -> None:
         nonlocal read

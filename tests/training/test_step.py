@@ -181,8 +181,8 @@ class RecordingLauncher(StepLauncher):
 
     made: list[RecordingLauncher]
 
-    def __init__(self, step: TrainingStep, device: torch.device, graphs: bool) -> None:
-        super().__init__(step, device, graphs, lambda _, kind, count: self.recorded(step, kind, count))
+    def __init__(self, step: TrainingStep, device: torch.device, graphs: bool, **options: Any) -> None:
+        super().__init__(step, device, graphs, lambda _, kind, count: self.recorded(step, kind, count), **options)
         self.kinds: list[tuple[StepKind, int]] = []
         self.made.append(self)
 
