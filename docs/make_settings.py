@@ -52,7 +52,10 @@ def _sections(model: type[BaseModel]) -> list[str]:
     for key, inner in nested.items():
         parts.append(f"\n### {key}\n")
         if inner is FamilyConfig:
-            parts.append("\nOne entry `families.NAME` for each feature family.\n")
+            parts.append(
+                "\nOne entry `families.NAME` for each feature family; `families: auto` stands for those in the group\n"
+                "`features` of the file, without `architecture`.\n"
+            )
         parts += _sections(inner)
         if inner is FamilyConfig:
             for encoder, params in ENCODER_PARAMS.items():

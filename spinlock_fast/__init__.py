@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 from spinlock_fast._native import __version__
 
 if TYPE_CHECKING:
+    from spinlock_fast.behaviour_loss import BehaviourLoss
     from spinlock_fast.checkpoints.directory import load_checkpoint
+    from spinlock_fast.commands.fit import fit_tokenizer as fit_tokenizer
     from spinlock_fast.compat.pretrained import from_pretrained_codebook
     from spinlock_fast.dropin import GroupedResidualVQ, ResidualVQ, VectorQuantize
     from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from spinlock_fast.training.trainer import Trainer
 
 _MODULES = {
+    "BehaviourLoss": "behaviour_loss",
     "CategoricalHierarchicalVQVAE": "models.vqvae",
     "CategoricalVQVAEConfig": "models.vqvae",
     "GroupedResidualVQ": "dropin",
@@ -27,6 +30,7 @@ _MODULES = {
     "Trainer": "training.trainer",
     "TrainResult": "training.result",
     "VectorQuantize": "dropin",
+    "fit_tokenizer": "commands.fit",  # not public: the work of Tokenizer.fit, which is far below it
     "from_pretrained_codebook": "compat.pretrained",
     "load_checkpoint": "checkpoints.directory",
 }
@@ -52,6 +56,7 @@ _FORWARDED = frozenset(
 )
 
 __all__ = [
+    "BehaviourLoss",
     "CategoricalHierarchicalVQVAE",
     "CategoricalVQVAEConfig",
     "GroupedResidualVQ",

@@ -29,6 +29,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--output", required=True, metavar="DIR", help="directory of the tables; earlier are replaced")
     options.add_argument("--compare", nargs="+", default=[], metavar="CKPT", help="checkpoints to compare tokens with")
     options.add_argument(
+        "--conditions",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="further conditions: datasets of DATA with a value or a short vector a row, or FILE.csv:COLUMN",
+    )
+    options.add_argument(
         "--format", choices=("csv", "parquet", "both"), help="default: both where pyarrow is installed"
     )
     for name, (kind, text) in _SETTINGS.items():

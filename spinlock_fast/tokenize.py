@@ -32,10 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _tokenize(chosen: argparse.Namespace) -> None:
     from spinlock_fast.commands.console import RunDisplay
+    from spinlock_fast.commands.tokenize import write_tokens
     from spinlock_fast.config.schema import LoggingConfig
     from spinlock_fast.device import resolve_device
     from spinlock_fast.distributed import current_ranks
-    from spinlock_fast.tokenizer import Tokenizer, write_tokens
+    from spinlock_fast.tokenizer import Tokenizer
 
     ranks = current_ranks()
     tokenizer = Tokenizer.from_checkpoint(chosen.checkpoint, resolve_device(chosen.device))

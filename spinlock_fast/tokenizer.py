@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spinlock_fast.checkpoints.directory import checkpoint_hash, load_payload, model_from_payload
+from spinlock_fast.checkpoints.directory import checkpoint_hash, load_payload, model_from_payload, model_payload
+from spinlock_fast.checkpoints.hub import checkpoint_directory
+from spinlock_fast.checkpoints.tokenizer_files import Origin, write_tokenizer
 from spinlock_fast.data.feature_source import FeatureSource
 from spinlock_fast.data.input_arrays import to_real_tensor
 from spinlock_fast.data.payload_checks import checked_strings, payload_errors
+from spinlock_fast.descriptors.field_grid import FieldGrid
 from spinlock_fast.distributed import SINGLE, Ranks
-from spinlock_fast.errors import DataError, OutputError
+from spinlock_fast.errors import DataError
+from spinlock_fast.estimator import Estimator, not_fitted
 from spinlock_fast.features.cleaning import FeatureCleaner
 from spinlock_fast.features.encode import FamilyEncoder, block_rows
 from spinlock_fast.features.normalize import Normalizer
@@ -28,37 +30,84 @@ from spinlock_fast.features.row_keys import row_keys
 from spinlock_fast.kernels._common.guard import device_guard
 from spinlock_fast.models.input_check import InputCheck, KnownRows, TrainingRange
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE
-from spinlock_fast.output.locks import locked_output_file
-from spinlock_fast.output.part_files import write_in_order
-from spinlock_fast.output.token_files import TokenTable, check_format, token_file
+from spinlock_fast.raw_input import families_of, family_tensors, is_path
 
 log = logging.getLogger(__name__)
 
 DEFAULT_BUDGET = 1_250_000_000
 _ROWS_AT_ONCE = 4096
+_TRAINED = ("model", "families", "cleaner", "normalizer", "feature_names")
 
 
-@dataclass
-class Tokenizer:
-    """Encoders, cleaning, normalisation and model of one checkpoint."""
+class Tokenizer(Estimator):
+    """Encoders, cleaning, normalisation and model: raw features to tokens and back.
+
+    `fit` trains one, `from_checkpoint` and `from_pretrained` load one. It is a transformer of scikit-learn: `transform`
+    is `encode`, `inverse_transform` is `decode`. The arguments are used by `fit` only.
+    """
 
     model: CategoricalHierarchicalVQVAE
     families: list[FamilyEncoder]
     cleaner: FeatureCleaner
     normalizer: Normalizer
     feature_names: list[str]
-    checkpoint_hash: str = ""
+    checkpoint_hash: str = ""  # of the loaded or saved model file
     allow_external: bool = True  # False: refuses data files with links to other directories
-    known_rows: KnownRows | None = None  # None: written by an earlier version, or converted
+    known_rows: KnownRows | None = None  # None: of an earlier version, converted, or of a `TrainResult`
     training_range: TrainingRange | None = None
+    field_grid: FieldGrid | None = None  # of the fields that `extract` described; None: not recorded
+    metrics: Mapping[str, Any] = MappingProxyType({})  # the contents of metrics.json
+    origin: Origin = Origin()
+
+    def __getattr__(self, name: str) -> Any:
+        if name in (*_TRAINED, "device"):
+            raise not_fitted(type(self).__name__)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @classmethod
     def from_checkpoint(cls, directory: str | Path, device: str | torch.device = "cpu") -> Tokenizer:
         """The tokenizer of a checkpoint directory; raises DataError."""
-        payload = load_payload(directory)
-        tokenizer = cls.from_payload(payload)
+        tokenizer = cls.from_payload(payload := load_payload(directory))
         tokenizer.checkpoint_hash = checkpoint_hash(directory)
+        tokenizer.origin = Origin.read(Path(directory), payload)
+        tokenizer.metrics = tokenizer.origin.metrics()
         return tokenizer.to(device)
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | Path, device: str | torch.device = "cpu", *, revision: str | None = None, **options: Any
+    ) -> Tokenizer:
+        """The tokenizer of a checkpoint directory, or of a repository "owner/name" of the Hugging Face Hub.
+
+        An existing directory comes first. Only the files of a checkpoint are downloaded; no code of them is run.
+
+        Args:
+            name: directory or repository.
+            device: see `to`.
+            revision: branch, tag or commit of the repository.
+            options: further arguments of `huggingface_hub.snapshot_download`: cache_dir, token, local_files_only.
+
+        Raises:
+            ConfigError: huggingface_hub is not installed.
+            DataError: there is no such directory or repository, it cannot be downloaded, or it has no checkpoint.
+        """
+        return cls.from_checkpoint(checkpoint_directory(name, revision=revision, **options), device)
+
+    @classmethod
+    def from_parts(
+        cls,
+        model: CategoricalHierarchicalVQVAE,
+        families: list[FamilyEncoder],
+        cleaner: FeatureCleaner,
+        normalizer: Normalizer,
+        feature_names: list[str],
+        **more: Any,
+    ) -> Tokenizer:
+        """A tokenizer of trained parts; `more` are other attributes of the class."""
+        tokenizer = cls()
+        parts = (model, families, cleaner, normalizer, feature_names)
+        vars(tokenizer).update(zip(_TRAINED, parts, strict=True), **more)
+        return tokenizer
 
     @classmethod
     def from_payload(cls, payload: Mapping[str, Any]) -> Tokenizer:
@@ -78,16 +127,52 @@ class Tokenizer:
                 raise DataError(f"feature_mask has {cleaner.keep.size} columns, but the encoders give {columns}")
         with payload_errors(payload, "normalization"):
             normalizer = Normalizer.from_state(payload["normalization"], F)
-        known_rows = training_range = None
+        known_rows = training_range = field_grid = None
         with payload_errors(payload, "known_rows"):
             if "known_rows" in payload:
                 known_rows = KnownRows.from_state(payload["known_rows"])
         with payload_errors(payload, "training_range"):
             if "training_range" in payload:
                 training_range = TrainingRange.from_state(payload["training_range"], F)
+        with payload_errors(payload, "field_grid"):
+            if payload.get("field_grid") is not None:
+                field_grid = FieldGrid.from_state(payload["field_grid"])
         with payload_errors(payload, "feature_names"):
             names = checked_strings(payload["feature_names"], "feature_names", F)
-        return cls(model, families, cleaner, normalizer, names, known_rows=known_rows, training_range=training_range)
+        recorded: Any = {"known_rows": known_rows, "training_range": training_range, "field_grid": field_grid}
+        return cls.from_parts(model, families, cleaner, normalizer, names, **recorded)
+
+    def payload(self) -> dict[str, Any]:
+        """The contents of a model file, which `from_payload` reads."""
+        self._check_fitted()
+        cleaning = self.cleaner.state()
+        parts: dict[str, Any] = {
+            "encoder_state_dicts": {family.name: family.state() for family in self.families},
+            "feature_mask": cleaning.pop("keep"),
+            "feature_cleaning": cleaning,
+            "normalization": self.normalizer.state(),
+            "feature_names": self.feature_names,
+            "streams": self.origin.streams,
+            "code_usage": self.model.quantizer.usage,
+            "code_usage_rows": int(self.model.quantizer.rows_seen),
+        }
+        for name in ("known_rows", "training_range", "field_grid"):
+            if (known := getattr(self, name)) is not None:
+                parts[name] = known.state()
+        return model_payload(self.model, self.model.state_dict(), self.origin.epoch, parts)
+
+    def save(self, directory: str | Path) -> Path:
+        """Writes a checkpoint directory for `from_checkpoint` and all commands, but not to resume; returns its path.
+
+        An earlier checkpoint there is moved to its subdirectory `previous`.
+
+        Raises:
+            OutputError: the directory cannot be written.
+        """
+        payload, statistics = self.payload(), self.normalizer.by_category(self.model.config.group_indices)
+        write_tokenizer(Path(directory), payload, statistics, self.origin)
+        self.checkpoint_hash = checkpoint_hash(directory)
+        return Path(directory)
 
     def to(self, device: str | torch.device) -> Tokenizer:
         """Moves the networks to a device; returns the tokenizer."""
@@ -106,9 +191,10 @@ class Tokenizer:
         Raises:
             DataError: a family is missing, unknown or of another shape, or has an infinite value.
         """
-        if _is_path(raw):
+        if is_path(raw):
             return np.concatenate([x for _, x in self.features_file(raw)])
-        return self._features(self._arrays(self._families_of(raw)), None)
+        arrays = family_tensors(families_of(raw, self.families, self.feature_names), self.families)
+        return self._features(arrays, None)
 
     def encode(self, raw: Mapping[str, Any] | str | Path | list[str] | Any) -> Any:
         """Tokens [N, G] int64 of raw families or of an HDF5 file.
@@ -126,50 +212,15 @@ class Tokenizer:
         Raises:
             DataError: see `features`; for a file also see `FeatureSource`.
         """
-        if _is_path(raw):
+        if is_path(raw):
             return np.concatenate([tokens for _, tokens in self.encode_file(raw)])
-        families = self._families_of(raw)
-        as_torch = any(isinstance(array, Tensor) for array in families.values())
-        arrays = self._arrays(families)
+        given = families_of(raw, self.families, self.feature_names)
+        as_torch = any(isinstance(array, Tensor) for array in given.values())
+        arrays = family_tensors(given, self.families)
         check = InputCheck(self.training_range, len(arrays[self.families[0].name]))
         tokens = self._tokens(self._features(arrays, check), check)
         self._warn(check)
         return torch.from_numpy(tokens) if as_torch else tokens
-
-    def _families_of(self, raw: Any) -> Mapping[str, Any]:
-        """{family: array} of an argument of `encode`; raises DataError naming the expected input."""
-        if isinstance(raw, Mapping):
-            return raw
-        expected = ", ".join(f'"{f.name}": {_shape_text(f.row_shape)}' for f in self.families)
-        if not isinstance(raw, (np.ndarray, Tensor)):
-            raise DataError(
-                f"expected raw families {{{expected}}} or the path of an HDF5 file, got {type(raw).__name__}"
-            )
-        if len(self.families) > 1:
-            hint = ""
-            if raw.ndim == 2 and raw.shape[1] == len(self.feature_names):
-                hint = "; for cleaned, normalised features: tokenizer.model.get_tokens(x)"
-            raise DataError(
-                f"expected raw families {{{expected}}} or the path of an HDF5 file, "
-                f"got one array of shape {list(raw.shape)}{hint}"
-            )
-        return {self.families[0].name: raw}
-
-    def _arrays(self, raw: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Raw families as tensors with equal numbers of rows; raises DataError."""
-        names = [family.name for family in self.families]
-        if set(raw) != set(names):
-            raise DataError(f"expected the families {', '.join(names)}, got {', '.join(map(str, raw)) or 'none'}")
-        arrays = {name: to_real_tensor(raw[name], f"family {name!r}") for name in names}
-        for family in self.families:
-            if arrays[family.name].ndim == 0:
-                raise DataError(f"family {family.name!r}: expected {_shape_text(family.row_shape)}, got one number")
-        if len({array.shape[0] for array in arrays.values()}) > 1:
-            raise DataError(
-                "families differ in rows: "
-                + ", ".join(f"{name} has {array.shape[0]}" for name, array in arrays.items())
-            )
-        return arrays
 
     def _features(self, arrays: Mapping[str, Tensor], check: InputCheck | None) -> NDArray[np.float32]:
         blocks = []
@@ -274,6 +325,21 @@ class Tokenizer:
         features = self.normalizer.inverse(np.concatenate(blocks))
         return torch.from_numpy(features) if as_torch else features
 
+    def normalize(self, decoded: Any) -> NDArray[np.float32]:
+        """Cleaned features [N, F], such as those of `decode`, in the units of `features`."""
+        return self.normalizer(np.asarray(decoded))
+
+    def _with_dropped_columns(self, decoded: Any) -> Any:
+        """Rows with the columns that cleaning dropped, for a single family whose columns are raw values."""
+        if [family.encoder_name for family in self.families] != ["IdentityEncoder"] or self.cleaner.keep.all():
+            return decoded
+        rows = np.tile(self.cleaner.fill.astype(np.float32), (len(decoded), 1))
+        rows[:, self.cleaner.keep] = np.asarray(decoded)
+        return torch.from_numpy(rows) if isinstance(decoded, Tensor) else rows
+
+    def _codebook_names(self) -> list[str]:
+        return self.model.codebook_names
+
     def _prepare(
         self, columns: NDArray[np.float32], place: Callable[[int], str], check: InputCheck | None
     ) -> NDArray[np.float32]:
@@ -307,55 +373,3 @@ class Tokenizer:
         warning = check.warning()
         if warning is not None:
             log.warning("%s", warning)
-
-
-def write_tokens(
-    tokenizer: Tokenizer,
-    data: str | list[str],
-    output: Path,
-    memory_budget: int = DEFAULT_BUDGET,
-    progress: Callable[[int, int], None] | None = None,
-    ranks: Ranks = SINGLE,
-) -> int:
-    """Writes the tokens of an HDF5 file to a file whose ending names the format; see `token_file`.
-
-    Holds at most `memory_budget` bytes of raw values at once; an earlier file is replaced when all rows are written.
-
-    Args:
-        progress: called with (rows done, all rows).
-        ranks: if there are several, each encodes a share of the rows, and rank 0 writes the file.
-
-    Returns:
-        Number of rows.
-
-    Raises:
-        ConfigError: the format needs a package that is not installed.
-        DataError: the data cannot be read.
-        OutputError: the file cannot be written, or is the input.
-    """
-    model = tokenizer.model
-    check_format(output)
-    with tokenizer.source(data) as source:
-        rows = source.rows
-        if any(os.path.exists(output) and output.samefile(file) for file in source.all_files):
-            raise OutputError(f"{output}: is the input file")
-    if os.path.isdir(output):
-        raise OutputError(f"{output}: is a directory; name a file")
-    table = TokenTable(rows, model.codebook_names, model.quantizer.num_codes, tokenizer.checkpoint_hash)
-    blocks = (tokens for _, tokens in tokenizer.encode_file(data, memory_budget, ranks))
-    with ExitStack() as stack:
-        write = None
-        if ranks.is_main:
-            stack.enter_context(locked_output_file(output))
-            write = stack.enter_context(token_file(output, table))
-        write_in_order(blocks, (rows, len(table.codebook_names)), table.dtype, output, write, ranks, progress)
-    ranks.barrier()  # the file is complete
-    return rows
-
-
-def _is_path(raw: Any) -> TypeGuard[str | Path | list[str]]:
-    return isinstance(raw, (str, Path)) or (isinstance(raw, list) and all(isinstance(p, (str, Path)) for p in raw))
-
-
-def _shape_text(row_shape: tuple[int, ...]) -> str:
-    return f"[N, {', '.join(str(size) if size >= 0 else 'any' for size in row_shape)}]"

@@ -36,8 +36,11 @@ DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = ("README.md", *(f"docs/{path.name}" for path in DOCS))
 REPLACED = {
     "--operators 1000": "--operators 4",
+    "--operators 512 --output data/u0.h5": "--operators 24 --output data/u0.h5",
+    "--output predictors/quickstart --set num_epochs=50": "--output predictors/quickstart --set num_epochs=1",
     "--seed 7": "--seed 7 --operators 24",
     '{"training.num_epochs": 50}': '{"training.num_epochs": 1, "training.batch_size": 64, "training.topo_samples": 64}',
+    "num_epochs=20, batch_size=64": "num_epochs=1, batch_size=64, topo_samples=64",
     "training.num_epochs=50": "training.num_epochs=2",
     "dataset_path=data/1k.h5": "dataset_path=data/quickstart.h5 --set training.num_epochs=1 --output checkpoints/100k",
     "--output checkpoints/behaviour": "--output checkpoints/behaviour --set training.num_epochs=2",
@@ -45,7 +48,7 @@ REPLACED = {
     "--output checkpoints/mine": "--output checkpoints/mine --set training.num_epochs=2",
 }
 _BLOCK = re.compile(r"(?:<!-- (?P<marker>[^>]*?) -->\n)?```(?P<language>bash|python)\n(?P<text>.*?)```", re.DOTALL)
-_OPTIONAL = ("diffusers", "matplotlib", "transformers")  # packages of extras
+_OPTIONAL = ("accelerate", "diffusers", "matplotlib", "sklearn", "transformers")  # packages of extras
 
 
 class Block(NamedTuple):

@@ -28,9 +28,11 @@ FLOORS = [
     {"models"},
     {"dropin"},
     {"checkpoints"},
+    {"raw_input"},
+    {"estimator"},
     {"tokenizer", "compat"},
-    {"training", "simulate", "trajectories"},
-    {"analysis", "report"},
+    {"training", "simulate", "trajectories", "behaviour_loss"},
+    {"analysis", "report", "prediction"},
     {"commands"},
 ]
 FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in floor}

@@ -205,9 +205,9 @@ def from_file(data: str, config: RunConfig, watch: Stopwatch, emit: Emit) -> Non
             }
         )
     ).to(device)
-    tokenizer = Tokenizer(model, prepared.encoders, prepared.cleaner, prepared.normalizer, prepared.feature_names).to(
-        device
-    )
+    tokenizer = Tokenizer.from_parts(
+        model, prepared.encoders, prepared.cleaner, prepared.normalizer, prepared.feature_names
+    ).to(device)
     tokens, took = watch(lambda: tokenizer.encode(data))
     expected = model.get_tokens(torch.from_numpy(prepared.x[:_ROWS_AT_ONCE]).to(device)).cpu().numpy()
     assert len(tokens) == len(prepared.x)

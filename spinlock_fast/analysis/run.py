@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from spinlock_fast.analysis.associations import associations_table, code_counts, cooccurrence_table, lifts_table
 from spinlock_fast.analysis.codes import codes_table, features_table, one_hot, samples_table
 from spinlock_fast.analysis.conditions import Condition, make_conditions
+from spinlock_fast.analysis.named_conditions import add_named_conditions
 from spinlock_fast.analysis.neighbours import agreement_table, nearest_operators, neighbours_table
 from spinlock_fast.analysis.observations import Observations, Progress, collect_observations
 from spinlock_fast.analysis.refinement import refinement_table
@@ -69,6 +70,7 @@ def analyze(
     progress: Progress | None = None,
     *,
     allow_external: bool = True,
+    conditions: Sequence[str] = (),
     ranks: Ranks = SINGLE,
 ) -> Analysis:
     """Encodes the operators of a file and analyses their tokens.
@@ -80,6 +82,7 @@ def analyze(
         stage: called with a text when a stage begins.
         progress: called with (operators done, all operators).
         allow_external: False refuses data files with links to other directories.
+        conditions: further conditions, see `add_named_conditions`.
         ranks: if there are several, each encodes a share of the operators; all but rank 0 return an empty analysis.
 
     Raises:
@@ -93,6 +96,9 @@ def analyze(
         each.allow_external = allow_external
     stage("Encoding")
     observed = collect_observations(tokenizer, data, config.rows, memory_budget, progress, ranks)
+    if conditions and observed is not None:
+        with tokenizer.source(data) as source:
+            add_named_conditions(observed, source, conditions)
     encoded = time.perf_counter()
     parts = []
     for directory, other in zip(compare, others, strict=True):

@@ -50,6 +50,7 @@ def run_analysis(options: argparse.Namespace, settings: Mapping[str, Any]) -> No
             display.stage,
             lambda done, total: display.encoded("operators", done, total),
             allow_external=not options.no_external,
+            conditions=options.conditions,
             ranks=ranks,
         )
         if not ranks.is_main:

@@ -2,34 +2,51 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
+from pathlib import Path
 
 import torch
 
 from spinlock_fast.config.random_streams import seed_torch
 from spinlock_fast.config.schema import RunConfig
+from spinlock_fast.data.feature_matrix import is_kept_on_disk
 from spinlock_fast.data.split import split_rows
 from spinlock_fast.device import resolve_device
+from spinlock_fast.distributed import current_ranks
+from spinlock_fast.errors import OutputError
 from spinlock_fast.features.encode import block_rows, encode_seconds, make_encoders
+from spinlock_fast.features.family_layout import resolve_families
 from spinlock_fast.messages import format_bytes
 from spinlock_fast.models.losses import LossWeights, loss_terms
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
 from spinlock_fast.training.preparation import open_source
 from spinlock_fast.training.run import output_directory
 
+# Measured, see docs/scale.md.
+_PROCESS_BYTES = 350_000_000  # Python, torch and buffers
+_MAPPED_BYTES = 1 << 27  # resident pages of the file of features
+_STATISTICS_BYTES = 250_000_000  # columns while their medians are found
+_INDEX_BYTES = 60  # row numbers, keys and permutations of a row
+
 _PROBE_STEPS = 4
 _PROBE_CATEGORY = 15  # features per category in the probe; the actual number comes from discovery
 
 
 def print_plan(config: RunConfig) -> None:
-    """Checks settings and data, and prints sizes, memory and an estimate of the time.
+    """Checks settings and data, and prints sizes, memory, disk space and an estimate of the time.
+
+    Under torchrun, memory is that of one rank, and the time is that of all ranks together.
 
     Raises:
         ConfigError, DataError: as a run does, as far as file headers and one block of data show.
+        OutputError: the features will be kept on disk, and the disk has too little space.
     """
     device = resolve_device(config.device)
+    ranks = current_ranks()
     directory = output_directory(config)
+    config = resolve_families(config)
     lines = []
     with open_source(config) as source:
         rows = source.rows
@@ -43,27 +60,57 @@ def print_plan(config: RunConfig) -> None:
                 f"  {family.name}: {info.path} {[rows, *info.row_shape]} "
                 f"({format_bytes(rows * info.row_bytes)}) -> {family.encoder_name}, {family.encoder.output_dim} columns"
             )
-        blocks = (4 * block_rows(info, config.memory_budget) * info.row_bytes for info in source.datasets.values())
-        block_bytes = max(blocks)
+        block_bytes = max(
+            4 * block_rows(info, config.memory_budget) * info.row_bytes for info in source.datasets.values()
+        )
         files = len(source.files)
     columns = sum(family.encoder.output_dim for family in encoders)
     training = config.training
     batch = min(training.batch_size, split.train.size)
     steps = -(-split.train.size // batch)
-    step_seconds = _probe_step(config, columns, batch, device)
-    total = seconds + training.num_epochs * steps * step_seconds
+    step_seconds = _probe_step(config, columns, -(-batch // ranks.size), device)
+    encoding, stepping = seconds / ranks.size, training.num_epochs * steps * step_seconds
+    on_disk = is_kept_on_disk(rows, columns, config.data.feature_matrix, config.memory_budget, ranks)
+    memory = expected_memory(rows, columns, on_disk and config.data.feature_matrix != "memory", device) + block_bytes
     text = [
         f"data: {rows:,} samples in {files} file{'s' * (files > 1)}",
         *lines,
         f"split: {split.train.size:,} training, {split.val.size:,} validation, {split.test.size:,} test samples",
-        f"training: {training.num_epochs} epochs of {steps} steps, batch {batch}, on {device}",
-        f"memory: {format_bytes(4 * rows * columns * 5)} for {columns} columns while cleaning, "
+        f"training: {training.num_epochs} epochs of {steps} steps, batch {batch}, on {device}"
+        + (f", by {ranks.size} ranks" if ranks.size > 1 else ""),
+        f"memory: about {format_bytes(memory)}{' per rank' if ranks.size > 1 else ''}, of which "
         f"{format_bytes(block_bytes)} for raw features (memory_budget {format_bytes(config.memory_budget)})",
-        f"time: about {seconds:.0f} s to encode, {total - seconds:.0f} s to train, "
+        _disk_text(directory, 4 * rows * columns, on_disk, columns),
+        f"time: about {encoding:.0f} s to encode, {stepping:.0f} s to train, "
         "extrapolated from one block and four steps",
         f"output: {directory}",
     ]
     sys.stdout.write("\n".join(text) + "\n")
+
+
+def expected_memory(rows: int, columns: int, on_disk: bool, device: torch.device) -> int:
+    """Largest resident memory of a run besides raw features, in bytes, without the model's activations.
+
+    Args:
+        on_disk: whether the encoded features are kept in a file during training.
+    """
+    features = 4 * rows * columns
+    training = features if device.type == "cpu" else 0  # a copy of the rows that are in memory
+    kept = _MAPPED_BYTES if on_disk else features + training
+    return _PROCESS_BYTES + kept + min(features, _STATISTICS_BYTES) + _INDEX_BYTES * rows
+
+
+def _disk_text(directory: Path, size: int, on_disk: bool, columns: int) -> str:
+    """Where the features are kept; raises OutputError if their disk has too little space."""
+    text = f"features: {columns} columns, {format_bytes(size)}, "
+    if not on_disk:
+        return text + "in memory (data.feature_matrix)"
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if shutil.disk_usage(existing).free < size:
+        raise OutputError(
+            f"{directory}: the encoded features need {format_bytes(size)} of disk: No space left on device"
+        )
+    return text + f"on disk in {directory} while the command runs (data.feature_matrix)"
 
 
 def _probe_step(config: RunConfig, features: int, batch: int, device: torch.device) -> float:

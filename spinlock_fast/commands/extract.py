@@ -73,6 +73,7 @@ def _options(chosen: argparse.Namespace) -> Options:
         time_step=chosen.time_step,
         periodic=chosen.periodic,
         memory_budget=budget,
+        initial_fields=chosen.initial_fields,
     )
 
 

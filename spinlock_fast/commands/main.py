@@ -20,6 +20,7 @@ VERBS = {
     "evaluate": "measure a checkpoint on an HDF5 file",
     "tokenize": "turn an HDF5 file into tokens",
     "analyze": "relate the tokens of a checkpoint to parameters and features",
+    "predict": "predict tokens from parameters and initial fields",
     "convert": "convert a checkpoint of the original project",
     "report": "draw the dashboards of a checkpoint",
 }

@@ -17,6 +17,7 @@ from spinlock_fast.kernels.vq_assign import Assignment, quantize, vq_assign
 from spinlock_fast.quantize.activation_checkpointing import first_run_values, once
 from spinlock_fast.quantize.module_state import keep_float32
 from spinlock_fast.quantize.process_group import Processes
+from spinlock_fast.quantize.sharded_parameters import ShardKey, store_written
 
 
 class VectorQuantizer(nn.Module):
@@ -63,6 +64,7 @@ class VectorQuantizer(nn.Module):
         self.processes = Processes(process_group)
         self._layout = CodebookLayout.of([num_embeddings], [embedding_dim])
         self.embedding = nn.Embedding(num_embeddings, embedding_dim)
+        self.embedding.shard_key = ShardKey()  # type: ignore[assignment]
         nn.init.uniform_(self.embedding.weight, -1.0 / num_embeddings, 1.0 / num_embeddings)
         if use_ema:
             wide = torch.promote_types(self.embedding.weight.dtype, torch.float32)
@@ -122,6 +124,7 @@ class VectorQuantizer(nn.Module):
             "laplace",
             self.epsilon,
         )
+        store_written(self.embedding, "weight")
 
     def get_codebook_entry(self, indices: Tensor) -> Tensor:
         """Code vectors [..., D] of indices [...]."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import stat
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,7 @@ def load_config(path: str | Path, overrides: Sequence[str] | Mapping[str, Any] =
     data = read_yaml(path)
     # A section without keys is null in YAML.
     data = {key: {} if value is None and _is_section(key) else value for key, value in data.items()}
-    pairs = _parse_overrides(overrides)
+    pairs = parse_overrides(overrides)
     if "families" not in data and any(key.startswith("families.") for key, _ in pairs):
         data["families"] = RunConfig().model_dump(mode="json")["families"]
     for key, value in pairs:
@@ -173,6 +174,25 @@ def load_config(path: str | Path, overrides: Sequence[str] | Mapping[str, Any] =
     if config.output_dir is None:
         config = config.model_copy(update={"output_dir": f"checkpoints/{path.stem}"})
     return config
+
+
+def make_config(data: Mapping[str, Any], overrides: Mapping[str, Any]) -> RunConfig:
+    """`RunConfig` from plain sections and overrides by dotted key; raises ConfigError."""
+    settings = copy.deepcopy(dict(data))
+    for key, value in overrides.items():
+        _set_dotted(settings, key, value)
+    return check_config(settings, source="settings")
+
+
+def setting_key(name: str) -> str:
+    """The dotted key of a setting: "training.num_epochs" of itself, of training__num_epochs and of num_epochs.
+
+    A name that is in no section, or in several, is returned as it is.
+    """
+    if "__" in name or "." in name or name in RunConfig.model_fields:
+        return name.replace("__", ".")
+    owners = [key for key in RunConfig.model_fields if _is_section(key) and name in _section_fields(key)]
+    return f"{owners[0]}.{name}" if len(owners) == 1 else name
 
 
 def load_written_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -185,6 +205,11 @@ def load_written_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 def _is_section(key: str) -> bool:
     field = RunConfig.model_fields.get(key)
     return field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+
+
+def _section_fields(key: str) -> Collection[str]:
+    section = RunConfig.model_fields[key].annotation
+    return section.model_fields if isinstance(section, type) and issubclass(section, Section) else ()
 
 
 def check_config(data: Mapping[str, Any], source: str = "configuration") -> RunConfig:
@@ -231,12 +256,13 @@ def dump_config(config: RunConfig) -> str:
 def apply_overrides(config: RunConfig, overrides: Sequence[str] | Mapping[str, Any]) -> RunConfig:
     """The settings with overrides; raises ConfigError."""
     data = config.model_dump(mode="json")
-    for key, value in _parse_overrides(overrides):
+    for key, value in parse_overrides(overrides):
         _set_dotted(data, key, value)
     return check_config(data)
 
 
-def _parse_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> list[tuple[str, Any]]:
+def parse_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """(key, value) of texts such as "training.num_epochs=5", whose right side is YAML; raises ConfigError."""
     if isinstance(overrides, Mapping):
         return list(overrides.items())
     pairs: list[tuple[str, Any]] = []

@@ -124,7 +124,7 @@ def _section_at(key: _Key, data: Mapping[str, Any], root: type[BaseModel]) -> ty
         case ["families", _]:
             return FamilyConfig
         case ["families", name, "encoder_params"]:
-            return ENCODER_PARAMS[data["families"][name]["encoder"]]
+            return ENCODER_PARAMS[data["families"][name].get("encoder", "auto")]
         case ["model", "levels", *_]:
             return LevelConfig
         case [name] if isinstance(section := root.model_fields[name].annotation, type):

@@ -6,91 +6,56 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from spinlock_fast.config.byte_sizes import parse_bytes
+from spinlock_fast.config.families import (
+    DEFAULT_DATASETS,
+    ENCODER_PARAMS,
+    EncoderParams,
+    FamilyConfig,
+    IdentityEncoderParams,
+    MLPEncoderParams,
+    StatisticsEncoderParams,
+    TemporalCNNEncoderParams,
+    default_families,
+    parse_families,
+)
+from spinlock_fast.config.section import (
+    INT32_MAX,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Probability,
+    Section,
+)
+
+__all__ = [
+    "DEFAULT_DATASETS",
+    "ENCODER_PARAMS",
+    "INT32_MAX",
+    "EncoderParams",
+    "FamilyConfig",
+    "IdentityEncoderParams",
+    "MLPEncoderParams",
+    "NonNegativeFloat",
+    "NonNegativeInt",
+    "PositiveFloat",
+    "PositiveInt",
+    "Section",
+    "StatisticsEncoderParams",
+    "TemporalCNNEncoderParams",
+]
 
 ByteSize = Annotated[int, BeforeValidator(parse_bytes)]
-INT32_MAX = 2**31 - 1
-PositiveInt = Annotated[int, Field(ge=1, le=INT32_MAX)]
-NonNegativeInt = Annotated[int, Field(ge=0, le=INT32_MAX)]
-NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
-
-
-class Section(BaseModel):
-    """A section of the file: strict types, no unknown keys, immutable."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class MLPEncoderParams(Section):
-    hidden_dims: list[PositiveInt] = Field(default=[512, 256], description="width of each hidden layer")
-    output_dim: PositiveInt = Field(default=128, description="number of output columns")
-    dropout: Probability = Field(default=0.1, description="no effect, since encoders are in eval mode")
-    activation: Literal["relu", "gelu", "silu", "tanh"] = Field(default="relu", description="non-linearity")
-    batch_norm: bool = Field(default=True, description="BatchNorm after each linear layer")
-
-
-class TemporalCNNEncoderParams(Section):
-    embedding_dim: PositiveInt = Field(default=128, description="number of output columns")
-    architecture: Literal["resnet1d_3"] = Field(default="resnet1d_3", description="network architecture")
-
-
-class IdentityEncoderParams(Section):
-    pass
-
-
-class StatisticsEncoderParams(Section):
-    pass
-
-
-EncoderParams = MLPEncoderParams | TemporalCNNEncoderParams | IdentityEncoderParams | StatisticsEncoderParams
-
-ENCODER_PARAMS: dict[str, type[EncoderParams]] = {
-    "MLPEncoder": MLPEncoderParams,
-    "TemporalCNNEncoder": TemporalCNNEncoderParams,
-    "IdentityEncoder": IdentityEncoderParams,
-    "StatisticsEncoder": StatisticsEncoderParams,
-}
-
-DEFAULT_DATASETS = {
-    "summary": "features/summary/aggregated/features",
-    "temporal": "features/temporal/features",
-    "architecture": "features/architecture/aggregated/features",
-}
-
-
-class FamilyConfig(Section):
-    encoder: Literal["MLPEncoder", "TemporalCNNEncoder", "IdentityEncoder", "StatisticsEncoder"] = Field(
-        description="from the family's raw values to columns; the first two are random networks"
-    )
-    encoder_params: EncoderParams = Field(default=None, validate_default=True, description="settings of the encoder")
-    dataset: str | None = Field(
-        default=None,
-        description="path in the HDF5 file; optional for the families summary, temporal and architecture",
-    )
-    standardize: bool = Field(
-        default=False,
-        description="standardise raw columns before encoding, by median and MAD, clipped at +/- 10",
-    )
-
-    @field_validator("encoder_params", mode="before")
-    @classmethod
-    def _params_of_the_named_encoder(cls, value: Any, info: ValidationInfo) -> Any:
-        kind = ENCODER_PARAMS.get(info.data.get("encoder", ""))
-        if kind is None:  # the unknown encoder is reported instead
-            return IdentityEncoderParams()
-        return value if isinstance(value, kind) else kind.model_validate({} if value is None else value)
-
-
-def _default_families() -> dict[str, FamilyConfig]:
-    return {
-        "summary": FamilyConfig(encoder="MLPEncoder", encoder_params=MLPEncoderParams()),
-        "temporal": FamilyConfig(encoder="TemporalCNNEncoder", encoder_params=TemporalCNNEncoderParams()),
-        "architecture": FamilyConfig(encoder="IdentityEncoder"),
-    }
 
 
 class FeatureCleaningConfig(Section):
@@ -365,8 +330,9 @@ class RunConfig(Section):
     )
     random_seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=42, description="seed of all random numbers")
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
-    families: dict[str, FamilyConfig] = Field(
-        default_factory=_default_families, min_length=1, description="feature families by name"
+    families: Annotated[dict[str, FamilyConfig], BeforeValidator(parse_families)] = Field(
+        default_factory=default_families,
+        description="feature families by name; auto: those in the group features of the file, without architecture",
     )
     feature_cleaning: FeatureCleaningConfig = Field(
         default_factory=FeatureCleaningConfig, description="see its section"
@@ -385,25 +351,27 @@ class RunConfig(Section):
     @field_validator("families")
     @classmethod
     def _datasets_known(cls, families: dict[str, FamilyConfig]) -> dict[str, FamilyConfig]:
-        for name, family in families.items():
+        for name in families:
             if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
                 raise ValueError(f"family name {name!r} may contain letters, digits, '_', '.', '-'")
-            if family.dataset is None and name not in DEFAULT_DATASETS:
-                raise ValueError(
-                    f"family {name!r} needs `dataset`, its path in the HDF5 file "
-                    f"(only {', '.join(DEFAULT_DATASETS)} have a default)"
-                )
         return families
+
+    @field_serializer("families", mode="wrap")
+    def _auto(self, families: dict[str, FamilyConfig], serialize: SerializerFunctionWrapHandler) -> Any:
+        return serialize(families) if families else "auto"
 
     @model_validator(mode="after")
     def _cross_checks(self) -> RunConfig:
         unknown = set(self.training.isolated_families) - set(self.families)
-        if unknown:
+        if unknown and self.families:
             raise ValueError(
                 f"training.isolated_families names {sorted(unknown)[0]!r}, which is none of {', '.join(self.families)}"
             )
         return self
 
     def datasets(self) -> dict[str, str]:
-        """Path in the HDF5 file of every family."""
-        return {name: family.dataset or DEFAULT_DATASETS[name] for name, family in self.families.items()}
+        """Path in the HDF5 file of every family; see `resolve_families` for names without a default."""
+        return {
+            name: family.dataset or DEFAULT_DATASETS.get(name, f"features/{name}/features")
+            for name, family in self.families.items()
+        }

@@ -121,7 +121,7 @@ class FeatureMatrix:
     def write(self, start: int, block: NDArray[np.float32], columns: slice = slice(None)) -> None:
         """Writes a block of rows, or some of their columns."""
         self.x[start : start + len(block), columns] = block
-        self.pages.touched(np.arange(start, start + len(block)))
+        self.pages.release_if_many()
 
     def synchronize(self) -> None:
         """Makes the values that any rank has written visible to all ranks."""
@@ -143,12 +143,11 @@ class FeatureMatrix:
         blocks = -(-self._rows // _REWRITTEN_ROWS)
         for first in range(0, blocks, self._ranks.size):
             start = (first + self._ranks.rank) * _REWRITTEN_ROWS
-            rows = np.arange(start, min(start + _REWRITTEN_ROWS, self._rows))
-            block = transform(self.x[start : start + _REWRITTEN_ROWS]) if len(rows) else None
+            block = transform(self.x[start : start + _REWRITTEN_ROWS]) if start < self._rows else None
             self._ranks.barrier()  # all blocks up to here were read, and may be overwritten
             if block is not None:
-                new[start : start + len(rows)] = block
-                self.pages.touched(rows)
+                new[start : start + len(block)] = block
+                self.pages.release_if_many()
         self.pages.release()
         self.synchronize()
         if self.on_disk and self._ranks.is_main:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import mmap
+import os
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-_RESIDENT_BYTES = 1 << 27  # of a map, between two releases
-_FAULT_BYTES = 1 << 16  # mapped around an address that is read for the first time (`fault_around_bytes` of Linux)
+_RESIDENT_BYTES = 1 << 27  # of maps, between two releases
+_PARTS_ROWS = 128  # scattered rows between two looks at the resident memory; one may map 2 MB of its file
+_DENSE_BYTES = 1 << 25
 
 
 class MappedPages:
-    """Counts the bytes of a memory map that become resident, and releases them beyond 128 MiB.
+    """Releases the pages of a memory map when the process holds more than 128 MiB of them.
 
-    The file keeps the values, in general in the page cache of the system. No effect for other arrays.
+    The file keeps the values, in general in the page cache of the system. No effect for other arrays, nor on systems
+    other than Linux.
 
     Args:
         matrix: [N, F]; a view of an `mmap.mmap`, such as a `numpy.memmap`, or any other array.
@@ -24,27 +27,41 @@ class MappedPages:
     def __init__(self, matrix: NDArray[Any]) -> None:
         self._map = _map_of(matrix)
         self._row_bytes = max(matrix[:1].nbytes, 1)
-        self._resident = 0
+        self._others = 0  # resident bytes of libraries and other maps
+        self.release()
 
     @property
     def is_mapped(self) -> bool:
         """Whether the matrix is a shared memory map."""
         return self._map is not None
 
-    def touched(self, row_numbers: NDArray[np.int64]) -> None:
-        """To be called after rows were read or written."""
+    def rows_at_once(self, row_numbers: NDArray[np.int64]) -> int:
+        """How many of these rows to read between two calls of `release_if_many`."""
+        count = max(len(row_numbers), 1)
         if self._map is None or not len(row_numbers):
-            return
+            return count
         span = (int(row_numbers.max()) - int(row_numbers.min()) + 1) * self._row_bytes
-        self._resident += min(span, len(row_numbers) * max(self._row_bytes, _FAULT_BYTES))
-        if self._resident > _RESIDENT_BYTES:
+        return count if span <= _DENSE_BYTES else _PARTS_ROWS
+
+    def release_if_many(self) -> None:
+        """To be called after rows were read or written."""
+        if self._map is not None and _resident_file_bytes() > self._others + _RESIDENT_BYTES:
             self.release()
 
     def release(self) -> None:
         """Releases all pages; a later access finds the same values."""
-        self._resident = 0
         if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED)
+            self._others = _resident_file_bytes()
+
+
+def _resident_file_bytes() -> int:
+    """Resident memory of this process that is backed by files; 0 where the system does not say."""
+    try:
+        with open("/proc/self/statm", "rb", buffering=0) as file:
+            return int(file.read().split()[2]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
 
 
 def _map_of(array: Any) -> mmap.mmap | None:

@@ -55,7 +55,10 @@ class RowView:
 
     def _read(self, row_numbers: NDArray[np.int64], out: NDArray[np.float32]) -> None:
         # mode="raise" would copy through a buffer, at half the speed; the row numbers are in range.
-        np.take(self._matrix, row_numbers, axis=0, out=out, mode="clip")
-        self._pages.touched(row_numbers)
+        step = self._pages.rows_at_once(row_numbers)
+        for start in range(0, len(row_numbers), step):
+            part = row_numbers[start : start + step]
+            np.take(self._matrix, part, axis=0, out=out[start : start + step], mode="clip")
+            self._pages.release_if_many()
         if self._transform is not None:
             out[...] = self._transform(out)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from spinlock_fast.dropin.codebook import OPTIONAL_STATISTICS
 from spinlock_fast.kernels._common.higher_order import in_transform
+from spinlock_fast.quantize.process_group import Processes
 
 _MIN_VARIANCE = 1e-5
 _STATISTICS = ("batch_mean", "batch_variance", "codebook_mean", "codebook_variance")
@@ -17,10 +18,26 @@ NO_STATISTICS: Statistics = (None,) * 4
 
 
 class AffineStatistics:
-    """Moving means and variances of codes and latents, registered as buffers of the codebook."""
+    """Moving means and variances of codes and latents, registered as buffers of the codebook.
 
-    def __init__(self, codebook: nn.Module, H: int, D: int, batch_decay: float, codebook_decay: float) -> None:
-        self.batch_decay, self.codebook_decay = batch_decay, codebook_decay
+    Args:
+        codebook: holds the buffers.
+        shape: H, D of the codebook.
+        batch_decay: of the statistics of the latents.
+        codebook_decay: of those of the codes.
+        processes: whose latents one statistic describes; None for those of this process.
+    """
+
+    def __init__(
+        self,
+        codebook: nn.Module,
+        shape: tuple[int, int],
+        batch_decay: float,
+        codebook_decay: float,
+        processes: Processes | None = None,
+    ) -> None:
+        self.batch_decay, self.codebook_decay, self.processes = batch_decay, codebook_decay, processes
+        H, D = shape
         for name in OPTIONAL_STATISTICS:
             codebook.register_buffer(name, None)
         for name in ("codebook_mean", "codebook_variance"):
@@ -45,12 +62,23 @@ class AffineStatistics:
                 decay = self.codebook_decay
                 new["codebook_mean"] = self._average(codebook, "codebook_mean", _mean(embed), decay)
                 new["codebook_variance"] = self._average(codebook, "codebook_variance", _variance(embed), decay)
-            if rows.shape[1] > 0:
-                new["batch_mean"] = self._average(codebook, "batch_mean", _mean(rows), self.batch_decay)
-                new["batch_variance"] = self._average(codebook, "batch_variance", _variance(rows), self.batch_decay)
+            for name, value in self._batch_statistics(rows).items():
+                new[name] = self._average(codebook, name, value, self.batch_decay)
             if not in_transform():
                 self._store(codebook, new)
         return tuple(new.get(name, old) for name, old in zip(_STATISTICS, self.current(codebook), strict=True))
+
+    def _batch_statistics(self, rows: Tensor) -> dict[str, Tensor]:
+        """Mean and variance of rows [H, N, D] of all processes; nothing if there are none."""
+        if self.processes is None or self.processes.size() == 1:
+            return {"batch_mean": _mean(rows), "batch_variance": _variance(rows)} if rows.shape[1] else {}
+        H, N, D = rows.shape
+        packed = self.processes.sum_(torch.cat([rows.sum(1).flatten(), rows.new_full((1,), N)]))
+        count, mean = packed[-1], (packed[:-1] / packed[-1]).view(H, 1, D)
+        if not bool(count > 0):
+            return {}
+        squares = self.processes.sum_((rows - mean).square().sum(1, keepdim=True))
+        return {"batch_mean": mean, "batch_variance": squares / count}
 
     @staticmethod
     def to_latents(statistics: Statistics, embed: Tensor) -> Tensor:

@@ -44,14 +44,11 @@ def check_compatible(**arguments: Any) -> None:
 
     Raises:
         ValueError: one line that names the arguments.
-        NotImplementedError: `sync_affine_param`.
     """
 
     def is_set(name: str) -> bool:
         return bool(arguments.get(name, False))
 
-    if is_set("sync_affine_param"):
-        raise NotImplementedError("sync_affine_param: statistics of several processes are not supported")
     estimators = [name for name in ("straight_through", "rotation_trick", "directional_reparam") if is_set(name)]
     if len(estimators) > 1:
         hint = " (rotation_trick=False turns off what is on by default)" if "rotation_trick" in estimators else ""

@@ -221,11 +221,23 @@ class CodeSearch(TransientBuffers):
 
         The graph is separate: activation checkpointing around the quantizer must not save or recompute its tensors.
         """
+        parameters = [parameter for parameter in self._codebook.parameters() if parameter.requires_grad]
+        assert self.in_place_codebook_optimizer is not None
+        held = [one for group in self.in_place_codebook_optimizer.param_groups for one in group["params"]]
+        if not {id(parameter) for parameter in parameters} <= {id(one) for one in held}:
+            raise RuntimeError(
+                "in_place_codebook_optimizer was built for parameters that are no longer those of this layer:"
+                " fully_shard and to_empty replace them, and it does not go with either"
+            )
         with torch.enable_grad(), saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
             selection = self._select(y, options, statistics)
             self._update_from_selection(y, selection, options, statistics)
             loss = losses.squared_error(selection.vectors, y, _expand_row_mask(options, y))
-            loss.backward()
+            # Not `backward`: it would run the hooks of DistributedDataParallel during the forward pass.
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         if not self.manual_in_place_optimizer_update:
             self.update_in_place_optimizer()
         return loss.detach()

@@ -17,6 +17,7 @@ from spinlock_fast.quantize.activation_checkpointing import first_run_values
 from spinlock_fast.quantize.buffers import TransientBuffers
 from spinlock_fast.quantize.module_state import FirstBatch, keep_float32
 from spinlock_fast.quantize.process_group import Processes
+from spinlock_fast.quantize.sharded_parameters import ShardKey, assign_, store_written
 
 # Buffers of `AffineStatistics` that are None before the first batch.
 OPTIONAL_STATISTICS = ("batch_mean", "batch_variance")
@@ -86,7 +87,7 @@ class Codebook(TransientBuffers):
         else:
             self.register_buffer("embed", codes)
         self.register_transient_buffers()
-        self._first_batch = FirstBatch(kmeans_init, self.processes)
+        self._first_batch, self.shard_key = FirstBatch(kmeans_init, self.processes), ShardKey()
         self._accumulated: tuple[Tensor, Tensor] | None = None
 
     def transient_buffers(self) -> dict[str, Tensor]:
@@ -103,7 +104,7 @@ class Codebook(TransientBuffers):
         """
         if codes.shape != self.embed.shape:
             raise ValueError(f"the codebook must be {list(self.embed.shape[1:])}, got {list(codes.shape[1:])}")
-        self.embed.copy_(codes)
+        assign_(self.embed, codes)
         self.cluster_size.clamp_(min=1.0)
         self.embed_avg.copy_(codes.to(self.embed_avg) * self.cluster_size[..., None])
         self.initted.fill_(True)
@@ -153,6 +154,7 @@ class Codebook(TransientBuffers):
             self.syncs_updates and self.sync_kmeans,
             "kmeans_scale" in self.corrections,
         )
+        store_written(self, "embed")
 
     @property
     def needs_kmeans(self) -> bool:
@@ -163,6 +165,7 @@ class Codebook(TransientBuffers):
         """Sets codes to moving sums over Laplace-smoothed moving counts, unless the bool scalar `active` is False."""
         codes = self.transform_input(self.embed_avg / laplace_smoothing(self.cluster_size, self.eps)[..., None])
         self.embed.data.copy_(codes if active is None else torch.where(active, codes, self.embed.data))
+        store_written(self, "embed")
 
     @torch.no_grad()
     def update_averages(
@@ -316,10 +319,10 @@ def _all_reduce(
     local: list[Tensor] = []
     for update in updates:
         if update.counts is not None and update.sums is not None:
-            local += [update.counts.float().flatten(), update.sums.float().flatten()]
+            local += [update.counts.flatten(), update.sums.flatten()]
         if update.codebook.has_dead_code_replacement and not accumulate:
             local += [_local_candidates(update).flatten()]
-    packed = updates[0].codebook.processes.sum_(torch.cat(local))
+    packed = updates[0].codebook.processes.sum_(torch.cat(local))  # in the widest dtype
     parts = iter(packed.split([len(part) for part in local]))
     reduced = {}
     for update in updates:
@@ -340,13 +343,13 @@ def _local_candidates(update: CodebookUpdate) -> Tensor:
     device = update.codebook.embed.device
     processes = update.codebook.processes
     own_slot = torch.arange(K, device=device) % processes.size() == processes.rank()
-    candidates = torch.zeros(H, K, D + 1, dtype=torch.float32, device=device)
+    candidates = torch.zeros(H, K, D + 1, dtype=update.codebook.embed_avg.dtype, device=device)
     if update.num_rows == 0:
         return candidates
     for h in range(H):
         drawn = ReplacementRows.draw(update.num_rows, K, update.mask, device)
         position = torch.where(own_slot, own_slot.cumsum(0) - 1, 0)
-        rows = update.gather_rows(h, drawn.index[position]).float()
+        rows = update.gather_rows(h, drawn.index[position]).to(candidates)
         valid = own_slot & drawn.valid[position] & torch.isfinite(rows).all(1)
         rows = torch.cat([rows, torch.ones(K, 1, dtype=rows.dtype, device=device)], 1)
         candidates[h] = torch.where(valid[:, None], rows, 0.0)
@@ -371,6 +374,7 @@ def _replace_dead_codes(update: CodebookUpdate, candidates: tuple[Tensor, Tensor
             order = (~candidates[1][h]).to(torch.uint8).argsort(stable=True)
             rows, valid, shuffle = candidates[0][h][order], candidates[1][h][order], False
         _overwrite_codes(codebook, h, dead[h], rows, valid, shuffle)
+    store_written(codebook, "embed")
 
 
 def _overwrite_codes(codebook: Codebook, h: int, dead: Tensor, rows: Tensor, valid: Tensor, shuffle: bool) -> None:

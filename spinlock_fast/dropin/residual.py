@@ -296,7 +296,7 @@ class ResidualVQ(ResidualStages):
         draw_device = device if distributed else torch.device("cpu")
         last = torch.randint(self.quantize_dropout_cutoff_index, self.num_quantizers, (), device=draw_device)
         if distributed:
-            self._processes.max_(last)
+            self._processes.copy_first_(last)
         multiple = self.quantize_dropout_multiple_of
         return ((last // multiple + 1) * multiple).clamp(max=self.num_quantizers)
 
@@ -305,5 +305,5 @@ def draw_shared_seed(device: torch.device, processes: Processes) -> int:
     """A random seed, equal in all processes."""
     seed = torch.randint(0, 10_000, (), device=device)
     if processes.size() > 1:
-        processes.sum_(seed)
+        processes.copy_first_(seed)
     return int(seed)

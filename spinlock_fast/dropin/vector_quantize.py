@@ -45,7 +45,6 @@ class VectorQuantize(TrainingLoss):
 
     Raises:
         ValueError: incompatible arguments, or an input of the wrong shape or dtype.
-        NotImplementedError: `sync_affine_param`.
     """
 
     def __init__(
@@ -114,7 +113,6 @@ class VectorQuantize(TrainingLoss):
             vq_bridge=vq_bridge is not None,
             sync_update_v=sync_update_v,
             affine_param=affine_param,
-            sync_affine_param=sync_affine_param,
         )
         self.dim, self.codebook_size, self.heads = dim, codebook_size, heads
         self.separate_codebook_per_head = separate_codebook_per_head
@@ -172,10 +170,12 @@ class VectorQuantize(TrainingLoss):
         )
         self._affine = None
         if affine_param:
-            H = self._codebook.num_codebooks
-            self._affine = AffineStatistics(
-                self._codebook, H, codebook_dim, affine_param_batch_decay, affine_param_codebook_decay
+            shape, decays = (
+                (self._codebook.num_codebooks, codebook_dim),
+                (affine_param_batch_decay, affine_param_codebook_decay),
             )
+            processes = self._codebook.processes if sync_affine_param else None
+            self._affine = AffineStatistics(self._codebook, shape, *decays, processes)
         self.in_place_codebook_optimizer = (
             in_place_codebook_optimizer(self._codebook.parameters()) if in_place_codebook_optimizer else None
         )

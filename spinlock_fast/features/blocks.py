@@ -20,7 +20,6 @@ Item = TypeVar("Item")
 ROWS_AT_ONCE = 16384  # rows of a block; determines the rounding of sums, so it does not depend on sizes or ranks
 _COLUMNS_AT_ONCE = 16
 _VALUES_AT_ONCE = 1 << 22  # of a block of columns
-_GATHERED_BYTES = 1 << 27  # of a block of columns of a matrix that is not in memory
 
 
 @dataclass(frozen=True)
@@ -85,28 +84,18 @@ def extremes(x: Blocks, ranks: Ranks = SINGLE) -> tuple[Matrix, Matrix]:
 def map_column_blocks(x: Blocks, work: Callable[[slice, Matrix], None]) -> None:
     """Calls work(columns, block) with transposed contiguous blocks [columns, N] of a few columns, on threads.
 
-    Does not copy an array; other matrices are read once per 128 MiB.
+    Copies x unless it is an array.
     """
     N, F = x.shape
-    if not isinstance(x, np.ndarray):
-        width = max(1, min(F, _GATHERED_BYTES // (x[:0].itemsize * max(N, 1))))
-        for start in range(0, F, width):
-            _map_gathered(x, slice(start, min(start + width, F)), work)
-        return
+    if isinstance(x, np.ndarray):
+        values = x
+    else:
+        values = np.empty((N, F), x[:0].dtype)
+        for start in range(0, N, ROWS_AT_ONCE):
+            values[start : start + ROWS_AT_ONCE] = x[start : start + ROWS_AT_ONCE]
     width = max(1, min(_COLUMNS_AT_ONCE, _VALUES_AT_ONCE // max(N, 1)))
     blocks = [slice(start, min(start + width, F)) for start in range(0, F, width)]
-    map_on_threads(lambda columns: work(columns, x[:, columns].T.copy()), blocks)
-
-
-def _map_gathered(x: RowView | TransformedRows, columns: slice, work: Callable[[slice, Matrix], None]) -> None:
-    gathered = np.empty((x.shape[0], columns.stop - columns.start), x[:0].dtype)
-    for start in range(0, len(gathered), ROWS_AT_ONCE):
-        gathered[start : start + ROWS_AT_ONCE] = x[start : start + ROWS_AT_ONCE][:, columns]
-    map_column_blocks(gathered, lambda part, block: work(_shifted(part, columns.start), block))
-
-
-def _shifted(columns: slice, by: int) -> slice:
-    return slice(columns.start + by, columns.stop + by)
+    map_on_threads(lambda columns: work(columns, values[:, columns].T.copy()), blocks)
 
 
 def map_on_threads(work: Callable[[Item], None], items: Iterable[Item]) -> None:

@@ -21,6 +21,7 @@ from spinlock_fast.data.payload_checks import checked_strings, shape_difference,
 from spinlock_fast.distributed import SINGLE, Ranks
 from spinlock_fast.errors import ConfigError, DataError
 from spinlock_fast.features.encoders import Encoder, build_encoder, seeded_encoder
+from spinlock_fast.features.family_layout import with_encoder
 from spinlock_fast.features.missing import column_medians, missing_report, raw_statistics
 from spinlock_fast.features.row_keys import row_keys
 from spinlock_fast.features.statistics_encoder import StatisticsEncoder
@@ -29,7 +30,7 @@ from spinlock_fast.messages import shown
 log = logging.getLogger(__name__)
 
 _BLOCK_ROWS = 512
-_STANDARDIZE_CLIP = 10.0
+STANDARDIZE_CLIP = 10.0
 _SMALL_BUDGET = 1 << 26  # bytes for the medians of a family without missing values
 
 ANY_LENGTH = -1  # in a row shape: the encoder accepts any length
@@ -106,7 +107,7 @@ class FamilyEncoder:
         values = self._fill_missing(as_float32(raw, lambda row: self._describe_row(place, row)), place)
         with torch.no_grad():
             if self.center is not None and self.scale is not None:
-                clip = _STANDARDIZE_CLIP
+                clip = STANDARDIZE_CLIP
                 values = ((values - self.center) / self.scale).clamp(-clip, clip)
             columns: Tensor = self.encoder(values)
         if not bool(torch.isfinite(columns).all()):
@@ -209,8 +210,10 @@ def make_encoders(
         training_rows: rows whose non-missing values are used; None: all rows, with missing values as 0.
     """
     encoders = []
-    for name, config in families.items():
-        family = FamilyEncoder.seeded(name, config, source.datasets[name], seed)
+    for name, given in families.items():
+        info = source.datasets[name]
+        config = with_encoder(given, info.row_shape, info.path)
+        family = FamilyEncoder.seeded(name, config, info, seed)
         if config.encoder == "IdentityEncoder":
             family.column_names = source.feature_names(name)
         elif isinstance(family.encoder, StatisticsEncoder):

@@ -131,8 +131,10 @@ def build_encoder(row_shape: Sequence[int], params: EncoderParams) -> Encoder:
         encoder = TemporalCNNEncoder(row_shape, params)
     elif isinstance(params, StatisticsEncoderParams):
         encoder = StatisticsEncoder(row_shape)
-    else:
+    elif isinstance(params, IdentityEncoderParams):
         encoder = IdentityEncoder(row_shape, params)
+    else:
+        raise ValueError("encoder auto: no encoder was chosen")
     return encoder.eval().requires_grad_(False)
 
 

@@ -16,7 +16,8 @@ from spinlock_fast.distributed import SINGLE, Ranks
 from spinlock_fast.features.blocks import Blocks, Matrix, map_on_threads
 
 _DIGIT_BITS = 11
-_BLOCK_BYTES = 1 << 24
+_BLOCK_BYTES = 1 << 22
+_COLUMNS_AT_ONCE = 16
 
 
 def order_statistics(x: Blocks, places: NDArray[np.int64], ranks: Ranks = SINGLE) -> Matrix:
@@ -56,16 +57,16 @@ def _digit_counts(x: Blocks, prefix: NDArray[np.uint64], shift: int, width: int,
     for start in range(ranks.rank * block_rows, N, ranks.size * block_rows):
         block = x[start : start + block_rows]
 
-        def count(f: int, block: Matrix = block) -> None:
-            keys = _keys_of(block[:, f])
-            first_digit = shift + width == 8 * keys.itemsize
-            leading = None if first_digit else keys >> (shift + width)
-            for t in np.flatnonzero(~repeated[:, f]):
-                chosen = keys if leading is None else keys[leading == prefix[t, f]]
-                digits = (chosen >> shift) & ((1 << width) - 1)
-                counts[t, f] += np.bincount(digits.astype(np.intp), minlength=1 << width)
+        def count(columns: slice, block: Matrix = block) -> None:
+            for f, keys in enumerate(_keys_of(block[:, columns].T.copy()), columns.start):
+                is_first = shift + width == 8 * keys.itemsize
+                leading = keys >> (shift + width) if not is_first else keys
+                for t in np.flatnonzero(~repeated[:, f]):
+                    chosen = keys if is_first else keys[leading == prefix[t, f].astype(keys.dtype)]
+                    digits = chosen >> shift if is_first else (chosen >> shift) & ((1 << width) - 1)
+                    counts[t, f] += np.bincount(digits.astype(np.intp), minlength=1 << width)
 
-        map_on_threads(count, range(F))
+        map_on_threads(count, [slice(f, f + _COLUMNS_AT_ONCE) for f in range(0, F, _COLUMNS_AT_ONCE)])
     for t in range(1, T):
         counts[t, repeated[t]] = counts[t - 1, repeated[t]]
     ranks.sum_(torch.from_numpy(counts))
@@ -73,12 +74,16 @@ def _digit_counts(x: Blocks, prefix: NDArray[np.uint64], shift: int, width: int,
 
 
 def _keys_of(x: NDArray[Any]) -> NDArray[Any]:
-    """Unsigned integers in the order of the values; -0 equals 0, all NaN are equal and last."""
+    """Unsigned integers in the order of the values, in the memory of x; -0 equals 0, all NaN are equal and last."""
     unsigned: Any = np.uint32 if x.dtype == np.float32 else np.uint64
-    values = np.where(np.isnan(x), x.dtype.type(np.nan), x + x.dtype.type(0))
-    bits = values.view(unsigned)
-    sign = unsigned(1 << (8 * x.dtype.itemsize - 1))
-    keys: NDArray[Any] = np.where(bits & sign, ~bits, bits | sign)
+    signed: Any = np.int32 if x.dtype == np.float32 else np.int64
+    x += 0  # -0 becomes 0
+    with np.errstate(over="ignore", invalid="ignore"):
+        if np.isnan(x.sum()):
+            x[np.isnan(x)] = np.nan
+    sign = 8 * x.itemsize - 1
+    keys: NDArray[Any] = x.view(unsigned)
+    keys ^= np.right_shift(x.view(signed), sign).view(unsigned) | unsigned(1 << sign)
     return keys
 
 

@@ -19,11 +19,11 @@ Vector = NDArray[np.float64]
 
 MAD_TO_SIGMA = 1.4826  # standard deviations per MAD of a normal distribution
 
-_SORTED_BYTES = 6 << 27  # of a matrix whose columns are sorted in memory; larger ones are read by `order_statistics`
+_SORTED_BYTES = 1 << 27  # of a matrix whose columns are sorted in memory; `order_statistics` reads larger ones
 
 
 def is_sorted_in_memory(x: Blocks) -> bool:
-    """Whether medians and quantiles of x are found by sorting columns, which is faster and needs memory."""
+    """Whether medians and quantiles of x are found by sorting a copy of its columns."""
     return bool(x.shape[0] * x.shape[1] * x[:0].itemsize <= _SORTED_BYTES)
 
 

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from spinlock_fast.data.payload_checks import checked_array
+from spinlock_fast.data.row_view import RowView
 from spinlock_fast.distributed import Ranks
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE
 
@@ -136,7 +137,7 @@ def outside_share(features: Floats, low: Floats, high: Floats) -> NDArray[np.flo
 @torch.no_grad()
 def row_errors(model: CategoricalHierarchicalVQVAE, x: NDArray[np.float32], rows: NDArray[np.int64]) -> Floats:
     """[n] mean squared reconstruction errors of at most 2,048 of the given rows of normalised features x [N, F]."""
-    sample = torch.from_numpy(x[rows[:: max(1, len(rows) // _SAMPLED_ROWS)]]).to(model.feature_order.device)
+    sample = torch.from_numpy(RowView(x)[rows[:: max(1, len(rows) // _SAMPLED_ROWS)]]).to(model.feature_order.device)
     errors: NDArray[np.float32] = (model(sample)["reconstruction"] - sample).square().mean(1).cpu().numpy()
     return errors
 
@@ -167,7 +168,8 @@ class InputCheck:
     def merge(self, ranks: Ranks) -> None:
         """Adds the rows of the other ranks, in order of the ranks; then the summary is the same on each of them."""
         for values in (self._outside, self._errors):
-            values[:] = [part for of_rank in ranks.gather_objects(values) for part in of_rank]
+            mine = np.concatenate(values) if values else np.zeros(0)
+            values[:] = [part for part in ranks.gather_objects(mine) if len(part)]
 
     def restrict_to(self, rows: NDArray[np.int64]) -> None:
         """Keeps only the features of the given row numbers; call before `add_errors`."""

@@ -107,6 +107,12 @@ def _is_special(target: Path) -> bool:
     return stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)
 
 
+def is_written_through(path: Path) -> bool:
+    """Whether `replacing` copies to a path at the end: an open descriptor such as /dev/stdout, a device or a FIFO."""
+    target = Path(os.path.realpath(path))
+    return _open_descriptor(path) is not None or (os.path.exists(target) and not os.path.isfile(target))
+
+
 def check_regular(path: Path) -> None:
     """Raises OutputError if a path exists and is not a regular file."""
     try:

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from spinlock_fast.errors import OutputError
-from spinlock_fast.output.atomic_files import process_exists
+from spinlock_fast.output.atomic_files import is_written_through, process_exists
 
 log = logging.getLogger(__name__)
 
@@ -87,10 +87,10 @@ def locked_output_file(output: Path) -> Iterator[None]:
     Raises:
         OutputError: another process is writing the file, or its directory cannot be written.
     """
-    target = Path(os.path.realpath(output))
-    if os.path.exists(target) and not os.path.isfile(target):
+    if is_written_through(output):
         yield
         return
+    target = Path(os.path.realpath(output))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

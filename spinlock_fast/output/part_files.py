@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from spinlock_fast.distributed import Ranks
 from spinlock_fast.errors import OutputError
-from spinlock_fast.output.atomic_files import create_temporary
+from spinlock_fast.output.atomic_files import create_temporary, is_written_through
 
 WriteBlock = Callable[[NDArray[Any]], None]  # appends rows [B, D]
 
@@ -74,9 +74,8 @@ def write_in_order(
 @contextmanager
 def _temporary(output: Path) -> Iterator[BinaryIO]:
     """A new file beside the output, or in the directory of temporary files if the output is not a regular file."""
-    target = Path(os.path.realpath(output))
-    if os.path.exists(target) and not os.path.isfile(target):
-        target = Path(tempfile.gettempdir()) / "tokens"
+    through = is_written_through(output)
+    target = Path(tempfile.gettempdir()) / "part" if through else Path(os.path.realpath(output))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         path = create_temporary(target)

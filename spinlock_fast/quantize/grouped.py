@@ -24,6 +24,7 @@ from spinlock_fast.quantize.kmeans import initialize_codes, kmeans
 from spinlock_fast.quantize.module_state import FirstBatch, keep_float32
 from spinlock_fast.quantize.process_group import Processes
 from spinlock_fast.quantize.quantization_loss import quantization_loss
+from spinlock_fast.quantize.sharded_parameters import ShardKey, assign_, gathered, is_sharded, store_written
 
 Gradient = Literal["straight_through", "rotation"] | None
 
@@ -110,8 +111,7 @@ class GroupedVectorQuantizer(TransientBuffers):
         self.centred = centred
         self.sync = sync
         self.processes = Processes(process_group)
-        self.requested_backend = backend
-        self.frozen = False
+        self.requested_backend, self.frozen = backend, False
 
         layout = self.layout
         index = layout.indices(torch.device("cpu"))
@@ -127,7 +127,7 @@ class GroupedVectorQuantizer(TransientBuffers):
         self.register_buffer("embedding_sum", codes.to(average_dtype, copy=True))
         self.register_buffer("initialized", torch.tensor(codebook_init == "uniform"))
         self.register_transient_buffers()
-        self._first_batch = FirstBatch(codebook_init == "kmeans", self.processes)
+        self._first_batch, self.shard_key = FirstBatch(codebook_init == "kmeans", self.processes), ShardKey()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         averages = ("cluster_size", "embedding_sum")
@@ -286,6 +286,7 @@ class GroupedVectorQuantizer(TransientBuffers):
             self._first_batch,
             self.sync,
         )
+        store_written(self, "embedding")
 
     @torch.no_grad()
     def _update(self, assignment: Assignment, rows: Tensor | int) -> None:
@@ -324,7 +325,7 @@ class GroupedVectorQuantizer(TransientBuffers):
         processes = self.processes if self.shared else None
         codebook, counts = kmeans(z.detach(), self.layout, iterations, generator, processes)
         index = self.layout.indices(z.device)
-        self.embedding.data.copy_(codebook)
+        assign_(self.embedding, codebook)
         self.cluster_size.copy_(counts)
         self.embedding_sum.copy_(codebook * counts[index.code_of_entry])
         self.initialized.fill_(True)
@@ -375,18 +376,16 @@ class GroupedVectorQuantizer(TransientBuffers):
             max_fraction: largest fraction of a codebook that is replaced.
             latents: [N, sum D], for "sample".
             generator: source of randomness.
+
+        If several processes share the quantizer, all of them must call this; the draws of the first one apply to all.
         """
-        return reset_dead_codes(
-            self.embedding.data,
-            self.cluster_size,
-            self.embedding_sum,
-            self.layout,
-            threshold,
-            strategy,
-            max_fraction,
-            latents,
-            generator=generator,
-        )
+        held = gathered(self.embedding.detach()), self.cluster_size, self.embedding_sum
+        replaced = reset_dead_codes(*held, self.layout, threshold, strategy, max_fraction, latents, generator=generator)
+        for drawn in (*held, replaced) if self.shared else ():
+            self.processes.copy_first_(drawn)
+        if is_sharded(self.embedding):
+            assign_(self.embedding, held[0])
+        return replaced
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -44,7 +44,8 @@ class Processes:
         Raises:
             RuntimeError: the group was lost in pickling, and there are several processes.
         """
-        if not dist.is_available() or not dist.is_initialized():
+        # torch.compile takes `is_initialized` for a constant, but guards on this attribute: a later group recompiles.
+        if not dist.is_available() or dist.distributed_c10d._world.default_pg is None:
             return 1
         if self.lost and dist.get_world_size() > 1:
             raise RuntimeError(_LOST)
@@ -59,10 +60,11 @@ class Processes:
         dist.all_reduce(tensor, group=self.group)
         return tensor
 
-    def max_(self, tensor: Tensor) -> Tensor:
-        """All-reduces `tensor` in place by elementwise maximum."""
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
-        return tensor
+    def copy_first_(self, tensor: Tensor) -> Tensor:
+        """Replaces finite `tensor` by that of the first process; an all-reduce, which torch.compile can trace."""
+        if self.rank() != 0:
+            tensor.zero_()
+        return self.sum_(tensor)
 
     def sample(self, rows: Tensor, max_rows: int) -> Tensor:
         """A random sample of the rows of all processes, identical on each of them.

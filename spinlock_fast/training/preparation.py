@@ -19,12 +19,14 @@ from spinlock_fast.data.feature_source import FeatureSource
 from spinlock_fast.data.remote_files import RemoteCache
 from spinlock_fast.data.row_view import RowView
 from spinlock_fast.data.split import Split, split_rows
+from spinlock_fast.descriptors.field_grid import FieldGrid
 from spinlock_fast.distributed import SINGLE, Ranks
 from spinlock_fast.errors import ConfigError, DataError
 from spinlock_fast.features.blocks import TransformedRows, extremes
 from spinlock_fast.features.categories import MIN_ROWS, read_mapping
 from spinlock_fast.features.cleaning import FeatureCleaner, fit_cleaner
 from spinlock_fast.features.encode import FamilyEncoder, block_rows, encode_rows, encode_seconds, make_encoders
+from spinlock_fast.features.family_layout import resolve_families
 from spinlock_fast.features.normalize import Normalizer, fit_normalizer
 from spinlock_fast.features.statistics import mean_and_std
 from spinlock_fast.models.input_check import KnownRows, RowStatistic, outside_share
@@ -52,6 +54,7 @@ class PreparedFeatures:
     high: NDArray[np.float64]
     outside: RowStatistic
     missing: dict[str, int]  # missing raw values by family
+    field_grid: FieldGrid | None  # of the fields that `extract` described
     on_disk: bool = False  # x is a map of a scratch file
 
     def checkpoint_entries(self) -> dict[str, Any]:
@@ -64,6 +67,7 @@ class PreparedFeatures:
             "normalization": self.normalizer.state(),
             "feature_names": self.feature_names,
             "known_rows": self.known_rows.state(),
+            "field_grid": None if self.field_grid is None else self.field_grid.state(),
         }
 
     def fingerprint(self, ranks: Ranks = SINGLE) -> dict[str, Any]:
@@ -87,7 +91,7 @@ def open_source(config: RunConfig, ranks: Ranks = SINGLE) -> FeatureSource:
     remote_dir = None if config.data.remote_cache_dir is None else Path(config.data.remote_cache_dir)
     return FeatureSource(
         config.dataset_path,
-        config.datasets(),
+        resolve_families(config).datasets(),
         allow_external=config.data.allow_external,
         manifest_dir=config.data.manifest_dir,
         remote_cache=RemoteCache(remote_dir, config.data.remote_cache_size),
@@ -148,7 +152,7 @@ def prepare(
     matrix.rewrite(lambda block: normalizer(cleaner(block)), len(kept_names))
     if config.data.feature_matrix == "memory":
         matrix.to_memory()
-    timer.lap("normalize")
+    timer.lap("clean")
     return PreparedFeatures(
         x=matrix.x,
         encoders=encoders,
@@ -164,6 +168,7 @@ def prepare(
         outside=outside,
         missing=missing,
         on_disk=matrix.on_disk,
+        field_grid=FieldGrid.of_files(source.files),
     )
 
 
@@ -208,6 +213,6 @@ class _StageTimer:
         self._last = time.perf_counter()
 
     def lap(self, name: str) -> None:
-        """Stores the seconds since the last lap."""
+        """Adds the seconds since the last lap to a stage."""
         now = time.perf_counter()
-        self.seconds[name], self._last = now - self._last, now
+        self.seconds[name], self._last = self.seconds.get(name, 0.0) + now - self._last, now

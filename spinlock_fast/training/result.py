@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,13 +11,21 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from spinlock_fast.checkpoints.tokenizer_files import Origin
+from spinlock_fast.config.schema import FamilyConfig, RunConfig
+from spinlock_fast.data.feature_source import DatasetInfo
 from spinlock_fast.data.input_arrays import masked_to_nan
 from spinlock_fast.data.mapped_pages import MappedPages
 from spinlock_fast.data.split import Split
 from spinlock_fast.errors import DataError
+from spinlock_fast.estimator import MATRIX
+from spinlock_fast.features.cleaning import FeatureCleaner
+from spinlock_fast.features.encode import FamilyEncoder
 from spinlock_fast.features.matrix import MatrixNormalizer
+from spinlock_fast.features.normalize import Normalizer
 from spinlock_fast.models.metrics import Metrics
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE
+from spinlock_fast.tokenizer import Tokenizer
 from spinlock_fast.training.observer import EpochRecord
 
 _ROWS_PER_BLOCK = 16384
@@ -28,7 +37,8 @@ class TrainResult:
 
     `model` has the weights of the best validation and is in eval mode; its quantizer's `utilization()` and
     `perplexity()` are those of the validation rows. It takes normalised rows: `normalizer` converts rows in the units
-    of x to them (None if x was not normalised). `encode` and `decode` do both steps.
+    of x to them (None if x was not normalised). `encode` and `decode` do both steps, and so does the `Tokenizer`
+    in `tokenizer`, which can be saved.
     """
 
     model: CategoricalHierarchicalVQVAE
@@ -38,6 +48,8 @@ class TrainResult:
     split: Split
     final_state: dict[str, Any] = field(repr=False)
     normalizer: MatrixNormalizer | None = field(default=None, repr=False)
+    config: RunConfig = field(default_factory=RunConfig, repr=False)
+    feature_names: list[str] = field(default_factory=list, repr=False)
 
     def encode(self, x: ArrayLike | Tensor) -> Any:
         """Rows [N, F] in the units of the fitted x -> tokens [N, G] int64.
@@ -64,6 +76,30 @@ class TrainResult:
         rows = self.normalizer.inverse(rows) if self.normalizer is not None else rows
         return torch.from_numpy(rows) if isinstance(tokens, Tensor) else rows
 
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """A `Tokenizer` of rows [N, F] in the units of the fitted x, on the CPU, with weights of its own."""
+        F = self.model.config.input_dim
+        low, high, normalizer = np.full(F, -np.inf), np.full(F, np.inf), Normalizer("standard", np.zeros(F), np.ones(F))
+        if self.normalizer is not None:
+            low, high, normalizer = self.normalizer.low, self.normalizer.high, self.normalizer.normalizer
+        dataset = f"features/{MATRIX}/features"
+        identity = FamilyConfig(encoder="IdentityEncoder", dataset=dataset)
+        family = FamilyEncoder.seeded(MATRIX, identity, DatasetInfo(dataset, 0, (F,), 1), seed=0)
+        family.column_names = self.feature_names
+        config = self.config.model_copy(update={"families": {MATRIX: identity}})
+        history = {"best_epoch": self.best_epoch, "epochs": [vars(record) for record in self.history]}
+        return Tokenizer.from_parts(
+            copy.deepcopy(self.model).cpu(),
+            [family],
+            FeatureCleaner(np.ones(F, dtype=bool), np.zeros(F), low, high),
+            normalizer,
+            self.feature_names,
+            metrics=self.metrics,
+            origin=Origin.of_run(config, self.metrics, history),
+            n_features_in_=F,
+        )
+
 
 def as_feature_matrix(x: ArrayLike | Tensor) -> NDArray[Any]:
     """x [N, F] as a numeric array, without a copy if it is contiguous float32 (in memory or memory-mapped).
@@ -85,7 +121,7 @@ def as_feature_matrix(x: ArrayLike | Tensor) -> NDArray[Any]:
     data = np.ascontiguousarray(array, dtype=np.float32) if array.dtype == np.float32 else array
     pages = MappedPages(data)
     for start in range(0, len(data), _ROWS_PER_BLOCK):
-        pages.touched(np.arange(start, min(start + _ROWS_PER_BLOCK, len(data))))
+        pages.release_if_many()
         with np.errstate(over="ignore"):
             values = data[start : start + _ROWS_PER_BLOCK].astype(np.float32, copy=False)
         finite = np.isfinite(values)

@@ -20,6 +20,7 @@ from spinlock_fast.config.schema import RunConfig
 from spinlock_fast.device import resolve_device
 from spinlock_fast.distributed import Ranks, current_ranks
 from spinlock_fast.errors import ConfigError, Interrupted
+from spinlock_fast.features.family_layout import resolve_families
 from spinlock_fast.features.normalize import units
 from spinlock_fast.interrupts import handle_signals
 from spinlock_fast.models.input_check import RowStatistic, TrainingRange, row_errors
@@ -62,6 +63,7 @@ def run(config: RunConfig, display: Display, resume: Path | None = None) -> RunR
     device = resolve_device(config.device)
     signals = _SignalHandler(resume)
     with handle_signals(signals.handle), _output(directory, ranks) as output:
+        config = resolve_families(config)
         state = ranks.on_main(lambda: read_resumable(resume, config)) if resume is not None else None
         streams = state["run"].get("streams", 1) if state is not None else VERSION
         with open_source(config, ranks) as source, streams_of(streams):

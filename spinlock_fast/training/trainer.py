@@ -206,7 +206,8 @@ class Trainer:
         self._raise_if_stopped(final_state)
         total = run.seconds_before + time.perf_counter() - started
         metrics["seconds"] = {"discover": discover_seconds, "train": total - discover_seconds, "total": total}
-        return TrainResult(model, metrics, run.history, run.selection.best_epoch, split, final_state, normalizer)
+        best = run.selection.best_epoch
+        return TrainResult(model, metrics, run.history, best, split, final_state, normalizer, self.config, names)
 
     def _train(
         self,

@@ -59,17 +59,13 @@ class ArrayFile:
         return to_array(np.ascontiguousarray(np.transpose(values, [own.index(letter) for letter in order])))
 
 
-def open_arrays(paths: Sequence[Path], options: Options) -> list[ArrayFile]:
-    """The samples of arrays.
+def open_array_file(path: Path, options: Options) -> ArrayFile:
+    """The samples of an array of an HDF5 or `.npy` file.
 
     Raises:
         ConfigError: the axes or the dataset are not named.
-        DataError: a file has no such array.
+        DataError: the file has no such array.
     """
-    return [_open(path, options) for path in paths]
-
-
-def _open(path: Path, options: Options) -> ArrayFile:
     parameters: dict[str, float] = {}
     if path.suffix == ".npy":
         try:
@@ -92,6 +88,18 @@ def _open(path: Path, options: Options) -> ArrayFile:
             parameters = {**numeric_attributes(file), **numeric_attributes(node)}
         if kind.kind not in "fiub":
             raise DataError(f"{path}: {dataset}: expected real numbers, got {kind}")
+    return array_file(ArrayFile, path, dataset, shape, parameters, options)
+
+
+def array_file(
+    kind: type[ArrayFile],
+    path: Path,
+    dataset: str | None,
+    shape: Sequence[int],
+    parameters: Mapping[str, float],
+    options: Options,
+) -> ArrayFile:
+    """The samples of an array of a shape; raises ConfigError or DataError where its axes do not fit."""
     if options.axes is None:
         raise ConfigError(
             f"--axes: required for plain arrays; name the axes of shape {list(shape)}, for instance --axes 'n t c y x'"
@@ -105,7 +113,7 @@ def _open(path: Path, options: Options) -> ArrayFile:
     channels = options.channel_names(size.get("c", 1), path)
     found = SampleShape(size.get("m", 1), size["t"], channels, grid, options.time_step or 1.0)
     samples = size.get("n", 1)
-    return ArrayFile(
+    return kind(
         path,
         dataset,
         letters,

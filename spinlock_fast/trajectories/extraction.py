@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from spinlock_fast.config.schema import DEFAULT_DATASETS
 from spinlock_fast.data.window_sizes import available_cpus
 from spinlock_fast.descriptors.describe import Describer, aggregate
+from spinlock_fast.descriptors.field_grid import GENERATOR
 from spinlock_fast.descriptors.names import Groups, changes_with
 from spinlock_fast.distributed import SINGLE, Ranks
 from spinlock_fast.errors import ConfigError, DataError, Interrupted, OutputError
@@ -38,13 +39,17 @@ from spinlock_fast.output.locks import locked
 from spinlock_fast.trajectories.layouts import open_trajectories
 from spinlock_fast.trajectories.options import Options
 from spinlock_fast.trajectories.samples import TrajectorySet
+from spinlock_fast.trajectories.zarr_arrays import store_state
 
 BLOCK = 32  # most samples that are kept at a time
 _BLOCKS_OF_A_RANK = 4  # at least, so that all ranks end at about the same time
 _CHUNK_ROWS = 8
 _FORMAT = 1
 _PER_TRAJECTORY = "features/summary/per_trajectory/features"
+_INITIAL = "inputs/fields"
 _SETTINGS = "settings.json"
+
+_Described = tuple[NDArray[Any], NDArray[Any], NDArray[np.float32]]  # of each state, of trajectories, the first state
 
 Progress = Callable[[int, int], None]
 Block = tuple[int, int]  # first sample, and the one after the last
@@ -113,7 +118,8 @@ def extract(
         missing = ranks.broadcast_object(_missing(partial, blocks) if ranks.is_main else [])
         if not os.path.exists(partial / _SETTINGS):
             raise OutputError(f"{partial}: rank {ranks.rank} does not see what rank 0 wrote; use a shared directory")
-        _describe_blocks(trajectories, describer, partial, missing, stop - start, ranks, progress)
+        kept = options.initial_fields
+        _describe_blocks(trajectories, describer, partial, missing, stop - start, kept, ranks, progress)
         ranks.barrier()
         if ranks.is_main:
             if ranks.size > 1:
@@ -140,8 +146,7 @@ def _settings(trajectories: TrajectorySet, options: Options, span: tuple[int, in
     """What the described samples depend on."""
     files = []
     for file in trajectories.files:
-        status = file.path.stat()
-        files.append([str(file.path.resolve()), status.st_size, status.st_mtime_ns])
+        files.append([str(file.path.resolve()), *store_state(file.path)])
     chosen = {name: value for name, value in asdict(options).items() if name != "memory_budget"}
     digest = hashlib.sha256(json.dumps(files).encode(errors="replace")).hexdigest()
     return json.loads(  # type: ignore[no-any-return]
@@ -216,6 +221,7 @@ def _describe_blocks(
     partial: Path,
     missing: list[Block],
     count: int,
+    keep_initial: bool,
     ranks: Ranks,
     progress: Progress,
 ) -> None:
@@ -226,16 +232,20 @@ def _describe_blocks(
         for blocks in _runs(missing[ranks.share(len(missing))]):
             described = _described(trajectories.read(blocks[0][0], blocks[-1][1]), describer, workers)
             for first, last in blocks:
-                states, each, diverged = [], [], []
+                states, each, diverged, initial = [], [], [], []
                 for _ in range(first, last):
-                    state, one = next(described)
+                    state, one, start = next(described)
                     states.append(state)
                     each.append(one)
+                    initial.append(start)
                     diverged.append(bool(np.isnan(state).all()))
                     done += ranks.size
                     progress(done if ranks.size == 1 else min(done, count - 1), count)
                 with replacing(_block_path(partial, first)) as temporary, open(temporary, "wb") as file:
-                    np.savez(file, temporal=np.stack(states), trajectories=np.stack(each), diverged=np.array(diverged))
+                    arrays: dict[str, Any] = {"temporal": np.stack(states), "trajectories": np.stack(each)}
+                    if keep_initial:
+                        arrays["initial"] = np.stack(initial)
+                    np.savez(file, diverged=np.array(diverged), **arrays)
     except Interrupted as stopped:
         left = _missing(partial, missing)
         kept = count - sum(last - first for first, last in left)
@@ -243,14 +253,12 @@ def _describe_blocks(
         raise Interrupted(message, stopped.exit_status - 128) from None
 
 
-def _described(
-    samples: Iterator[NDArray[np.floating]], describer: Describer, workers: int
-) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
-    """Descriptors of each sample, in order. On a CPU `workers` samples at a time, each in one thread."""
+def _described(samples: Iterator[NDArray[np.floating]], describer: Describer, workers: int) -> Iterator[_Described]:
+    """Descriptors and first state of each sample, in order. On a CPU `workers` samples at a time, a thread each."""
 
-    def describe(sample: NDArray[np.floating]) -> tuple[NDArray[Any], NDArray[Any]]:
+    def describe(sample: NDArray[np.floating]) -> _Described:
         state, trajectories = describer(torch.from_numpy(sample).to(describer.device))
-        return state.cpu().numpy(), trajectories.cpu().numpy()
+        return state.cpu().numpy(), trajectories.cpu().numpy(), sample[0, 0].astype(np.float32)
 
     if describer.device.type != "cpu":
         yield from map(describe, samples)
@@ -259,7 +267,7 @@ def _described(
         single_thread(describer.device),
         ThreadPoolExecutor(workers, "describe", initializer=torch.set_num_threads, initargs=(1,)) as pool,
     ):
-        waiting: deque[Future[tuple[NDArray[Any], NDArray[Any]]]] = deque()
+        waiting: deque[Future[_Described]] = deque()
         for sample in samples:
             waiting.append(pool.submit(describe, sample))
             if len(waiting) > workers:  # one more than are described, so that memory does not grow
@@ -308,6 +316,11 @@ def _write(trajectories: TrajectorySet, describer: Describer, partial: Path, blo
                 DEFAULT_DATASETS["summary"]: aggregate(torch.from_numpy(each)).numpy(),
                 "metadata/diverged": group["diverged"].astype(np.uint8),
             }
+            if "initial" in group:
+                values[_INITIAL] = group["initial"]
+                if _INITIAL not in file:
+                    row = group["initial"].shape[1:]
+                    file.create_dataset(_INITIAL, (N, *row), "f4", chunks=(1, *row), compression="gzip")
             for path, value in values.items():
                 writer.write(file[path], blocks[i][0] - start, value)
         origins = trajectories.origins[start:stop]
@@ -322,7 +335,7 @@ def _write(trajectories: TrajectorySet, describer: Describer, partial: Path, blo
         grid = shape.grid
         file.attrs.update(
             {
-                "generator": "spinlock-fast extract",
+                "generator": GENERATOR,
                 "layout": trajectories.layout,
                 "channels": list(shape.channels),
                 "extents": list(grid.extents),
@@ -370,7 +383,7 @@ def _read_blocks(paths: list[Path]) -> dict[str, NDArray[Any]]:
     for path in paths:
         try:
             with open(path, "rb") as file, np.load(file, allow_pickle=False) as found:
-                blocks.append({name: found[name] for name in ("temporal", "trajectories", "diverged")})
+                blocks.append({name: found[name] for name in {"temporal", "trajectories", "diverged", *found}})
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             path.unlink(missing_ok=True)
             raise DataError(

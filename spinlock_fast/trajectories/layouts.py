@@ -8,14 +8,15 @@ from typing import Any
 
 import h5py
 
-from spinlock_fast.data.input_files import find_files, open_file
+from spinlock_fast.data.input_files import open_file
 from spinlock_fast.errors import ConfigError, DataError
-from spinlock_fast.trajectories.arrays import open_arrays
+from spinlock_fast.trajectories.arrays import open_array_file
 from spinlock_fast.trajectories.options import Options
 from spinlock_fast.trajectories.pdebench import is_pdebench, open_pdebench
 from spinlock_fast.trajectories.py_pde import is_py_pde, open_py_pde
 from spinlock_fast.trajectories.samples import TrajectorySet
 from spinlock_fast.trajectories.the_well import is_well, open_well
+from spinlock_fast.trajectories.zarr_arrays import find_stores_and_files, is_zarr, open_zarr_file
 
 LAYOUTS = ("auto", "well", "pdebench", "pypde", "array")
 _CALLED = {"well": "The Well", "pdebench": "PDEBench", "pypde": "py-pde", "array": "plain arrays"}
@@ -28,7 +29,7 @@ def open_trajectories(
     """The samples of files of one layout.
 
     Args:
-        paths: a file, a glob, or a list of those; HDF5 (netCDF-4 included) or `.npy`.
+        paths: a file, a glob, or a list of those; HDF5 (netCDF-4 included), `.npy` or Zarr.
         layout: one of `LAYOUTS`; "auto" recognises The Well, PDEBench and py-pde, and takes everything else as plain
             arrays.
         options: overrides of the file metadata.
@@ -40,7 +41,7 @@ def open_trajectories(
     options = options or Options()
     if layout not in LAYOUTS:
         raise ConfigError(f"--layout: {layout!r}, expected {', '.join(LAYOUTS)}")
-    files = find_files(paths)
+    files = find_stores_and_files(paths)
     kinds = [_layout_of(file) if layout == "auto" else layout for file in files]
     if options.axes is not None and layout == "auto":
         kinds = ["array"] * len(files)
@@ -63,17 +64,19 @@ def _open_arrays(files: Sequence[Path], options: Options) -> tuple[Sequence[Any]
     notes = [] if options.periodic is not None else ["boundaries are taken as periodic (--periodic)"]
     if options.time_step is None or options.spacing is None:
         notes.append("spacing and time step count as 1 where they are not given (--spacing, --time-step)")
-    return open_arrays(files, options), notes
+    return [(open_zarr_file if is_zarr(file) else open_array_file)(file, options) for file in files], notes
 
 
 def _layout_of(path: Path) -> str:
-    if path.suffix == ".npy":
+    if path.suffix == ".npy" or is_zarr(path):
         return "array"
     with open_file(path) as file:
         return next((name for name, recognise in _RECOGNISE.items() if recognise(file)), "array")
 
 
 def _check(path: Path, layout: str) -> None:
+    if is_zarr(path):
+        raise DataError(f"{path}: is a Zarr store, of which plain arrays are read; expected {_CALLED[layout]} in HDF5")
     with open_file(path) as file:
         if not _RECOGNISE[layout](file):
             raise DataError(f"{path}: is not in the layout of {_CALLED[layout]}")

@@ -37,12 +37,12 @@ from spinlock_fast.analyze import main as analyze_main
 from spinlock_fast.checkpoints.directory import FILES, RESUME, load_run_config, load_torch
 from spinlock_fast.checkpoints.integrity import STATES
 from spinlock_fast.checkpoints.run_directory import PARTIAL
+from spinlock_fast.commands.tokenize import write_tokens
 from spinlock_fast.config.loading import load_config
 from spinlock_fast.config.schema import DEFAULT_DATASETS
 from spinlock_fast.errors import DataError
 from spinlock_fast.evaluate import main as evaluate_main
 from spinlock_fast.tokenize import main as tokenize_main
-from spinlock_fast.tokenizer import write_tokens
 from spinlock_fast.train import main as train_main
 
 ROOT = Path(__file__).parents[2]
@@ -667,7 +667,7 @@ def test_unreadable_files_are_rejected(
         (["training.batch_size=many"], "training.batch_size"),
         (["training.num_epochs=0"], "training.num_epochs"),
         (["training.val_fraction=0.7", "training.test_fraction=0.5"], "must leave rows"),
-        (["families={mine: {encoder: MLPEncoder}}"], "needs `dataset`"),
+        (["families={mine: {encoder: MLPEncodr}}"], "families.mine.encoder"),
         (["device=tpu"], "auto, cpu, cuda"),
         (["training.category_assignment=/no/such.json"], "no such file"),
         (["memory_budget=lots"], "expected a size"),

@@ -42,10 +42,11 @@ def damaged(whole: bytes, seed: int) -> bytes:
 
 def work(folder: Path, first: int, last: int) -> None:
     """Runs all actions on the files of a range of seeds; `last_seed` holds the current one, in case of a crash."""
+    from spinlock_fast.commands.tokenize import write_tokens
     from spinlock_fast.config.schema import RunConfig
     from spinlock_fast.data import HDF5Loader
     from spinlock_fast.errors import SpinlockFastError
-    from spinlock_fast.tokenizer import Tokenizer, write_tokens
+    from spinlock_fast.tokenizer import Tokenizer
     from spinlock_fast.training.observer import Display
     from spinlock_fast.training.run import run
 

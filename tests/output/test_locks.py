@@ -166,3 +166,13 @@ def test_output_directory_has_one_writer(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with raises_one_line(OutputError, "file"), locked_output_directory(tmp_path / "file"):
         pass
+
+
+def test_a_pipe_is_not_locked() -> None:
+    reading, writing = os.pipe()
+    try:
+        with locked_output_file(Path(f"/dev/fd/{writing}")), locked_output_file(Path(f"/dev/fd/{writing}")):
+            pass
+    finally:
+        os.close(reading)
+        os.close(writing)

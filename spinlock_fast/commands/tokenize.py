@@ -1,0 +1,59 @@
+"""Implementation of the command `tokenize`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+from spinlock_fast.distributed import SINGLE, Ranks
+from spinlock_fast.errors import OutputError
+from spinlock_fast.output.locks import locked_output_file
+from spinlock_fast.output.part_files import write_in_order
+from spinlock_fast.output.token_files import TokenTable, check_format, token_file
+from spinlock_fast.tokenizer import DEFAULT_BUDGET, Tokenizer
+
+
+def write_tokens(
+    tokenizer: Tokenizer,
+    data: str | list[str],
+    output: Path,
+    memory_budget: int = DEFAULT_BUDGET,
+    progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks = SINGLE,
+) -> int:
+    """Writes the tokens of an HDF5 file to a file whose ending names the format; see `token_file`.
+
+    Holds at most `memory_budget` bytes of raw values at once; an earlier file is replaced when all rows are written.
+
+    Args:
+        progress: called with (rows done, all rows).
+        ranks: if there are several, each encodes a share of the rows, and rank 0 writes the file.
+
+    Returns:
+        Number of rows.
+
+    Raises:
+        ConfigError: the format needs a package that is not installed.
+        DataError: the data cannot be read.
+        OutputError: the file cannot be written, or is the input.
+    """
+    model = tokenizer.model
+    check_format(output)
+    with tokenizer.source(data) as source:
+        rows = source.rows
+        if any(os.path.exists(output) and output.samefile(file) for file in source.all_files):
+            raise OutputError(f"{output}: is the input file")
+    if os.path.isdir(output):
+        raise OutputError(f"{output}: is a directory; name a file")
+    table = TokenTable(rows, model.codebook_names, model.quantizer.num_codes, tokenizer.checkpoint_hash)
+    blocks = (tokens for _, tokens in tokenizer.encode_file(data, memory_budget, ranks))
+    with ExitStack() as stack:
+        write = None
+        if ranks.is_main:
+            stack.enter_context(locked_output_file(output))
+            write = stack.enter_context(token_file(output, table))
+        write_in_order(blocks, (rows, len(table.codebook_names)), table.dtype, output, write, ranks, progress)
+    ranks.barrier()  # the file is complete
+    return rows

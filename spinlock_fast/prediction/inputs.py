@@ -1,0 +1,191 @@
+"""Rows of predictor inputs, read in blocks, and their targets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from spinlock_fast.data.input_files import find_files
+from spinlock_fast.data.loader import HDF5Loader
+from spinlock_fast.errors import DataError
+from spinlock_fast.models.input_check import KnownRows
+from spinlock_fast.prediction.network import InputShape
+from spinlock_fast.prediction.settings import PredictorConfig
+from spinlock_fast.tokenizer import Tokenizer
+
+_POOLED = 8  # points per axis of a field in `signature`
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of inputs: theta [B, P] (no columns where it is not an input), u0 [B, C, *space] or None."""
+
+    index: Tensor  # [B] row numbers
+    theta: Tensor
+    field: Tensor | None
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Tokens [N, G], normalised features [N, F], and keys [N] of rows, see `Tokenizer.row_keys`."""
+
+    tokens: Tensor
+    features: Tensor
+    keys: NDArray[np.int64]
+
+
+class Inputs:
+    """The input datasets of a file.
+
+    Args:
+        paths: HDF5 file, glob or list of files.
+        config: names the datasets.
+        budget: bytes of decoded rows.
+
+    Raises:
+        DataError: a dataset is missing or has another number of dimensions.
+    """
+
+    def __init__(self, paths: str | list[str], config: PredictorConfig, budget: int = 1_250_000_000) -> None:
+        self.config = config
+        datasets = [path for path in (config.parameters, config.fields) if path is not None]
+        self._in_order, self._shuffled = (
+            HDF5Loader(
+                paths,
+                datasets,
+                config.batch_size,
+                shuffle=shuffle,
+                seed=config.random_seed,
+                memory_budget=budget // 2,
+                window_rows=1024,
+            )
+            for shuffle in (False, True)
+        )
+        first = next(iter(self.batches()))
+        field = (0, 0) if first.field is None else (first.field.shape[1], first.field.ndim - 2)
+        self.shape = InputShape(first.theta.shape[1], *field)
+
+    @property
+    def rows(self) -> int:
+        """N."""
+        return self._in_order.rows
+
+    @property
+    def files(self) -> list[Path]:
+        """The files."""
+        return find_files(self._in_order.paths)
+
+    def batches(self, epoch: int | None = None) -> Iterator[Batch]:
+        """All rows in order, or shuffled for an epoch."""
+        loader = self._in_order if epoch is None else self._shuffled
+        loader.set_epoch(epoch or 0)
+        return map(self._batch, loader)
+
+    def _batch(self, batch: dict[str, Tensor]) -> Batch:
+        theta_path, field_path = self.config.parameters, self.config.fields
+        theta = torch.empty(len(batch["index"]), 0) if theta_path is None else batch[theta_path].float()
+        field = None if field_path is None else batch[field_path].float()
+        for path, values, allowed, shape in (
+            (theta_path, theta, (2,), "[N, P]"),
+            (field_path, field, (3, 4, 5), "[N, C, X], [N, C, Y, X] or [N, C, Z, Y, X]"),
+        ):
+            if path is not None and values is not None and values.ndim not in allowed:
+                raise DataError(f"{path}: expected {shape}, got rows of shape {list(values.shape[1:])}")
+        for path, values in ((theta_path, theta), (field_path, field)):
+            if values is not None and not bool(torch.isfinite(values).all()):
+                row = int(batch["index"][~torch.isfinite(values.flatten(1)).all(1)][0])
+                raise DataError(f"{path}: row {row} has a value that is not finite")
+        return Batch(batch["index"], theta, field)
+
+
+@dataclass(frozen=True)
+class Standardizer:
+    """Mean and standard deviation of theta [P] and of the channels of u0 [C]."""
+
+    theta_mean: Tensor
+    theta_std: Tensor
+    field_mean: Tensor
+    field_std: Tensor
+
+    @classmethod
+    def fit(cls, inputs: Inputs, training: NDArray[np.bool_]) -> Standardizer:
+        """Of the training rows."""
+        sums = [torch.zeros(3, size, dtype=torch.float64) for size in inputs.shape[:2]]
+        for batch in inputs.batches():
+            chosen = torch.from_numpy(training[batch.index.numpy()])
+            field = batch.field[chosen].movedim(1, -1).flatten(0, -2) if batch.field is not None else torch.empty(0, 0)
+            for total, values in zip(sums, (batch.theta[chosen], field), strict=True):
+                values = values.double()
+                total += torch.stack(
+                    [torch.full((values.shape[1],), float(len(values))), values.sum(0), (values**2).sum(0)]
+                )
+        parts = []
+        for count, total, square in sums:
+            mean = total / count
+            std = (square / count - mean**2).clamp(min=0.0).sqrt()
+            parts += [mean.float(), torch.where(std > 1e-12, std, 1.0).float()]
+        return cls(*parts)
+
+    def __call__(self, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Standardised theta and u0 on a device."""
+        theta = (batch.theta - self.theta_mean) / self.theta_std
+        if batch.field is None:
+            return theta.to(device), None
+        size = (-1, *[1] * (batch.field.ndim - 2))
+        field = (batch.field - self.field_mean.view(size)) / self.field_std.view(size)
+        return theta.to(device), field.to(device)
+
+
+def signature(theta: Tensor, field: Tensor | None) -> Tensor:
+    """[B, S] in which neighbours are searched: theta, and u0 averaged to 8 points per axis, with equal weights."""
+    parts = [theta / max(theta.shape[1], 1) ** 0.5]
+    if field is not None:
+        pool = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[field.ndim - 3]
+        pooled = pool(field, _POOLED).flatten(1)
+        parts.append(pooled / pooled.shape[1] ** 0.5)
+    return torch.cat(parts, 1).cpu()
+
+
+def read_targets(tokenizer: Tokenizer, paths: str | list[str], progress: Any = None) -> Targets:
+    """Encodes all rows of a file."""
+    tokens, features, keys = [], [], []
+    with tokenizer.source(paths) as source:
+        for start, raw, x in tokenizer.raw_and_features(source):
+            keys.append(tokenizer.row_keys(raw))
+            features.append(torch.from_numpy(x))
+            tokens.append(tokenizer.model.get_tokens(features[-1].to(tokenizer.device)).cpu())
+            if progress is not None:
+                progress("tokens", start + len(x), source.rows)
+    found = torch.cat(tokens)
+    if bool((found < 0).any()):
+        raise DataError(f"row {int((found < 0).any(1).nonzero()[0])}: overflow in the encoder of the tokenizer")
+    return Targets(found, torch.cat(features), np.concatenate(keys))
+
+
+def held_out_rows(known: KnownRows | None, keys: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.bool_]:
+    """[N] rows that are not trained on: those that the tokenizer was not trained on, else a random share.
+
+    Used where between 1 % and half of the rows are held out rows of the tokenizer's run.
+    """
+    if known is not None:
+        splits = known.splits_of(keys)
+        held_out = np.isin(splits, (1, 2))
+        if 0.01 <= held_out.mean() <= 0.5 and (splits == 0).any():
+            return held_out
+    chosen = np.zeros(len(keys), dtype=bool)
+    count = max(1, round(len(keys) * fraction))
+    chosen[np.random.default_rng(np.random.SeedSequence(seed)).permutation(len(keys))[:count]] = True
+    return chosen
+
+
+def earlier_levels(categories: Sequence[str], enabled: bool) -> list[list[int]]:
+    """[G] codebooks of the same category before each codebook."""
+    return [[h for h in range(g) if categories[h] == name] if enabled else [] for g, name in enumerate(categories)]

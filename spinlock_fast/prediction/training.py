@@ -1,0 +1,258 @@
+"""Trains a predictor of tokens."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from spinlock_fast.checkpoints.directory import finite_or_null, load_torch, save_torch
+from spinlock_fast.checkpoints.host_copies import to_cpu
+from spinlock_fast.config.random_streams import seed_torch
+from spinlock_fast.data.payload_checks import payload_errors
+from spinlock_fast.errors import ConfigError, DataError, Interrupted, OutputError, TrainingError
+from spinlock_fast.models.input_check import KnownRows
+from spinlock_fast.output.atomic_files import write_json
+from spinlock_fast.output.locks import locked_output_directory
+from spinlock_fast.prediction.evaluation import evaluate
+from spinlock_fast.prediction.inputs import Inputs, Standardizer, Targets, held_out_rows, read_targets, signature
+from spinlock_fast.prediction.predictor import FILE, Neighbours, Predictor, build_networks, differing_settings
+from spinlock_fast.prediction.settings import PredictorConfig
+from spinlock_fast.tokenizer import Tokenizer
+
+STATE = "state.pt"
+METRICS = "metrics.json"
+_MOST_NEIGHBOURS = 4096
+_MIN_ROWS = 20
+
+Progress = Callable[[str, int, int], None]
+
+
+def train_predictor(
+    checkpoint: str | Path,
+    data: str | list[str],
+    config: PredictorConfig,
+    output: Path,
+    device: torch.device,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress = lambda what, done, total: None,
+) -> dict[str, Any]:
+    """Trains on a file, and writes predictor.pt and metrics.json to a directory.
+
+    The best epoch by log-loss on the held-out rows is kept. The state after every epoch is kept for `resume`.
+
+    Args:
+        checkpoint: directory of the tokenizer.
+        data: HDF5 file, glob or list, with the inputs and the features that the tokenizer encodes.
+        output: directory.
+        resume: continue an interrupted training there.
+        overwrite: replace a predictor, or an interrupted training.
+        progress: called with a word, and numbers done and in all.
+
+    Returns:
+        The metrics, see `evaluate`.
+
+    Raises:
+        ConfigError, DataError, OutputError, TrainingError: each with one line.
+        Interrupted: by a signal.
+    """
+    started = time.perf_counter()
+    with locked_output_directory(output):
+        state = _state_to_resume(output, config, resume, overwrite)
+        tokenizer = Tokenizer.from_checkpoint(checkpoint, device)
+        targets = read_targets(tokenizer, data, progress)
+        inputs = Inputs(data, config)
+        if inputs.rows != len(targets.tokens):
+            raise DataError(f"{data}: {inputs.rows} rows of inputs, but {len(targets.tokens)} of features")
+        if inputs.rows < _MIN_ROWS:
+            raise DataError(f"{data}: {inputs.rows} rows are too few: at least {_MIN_ROWS} are needed")
+        held_out = held_out_rows(tokenizer.known_rows, targets.keys, config.val_fraction, config.random_seed)
+        predictor = _new_predictor(tokenizer, inputs, targets, held_out, config)
+        if state is not None and state["keys"] != int(targets.keys.sum()):
+            raise ConfigError(f"--resume {output}: the data or the tokenizer are not those of the interrupted training")
+        run = _Run(predictor.to(device), inputs, targets, held_out, output, state)
+        try:
+            history = run.train(progress)
+        except Interrupted as stopped:
+            hint = f"stopped; the same command with --resume goes on in {output}" if run.saved else "stopped in epoch 1"
+            raise Interrupted(hint, stopped.exit_status - 128) from None
+        metrics = evaluate(predictor, inputs, targets, held_out)
+        metrics |= {
+            "rows": "heldout",
+            "best_epoch": run.best_epoch["tokens"],
+            "epochs": len(history),
+            "history": history,
+        }
+        metrics |= {"trained_rows": int((~held_out).sum()), "tokenizer_sha256": tokenizer.checkpoint_hash}
+        metrics["seconds"] = time.perf_counter() - started
+        predictor.save(output / FILE)
+        write_json(output / METRICS, finite_or_null(metrics))
+        (output / STATE).unlink(missing_ok=True)
+    return metrics
+
+
+def _state_to_resume(output: Path, config: PredictorConfig, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+    if resume:
+        if not (output / STATE).exists():
+            raise DataError(f"--resume {output}: holds no interrupted training")
+        state = load_torch(output / STATE)
+        with payload_errors(state, "the saved state"):
+            differing = differing_settings(state["config"], config)
+        if differing:
+            raise ConfigError(f"--resume {output}: was started with another {', '.join(differing)}")
+        return state
+    existing = next((name for name in (FILE, STATE) if (output / name).exists()), None)
+    if existing is not None and not overwrite:
+        resumable = "; --resume goes on" if existing == STATE else ""
+        raise OutputError(f"{output / existing}: exists; --overwrite replaces it{resumable}")
+    return None
+
+
+def _new_predictor(
+    tokenizer: Tokenizer, inputs: Inputs, targets: Targets, held_out: NDArray[np.bool_], config: PredictorConfig
+) -> Predictor:
+    """A predictor before its first step."""
+    training = ~held_out
+    standardizer = Standardizer.fit(inputs, training)
+    with torch.random.fork_rng(devices=[]):
+        seed_torch(config.random_seed)
+        networks = build_networks(tokenizer, inputs.shape, config)
+    rows = np.flatnonzero(training)
+    sampled = np.zeros(len(training), dtype=bool)
+    sampled[rows[:: max(1, -(-len(rows) // _MOST_NEIGHBOURS))]] = True
+    signatures, places = [], []
+    for batch in inputs.batches():
+        chosen = torch.from_numpy(sampled[batch.index.numpy()])
+        signatures.append(signature(*standardizer(batch, torch.device("cpu")))[chosen])
+        places.append(batch.index[chosen])
+    tokens = targets.tokens[torch.from_numpy(rows)]
+    counts = [torch.bincount(tokens[:, g], minlength=k) for g, k in enumerate(tokenizer.model.quantizer.num_codes)]
+    known = KnownRows.of(targets.keys, np.flatnonzero(held_out), np.array([], np.int64))
+    neighbours = Neighbours(torch.cat(signatures), targets.tokens[torch.cat(places)])
+    return Predictor(
+        config, tokenizer, inputs.shape, tokenizer.checkpoint_hash, *networks, standardizer, counts, neighbours, known
+    )
+
+
+class _Run:
+    """The loop over epochs."""
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        inputs: Inputs,
+        targets: Targets,
+        held_out: NDArray[np.bool_],
+        output: Path,
+        state: dict[str, Any] | None,
+    ) -> None:
+        self.predictor, self.inputs, self.targets, self.held_out = predictor, inputs, targets, held_out
+        self.output, self.saved = output, state is not None
+        self.networks = torch.nn.ModuleDict({"tokens": predictor.network, "regression": predictor.regression})
+        config = predictor.config
+        self.optimizer = torch.optim.AdamW(
+            self.networks.parameters(), config.learning_rate, weight_decay=config.weight_decay
+        )
+        self.history: list[dict[str, float]] = []
+        self.best_epoch: dict[str, int] = {}  # of each network, by its own loss on the held-out rows
+        self.best = {name: copy.deepcopy(network.state_dict()) for name, network in self.networks.items()}
+        if state is not None:
+            with payload_errors(state, "the saved state"):
+                self.networks.load_state_dict(state["networks"])
+                self.optimizer.load_state_dict(state["optimizer"])
+                self.history, self.best_epoch, self.best = state["history"], state["best_epoch"], state["best"]
+
+    def train(self, progress: Progress) -> list[dict[str, float]]:
+        """Trains the remaining epochs, and loads the best weights; returns the history."""
+        epochs = self.predictor.config.num_epochs
+        for epoch in range(len(self.history), epochs):
+            train_loss = self._epoch(epoch)
+            record = {"epoch": epoch + 1, "train_loss": train_loss, **self._validate()}
+            if not all(map(math.isfinite, record.values())):
+                raise TrainingError(f"epoch {epoch + 1}: the loss is not finite; a smaller learning_rate may help")
+            for name, network in self.networks.items():
+                best = self.best_epoch.get(name)
+                if best is None or record[f"val_{name}"] < self.history[best - 1][f"val_{name}"]:
+                    self.best_epoch[name] = epoch + 1
+                    self.best[name] = copy.deepcopy(network.state_dict())
+            self.history.append(record)
+            self._save()
+            progress("epochs", epoch + 1, epochs)
+        for name, network in self.networks.items():
+            network.load_state_dict(self.best[name])
+        self.networks.eval()
+        return self.history
+
+    def _epoch(self, epoch: int) -> float:
+        config, device = self.predictor.config, self.predictor.device
+        self.networks.train()
+        steps = -(-self.inputs.rows // config.batch_size)
+        total, rows = 0.0, 0
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            seed_torch((config.random_seed + epoch + 1) % 2**63, device)
+            for step, batch in enumerate(self.inputs.batches(epoch)):
+                chosen = torch.from_numpy(~self.held_out[batch.index.numpy()])
+                if not bool(chosen.any()):
+                    continue
+                share = (epoch + step / steps) / config.num_epochs
+                rate = config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * min(share, 1.0)))
+                for group in self.optimizer.param_groups:
+                    group["lr"] = rate
+                token_loss, error = self._losses(batch.index[chosen], self._select(batch, chosen))
+                self.optimizer.zero_grad()
+                (token_loss + error).backward()  # the networks share no weights
+                for network in self.networks.values():
+                    torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+                self.optimizer.step()
+                total += float(token_loss.detach()) * int(chosen.sum())
+                rows += int(chosen.sum())
+        return total / max(rows, 1)
+
+    @torch.no_grad()
+    def _validate(self) -> dict[str, float]:
+        """On the held-out rows: mean log-loss of a token, in nats, and squared error of the regression."""
+        self.networks.eval()
+        totals, rows = np.zeros(2), 0
+        for batch in self.inputs.batches():
+            chosen = torch.from_numpy(self.held_out[batch.index.numpy()])
+            if bool(chosen.any()):
+                losses = self._losses(batch.index[chosen], self._select(batch, chosen))
+                totals += np.array([float(loss) for loss in losses]) * int(chosen.sum())
+                rows += int(chosen.sum())
+        return {"val_tokens": float(totals[0]) / rows, "val_regression": float(totals[1]) / rows}
+
+    def _select(self, batch: Any, chosen: Tensor) -> tuple[Tensor, Tensor | None]:
+        theta, field = self.predictor.standardizer(batch, self.predictor.device)
+        chosen = chosen.to(theta.device)
+        return theta[chosen], None if field is None else field[chosen]
+
+    def _losses(self, index: Tensor, inputs: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:
+        """The mean log-loss of a token, and the mean squared error of the regression."""
+        device = self.predictor.device
+        tokens, features = self.targets.tokens[index].to(device), self.targets.features[index].to(device)
+        logits, _ = self.predictor.network(*inputs, tokens)
+        token_loss = torch.stack([F.cross_entropy(part, tokens[:, g]) for g, part in enumerate(logits)]).mean()
+        return token_loss, F.mse_loss(self.predictor.regression(*inputs), features)
+
+    def _save(self) -> None:
+        state = {
+            "config": self.predictor.config.model_dump(mode="json"),
+            "keys": int(self.targets.keys.sum()),
+            "networks": self.networks.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "history": self.history,
+            "best_epoch": self.best_epoch,
+            "best": self.best,
+        }
+        save_torch(self.output / STATE, to_cpu(state))
+        self.saved = True
