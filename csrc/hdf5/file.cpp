@@ -44,7 +44,14 @@ File::File(const FileInfo& info) : identity_(info.identity), descriptor_(-1) {
         throw TooManyFiles("cannot be opened: " + reason(errno) + "; raise the limit with `ulimit -n`");
     if (descriptor_ < 0) throw ReadError("cannot be opened: " + reason(errno));
     try {
-        check_unchanged();
+        if (identity_.inode == 0) {  // copied from a remote store after it was indexed
+            identity_ = identify(descriptor_);
+            if (identity_.size != info.identity.size)
+                throw ReadError("holds " + std::to_string(identity_.size) + " bytes, expected " +
+                                std::to_string(info.identity.size));
+        } else {
+            check_unchanged();
+        }
     } catch (...) {
         ::close(descriptor_);
         throw;

@@ -26,7 +26,7 @@ struct FileIdentity {
 struct FileInfo {
     std::string path;
     std::string label;  // path for messages, UTF-8
-    FileIdentity identity;
+    FileIdentity identity;  // inode 0: not known yet, only the size is compared when the file is opened
 };
 
 // An open file descriptor. Reads use pread, so threads may share it.

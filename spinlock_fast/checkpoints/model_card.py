@@ -6,6 +6,7 @@ from html import escape
 from pathlib import Path
 
 from spinlock_fast.config.schema import RunConfig
+from spinlock_fast.data.remote_files import shown_url
 from spinlock_fast.messages import printable
 from spinlock_fast.models.metrics import Metrics
 
@@ -147,7 +148,7 @@ def _data(config: RunConfig) -> str:
     paths = config.dataset_path
     if paths is None:
         return "a matrix given in Python"
-    names = [f"`{_code(Path(path).name)}`" for path in ([paths] if isinstance(paths, str) else paths)]
+    names = [f"`{_code(Path(shown_url(path)).name)}`" for path in ([paths] if isinstance(paths, str) else paths)]
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more files" if len(names) > 4 else "")
 
 

@@ -271,8 +271,8 @@ def parse_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> list[tuple[
         if not equals or not key.strip():
             raise ConfigError(f"--set {text}: expected key=value, such as training.num_epochs=5")
         try:
-            # A leading * starts a glob here, not a YAML alias.
-            pairs.append((key.strip(), value if value.lstrip().startswith("*") else parse_yaml(value)))
+            # A leading * starts a glob here, not a YAML alias, and @ a list of paths, not an error.
+            pairs.append((key.strip(), value if value.lstrip().startswith(("*", "@")) else parse_yaml(value)))
         except yaml.YAMLError as error:
             raise ConfigError(f"--set {text}: not valid YAML: {one_line(error)}") from None
     return pairs

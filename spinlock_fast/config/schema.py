@@ -297,10 +297,10 @@ class TrainingConfig(Section):
 
 
 class DataConfig(Section):
-    allow_external: bool = Field(
-        default=True,
-        description="false: refuse links, virtual and external sources outside of the directory of a data file",
-    )
+    allow_external: bool = Field(default=True, description="false: refuse values outside the directory of a data file")
+    manifest_dir: str | None = Field(default=None, description="directory for the manifest of the shards; null: none")
+    remote_cache_dir: str | None = Field(default=None, description="directory for copies of remote files; null: user's")
+    remote_cache_size: ByteSize | None = Field(default=None, description="size limit of that directory; null: 20GB")
     feature_matrix: Literal["auto", "memory", "disk"] = Field(
         default="auto",
         description="where the encoded features are kept: memory, or a file in the output directory while the command "
@@ -321,7 +321,7 @@ class RunConfig(Section):
     """All settings of a run."""
 
     dataset_path: str | list[str] | None = Field(
-        default=None, description="HDF5 file, glob, or list of files with consecutive rows"
+        default=None, description="HDF5 file, glob, @list.txt, s3:// or other address, or a list of those"
     )
     data: DataConfig = Field(default_factory=DataConfig, description="see its section")
     memory_budget: ByteSize = Field(default=1_250_000_000, description="maximum bytes of raw features in memory")

@@ -22,9 +22,12 @@ from spinlock_fast.data.input_files import find_files, open_file, reporting_dama
 from spinlock_fast.data.loader import HDF5Loader
 from spinlock_fast.data.loader_pass import LoaderPass
 from spinlock_fast.data.packing import read_packing
+from spinlock_fast.data.remote_files import RemoteCache, remote_file
 from spinlock_fast.data.row_order import SingleBatch
 from spinlock_fast.data.sharded_dataset import ShardedDatasets
+from spinlock_fast.data.shared_shards import open_once
 from spinlock_fast.data.window_sizes import available_cpus
+from spinlock_fast.distributed import SINGLE, Ranks
 from spinlock_fast.errors import DataError
 from spinlock_fast.messages import printable
 
@@ -51,31 +54,42 @@ class FeatureSource:
     A context manager; exiting it stops reading ahead.
 
     Args:
-        paths: a file, a glob, or a list of those. Files of a glob are in natural order (shard_10 after shard_9).
+        paths: a file, a glob, a text file of paths, an address of a remote store, or a list of those; see
+            `find_files`. Files of a glob are in natural order (shard_10 after shard_9).
         datasets: dataset path by family name; 2-D or 3-D, numeric. Packed numbers (CF conventions) are unpacked: fill
             values become NaN, scale and offset are applied.
         allow_external: False rejects links and virtual or external sources outside the directory of a file.
+        manifest_dir: directory for a manifest of the shards; see `ShardManifest`.
+        remote_cache: copies of remote files; by default in the cache directory of the user.
+        ranks: processes of a distributed run that all create this source at the same time; rank 0 opens the files.
 
     Raises:
         DataError: a file or dataset cannot be read; one line that names both.
     """
 
-    def __init__(self, paths: str | Sequence[str], datasets: Mapping[str, str], *, allow_external: bool = True) -> None:
-        self.files = find_files(paths)
+    def __init__(
+        self,
+        paths: str | Sequence[str],
+        datasets: Mapping[str, str],
+        *,
+        allow_external: bool = True,
+        manifest_dir: str | None = None,
+        remote_cache: RemoteCache | None = None,
+        ranks: Ranks = SINGLE,
+    ) -> None:
         self.allow_external = allow_external
         self._iterators: list[Generator[Any, None, None]] = []
         policy = ExternalFilePolicy(allow_external)
-        with open_file(self.files[0]) as handle:
-            for family, path in datasets.items():
-                with reporting_damage(self.files[0], path):
-                    shape = get_dataset(self.files[0], handle, path, policy).shape
-                if shape is None or len(shape) not in (2, 3):
-                    raise DataError(
-                        f"{self.files[0]}: {path}: family {family!r} needs a 2-D or 3-D dataset, got shape {shape}"
-                    )
-        self._sharded = ShardedDatasets.open(
-            self.files, list(dict.fromkeys(datasets.values())), noun="families", policy=policy
-        )
+
+        def open_shards() -> ShardedDatasets:
+            files = find_files(paths, remote_cache)
+            _check_shapes(files[0], datasets, policy)
+            unique = list(dict.fromkeys(datasets.values()))
+            manifest = None if manifest_dir is None else Path(manifest_dir)
+            return ShardedDatasets.open(files, unique, noun="families", policy=policy, manifest_dir=manifest)
+
+        self._sharded = open_once(ranks, open_shards)
+        self.files = list(self._sharded.files)
         log_unusual_datasets(self._sharded)
         self._ends = np.cumsum(self._sharded.shard_rows).tolist()
         infos = {
@@ -112,13 +126,20 @@ class FeatureSource:
     def read_rows(self, family: str, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Rows of a family in the given order as float32; each chunk is decoded once."""
         info = self.datasets[family]
+        if any(remote_file(file) is not None for file in self.files) and len(rows):
+            shards = np.searchsorted(self._ends, rows, side="right")
+            if shards.min() < shards.max():  # one at a time: the cache may not hold all of them
+                values = np.empty((len(rows), *info.row_shape), np.float32)
+                for shard in np.unique(shards):
+                    values[shards == shard] = self.read_rows(family, rows[shards == shard])
+                return values
         if not len(rows):
             return np.empty((0, *info.row_shape), np.float32)
         sharded = self._sharded.select(info.path)
         batches = LoaderPass(sharded, SingleBatch(rows), windows_ahead=1, threads=available_cpus())
         with closing(batches):
-            values = sharded.unpack(next(iter(batches)))[info.path]
-        return as_float32(values, lambda i: self.row_location(family, int(rows[i]))).numpy()
+            unpacked = sharded.unpack(next(iter(batches)))[info.path]
+        return as_float32(unpacked, lambda i: self.row_location(family, int(rows[i]))).numpy()
 
     def batches(
         self,
@@ -149,17 +170,12 @@ class FeatureSource:
     def _read_ahead(
         self, families: Sequence[str], rows: int, memory_budget: int, device: torch.device, part: slice | None
     ) -> Generator[tuple[int, dict[str, Tensor]], None, None]:
-        loader = HDF5Loader(
-            [str(file) for file in self.files],
-            list(dict.fromkeys(self.datasets[family].path for family in families)),
-            batch_size=rows,
-            shuffle=False,
-            memory_budget=memory_budget,
-            pin_memory=device.type == "cuda",
-            allow_external=self.allow_external,
+        paths = list(dict.fromkeys(self.datasets[family].path for family in families))
+        sharded = self._sharded.select(*paths)
+        sharded.check_unchanged()
+        loader = _OpenedLoader(
+            sharded, paths, batch_size=rows, memory_budget=memory_budget, pin_memory=device.type == "cuda"
         )
-        if any(self._sharded.origins[path] != origin for path, origin in loader.origins.items()):
-            raise DataError(f"{self.files[0]}: the data set has changed since it was opened")
         first, stop, _ = (part or slice(None)).indices(len(loader))
         if first >= stop:
             return
@@ -214,6 +230,27 @@ class FeatureSource:
     def all_files(self) -> tuple[Path, ...]:
         """All files that hold values, including linked and virtual sources."""
         return self._sharded.all_files
+
+
+class _OpenedLoader(HDF5Loader):
+    """Reads shards that are already open, in sequence."""
+
+    def __init__(self, sharded: ShardedDatasets, paths: list[str], **settings: Any) -> None:
+        self._opened = sharded
+        super().__init__([str(file) for file in sharded.files], paths, shuffle=False, **settings)
+
+    def _open_shards(self) -> ShardedDatasets:
+        return self._opened
+
+
+def _check_shapes(file: Path, datasets: Mapping[str, str], policy: ExternalFilePolicy) -> None:
+    """Raises DataError if the dataset of a family has another number of axes than 2 or 3."""
+    with open_file(file) as handle:
+        for family, path in datasets.items():
+            with reporting_damage(file, path):
+                shape = get_dataset(file, handle, path, policy).shape
+            if shape is None or len(shape) not in (2, 3):
+                raise DataError(f"{file}: {path}: family {family!r} needs a 2-D or 3-D dataset, got shape {shape}")
 
 
 def column_names(file: Path, path: str, shape: tuple[int, ...], groups: int) -> list[str] | None:

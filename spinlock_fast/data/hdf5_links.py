@@ -12,7 +12,7 @@ from typing import Any
 
 import h5py
 
-from spinlock_fast.data.input_files import H5PY_ERRORS, check_regular, identify, open_file, reporting_damage
+from spinlock_fast.data.input_files import H5PY_ERRORS, check_regular, open_file, reporting_damage
 from spinlock_fast.errors import DataError
 from spinlock_fast.messages import one_line
 
@@ -194,8 +194,7 @@ def _candidates(file: Path, name: bytes, search_path: str, prefix: bytes) -> Ite
 def _same_file(handle: h5py.File, file: Path) -> bool:
     if handle.driver != "sec2":  # no single file descriptor
         return True
-    opened, named = identify(int(handle.id.get_vfd_handle())), identify(file)
-    return (opened.device, opened.inode) == (named.device, named.inode)
+    return os.path.samestat(os.fstat(handle.id.get_vfd_handle()), os.stat(file))
 
 
 def _dataset_names(file: Path, handle: h5py.File, path: str) -> list[str]:

@@ -13,10 +13,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import h5py
 
+from spinlock_fast.data.natural_sort import natural_sort_key
+from spinlock_fast.data.path_lists import read_path_lists
+from spinlock_fast.data.remote_files import RemoteCache, fetch, is_remote, remote_file, version_number
 from spinlock_fast.errors import DataError
 from spinlock_fast.messages import one_line
 
@@ -26,7 +28,6 @@ log = logging.getLogger(__name__)
 H5PY_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError, MemoryError, AttributeError)
 
 _GLOB = re.compile(r"[*?\[]")
-_REMOTE = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _ERRNO = re.compile(r"errno = (\d+)")  # in messages of libhdf5
 
 # Errors of the operating system, not of the file contents.
@@ -50,7 +51,12 @@ class FileIdentity:
 
 
 def identify(file: Path | int) -> FileIdentity:
-    """Current identity of a path or an open descriptor; raises DataError if it cannot be read."""
+    """Current identity of a path or an open descriptor; raises DataError if it cannot be read.
+
+    The copy of a remote file has device and inode 0, and a number of its version instead of a time.
+    """
+    if (remote := remote_file(file)) is not None:
+        return FileIdentity(0, 0, remote.size, version_number(remote))
     try:
         status = os.stat(file)
     except OSError as error:
@@ -58,35 +64,57 @@ def identify(file: Path | int) -> FileIdentity:
     return FileIdentity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
-def find_files(paths: str | Sequence[str]) -> list[Path]:
-    """Expands a path, a glob or a list of those; raises DataError if a file is missing or not a regular file."""
+def find_files(paths: str | Sequence[str], remote: RemoteCache | None = None) -> list[Path]:
+    """Expands paths to files; raises DataError if a file is missing or not a regular file.
+
+    Args:
+        paths: a path, a glob, a text file with one of those per line (`@files.txt`, or a name that ends in .txt), an
+            address of a remote store such as `s3://bucket/*.h5`, or a list of any of these.
+        remote: where copies of remote files are stored; by default in the cache directory of the user.
+
+    Returns:
+        The files. A remote file is represented by the path of its local copy, which `open_file` fetches.
+    """
     files: list[Path] = []
-    for pattern in [paths] if isinstance(paths, str) else paths:
-        if (scheme := _REMOTE.match(pattern)) and not os.path.exists(pattern):
-            raise DataError(
-                f"{pattern}: {scheme[1]}:// addresses are not supported; copy the file to a local disk, or "
-                "mount the store and pass the mounted path"
-            )
-        if "\0" in pattern:
-            raise DataError(f"{pattern!r}: a path cannot hold a NUL character")
-        if _GLOB.search(pattern) and not os.path.exists(pattern):
-            matches = sorted(glob.glob(pattern, recursive=True), key=natural_sort_key)
-            if not matches:
-                raise DataError(f"{pattern}: no file matches{_generate_hint(pattern)}")
-            files += [Path(match) for match in matches]
-        else:
-            files.append(Path(pattern))
+    for pattern, origin in read_path_lists([paths] if isinstance(paths, str) else paths):
+        try:
+            if remote_file(Path(pattern)) is not None:  # a copy that may not exist yet
+                files.append(Path(pattern))
+            elif is_remote(pattern):
+                remote = remote or RemoteCache()
+                files += remote.find(pattern)
+            else:
+                files += _find_local(pattern)
+        except DataError as error:
+            raise DataError(f"{origin}{error}") from None
     if not files:
         raise DataError("dataset_path is an empty list")
     duplicate = next((file for file, count in Counter(files).items() if count > 1), None)
     if duplicate is not None:
         raise DataError(f"dataset_path lists {duplicate} twice")
+    return files
+
+
+def _find_local(pattern: str) -> list[Path]:
+    pattern = pattern.removeprefix("file://")
+    if "\0" in pattern:
+        raise DataError(f"{pattern!r}: a path cannot hold a NUL character")
+    files = [Path(pattern)]
+    if _GLOB.search(pattern) and not os.path.exists(pattern):
+        files = [Path(match) for match in sorted(glob.glob(pattern, recursive=True), key=natural_sort_key)]
+        if not files:
+            raise DataError(f"{pattern}: no file matches{_generate_hint(pattern)}")
     for file in files:
-        if os.path.isdir(file):
+        try:
+            mode = os.stat(file).st_mode
+        except (OSError, ValueError):
+            if not os.path.exists(file):  # unlike `Path.exists`, False for a name that is too long
+                raise DataError(f"{file}: no such file{_generate_hint(str(file))}") from None
+            mode = 0
+        if stat.S_ISDIR(mode):
             raise DataError(f"{file}: is a directory; name the file, or a glob such as {file}/*.h5")
-        if not os.path.exists(file):  # unlike `Path.exists`, False for a name that is too long
-            raise DataError(f"{file}: no such file{_generate_hint(str(file))}")
-        check_regular(file)
+        if not stat.S_ISREG(mode):
+            check_regular(file)
     return files
 
 
@@ -113,10 +141,28 @@ _KINDS = (
 def open_file(file: Path) -> h5py.File:
     """Opens a file for reading, without locks if the file system does not support them (logged once).
 
+    A remote file is fetched first.
+
     Raises:
         TooManyOpenFilesError: the limit of open files is reached.
         DataError: the file cannot be read.
     """
+    with fetched(file):
+        return _open_local(file)  # libhdf5 holds a lock of its own afterwards
+
+
+@contextmanager
+def fetched(file: Path) -> Iterator[None]:
+    """Fetches a remote file, and keeps the copy within the block; no effect for other files."""
+    hold = fetch(file)
+    try:
+        yield
+    finally:
+        if hold is not None:
+            hold.release()
+
+
+def _open_local(file: Path) -> h5py.File:
     check_regular(file)
     try:
         with open(file, "rb"):
@@ -217,8 +263,3 @@ def _generate_hint(path: str) -> str:
         )
     name = path if not _GLOB.search(path) else "FILE.h5"
     return f"; simulate one with `python -m spinlock_fast.generate --operators 512 --output {name}`"
-
-
-def natural_sort_key(text: str) -> list[Any]:
-    """Sorts shard_10 after shard_9."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)]

@@ -20,11 +20,15 @@ from spinlock_fast.data.dataset_warnings import log_slow_reading, log_unusual_da
 from spinlock_fast.data.hdf5_links import ExternalFilePolicy
 from spinlock_fast.data.input_files import FileIdentity, find_files
 from spinlock_fast.data.loader_pass import LoaderPass, PassStats, batch_memory
+from spinlock_fast.data.remote_files import RemoteCache
 from spinlock_fast.data.row_order import RowOrder
+from spinlock_fast.data.shard_fetcher import check_remote_shards
 from spinlock_fast.data.sharded_dataset import ShardedDatasets
 from spinlock_fast.data.shared_position import SharedPosition
+from spinlock_fast.data.shared_shards import open_once, ranks_of_share
 from spinlock_fast.data.uncompressed_copies import uncompressed_copies
 from spinlock_fast.data.window_sizes import WindowSizes, available_cpus, sequential_windows, shuffled_windows
+from spinlock_fast.distributed import SINGLE, Ranks
 from spinlock_fast.errors import ConfigError
 
 
@@ -34,6 +38,9 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
     Native threads read and decode chunks without the GIL and without libhdf5, at least one window of rows ahead.
     Datasets that the native reader does not support (other compression filters, virtual layouts, ...) are read through
     h5py, with the same values but slower; `stats()["paths"]` shows how each dataset is read.
+
+    In a distributed run whose ranks read one part each (rank and world_size are those of torch.distributed), rank 0
+    opens the files for all of them, so all ranks must create their loader together.
 
     One iteration is one epoch. The order of rows depends only on the data, seed, epoch, rank, world_size and
     window_rows.
@@ -45,7 +52,9 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
     torchdata's StatefulDataLoader, which queries the workers. A loader must not be used by two DataLoaders at a time.
 
     Args:
-        paths: a file, a glob, or a list of those: shards, whose rows are concatenated.
+        paths: shards, whose rows are concatenated: a file, a glob, a text file with one path per line (`@files.txt` or
+            a name that ends in .txt), an address that fsspec supports (`s3://`, `gs://`, `hf://`, `https://`, ...), or
+            a list of those.
         datasets: dataset paths in the files, with the same number of rows; any shape [N, ...] of numbers.
         batch_size: rows per batch.
         shuffle: True shuffles chunks over all data and rows within windows of `window_rows`, and decodes each chunk
@@ -69,6 +78,13 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
             False returns the stored numbers.
         allow_external: False rejects links and virtual or external sources outside the directory of the file that
             refers to them.
+        shard_group: number of shards whose chunks `shuffle=True` permutes together: shards are permuted first, and read
+            group by group, so that an epoch reads each of them once. None permutes the chunks of all shards.
+        manifest_dir: directory for a manifest of the shards (sizes, times, shapes, places of chunks), with which later
+            runs open only shards that have changed. It may be the directory of the data.
+        remote_cache_dir: directory for copies of remote files; by default SPINLOCK_FAST_REMOTE_CACHE, or in the cache
+            directory of the user.
+        remote_cache_size: size limit of that directory, in bytes or as "20GB" (the default).
 
     Yields:
         {dataset path: tensor [b, ...] of the dataset's type (uint8 for booleans), "index": [b] int64 row numbers over
@@ -99,6 +115,10 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
         cache_dir: str | os.PathLike[str] | None = None,
         unpack: bool = True,
         allow_external: bool = True,
+        shard_group: int | None = None,
+        manifest_dir: str | os.PathLike[str] | None = None,
+        remote_cache_dir: str | os.PathLike[str] | None = None,
+        remote_cache_size: str | int | None = None,
     ) -> None:
         self.paths = _path_strings(paths)
         self.datasets = _names(datasets)
@@ -113,10 +133,7 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
         if self.rank >= self.world_size:
             raise ConfigError(f"rank: {rank}, but world_size is {world_size}")
         self.window_rows = _checked_int("window_rows", window_rows)
-        try:
-            self.memory_budget = parse_bytes(memory_budget)
-        except ValueError as error:
-            raise ConfigError(f"memory_budget: {error}, got {memory_budget!r}") from None
+        self.memory_budget = _checked_bytes("memory_budget", memory_budget)
         self.pin_memory = pin_memory
         self.drop_last = drop_last
         self.verify_checksums = verify_checksums
@@ -125,22 +142,32 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
             raise ConfigError(f"datasets: {self.datasets}, expected different names, none of them 'index'")
         self.unpack = unpack
         self.allow_external = allow_external
+        self.shard_group = None if shard_group is None else _checked_int("shard_group", shard_group)
+        self.manifest_dir = None if manifest_dir is None else Path(manifest_dir)
+        self._remote_cache = RemoteCache(
+            None if remote_cache_dir is None else Path(remote_cache_dir),
+            None if remote_cache_size is None else _checked_bytes("remote_cache_size", remote_cache_size),
+        )
         self._epoch = 0
         self._batch = 0  # batches delivered in this epoch
         self._resume_at: int | None = None
         self._shared = SharedPosition()
         self._end: int | None = None  # in a DataLoader worker: end of its range of batches
-        self._open()
+        self._open(ranks_of_share(self.rank, self.world_size))
 
-    def _open(self) -> None:
+    def _open(self, ranks: Ranks) -> None:
         self._stats = PassStats()
         self._memory: list[BatchMemory] = []  # allocated by the first pass, reused by later ones
-        policy = ExternalFilePolicy(self.allow_external)
-        self._sharded = ShardedDatasets.open(find_files(self.paths), self.datasets, policy=policy)
+        self._sharded = open_once(ranks, self._open_shards)
         self._plan()
         if self.unpack:
             log_unusual_datasets(self._sharded)
         log_slow_reading(self._sharded, self.window_rows if self.shuffle else None)
+
+    def _open_shards(self) -> ShardedDatasets:
+        policy = ExternalFilePolicy(self.allow_external)
+        files = find_files(self.paths, self._remote_cache)
+        return ShardedDatasets.open(files, self.datasets, policy=policy, manifest_dir=self.manifest_dir)
 
     def _plan(self) -> tuple[RowOrder, WindowSizes]:
         """Order and window sizes of a pass; raises ConfigError if the budget or the number of rows is too small."""
@@ -169,12 +196,14 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
             self.rank,
             self.world_size,
             self.drop_last,
+            self.shard_group,
         )
         if (needed := order.nbytes) > self.memory_budget:
             raise ConfigError(
                 f"memory_budget {self.memory_budget} does not hold the order of {sharded.rows} rows: at least {needed} "
                 "bytes are needed"
             )
+        check_remote_shards(sharded, order, windows)
         return order, windows
 
     def __getstate__(self) -> dict[str, Any]:
@@ -183,7 +212,7 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._open()
+        self._open(SINGLE)
 
     @property
     def rows(self) -> int:
@@ -212,7 +241,7 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
 
     def __len__(self) -> int:
         """Number of batches of an epoch."""
-        return len(self._plan()[0].batch_ends)
+        return self._plan()[0].batch_count
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """Iterates over one epoch, or its rest after `load_state_dict`. An epoch that was left early starts again."""
@@ -303,8 +332,8 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
 
     def _settings(self) -> dict[str, Any]:
         """Settings that determine the order of rows and batches."""
-        names = ("seed", "shuffle", "rank", "world_size", "window_rows", "batch_size", "drop_last", "rows")
-        return {name: getattr(self, name) for name in names}
+        names = "seed shuffle rank world_size window_rows batch_size drop_last rows shard_group"
+        return {name: getattr(self, name) for name in names.split()}
 
     def stats(self) -> dict[str, Any]:
         """Statistics of the last pass (batches, rows, chunks, bytes, seconds, MB/s) and how datasets are read."""
@@ -341,6 +370,13 @@ def _path_strings(paths: Any) -> list[str]:
 
 def _names(names: str | Sequence[str]) -> list[str]:
     return [names] if isinstance(names, str) else [str(name) for name in names]
+
+
+def _checked_bytes(name: str, value: str | int) -> int:
+    try:
+        return parse_bytes(value)
+    except ValueError as error:
+        raise ConfigError(f"{name}: {error}, got {value!r}") from None
 
 
 def _checked_int(name: str, value: int, minimum: int = 1) -> int:

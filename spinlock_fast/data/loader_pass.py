@@ -18,6 +18,7 @@ from spinlock_fast import _native
 from spinlock_fast.data.batch_memory import BatchMemory
 from spinlock_fast.data.h5py_reader import H5pyReader
 from spinlock_fast.data.row_order import RowSequence
+from spinlock_fast.data.shard_fetcher import ShardFetcher
 from spinlock_fast.data.sharded_dataset import ShardedDatasets
 from spinlock_fast.errors import DataError
 
@@ -95,10 +96,12 @@ class LoaderPass:
         stats: PassStats | None = None,
     ) -> None:
         self._sharded = sharded
-        self._ends = order.batch_ends[:stop_batch]
+        self._batch_end = order.batch_end
+        self._batches = range(first_batch, order.batch_count if stop_batch is None else stop_batch)
         self._next_batch = first_batch
-        self._start = int(self._ends[first_batch - 1]) if first_batch else 0
-        self._windows = order.windows(epoch)
+        self._start, self._stop = order.batch_end(first_batch), order.batch_end(self._batches.stop)
+        self._windows = order.windows(epoch, self._start)
+        self._fetcher = ShardFetcher(sharded, order.shards(epoch))
         self._windows_ahead = windows_ahead
         self._memory = batch_memory(sharded, order, windows_ahead, pin=False) if memory is None else memory
         self._reader = _native.RowReader(*sharded.native_descriptions(), threads, verify_checksums)
@@ -115,16 +118,19 @@ class LoaderPass:
         self._reader.close()
         if os.getpid() == self._owner_pid:  # a forked process must not close the files of its parent
             self._h5py_reader.close()
+            self._fetcher.close()
         self._pending.clear()
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         started = time.perf_counter()
-        for end in self._ends[self._next_batch :].tolist():
+        for number in self._batches:
+            end = self._batch_end(number + 1)
             requested = time.perf_counter()
             self._submit(end)
             batch = self._deliver()
             while self._window_ends and self._window_ends[0] <= end:
                 self._window_ends.popleft()
+            self._fetcher.release(end)
             self._submit(end)  # keeps the threads busy while the caller processes the batch
             self._stats.batches += 1
             self._stats.rows += len(batch["index"])
@@ -148,16 +154,17 @@ class LoaderPass:
     def _submit(self, needed: int) -> None:
         """Submits windows ahead, at least all windows before position `needed`."""
         while len(self._window_ends) < self._windows_ahead or self._submitted < needed:
-            if not len(self._ends) or self._submitted >= self._ends[-1]:
+            if self._submitted >= self._stop:
                 return
             if (window := next(self._windows, None)) is None:
                 return
             first, rows = window
-            rows = rows[max(0, self._start - first) : max(0, int(self._ends[-1]) - first)]
+            rows = rows[max(0, self._start - first) : max(0, self._stop - first)]
             first = max(first, self._start)
             if not len(rows):
                 continue
             end = first + len(rows)
+            self._fetcher.require(end, rows)
             self._add_batches(end)
             for batch in self._pending:
                 low, high = max(batch.first, first), min(batch.first + len(batch.rows), end)
@@ -170,11 +177,11 @@ class LoaderPass:
 
     def _add_batches(self, end: int) -> None:
         """Adds the batches that start before position `end`."""
-        while self._next_batch < len(self._ends):
-            first = int(self._ends[self._next_batch - 1]) if self._next_batch else 0
+        while self._next_batch < self._batches.stop:
+            first = self._batch_end(self._next_batch)
             if first >= end:
                 return
-            count = int(self._ends[self._next_batch]) - first
+            count = self._batch_end(self._next_batch + 1) - first
             tensors = [memory.allocate(count) for memory in self._memory]
             pairs = zip(self._sharded.datasets, tensors, strict=True)
             native = [tensor.numpy() for dataset, tensor in pairs if not dataset.h5py_reason]

@@ -59,7 +59,7 @@ def native_layout(handle: h5py.File, dataset: h5py.Dataset) -> dict[str, Any]:
         return {"rows": 0, "swapped": False, "offset": 0, "chunk_rows": 1}  # an empty shard of any layout
     if handle.swmr_mode:
         raise NotNativeError("a writer that has the file open")
-    if handle.driver != "sec2":
+    if handle.driver not in ("sec2", "fileobj"):
         raise NotNativeError(f"the file driver {handle.driver}")  # offsets do not refer to a single file
     if handle.userblock_size and h5py.version.hdf5_version_tuple < (1, 14, 3):
         raise NotNativeError("the user block")  # older versions return offsets without the user block
@@ -124,8 +124,8 @@ def _check_offsets(dataset: h5py.Dataset, offsets: NDArray[np.uint64], grid: tup
     """
     present = np.flatnonzero(offsets != _UNWRITTEN)
     chunk_bytes = prod(dataset.chunks) * dataset.dtype.itemsize
-    if len(present) < 2 or chunk_bytes > _MAX_COMPARED_BYTES:
-        return
+    if len(present) < 2 or chunk_bytes > _MAX_COMPARED_BYTES or dataset.file.driver != "sec2":
+        return  # a remote file has another driver; its index is compared with that of its copy
     descriptor = dataset.file.id.get_vfd_handle()
     for cell in {int(present[i * (len(present) - 1) // _COMPARED_CHUNKS]) for i in range(1, _COMPARED_CHUNKS + 1)}:
         origin = tuple(int(i) * size for i, size in zip(np.unravel_index(cell, grid), dataset.chunks, strict=True))

@@ -10,9 +10,12 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from spinlock_fast.data.permutation import MAX_TABLE, Feistel, Identity, Table, permutation
+from spinlock_fast.data.row_units import RowUnits
+
 RowNumbers = NDArray[np.int64]
 
-_UNITS, _WINDOW, _ROWS = range(3)  # purposes of random streams
+_UNITS, _WINDOW, _ROWS, _SHARDS = range(4)  # purposes of random streams
 
 
 class RowSequence(Protocol):
@@ -23,11 +26,20 @@ class RowSequence(Protocol):
         """Largest number of rows of a batch and of a window."""
 
     @property
-    def batch_ends(self) -> RowNumbers:
-        """End position of each batch."""
+    def batch_count(self) -> int:
+        """Number of batches."""
 
-    def windows(self, epoch: int) -> Iterator[tuple[int, RowNumbers]]:
-        """Yields (first position, row numbers) of windows: consecutive positions whose rows are read together."""
+    def batch_end(self, number: int) -> int:
+        """End position of the first `number` batches."""
+
+    def windows(self, epoch: int, after: int = 0) -> Iterator[tuple[int, RowNumbers]]:
+        """Yields (first position, row numbers) of windows: consecutive positions whose rows are read together.
+
+        Windows that end at position `after` or before are left out.
+        """
+
+    def shards(self, epoch: int) -> RowNumbers:
+        """Shards in the order in which rows are first read from them; empty if it is unknown."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +53,17 @@ class SingleBatch:
         return len(self.rows), len(self.rows)
 
     @property
-    def batch_ends(self) -> RowNumbers:
-        return np.array([len(self.rows)])
+    def batch_count(self) -> int:
+        return 1
 
-    def windows(self, epoch: int) -> Iterator[tuple[int, RowNumbers]]:
+    def batch_end(self, number: int) -> int:
+        return number * len(self.rows)
+
+    def windows(self, epoch: int, after: int = 0) -> Iterator[tuple[int, RowNumbers]]:
         yield 0, self.rows
+
+    def shards(self, epoch: int) -> RowNumbers:
+        return np.empty(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -54,7 +72,13 @@ class RowOrder:
 
     Rows of a chunk form a unit. `shuffle=True` permutes the units of all shards, assigns each rank a contiguous part of
     equal size, and shuffles rows within windows of as many units as fit `window_rows`; "exact" permutes all rows; False
-    keeps the order of the files.
+    keeps the order of the files, without any table.
+
+    Up to `MAX_TABLE` units (or rows, for "exact"), the permutation is a table of 8 bytes each; larger ones are computed
+    by a Feistel network for the units of a window at a time.
+
+    With `shard_group`, the shards are permuted, and units only within groups of that many consecutive shards, one group
+    after the other. An epoch then reads every shard in one piece of the order, and each rank only its part of them.
     """
 
     shard_rows: tuple[int, ...]
@@ -66,8 +90,9 @@ class RowOrder:
     rank: int = 0
     world_size: int = 1
     drop_last: bool = False
+    shard_group: int | None = None  # number of shards whose units are permuted together; None for all
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """Number of rows of all ranks."""
         return sum(self.shard_rows)
@@ -75,8 +100,11 @@ class RowOrder:
     @property
     def nbytes(self) -> int:
         """Memory for the order of an epoch, in bytes."""
-        numbers = self.rows if self.shuffle == "exact" else 3 * (self.rows // self.unit_rows)
-        return 8 * (numbers + self.rows // self.batch_size)
+        if not self.shuffle or (self.shuffle is True and self.shard_group is not None):
+            return 0
+        per_number = 8 if self.shuffle == "exact" else 24
+        count = self.rows if self.shuffle == "exact" else self.rows // self.unit_rows
+        return per_number * count if count <= MAX_TABLE else 0
 
     @property
     def max_rows(self) -> tuple[int, int]:
@@ -87,70 +115,81 @@ class RowOrder:
         """Positions [start, stop) of this rank in the order of all ranks; sizes differ by at most one row."""
         return tuple(self.rows * r // self.world_size for r in (self.rank, self.rank + 1))  # type: ignore[return-value]
 
-    @cached_property
-    def batch_ends(self) -> RowNumbers:
-        """End position of each batch.
+    @property
+    def batch_count(self) -> int:
+        if self.drop_last:
+            return self.rows // self.world_size // self.batch_size
+        low, high = self.rank_range
+        largest = -(-self.rows // self.world_size)
+        return min(-(-largest // self.batch_size), high - low)
+
+    def batch_end(self, number: int) -> int:
+        """End position of the first `number` batches.
 
         All ranks have the same number of batches, so the last but one may be one row short. With batches of one row
         the numbers can differ.
         """
-        if self.drop_last:
-            count = self.rows // self.world_size // self.batch_size
-            return np.arange(1, count + 1, dtype=np.int64) * self.batch_size
-        largest = -(-self.rows // self.world_size)
-        size = self.rank_range[1] - self.rank_range[0]
-        count = min(-(-largest // self.batch_size), size)
-        ends = np.arange(1, count + 1, dtype=np.int64) * self.batch_size
-        ends[-1:] = size
-        if count > 1 and ends[-2] == size:
-            ends[-2] -= 1
-        return ends
+        end, count = number * self.batch_size, self.batch_count
+        if self.drop_last or number == 0:
+            return end
+        low, high = self.rank_range
+        if number == count:
+            return high - low
+        return end - 1 if number == count - 1 and end == high - low else end
 
-    def windows(self, epoch: int) -> Iterator[tuple[int, RowNumbers]]:
-        """Yields (first position within this rank, row numbers) of windows."""
+    def windows(self, epoch: int, after: int = 0) -> Iterator[tuple[int, RowNumbers]]:
+        """Yields (first position within this rank, row numbers) of windows that end after position `after`."""
         if self.shuffle == "exact":
-            yield from self._exact(epoch)
+            yield from self._exact(epoch, after)
             return
-        start, length = self._units
-        if self.shuffle:
-            chosen = self._permutation(len(start), _UNITS, epoch)
-            start, length = start[chosen], length[chosen]
-        end = np.cumsum(length)
         low, high = self.rank_range
-        unit, position = int(np.searchsorted(end, low, side="right")), low
-        number = 0
-        while position < high:
-            stop_unit = max(unit + 1, int(np.searchsorted(end, position + self.window_rows, side="right")))
-            block = slice(unit, stop_unit)
-            first = int(end[unit] - length[unit])
-            rows = np.arange(first, end[stop_unit - 1]) + np.repeat(
-                start[block] + length[block] - end[block], length[block]
-            )
-            stop = min(int(end[stop_unit - 1]), high)
-            rows = rows[position - first : stop - first]  # a rank may start and end within a unit
-            if self.shuffle:
-                rows = rows[self._permutation(len(rows), _WINDOW, epoch, self.rank, number)]
-            yield position - low, rows
-            unit, position, number = stop_unit, stop, number + 1
+        group_start, number = 0, 0
+        for units in self._unit_groups(epoch):
+            first, stop = max(low - group_start, 0), min(high - group_start, units.rows)
+            for window in units.windows(first, stop, self.window_rows) if first < stop else ():
+                position = group_start + window.start - low
+                if position + len(window) > after:
+                    rows = units.row_numbers(window)
+                    if self.shuffle:
+                        key = [self.seed, _WINDOW, epoch, self.rank, number]
+                        rows = rows[Table(len(rows), key).numbers]
+                    yield position, rows
+                number += 1
+            group_start += units.rows
 
-    def _exact(self, epoch: int) -> Iterator[tuple[int, RowNumbers]]:
+    def shards(self, epoch: int) -> RowNumbers:
+        if self.shuffle and (self.shuffle == "exact" or self.shard_group is None):
+            return np.empty(0, np.int64)
+        numbers = self._shard_order(epoch)
+        ends = np.cumsum(np.array(self.shard_rows, np.int64)[numbers])
         low, high = self.rank_range
-        rows = self._permutation(self.rows, _ROWS, epoch)[low:high]
-        for first in range(0, len(rows), self.window_rows):
-            yield first, rows[first : first + self.window_rows]
+        group = 1 if not self.shuffle else self.shard_group or 1
+        first = int(np.searchsorted(ends, low, side="right")) // group * group
+        stop = -(-(int(np.searchsorted(ends, high, side="left")) + 1) // group) * group
+        return numbers[first:stop]
 
-    @cached_property
-    def _units(self) -> tuple[RowNumbers, RowNumbers]:
-        """First row and number of rows of each unit; units do not cross shards."""
-        starts, lengths, shard_start = [], [], 0
-        for rows in self.shard_rows:
-            start = np.arange(0, rows, self.unit_rows, dtype=np.int64)
-            starts.append(start + shard_start)
-            lengths.append(np.minimum(self.unit_rows, rows - start))
-            shard_start += rows
-        return np.concatenate(starts), np.concatenate(lengths)
+    def _exact(self, epoch: int, after: int) -> Iterator[tuple[int, RowNumbers]]:
+        low, high = self.rank_range
+        order = permutation(self.rows, [self.seed, _ROWS, epoch])
+        for first in range(low + after // self.window_rows * self.window_rows, high, self.window_rows):
+            stop = min(first + self.window_rows, high)
+            if stop - low > after:
+                yield first - low, order[np.arange(first, stop)]
 
-    def _permutation(self, count: int, *purpose: int) -> RowNumbers:
-        # argsort of raw bits is stable across NumPy versions; Generator.permutation is not guaranteed to be.
-        bits = np.random.Philox(np.random.SeedSequence([self.seed, *purpose]))
-        return np.argsort(bits.random_raw(count), kind="stable")
+    def _shard_order(self, epoch: int) -> RowNumbers:
+        if not self.shuffle:
+            return np.arange(len(self.shard_rows))
+        return Table(len(self.shard_rows), [self.seed, _SHARDS, epoch]).numbers
+
+    def _unit_groups(self, epoch: int) -> Iterator[RowUnits]:
+        """The units of groups of shards, in the order of the epoch."""
+        if not self.shuffle or self.shard_group is None:
+            shards = np.arange(len(self.shard_rows))
+            units = RowUnits(self.shard_rows, shards, self.unit_rows)
+            key = [self.seed, _UNITS, epoch]
+            yield units.ordered_by(permutation(units.count, key) if self.shuffle else Identity(units.count))
+            return
+        order = self._shard_order(epoch)
+        for number, first in enumerate(range(0, len(order), self.shard_group)):
+            units = RowUnits(self.shard_rows, order[first : first + self.shard_group], self.unit_rows)
+            yield units.ordered_by(Feistel(units.count, [self.seed, _UNITS, epoch, number]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -18,7 +19,10 @@ from spinlock_fast.data.hdf5_links import ExternalFilePolicy, LinkTrace, get_dat
 from spinlock_fast.data.input_files import FileIdentity, identify, open_file, reporting_damage
 from spinlock_fast.data.native_layout import NotNativeError, check_filters, native_layout
 from spinlock_fast.data.packing import Packing, read_packing
+from spinlock_fast.data.remote_files import remote_file
 from spinlock_fast.errors import DataError
+
+log = logging.getLogger(__name__)
 
 _ITEM_SIZES = {"f": (2, 4, 8), "i": (1, 2, 4, 8), "u": (1, 2, 4, 8), "b": (1,)}
 _CACHE_SIZE = 256
@@ -84,13 +88,7 @@ def index_file(file: Path, paths: list[str], policy: ExternalFilePolicy | None =
         indexes = {path: _cache[key] for path, key in keys.items() if key in _cache}
     missing = [path for path in paths if path not in indexes or not _is_current(indexes[path])]
     if missing:
-        with open_file(file) as handle:
-            for path in missing:
-                with reporting_damage(file, path):
-                    indexes[path] = _index(file, identity, handle, path, policy)
-            swmr = handle.swmr_mode
-        if identify(file) != identity and not swmr:
-            raise DataError(f"{file}: the file changed while it was opened")
+        indexes.update(_index_remote(file, missing, policy) or _index_local(file, missing, policy))
     with _cache_lock:
         for path, key in keys.items():
             _cache[key] = indexes[path]
@@ -98,6 +96,38 @@ def index_file(file: Path, paths: list[str], policy: ExternalFilePolicy | None =
         while len(_cache) > _CACHE_SIZE:
             _cache.popitem(last=False)
     return {path: indexes[path] for path in paths}
+
+
+def index_copy(index: ShardIndex) -> ShardIndex:
+    """Indexes the local copy of a remote file."""
+    return _index_local(index.file, [index.path], ExternalFilePolicy())[index.path]
+
+
+def _index_local(file: Path, paths: list[str], policy: ExternalFilePolicy) -> dict[str, ShardIndex]:
+    identity = identify(file)
+    indexes = {}
+    with open_file(file) as handle:
+        for path in paths:
+            with reporting_damage(file, path):
+                indexes[path] = _index(file, identity, handle, path, policy)
+        swmr = handle.swmr_mode
+    if identify(file) != identity and not swmr:
+        raise DataError(f"{file}: the file changed while it was opened")
+    return indexes
+
+
+def _index_remote(file: Path, paths: list[str], policy: ExternalFilePolicy) -> dict[str, ShardIndex] | None:
+    """Indexes a remote file that has no copy yet, by reading parts of it; None if this is not possible."""
+    if (remote := remote_file(file)) is None or file.exists():
+        return None
+    try:
+        with remote.open() as stream, h5py.File(stream, "r") as handle:
+            return {path: _index(file, identify(file), handle, path, policy) for path in paths}
+    except DataError:
+        raise
+    except Exception as error:  # noqa: BLE001 - each store has its own; downloading shows whether it can be read
+        log.info("%s: cannot be read in parts (%s), downloading it", remote.name, type(error).__name__)
+        return None
 
 
 def _is_current(index: ShardIndex) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from spinlock_fast.data.hdf5_links import ExternalFilePolicy
 from spinlock_fast.data.input_files import FileIdentity
-from spinlock_fast.data.shard_index import ShardIndex, file_description, index_file
+from spinlock_fast.data.remote_files import remote_file
+from spinlock_fast.data.shard_index import ShardIndex, file_description
+from spinlock_fast.data.shard_manifest import ShardManifest
 from spinlock_fast.errors import DataError
 
 _TRANSPOSED = (
@@ -36,17 +39,17 @@ class ShardedDataset:
     def row_bytes(self) -> int:
         return prod(self.row_shape) * self.dtype.itemsize
 
-    @property
+    @cached_property
     def h5py_reason(self) -> str:
         """Why h5py reads it; empty if the native reader does."""
         return next((shard.h5py_reason for shard in self.shards if shard.native_layout is None), "")
 
-    @property
+    @cached_property
     def has_packing(self) -> bool:
         """Whether stored numbers are packed (fill values, scale, offset)."""
         return any(shard.packing is not None for shard in self.shards)
 
-    @property
+    @cached_property
     def unpacked_dtype(self) -> np.dtype[Any]:
         """Type of the unpacked values."""
         packings = [shard.packing for shard in self.shards if shard.packing is not None]
@@ -57,12 +60,12 @@ class ShardedDataset:
             dtypes.append(self.dtype)
         return np.result_type(*dtypes)
 
-    @property
+    @cached_property
     def chunk_rows(self) -> int:
         """Largest number of rows per chunk; 1 if not chunked."""
         return max(shard.chunk_rows for shard in self.shards)
 
-    @property
+    @cached_property
     def chunk_bytes(self) -> int:
         return max(shard.chunk_bytes for shard in self.shards)
 
@@ -83,6 +86,7 @@ class ShardedDatasets:
         paths: Sequence[str],
         noun: str = "datasets",
         policy: ExternalFilePolicy | None = None,
+        manifest_dir: Path | None = None,
     ) -> ShardedDatasets:
         """Indexes every file.
 
@@ -91,18 +95,22 @@ class ShardedDatasets:
             paths: dataset paths within each file.
             noun: what error messages call the datasets.
             policy: files from which linked and virtual datasets may take values.
+            manifest_dir: directory of the manifest, which makes it unnecessary to open files that have not changed.
 
         Raises:
             DataError: a file or dataset cannot be read, or the shapes or types of shards or datasets differ.
+            OutputError: the manifest cannot be written.
         """
         shards: list[dict[str, ShardIndex]] = []
+        manifest = ShardManifest(manifest_dir, files, paths, policy)
         for file in files:
-            shards.append(indexes := index_file(file, list(paths), policy))
+            shards.append(indexes := manifest.index(file))
             rows = {path: index.shape[0] for path, index in indexes.items()}
             if len(set(rows.values())) > 1:
                 listed = ", ".join(f"{path} has {count}" for path, count in rows.items())
                 hint = _TRANSPOSED if any(index.matlab for index in indexes.values()) else ""
                 raise DataError(f"{file}: {noun} differ in their number of rows: {listed}{hint}")
+        manifest.save()
         datasets = []
         for path in paths:
             first = shards[0][path]
@@ -168,9 +176,22 @@ class ShardedDatasets:
         paths = (source.path for dataset in self.datasets for shard in dataset.shards for source in shard.backing_files)
         return tuple(dict.fromkeys((*self.files, *paths)))
 
-    def select(self, path: str) -> ShardedDatasets:
-        """Only the dataset with this path."""
-        return replace(self, datasets=tuple(dataset for dataset in self.datasets if dataset.path == path))
+    def select(self, *paths: str) -> ShardedDatasets:
+        """Only the datasets with these paths, in this order."""
+        by_path = {dataset.path: dataset for dataset in self.datasets}
+        return replace(self, datasets=tuple(by_path[path] for path in paths))
+
+    def check_unchanged(self) -> None:
+        """Raises DataError if a file that holds values has changed since it was indexed."""
+        checked: set[FileIdentity] = set()
+        for dataset in self.datasets:
+            for shard in dataset.shards:
+                if not checked.issuperset(shard.identities):
+                    try:
+                        shard.check_unchanged()
+                    except DataError as error:
+                        raise DataError(f"{shard.file}: {error}") from None
+                    checked.update(shard.identities)
 
     def native_descriptions(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Arguments `files` and `datasets` of `_native.RowReader`."""
@@ -193,4 +214,6 @@ class ShardedDatasets:
 def _storage(shard: ShardIndex) -> tuple[Path, FileIdentity, str]:
     """The file that stores a dataset, its identity, and its name in error messages."""
     label = str(shard.file) if shard.storage_file == shard.file else f"{shard.file} (values in {shard.storage_file})"
+    if (remote := remote_file(shard.file)) is not None:
+        label = f"{remote.name} (copy in {shard.file})"
     return shard.storage_file, shard.storage_identity, label

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from spinlock_fast.errors import OutputError
 from spinlock_fast.output.atomic_files import is_written_through, process_exists
 
-_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # of file systems without flock
+log = logging.getLogger(__name__)
+
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # of file systems without flock
+_LOG_SECONDS = 30.0  # between messages about waiting
 _WAIT_SECONDS = 5.0  # for worker processes of a killed process, which inherit its lock, to end
+
+
+class _LockedError(OutputError):
+    """Another process holds the lock."""
 
 
 def lock_path(output: Path) -> Path:
@@ -33,11 +41,36 @@ def locked(output: Path) -> Iterator[None]:
     Raises:
         OutputError: another process holds the lock (named in the message), or the lock file cannot be created.
     """
-    path = lock_path(output)
     try:
-        descriptor = _acquire(path, output)
-    except OSError as error:
-        raise OutputError(f"{output}: cannot be written: {os.strerror(error.errno or 0)}") from None
+        descriptor = _acquire(output)
+    except _LockedError as error:
+        raise OutputError(*error.args) from None
+    with _released_at_the_end(descriptor, lock_path(output)):
+        yield
+
+
+@contextmanager
+def locked_unless(done: Callable[[], bool], output: Path, seconds: float) -> Iterator[None]:
+    """As `locked`, but waits while another process holds the lock, until `done()` or for some time.
+
+    In both cases the block runs without the lock.
+    """
+    started = logged = time.monotonic()
+    with ExitStack() as stack:
+        while not done() and time.monotonic() - started < seconds:
+            try:
+                stack.enter_context(_released_at_the_end(_acquire(output), lock_path(output)))
+                break
+            except _LockedError as error:
+                if time.monotonic() - logged > _LOG_SECONDS:
+                    logged = time.monotonic()
+                    log.info("waiting: %s", error)
+                time.sleep(0.1)
+        yield
+
+
+@contextmanager
+def _released_at_the_end(descriptor: int, path: Path) -> Iterator[None]:
     try:
         yield
     finally:
@@ -77,7 +110,15 @@ def locked_output_directory(directory: Path) -> Iterator[None]:
         yield
 
 
-def _acquire(path: Path, output: Path) -> int:
+def _acquire(output: Path) -> int:
+    """Descriptor of the locked lock file; raises OutputError."""
+    try:
+        return _open_locked(lock_path(output), output)
+    except OSError as error:
+        raise OutputError(f"{output}: cannot be written: {os.strerror(error.errno or 0)}") from None
+
+
+def _open_locked(path: Path, output: Path) -> int:
     deadline = time.monotonic() + _WAIT_SECONDS
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
@@ -87,7 +128,7 @@ def _acquire(path: Path, output: Path) -> int:
                     os.close(descriptor)
                     time.sleep(0.05)
                     continue
-                raise OutputError(f"{output}: is being written by {_holder(descriptor)}")
+                raise _LockedError(f"{output}: is being written by {_holder(descriptor)}")
             if _is_same_file(descriptor, path):
                 text = f"{os.getpid()} {socket.gethostname()} {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
                 try:
@@ -109,7 +150,7 @@ def _try_flock(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
-        if error.errno not in _NO_LOCKS:
+        if error.errno not in NO_LOCKS:
             raise
         return not _holder_exists(descriptor)
     return True

@@ -16,6 +16,7 @@ from spinlock_fast.config.schema import RunConfig
 from spinlock_fast.data.checksums import fletcher32_of_rows
 from spinlock_fast.data.feature_matrix import FeatureMatrix, is_kept_on_disk
 from spinlock_fast.data.feature_source import FeatureSource
+from spinlock_fast.data.remote_files import RemoteCache
 from spinlock_fast.data.row_view import RowView
 from spinlock_fast.data.split import Split, split_rows
 from spinlock_fast.descriptors.field_grid import FieldGrid
@@ -83,12 +84,19 @@ class PreparedFeatures:
         }
 
 
-def open_source(config: RunConfig) -> FeatureSource:
-    """The configured data; raises DataError, or ConfigError if dataset_path is not set."""
+def open_source(config: RunConfig, ranks: Ranks = SINGLE) -> FeatureSource:
+    """The configured data, whose files rank 0 opens for all; raises DataError, or ConfigError without dataset_path."""
     if config.dataset_path is None:
         raise ConfigError("dataset_path: required, not given; name an HDF5 file, a glob or a list of files")
-    datasets = resolve_families(config).datasets()
-    return FeatureSource(config.dataset_path, datasets, allow_external=config.data.allow_external)
+    remote_dir = None if config.data.remote_cache_dir is None else Path(config.data.remote_cache_dir)
+    return FeatureSource(
+        config.dataset_path,
+        resolve_families(config).datasets(),
+        allow_external=config.data.allow_external,
+        manifest_dir=config.data.manifest_dir,
+        remote_cache=RemoteCache(remote_dir, config.data.remote_cache_size),
+        ranks=ranks,
+    )
 
 
 def prepare(

@@ -66,7 +66,7 @@ def run(config: RunConfig, display: Display, resume: Path | None = None) -> RunR
         config = resolve_families(config)
         state = ranks.on_main(lambda: read_resumable(resume, config)) if resume is not None else None
         streams = state["run"].get("streams", 1) if state is not None else VERSION
-        with open_source(config) as source, streams_of(streams):
+        with open_source(config, ranks) as source, streams_of(streams):
             prepared = prepare(source, config, device, display, directory, ranks)
         fingerprint = prepared.fingerprint(ranks)
         if state is not None:

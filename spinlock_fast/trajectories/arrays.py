@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spinlock_fast.data.input_arrays import to_real_tensor
-from spinlock_fast.data.input_files import open_file
+from spinlock_fast.data.input_files import fetched, open_file
 from spinlock_fast.errors import ConfigError, DataError
 from spinlock_fast.messages import one_line
 from spinlock_fast.trajectories.options import Options
@@ -34,7 +34,8 @@ class ArrayFile:
         """Samples from number `start` on."""
         letters = list(self.letters)
         if self.dataset is None:
-            array = np.load(self.path, mmap_mode="r", allow_pickle=False)
+            with fetched(self.path):
+                array = np.load(self.path, mmap_mode="r", allow_pickle=False)
             axis = letters.index("n") if "n" in letters else None
             for i in range(start, self.samples):
                 yield self._arranged(array if axis is None else np.take(array, i, axis), letters)
@@ -68,7 +69,8 @@ def open_array_file(path: Path, options: Options) -> ArrayFile:
     parameters: dict[str, float] = {}
     if path.suffix == ".npy":
         try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            with fetched(path):
+                array = np.load(path, mmap_mode="r", allow_pickle=False)
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror or one_line(error)}") from None
         except (ValueError, EOFError):  # NumPy's message recommends to unpickle the file

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spinlock_fast.data.input_files import find_files, natural_sort_key
+from spinlock_fast.data.input_files import find_files
+from spinlock_fast.data.natural_sort import natural_sort_key
 from spinlock_fast.errors import ConfigError, DataError
 from spinlock_fast.messages import one_line, printable
 from spinlock_fast.trajectories.arrays import ArrayFile, array_file

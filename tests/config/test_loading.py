@@ -339,6 +339,7 @@ def test_anchors_and_merge_keys(load):
         ("model.use_ema=false", "model.use_ema", False),
         ("dataset_path=a=b.h5", "dataset_path", "a=b.h5"),
         ("dataset_path=[a.h5, 'b*.h5']", "dataset_path", ["a.h5", "b*.h5"]),
+        ("dataset_path=@files.txt", "dataset_path", "@files.txt"),
         ("memory_budget=512MiB", "memory_budget", 2**29),
         ("training.num_categories_auto=null", "training.num_categories_auto", None),
         ("families.summary.standardize=true", "families.summary.standardize", True),

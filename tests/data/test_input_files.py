@@ -26,12 +26,6 @@ def file(tmp_path: Path) -> str:
     return str(helpers.write_arrays(tmp_path / "a.h5", {"x": np.zeros((20, 3), np.float32)}))
 
 
-@pytest.mark.parametrize("path", ["s3://bucket/a.h5", "https://example.org/a.h5", "gs://bucket/*.h5"])
-def test_remote_address_is_an_error(path: str) -> None:
-    with helpers.raises_one_line(DataError, path, "are not supported; copy the file"):
-        HDF5Loader(path, "x")
-
-
 def test_open_file_as_path_is_an_error(file: str) -> None:
     with h5py.File(file) as handle:
         for given in (handle, handle["x"], [handle]):
