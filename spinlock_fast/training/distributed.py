@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
 from spinlock_fast.distributed import Ranks
-from spinlock_fast.errors import DataError, TrainingError
+from spinlock_fast.errors import ConfigError, DataError, TrainingError
 from spinlock_fast.kernels._common.dropout import BatchSlice
 from spinlock_fast.models.losses import LossTerms, LossWeights
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE
@@ -282,9 +283,18 @@ def all_ranks_agree(ranks: Ranks, here: bool) -> bool:
 
 
 def check_same_rows(x: NDArray[Any], ranks: Ranks) -> None:
-    """Raises DataError if the ranks do not train on the same matrix x [N, F]; compares its shape and some rows."""
+    """Raises DataError if the ranks do not train on the same matrix x [N, F]; compares its shape and some rows.
+
+    Raises:
+        ConfigError: the process group has no backend for CPU tensors.
+    """
     if ranks.size == 1:
         return
+    if "cpu:" not in dist.get_backend_config():
+        raise ConfigError(
+            "the process group connects GPUs only: the ranks also exchange CPU tensors; create it with "
+            'init_process_group("cpu:gloo,cuda:nccl")'
+        )
     sample = np.ascontiguousarray(x[:: max(1, len(x) // 256)])
     seen = (x.shape, x.dtype.str, zlib.crc32(sample.tobytes()))
     others = ranks.gather_objects(seen)

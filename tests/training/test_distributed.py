@@ -16,7 +16,7 @@ from torch import Tensor
 from spinlock_fast.config.loading import apply_overrides
 from spinlock_fast.config.schema import RunConfig
 from spinlock_fast.distributed import Ranks, current_ranks
-from spinlock_fast.errors import DataError, TrainingError
+from spinlock_fast.errors import ConfigError, DataError, TrainingError
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
 from spinlock_fast.training.distributed import check_replicas
 from spinlock_fast.training.trainer import Trainer
@@ -89,6 +89,12 @@ def fit_variants(rank: int, world: int, file: str) -> None:
 def misuse(rank: int) -> dict[str, Any]:
     """What happens to ranks that are given different rows, or hold different weights."""
     outcome: dict[str, Any] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "get_backend_config", lambda: "cuda:nccl")
+        try:
+            Trainer(settings()).fit(rows(), GROUPS)
+        except ConfigError as error:
+            outcome["GPUs only"] = str(error)
     one_epoch = settings(**{"training.num_epochs": 1})
     try:
         Trainer(one_epoch).fit(rows()[: ROWS - rank], GROUPS)
@@ -139,5 +145,6 @@ def test_ranks_train_what_one_process_trains(world: int, tmp_path: Path) -> None
         assert outcome["different rows"].startswith(
             "the ranks were given different rows ([301, 20] on rank 0, [300, 20]"
         )
+        assert outcome["GPUs only"].endswith('init_process_group("cpu:gloo,cuda:nccl")')
         assert outcome["by itself"] == ROWS - rank
         assert outcome["different weights"].startswith("the ranks hold different weights after step 7")
