@@ -40,6 +40,7 @@ REPLACED = {
     "--output predictors/quickstart --set num_epochs=50": "--output predictors/quickstart --set num_epochs=1",
     "--seed 7": "--seed 7 --operators 24",
     '{"training.num_epochs": 50}': '{"training.num_epochs": 1, "training.batch_size": 64, "training.topo_samples": 64}',
+    "x, num_epochs=50": "x, num_epochs=1, batch_size=64, topo_samples=64",
     "num_epochs=20, batch_size=64": "num_epochs=1, batch_size=64, topo_samples=64",
     "training.num_epochs=50": "training.num_epochs=2",
     "dataset_path=data/1k.h5": "dataset_path=data/quickstart.h5 --set training.num_epochs=1 --output checkpoints/100k",
