@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from spinlock_fast.commands.arguments import add_device, add_external, add_memory_budget, add_quiet, parser
+from spinlock_fast.commands.arguments import add_device, add_external, add_memory_budget, add_quiet, parser, sweeps
 from spinlock_fast.commands.exit_status import exit_with
 
 
@@ -22,6 +22,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metavar="FILE",
         help="file to write or replace: .csv, .npy, .parquet, or HDF5 (any other ending)",
     )
+    options.add_argument(
+        "--search",
+        choices=["nearest", "joint"],
+        default="nearest",
+        help="nearest: the code nearest to each latent; joint: from there, codes with a lower reconstruction error",
+    )
+    options.add_argument("--sweeps", type=sweeps, default=2, metavar="N", help="passes of the joint search (2)")
     add_memory_budget(options)
     add_external(options)
     add_device(options)
@@ -48,6 +55,8 @@ def _tokenize(chosen: argparse.Namespace) -> None:
             chosen.memory_budget,
             lambda done, total: display.encoded("tokens", done, total),
             ranks,
+            chosen.search,
+            chosen.sweeps,
         )
     if not chosen.quiet:
         sys.stdout.write(f"tokens: {chosen.output} [{rows}, {tokenizer.model.num_codebooks}]\n")

@@ -27,12 +27,12 @@ def joint_search(
     codes, sums, gradient, tables = begin.codes.clone(), _padded(begin.sums), _padded(gradient), _padded(tables)
     head, tail = components[:, :_HEAD], components[:, _HEAD:]
     head = F.pad(head, (0, _HEAD - head.shape[1]))
-    matrices = [_rows_padded(m) for m in (head[:, :_FILTER], head, _padded(tail), _padded(gram.float()))]
+    rejecting, head, tail, gram = map(_rows_padded, (head[:, :_FILTER], head, _padded(tail), _padded(gram.float())))
     flags = None if allowed is None else allowed.to(torch.uint8).contiguous()
     library.joint_search(
         address(codes), address(sums), address(gradient), address(begin.tolerance.contiguous()), address(flags),
-        address(tables), *map(address, matrices), list(layout.num_codes), len(codes), sums.shape[1],
-        matrices[2].shape[1], sweeps, torch.get_num_threads(),
+        address(tables), address(rejecting), address(head), address(tail), address(gram), list(layout.num_codes),
+        len(codes), sums.shape[1], tail.shape[1], sweeps, torch.get_num_threads(),
     )  # fmt: skip
     return codes
 

@@ -61,6 +61,13 @@ def shard(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def sweeps(text: str) -> int:
+    """A number of sweeps, at least 1."""
+    if not re.fullmatch(r"0*[1-9]\d{0,3}", text):
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to 9999, got {shown(text)}")
+    return int(text)
+
+
 def _size(text: str) -> int:
     try:
         return parse_bytes(text)

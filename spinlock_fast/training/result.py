@@ -15,6 +15,7 @@ from spinlock_fast.data.mapped_pages import MappedPages
 from spinlock_fast.data.split import Split
 from spinlock_fast.errors import DataError
 from spinlock_fast.features.matrix import MatrixNormalizer
+from spinlock_fast.models.code_search import Search
 from spinlock_fast.models.metrics import Metrics
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE
 from spinlock_fast.training.observer import EpochRecord
@@ -39,8 +40,8 @@ class TrainResult:
     final_state: dict[str, Any] = field(repr=False)
     normalizer: MatrixNormalizer | None = field(default=None, repr=False)
 
-    def encode(self, x: ArrayLike | Tensor) -> Any:
-        """Rows [N, F] in the units of the fitted x -> tokens [N, G] int64.
+    def encode(self, x: ArrayLike | Tensor, search: Search = "nearest", sweeps: int = 2) -> Any:
+        """Rows [N, F] in the units of the fitted x -> tokens [N, G] int64; `search`, `sweeps` as in `model.get_tokens`.
 
         Returns:
             A torch tensor if x is one, else a numpy array.
@@ -52,8 +53,8 @@ class TrainResult:
         if data.shape[1] != self.model.config.input_dim:
             raise DataError(f"x must be [N, {self.model.config.input_dim}], got {list(data.shape)}")
         rows = self.normalizer(data) if self.normalizer is not None else data.astype(np.float32, copy=False)
-        blocks = [self.model.get_tokens(block).cpu() for block in torch.from_numpy(rows).split(_ROWS_PER_BLOCK)]
-        tokens = torch.cat(blocks)
+        blocks = torch.from_numpy(rows).split(_ROWS_PER_BLOCK)
+        tokens = torch.cat([self.model.get_tokens(block, search, sweeps).cpu() for block in blocks])
         return tokens if isinstance(x, Tensor) else tokens.numpy()
 
     def decode(self, tokens: Any) -> Any:
