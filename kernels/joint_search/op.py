@@ -77,7 +77,8 @@ def joint_search(
     implementation = choose_implementation(backend, x, codebook, *decoder)
     with no_autocast(x.device), full_float32(x.device):
         tables = reference.code_tables(codebook, decoder.w1, layout)
-        searched = (codes >= 0).all(1) & torch.isfinite(x).all(1)
+        sizes = layout.indices(x.device).num_codes
+        searched = ((codes >= 0) & (codes < sizes)).all(1) & torch.isfinite(x).all(1)
         rows = torch.where(searched[:, None], x, 0.0)
         begin = reference.start(rows, torch.where(searched[:, None], codes, 0), tables, decoder, layout)
         allowed = None
