@@ -110,7 +110,7 @@ def decoders_backward(
     grad_w1: int, grad_b1: int, grad_w2: int, grad_b2: int, threads: int,
 ) -> None: ...  # fmt: skip
 def joint_search(
-    codes: int, sums: int, gradient: int, tolerance: int, allowed: int, tables: int, filter: int, head: int, tail: int,
+    codes: int, sums: int, gradient: int, tolerance: int, cost: int, tables: int, filter: int, head: int, tail: int,
     gram: int, num_codes: list[int], rows: int, hidden_width: int, tail_columns: int, sweeps: int, threads: int,
 ) -> None: ...  # fmt: skip
 def check_codes(codes: int, rows: int, num_codes: list[int], name: str) -> bool:

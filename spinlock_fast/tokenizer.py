@@ -26,7 +26,7 @@ from spinlock_fast.features.encode import FamilyEncoder, block_rows
 from spinlock_fast.features.normalize import Normalizer
 from spinlock_fast.features.row_keys import row_keys
 from spinlock_fast.kernels._common.guard import device_guard
-from spinlock_fast.models.code_search import Search, check_search
+from spinlock_fast.models.code_search import NEAREST, Search, TokenSearch
 from spinlock_fast.models.input_check import InputCheck, KnownRows, TrainingRange
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE
 from spinlock_fast.output.locks import locked_output_file
@@ -112,7 +112,11 @@ class Tokenizer:
         return self._features(self._arrays(self._families_of(raw)), None)
 
     def encode(
-        self, raw: Mapping[str, Any] | str | Path | list[str] | Any, search: Search = "nearest", sweeps: int = 2
+        self,
+        raw: Mapping[str, Any] | str | Path | list[str] | Any,
+        search: Search = "nearest",
+        sweeps: int = 2,
+        search_weight: float = 0.0,
     ) -> Any:
         """Tokens [N, G] int64 of raw families or of an HDF5 file.
 
@@ -122,23 +126,24 @@ class Tokenizer:
         Args:
             raw: {family: [N, ...]} numpy or torch, or a path, a glob or a list of paths; a single array where the
                 tokenizer has one family. Values must be raw: use `model.get_tokens` for normalised features.
-            search, sweeps: "nearest", or "joint" for a lower error of the reconstruction; see `model.get_tokens`.
+            search, sweeps, search_weight: "nearest", or "joint" for a lower error of the reconstruction; see
+                `model.get_tokens`.
 
         Returns:
             A torch tensor for torch tensors, else a numpy array.
 
         Raises:
             DataError: see `features`; for a file also see `FeatureSource`.
-            ValueError: another `search`, or `sweeps` below 1.
+            ValueError: another `search`, `sweeps` below 1 or `search_weight` below 0.
         """
-        check_search(search, sweeps)
+        token_search = TokenSearch(search, sweeps, search_weight).check()
         if _is_path(raw):
-            return np.concatenate([tokens for _, tokens in self.encode_file(raw, search=search, sweeps=sweeps)])
+            return np.concatenate([tokens for _, tokens in self.encode_file(raw, search=token_search)])
         families = self._families_of(raw)
         as_torch = any(isinstance(array, Tensor) for array in families.values())
         arrays = self._arrays(families)
         check = InputCheck(self.training_range, len(arrays[self.families[0].name]))
-        tokens = self._tokens(self._features(arrays, check), check, search=search, sweeps=sweeps)
+        tokens = self._tokens(self._features(arrays, check), check, search=token_search)
         self._warn(check)
         return torch.from_numpy(tokens) if as_torch else tokens
 
@@ -197,8 +202,7 @@ class Tokenizer:
         path: str | Path | list[str],
         memory_budget: int = DEFAULT_BUDGET,
         ranks: Ranks = SINGLE,
-        search: Search = "nearest",
-        sweeps: int = 2,
+        search: TokenSearch = NEAREST,
     ) -> Iterator[tuple[int, NDArray[np.int64]]]:
         """(first row, tokens [B, G]) of an HDF5 file, block by block; see `encode`.
 
@@ -209,7 +213,7 @@ class Tokenizer:
         with self.source(path) as source:
             check = InputCheck(self.training_range, source.rows)
             for start, _, x in self.raw_and_features(source, memory_budget, check, ranks):
-                yield start, self._tokens(x, check, start, search, sweeps)
+                yield start, self._tokens(x, check, start, search)
         check.merge(ranks)
         self._warn(check)
 
@@ -300,11 +304,11 @@ class Tokenizer:
         return x
 
     def _tokens(
-        self, x: NDArray[np.float32], check: InputCheck, start: int = 0, search: Search = "nearest", sweeps: int = 2
+        self, x: NDArray[np.float32], check: InputCheck, start: int = 0, search: TokenSearch = NEAREST
     ) -> NDArray[np.int64]:
         rows = torch.from_numpy(x)
         with device_guard(self.device):
-            tokens: NDArray[np.int64] = self.model.get_tokens(rows.to(self.device), search, sweeps).cpu().numpy()
+            tokens: NDArray[np.int64] = self.model.get_tokens(rows.to(self.device), *search).cpu().numpy()
         if (tokens < 0).any():
             row, g = np.argwhere(tokens < 0)[0]
             raise DataError(
@@ -330,8 +334,7 @@ def write_tokens(
     memory_budget: int = DEFAULT_BUDGET,
     progress: Callable[[int, int], None] | None = None,
     ranks: Ranks = SINGLE,
-    search: Search = "nearest",
-    sweeps: int = 2,
+    search: TokenSearch = NEAREST,
 ) -> int:
     """Writes the tokens of an HDF5 file to a file whose ending names the format; see `token_file`.
 
@@ -340,7 +343,7 @@ def write_tokens(
     Args:
         progress: called with (rows done, all rows).
         ranks: if there are several, each encodes a share of the rows, and rank 0 writes the file.
-        search, sweeps: see `Tokenizer.encode`.
+        search: see `Tokenizer.encode`.
 
     Returns:
         Number of rows.
@@ -351,7 +354,7 @@ def write_tokens(
         OutputError: the file cannot be written, or is the input.
     """
     model = tokenizer.model
-    check_search(search, sweeps)
+    search.check()
     check_format(output)
     with tokenizer.source(data) as source:
         rows = source.rows
@@ -360,7 +363,7 @@ def write_tokens(
     if os.path.isdir(output):
         raise OutputError(f"{output}: is a directory; name a file")
     table = TokenTable(rows, model.codebook_names, model.quantizer.num_codes, tokenizer.checkpoint_hash)
-    blocks = (tokens for _, tokens in tokenizer.encode_file(data, memory_budget, ranks, search, sweeps))
+    blocks = (tokens for _, tokens in tokenizer.encode_file(data, memory_budget, ranks, search))
     with ExitStack() as stack:
         write = None
         if ranks.is_main:

@@ -11,7 +11,7 @@
 
 namespace spinlock_fast::training {
 
-void joint_search(Address codes, Address sums, Address gradient, Address tolerance, Address allowed, Address tables,
+void joint_search(Address codes, Address sums, Address gradient, Address tolerance, Address cost, Address tables,
                   Address filter, Address head, Address tail, Address gram, const std::vector<Index>& num_codes,
                   Index B, Index H, Index tail_columns, Index sweeps, int threads) {
     const Kernels& k = kernels();
@@ -34,7 +34,7 @@ void joint_search(Address codes, Address sums, Address gradient, Address toleran
     task.tables = pointer<const float>(tables), task.filter = pointer<const float>(filter);
     task.head = pointer<const float>(head), task.tail = pointer<const float>(tail);
     task.gram = pointer<const float>(gram), task.tolerance = pointer<const float>(tolerance);
-    task.allowed = pointer<const std::uint8_t>(allowed);
+    task.cost = pointer<const float>(cost);
     task.sums = pointer<float>(sums), task.gradient = pointer<float>(gradient);
     task.codes = pointer<std::int64_t>(codes);
     constexpr Index kRows = 32;  // per task

@@ -51,40 +51,47 @@ inline void filter_codes(const float* base, const float* gradient, Index H, cons
         for (int j = 0; j < kFilterValues; ++j) store(out + (i * kFilterValues + j) * kLanes, sums[i][j]);
 }
 
-// Calls use(h, value) for the nonzeros of d [H].
-template <class Use>
-inline void for_nonzeros(const float* d, Index H, Use use) {
-    for (Index h0 = 0; h0 < H; h0 += kSkipDepth)
-        for (Mask left = nonzeros(d + h0, H - h0 < kSkipDepth ? H - h0 : kSkipDepth); left; left &= left - 1) {
-            const Index h = h0 + __builtin_ctzll(left);
-            use(h, d[h]);
-        }
-}
-
-// out[j] += sum_h d[h] m[h, j] for kPanel vectors of columns.
+// store_panel(column, vector) of sum_h d[h] m[h, :] for kPanel vectors of columns.
 template <int kPanel, class Store>
 inline void sparse_product(const float* d, Index H, const float* m, Index row, Store store_panel) {
-    Vector sum[kPanel] = {};
-    for_nonzeros(d, H, [&](Index h, float value) {
+    Vector sum[2][kPanel] = {};  // two chains hide the latency of the additions
+    for (Index h0 = 0; h0 < H; h0 += kSkipDepth) {
+        const auto add = [&](Vector* chain, Mask left) {
+            const Index h = h0 + __builtin_ctzll(left);
 #pragma GCC unroll 8
-        for (int v = 0; v < kPanel; ++v) sum[v] += value * load(m + h * row + v * kLanes);
-    });
-    for (int v = 0; v < kPanel; ++v) store_panel(v * kLanes, sum[v]);
+            for (int v = 0; v < kPanel; ++v) chain[v] += d[h] * load(m + h * row + v * kLanes);
+        };
+        for (Mask left = nonzeros(d + h0, H - h0 < kSkipDepth ? H - h0 : kSkipDepth); left; left &= left - 1) {
+            add(sum[0], left);
+            left &= left - 1;
+            if (!left) break;
+            add(sum[1], left);
+        }
+    }
+    for (int v = 0; v < kPanel; ++v) store_panel(v * kLanes, sum[0][v] + sum[1][v]);
 }
 
-// The same for all columns, a multiple of 16; store_panel(column, vector).
+// The same for all columns, a multiple of 16.
 template <class Store>
 inline void sparse_product(const float* d, Index H, const float* m, Index columns, Store store_panel) {
+    constexpr int kWide = 4, kNarrow = 16 / kLanes;
     Index j = 0;
     const auto shifted = [&](Index first) { return [=](Index c, Vector v) { store_panel(first + c, v); }; };
-    for (; j + 4 * kLanes <= columns; j += 4 * kLanes) sparse_product<4>(d, H, m + j, columns, shifted(j));
-    for (; j < columns; j += kLanes) sparse_product<1>(d, H, m + j, columns, shifted(j));
+    for (; j + kWide * kLanes <= columns; j += kWide * kLanes) sparse_product<kWide>(d, H, m + j, columns, shifted(j));
+    for (; j < columns; j += kNarrow * kLanes) sparse_product<kNarrow>(d, H, m + j, columns, shifted(j));
 }
 
 // Squared norm of d m.
 inline float sparse_norm(const float* d, Index H, const float* m, Index columns) {
     Vector squares = {};
     sparse_product(d, H, m, columns, [&](Index, Vector v) { squares += v * v; });
+    return horizontal_sum(squares);
+}
+
+// The same with kHead columns.
+inline float sparse_head_norm(const float* d, Index H, const float* m) {
+    Vector squares = {};
+    sparse_product<kHead / kLanes>(d, H, m, kHead, [&](Index, Vector v) { squares += v * v; });
     return horizontal_sum(squares);
 }
 
@@ -159,11 +166,14 @@ private:
     bool improve(Index g, Index i) {
         const Index H = t.H, K = t.num_codes[g], own = code(g, i);
         float least = -t.tolerance[first_ + i];
-        const std::uint8_t* allowed = t.allowed ? t.allowed + (first_ + i) * t.total_codes + t.first_code[g] : nullptr;
+        const float* cost = t.cost ? t.cost + (first_ + i) * t.total_codes + t.first_code[g] : nullptr;
+        const auto added_cost = [&](Index k) { return cost ? cost[k] - cost[own] : 0.0f; };
         Index count = 0, best = -1;
-        for (Index k = 0; k < K; ++k)
-            if (bounds[k * kLanes + i] < least && k != own && (!allowed || allowed[k]))
-                survivors[count++] = static_cast<std::int32_t>(k);
+        for (Index k = 0; k < K; ++k) {
+            float& bound = bounds[k * kLanes + i];
+            if (cost) bound += added_cost(k);
+            if (bound < least && k != own) survivors[count++] = static_cast<std::int32_t>(k);
+        }
         const auto bound = [&](Index n) { return bounds[survivors[n] * kLanes + i]; };
         while (count > 0) {  // in the order of the bounds, the lowest index of equal ones first
             Index next = 0;
@@ -173,7 +183,7 @@ private:
             const Index k = survivors[next];
             for (Index n = next; n + 1 < count; ++n) survivors[n] = survivors[n + 1];
             --count;
-            const float error = error_change(g, i, k, least);
+            const float error = error_change(g, i, k, added_cost(k), least);
             if (!(error < least)) continue;
             least = error;
             best = k;
@@ -190,8 +200,8 @@ private:
         return true;
     }
 
-    // Change of the error of row i with code k, or a lower bound of it that is not below `least`; sets `change`.
-    float error_change(Index g, Index i, Index k, float least) {
+    // Change of the error and cost of row i with code k, or a lower bound that is not below `least`; sets `change`.
+    float error_change(Index g, Index i, Index k, float added_cost, float least) {
         const Index H = t.H;
         const float *s = sums(i), *c = row_gradient(i), *from = base + i * H, *to = table(g, k);
         Vector product = {};
@@ -200,7 +210,7 @@ private:
             store(change + h, d);
             product += d * load(c + h);
         }
-        const float bound = 2.0f * horizontal_sum(product) + sparse_norm(change, H, t.head, kHead);
+        const float bound = added_cost + 2.0f * horizontal_sum(product) + sparse_head_norm(change, H, t.head);
         return bound < least ? bound + sparse_norm(change, H, t.tail, t.tail_columns) : bound;
     }
 

@@ -126,7 +126,7 @@ struct JointSearchTask {
     const float* tail;                    // [H, tail_columns] the others
     const float* gram;                    // [H, H] P P^T
     const float* tolerance;               // [B] smallest accepted change of the error
-    const std::uint8_t* allowed;          // [B, sum K] codes that may be taken, or null
+    const float* cost;                    // [B, sum K] added to the error by each code, or null
     float *sums, *gradient;               // [B, H] updated with the codes
     std::int64_t* codes;                  // [B, G]
 };

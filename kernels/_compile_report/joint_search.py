@@ -11,10 +11,10 @@ def launches(capability: int) -> list[KernelLaunch]:
     config = SearchConfig.of(H, F)
     return [
         KernelLaunch.of(
-            joint_search_fwd_kernel, f"{B} rows, {F} features, {K} codes", {**config.options, "HAS_MASK": has_mask},
-            num_bytes=4 * (B * (F + 2 * H + 1) + K * H + H * F) + 16 * B + has_mask * B * K,
+            joint_search_fwd_kernel, f"{B} rows, {F} features, {K} codes", {**config.options, "HAS_COST": has_cost},
+            num_bytes=4 * (B * (F + 2 * H + 1) + K * H + H * F) + 16 * B + 4 * has_cost * B * K,
             float_ops=B * K * (2 * H + 3 * F),
             dot_ops=2 * B * K * H * F,
         )
-        for has_mask in (False, True)
+        for has_cost in (False, True)
     ]  # fmt: skip

@@ -15,7 +15,7 @@ _MULTIPLE = 16  # of the widths of all matrices
 
 
 def joint_search(
-    begin: Start, tables: Tensor, w2: Tensor, layout: CodebookLayout, sweeps: int, allowed: Tensor | None
+    begin: Start, tables: Tensor, w2: Tensor, layout: CodebookLayout, sweeps: int, cost: Tensor | None
 ) -> Tensor:
     """Codes [B, G] after `sweeps` sweeps; see `reference.joint_search`."""
     gram = w2.double() @ w2.double().t()  # [H, H]
@@ -28,9 +28,8 @@ def joint_search(
     head, tail = components[:, :_HEAD], components[:, _HEAD:]
     head = F.pad(head, (0, _HEAD - head.shape[1]))
     rejecting, head, tail, gram = map(_rows_padded, (head[:, :_FILTER], head, _padded(tail), _padded(gram.float())))
-    flags = None if allowed is None else allowed.to(torch.uint8).contiguous()
     library.joint_search(
-        address(codes), address(sums), address(gradient), address(begin.tolerance.contiguous()), address(flags),
+        address(codes), address(sums), address(gradient), address(begin.tolerance.contiguous()), address(cost),
         address(tables), address(rejecting), address(head), address(tail), address(gram), list(layout.num_codes),
         len(codes), sums.shape[1], tail.shape[1], sweeps, torch.get_num_threads(),
     )  # fmt: skip

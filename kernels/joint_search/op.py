@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -26,14 +27,15 @@ def joint_search(
     decoder: Decoder,
     layout: CodebookLayout,
     sweeps: int = 2,
+    search_weight: float = 0.0,
     latents: Tensor | None = None,
     candidates: int | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Codes whose joint reconstruction has a lower squared error |R(k) - x|^2; see `reference`.
+    """Codes with a lower |R(k) - x|^2 + w sum_g |z_g - E_g[k_g]|^2 of each row; see `reference`.
 
-    The error of a row never increases, from call to call and from sweep to sweep. Rows with a code of -1, or with
-    values that are not finite, keep their codes.
+    The sum of a row never increases, from call to call and from sweep to sweep. Rows with a code of -1, or with values
+    that are not finite, keep their codes.
 
     Args:
         x: [B, F]; half precision is computed in float32.
@@ -42,8 +44,9 @@ def joint_search(
         decoder: R, of H hidden units.
         layout: sizes of the group.
         sweeps: passes over the codebooks, at least 0.
-        latents: [B, sum D]; needed for `candidates`.
-        candidates: only so many of the nearest codes of each codebook may be taken; None: any.
+        search_weight: w, at least 0.
+        latents: z [B, sum D]; needed for `search_weight` and `candidates`.
+        candidates: only the code where the search starts and so many of the nearest ones may be taken; None: any.
         backend: "auto", "triton" or "reference", see `resolve_backend`.
 
     Returns:
@@ -51,7 +54,8 @@ def joint_search(
 
     Raises:
         TypeError: wrong type of an argument.
-        ValueError: shapes that do not match, tensors on different devices, `sweeps` below 0 or `candidates` below 1.
+        ValueError: shapes that do not match, tensors on different devices, `sweeps` or `search_weight` below 0,
+            `candidates` below 1, or latents that are missing.
         IndexError: on a CPU, a code outside its codebook.
     """
     check(
@@ -68,8 +72,12 @@ def joint_search(
     check_codes("joint_search", codes, layout)
     if sweeps < 0:
         raise ValueError(f"joint_search: sweeps must be at least 0, got {sweeps}")
-    if candidates is not None and (candidates < 1 or latents is None):
-        raise ValueError(f"joint_search: candidates must be at least 1, with latents, got {candidates}")
+    if not 0.0 <= search_weight < math.inf:
+        raise ValueError(f"joint_search: search_weight must be a finite number of at least 0, got {search_weight}")
+    if candidates is not None and candidates < 1:
+        raise ValueError(f"joint_search: candidates must be at least 1, got {candidates}")
+    if latents is None and (candidates is not None or search_weight):
+        raise ValueError("joint_search: candidates and search_weight need latents")
     wide = functools.reduce(torch.promote_types, [t.dtype for t in (x, codebook, *decoder)], torch.float32)
     x, codebook, decoder = x.to(wide), codebook.to(wide), Decoder(*(t.to(wide) for t in decoder))
     if not sweeps or not x.shape[0]:
@@ -81,37 +89,51 @@ def joint_search(
         searched = ((codes >= 0) & (codes < sizes)).all(1) & torch.isfinite(x).all(1)
         rows = torch.where(searched[:, None], x, 0.0)
         begin = reference.start(rows, torch.where(searched[:, None], codes, 0), tables, decoder, layout)
-        allowed = None
-        if candidates is not None and latents is not None:
-            allowed = _nearest(latents.to(wide), codebook, layout, candidates)
+        cost = None
+        if latents is not None and (search_weight or candidates is not None):
+            cost = _costs(latents.to(wide), begin.codes, codebook, layout, search_weight, candidates)
+            begin = _with_rounding_of(cost, begin, layout)
         if implementation == "cpu":
-            found = cpu.joint_search(begin, tables, decoder.w2, layout, sweeps, allowed)
+            found = cpu.joint_search(begin, tables, decoder.w2, layout, sweeps, cost)
         elif implementation == "triton":
             from spinlock_fast.kernels.joint_search import triton_forward
 
-            found = triton_forward.joint_search(begin, tables, decoder.w2, layout, sweeps, allowed)
+            found = triton_forward.joint_search(begin, tables, decoder.w2, layout, sweeps, cost)
         else:
-            found = _by_blocks(begin, tables, decoder.w2, layout, sweeps, allowed)
+            found = _by_blocks(begin, tables, decoder.w2, layout, sweeps, cost)
     return torch.where(searched[:, None], found, codes)
 
 
 def _by_blocks(
-    begin: Start, tables: Tensor, w2: Tensor, layout: CodebookLayout, sweeps: int, allowed: Tensor | None
+    begin: Start, tables: Tensor, w2: Tensor, layout: CodebookLayout, sweeps: int, cost: Tensor | None
 ) -> Tensor:
     """`reference.joint_search` of blocks of rows, which bounds its memory."""
-    if allowed is None:
-        allowed = begin.codes.new_ones(1, layout.total_codes, dtype=torch.bool).expand(len(begin.codes), -1)
     rows = max(1, _CANDIDATE_ENTRIES // (layout.max_codes * max(w2.shape)))
-    blocks = zip(*(part.split(rows) for part in (*begin, allowed)), strict=True)
-    return torch.cat([reference.joint_search(Start(*b[:4]), tables, w2, layout, sweeps, b[4]) for b in blocks])
+    blocks = [Start(*parts) for parts in zip(*(part.split(rows) for part in begin), strict=True)]
+    costs = [None] * len(blocks) if cost is None else cost.split(rows)
+    found = [reference.joint_search(b, tables, w2, layout, sweeps, c) for b, c in zip(blocks, costs, strict=True)]
+    return torch.cat(found)
 
 
-def _nearest(latents: Tensor, codebook: Tensor, layout: CodebookLayout, count: int) -> Tensor:
-    """[B, sum K] bool: the `count` nearest codes of each codebook."""
+def _costs(
+    latents: Tensor, codes: Tensor, codebook: Tensor, layout: CodebookLayout, weight: float, candidates: int | None
+) -> Tensor:
+    """[B, sum K] w |z_g - e|^2 of every code; infinite for codes that may not be taken."""
     parts = []
     for g, (K, D) in enumerate(zip(layout.num_codes, layout.dims, strict=True)):
         vectors = codebook[layout.entry_slice(g)].view(K, D)
-        distances = torch.cdist(latents[:, layout.column_slice(g)], vectors)
-        near = distances.topk(min(count, K), largest=False).indices
-        parts.append(torch.zeros_like(distances, dtype=torch.bool).scatter_(1, near, True))
+        exact = "donot_use_mm_for_euclid_dist"
+        distances = torch.cdist(latents[:, layout.column_slice(g)], vectors, compute_mode=exact).square()
+        cost = weight * distances
+        if candidates is not None:
+            near = distances.topk(min(candidates, K), largest=False).indices
+            taken = torch.cat([near, codes[:, g : g + 1]], 1)
+            cost = torch.full_like(cost, torch.inf).scatter_(1, taken, cost.gather(1, taken))
+        parts.append(cost)
     return torch.cat(parts, 1)
+
+
+def _with_rounding_of(cost: Tensor, begin: Start, layout: CodebookLayout) -> Start:
+    """The start with the rounding error of the costs in its tolerance."""
+    own = cost.gather(1, begin.codes + layout.indices(cost.device).code_offsets).sum(1)
+    return begin._replace(tolerance=begin.tolerance + reference.ROUNDING * torch.finfo(cost.dtype).eps * own)

@@ -4,10 +4,15 @@ The decoder reconstructs a row x from the codes k_1, ..., k_G of all codebooks:
 
     R(k) = relu(b1 + sum_g T_g[k_g]) W2 + b2,   T_g = E_g W1_g  [K_g, H], one row per code,
 
-with the code vectors E_g [K_g, D_g] and the rows W1_g of the first weights that read codebook g. Starting from given
-codes, codebook g = 1, ..., G in turn takes the code that minimises |R(k) - x|^2 while the other codes stay, the lowest
-index of equal ones; this is a sweep (coordinate descent; Besag 1986 calls it iterated conditional modes). A code stays
-unless another lowers the error by more than the rounding errors of the search, so that the error never increases.
+with the code vectors E_g [K_g, D_g] and the rows W1_g of the first weights that read codebook g. The search minimises
+
+    |R(k) - x|^2 + w sum_g |z_g - E_g[k_g]|^2
+
+with the latents z and a weight w that keeps the codes near them; 0 minimises the error of the reconstruction alone.
+Starting from given codes, codebook g = 1, ..., G in turn takes the best code while the others stay, the lowest index of
+equal ones; this is a sweep (coordinate descent; Besag 1986 calls it iterated conditional modes). A code stays unless
+another is better by more than the rounding errors of the search, so that the sum never increases. From the nearest
+codes the second term cannot decrease, so the error of the reconstruction never exceeds theirs.
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ from torch import Tensor
 from spinlock_fast.kernels._common.layout import CodebookLayout
 
 # Smallest accepted change of |r|^2, in units of the machine epsilon times |r| (|r| + |x - b2|), at r = R(k) - x.
-_ROUNDING = 32.0
+ROUNDING = 32.0
 
 
 class Decoder(NamedTuple):
@@ -53,14 +58,14 @@ def start(x: Tensor, codes: Tensor, tables: Tensor, decoder: Decoder, layout: Co
     sums = decoder.b1 + F.embedding_bag(codes + layout.indices(x.device).code_offsets, tables, mode="sum")
     target = x - decoder.b2
     size = (target - sums.relu() @ decoder.w2).norm(dim=1)
-    tolerance = _ROUNDING * torch.finfo(x.dtype).eps * size * (size + target.norm(dim=1))
+    tolerance = ROUNDING * torch.finfo(x.dtype).eps * size * (size + target.norm(dim=1))
     return Start(codes, sums, target, tolerance)
 
 
 def joint_search(
-    begin: Start, tables: Tensor, w2: Tensor, layout: CodebookLayout, sweeps: int, allowed: Tensor
+    begin: Start, tables: Tensor, w2: Tensor, layout: CodebookLayout, sweeps: int, cost: Tensor | None
 ) -> Tensor:
-    """Codes [B, G] after `sweeps` sweeps; `allowed` [B, sum K] bool: the codes that may be taken."""
+    """Codes [B, G] after `sweeps` sweeps; `cost` [B, sum K] is added to the error by each code."""
     codes, sums = begin.codes.clone(), begin.sums
     rows = torch.arange(len(codes), device=codes.device)
     for _ in range(sweeps):
@@ -69,9 +74,10 @@ def joint_search(
             table = tables[of_codebook]  # [K, H]
             candidates = (sums - table[codes[:, g]])[:, None] + table  # [B, K, H]
             errors = (begin.target[:, None] - candidates.relu() @ w2).square().sum(-1)  # [B, K]
+            if cost is not None:
+                errors = errors + cost[:, of_codebook]
             current = errors[rows, codes[:, g]]
-            errors = torch.where(allowed[:, of_codebook] & errors.isfinite(), errors, torch.inf)
-            best = errors.argmin(1)
+            best = torch.where(errors.isfinite(), errors, torch.inf).argmin(1)
             lower = errors[rows, best] < current - begin.tolerance
             codes[:, g] = torch.where(lower, best, codes[:, g])
             sums = torch.where(lower[:, None], candidates[rows, best], sums)

@@ -48,7 +48,7 @@ def joint_search_fwd_kernel(
     sums_ptr,  # [B, H]
     codes_ptr,  # [G, B]
     tolerance_ptr,  # [B]
-    mask_ptr,  # [B, sum K] codes that may be taken
+    cost_ptr,  # [B, sum K] added to the error by each code
     table_ptr,  # [sum K, H]
     w2_ptr,  # [H, F]
     new_sums_ptr,  # [B, H]
@@ -60,7 +60,7 @@ def joint_search_fwd_kernel(
     g,
     first_code,
     total_codes,
-    HAS_MASK: tl.constexpr,
+    HAS_COST: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -96,12 +96,12 @@ def joint_search_fwd_kernel(
             target = tl.load(target_ptr + rows[:, None] * F + f[None, :], mask=in_target, other=0.0)
             residual = tl.reshape(decoded, [BLOCK_B, BLOCK_K, BLOCK_F]) - target[:, None, :]
             errors += tl.sum(residual * residual, axis=2)
+        if HAS_COST:
+            place = rows[:, None] * total_codes + (first_code + k)[None, :]
+            errors += tl.load(cost_ptr + place, mask=inside[:, None] & (k < K)[None, :], other=0.0)
         is_own = k[None, :] == own[:, None]
         own_error = tl.minimum(own_error, tl.min(tl.where(is_own, errors, float("inf")), axis=1))
         usable = (k < K)[None, :] & (errors < float("inf"))
-        if HAS_MASK:
-            place = rows[:, None] * total_codes + (first_code + k)[None, :]
-            usable = usable & (tl.load(mask_ptr + place, mask=inside[:, None] & (k < K)[None, :], other=0) != 0)
         errors = tl.where(usable, errors, float("inf"))
         tile_least = tl.min(errors, axis=1)
         tile_best = tl.min(tl.where(errors == tile_least[:, None], k[None, :], 2147483647), axis=1)
@@ -123,7 +123,7 @@ def joint_search_fwd_kernel(
 
 @launches
 def joint_search(
-    begin: Start, tables: Tensor, w2: Tensor, layout: CodebookLayout, sweeps: int, allowed: Tensor | None
+    begin: Start, tables: Tensor, w2: Tensor, layout: CodebookLayout, sweeps: int, cost: Tensor | None
 ) -> Tensor:
     """Codes [B, G] after `sweeps` sweeps; see `reference.joint_search`."""
     codes, sums = begin.codes.t().contiguous(), begin.sums.contiguous()
@@ -132,13 +132,13 @@ def joint_search(
     config = SearchConfig.of(H, F)
     check_int32_offsets("the contributions of all codes to the first layer", tables.numel())
     check_int32_offsets("the weights of the decoder", w2.numel())
-    mask = codes if allowed is None else allowed.contiguous()
+    costs = target if cost is None else cost
     new_codes, new_sums = torch.empty_like(codes), torch.empty_like(sums)
     for _ in range(sweeps):
         for g, K in enumerate(layout.num_codes):
             joint_search_fwd_kernel[(triton.cdiv(B, config.block_b),)](
-                target, sums, codes, tolerance, mask, tables, w2, new_sums, new_codes, B, F, H, K, g,
-                layout.code_slice(g).start, layout.total_codes, HAS_MASK=allowed is not None, **config.options,
+                target, sums, codes, tolerance, costs, tables, w2, new_sums, new_codes, B, F, H, K, g,
+                layout.code_slice(g).start, layout.total_codes, HAS_COST=cost is not None, **config.options,
             )  # fmt: skip
             sums, new_sums = new_sums, sums
         codes, new_codes = new_codes, codes

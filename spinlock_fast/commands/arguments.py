@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from typing import NoReturn
 
@@ -66,6 +67,17 @@ def sweeps(text: str) -> int:
     if not re.fullmatch(r"0*[1-9]\d{0,3}", text):
         raise argparse.ArgumentTypeError(f"expected a whole number from 1 to 9999, got {shown(text)}")
     return int(text)
+
+
+def weight(text: str) -> float:
+    """A finite number of at least 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0.0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {shown(text)}")
+    return number
 
 
 def _size(text: str) -> int:

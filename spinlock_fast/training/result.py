@@ -40,8 +40,10 @@ class TrainResult:
     final_state: dict[str, Any] = field(repr=False)
     normalizer: MatrixNormalizer | None = field(default=None, repr=False)
 
-    def encode(self, x: ArrayLike | Tensor, search: Search = "nearest", sweeps: int = 2) -> Any:
-        """Rows [N, F] in the units of the fitted x -> tokens [N, G] int64; `search`, `sweeps` as in `model.get_tokens`.
+    def encode(
+        self, x: ArrayLike | Tensor, search: Search = "nearest", sweeps: int = 2, search_weight: float = 0.0
+    ) -> Any:
+        """Rows [N, F] in the units of the fitted x -> tokens [N, G] int64; see `model.get_tokens`.
 
         Returns:
             A torch tensor if x is one, else a numpy array.
@@ -54,7 +56,7 @@ class TrainResult:
             raise DataError(f"x must be [N, {self.model.config.input_dim}], got {list(data.shape)}")
         rows = self.normalizer(data) if self.normalizer is not None else data.astype(np.float32, copy=False)
         blocks = torch.from_numpy(rows).split(_ROWS_PER_BLOCK)
-        tokens = torch.cat([self.model.get_tokens(block, search, sweeps).cpu() for block in blocks])
+        tokens = torch.cat([self.model.get_tokens(block, search, sweeps, search_weight).cpu() for block in blocks])
         return tokens if isinstance(x, Tensor) else tokens.numpy()
 
     def decode(self, tokens: Any) -> Any:

@@ -53,14 +53,17 @@ def errors(x, codes, codebook, decoder, layout):
     return (decoded(codes, codebook, decoder, layout) - x.double()).square().sum(1)
 
 
-def coordinate_descent(x, codes, codebook, decoder, layout, sweeps):
+def coordinate_descent(x, codes, codebook, decoder, layout, sweeps, latents=None, weight=0.0):
     """The search by its definition, row by row and in float64."""
+    cost = [torch.zeros(len(x), k, dtype=torch.float64) for k in layout.num_codes]
+    if weight:
+        cost = [weight * part.double() for part in helpers.distances64(latents, codebook, layout)]
     found = codes.clone()
     for i in range(len(x)):
         for g in [*range(layout.groups)] * sweeps:
             tried = found[i].repeat(layout.num_codes[g], 1)
             tried[:, g] = torch.arange(layout.num_codes[g])
-            found[i] = tried[errors(x[i], tried, codebook, decoder, layout).argmin()]
+            found[i] = tried[(errors(x[i], tried, codebook, decoder, layout) + cost[g][i]).argmin()]
     return found
 
 
@@ -145,7 +148,7 @@ def test_candidates(backend):
     nearest = order[:, :, 0]
 
     def search(count):
-        return joint_search(x, nearest, codebook, decoder, layout, 2, latents, count, backend)
+        return joint_search(x, nearest, codebook, decoder, layout, 2, 0.0, latents, count, backend)
 
     assert torch.equal(search(1), nearest)
     three = search(3)
@@ -154,10 +157,35 @@ def test_candidates(backend):
     assert torch.equal(search(40), joint_search(x, nearest, codebook, decoder, layout, 2, backend=backend))
 
 
+def test_weight_of_the_latents(backend):
+    layout = LAYOUTS["wide"]
+    x, _, codebook, decoder = problem(layout, 60, 20, 16)
+    latents, _ = helpers.random_group(layout, 60, seed=1)
+    nearest = torch.stack([part.argmin(1) for part in helpers.distances64(latents, codebook, layout)], 1)
+
+    def search(weight):
+        return joint_search(x, nearest, codebook, decoder, layout, 2, weight, latents, backend=backend)
+
+    limit = errors(x, nearest, codebook, decoder, layout)
+    changed = []
+    for weight in (0.0, 1.0, 30.0, 1e6):
+        found = search(weight)
+        assert torch.equal(found, coordinate_descent(x, nearest, codebook, decoder, layout, 2, latents, weight))
+        assert (errors(x, found, codebook, decoder, layout) <= limit).all()
+        changed.append((found != nearest).sum())
+    assert changed[0] > changed[2] > changed[3] == 0
+
+
 def test_arguments():
     layout = LAYOUTS["small"]
     x, codes, codebook, decoder = problem(layout, 4, 3, 5)
-    for change in ({"sweeps": -1}, {"candidates": 0}, {"candidates": 2}):
+    for change in (
+        {"sweeps": -1},
+        {"candidates": 0},
+        {"candidates": 2},
+        {"search_weight": -1.0},
+        {"search_weight": 1.0},
+    ):
         with helpers.raises_one_line(ValueError, "joint_search", next(iter(change))):
             joint_search(x, codes, codebook, decoder, layout, **change)
     with helpers.raises_one_line(IndexError, "joint_search", "codebook 1"):
