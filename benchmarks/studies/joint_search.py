@@ -4,7 +4,7 @@
 
 FRAME holds features x [N, F], val_rows and a JSON text `meta` (group_indices, levels, feature_names), as in
 `original_frames` of `quality.py`. A model is trained on the other rows (seed: number at the end of the file's name)
-and its tokens of the validation rows are compared: nearest codes, and one to three sweeps of the joint search.
+and its tokens of the validation rows are compared: nearest codes, and searches of `SEARCHES` (sweeps, weight).
 
 `own_error` is the error of a category's features from its own tokens alone: ridge regression on the one-hot tokens of
 its codebooks, fitted to the training rows with tokens of the same search. `partial_error` is that of the model's
@@ -28,6 +28,7 @@ from spinlock_fast import CategoricalHierarchicalVQVAE, Trainer
 from spinlock_fast.kernels.ema_update import code_usage
 from spinlock_fast.models.decoder_refit import least_squares
 
+SEARCHES = [(0, 0.0), (1, 0.0), (2, 0.0), (3, 0.0), (2, 0.3), (2, 1.0), (2, 3.0)]
 _PENALTY = 1e-2  # of the ridge regression, relative to the variance of its inputs
 
 
@@ -45,9 +46,11 @@ def trained_model(path: Path, config: str) -> tuple[CategoricalHierarchicalVQVAE
 
 
 @torch.no_grad()
-def measure(model: CategoricalHierarchicalVQVAE, x: Tensor, scored: Tensor, sweeps: int) -> dict[str, Any]:
+def measure(
+    model: CategoricalHierarchicalVQVAE, x: Tensor, scored: Tensor, sweeps: int, search_weight: float = 0.0
+) -> dict[str, Any]:
     """Metrics of the scored rows; 0 sweeps are the nearest codes."""
-    tokens = model.get_tokens(x, "joint", sweeps) if sweeps else model.get_tokens(x)
+    tokens = model.get_tokens(x, "joint", sweeps, search_weight) if sweeps else model.get_tokens(x)
     squared = (model.decode_from_tokens(tokens) - x).square()[scored].mean(0)
     layout = model.quantizer.layout
     codes = tokens + layout.indices(x.device).code_offsets
@@ -76,6 +79,7 @@ def measure(model: CategoricalHierarchicalVQVAE, x: Tensor, scored: Tensor, swee
     sizes = torch.tensor(layout.num_codes)
     return {
         "sweeps": sweeps,
+        "search_weight": search_weight,
         "error": float(squared.mean()),
         **means,
         "utilization": float(utilization.mean()),
@@ -94,8 +98,8 @@ def main() -> None:
     chosen = options.parse_args()
     for path in chosen.frames:
         model, x, scored = trained_model(path, chosen.config)
-        for sweeps in range(4):
-            row = {"frame": path.stem, **measure(model, x, scored, sweeps)}
+        for sweeps, weight in SEARCHES:
+            row = {"frame": path.stem, **measure(model, x, scored, sweeps, weight)}
             print(
                 " ".join(
                     f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items() if k != "categories"
