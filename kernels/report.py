@@ -32,6 +32,7 @@ OPERATIONS = (
     "code_decoders",
     "grouped_mlp",
     "latent_projection",
+    "joint_search",
 )
 # H100 SXM data sheet: bytes per second, operations per second.
 _MEMORY, _FLOAT32, _TF32 = 3.35e12, 67e12, 495e12

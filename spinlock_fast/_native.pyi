@@ -109,6 +109,10 @@ def decoders_backward(
     rows: int, features: int, hidden_width: int, hidden: int, decoded: int, error_sums: int, grad_quantized: int,
     grad_w1: int, grad_b1: int, grad_w2: int, grad_b2: int, threads: int,
 ) -> None: ...  # fmt: skip
+def joint_search(
+    codes: int, sums: int, gradient: int, tolerance: int, cost: int, tables: int, filter: int, head: int, tail: int,
+    gram: int, num_codes: list[int], rows: int, hidden_width: int, tail_columns: int, sweeps: int, threads: int,
+) -> None: ...  # fmt: skip
 def check_codes(codes: int, rows: int, num_codes: list[int], name: str) -> bool:
     """Whether any of int64 codes [rows, G] is -1 (no code); raises IndexError if one is outside its codebook."""
 

@@ -7,7 +7,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from spinlock_fast.commands.arguments import add_device, add_external, add_memory_budget, add_quiet, parser
+from spinlock_fast.commands.arguments import (
+    add_device,
+    add_external,
+    add_memory_budget,
+    add_quiet,
+    parser,
+    sweeps,
+    weight,
+)
 from spinlock_fast.commands.exit_status import exit_with
 
 
@@ -21,6 +29,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         required=True,
         metavar="FILE",
         help="file to write or replace: .csv, .npy, .parquet, or HDF5 (any other ending)",
+    )
+    options.add_argument(
+        "--search",
+        choices=["nearest", "joint"],
+        default="nearest",
+        help="nearest: the code nearest to each latent; joint: from there, codes with a lower reconstruction error",
+    )
+    options.add_argument("--sweeps", type=sweeps, default=2, metavar="N", help="passes of the joint search (2)")
+    options.add_argument(
+        "--search-weight",
+        type=weight,
+        default=0.0,
+        metavar="W",
+        help="weight of the distances between latents and codes in the joint search (0); larger: closer to nearest",
     )
     add_memory_budget(options)
     add_external(options)
@@ -36,6 +58,7 @@ def _tokenize(chosen: argparse.Namespace) -> None:
     from spinlock_fast.config.schema import LoggingConfig
     from spinlock_fast.device import resolve_device
     from spinlock_fast.distributed import current_ranks
+    from spinlock_fast.models.code_search import TokenSearch
     from spinlock_fast.tokenizer import Tokenizer
 
     ranks = current_ranks()
@@ -49,6 +72,7 @@ def _tokenize(chosen: argparse.Namespace) -> None:
             chosen.memory_budget,
             lambda done, total: display.encoded("tokens", done, total),
             ranks,
+            TokenSearch(chosen.search, chosen.sweeps, chosen.search_weight),
         )
     if not chosen.quiet:
         sys.stdout.write(f"tokens: {chosen.output} [{rows}, {tokenizer.model.num_codebooks}]\n")

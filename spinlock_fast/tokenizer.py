@@ -28,6 +28,7 @@ from spinlock_fast.features.encode import FamilyEncoder, block_rows
 from spinlock_fast.features.normalize import Normalizer
 from spinlock_fast.features.row_keys import row_keys
 from spinlock_fast.kernels._common.guard import device_guard
+from spinlock_fast.models.code_search import NEAREST, Search, TokenSearch
 from spinlock_fast.models.input_check import InputCheck, KnownRows, TrainingRange
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE
 from spinlock_fast.raw_input import families_of, family_tensors, is_path
@@ -196,7 +197,13 @@ class Tokenizer(Estimator):
         arrays = family_tensors(families_of(raw, self.families, self.feature_names), self.families)
         return self._features(arrays, None)
 
-    def encode(self, raw: Mapping[str, Any] | str | Path | list[str] | Any) -> Any:
+    def encode(
+        self,
+        raw: Mapping[str, Any] | str | Path | list[str] | Any,
+        search: Search = "nearest",
+        sweeps: int = 2,
+        search_weight: float = 0.0,
+    ) -> Any:
         """Tokens [N, G] int64 of raw families or of an HDF5 file.
 
         Missing values (NaN, or masked in a numpy.ma array) are replaced as in training, by default with the median of
@@ -205,20 +212,24 @@ class Tokenizer(Estimator):
         Args:
             raw: {family: [N, ...]} numpy or torch, or a path, a glob or a list of paths; a single array where the
                 tokenizer has one family. Values must be raw: use `model.get_tokens` for normalised features.
+            search, sweeps, search_weight: "nearest", or "joint" for a lower error of the reconstruction; see
+                `model.get_tokens`.
 
         Returns:
             A torch tensor for torch tensors, else a numpy array.
 
         Raises:
             DataError: see `features`; for a file also see `FeatureSource`.
+            ValueError: another `search`, `sweeps` below 1 or `search_weight` below 0.
         """
+        token_search = TokenSearch(search, sweeps, search_weight).check()
         if is_path(raw):
-            return np.concatenate([tokens for _, tokens in self.encode_file(raw)])
+            return np.concatenate([tokens for _, tokens in self.encode_file(raw, search=token_search)])
         given = families_of(raw, self.families, self.feature_names)
         as_torch = any(isinstance(array, Tensor) for array in given.values())
         arrays = family_tensors(given, self.families)
         check = InputCheck(self.training_range, len(arrays[self.families[0].name]))
-        tokens = self._tokens(self._features(arrays, check), check)
+        tokens = self._tokens(self._features(arrays, check), check, search=token_search)
         self._warn(check)
         return torch.from_numpy(tokens) if as_torch else tokens
 
@@ -238,7 +249,11 @@ class Tokenizer(Estimator):
         return self._prepare(torch.cat(blocks).cpu().numpy(), lambda row: f"row {row}", check)
 
     def encode_file(
-        self, path: str | Path | list[str], memory_budget: int = DEFAULT_BUDGET, ranks: Ranks = SINGLE
+        self,
+        path: str | Path | list[str],
+        memory_budget: int = DEFAULT_BUDGET,
+        ranks: Ranks = SINGLE,
+        search: TokenSearch = NEAREST,
     ) -> Iterator[tuple[int, NDArray[np.int64]]]:
         """(first row, tokens [B, G]) of an HDF5 file, block by block; see `encode`.
 
@@ -249,7 +264,7 @@ class Tokenizer(Estimator):
         with self.source(path) as source:
             check = InputCheck(self.training_range, source.rows)
             for start, _, x in self.raw_and_features(source, memory_budget, check, ranks):
-                yield start, self._tokens(x, check, start)
+                yield start, self._tokens(x, check, start, search)
         check.merge(ranks)
         self._warn(check)
 
@@ -354,9 +369,12 @@ class Tokenizer(Estimator):
             raise DataError(f"{place(row)}: feature {name} is too large to normalise")
         return x
 
-    def _tokens(self, x: NDArray[np.float32], check: InputCheck, start: int = 0) -> NDArray[np.int64]:
+    def _tokens(
+        self, x: NDArray[np.float32], check: InputCheck, start: int = 0, search: TokenSearch = NEAREST
+    ) -> NDArray[np.int64]:
+        rows = torch.from_numpy(x)
         with device_guard(self.device):
-            tokens: NDArray[np.int64] = self.model.get_tokens(torch.from_numpy(x).to(self.device)).cpu().numpy()
+            tokens: NDArray[np.int64] = self.model.get_tokens(rows.to(self.device), *search).cpu().numpy()
         if (tokens < 0).any():
             row, g = np.argwhere(tokens < 0)[0]
             raise DataError(

@@ -39,6 +39,7 @@ void register_training(py::module_& module) {
     add(module, "assign_backward", training::assign_backward);
     add(module, "decoders_forward", training::decoders_forward);
     add(module, "decoders_backward", training::decoders_backward);
+    add(module, "joint_search", training::joint_search);
     add(module, "topo_forward", training::topo_forward);
     add(module, "topo_backward", training::topo_backward);
     add(module, "residual_assign", training::residual_assign);

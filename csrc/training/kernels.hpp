@@ -112,6 +112,25 @@ struct ResidualTask {
     float* quantized;          // [N, D]
 };
 
+// Numbers of principal components in the two lower bounds of `JointSearchTask`.
+constexpr Index kFilterComponents = 4, kHeadComponents = 32;
+
+// Joint search of the codes of a batch; see kernels/joint_search and joint_search_impl.hpp. H and tail_columns are
+// multiples of 16.
+struct JointSearchTask {
+    Index H, G, sweeps, tail_columns, total_codes, max_codes;
+    const Index *first_code, *num_codes;  // [G]
+    const float* tables;                  // [sum K, H] contribution of each code to the hidden sums
+    const float* filter;                  // [H, kFilterComponents] first columns of P
+    const float* head;                    // [H, kHeadComponents] first columns of P
+    const float* tail;                    // [H, tail_columns] the others
+    const float* gram;                    // [H, H] P P^T
+    const float* tolerance;               // [B] smallest accepted change of the error
+    const float* cost;                    // [B, sum K] added to the error by each code, or null
+    float *sums, *gradient;               // [B, H] updated with the codes
+    std::int64_t* codes;                  // [B, G]
+};
+
 // Points in groups of columns, packed for products with their transpose.
 struct Points {
     const float* p;  // [S, row]
@@ -177,6 +196,10 @@ struct Kernels {
     double (*decoder_forward)(const DecoderTask&, const Workspace&);
     void (*decoder_backward)(const DecoderTask&, const Workspace&);
     Index (*decoder_buffer_floats)(Index B, Index F, Index H, Index K, Index D);
+
+    // joint_search_impl.hpp
+    void (*joint_search_rows)(const JointSearchTask&, Index first, Index last, const Workspace&);
+    Index (*joint_search_buffer_floats)(Index H, Index K);
 
     // pairwise_distances_impl.hpp
     void (*pack_points)(const Points&, Index group);

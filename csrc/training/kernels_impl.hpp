@@ -3,6 +3,7 @@
 
 #include "code_decoders_impl.hpp"
 #include "distance_gradient_impl.hpp"
+#include "joint_search_impl.hpp"
 #include "layer_norm_impl.hpp"
 #include "pairwise_distances_impl.hpp"
 #include "product_impl.hpp"
@@ -39,6 +40,8 @@ constexpr training::Kernels kKernels = {
     .decoder_forward = decoder_forward,
     .decoder_backward = decoder_backward,
     .decoder_buffer_floats = decoder_buffer_floats,
+    .joint_search_rows = joint_search_rows,
+    .joint_search_buffer_floats = joint_search_buffer_floats,
     .pack_points = pack_points,
     .mean_distances = mean_distances,
     .code_distance_table = code_distance_table,

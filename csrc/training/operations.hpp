@@ -56,6 +56,11 @@ void decoders_backward(double scale, Address x, Address codes, Address codebook,
                        Address hidden, Address decoded, Address error_sums, Address grad_quantized, Address grad_w1,
                        Address grad_b1, Address grad_w2, Address grad_b2, int threads);
 
+// joint_search.cpp
+void joint_search(Address codes, Address sums, Address gradient, Address tolerance, Address cost, Address tables,
+                  Address filter, Address head, Address tail, Address gram, const std::vector<Index>& num_codes,
+                  Index B, Index H, Index tail_columns, Index sweeps, int threads);
+
 // topo_loss.cpp
 std::tuple<double, double, std::vector<double>> topo_forward(Address x, Index F, Address z, Address codes,
                                                              Address codebook, Index S,

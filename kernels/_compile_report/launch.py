@@ -20,8 +20,8 @@ _TYPES = {
     **dict.fromkeys(("offsets_ptr", "sets_ptr", "code_ptr", "zero_ptr", "splits_ptr"), "*i32"),
     **dict.fromkeys(
         (
-            "codes_ptr", "order_ptr", "rows_ptr", "next_row_ptr", "seed_ptr", "item_code_ptr", "item_first_ptr",
-            "item_last_ptr", "codebook_of_code_ptr", "first_entries_ptr", "addresses_ptr",
+            "codes_ptr", "new_codes_ptr", "order_ptr", "rows_ptr", "next_row_ptr", "seed_ptr", "item_code_ptr",
+            "item_first_ptr", "item_last_ptr", "codebook_of_code_ptr", "first_entries_ptr", "addresses_ptr",
         ),
         "*i64",
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from typing import NoReturn
 
@@ -59,6 +60,24 @@ def shard(text: str) -> tuple[int, int]:
     if not match or not int(match[1]) < int(match[2]):
         raise argparse.ArgumentTypeError(f"expected I/N with I from 0 to N - 1, such as 0/4, got {shown(text)}")
     return int(match[1]), int(match[2])
+
+
+def sweeps(text: str) -> int:
+    """A number of sweeps, at least 1."""
+    if not re.fullmatch(r"0*[1-9]\d{0,3}", text):
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to 9999, got {shown(text)}")
+    return int(text)
+
+
+def weight(text: str) -> float:
+    """A finite number of at least 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0.0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {shown(text)}")
+    return number
 
 
 def _size(text: str) -> int:

@@ -176,6 +176,7 @@ def print_summary(metrics: Metrics, console: Console | None = None) -> None:
     rows = [
         ("quality", f"{metrics['quality']:.4f}"),
         ("reconstruction error", f"{metrics['reconstruction_error']:.4f}"),
+        *([("  with joint search", f"{joint['reconstruction_error']:.4f}")] if (joint := metrics.get("joint")) else []),
         ("utilization", f"{metrics['utilization']:.3f}"),
         ("perplexity / K", f"{metrics['perplexity_over_k']:.3f}"),
         ("distance preservation", f"{metrics['topo_pre']:.3f} latents, {metrics['topo_post']:.3f} codes"),

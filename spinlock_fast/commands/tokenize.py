@@ -9,6 +9,7 @@ from pathlib import Path
 
 from spinlock_fast.distributed import SINGLE, Ranks
 from spinlock_fast.errors import OutputError
+from spinlock_fast.models.code_search import NEAREST, TokenSearch
 from spinlock_fast.output.locks import locked_output_file
 from spinlock_fast.output.part_files import write_in_order
 from spinlock_fast.output.token_files import TokenTable, check_format, token_file
@@ -22,6 +23,7 @@ def write_tokens(
     memory_budget: int = DEFAULT_BUDGET,
     progress: Callable[[int, int], None] | None = None,
     ranks: Ranks = SINGLE,
+    search: TokenSearch = NEAREST,
 ) -> int:
     """Writes the tokens of an HDF5 file to a file whose ending names the format; see `token_file`.
 
@@ -30,6 +32,7 @@ def write_tokens(
     Args:
         progress: called with (rows done, all rows).
         ranks: if there are several, each encodes a share of the rows, and rank 0 writes the file.
+        search: see `Tokenizer.encode`.
 
     Returns:
         Number of rows.
@@ -40,6 +43,7 @@ def write_tokens(
         OutputError: the file cannot be written, or is the input.
     """
     model = tokenizer.model
+    search.check()
     check_format(output)
     with tokenizer.source(data) as source:
         rows = source.rows
@@ -48,7 +52,7 @@ def write_tokens(
     if os.path.isdir(output):
         raise OutputError(f"{output}: is a directory; name a file")
     table = TokenTable(rows, model.codebook_names, model.quantizer.num_codes, tokenizer.checkpoint_hash)
-    blocks = (tokens for _, tokens in tokenizer.encode_file(data, memory_budget, ranks))
+    blocks = (tokens for _, tokens in tokenizer.encode_file(data, memory_budget, ranks, search))
     with ExitStack() as stack:
         write = None
         if ranks.is_main:

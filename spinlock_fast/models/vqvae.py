@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
@@ -21,6 +20,8 @@ from spinlock_fast.kernels._common.snapshot import snapshot
 from spinlock_fast.kernels.code_decoders import Decoders
 from spinlock_fast.kernels.grouped_mlp import grouped_mlp
 from spinlock_fast.kernels.latent_projection import project
+from spinlock_fast.models.code_search import Search, TokenSearch, joint_codes
+from spinlock_fast.models.eval_mode import eval_mode
 from spinlock_fast.models.layers import (
     GroupedLayerNorm,
     GroupedLinear,
@@ -30,18 +31,6 @@ from spinlock_fast.models.layers import (
 )
 from spinlock_fast.quantize import GroupedVectorQuantizer, resolve_levels
 from spinlock_fast.quantize.buffers import TransientBuffers
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; every submodule gets its own mode back."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 class EncoderLayers(NamedTuple):
@@ -356,19 +345,32 @@ class CategoricalHierarchicalVQVAE(TransientBuffers):
         return _outputs(tokens, vq_loss, latents, quantized, snapshot(codebook)), statistics
 
     @torch.no_grad()
-    def get_tokens(self, x: Tensor | ArrayLike) -> Tensor:
+    def get_tokens(
+        self, x: Tensor | ArrayLike, search: Search = "nearest", sweeps: int = 2, search_weight: float = 0.0
+    ) -> Tensor:
         """Features [B, F] -> tokens [B, G] int64, without dropout, gradients or code updates.
 
         Args:
             x: real numbers of any dtype, torch or numpy, on any device.
+            search: "nearest": the code nearest to each latent. "joint": from there, one codebook after the other takes
+                the code that minimises |reconstruction - x|^2 + w |latents - codes|^2 of the row. The squared error
+                never exceeds that of the nearest codes.
+            sweeps: passes of the joint search over the codebooks.
+            search_weight: w; with larger ones, tokens stay closer to the features of their own categories.
 
         Raises:
             DataError: the dtype of x is not real.
+            ValueError: another `search`, `sweeps` below 1 or `search_weight` below 0.
         """
+        TokenSearch(search, sweeps, search_weight).check()
         weight = self.encoder_layers.first.weight
-        with _eval_mode(self):
+        with eval_mode(self):
             rows = to_real_tensor(x, "x").to(weight)
-            return self.quantizer.assign(self.encode(rows)).codes
+            latents = self.encode(rows)
+            codes = self.quantizer.assign(latents).codes
+            if search == "nearest":
+                return codes
+            return joint_codes(rows, latents, codes, self.quantizer, self.shared_decoder, sweeps, search_weight)
 
     @torch.no_grad()
     def decode_from_tokens(self, tokens: Tensor | ArrayLike) -> Tensor:
@@ -377,7 +379,7 @@ class CategoricalHierarchicalVQVAE(TransientBuffers):
         Raises:
             IndexError: a token is out of range.
         """
-        with _eval_mode(self):
+        with eval_mode(self):
             index = tokens if isinstance(tokens, Tensor) else torch.from_numpy(np.array(tokens, np.int64, order="C"))
             return self.decode(self.quantizer.lookup(index.to(self.feature_order)))
 

@@ -22,6 +22,7 @@ from spinlock_fast.distributed import SINGLE, Ranks
 from spinlock_fast.errors import DataError
 from spinlock_fast.features.categories import category_correlation, max_off_diagonal
 from spinlock_fast.models.input_check import TEST, TRAIN, VALIDATION, InputCheck, row_errors
+from spinlock_fast.models.joint_metrics import joint_metrics
 from spinlock_fast.models.metrics import add_model_metrics, evaluate
 from spinlock_fast.tokenizer import DEFAULT_BUDGET, Tokenizer
 
@@ -58,9 +59,9 @@ def evaluate_file(
             share the file of features.
 
     Returns:
-        The metrics of `metrics.evaluate` and `add_model_metrics`, and: rows, the selection that was measured; samples,
-        rows in the data; trained_rows, how many of them the checkpoint was trained on (None if it does not record
-        them); compared_with_training, see `InputCheck.summary`.
+        The metrics of `metrics.evaluate` and `add_model_metrics`, and: joint, see `joint_metrics`; rows,
+        the selection that was measured; samples, rows in the data; trained_rows, how many of them the checkpoint was
+        trained on (None if it does not record them); compared_with_training, see `InputCheck.summary`.
 
     Raises:
         DataError: the checkpoint or the data cannot be read, or no row is selected.
@@ -88,12 +89,14 @@ def evaluate_file(
         splits = tokenizer.known_rows.splits_of(np.concatenate(keys))
     selection, selected = _select_rows(rows, splits, len(x))
     mine = RowView(x, selected[ranks.share(len(selected))])
-    metrics = evaluate(tokenizer.model, place_rows(mine, tokenizer.device), training, ranks=ranks)
+    placed = place_rows(mine, tokenizer.device)
+    metrics = evaluate(tokenizer.model, placed, training, ranks=ranks)
     correlation = category_correlation(RowView(x), tokenizer.model.config.group_indices, ranks)
     add_model_metrics(metrics, tokenizer.model, tokenizer.feature_names, max_off_diagonal(correlation))
     check.restrict_to(selected)
     check.add_errors(row_errors(tokenizer.model, x, selected))
     metrics |= {
+        "joint": joint_metrics(tokenizer.model, placed, ranks),
         "rows": selection,
         "samples": len(x),
         "trained_rows": None if splits is None else int((splits == TRAIN).sum()),

@@ -193,6 +193,31 @@ def test_tokenize_writes_the_narrowest_integers(checkpoint: Path, data: Path, tm
     assert [path.name for path in tmp_path.iterdir()] == ["tokens.h5"]
 
 
+def test_tokenize_by_joint_search(
+    checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, measured = tmp_path / "tokens.npy", tmp_path / "metrics.json"
+    options = ("--search", "joint", "--sweeps", "3")
+    assert run(tokenize_main, checkpoint, data, "--output", output, "--quiet", *options) == 0
+    tokenizer = Tokenizer.from_checkpoint(checkpoint)
+    x, tokens = tokenizer.features(data), np.load(output)
+    assert np.array_equal(tokens, tokenizer.encode(data, search="joint", sweeps=3))
+
+    def error(tokens: np.ndarray) -> np.ndarray:
+        return np.square(tokenizer.model.decode_from_tokens(tokens).numpy() - x).mean(1)
+
+    nearest = error(tokenizer.encode(data))
+    assert (error(tokens) <= nearest + 1e-6).all()
+    assert error(tokens).mean() < nearest.mean()
+    assert run(evaluate_main, checkpoint, data, "--rows", "all", "--json", measured) == 0
+    assert "with joint search" in capsys.readouterr().out
+    metrics = json.loads(measured.read_text())
+    assert metrics["joint"]["reconstruction_error"] < metrics["reconstruction_error"]
+    for options in (("--search", "best"), ("--sweeps", "0")):
+        assert run(tokenize_main, checkpoint, data, "--output", output, *options) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+
+
 @pytest.mark.parametrize("ending", ["csv", "npy", "parquet"])
 def test_tokenize_writes_the_format_of_the_ending(checkpoint: Path, data: Path, tmp_path: Path, ending: str) -> None:
     output = tmp_path / f"tokens.{ending}"

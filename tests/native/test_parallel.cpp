@@ -81,6 +81,7 @@ void operations_throw_bad_alloc() {
     CHECK_THROWS(std::bad_alloc, "bad_alloc", decoders(shape, 1, true));
     CHECK_THROWS(std::bad_alloc, "bad_alloc", nearest(shape, 1, true, true));
     CHECK_THROWS(std::bad_alloc, "bad_alloc", residual(shape, 1, false, 2));
+    CHECK_THROWS(std::bad_alloc, "bad_alloc", joint_search(shape, 1, true));
     CHECK_THROWS(std::bad_alloc, "bad_alloc", topographic(shape, 1));
     refused_from = static_cast<std::size_t>(-1);
     CHECK(two_layers(shape, 1, false, false)[1] == two_layers(shape, 3, false, false)[1]);

@@ -66,6 +66,9 @@ std::vector<Named> operations() {
                 {"residual", [=](const Shape& s, int threads) { return residual(s, threads, cosine, gradient); }});
     for (const bool with_rows : {false, true})
         all.push_back({"decoders", [=](const Shape& s, int threads) { return decoders(s, threads, with_rows); }});
+    for (const bool with_cost : {false, true})
+        all.push_back(
+            {"joint search", [=](const Shape& s, int threads) { return joint_search(s, threads, with_cost); }});
     all.push_back({"topographic", topographic});
     return all;
 }

@@ -199,6 +199,32 @@ inline Results decoders(const Shape& s, int threads, bool with_rows) {
         {static_cast<float>(loss)}, hidden, decoded, error_sums, grad_quantized, grad_w1, grad_b1, grad_w2, grad_b2};
 }
 
+inline Results joint_search(const Shape& s, int threads, bool with_cost) {
+    const Index B = s.rows, H = (s.hidden + 15) / 16 * 16, K = sum(s.num_codes), columns = training::kHeadComponents;
+    const Index tail_columns = 16;
+    const Floats tables = normal(K * H, 1), head = normal(H * columns, 2), tail = normal(H * tail_columns, 3);
+    const Floats cost = normal(with_cost ? B * K : 0, 4), tolerance(static_cast<std::size_t>(B), 1e-3f);
+    Floats sums = normal(B * H, 5), gradient = normal(B * H, 6), filter, gram;
+    const auto dot = [](const float* a, const float* b, Index n) {
+        float total = 0.0f;
+        for (Index j = 0; j < n; ++j) total += a[j] * b[j];
+        return total;
+    };
+    for (float& value : gradient) value *= 50.0f;  // so that some codes change
+    for (Index h = 0; h < H; ++h) {
+        for (Index j = 0; j < training::kFilterComponents; ++j)
+            filter.push_back(head[static_cast<std::size_t>(h * columns + j)]);
+        for (Index other = 0; other < H; ++other)
+            gram.push_back(dot(head.data() + h * columns, head.data() + other * columns, columns) +
+                           dot(tail.data() + h * tail_columns, tail.data() + other * tail_columns, tail_columns));
+    }
+    auto codes = random_codes<std::int64_t>(B, s.num_codes, 7, false);
+    training::joint_search(address(codes), address(sums), address(gradient), address(tolerance), address(cost),
+                           address(tables), address(filter), address(head), address(tail), address(gram), s.num_codes,
+                           B, H, tail_columns, 2, threads);
+    return {as_floats(codes), sums, gradient};
+}
+
 inline Results topographic(const Shape& s, int threads) {
     const Index S = s.rows, F = s.features, D = sum(s.dims), row_stride = (S + 31) / 32 * 32;
     const Floats x = normal(S * F, 1), z = normal(S * D, 2), codebook = normal(entries(s.num_codes, s.dims), 3);

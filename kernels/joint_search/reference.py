@@ -1,0 +1,84 @@
+"""Joint search of codes in plain PyTorch.
+
+The decoder reconstructs a row x from the codes k_1, ..., k_G of all codebooks:
+
+    R(k) = relu(b1 + sum_g T_g[k_g]) W2 + b2,   T_g = E_g W1_g  [K_g, H], one row per code,
+
+with the code vectors E_g [K_g, D_g] and the rows W1_g of the first weights that read codebook g. The search minimises
+
+    |R(k) - x|^2 + w sum_g |z_g - E_g[k_g]|^2
+
+with the latents z and a weight w that keeps the codes near them; 0 minimises the error of the reconstruction alone.
+Starting from given codes, codebook g = 1, ..., G in turn takes the best code while the others stay, the lowest index of
+equal ones; this is a sweep (coordinate descent; Besag 1986 calls it iterated conditional modes). A code stays unless
+another is better by more than the rounding errors of the search, so that the sum never increases. From the nearest
+codes the second term cannot decrease, so the error of the reconstruction never exceeds theirs.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spinlock_fast.kernels._common.layout import CodebookLayout
+
+# Smallest accepted change of |r|^2, in units of the machine epsilon times |r| (|r| + |x - b2|), at r = R(k) - x.
+ROUNDING = 32.0
+
+
+class Decoder(NamedTuple):
+    """Parameters of the decoder that reads the codes of all codebooks."""
+
+    w1: Tensor  # [sum D, H]
+    b1: Tensor  # [H]
+    w2: Tensor  # [H, F]
+    b2: Tensor  # [F]
+
+
+class Start(NamedTuple):
+    """Where the search of a batch starts."""
+
+    codes: Tensor  # [B, G] int64, none of them -1
+    sums: Tensor  # [B, H] b1 + sum_g T_g[k_g]
+    target: Tensor  # [B, F] x - b2
+    tolerance: Tensor  # [B] smallest accepted change of the squared error
+
+
+def code_tables(codebook: Tensor, w1: Tensor, layout: CodebookLayout) -> Tensor:
+    """T [sum K, H]: the contribution of every code to the first layer."""
+    slices = [(layout.entry_slice(g), layout.num_codes[g], layout.column_slice(g)) for g in range(layout.groups)]
+    return torch.cat([codebook[entries].view(K, -1) @ w1[columns] for entries, K, columns in slices])
+
+
+def start(x: Tensor, codes: Tensor, tables: Tensor, decoder: Decoder, layout: CodebookLayout) -> Start:
+    """The start of a search from codes [B, G] for rows x [B, F]."""
+    sums = decoder.b1 + F.embedding_bag(codes + layout.indices(x.device).code_offsets, tables, mode="sum")
+    target = x - decoder.b2
+    size = (target - sums.relu() @ decoder.w2).norm(dim=1)
+    tolerance = ROUNDING * torch.finfo(x.dtype).eps * size * (size + target.norm(dim=1))
+    return Start(codes, sums, target, tolerance)
+
+
+def joint_search(
+    begin: Start, tables: Tensor, w2: Tensor, layout: CodebookLayout, sweeps: int, cost: Tensor | None
+) -> Tensor:
+    """Codes [B, G] after `sweeps` sweeps; `cost` [B, sum K] is added to the error by each code."""
+    codes, sums = begin.codes.clone(), begin.sums
+    rows = torch.arange(len(codes), device=codes.device)
+    for _ in range(sweeps):
+        for g in range(layout.groups):
+            of_codebook = layout.code_slice(g)
+            table = tables[of_codebook]  # [K, H]
+            candidates = (sums - table[codes[:, g]])[:, None] + table  # [B, K, H]
+            errors = (begin.target[:, None] - candidates.relu() @ w2).square().sum(-1)  # [B, K]
+            if cost is not None:
+                errors = errors + cost[:, of_codebook]
+            current = errors[rows, codes[:, g]]
+            best = torch.where(errors.isfinite(), errors, torch.inf).argmin(1)
+            lower = errors[rows, best] < current - begin.tolerance
+            codes[:, g] = torch.where(lower, best, codes[:, g])
+            sums = torch.where(lower[:, None], candidates[rows, best], sums)
+    return codes

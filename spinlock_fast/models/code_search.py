@@ -1,0 +1,49 @@
+"""Search of the codes of a row: nearest to its latents, or jointly by the error of the reconstruction."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple, cast, get_args
+
+from torch import Tensor, nn
+
+from spinlock_fast.kernels.joint_search import Decoder, joint_search
+from spinlock_fast.quantize import GroupedVectorQuantizer
+
+Search = Literal["nearest", "joint"]
+
+
+class TokenSearch(NamedTuple):
+    """How the tokens of a row are searched; see `CategoricalHierarchicalVQVAE.get_tokens`."""
+
+    search: Search = "nearest"
+    sweeps: int = 2
+    search_weight: float = 0.0
+
+    def check(self) -> TokenSearch:
+        """The search itself; raises ValueError for an unknown one, less than a sweep, or a weight below 0."""
+        if self.search not in get_args(Search):
+            raise ValueError(f"search must be one of {', '.join(get_args(Search))}, got {self.search!r}")
+        if not isinstance(self.sweeps, int) or self.sweeps < 1:
+            raise ValueError(f"sweeps must be a whole number of at least 1, got {self.sweeps!r}")
+        if not 0.0 <= self.search_weight < math.inf:
+            raise ValueError(f"search_weight must be a finite number of at least 0, got {self.search_weight!r}")
+        return self
+
+
+NEAREST = TokenSearch()
+
+
+def joint_codes(
+    x: Tensor,
+    latents: Tensor,
+    codes: Tensor,
+    quantizer: GroupedVectorQuantizer,
+    shared_decoder: nn.Sequential,
+    sweeps: int,
+    search_weight: float,
+) -> Tensor:
+    """`joint_search` for rows x [B, F] with latents [B, sum D], from the nearest codes [B, G]."""
+    first, *_, last = cast(list[nn.Linear], list(shared_decoder))
+    decoder = Decoder(first.weight.t(), first.bias, last.weight.t(), last.bias)
+    return joint_search(x, codes, quantizer.embedding, decoder, quantizer.layout, sweeps, search_weight, latents)
