@@ -12,10 +12,11 @@ import pytest
 import torch
 from helpers import planted_matrix, raises_one_line
 
-from spinlock_fast import Tokenizer
+from spinlock_fast import BehaviourLoss, Tokenizer
 from spinlock_fast.descriptors import describe
 from spinlock_fast.descriptors.describe import Families
 from spinlock_fast.errors import ConfigError, DataError
+from spinlock_fast.extract import main as extract_main
 
 TINY = {
     "num_epochs": 1,
@@ -177,3 +178,43 @@ def test_threads_give_the_result_of_one(rows: Fields) -> None:
         fitted = list(pool.map(lambda seed: Tokenizer(settings=TINY).fit(rows, random_seed=seed), (1, 2, 3)))
     for expected, tokenizer in zip(alone, fitted, strict=True):
         assert np.array_equal(tokenizer.inverse_transform([[0, 0]]), expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes", "text"),
+    [((2, 3, 0, 4), "n t c x", "axis c"), ((0, 3, 4), "n t x", "axis n"), ((2, 3, 0), "n t x", "axis x")],
+)
+def test_empty_arrays_of_extract(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], shape: tuple[int, ...], axes: str, text: str
+) -> None:
+    np.save(tmp_path / "u.npy", np.zeros(shape))
+    assert _extract(str(tmp_path / "u.npy"), "--axes", axes, "--output", str(tmp_path / "f.h5")) == 3
+    assert f"{text} has length 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["missing.npy", "missing*.h5", "missing.zarr"])
+def test_a_missing_simulation_is_not_generated(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    assert _extract(name, "--axes", "n t x", "--output", "f.h5") == 3
+    error = capsys.readouterr().err
+    assert name in error
+    assert "generate" not in error
+
+
+def _extract(*arguments: str) -> Any:
+    with pytest.raises(SystemExit) as end:
+        extract_main(arguments)
+    return end.value.code
+
+
+def test_what_a_behaviour_loss_refuses(fields: Fields) -> None:
+    tokenizer = Tokenizer(settings=TINY).fit(describe(fields[:, :, 0, 0], "n t x"))
+    loss = BehaviourLoss(tokenizer, {"axes": "n t x"})
+    u = torch.from_numpy(fields[:4, :, 0, 0])
+    assert bool(loss(u, u)["latent"] == 0.0)
+    for predicted, target in ((u.numpy(), u), (u, u.numpy()), (u.numpy(), u.numpy())):
+        with raises_one_line(DataError, "torch tensor", "ndarray"):
+            loss(predicted, target)
+    with raises_one_line(DataError, "no values"):
+        loss(u[:0], u[:0])
+    with raises_one_line(ConfigError, "from_checkpoint"):
+        BehaviourLoss("checkpoints/mine")  # type: ignore[arg-type]

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spinlock_fast.data.input_files import find_files
+from spinlock_fast.data.hdf5_links import get_dataset
+from spinlock_fast.data.input_files import find_files, open_file
 from spinlock_fast.data.loader import HDF5Loader
 from spinlock_fast.errors import DataError
 from spinlock_fast.models.input_check import KnownRows
@@ -59,7 +60,17 @@ class Inputs:
 
     def __init__(self, paths: str | list[str], config: PredictorConfig, budget: int = 1_250_000_000) -> None:
         self.config = config
-        datasets = [path for path in (config.parameters, config.fields) if path is not None]
+        given = {"parameters": config.parameters, "fields": config.fields}
+        datasets = [path for path in given.values() if path is not None]
+        file = find_files(paths)[0]
+        with open_file(file) as handle:
+            for key, path in given.items():
+                try:
+                    if path is not None:
+                        get_dataset(file, handle, path)
+                except DataError as error:
+                    made = ", `extract --initial-fields` writes it" if path == "inputs/fields" else ""
+                    raise DataError(f"{error}; `--set {key}=null` leaves this input out{made}") from None
         self._loader = HDF5Loader(
             paths, datasets, config.batch_size, shuffle=False, memory_budget=budget, window_rows=1024
         )

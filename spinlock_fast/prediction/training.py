@@ -79,8 +79,9 @@ def train_predictor(
     with locked_output_directory(output):
         state = _state_to_resume(output, config, resume, overwrite)
         tokenizer = Tokenizer.from_checkpoint(checkpoint, device)
+        stored = Inputs(data, config)
         targets = read_targets(tokenizer, data, progress)
-        inputs = CachedInputs(Inputs(data, config), output)
+        inputs = CachedInputs(stored, output)
         if inputs.rows != len(targets.tokens):
             raise DataError(f"{data}: {inputs.rows} rows of inputs, but {len(targets.tokens)} of features")
         if inputs.rows < _MIN_ROWS:

@@ -218,7 +218,7 @@ def test_levels_depend_on_the_tokens_before_them() -> None:
     [
         ({"set": "hiden_dim=3"}, 2, ["hiden_dim", "hidden_dim"]),
         ({"set": "num_epochs=0"}, 2, ["num_epochs"]),
-        ({"set": "fields=inputs/feilds"}, 3, ["inputs/feilds", "inputs/fields"]),
+        ({"set": "fields=inputs/feilds"}, 3, ["inputs/feilds", "inputs/fields", "--set fields=null"]),
         ({"set": "fields=parameters/params"}, 2, ["different names"]),
         ({"set": "fields=features/summary/aggregated/features"}, 3, ["[N, C, Y, X]", "[20]"]),
         ({"set": "parameters=inputs/fields", "also": "fields=null"}, 3, ["[N, P]"]),
