@@ -54,8 +54,8 @@ def test_single_values_of_any_kind(fields: Fields, one: Any) -> None:
         ((2, 3, 0, 4), {"axes": "n t m x"}, "axis m has length 0"),
         ((2, 3, 1, 4), {"axes": "n t c x", "periodic": "no"}, "periodic must be one value"),
         ((2, 3, 1, 4), {"axes": "n t c x", "spacing": "dx"}, "spacing must be one value"),
-        ((2, 3, 1, 4), {"axes": "n t c x", "time_step": "dt"}, "time_step must be a positive number"),
-        ((2, 3, 1, 4), {"axes": "n t c x", "time_step": None}, "time_step must be a positive number"),
+        ((2, 3, 1, 4), {"axes": "n t c x", "time_step": "dt"}, "time_step must be positive"),
+        ((2, 3, 1, 4), {"axes": "n t c x", "time_step": None}, "time_step must be positive"),
     ],
 )
 def test_wrong_arguments_of_describe(shape: tuple[int, ...], arguments: dict[str, Any], text: str) -> None:

@@ -61,7 +61,7 @@ class Describer:
         differentiable: bool = False,
     ) -> None:
         if not (isinstance(time_step, (int, float, np.number)) and np.isfinite(time_step) and time_step > 0.0):
-            raise ValueError(f"time_step must be a positive number, got {time_step!r}")
+            raise ValueError(f"time_step must be positive, got {time_step!r}")
         self.grid, self.channels, self.time_step = grid, channels, float(time_step)
         self.device, self.dtype, self.differentiable = torch.device(device), dtype, differentiable
         self.names = DescriptorNames.of(grid, channels)
