@@ -90,7 +90,7 @@ def _print(metrics: dict[str, Any], quiet: bool) -> None:
     if quiet:
         return
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 80)
-    console.print(f"\nMeasured on {metrics['samples']:,} {'held-out' * (metrics['rows'] == 'heldout')} rows")
+    console.print(f"\nMeasured on {metrics['samples']:,} {'held-out ' * (metrics['rows'] == 'heldout')}rows")
     table = Table("", "predicted", "nearest", "majority", box=None, padding=(0, 2, 0, 0))
     for title, name in (("accuracy of a token", "accuracy"), ("log-loss of a token, nats", "log_loss")):
         table.add_row(title, *(f"{metrics[name][method]:.3f}" for method in ("predicted", "nearest", "majority")))
