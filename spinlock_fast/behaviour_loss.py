@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any, Self
 
 import torch
@@ -93,6 +94,10 @@ class BehaviourLoss(nn.Module):
         temperature: float = 1.0,
     ) -> None:
         super().__init__()
+        if not isinstance(tokenizer, Tokenizer):
+            raise ConfigError(
+                f"tokenizer: expected a Tokenizer, such as Tokenizer.from_checkpoint(...), got {shown(tokenizer)}"
+            )
         if not 0.0 < temperature < float("inf"):
             raise ConfigError(f"temperature must be positive, got {temperature}")
         self.weights = _checked_weights(WEIGHTS if weights is None else weights)
@@ -157,7 +162,13 @@ class BehaviourLoss(nn.Module):
         """
         if target_fields is None and self._needs_target and (lost := [t for t in OF_TARGET if t in self.weights]):
             raise DataError(f"target_fields: needed for the terms {', '.join(lost)}")
-        if isinstance(target_fields, Tensor) and target_fields.shape != predicted_fields.shape:
+        if not isinstance(target_fields, (Tensor, Behaviour, NoneType)):
+            raise DataError(f"target_fields: expected a torch tensor, got {type(target_fields).__name__}")
+        if (
+            isinstance(target_fields, Tensor)
+            and isinstance(predicted_fields, Tensor)
+            and target_fields.shape != predicted_fields.shape
+        ):
             shapes = list(predicted_fields.shape), list(target_fields.shape)
             raise DataError(f"predicted_fields is {shapes[0]}, target_fields {shapes[1]}")
         target = target_fields
@@ -184,6 +195,8 @@ class BehaviourLoss(nn.Module):
 
         Differentiable where `fields` requires a gradient.
         """
+        if not isinstance(fields, Tensor):
+            raise DataError(f"fields: expected a torch tensor, got {type(fields).__name__}; torch.as_tensor makes one")
         features, model = self._frozen
         with torch.autocast(fields.device.type, enabled=False):
             if fields.device != self.device:

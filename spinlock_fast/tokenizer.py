@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -22,7 +22,8 @@ from spinlock_fast.data.payload_checks import checked_strings, payload_errors
 from spinlock_fast.descriptors.field_grid import FieldGrid
 from spinlock_fast.distributed import SINGLE, Ranks
 from spinlock_fast.errors import DataError
-from spinlock_fast.estimator import Estimator, not_fitted
+from spinlock_fast.estimators.rows import check_columns, families_of, family_tensors, is_path
+from spinlock_fast.estimators.transformer import Estimator, not_fitted
 from spinlock_fast.features.cleaning import FeatureCleaner
 from spinlock_fast.features.encode import FamilyEncoder, block_rows
 from spinlock_fast.features.normalize import Normalizer
@@ -31,7 +32,6 @@ from spinlock_fast.kernels._common.guard import device_guard
 from spinlock_fast.models.code_search import NEAREST, Search, TokenSearch
 from spinlock_fast.models.input_check import InputCheck, KnownRows, TrainingRange
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE
-from spinlock_fast.raw_input import families_of, family_tensors, is_path
 
 log = logging.getLogger(__name__)
 
@@ -301,6 +301,8 @@ class Tokenizer(Estimator):
         """
         for family in self.families:
             info = source.datasets[family.name]
+            names_of = source.feature_names if len(info.row_shape) == 1 else source.series_names
+            check_columns(family, names_of(family.name), f"{source.files[0]}: {info.path}")
             if not family.accepts(info.row_shape):
                 raise DataError(
                     f"{source.files[0]}: {info.path}: rows of shape {info.row_shape}, "
@@ -327,11 +329,13 @@ class Tokenizer(Estimator):
         """Tokens [N, G] -> features [N, F] in the units of the cleaned features, see `feature_names`.
 
         Raises:
-            DataError: a token is not a whole number.
+            DataError: the tokens have another shape, or one is not a whole number.
             IndexError: a token is outside of its codebook.
         """
         as_torch = isinstance(tokens, Tensor)
         given = to_real_tensor(tokens, "tokens")
+        if given.ndim != 2 or given.shape[1] != len(self.model.codebook_names):
+            raise DataError(f"tokens: expected [N, {len(self.model.codebook_names)}], got {list(given.shape)}")
         index = given.to(self.device, torch.int64)
         if given.is_floating_point() and not torch.equal(index.to(given.dtype), given.to(self.device)):
             raise DataError("tokens: expected whole numbers")
@@ -351,6 +355,10 @@ class Tokenizer(Estimator):
         rows = np.tile(self.cleaner.fill.astype(np.float32), (len(decoded), 1))
         rows[:, self.cleaner.keep] = np.asarray(decoded)
         return torch.from_numpy(rows) if isinstance(decoded, Tensor) else rows
+
+    def _check_columns(self, names: Sequence[str] | None) -> None:
+        if len(self.families) == 1:
+            check_columns(self.families[0], names, "X")
 
     def _codebook_names(self) -> list[str]:
         return self.model.codebook_names

@@ -194,6 +194,7 @@ def test_progress_and_observer(rows: np.ndarray[Any, Any], capfd: pytest.Capture
     assert "epoch" not in capfd.readouterr().err
 
 
+@pytest.mark.slow  # a process
 def test_importing_the_tokenizer_alone_is_enough(tmp_path: Path) -> None:
     code = (
         "import numpy as np; from spinlock_fast.tokenizer import Tokenizer;"
@@ -214,6 +215,7 @@ NOT_APPLICABLE = {
 }
 
 
+@pytest.mark.slow  # about forty fits
 @pytest.mark.filterwarnings("ignore:Estimator Tokenizer does not inherit")
 def test_scikit_learn_estimator_checks() -> None:
     checks = pytest.importorskip("sklearn.utils.estimator_checks", reason="scikit-learn")

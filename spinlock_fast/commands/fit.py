@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from typing import Any
 
 from spinlock_fast.commands.console import RunDisplay
 from spinlock_fast.config.schema import LoggingConfig
-from spinlock_fast.estimator import PARAMETERS
+from spinlock_fast.estimators.transformer import PARAMETERS
 from spinlock_fast.tokenizer import Tokenizer
 from spinlock_fast.training.fitting import run_config, train_tokenizer
 from spinlock_fast.training.observer import Display, EpochRecord, Observer, SilentObserver
+
+_one_at_a_time = threading.RLock()
 
 
 def fit_tokenizer(
     tokenizer: Tokenizer, data: Any, config: Any, settings: Mapping[str, Any], *, matrix: bool = False
 ) -> None:
-    """Trains `tokenizer` in place; see `Tokenizer.fit`."""
+    """Trains `tokenizer` in place; see `Tokenizer.fit`. Threads of a process train one after the other."""
     chosen = run_config(config, settings)
     observer = tokenizer.observer or SilentObserver()
-    if tokenizer.verbose:
-        with RunDisplay(quiet=False, logging_config=LoggingConfig(level=chosen.logging.level)) as display:
-            trained = train_tokenizer(data, chosen, _Both(observer, display), matrix=matrix)
-    else:
-        trained = train_tokenizer(data, chosen, _Both(observer, None), matrix=matrix)
+    # Training uses the random state of torch, which all threads share.
+    with _one_at_a_time:
+        if tokenizer.verbose:
+            with RunDisplay(quiet=False, logging_config=LoggingConfig(level=chosen.logging.level)) as display:
+                trained = train_tokenizer(data, chosen, _Both(observer, display), matrix=matrix)
+        else:
+            trained = train_tokenizer(data, chosen, _Both(observer, None), matrix=matrix)
     vars(tokenizer).update({name: value for name, value in vars(trained).items() if name not in PARAMETERS})
 
 

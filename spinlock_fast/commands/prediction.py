@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -56,7 +55,7 @@ def measure(chosen: argparse.Namespace) -> None:
         if inputs.rows != len(targets.tokens):
             raise DataError(f"{chosen.data}: {inputs.rows} rows of inputs, but {len(targets.tokens)} of features")
         held_out = predictor.known_rows.splits_of(targets.keys) != 0
-        metrics = evaluate(predictor, inputs, targets, held_out if held_out.any() else np.ones_like(held_out))
+        metrics = evaluate(predictor, inputs.batches(held_out if held_out.any() else None), targets)
     metrics |= {"rows": "heldout" if held_out.any() else "all", "trained_rows": int((~held_out).sum())}
     if chosen.json is not None:
         write_json(Path(chosen.json), finite_or_null(metrics))
@@ -91,7 +90,7 @@ def _print(metrics: dict[str, Any], quiet: bool) -> None:
     if quiet:
         return
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 80)
-    console.print(f"\nMeasured on {metrics['samples']:,} {'held-out' * (metrics['rows'] == 'heldout')} rows")
+    console.print(f"\nMeasured on {metrics['samples']:,} {'held-out ' * (metrics['rows'] == 'heldout')}rows")
     table = Table("", "predicted", "nearest", "majority", box=None, padding=(0, 2, 0, 0))
     for title, name in (("accuracy of a token", "accuracy"), ("log-loss of a token, nats", "log_loss")):
         table.add_row(title, *(f"{metrics[name][method]:.3f}" for method in ("predicted", "nearest", "majority")))

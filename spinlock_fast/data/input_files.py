@@ -64,13 +64,16 @@ def identify(file: Path | int) -> FileIdentity:
     return FileIdentity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
-def find_files(paths: str | Sequence[str], remote: RemoteCache | None = None) -> list[Path]:
+def find_files(
+    paths: str | Sequence[str], remote: RemoteCache | None = None, *, of_generate: bool = True
+) -> list[Path]:
     """Expands paths to files; raises DataError if a file is missing or not a regular file.
 
     Args:
         paths: a path, a glob, a text file with one of those per line (`@files.txt`, or a name that ends in .txt), an
             address of a remote store such as `s3://bucket/*.h5`, or a list of any of these.
         remote: where copies of remote files are stored; by default in the cache directory of the user.
+        of_generate: whether `generate` can make such files, for the message about a missing one.
 
     Returns:
         The files. A remote file is represented by the path of its local copy, which `open_file` fetches.
@@ -84,7 +87,7 @@ def find_files(paths: str | Sequence[str], remote: RemoteCache | None = None) ->
                 remote = remote or RemoteCache()
                 files += remote.find(pattern)
             else:
-                files += _find_local(pattern)
+                files += _find_local(pattern, of_generate)
         except DataError as error:
             raise DataError(f"{origin}{error}") from None
     if not files:
@@ -95,7 +98,7 @@ def find_files(paths: str | Sequence[str], remote: RemoteCache | None = None) ->
     return files
 
 
-def _find_local(pattern: str) -> list[Path]:
+def _find_local(pattern: str, of_generate: bool) -> list[Path]:
     pattern = pattern.removeprefix("file://")
     if "\0" in pattern:
         raise DataError(f"{pattern!r}: a path cannot hold a NUL character")
@@ -103,13 +106,13 @@ def _find_local(pattern: str) -> list[Path]:
     if _GLOB.search(pattern) and not os.path.exists(pattern):
         files = [Path(match) for match in sorted(glob.glob(pattern, recursive=True), key=natural_sort_key)]
         if not files:
-            raise DataError(f"{pattern}: no file matches{_generate_hint(pattern)}")
+            raise DataError(f"{pattern}: no file matches{_generate_hint(pattern) * of_generate}")
     for file in files:
         try:
             mode = os.stat(file).st_mode
         except (OSError, ValueError):
             if not os.path.exists(file):  # unlike `Path.exists`, False for a name that is too long
-                raise DataError(f"{file}: no such file{_generate_hint(str(file))}") from None
+                raise DataError(f"{file}: no such file{_generate_hint(str(file)) * of_generate}") from None
             mode = 0
         if stat.S_ISDIR(mode):
             raise DataError(f"{file}: is a directory; name the file, or a glob such as {file}/*.h5")

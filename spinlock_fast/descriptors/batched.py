@@ -77,6 +77,8 @@ class BatchDescriber:
         """
         if not fields.is_floating_point():
             raise DataError(f"fields: expected a tensor of floating-point numbers, got {fields.dtype}")
+        if not fields.numel():
+            raise DataError(f"fields: no values, of shape {list(fields.shape)}")
         axes = self.axes or self._default_axes(fields.ndim)
         values = arranged(fields, axes, "fields")  # [N, M, T, C, *space]
         if values.shape[2] < 2:

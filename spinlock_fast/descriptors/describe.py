@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spinlock_fast.data.input_arrays import to_real_tensor
 from spinlock_fast.descriptors.any_grid import StateDescriptors, concatenated, root
-from spinlock_fast.descriptors.geometry import AXIS_NAMES, Grid
+from spinlock_fast.descriptors.geometry import AXIS_NAMES, Grid, is_one_value
 from spinlock_fast.descriptors.names import DescriptorNames, Groups
 from spinlock_fast.descriptors.per_step import StepFeatures, concatenate_series
 from spinlock_fast.descriptors.registry import STATISTICS, names
@@ -60,8 +60,8 @@ class Describer:
         dtype: torch.dtype = torch.float32,
         differentiable: bool = False,
     ) -> None:
-        if not (np.isfinite(time_step) and time_step > 0.0):
-            raise ValueError(f"time_step must be positive, got {time_step}")
+        if not (isinstance(time_step, (int, float, np.number)) and np.isfinite(time_step) and time_step > 0.0):
+            raise ValueError(f"time_step must be positive, got {time_step!r}")
         self.grid, self.channels, self.time_step = grid, channels, float(time_step)
         self.device, self.dtype, self.differentiable = torch.device(device), dtype, differentiable
         self.names = DescriptorNames.of(grid, channels)
@@ -90,8 +90,8 @@ class Describer:
             initial: [M, C, *space], the state before the first; None where there is none.
 
         Returns:
-            Of the states, averaged over realizations, [T, D]; of the trajectories [M, S]. NaN where a value of the
-            sample is not finite.
+            Of the states, averaged over realizations, [T, D]; of the trajectories [M, S]. All NaN if a value of the
+            sample is not finite, or a descriptor overflows.
         """
         states = fields.to(self.dtype).transpose(0, 1).contiguous()  # [T, M, C, *space]
         before = None if initial is None else initial.to(self.dtype)
@@ -105,8 +105,11 @@ class Describer:
                 state, trajectories = self._fast(states, before)
             else:
                 state, trajectories = self._general(states, before)
-            per_state = state.double().mean(1) * self._scale("state")
-            return per_state.to(self.dtype), (trajectories.double() * self._scale("trajectory")).to(self.dtype)
+            per_state = (state.double().mean(1) * self._scale("state")).to(self.dtype)
+            trajectories = (trajectories.double() * self._scale("trajectory")).to(self.dtype)
+            if not (bool(torch.isfinite(per_state).all()) and bool(torch.isfinite(trajectories).all())):  # overflow
+                return torch.full_like(per_state, torch.nan), torch.full_like(trajectories, torch.nan)
+            return per_state, trajectories
 
     def _scale(self, kind: str) -> Tensor:
         """Factors from time steps to time units."""
@@ -162,7 +165,8 @@ def describe(
 
     Returns:
         {"summary": [N, S], "temporal": [N, T, D]}, NumPy arrays or torch tensors as `fields`, float64 where that is,
-        else float32. A sample with a value that is not finite is NaN. See `Families.names`.
+        else float32. All of a sample is NaN if one of its values is not finite, or if a descriptor overflows (values
+        of about 1e9 and above in float32). See `Families.names`.
 
     Raises:
         ValueError: `axes`, `spacing`, `periodic` or `time_step` do not fit the fields.
@@ -177,6 +181,8 @@ def describe(
     N, M, T, C, *extents = values.shape
     if T < 2:
         raise ValueError(f"axis t has {T} state: at least 2 are needed")
+    if 0 in (M, C):
+        raise ValueError(f"axis {'c' if M else 'm'} has length 0")
     order = space_order(axes)
     grid = Grid.of(extents, by_axis(spacing, order, "spacing"), by_axis(periodic, order, "periodic"))
     dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
@@ -198,7 +204,7 @@ def describe(
 
 def parse_axes(axes: str, dimensions: int, name: str = "fields") -> list[str]:
     """The letters of `axes`, checked; raises ValueError."""
-    letters = axes.split() if " " in axes.strip() else list(axes.strip())
+    letters = list(axes.replace(",", " ").replace(" ", ""))
     space = [letter for letter in letters if letter in "xyz"]
     problem = None
     if unknown := [letter for letter in letters if letter not in ("n", "m", "t", "c", "x", "y", "z")]:
@@ -222,8 +228,10 @@ def space_order(axes: str) -> list[str]:
 
 def by_axis(value: Any, given: Sequence[str], name: str) -> Any:
     """Values by axis in the order of `AXIS_NAMES`, from the order of `given`."""
-    if isinstance(value, (bool, int, float)):
+    if is_one_value(value):
         return value
+    if isinstance(value, str):  # bool("n") would be true
+        raise ValueError(f"{name} must be one value, or one for each of {' '.join(given)}; got {value!r}")
     values = list(value)
     if len(values) != len(given):
         raise ValueError(f"{name} must be one value or {len(given)}, one for each of {' '.join(given)}")
@@ -237,6 +245,10 @@ def arranged(fields: ArrayLike | Tensor, axes: str, name: str, has_time: bool = 
             raise DataError(f"{name}: expected real numbers, got {fields.dtype}")
         values = fields
     else:
+        named = "".join(map(str, getattr(fields, "dims", "")))  # of an xarray.DataArray
+        given = "".join(axes.replace(",", " ").split())
+        if has_time and sorted(named) == sorted(given) and named != given:
+            raise ValueError(f"axes {axes!r}: the dimensions of {name} are {' '.join(named)}")
         values = to_real_tensor(fields, name)
     if not has_time:
         values = values[None]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,11 @@ from torch import Tensor
 BANDS = 5
 PROBES_PER_AXIS = {1: 64, 2: 8, 3: 4}
 AXIS_NAMES = {1: ("x",), 2: ("y", "x"), 3: ("z", "y", "x")}
+
+
+def is_one_value(value: Any) -> bool:
+    """Whether a value is a single number, of Python, NumPy or torch."""
+    return isinstance(value, (bool, int, float)) or getattr(value, "shape", None) == ()
 
 
 @dataclass(frozen=True)
@@ -52,8 +58,8 @@ class Grid:
     ) -> Grid:
         """A grid from single values that hold for every axis, or one value per axis."""
         d = len(extents)
-        steps = (float(spacing),) * d if isinstance(spacing, (int, float)) else tuple(map(float, spacing))
-        kinds = (periodic,) * d if isinstance(periodic, bool) else tuple(map(bool, periodic))
+        steps = (float(spacing),) * d if is_one_value(spacing) else tuple(map(float, spacing))  # type: ignore[arg-type]
+        kinds = (bool(periodic),) * d if is_one_value(periodic) else tuple(map(bool, periodic))  # type: ignore[arg-type]
         return cls(tuple(map(int, extents)), steps, kinds)
 
     @property

@@ -86,7 +86,8 @@ def fit_cleaner(x: Blocks, config: FeatureCleaningConfig, ranks: Ranks = SINGLE)
     keep = mean_and_std(values, ranks)[1] >= max(config.variance_threshold, np.finfo(np.float64).tiny)
     if not keep.any():
         raise DataError(
-            f"all {values.shape[1]} columns are constant (standard deviation below {config.variance_threshold:g})"
+            f"all {values.shape[1]} columns are constant (standard deviation below {config.variance_threshold:g}) "
+            "or without values"
         )
     keep[_duplicates(values, np.flatnonzero(keep), config.deduplicate_threshold, ranks)] = False
     low, high = clip_bounds(TransformedRows(values, lambda block: block[:, keep], int(keep.sum())), config, ranks)

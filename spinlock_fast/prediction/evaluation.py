@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from spinlock_fast.errors import DataError
-from spinlock_fast.prediction.inputs import Inputs, Targets, signature
+from spinlock_fast.prediction.inputs import Batch, Targets, signature
 from spinlock_fast.prediction.predictor import Predictor
 
 _METHODS = ("predicted", "majority", "nearest")
@@ -19,11 +18,12 @@ _BINS = 10  # of the calibration table
 
 
 @torch.no_grad()
-def evaluate(predictor: Predictor, inputs: Inputs, targets: Targets, chosen: NDArray[np.bool_]) -> dict[str, Any]:
+def evaluate(predictor: Predictor, batches: Iterable[Batch], targets: Targets) -> dict[str, Any]:
     """Metrics on some rows.
 
     Args:
-        chosen: [N] which rows.
+        batches: the rows.
+        targets: of all rows.
 
     Returns:
         accuracy and log_loss (nats) by method, as means over codebooks and for each codebook: of the predictor
@@ -35,23 +35,17 @@ def evaluate(predictor: Predictor, inputs: Inputs, targets: Targets, chosen: NDA
         of the mean ("mean").
 
     Raises:
-        DataError: no row is chosen.
+        DataError: there is no row.
     """
-    if not chosen.any():
-        raise DataError("no row to measure on")
     prior = [(counts + 1.0) / (counts + 1.0).sum() for counts in predictor.counts]
     parts: dict[str, list[Tensor]] = {}
-    for batch in inputs.batches():
-        rows = torch.from_numpy(chosen[batch.index.numpy()])
-        if bool(rows.any()):
-            theta, field = predictor.standardizer(batch, predictor.device)
-            on_device = rows.to(theta.device)
-            selected = theta[on_device], None if field is None else field[on_device]
-            index = batch.index[rows]
-            for name, values in _measure(
-                predictor, selected, targets.tokens[index], targets.features[index], prior
-            ).items():
-                parts.setdefault(name, []).append(values.double())
+    for batch in batches:
+        selected = predictor.standardizer(batch, predictor.device)
+        tokens, features = targets.tokens[batch.index], targets.features[batch.index]
+        for name, values in _measure(predictor, selected, tokens, features, prior).items():
+            parts.setdefault(name, []).append(values.double())
+    if not parts:
+        raise DataError("no row to measure on")
     found = {name: torch.cat(values) for name, values in parts.items()}
 
     def by_method(kind: str, column: int | slice = slice(None)) -> dict[str, float]:
@@ -74,7 +68,7 @@ def evaluate(predictor: Predictor, inputs: Inputs, targets: Targets, chosen: NDA
         "features_error": {
             name.partition("/")[2]: float(values.mean()) for name, values in found.items() if name.startswith("error/")
         },
-        "samples": int(chosen.sum()),
+        "samples": len(found["confidence"]),
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spinlock_fast.data.input_files import find_files
+from spinlock_fast.data.hdf5_links import get_dataset
+from spinlock_fast.data.input_files import find_files, open_file
 from spinlock_fast.data.loader import HDF5Loader
 from spinlock_fast.errors import DataError
 from spinlock_fast.models.input_check import KnownRows
@@ -31,6 +32,9 @@ class Batch:
     index: Tensor  # [B] row numbers
     theta: Tensor
     field: Tensor | None
+
+    def __getitem__(self, rows: Tensor) -> Batch:
+        return Batch(self.index[rows], self.theta[rows], None if self.field is None else self.field[rows])
 
 
 @dataclass(frozen=True)
@@ -56,18 +60,19 @@ class Inputs:
 
     def __init__(self, paths: str | list[str], config: PredictorConfig, budget: int = 1_250_000_000) -> None:
         self.config = config
-        datasets = [path for path in (config.parameters, config.fields) if path is not None]
-        self._in_order, self._shuffled = (
-            HDF5Loader(
-                paths,
-                datasets,
-                config.batch_size,
-                shuffle=shuffle,
-                seed=config.random_seed,
-                memory_budget=budget // 2,
-                window_rows=1024,
-            )
-            for shuffle in (False, True)
+        given = {"parameters": config.parameters, "fields": config.fields}
+        datasets = [path for path in given.values() if path is not None]
+        file = find_files(paths)[0]
+        with open_file(file) as handle:
+            for key, path in given.items():
+                try:
+                    if path is not None:
+                        get_dataset(file, handle, path)
+                except DataError as error:
+                    made = ", `extract --initial-fields` writes it" if path == "inputs/fields" else ""
+                    raise DataError(f"{error}; `--set {key}=null` leaves this input out{made}") from None
+        self._loader = HDF5Loader(
+            paths, datasets, config.batch_size, shuffle=False, memory_budget=budget, window_rows=1024
         )
         first = next(iter(self.batches()))
         field = (0, 0) if first.field is None else (first.field.shape[1], first.field.ndim - 2)
@@ -76,18 +81,20 @@ class Inputs:
     @property
     def rows(self) -> int:
         """N."""
-        return self._in_order.rows
+        return self._loader.rows
 
     @property
     def files(self) -> list[Path]:
         """The files."""
-        return find_files(self._in_order.paths)
+        return find_files(self._loader.paths)
 
-    def batches(self, epoch: int | None = None) -> Iterator[Batch]:
-        """All rows in order, or shuffled for an epoch."""
-        loader = self._in_order if epoch is None else self._shuffled
-        loader.set_epoch(epoch or 0)
-        return map(self._batch, loader)
+    def batches(self, chosen: NDArray[np.bool_] | None = None) -> Iterator[Batch]:
+        """All rows, or the chosen [N] ones, in order."""
+        for batch in map(self._batch, self._loader):
+            if chosen is None:
+                yield batch
+            elif (rows := chosen[batch.index.numpy()]).any():
+                yield batch[torch.from_numpy(rows)]
 
     def _batch(self, batch: dict[str, Tensor]) -> Batch:
         theta_path, field_path = self.config.parameters, self.config.fields
@@ -116,13 +123,12 @@ class Standardizer:
     field_std: Tensor
 
     @classmethod
-    def fit(cls, inputs: Inputs, training: NDArray[np.bool_]) -> Standardizer:
+    def fit(cls, shape: InputShape, batches: Iterable[Batch]) -> Standardizer:
         """Of the training rows."""
-        sums = [torch.zeros(3, size, dtype=torch.float64) for size in inputs.shape[:2]]
-        for batch in inputs.batches():
-            chosen = torch.from_numpy(training[batch.index.numpy()])
-            field = batch.field[chosen].movedim(1, -1).flatten(0, -2) if batch.field is not None else torch.empty(0, 0)
-            for total, values in zip(sums, (batch.theta[chosen], field), strict=True):
+        sums = [torch.zeros(3, size, dtype=torch.float64) for size in shape[:2]]
+        for batch in batches:
+            field = torch.empty(0, 0) if batch.field is None else batch.field.movedim(1, -1).flatten(0, -2)
+            for total, values in zip(sums, (batch.theta, field), strict=True):
                 values = values.double()
                 total += torch.stack(
                     [torch.full((values.shape[1],), float(len(values))), values.sum(0), (values**2).sum(0)]

@@ -25,7 +25,7 @@ class PredictorConfig(Section):
         description="dataset of initial fields [N, C, *space] in 1 to 3 dimensions; null: they are no input",
     )
     hidden_dim: PositiveInt = Field(default=256, description="width of the MLP")
-    channels: PositiveInt = Field(default=32, description="channels of the first stage of the convolutional network")
+    channels: PositiveInt = Field(default=8, description="channels of the first stage of the convolutional network")
     stages: PositiveInt = Field(default=3, description="stages of the convolutional network, each halves the grid")
     dropout: Probability = Field(default=0.1, description="dropout before the output layer")
     autoregressive: bool = Field(

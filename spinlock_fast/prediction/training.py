@@ -23,8 +23,17 @@ from spinlock_fast.errors import ConfigError, DataError, Interrupted, OutputErro
 from spinlock_fast.models.input_check import KnownRows
 from spinlock_fast.output.atomic_files import write_json
 from spinlock_fast.output.locks import locked_output_directory
+from spinlock_fast.prediction.cached_inputs import CachedInputs
 from spinlock_fast.prediction.evaluation import evaluate
-from spinlock_fast.prediction.inputs import Inputs, Standardizer, Targets, held_out_rows, read_targets, signature
+from spinlock_fast.prediction.inputs import (
+    Batch,
+    Inputs,
+    Standardizer,
+    Targets,
+    held_out_rows,
+    read_targets,
+    signature,
+)
 from spinlock_fast.prediction.predictor import FILE, Neighbours, Predictor, build_networks, differing_settings
 from spinlock_fast.prediction.settings import PredictorConfig
 from spinlock_fast.tokenizer import Tokenizer
@@ -70,8 +79,9 @@ def train_predictor(
     with locked_output_directory(output):
         state = _state_to_resume(output, config, resume, overwrite)
         tokenizer = Tokenizer.from_checkpoint(checkpoint, device)
+        stored = Inputs(data, config)
         targets = read_targets(tokenizer, data, progress)
-        inputs = Inputs(data, config)
+        inputs = CachedInputs(stored, output)
         if inputs.rows != len(targets.tokens):
             raise DataError(f"{data}: {inputs.rows} rows of inputs, but {len(targets.tokens)} of features")
         if inputs.rows < _MIN_ROWS:
@@ -86,7 +96,7 @@ def train_predictor(
         except Interrupted as stopped:
             hint = f"stopped; the same command with --resume goes on in {output}" if run.saved else "stopped in epoch 1"
             raise Interrupted(hint, stopped.exit_status - 128) from None
-        metrics = evaluate(predictor, inputs, targets, held_out)
+        metrics = evaluate(predictor, inputs.batches(held_out), targets)
         metrics |= {
             "rows": "heldout",
             "best_epoch": run.best_epoch["tokens"],
@@ -119,11 +129,11 @@ def _state_to_resume(output: Path, config: PredictorConfig, resume: bool, overwr
 
 
 def _new_predictor(
-    tokenizer: Tokenizer, inputs: Inputs, targets: Targets, held_out: NDArray[np.bool_], config: PredictorConfig
+    tokenizer: Tokenizer, inputs: CachedInputs, targets: Targets, held_out: NDArray[np.bool_], config: PredictorConfig
 ) -> Predictor:
     """A predictor before its first step."""
     training = ~held_out
-    standardizer = Standardizer.fit(inputs, training)
+    standardizer = Standardizer.fit(inputs.shape, inputs.batches(training))
     with torch.random.fork_rng(devices=[]):
         seed_torch(config.random_seed)
         networks = build_networks(tokenizer, inputs.shape, config)
@@ -131,10 +141,9 @@ def _new_predictor(
     sampled = np.zeros(len(training), dtype=bool)
     sampled[rows[:: max(1, -(-len(rows) // _MOST_NEIGHBOURS))]] = True
     signatures, places = [], []
-    for batch in inputs.batches():
-        chosen = torch.from_numpy(sampled[batch.index.numpy()])
-        signatures.append(signature(*standardizer(batch, torch.device("cpu")))[chosen])
-        places.append(batch.index[chosen])
+    for batch in inputs.batches(sampled):
+        signatures.append(signature(*standardizer(batch, torch.device("cpu"))))
+        places.append(batch.index)
     tokens = targets.tokens[torch.from_numpy(rows)]
     counts = [torch.bincount(tokens[:, g], minlength=k) for g, k in enumerate(tokenizer.model.quantizer.num_codes)]
     known = KnownRows.of(targets.keys, np.flatnonzero(held_out), np.array([], np.int64))
@@ -150,7 +159,7 @@ class _Run:
     def __init__(
         self,
         predictor: Predictor,
-        inputs: Inputs,
+        inputs: CachedInputs,
         targets: Targets,
         held_out: NDArray[np.bool_],
         output: Path,
@@ -196,26 +205,23 @@ class _Run:
     def _epoch(self, epoch: int) -> float:
         config, device = self.predictor.config, self.predictor.device
         self.networks.train()
-        steps = -(-self.inputs.rows // config.batch_size)
+        steps = -(-int((~self.held_out).sum()) // config.batch_size)
         total, rows = 0.0, 0
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             seed_torch((config.random_seed + epoch + 1) % 2**63, device)
-            for step, batch in enumerate(self.inputs.batches(epoch)):
-                chosen = torch.from_numpy(~self.held_out[batch.index.numpy()])
-                if not bool(chosen.any()):
-                    continue
+            for step, batch in enumerate(self.inputs.shuffled(~self.held_out, config.random_seed, epoch)):
                 share = (epoch + step / steps) / config.num_epochs
                 rate = config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * min(share, 1.0)))
                 for group in self.optimizer.param_groups:
                     group["lr"] = rate
-                token_loss, error = self._losses(batch.index[chosen], self._select(batch, chosen))
+                token_loss, error = self._losses(batch)
                 self.optimizer.zero_grad()
                 (token_loss + error).backward()  # the networks share no weights
                 for network in self.networks.values():
                     torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
                 self.optimizer.step()
-                total += float(token_loss.detach()) * int(chosen.sum())
-                rows += int(chosen.sum())
+                total += float(token_loss.detach()) * len(batch.index)
+                rows += len(batch.index)
         return total / max(rows, 1)
 
     @torch.no_grad()
@@ -223,23 +229,16 @@ class _Run:
         """On the held-out rows: mean log-loss of a token, in nats, and squared error of the regression."""
         self.networks.eval()
         totals, rows = np.zeros(2), 0
-        for batch in self.inputs.batches():
-            chosen = torch.from_numpy(self.held_out[batch.index.numpy()])
-            if bool(chosen.any()):
-                losses = self._losses(batch.index[chosen], self._select(batch, chosen))
-                totals += np.array([float(loss) for loss in losses]) * int(chosen.sum())
-                rows += int(chosen.sum())
+        for batch in self.inputs.batches(self.held_out):
+            totals += np.array([float(loss) for loss in self._losses(batch)]) * len(batch.index)
+            rows += len(batch.index)
         return {"val_tokens": float(totals[0]) / rows, "val_regression": float(totals[1]) / rows}
 
-    def _select(self, batch: Any, chosen: Tensor) -> tuple[Tensor, Tensor | None]:
-        theta, field = self.predictor.standardizer(batch, self.predictor.device)
-        chosen = chosen.to(theta.device)
-        return theta[chosen], None if field is None else field[chosen]
-
-    def _losses(self, index: Tensor, inputs: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:
+    def _losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The mean log-loss of a token, and the mean squared error of the regression."""
         device = self.predictor.device
-        tokens, features = self.targets.tokens[index].to(device), self.targets.features[index].to(device)
+        inputs = self.predictor.standardizer(batch, device)
+        tokens, features = self.targets.tokens[batch.index].to(device), self.targets.features[batch.index].to(device)
         logits, _ = self.predictor.network(*inputs, tokens)
         token_loss = torch.stack([F.cross_entropy(part, tokens[:, g]) for g, part in enumerate(logits)]).mean()
         return token_loss, F.mse_loss(self.predictor.regression(*inputs), features)

@@ -17,10 +17,10 @@ from spinlock_fast.data.array_source import ArraySource
 from spinlock_fast.data.feature_source import FeatureSource
 from spinlock_fast.device import resolve_device
 from spinlock_fast.errors import ConfigError, DataError
+from spinlock_fast.estimators.rows import is_path, named_families
 from spinlock_fast.features.family_layout import resolve_families, with_encoder, with_families
 from spinlock_fast.features.normalize import units
 from spinlock_fast.models.input_check import RowStatistic, TrainingRange, row_errors
-from spinlock_fast.raw_input import is_path, named_families
 from spinlock_fast.tokenizer import Tokenizer
 from spinlock_fast.training.observer import Display
 from spinlock_fast.training.preparation import open_source, prepare

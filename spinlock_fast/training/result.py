@@ -18,7 +18,7 @@ from spinlock_fast.data.input_arrays import masked_to_nan
 from spinlock_fast.data.mapped_pages import MappedPages
 from spinlock_fast.data.split import Split
 from spinlock_fast.errors import DataError
-from spinlock_fast.estimator import MATRIX
+from spinlock_fast.estimators.transformer import MATRIX
 from spinlock_fast.features.cleaning import FeatureCleaner
 from spinlock_fast.features.encode import FamilyEncoder
 from spinlock_fast.features.matrix import MatrixNormalizer

@@ -107,6 +107,8 @@ def array_file(
     letters = options.letters(len(shape), f"{path}" if dataset is None else f"{path}: {dataset}")
     size = dict(zip(letters, shape, strict=True))
     space = space_axes(sum(letter in "xyz" for letter in letters))
+    if empty := [letter for letter in letters if size[letter] == 0]:
+        raise DataError(f"{path}: axis {empty[0]} has length 0")
     if size["t"] < 2:
         raise DataError(f"{path}: axis t has {size['t']} state; at least 2 are needed")
     grid = options.grid([size[axis] for axis in space], path)

@@ -68,9 +68,9 @@ def find_stores_and_files(paths: str | Sequence[str]) -> list[Path]:
     for pattern in [paths] if isinstance(paths, str) else paths:
         matches = [pattern] if is_zarr(pattern) else sorted(glob.glob(pattern), key=natural_sort_key)
         stores = [Path(match) for match in matches if is_zarr(match)]
-        found += stores if stores and len(stores) == len(matches) else find_files(pattern)
+        found += stores if stores and len(stores) == len(matches) else find_files(pattern, of_generate=False)
     if not found:
-        find_files(paths)  # raises
+        find_files(paths, of_generate=False)  # raises
     return found
 
 

@@ -17,10 +17,14 @@ import pytest
 import torch
 
 from spinlock_fast import Tokenizer
+from spinlock_fast.errors import Interrupted
 from spinlock_fast.extract import main as extract_main
 from spinlock_fast.predict import main
+from spinlock_fast.prediction.cached_inputs import CachedInputs
+from spinlock_fast.prediction.inputs import Inputs
 from spinlock_fast.prediction.network import InputShape, TokenNetwork
-from spinlock_fast.prediction.settings import PredictorConfig
+from spinlock_fast.prediction.settings import PredictorConfig, load_predictor_config
+from spinlock_fast.prediction.training import train_predictor
 from spinlock_fast.tokenize import main as tokenize_main
 
 ROWS = 400
@@ -51,7 +55,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def checkpoint(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     levels = [{"num_tokens": 6, "latent_dim": 4}, {"num_tokens": 4, "latent_dim": 4}]
-    tokenizer = Tokenizer(num_epochs=15, batch_size=64, topo_samples=64, device="cpu", levels=levels)
+    tokenizer = Tokenizer(
+        num_epochs=15, batch_size=64, topo_samples=64, device="cpu", group_hidden_dim=32, levels=levels
+    )
     return tokenizer.fit(data).save(tmp_path_factory.mktemp("checkpoint"))
 
 
@@ -133,6 +139,44 @@ def test_each_input_alone(checkpoint: Path, data: Path, tmp_path: Path) -> None:
     assert found["theta"] != found["field"]
 
 
+def test_a_resumed_training_has_the_same_result(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    def stop(what: str, done: int, total: int) -> None:
+        if (what, done) == ("epochs", 2):
+            raise Interrupted("", signal.SIGTERM)
+
+    config = load_predictor_config(None, [*SMALL, "num_epochs=3", "fields=null"])
+    cpu = torch.device("cpu")
+    train_predictor(checkpoint, str(data), config, tmp_path / "whole", cpu)
+    with pytest.raises(Interrupted, match="--resume"):
+        train_predictor(checkpoint, str(data), config, tmp_path / "part", cpu, progress=stop)
+    assert {path.name for path in (tmp_path / "part").iterdir()} == {"state.pt"}
+    train_predictor(checkpoint, str(data), config, tmp_path / "part", cpu, resume=True)
+    whole, part = (torch.load(tmp_path / name / "predictor.pt", weights_only=True) for name in ("whole", "part"))
+    assert all(torch.equal(part["network"][name], value) for name, value in whole["network"].items())
+
+
+def test_inputs_are_decoded_once(tmp_path: Path) -> None:
+    path = write_data(tmp_path / "data.h5", seed=0, rows=50, features=False)
+    cached = CachedInputs(Inputs(str(path), PredictorConfig(batch_size=16)), tmp_path)
+    path.unlink()
+    assert not list(tmp_path.iterdir())  # the temporary file has no name
+    chosen = np.arange(50) % 3 > 0
+    orders = [torch.cat([batch.index for batch in cached.shuffled(chosen, 0, epoch)]) for epoch in (0, 0, 1)]
+    assert torch.equal(orders[0], orders[1])
+    assert not torch.equal(orders[0], orders[2])
+    assert np.array_equal(np.sort(orders[2]), np.flatnonzero(chosen))
+    batches = list(cached.batches(chosen))
+    assert [len(batch.index) for batch in batches] == [16, 16, 1]
+    again = write_data(path, seed=0, rows=50, features=False)
+    with h5py.File(again) as file:
+        for name, values in (
+            ("parameters/params", [b.theta for b in batches]),
+            ("inputs/fields", [b.field for b in batches]),
+        ):
+            assert np.array_equal(torch.cat(values), file[name][()][chosen].astype(np.float32))
+
+
+@pytest.mark.slow  # a process
 def test_an_interrupted_training_goes_on_to_the_same_result(checkpoint: Path, data: Path, tmp_path: Path) -> None:
     assert train(checkpoint, data, tmp_path / "whole", "num_epochs=6") == 0
     changes = [part for setting in (*SMALL, "num_epochs=6") for part in ("--set", setting)]
@@ -174,7 +218,7 @@ def test_levels_depend_on_the_tokens_before_them() -> None:
     [
         ({"set": "hiden_dim=3"}, 2, ["hiden_dim", "hidden_dim"]),
         ({"set": "num_epochs=0"}, 2, ["num_epochs"]),
-        ({"set": "fields=inputs/feilds"}, 3, ["inputs/feilds", "inputs/fields"]),
+        ({"set": "fields=inputs/feilds"}, 3, ["inputs/feilds", "inputs/fields", "--set fields=null"]),
         ({"set": "fields=parameters/params"}, 2, ["different names"]),
         ({"set": "fields=features/summary/aggregated/features"}, 3, ["[N, C, Y, X]", "[20]"]),
         ({"set": "parameters=inputs/fields", "also": "fields=null"}, 3, ["[N, P]"]),
@@ -235,8 +279,8 @@ def test_fields_that_extract_keeps(dimensions: int, tmp_path: Path) -> None:
     with h5py.File(tmp_path / "f.h5") as file:
         assert np.array_equal(file["inputs/fields"], fields[:, 0])
     levels = [{"num_tokens": 4, "latent_dim": 4}]
-    tokenizer = Tokenizer(num_epochs=1, batch_size=32, device="cpu", levels=levels)
-    checkpoint = tokenizer.fit(tmp_path / "f.h5").save(tmp_path / "c")
+    tokenizer = Tokenizer(num_epochs=1, batch_size=32, device="cpu", group_hidden_dim=8, levels=levels)
+    checkpoint = tokenizer.fit(tmp_path / "f.h5", config={"families": {"summary": {}}}).save(tmp_path / "c")
     assert train(checkpoint, tmp_path / "f.h5", tmp_path / "p", "num_epochs=1", "parameters=null") == 0
     assert run("apply", tmp_path / "p", tmp_path / "f.h5", "--output", tmp_path / "t.npy", "--quiet") == 0
     assert len(np.load(tmp_path / "t.npy")) == 40

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from spinlock_fast.data.input_arrays import masked_to_nan, to_real_tensor
 from spinlock_fast.errors import DataError
+from spinlock_fast.features.differentiable import raw_columns
 from spinlock_fast.features.encode import FamilyEncoder
+from spinlock_fast.messages import one_line, shown
 
 
 def is_path(data: Any) -> TypeGuard[str | Path | list[str]]:
@@ -31,27 +34,50 @@ def as_rows(data: Any, name: str = "X") -> Any:
     """Rows [N, D] or [N, T, D] of numbers: a torch tensor as it is, else a numpy array; raises DataError."""
     if hasattr(data, "toarray"):
         raise DataError(f"{name}: sparse matrices are not supported; .toarray() makes a dense one")
-    if type(data).__module__.startswith("torch"):
+    rows: Any
+    if isinstance(data, Tensor):
+        if data.layout != torch.strided or data.is_meta:
+            kind = "without values" if data.is_meta else "that are sparse"
+            raise DataError(f"{name}: tensors {kind} are not supported; .to_dense() makes a sparse one dense")
         rows = data
     else:
         try:
             rows = masked_to_nan(data)
-            rows = rows.astype(np.float64) if rows.dtype == object else rows
+            if rows.dtype == object:
+                rows = _frame_values(data, name) if _is_frame(data) else rows.astype(np.float64)
         except (TypeError, ValueError) as error:
-            raise DataError(f"{name} must hold numbers in rows of one length: {error}") from None
+            raise DataError(f"{name} must hold numbers in rows of one length: {one_line(error)}") from None
         if rows.dtype.kind == "c":
             raise DataError(f"Complex data not supported: {name} is {rows.dtype}")
         if rows.dtype.kind not in "fiub":
             raise DataError(f"{name} must hold numbers, got {rows.dtype}")
     if rows.ndim not in (2, 3):
-        advice = "; Reshape your data: .reshape(-1, 1) for one feature" if rows.ndim == 1 else ""
+        advice = ""
+        if rows.ndim == 1:
+            advice = "; Reshape your data: .reshape(-1, 1) for one feature, .reshape(1, -1) for one row"
+        elif rows.ndim > 3:
+            advice = "; of fields, spinlock_fast.descriptors.describe makes such arrays"
         raise DataError(f"{name} must be [N, D] or [N, T, D], got {list(rows.shape)}{advice}")
     if 0 in rows.shape[1:]:
         raise DataError(f"{name}: 0 feature(s) (shape={tuple(rows.shape)}) while a minimum of 1 is required.")
     return rows
 
 
-def column_names(data: Any) -> NDArray[Any] | None:
+def _is_frame(data: Any) -> bool:
+    """Whether data are a data frame of pandas."""
+    return hasattr(data, "convert_dtypes") and getattr(data, "ndim", 0) == 2
+
+
+def _frame_values(data: Any, name: str) -> NDArray[np.float64]:
+    """The values of a data frame, missing ones as NaN; raises DataError naming the first column without numbers."""
+    for column, kind in data.dtypes.items():
+        if str(kind) == "category" or getattr(kind, "kind", "O") not in "fiubO":
+            raise DataError(f"{name}: column {shown(column)} must hold numbers, got {kind}")
+    values: NDArray[np.float64] = data.to_numpy(np.float64, na_value=np.nan)
+    return values
+
+
+def column_names(data: Any) -> Any:
     """The columns of a data frame, if all are texts."""
     columns = list(getattr(data, "columns", []))
     return np.array(columns, dtype=object) if columns and all(isinstance(name, str) for name in columns) else None
@@ -67,10 +93,31 @@ def named_families(data: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, l
     return arrays, names
 
 
+def check_columns(family: FamilyEncoder, names: Sequence[str] | None, where: str) -> None:
+    """Raises DataError if named columns are not those that a family was trained on, in the same order."""
+    expected = None if family.column_names is None else raw_columns(family)
+    unnamed = [f"{family.name}_{i}" for i in range(family.row_shape[-1])]
+    if names is None or expected is None or expected in (list(names), unnamed) or len(names) != len(expected):
+        return  # other numbers of columns are reported as shapes
+    found, trained = next((a, b) for a, b in zip(names, expected, strict=True) if a != b)
+    raise DataError(
+        f"{where}: the columns differ from those of training, in name or order: "
+        f"{shown(found)} instead of {shown(trained)}"
+    )
+
+
+def named_rows(raw: Mapping[str, Any], families: Sequence[FamilyEncoder]) -> dict[str, Any]:
+    """{family: array}, see `as_rows`, of which named columns are checked; raises DataError."""
+    arrays, names = named_families(raw)
+    for family in families:
+        check_columns(family, names.get(family.name), f"family {family.name!r}")
+    return arrays
+
+
 def families_of(raw: Any, families: Sequence[FamilyEncoder], feature_names: Sequence[str]) -> Mapping[str, Any]:
     """{family: array} of an argument of `Tokenizer.encode`; raises DataError naming the expected input."""
     if isinstance(raw, Mapping):
-        return raw
+        return named_rows(raw, families)
     expected = ", ".join(f'"{f.name}": {shape_text(f.row_shape)}' for f in families)
     if not isinstance(raw, (np.ndarray, Tensor)):
         raise DataError(f"expected raw families {{{expected}}} or the path of an HDF5 file, got {type(raw).__name__}")

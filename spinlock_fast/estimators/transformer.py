@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,8 @@ import spinlock_fast
 from spinlock_fast.config.loading import setting_key
 from spinlock_fast.config.schema import RunConfig
 from spinlock_fast.errors import ConfigError, DataError
-from spinlock_fast.raw_input import as_rows, column_names, is_one_array
+from spinlock_fast.estimators.rows import as_rows, column_names, is_one_array
+from spinlock_fast.messages import shown
 
 if TYPE_CHECKING:
     from typing import Self
@@ -121,7 +123,22 @@ class Estimator(ABC):
     def transform(self, data: Any) -> Any:
         """Tokens [N, G] int64; takes what `fit` takes."""
         self._check_fitted()
-        return self.encode(self._checked_rows(data) if is_one_array(data) else data)
+        tokens = self.encode(self._checked_rows(data) if is_one_array(data) else data)
+        kind = getattr(self, "_sklearn_output_config", {}).get("transform", "default")
+        if kind == "default":
+            return tokens
+        frames, columns = importlib.import_module(kind), self.get_feature_names_out().tolist()
+        if kind == "polars":
+            return frames.DataFrame(np.asarray(tokens), schema=columns)
+        return frames.DataFrame(np.asarray(tokens), columns=columns, index=getattr(data, "index", None))
+
+    def set_output(self, *, transform: str | None = None) -> Self:
+        """The type of what `transform` returns: "default", "pandas" or "polars"; None keeps it. Raises ConfigError."""
+        if transform not in (None, "default", "pandas", "polars"):
+            raise ConfigError(f"transform: expected default, pandas or polars, got {shown(transform)}")
+        if transform is not None:
+            self._sklearn_output_config = {"transform": transform}  # `sklearn.base.clone` copies this name
+        return self
 
     def inverse_transform(self, tokens: Any) -> Any:
         """Tokens [N, G] -> rows [N, F]: see `decode`; after `fit` of one matrix, all of its columns.
@@ -134,7 +151,7 @@ class Estimator(ABC):
     def score(self, data: Any, y: Any = None) -> float:
         """1 - mean squared error of the reconstruction, in units of the variance of the training rows."""
         x = self.features(self._checked_rows(data) if is_one_array(data) else data)
-        decoded = self.normalize(self.decode(self.transform(data)))
+        decoded = self.normalize(self.decode(np.asarray(self.transform(data))))
         return 1.0 - float(np.square(np.asarray(decoded) - x).mean())
 
     def get_feature_names_out(self, input_features: Any = None) -> NDArray[Any]:
@@ -169,6 +186,7 @@ class Estimator(ABC):
         rows = as_rows(data)
         expected: int | None = getattr(self, "n_features_in_", None)
         if expected is None:
+            self._check_columns(column_names(data))
             return rows
         if rows.ndim != 2 or rows.shape[1] != expected:
             raise DataError(
@@ -194,6 +212,9 @@ class Estimator(ABC):
 
     @abstractmethod
     def _with_dropped_columns(self, decoded: Any) -> Any: ...
+
+    @abstractmethod
+    def _check_columns(self, names: Sequence[str] | None) -> None: ...
 
     @abstractmethod
     def _codebook_names(self) -> list[str]: ...
