@@ -317,8 +317,8 @@ def hub(fitted: Tokenizer, tmp_path: Path) -> Iterator[str]:
 def test_from_pretrained_downloads_a_checkpoint(
     hub: str, fitted: Tokenizer, rows: np.ndarray[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client = pytest.importorskip("huggingface_hub", reason="the extra hub")
-    monkeypatch.setattr(client.constants, "HF_HUB_OFFLINE", False)  # which other tests set in this process
+    constants = pytest.importorskip("huggingface_hub.constants", reason="the extra hub")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # which other tests set in this process
     cache = tmp_path / "cache"
     loaded = Tokenizer.from_pretrained("o/r", endpoint=hub, cache_dir=cache)
     assert np.array_equal(loaded.transform(rows), fitted.transform(rows))
