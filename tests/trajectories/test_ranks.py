@@ -53,7 +53,8 @@ def test_a_stopped_run_is_resumed_by_another_number_of_ranks(tmp_path: Path) -> 
         ranks.signal(1, signal.SIGTERM)
 
     ended = run_on_ranks([("extract", arguments)], 2, tmp_path, stop_the_last)
-    assert ended.statuses == [143, 143], ended.stderr
+    # Rank 0 gets a signal when rank 1 has ended, unless it has described its share before and waits for rank 1.
+    assert ended.statuses in ([143, 143], [1, 143]), ended.stderr
     assert "error: stopped; " in ended.stderr
     kept = set(partial.glob("*.npz"))
     assert kept
