@@ -311,7 +311,7 @@ class Trainer:
 
     def _place_rows(self, rows: RowView, device: torch.device) -> Rows:
         placed = place_rows(rows, device, self.config.training.data_on_device)
-        if isinstance(placed, HostRows) and device.type != "cpu":
+        if isinstance(placed, HostRows):
             log.info("%s rows stay in main memory and are copied to %s step by step", f"{len(placed):,}", device)
         return placed
 
