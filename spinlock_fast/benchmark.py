@@ -84,7 +84,7 @@ def training_run(
     with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
         seed_torch(config.random_seed, place)
         model = CategoricalHierarchicalVQVAE(model_config).to(place)
-        model.quantizer.sync = ranks.size == 1
+        model.quantizer.sync = False
         matrix, where = x.numpy(), config.training.data_on_device
         x_train, x_val = (place_rows(RowView(rows), place, where) for rows in (matrix, matrix[:1]))
         run = TrainingRun(config, SilentObserver(), lambda: None, model, x_train, x_val, ranks=ranks)

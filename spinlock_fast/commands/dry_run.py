@@ -125,6 +125,7 @@ def _probe_step(config: RunConfig, features: int, batch: int, device: torch.devi
         model = CategoricalHierarchicalVQVAE(
             CategoricalVQVAEConfig(**settings, input_dim=features, group_indices=groups)
         ).to(device)
+        model.quantizer.sync = False  # rank 0 alone measures
         x = torch.randn(batch, features, device=device)
         weights = LossWeights.of(config.training)
         best = float("inf")

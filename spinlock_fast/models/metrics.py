@@ -104,12 +104,12 @@ class Validation:
         self.x = x
         self.training = training
         self.ranks = ranks
-        self._first_row, self._total_rows = _place_of(x, ranks)
+        self._first_row, self.total_rows = _place_of(x, ranks)
         self._scalars = torch.zeros(len(SCALARS), dtype=torch.float64, device=x.device)
 
     def run(self) -> None:
         """Measures, without host synchronisation; with several ranks, by one collective operation."""
-        measured = measure(self.model, self.x, self.training, self.ranks, self._first_row, self._total_rows)
+        measured = measure(self.model, self.x, self.training, self.ranks, self._first_row, self.total_rows)
         self._scalars.copy_(measured.scalars)
 
     def result(self) -> dict[str, float]:

@@ -53,13 +53,7 @@ def _outputs(
     tokens: Tensor, vq_loss: Tensor, latents: Tensor, quantized: Tensor, codebook: Tensor
 ) -> dict[str, Tensor]:
     """The outputs of the encoder and the quantizer, by name."""
-    return {
-        "tokens": tokens,
-        "vq_loss": vq_loss,
-        "latents": latents,
-        "quantized": quantized,
-        "codebook": codebook,
-    }
+    return {"tokens": tokens, "vq_loss": vq_loss, "latents": latents, "quantized": quantized, "codebook": codebook}
 
 
 _RELATIVE_EPS = 1e-6  # rounding error of a float32 mean

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import signal
 import zlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from spinlock_fast.config.schema import RunConfig
 from spinlock_fast.distributed import Ranks
 from spinlock_fast.errors import ConfigError, DataError, TrainingError
 from spinlock_fast.kernels._common.dropout import BatchSlice
+from spinlock_fast.messages import one_line
 from spinlock_fast.models.losses import LossTerms, LossWeights
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE
 from spinlock_fast.quantize.code_statistics import statistics_size
@@ -52,20 +55,20 @@ class Share(NamedTuple):
         """Weights of this rank's loss terms, whose gradients sum to those of the batch.
 
         The topographic term is that of the sample of all ranks, and its gradient reaches this rank's rows only. The
-        orthogonality of codes is the same on every rank.
+        orthogonality of codes is the same on every rank with rows; ranks without rows backpropagate nothing.
         """
         fraction = self.rows / self.total
         return LossWeights(
             weights.reconstruction * fraction,
             weights.vq * fraction,
-            weights.orthogonality / ranks.size,
+            weights.orthogonality / min(self.total, ranks.size),
             weights.informativeness * fraction,
             weights.topographic,
         )
 
     def values(self, terms: LossTerms, ranks: Ranks) -> Tensor:
         """[5] this rank's part of the loss terms; the sum over the ranks is the terms of the batch."""
-        fraction, once = self.rows / self.total, float(ranks.is_main)
+        fraction, once = self.rows / self.total, float(ranks.rank == ranks.size - 1)  # the last rank always has rows
         factors = (fraction, fraction, once, fraction, once)
         return torch.stack([term.detach() * factor for term, factor in zip(terms, factors, strict=True)])
 
@@ -166,6 +169,8 @@ class StepExchange:
         numbers = [number for number, value in zip(_SIGNALS, values, strict=False) if value]
         if (numbers or values[-1]) and self._readback is not None:
             self._readback.discard()
+        if values[-1]:
+            self._own_requests[-1] = 0.0  # requested once more while the other ranks did not know it
         return (numbers[0] if numbers else None), bool(values[-1])
 
     @torch.no_grad()
@@ -282,26 +287,58 @@ def all_ranks_agree(ranks: Ranks, here: bool) -> bool:
     return here if ranks.size == 1 else bool(ranks.min_(torch.tensor([int(here)])))
 
 
-def check_same_rows(x: NDArray[Any], ranks: Ranks) -> None:
-    """Raises DataError if the ranks do not train on the same matrix x [N, F]; compares its shape and some rows.
+def check_same_arguments(
+    config: RunConfig,
+    x: NDArray[Any],
+    val_rows: ArrayLike | None,
+    resume: Mapping[str, Any] | None,
+    others: Mapping[str, Any],
+    ranks: Ranks,
+) -> None:
+    """Checks that all ranks call `Trainer.fit` with the same arguments; all of them call this first.
+
+    Args:
+        config: settings of the run.
+        x: [N, F] rows; their shape and some of them are compared.
+        val_rows, resume: as in `Trainer.fit`; a resumed state is compared by its epoch and step.
+        others: arguments by name, compared by their text.
+        ranks: the ranks.
 
     Raises:
-        ConfigError: the process group has no backend for CPU tensors.
+        ConfigError: the ranks have different settings, or their process group does not connect CPU tensors.
+        DataError: they have different rows.
     """
     if ranks.size == 1:
         return
-    if "cpu:" not in dist.get_backend_config():
+    if "cpu:" not in str(dist.get_backend_config()):
         raise ConfigError(
-            "the process group connects GPUs only: the ranks also exchange CPU tensors; create it with "
-            'init_process_group("cpu:gloo,cuda:nccl")'
+            "the process group connects CUDA tensors only, and training also exchanges values in main memory: use "
+            "init_process_group('cpu:gloo,cuda:nccl')"
         )
-    sample = np.ascontiguousarray(x[:: max(1, len(x) // 256)])
-    seen = (x.shape, x.dtype.str, zlib.crc32(sample.tobytes()))
-    others = ranks.gather_objects(seen)
-    for rank, other in enumerate(others):
-        if other != others[0]:
-            shapes = f"{list(others[0][0])} on rank 0, {list(other[0])} on rank {rank}"
+    own = {
+        f"{part}.{name}": value
+        for part in ("feature_cleaning", "model", "training")
+        for name, value in getattr(config, part)
+    }
+    own |= {"random_seed": config.random_seed, **others}
+    own["val_rows"] = None if val_rows is None else _checksum(np.asarray(val_rows))
+    own["resume"] = None if resume is None else (resume.get("epoch"), resume.get("step"))
+    rows = list(x.shape), x.dtype.str, _checksum(x[:: max(1, len(x) // 256)])
+    (first_rows, first), *rest = ranks.gather_objects((rows, {name: repr(value) for name, value in own.items()}))
+    for rank, (other_rows, other) in enumerate(rest, start=1):
+        for name in first:
+            if other[name] != first[name]:
+                here, there = (one_line(values[name], 80) for values in (first, other))
+                raise ConfigError(
+                    f"the ranks have different values of {name}: {here} on rank 0, {there} on rank {rank}"
+                )
+        if other_rows != first_rows:
             raise DataError(
-                f"the ranks were given different rows ({shapes}): every rank passes the whole matrix, and trains on "
-                "its share of each batch; Trainer(ranks=Ranks()) trains each process by itself"
+                f"the ranks were given different rows ({first_rows[0]} on rank 0, {other_rows[0]} on rank {rank}): "
+                "every rank passes the whole matrix, and trains on its share of each batch; Trainer(ranks=Ranks()) "
+                "trains each process by itself"
             )
+
+
+def _checksum(values: NDArray[Any]) -> int:
+    return zlib.crc32(np.ascontiguousarray(values).tobytes())

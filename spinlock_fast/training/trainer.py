@@ -47,7 +47,7 @@ from spinlock_fast.training.distributed import (
     agreed_signal,
     broadcast_model,
     broadcast_random_state,
-    check_same_rows,
+    check_same_arguments,
 )
 from spinlock_fast.training.loop import TrainingRun
 from spinlock_fast.training.observer import Observer, SilentObserver
@@ -162,13 +162,14 @@ class Trainer:
         data = as_feature_matrix(x)
         N, F = data.shape
         ranks = self._ranks()
-        check_same_rows(data, ranks)
+        device = resolve_device(self.config.device)
+        others = {"group_indices": group_indices, "levels": levels, "normalize": normalize, "device": device.type}
+        check_same_arguments(self.config, data, val_rows, resume, others, ranks)
         names = list(feature_names) if feature_names is not None else [f"feature_{i}" for i in range(F)]
         if len(names) != F:
             raise DataError(f"feature_names has {len(names)} names for {F} columns")
         training = self.config.training
         split = split_rows(N, training, self.config.random_seed, val_rows)
-        device = resolve_device(self.config.device)
         normalizer = self._normalizer(data, split, group_indices) if normalize else None
         transform = normalizer
         if data.dtype != np.float32:
@@ -223,7 +224,7 @@ class Trainer:
             seed_torch(self.config.random_seed, device)
             model = CategoricalHierarchicalVQVAE(model_config).to(device)
             ranks = self._ranks()
-            model.quantizer.sync = ranks.size == 1  # the step itself sums over ranks
+            model.quantizer.sync = False  # the step itself sums over ranks
             largest = max(model.quantizer.num_codes)
             if split.train.size < largest:
                 raise DataError(

@@ -67,7 +67,8 @@ class ValidationRows:
         """
         self._run()
         metrics = self._validation.result()
-        if has_unusable_values(metrics["reconstruction_error"], metrics.values(), self.x.shape):
+        shape = self._validation.total_rows, self.x.shape[1]  # of all ranks, which must come to the same conclusion
+        if has_unusable_values(metrics["reconstruction_error"], metrics.values(), shape):
             x, self.numbers, _ = without_outliers(self.model, self.x, self.numbers, "validation", self._ranks)
             self._set_rows(x)
             self._run()

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import yaml
 from helpers import write_dataset
-from rank_commands import run_on_ranks
+from processes import run_on_ranks
 
 from spinlock_fast import Tokenizer
 from spinlock_fast.analyze import main as analyze_main

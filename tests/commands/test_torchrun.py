@@ -114,7 +114,7 @@ def train_alone(*arguments: object) -> None:
 
 
 def test_two_ranks_write_one_result(config: Path, alone: Path, tmp_path: Path) -> None:
-    ranks = Ranks("train", (config, "--output", tmp_path / "run"), 2, tmp_path / "outputs")
+    ranks = Ranks([("train", (config, "--output", tmp_path / "run"))], 2, tmp_path / "outputs")
     assert ranks.join() == [0, 0], ranks.stderr(0) + ranks.stderr(1)
     assert ranks.stdout(0).endswith(f"checkpoint: {tmp_path / 'run'}\n")
     assert ranks.stdout(1) == ""
@@ -123,13 +123,22 @@ def test_two_ranks_write_one_result(config: Path, alone: Path, tmp_path: Path) -
     assert_same_weights(alone, tmp_path / "run")
 
 
+def test_rank_0_prints_the_plan_of_a_dry_run(config: Path, tmp_path: Path) -> None:
+    arguments = (config, "--dry-run", "--output", tmp_path / "run")
+    ranks = Ranks([("train", arguments)], 2, tmp_path / "outputs")
+    assert ranks.join() == [0, 0], ranks.stderr(0) + ranks.stderr(1)
+    assert ", by 2 ranks\n" in ranks.stdout(0)
+    assert ranks.stdout(1) == ""
+    assert not (tmp_path / "run").exists()
+
+
 SAVE_OFTEN = ("--set", "training.save_minutes=0.0005")
 
 
 def test_signal_on_one_rank_stops_all_at_the_same_step(config: Path, alone: Path, tmp_path: Path) -> None:
     """The state of two ranks is continued by one process, and equals its uninterrupted run."""
     output = tmp_path / "run"
-    ranks = Ranks("train", (config, "--output", output, *SAVE_OFTEN), 2, tmp_path / "outputs")
+    ranks = Ranks([("train", (config, "--output", output, *SAVE_OFTEN))], 2, tmp_path / "outputs")
     wait_for(lambda: unfinished(output), ranks)
     ranks.signal(1, signal.SIGTERM)
     assert ranks.join() == [143, 143], ranks.stderr(0) + ranks.stderr(1)
@@ -142,13 +151,13 @@ def test_killed_rank_ends_the_others_and_the_run_resumes_on_more_ranks(
     config: Path, alone: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
-    ranks = Ranks("train", (config, "--output", output, *SAVE_OFTEN), 2, tmp_path / "outputs")
+    ranks = Ranks([("train", (config, "--output", output, *SAVE_OFTEN))], 2, tmp_path / "outputs")
     wait_for(lambda: unfinished(output), ranks)
     ranks.signal(1, signal.SIGKILL)
     assert ranks.join() == [1, -9]
     last = ranks.stderr(0).splitlines()[-1]
     assert last.startswith("error: rank 0 of 2 lost contact with another rank")
-    ranks = Ranks("train", (config, "--output", output, "--resume", "auto"), 3, tmp_path / "outputs")
+    ranks = Ranks([("train", (config, "--output", output, "--resume", "auto"))], 3, tmp_path / "outputs")
     assert ranks.join() == [0, 0, 0], ranks.stderr(0)
     assert_same_weights(alone, output)
 
@@ -156,7 +165,7 @@ def test_killed_rank_ends_the_others_and_the_run_resumes_on_more_ranks(
 def test_rank_that_does_not_answer_ends_the_job(config: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     arguments = (config, "--output", output, *SAVE_OFTEN)
-    ranks = Ranks("train", arguments, 2, tmp_path / "outputs", SPINLOCK_FAST_DISTRIBUTED_TIMEOUT="2")
+    ranks = Ranks([("train", arguments)], 2, tmp_path / "outputs", SPINLOCK_FAST_DISTRIBUTED_TIMEOUT="2")
     wait_for(lambda: unfinished(output), ranks)
     ranks.signal(1, signal.SIGSTOP)
     ranks.processes[0].join(30)
@@ -167,7 +176,7 @@ def test_rank_that_does_not_answer_ends_the_job(config: Path, tmp_path: Path) ->
 
 
 def test_error_of_all_ranks_is_printed_once(tmp_path: Path) -> None:
-    ranks = Ranks("train", (tmp_path / "missing.yaml",), 2, tmp_path / "outputs")
+    ranks = Ranks([("train", (tmp_path / "missing.yaml",))], 2, tmp_path / "outputs")
     assert ranks.join() == [2, 2]
     assert ranks.stderr(0) == f"error: {tmp_path / 'missing.yaml'}: no such configuration file\n"
     assert ranks.stderr(1) == ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from rank_commands import run_on_ranks
+from processes import Ranks, run_on_ranks
 
 from spinlock_fast.simulate.config import load_generator_config
 from spinlock_fast.simulate.run import generate
@@ -77,10 +76,10 @@ def test_a_stopped_run_is_resumed_by_another_number_of_ranks(settings: Path, tmp
     arguments = ["--config", settings, "--operators", 43, "--output", output, "--device", "cpu"]
     partial = output.with_name("data.h5.partial")
 
-    def stop_the_last(pids: list[int]) -> None:
+    def stop_the_last(ranks: Ranks) -> None:
         while not finished(partial):
             time.sleep(0.01)
-        os.kill(pids[-1], signal.SIGTERM)
+        ranks.signal(1, signal.SIGTERM)
 
     ended = run_on_ranks([("generate", arguments)], 2, tmp_path, stop_the_last)
     assert ended.statuses == [143, 143], ended.stderr

@@ -18,7 +18,7 @@ from spinlock_fast.config.schema import RunConfig
 from spinlock_fast.distributed import Ranks, current_ranks
 from spinlock_fast.errors import ConfigError, DataError, TrainingError
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
-from spinlock_fast.training.distributed import check_replicas
+from spinlock_fast.training.distributed import StepExchange, check_replicas
 from spinlock_fast.training.trainer import Trainer
 
 pytestmark = pytest.mark.dist
@@ -46,7 +46,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "training.dead_code_reset_interval": 1,
         "training.dead_code_threshold": 0.5,
     },
-    "one row left": {"training.batch_size": 15, "training.num_epochs": 1},  # 241 training rows
+    # 240 training rows: only the last rank has a row in the last step of an epoch
+    "one row left": {"training.batch_size": 239},
+    "one row left, learned codes": {
+        "training.batch_size": 239,
+        "model.use_ema": False,
+        "training.orthogonality_weight": 0.5,
+    },
     "host memory": {"training.data_on_device": "never", "training.mixup_decay": True},
 }
 
@@ -82,28 +88,28 @@ def fit_variants(rank: int, world: int, file: str) -> None:
     torch.set_num_threads(1)
     for name, changes in VARIANTS.items():
         torch.save(fit(settings(**changes)), f"{file}.{name}.{rank}")
-    torch.save(misuse(rank), f"{file}.misuse.{rank}")
+    torch.save(misuse(rank) | {"saves": saves(), "huge": huge_validation_row()}, f"{file}.misuse.{rank}")
     dist.destroy_process_group()
 
 
 def misuse(rank: int) -> dict[str, Any]:
     """What happens to ranks that are given different rows, or hold different weights."""
     outcome: dict[str, Any] = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dist, "get_backend_config", lambda: "cuda:nccl")
-        try:
-            Trainer(settings()).fit(rows(), GROUPS)
-        except ConfigError as error:
-            outcome["GPUs only"] = str(error)
     one_epoch = settings(**{"training.num_epochs": 1})
     try:
         Trainer(one_epoch).fit(rows()[: ROWS - rank], GROUPS)
     except DataError as error:
         outcome["different rows"] = str(error)
-    by_itself = Trainer(one_epoch, ranks=Ranks()).fit(rows()[: ROWS - rank], GROUPS, normalize=False)
-    outcome["by itself"] = by_itself.metrics["samples"]
-    torch.manual_seed(0)
-    model = CategoricalHierarchicalVQVAE(CategoricalVQVAEConfig(input_dim=20, group_indices=GROUPS))
+    outcome["by itself"] = fit_by_itself(ROWS - rank)
+    try:
+        Trainer(one_epoch).fit(rows(), GROUPS, val_rows=[0, 1 + rank])
+    except ConfigError as error:
+        outcome["different arguments"] = str(error)
+    try:
+        Trainer(settings(**{"training.batch_size": 50 + rank})).fit(rows(), GROUPS)
+    except ConfigError as error:
+        outcome["different settings"] = str(error)
+    model = small_model()
     check_replicas(model, current_ranks(), 7)
     with torch.no_grad():
         next(model.parameters())[0, 0] += 1e-5 * rank
@@ -112,6 +118,36 @@ def misuse(rank: int) -> dict[str, Any]:
     except TrainingError as error:
         outcome["different weights"] = str(error)
     return outcome
+
+
+def fit_by_itself(count: int) -> dict[str, Any]:
+    """The model of this process alone, also inside a process group."""
+    config = settings(**{"training.num_epochs": 1})
+    result = Trainer(config, ranks=Ranks()).fit(rows()[:count], GROUPS, normalize=False)
+    return {"weights": result.final_state["model_state_dict"]}
+
+
+def small_model() -> CategoricalHierarchicalVQVAE:
+    torch.manual_seed(0)
+    return CategoricalHierarchicalVQVAE(CategoricalVQVAEConfig(input_dim=20, group_indices=GROUPS))
+
+
+def saves() -> list[bool]:
+    """Whether the state is saved after each of 5 steps, if a save is due until there is one."""
+    exchange, due, saved = StepExchange(small_model(), current_ranks()), True, []
+    for _ in range(5):
+        exchange.sum_(torch.zeros_like(exchange.statistics), None)
+        exchange.request(None, due)
+        saved.append(exchange.requested()[1])
+        due = due and not saved[-1]
+    return saved
+
+
+def huge_validation_row() -> float:
+    """The validation loss of one row, which the last rank measures, and whose squares leave the usual range."""
+    x = rows()
+    x[5, 0] = 6e8
+    return float(Trainer(settings(**{"training.num_epochs": 1})).fit(x, GROUPS, val_rows=[5]).metrics["val_loss"])
 
 
 def assert_equal(one: Any, other: Any, where: str, tolerance: float) -> None:
@@ -139,12 +175,29 @@ def test_ranks_train_what_one_process_trains(world: int, tmp_path: Path) -> None
                 assert torch.equal(rank["weights"][key], value), key
         # Adam divides by the root of mean squares: where a gradient nearly vanishes, its rounding error shows. With
         # learned codes one bias has such gradients; the gradients of a step agree within 3e-7.
-        assert_equal(alone, ranks[0], name, 1e-4 if name == "learned codes" else 1e-5)
+        assert_equal(alone, ranks[0], name, 1e-4 if "learned codes" in name else 1e-5)
     for rank in range(world):
         outcome = torch.load(f"{file}.misuse.{rank}", weights_only=True)
         assert outcome["different rows"].startswith(
             "the ranks were given different rows ([301, 20] on rank 0, [300, 20]"
         )
-        assert outcome["GPUs only"].endswith('init_process_group("cpu:gloo,cuda:nccl")')
-        assert outcome["by itself"] == ROWS - rank
+        assert outcome["different arguments"].startswith("the ranks have different values of val_rows: ")
+        assert (
+            outcome["different settings"]
+            == "the ranks have different values of training.batch_size: 50 on rank 0, 51 on rank 1"
+        )
+        assert outcome["saves"] == [False, True, False, False, False]
+        assert outcome["huge"] > 1e12
+        assert_equal(fit_by_itself(ROWS - rank), outcome["by itself"], "by itself", 1e-6)
         assert outcome["different weights"].startswith("the ranks hold different weights after step 7")
+
+
+def fit_without_cpu_tensors(rank: int, file: str) -> None:
+    dist.init_process_group("cuda:gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    with pytest.raises(ConfigError, match="connects CUDA tensors only"):
+        Trainer(settings()).fit(rows(), GROUPS)
+    dist.destroy_process_group()
+
+
+def test_a_process_group_of_cuda_tensors_is_refused(tmp_path: Path) -> None:
+    run_ranks(fit_without_cpu_tensors, (str(tmp_path / "rendezvous"),), 2)
