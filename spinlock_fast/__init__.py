@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from spinlock_fast._native import __version__
 
 if TYPE_CHECKING:
+    from spinlock_fast.behaviour_loss import BehaviourLoss
     from spinlock_fast.checkpoints.directory import load_checkpoint
     from spinlock_fast.compat.pretrained import from_pretrained_codebook
     from spinlock_fast.dropin import GroupedResidualVQ, ResidualVQ, VectorQuantize
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from spinlock_fast.training.trainer import Trainer
 
 _MODULES = {
+    "BehaviourLoss": "behaviour_loss",
     "CategoricalHierarchicalVQVAE": "models.vqvae",
     "CategoricalVQVAEConfig": "models.vqvae",
     "GroupedResidualVQ": "dropin",
@@ -52,6 +54,7 @@ _FORWARDED = frozenset(
 )
 
 __all__ = [
+    "BehaviourLoss",
     "CategoricalHierarchicalVQVAE",
     "CategoricalVQVAEConfig",
     "GroupedResidualVQ",

@@ -19,6 +19,7 @@ from spinlock_fast.checkpoints.directory import checkpoint_hash, load_payload, m
 from spinlock_fast.data.feature_source import FeatureSource
 from spinlock_fast.data.input_arrays import to_real_tensor
 from spinlock_fast.data.payload_checks import checked_strings, payload_errors
+from spinlock_fast.descriptors.field_grid import FieldGrid
 from spinlock_fast.distributed import SINGLE, Ranks
 from spinlock_fast.errors import DataError, OutputError
 from spinlock_fast.features.cleaning import FeatureCleaner
@@ -51,6 +52,7 @@ class Tokenizer:
     allow_external: bool = True  # False: refuses data files with links to other directories
     known_rows: KnownRows | None = None  # None: written by an earlier version, or converted
     training_range: TrainingRange | None = None
+    field_grid: FieldGrid | None = None  # of the fields that `extract` described; None: not recorded
 
     @classmethod
     def from_checkpoint(cls, directory: str | Path, device: str | torch.device = "cpu") -> Tokenizer:
@@ -78,16 +80,20 @@ class Tokenizer:
                 raise DataError(f"feature_mask has {cleaner.keep.size} columns, but the encoders give {columns}")
         with payload_errors(payload, "normalization"):
             normalizer = Normalizer.from_state(payload["normalization"], F)
-        known_rows = training_range = None
+        known_rows = training_range = field_grid = None
         with payload_errors(payload, "known_rows"):
             if "known_rows" in payload:
                 known_rows = KnownRows.from_state(payload["known_rows"])
         with payload_errors(payload, "training_range"):
             if "training_range" in payload:
                 training_range = TrainingRange.from_state(payload["training_range"], F)
+        with payload_errors(payload, "field_grid"):
+            if payload.get("field_grid") is not None:
+                field_grid = FieldGrid.from_state(payload["field_grid"])
         with payload_errors(payload, "feature_names"):
             names = checked_strings(payload["feature_names"], "feature_names", F)
-        return cls(model, families, cleaner, normalizer, names, known_rows=known_rows, training_range=training_range)
+        recorded: Any = {"known_rows": known_rows, "training_range": training_range, "field_grid": field_grid}
+        return cls(model, families, cleaner, normalizer, names, **recorded)
 
     def to(self, device: str | torch.device) -> Tokenizer:
         """Moves the networks to a device; returns the tokenizer."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -49,3 +51,29 @@ def test_image_vqvae_learns_and_draws(
         assert "matplotlib is not installed" in printed
     else:
         assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_the_surrogate_trains_with_the_loss_on_its_behaviour(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """From files of waves to the table, in real processes."""
+    time, place = np.arange(6)[:, None, None], np.arange(8) * (np.pi / 4)
+    speed = np.random.default_rng(0).uniform(0.5, 1.0, 90).astype(np.float32)
+    fields = np.sin(place[None, None] + place[:, None] - speed[:, None, None, None] * time).astype(np.float32)
+    fields = (1.0 + speed[:, None, None, None]) * fields
+    for name, rows in (("train", slice(80)), ("test", slice(80, 90))):
+        np.save(tmp_path / f"{name}.npy", fields[rows, :, None].astype(np.float32))
+        np.save(tmp_path / f"{name}_nu.npy", speed[rows])
+    extraction = ["extract", f"{tmp_path}/train.npy", "--axes", "n t c y x", "--output", f"{tmp_path}/features.h5"]
+    settings = [f"dataset_path={tmp_path}/features.h5", "training.num_epochs=2", "logging.tensorboard=false"]
+    training = ["train", str(ROOT / "configs" / "trajectories.yaml"), "--output", f"{tmp_path}/checkpoint", "--quiet"]
+    for command in (extraction, [*training, *(part for setting in settings for part in ("--set", setting))]):
+        subprocess.run([sys.executable, "-m", "spinlock_fast", *command], check=True, capture_output=True)
+    module = example("behaviour_loss", monkeypatch)
+    results = module.train(tmp_path, tmp_path / "checkpoint", 2, 0.1, 0)
+    printed = capsys.readouterr().out
+    assert list(results) == ["single steps", "rollouts, MSE", "rollouts, MSE + behaviour"]
+    for name, found in results.items():
+        assert all(np.isfinite(value) for value in found.values()), name
+        assert name in printed

@@ -29,7 +29,7 @@ FLOORS = [
     {"dropin"},
     {"checkpoints"},
     {"tokenizer", "compat"},
-    {"training", "simulate", "trajectories"},
+    {"training", "simulate", "trajectories", "behaviour_loss"},
     {"analysis", "report"},
     {"commands"},
 ]

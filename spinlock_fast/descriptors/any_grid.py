@@ -44,6 +44,7 @@ class StateDescriptors:
         scales: sides of the blocks whose means give the norms.
         device, dtype: of the fields; float32 or float64.
         initial: the state before the first block [B, C, *space]; None where there is none.
+        modes: those of the grid, where they are known.
     """
 
     def __init__(
@@ -53,10 +54,11 @@ class StateDescriptors:
         device: torch.device,
         dtype: torch.dtype,
         initial: Tensor | None = None,
+        modes: FourierModes | None = None,
     ) -> None:
         self.grid = grid
         self.scales = tuple(scales)
-        self.modes = FourierModes(grid, device, dtype)
+        self.modes = FourierModes(grid, device, dtype) if modes is None else modes
         self._last = initial
         self._probes = [torch.tensor(axis, device=device) for axis in grid.probes]
 
@@ -333,7 +335,9 @@ def _cross_channel(coefficients: Tensor, power: Tensor, gradients: Sequence[Tens
         found = ((co.square() + quadrature.square()) / (a * b + TINY**2)).clamp(0.0, 1.0)
         coherence = coherence + torch.where(torch.minimum(a, b) < least, 0.0, found) / len(pairs)
     information = -0.5 * torch.log1p(-correlation.square().clamp(max=1.0 - _LEAST_RATIO))
-    eigenvalues = torch.linalg.eigvalsh(covariance).flip(1).clamp(min=0.0)
+    overflow = ~torch.isfinite(covariance).flatten(1).all(1)  # LAPACK refuses such a matrix
+    eigenvalues = torch.linalg.eigvalsh(covariance.masked_fill(overflow[:, None, None], 0.0)).flip(1).clamp(min=0.0)
+    eigenvalues = eigenvalues.masked_fill(overflow[:, None], torch.nan)
     trace = variance.sum(1)
     columns = [
         *eigenvalues.unbind(1),

@@ -68,7 +68,7 @@ class Describer:
         self.state_names = names(self.names.state)
         self.trajectory_names = names(self.names.trajectory)
         self._time_factors = {
-            name: torch.tensor(_time_powers(groups), dtype=torch.float64, device=self.device)
+            name: torch.tensor(time_powers(groups), dtype=torch.float64, device=self.device)
             for name, groups in (("state", self.names.state), ("trajectory", self.names.trajectory))
         }
         square = grid.dimensions == 2 and channels == 3 and grid == Grid.of((grid.extents[0],) * 2)
@@ -170,15 +170,15 @@ def describe(
     """
     given_tensor = isinstance(fields, Tensor)
     differentiable = isinstance(fields, Tensor) and fields.requires_grad and torch.is_grad_enabled()
-    values = _arranged(fields, axes, "fields")  # [N, M, T, C, *space]
-    first = None if initial is None else _arranged(initial, axes, "initial", has_time=False)[:, :, 0]
+    values = arranged(fields, axes, "fields")  # [N, M, T, C, *space]
+    first = None if initial is None else arranged(initial, axes, "initial", has_time=False)[:, :, 0]
     if first is not None and first.shape != values[:, :, 0].shape:
         raise ValueError(f"initial must be {list(values[:, :, 0].shape)} [n, m, c, space], got {list(first.shape)}")
     N, M, T, C, *extents = values.shape
     if T < 2:
         raise ValueError(f"axis t has {T} state: at least 2 are needed")
-    order = _space_order(axes)
-    grid = Grid.of(extents, _by_axis(spacing, order, "spacing"), _by_axis(periodic, order, "periodic"))
+    order = space_order(axes)
+    grid = Grid.of(extents, by_axis(spacing, order, "spacing"), by_axis(periodic, order, "periodic"))
     dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
     describer = Describer(grid, C, time_step, values.device, dtype, differentiable)
     states, trajectories = [], []
@@ -216,11 +216,11 @@ def parse_axes(axes: str, dimensions: int, name: str = "fields") -> list[str]:
     return letters
 
 
-def _space_order(axes: str) -> list[str]:
+def space_order(axes: str) -> list[str]:
     return [letter for letter in axes if letter in "xyz"]
 
 
-def _by_axis(value: Any, given: Sequence[str], name: str) -> Any:
+def by_axis(value: Any, given: Sequence[str], name: str) -> Any:
     """Values by axis in the order of `AXIS_NAMES`, from the order of `given`."""
     if isinstance(value, (bool, int, float)):
         return value
@@ -230,7 +230,7 @@ def _by_axis(value: Any, given: Sequence[str], name: str) -> Any:
     return [values[given.index(axis)] for axis in AXIS_NAMES[len(given)]]
 
 
-def _arranged(fields: ArrayLike | Tensor, axes: str, name: str, has_time: bool = True) -> Tensor:
+def arranged(fields: ArrayLike | Tensor, axes: str, name: str, has_time: bool = True) -> Tensor:
     """Fields as [N, M, T, C, *space]; without time, T is 1 and `axes` is read without its t."""
     if isinstance(fields, Tensor):
         if fields.is_complex():
@@ -249,7 +249,7 @@ def _arranged(fields: ArrayLike | Tensor, axes: str, name: str, has_time: bool =
     return values.permute([letters.index(axis) for axis in ("n", "m", "t", "c", *space)])
 
 
-def _time_powers(groups: Groups) -> list[float]:
+def time_powers(groups: Groups) -> list[float]:
     """For each column the power of the time step that turns a value per step into one per time: -1, 0 or 1."""
     out = []
     for features in groups.values():

@@ -29,7 +29,7 @@ from spinlock_fast.messages import shown
 log = logging.getLogger(__name__)
 
 _BLOCK_ROWS = 512
-_STANDARDIZE_CLIP = 10.0
+STANDARDIZE_CLIP = 10.0
 _SMALL_BUDGET = 1 << 26  # bytes for the medians of a family without missing values
 
 ANY_LENGTH = -1  # in a row shape: the encoder accepts any length
@@ -106,7 +106,7 @@ class FamilyEncoder:
         values = self._fill_missing(as_float32(raw, lambda row: self._describe_row(place, row)), place)
         with torch.no_grad():
             if self.center is not None and self.scale is not None:
-                clip = _STANDARDIZE_CLIP
+                clip = STANDARDIZE_CLIP
                 values = ((values - self.center) / self.scale).clamp(-clip, clip)
             columns: Tensor = self.encoder(values)
         if not bool(torch.isfinite(columns).all()):

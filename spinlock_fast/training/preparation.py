@@ -18,6 +18,7 @@ from spinlock_fast.data.feature_matrix import FeatureMatrix, is_kept_on_disk
 from spinlock_fast.data.feature_source import FeatureSource
 from spinlock_fast.data.row_view import RowView
 from spinlock_fast.data.split import Split, split_rows
+from spinlock_fast.descriptors.field_grid import FieldGrid
 from spinlock_fast.distributed import SINGLE, Ranks
 from spinlock_fast.errors import ConfigError, DataError
 from spinlock_fast.features.blocks import TransformedRows, extremes
@@ -51,6 +52,7 @@ class PreparedFeatures:
     high: NDArray[np.float64]
     outside: RowStatistic
     missing: dict[str, int]  # missing raw values by family
+    field_grid: FieldGrid | None  # of the fields that `extract` described
     on_disk: bool = False  # x is a map of a scratch file
 
     def checkpoint_entries(self) -> dict[str, Any]:
@@ -63,6 +65,7 @@ class PreparedFeatures:
             "normalization": self.normalizer.state(),
             "feature_names": self.feature_names,
             "known_rows": self.known_rows.state(),
+            "field_grid": None if self.field_grid is None else self.field_grid.state(),
         }
 
     def fingerprint(self, ranks: Ranks = SINGLE) -> dict[str, Any]:
@@ -155,6 +158,7 @@ def prepare(
         outside=outside,
         missing=missing,
         on_disk=matrix.on_disk,
+        field_grid=FieldGrid.of_files(source.files),
     )
 
 

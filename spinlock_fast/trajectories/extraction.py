@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from spinlock_fast.config.schema import DEFAULT_DATASETS
 from spinlock_fast.data.window_sizes import available_cpus
 from spinlock_fast.descriptors.describe import Describer, aggregate
+from spinlock_fast.descriptors.field_grid import GENERATOR
 from spinlock_fast.descriptors.names import Groups, changes_with
 from spinlock_fast.distributed import SINGLE, Ranks
 from spinlock_fast.errors import ConfigError, DataError, Interrupted, OutputError
@@ -322,7 +323,7 @@ def _write(trajectories: TrajectorySet, describer: Describer, partial: Path, blo
         grid = shape.grid
         file.attrs.update(
             {
-                "generator": "spinlock-fast extract",
+                "generator": GENERATOR,
                 "layout": trajectories.layout,
                 "channels": list(shape.channels),
                 "extents": list(grid.extents),
