@@ -13,7 +13,7 @@ void register_fields(py::module_& module) {
     add("torus_convolution", &simulate::torus_convolution);
     add("channel_sums", &simulate::channel_sums);
     add("confined_step", &simulate::confined_step);
-    add("gradient_lengths", &simulate::gradient_lengths);
+    add("squared_gradients", &simulate::squared_gradients);
     add("interfaces_and_extremes", &simulate::interfaces_and_extremes);
     add("block_means", &simulate::block_means);
     add("split_complex", &simulate::split_complex);

@@ -92,19 +92,19 @@ struct Step {
     }
 };
 
-struct Lengths {
+struct Gradients {
     template <int lanes>
     static SPINLOCK_INLINE void run(Lanes<lanes>, const float* fields, Index planes, Index G, float* out) {
         for (Index row = 0; row < planes * G; ++row) {
             const float* here = fields + row * G;
             const float* below = (row + 1) % G ? here + G : here + G - G * G;
-            float* length = out + row * G;
+            float* square = out + row * G;
             for (Index x = 0; x + 1 < G; ++x) {
                 const float dx = here[x + 1] - here[x], dy = below[x] - here[x];
-                length[x] = std::sqrt(__builtin_fmaf(dy, dy, dx * dx));
+                square[x] = __builtin_fmaf(dy, dy, dx * dx);
             }
             const float dx = here[0] - here[G - 1], dy = below[G - 1] - here[G - 1];
-            length[G - 1] = std::sqrt(__builtin_fmaf(dy, dy, dx * dx));
+            square[G - 1] = __builtin_fmaf(dy, dy, dx * dx);
         }
     }
 };
@@ -180,8 +180,8 @@ void confined_step(Address u, Address f, Address noise, Index n, float keep, flo
               pointer<float>(out));
 }
 
-void gradient_lengths(Address fields, Index planes, Index G, Address out) {
-    run<Lengths>(pointer<const float>(fields), planes, G, pointer<float>(out));
+void squared_gradients(Address fields, Index planes, Index G, Address out) {
+    run<Gradients>(pointer<const float>(fields), planes, G, pointer<float>(out));
 }
 
 void interfaces_and_extremes(Address fields, Address mean, Index planes, Index G, Address interfaces, Address least,

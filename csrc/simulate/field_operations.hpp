@@ -30,8 +30,8 @@ void channel_sums(Address x, Index M, Index channels, Index n, Address sums, Add
 void confined_step(Address u, Address f, Address noise, Index n, float keep, float step, float cubic, float clip,
                    Address out);
 
-// Length of the forward differences [planes, G, G].
-void gradient_lengths(Address fields, Index planes, Index G, Address out);
+// Sums of squares of the forward differences along both axes [planes, G, G].
+void squared_gradients(Address fields, Index planes, Index G, Address out);
 
 // For every plane: number of neighbouring pairs of which one value minus `mean` is positive and one is not; extremes.
 void interfaces_and_extremes(Address fields, Address mean, Index planes, Index G, Address interfaces, Address least,
