@@ -169,6 +169,7 @@ struct Split {
 }  // namespace
 
 void channel_sums(Address x, Index M, Index channels, Index n, Address sums, Address square_sums) {
+    check(channels >= 0 && n >= 0 && n % kSums == 0);
     for (Index m = 0; m < M; ++m)
         run<Sums>(pointer<const float>(x) + m * channels * n, channels, n, pointer<float>(sums) + m * channels,
                   pointer<float>(square_sums) + m * channels);
@@ -181,16 +182,19 @@ void confined_step(Address u, Address f, Address noise, Index n, float keep, flo
 }
 
 void squared_gradients(Address fields, Index planes, Index G, Address out) {
+    check(planes >= 0 && G > 0);
     run<Gradients>(pointer<const float>(fields), planes, G, pointer<float>(out));
 }
 
 void interfaces_and_extremes(Address fields, Address mean, Index planes, Index G, Address interfaces, Address least,
                              Address greatest) {
+    check(planes >= 0 && G > 0);
     run<Interfaces>(pointer<const float>(fields), pointer<const float>(mean), planes, G, pointer<float>(interfaces),
                     pointer<float>(least), pointer<float>(greatest));
 }
 
 void block_means(Address fields, Index planes, Index G, Index scale, Address out) {
+    check(planes >= 0 && scale > 0 && G % scale == 0);
     run<BlockMeans>(pointer<const float>(fields), planes, G, scale, pointer<float>(out));
 }
 

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <stdexcept>
 
 namespace spinlock_fast::simulate {
 
@@ -15,6 +16,11 @@ using Index = std::int64_t;
 template <class T>
 T* pointer(Address address) {
     return reinterpret_cast<T*>(address);
+}
+
+// Throws std::invalid_argument unless sizes are possible.
+inline void check(bool possible) {
+    if (!possible) throw std::invalid_argument("impossible sizes of fields");
 }
 
 // out[m, o] = sum over kernel rows, kernel columns, channels of weight * (scale * x), then + bias; x [M, in, G, G],

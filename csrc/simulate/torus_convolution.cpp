@@ -93,6 +93,7 @@ void pad(const float* plane, float scale, Index G, Index side, float* out) {
 
 void torus_convolution(Address x, Address scale, Address weight, Address bias, Index M, Index in, Index out_channels,
                        Index G, Index k, Address out) {
+    check(M >= 0 && in > 0 && out_channels > 0 && G > 0 && G % 32 == 0 && k % 2 == 1 && k > 0 && k <= G);
     const Shape shape{in, out_channels, G, k, G + k - 1};
     const Index area = shape.side * shape.side;
     thread_local std::vector<float> padded;

@@ -71,11 +71,11 @@ class Wavenumbers:
         """As `transform`, and the squared moduli."""
         coefficients = torch.fft.rfft2(fields, norm="forward").flatten(1)
         if native_supports(fields) and not coefficients.requires_grad:
-            out = real, imag, power = torch.empty(3, *coefficients.shape).unbind()
+            real, imag, power = torch.empty(3, *coefficients.shape).unbind()
             library.split_complex(
                 address(coefficients), coefficients.numel(), address(real), address(imag), address(power)
             )
-            return out
+            return real, imag, power
         real, imag = coefficients.real.contiguous(), coefficients.imag.contiguous()
         return real, imag, real.square().addcmul_(imag, imag)
 
