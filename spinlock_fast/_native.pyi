@@ -37,6 +37,25 @@ def unshuffle(data: Buffer, item_size: int) -> bytes:
 def fletcher32(data: Buffer) -> int:
     """Checksum of HDF5's fletcher32 filter over a C-contiguous buffer; raises ValueError for another buffer."""
 
+# Operations on periodic fields of the simulation (csrc/simulate/field_operations.hpp). A tensor is the address of its
+# contiguous float32 elements, 0 for none. All release the GIL; impossible sizes raise ValueError.
+def torus_convolution(
+    x: int, scale: int, weight: int, bias: int, realizations: int, inputs: int, outputs: int, grid: int, kernel: int,
+    out: int,
+) -> None: ...  # fmt: skip
+def channel_sums(
+    x: int, realizations: int, channels: int, points: int, sums: int, square_sums: int
+) -> None: ...  # fmt: skip
+def confined_step(
+    u: int, f: int, noise: int, count: int, keep: float, step: float, cubic: float, clip: float, out: int
+) -> None: ...  # fmt: skip
+def squared_gradients(fields: int, planes: int, grid: int, out: int) -> None: ...
+def interfaces_and_extremes(
+    fields: int, mean: int, planes: int, grid: int, interfaces: int, least: int, greatest: int
+) -> None: ...  # fmt: skip
+def block_means(fields: int, planes: int, grid: int, scale: int, out: int) -> None: ...
+def split_complex(values: int, count: int, real: int, imag: int, power: int) -> None: ...
+
 # CPU kernels of a training step (csrc/training/operations.hpp). A tensor is the address of its contiguous float32
 # elements, 0 for none; a strided matrix is (address, row stride, column stride). All release the GIL.
 Matrix = tuple[int, int, int]

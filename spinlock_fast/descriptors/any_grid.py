@@ -8,19 +8,26 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import combinations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from spinlock_fast.descriptors.geometry import BANDS, FourierModes, Grid
+from spinlock_fast.descriptors.registry import SPATIAL
+from spinlock_fast.kernels._common.native import native_supports
 
 TINY = 1e-20  # added to denominators: a constant field gives 0
 _PERCENTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _ROLLOFF = 0.85
 _LOW_BANDS = 3  # below 8 cycles per side
 _LEAST_RATIO = 1e-10
+_MEAN_ABS, _GRADIENT_MEAN = (
+    [feature.name for feature in SPATIAL].index(name) for name in ("mean_abs", "gradient_mean")
+)
 _EMPTY_SHARE = 1e-12  # of the largest variance: a band with less holds rounding errors
 
 
@@ -68,16 +75,17 @@ class StateDescriptors:
         fields = states.reshape(S * B * C, *self.grid.extents)
         gradients = [self._difference(fields, i) for i in range(self.grid.dimensions)]
         coefficients = self.modes.transform(fields)
-        power = coefficients.real.square() + coefficients.imag.square()
-        spatial = _spatial(fields, gradients, self.grid, self._laplacian(fields)).view(S, B, C, -1).mean(2)
+        real, imag = coefficients.real.contiguous(), coefficients.imag.contiguous()
+        power = real.square() + imag.square()
+        spatial = _spatial(fields, gradients, self.grid, self._laplacian(gradients)).view(S, B, C, -1).mean(2)
         spectral = _spectral(power, self.modes).view(S, B, C, -1).mean(2)
         parts = [spatial, spectral]
         if C > 1:
             by_channel = [g.view(S * B, C, -1) for g in gradients]
             parts.append(
-                _cross_channel(coefficients.view(S * B, C, -1), power.view(S * B, C, -1), by_channel, self.modes).view(
-                    S, B, -1
-                )
+                _cross_channel(
+                    real.view(S * B, C, -1), imag.view(S * B, C, -1), power.view(S * B, C, -1), by_channel, self.modes
+                ).view(S, B, -1)
             )
         energy = fields.flatten(1).square().mean(1).view(S, B, C).mean(2)
         before = states if self._last is None else torch.cat([self._last[None], states])
@@ -85,8 +93,8 @@ class StateDescriptors:
             state=torch.cat(parts, 2),
             energy=energy,
             activity=root((before[1:] - before[:-1]).square().flatten(2).mean(2)),
-            velocity=self._velocity(before),
-            norms=self._norms(states),
+            velocity=self._velocity(before, coefficients.view(S, B, C, -1)),
+            norms=self._norms(states, energy, spatial),
             probes=self._at_probes(states),
         )
         self._last = states[-1]
@@ -111,13 +119,18 @@ class StateDescriptors:
         """Forward difference over the spacing."""
         return (self._next(fields, axis) - fields) / self.grid.spacing[axis]
 
-    def _laplacian(self, fields: Tensor) -> Tensor:
-        total = torch.zeros_like(fields)
-        for i, step in enumerate(self.grid.spacing):
-            total = total + (self._next(fields, i) - 2.0 * fields + self._previous(fields, i)) / step**2
-        return total
+    def _laplacian(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Sum of the backward differences of forward differences; those beyond an end that is not periodic are 0."""
+        parts = []
+        for i, (slope, step) in enumerate(zip(gradients, self.grid.spacing, strict=True)):
+            dim = i - self.grid.dimensions
+            n = slope.shape[dim]
+            before = slope.narrow(dim, n - 1, 1)
+            before = before if self.grid.periodic[i] else torch.zeros_like(before)
+            parts.append((slope - torch.cat([before, slope.narrow(dim, 0, n - 1)], dim)) / step)
+        return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
-    def _velocity(self, states: Tensor) -> Tensor:
+    def _velocity(self, states: Tensor, coefficients: Tensor) -> Tensor:
         """Least-squares translation between consecutive states [R + 1, B, C, *space] -> [R, B, d] (Lucas, Kanade 1981).
 
         By the phases of Fourier modes on a periodic grid, by central differences on any other.
@@ -127,7 +140,10 @@ class StateDescriptors:
         if R == 0:
             return states.new_zeros(0, B, d)
         if all(self.grid.periodic):
-            modes = self.modes.transform(states.reshape((R + 1) * B * C, *self.grid.extents)).view(R + 1, B, C, -1)
+            modes = coefficients
+            if len(modes) == R:
+                first = self.modes.transform(states[0].reshape(B * C, *self.grid.extents)).view(1, B, C, -1)
+                modes = torch.cat([first, modes])
             weight = self.modes.multiplicity
             factor = 2.0 * math.pi / max(self.grid.sides)
             # The imaginary part of F_t conj(F_(t-1)), which is |F|^2 exp(-i k.v) for a translation by v.
@@ -152,14 +168,17 @@ class StateDescriptors:
         limit = torch.tensor(self.grid.sides, dtype=velocity.dtype, device=velocity.device)
         return torch.maximum(torch.minimum(velocity, limit), -limit).to(states.dtype)
 
-    def _norms(self, states: Tensor) -> Tensor:
+    def _norms(self, states: Tensor, energy: Tensor, spatial: Tensor) -> Tensor:
         """L1, L2 and total variation of block means: [S, B, 3 * scales]."""
         S, B, C = states.shape[:3]
         fields = states.reshape(S * B * C, 1, *self.grid.extents)
         pool = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}[self.grid.dimensions]
         columns = []
         for scale in self.scales:
-            means = fields if scale == 1 else pool(fields, scale)
+            if scale == 1:  # computed already
+                columns += [spatial[..., _MEAN_ABS], root(energy), spatial[..., _GRADIENT_MEAN]]
+                continue
+            means = pool(fields, scale)
             flat = means.reshape(S, B, -1)
             squares = torch.zeros_like(means)
             for i in range(self.grid.dimensions):
@@ -189,11 +208,13 @@ def _spatial(fields: Tensor, gradients: Sequence[Tensor], grid: Grid, laplacian:
     flat = fields.flatten(1)
     mean = flat.mean(1)
     centred = flat - mean[:, None]
-    m2 = centred.square().mean(1)
-    m3, m4 = centred.pow(3).mean(1), centred.pow(4).mean(1)
-    squares = [g.square().flatten(1).mean(1) for g in gradients]
+    square_centred = centred.square()
+    m2 = square_centred.mean(1)
+    m3, m4 = (centred * square_centred).mean(1), square_centred.square().mean(1)
+    slopes = [g.square() for g in gradients]
+    squares = [s.flatten(1).mean(1) for s in slopes]
     square = torch.stack(squares).sum(0)
-    length = root(torch.stack([g.square() for g in gradients]).sum(0)).flatten(1).mean(1)
+    length = root(reduce(torch.add, slopes)).flatten(1).mean(1)
     columns = [
         mean,
         m2,
@@ -238,9 +259,11 @@ def _interfaces(above: Tensor, grid: Grid) -> Tensor:
 def _percentiles(fields: Tensor) -> Tensor:
     """[B, 5], interpolated between sorted values; in two and three dimensions of every second point along each axis."""
     if fields.ndim > 2:
-        for dim in range(1, fields.ndim):
-            fields = fields.index_select(dim, torch.arange(0, fields.shape[dim], 2, device=fields.device))
-    ordered = torch.sort(fields.flatten(1), 1).values
+        fields = fields[:, *[slice(None, None, 2)] * (fields.ndim - 1)]
+    values = fields.flatten(1)
+    # numpy sorts short rows several times faster than torch on a CPU.
+    fast = native_supports(values) and not values.requires_grad
+    ordered = torch.from_numpy(np.sort(values.numpy(), axis=1)) if fast else torch.sort(values, 1).values
     last = ordered.shape[1] - 1
     out = []
     for share in _PERCENTILES:
@@ -258,7 +281,9 @@ def _spectral(power: Tensor, modes: FourierModes) -> Tensor:
     total = sum_all + TINY
     own = power.clone()
     own[:, 0] = 0.0
-    strongest, place = own.max(1)
+    fast = native_supports(own) and not own.requires_grad  # as in `_percentiles`
+    place = torch.from_numpy(own.numpy().argmax(1)) if fast else own.detach().argmax(1)
+    strongest = own.gather(1, place[:, None])[:, 0]
     share = (bands / total[:, None]).clamp(0.0, 1.0)
     logs = (own + TINY).log()
     geometric = torch.exp(logs @ modes.multiplicity / modes.modes)
@@ -301,24 +326,20 @@ def _slope(logs: Tensor, modes: FourierModes) -> Tensor:
     return (logs * weight) @ x / x.square().sum().clamp(min=TINY)
 
 
-def _cross_channel(coefficients: Tensor, power: Tensor, gradients: Sequence[Tensor], modes: FourierModes) -> Tensor:
+def _cross_channel(
+    real: Tensor, imag: Tensor, power: Tensor, gradients: Sequence[Tensor], modes: FourierModes
+) -> Tensor:
     """The group cross_channel.
 
     Args:
-        coefficients: Fourier coefficients [B, C, modes].
+        real, imag: Fourier coefficients [B, C, modes].
         power: their squared moduli [B, C, modes].
         gradients: forward differences along each axis, [B, C, points] each.
     """
-    B, C = coefficients.shape[:2]
+    B, C = real.shape[:2]
     pairs = list(combinations(range(C), 2))
     first, second = [i for i, _ in pairs], [j for _, j in pairs]
-    covariance = (
-        ((coefficients[:, :, None] * coefficients[:, None].conj()).real * modes.multiplicity).sum(3)
-        if C <= 4
-        else torch.stack(
-            [((coefficients[:, i, None] * coefficients.conj()).real * modes.multiplicity).sum(2) for i in range(C)], 1
-        )
-    ).double()
+    covariance = ((real * modes.multiplicity) @ real.mT + (imag * modes.multiplicity) @ imag.mT).double()
     variance = covariance.diagonal(dim1=1, dim2=2)
     correlation = _ratio(covariance[:, first, second], variance[:, first] * variance[:, second]).clamp(-1.0, 1.0)
     slopes = torch.cat(list(gradients), 2)
@@ -329,8 +350,11 @@ def _cross_channel(coefficients: Tensor, power: Tensor, gradients: Sequence[Tens
     coherence = torch.zeros(B, BANDS, dtype=torch.float64, device=power.device)
     least = _EMPTY_SHARE * variance.amax(1)[:, None] + TINY
     for i, j in pairs:
-        cross = coefficients[:, i] * coefficients[:, j].conj()
-        co, quadrature = (modes.sum_by(part, modes.band, BANDS).double() for part in (cross.real, cross.imag))
+        products = (
+            real[:, i] * real[:, j] + imag[:, i] * imag[:, j],
+            imag[:, i] * real[:, j] - real[:, i] * imag[:, j],
+        )
+        co, quadrature = (modes.sum_by(part, modes.band, BANDS).double() for part in products)
         a, b = bands[:, i], bands[:, j]
         found = ((co.square() + quadrature.square()) / (a * b + TINY**2)).clamp(0.0, 1.0)
         coherence = coherence + torch.where(torch.minimum(a, b) < least, 0.0, found) / len(pairs)

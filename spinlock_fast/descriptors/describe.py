@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from spinlock_fast.data.input_arrays import to_real_tensor
 from spinlock_fast.descriptors.any_grid import StateDescriptors, concatenated, root
-from spinlock_fast.descriptors.geometry import AXIS_NAMES, Grid, is_one_value
+from spinlock_fast.descriptors.geometry import AXIS_NAMES, FourierModes, Grid, is_one_value
 from spinlock_fast.descriptors.names import DescriptorNames, Groups
 from spinlock_fast.descriptors.per_step import StepFeatures, concatenate_series
 from spinlock_fast.descriptors.registry import STATISTICS, names
@@ -111,12 +112,17 @@ class Describer:
                 return torch.full_like(per_state, torch.nan), torch.full_like(trajectories, torch.nan)
             return per_state, trajectories
 
+    @cached_property
+    def _modes(self) -> FourierModes:
+        with torch.inference_mode(False):  # tensors that autograd may save
+            return FourierModes(self.grid, self.device, self.dtype)
+
     def _scale(self, kind: str) -> Tensor:
         """Factors from time steps to time units."""
         return self.time_step ** self._time_factors[kind]
 
     def _general(self, states: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
-        describer = StateDescriptors(self.grid, self.names.scales, self.device, self.dtype, before)
+        describer = StateDescriptors(self.grid, self.names.scales, self.device, self.dtype, before, self._modes)
         at_once = _BLOCK_NUMBERS.get(self.device.type, _BLOCK_NUMBERS_ELSEWHERE)
         steps = max(1, at_once // states[0].numel())
         series = concatenated([describer.block(block) for block in states.split(steps)])

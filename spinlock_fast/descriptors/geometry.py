@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 BANDS = 5
+_TABLE = 1 << 24  # largest number of modes times sums for which sums are a matrix product
 PROBES_PER_AXIS = {1: 64, 2: 8, 3: 4}
 AXIS_NAMES = {1: ("x",), 2: ("y", "x"), 3: ("z", "y", "x")}
 
@@ -133,6 +134,7 @@ class FourierModes:
         ones = multiplicity.reshape(-1)
         held = torch.zeros(BANDS, dtype=torch.float64).index_add_(0, band.reshape(-1), ones)
         self.band_modes = held.to(device, dtype)
+        self._tables: dict[int, Tensor] = {}  # of the indices of `sum_by`
         self.conjugates = flat(torch.where(_self_conjugate(mesh), 1.0, 2.0))
 
     def transform(self, fields: Tensor) -> Tensor:
@@ -146,8 +148,15 @@ class FourierModes:
 
     def sum_by(self, values: Tensor, index: Tensor, count: int) -> Tensor:
         """[B, count] sums of values [B, modes], each mode with its multiplicity, by the index of each mode."""
-        out = torch.zeros(values.shape[0], count, dtype=values.dtype, device=values.device)
-        return out.index_add(1, index, values * self.multiplicity)
+        if len(index) * count > _TABLE:
+            out = torch.zeros(values.shape[0], count, dtype=values.dtype, device=values.device)
+            return out.index_add(1, index, values * self.multiplicity)
+        key = id(index)
+        if key not in self._tables:
+            with torch.inference_mode(False):  # autograd may save it
+                members = torch.nn.functional.one_hot(index, count).to(self.multiplicity)
+                self._tables[key] = members * self.multiplicity[:, None]
+        return values @ self._tables[key]
 
 
 def _self_conjugate(mesh: Sequence[Tensor]) -> Tensor:

@@ -5,17 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from spinlock_fast.descriptors.cross_channel import cross_channel_features
 from spinlock_fast.descriptors.registry import SCALES, SPATIAL
-from spinlock_fast.descriptors.spatial import spatial_features, total_variation
+from spinlock_fast.descriptors.spatial import block_means, spatial_features, total_variation
 from spinlock_fast.descriptors.spectral import TINY, Wavenumbers, spectral_features
 
-_MEAN_ABS, _GRADIENT_MEAN = (
-    [feature.name for feature in SPATIAL].index(name) for name in ("mean_abs", "gradient_mean")
-)
+_NAMES = [feature.name for feature in SPATIAL]
+_MEAN_ABS, _GRADIENT_MEAN = (_NAMES.index(name) for name in ("mean_abs", "gradient_mean"))
+_EXTREMES = [_NAMES.index(name) for name in ("min", "max")]
 _BOUND_SHARE = 0.01  # share of values at the clipping bound from which a step counts as diverged
 
 PROBES = 8  # probe points along a side of the grid
@@ -57,12 +56,12 @@ class StepFeatures:
         """Features of the next S states [S, B, 3, G, G]."""
         S, B, C, G, _ = states.shape
         fields = states.view(S * B * C, G, G)
-        real, imag = self._waves.transform(fields)
-        power = real.square().addcmul_(imag, imag)
+        real, imag, power = self._waves.power(fields)
         sums = self._waves.sums(power)
         velocity = self._velocity(real, imag, sums, S * B)
         energy = (sums["total"] + power[:, 0]).view(S, B, C).mean(2)
-        spatial = spatial_features(fields, sums).view(S, B, C, -1).mean(2)
+        of_fields = spatial_features(fields, sums)
+        spatial = of_fields.view(S, B, C, -1).mean(2)
         re, im = (part.view(S * B, C, -1) for part in (real, imag))
         cross = cross_channel_features(re, im, sums, self._waves).view(S, B, -1)
         spectral = spectral_features(power, sums, self._waves).view(S, B, C, -1).mean(2)
@@ -74,19 +73,17 @@ class StepFeatures:
             velocity=velocity.view(S, B, 2),
             norms=_norms(states, energy, spatial),
             probes=states[..., stride // 2 :: stride, stride // 2 :: stride].flatten(3).clone(),
-            at_bound=self._at_bound(states),
+            at_bound=self._at_bound(states, of_fields),
         )
         self._last_state = states[-1].clone()
         self._last_modes = (real[-B * C :].clone(), imag[-B * C :].clone())
         return series
 
     def _activity(self, states: Tensor) -> Tensor:
-        out = torch.empty(states.shape[:2], device=states.device)
-        change = torch.empty_like(states[0])
-        for t, (now, before) in enumerate(zip(states, [self._last_state, *states[:-1]], strict=True)):
-            torch.sub(now, before, out=change)
-            out[t] = change.square_().mean((1, 2, 3)).sqrt_()
-        return out
+        change = torch.empty_like(states)
+        torch.sub(states[0], self._last_state, out=change[0])
+        torch.sub(states[1:], states[:-1], out=change[1:])
+        return change.square_().mean((2, 3, 4)).sqrt_()
 
     def _velocity(self, real: Tensor, imag: Tensor, sums: dict[str, Tensor], count: int) -> Tensor:
         """Least-squares translation between consecutive states from the phases of their modes: [count, 2]."""
@@ -106,9 +103,8 @@ class StepFeatures:
         vy = (xx * moment[:, 1] - xy * moment[:, 0]) / determinant
         return torch.stack([vx, vy], 1).clamp_(-self._waves.grid, self._waves.grid).float()
 
-    def _at_bound(self, states: Tensor) -> Tensor:
-        least, greatest = states.aminmax()
-        if states.device.type == "cpu" and max(-float(least), float(greatest)) < self._clip:
+    def _at_bound(self, states: Tensor, spatial: Tensor) -> Tensor:
+        if states.device.type == "cpu" and float(spatial[:, _EXTREMES].abs().max()) < self._clip:
             return torch.zeros(states.shape[:2], dtype=torch.bool)
         flat = states.flatten(2)
         return (flat.abs() >= self._clip).float().mean(2) >= _BOUND_SHARE
@@ -121,7 +117,7 @@ def _norms(states: Tensor, energy: Tensor, spatial: Tensor) -> Tensor:
     # The norms at scale 1 are computed already.
     columns = [spatial[..., _MEAN_ABS].flatten(), energy.flatten().sqrt(), spatial[..., _GRADIENT_MEAN].flatten()]
     for scale in SCALES[1:]:
-        blocks = F.avg_pool2d(fields, scale)
+        blocks = block_means(fields, scale)
         columns += [blocks.abs().mean((1, 2, 3)), blocks.square().mean((1, 2, 3)).sqrt_()]
         columns.append(total_variation(blocks.flatten(0, 1)).view(S * B, -1).mean(1))
     return torch.stack(columns, 1).view(S, B, -1)

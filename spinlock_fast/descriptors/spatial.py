@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from spinlock_fast.descriptors.spectral import TINY
+from spinlock_fast.kernels._common.native import address, library, native_supports
 
 _PERCENTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -17,7 +21,7 @@ def spatial_features(fields: Tensor, sums: dict[str, Tensor]) -> Tensor:
     points = flat.shape[1]
     mean = flat.mean(1)
     centered = flat - mean[:, None]
-    interfaces = _interface_density(centered.view_as(fields))
+    interfaces, least, greatest = _interfaces_and_extremes(fields, mean)
     square = centered.square()
     m2 = square.mean(1)
     m3 = centered.mul_(square).sum(1) / points
@@ -29,8 +33,8 @@ def spatial_features(fields: Tensor, sums: dict[str, Tensor]) -> Tensor:
         m2.sqrt(),
         m3 / (m2.pow(1.5) + TINY),
         torch.where(m2 > TINY, m4 / (m2.square() + TINY) - 3.0, 0.0),
-        flat.amin(1),
-        flat.amax(1),
+        least,
+        greatest,
         *_percentiles(fields).unbind(1),
         flat.abs().mean(1),
         gradient,
@@ -56,6 +60,10 @@ def differences(fields: Tensor) -> tuple[Tensor, Tensor]:
 
 def total_variation(fields: Tensor) -> Tensor:
     """Mean length of the gradient: [B, G, G] -> [B]."""
+    if native_supports(fields):
+        squares = torch.empty_like(fields)
+        library.squared_gradients(address(fields), len(fields), fields.shape[2], address(squares))
+        return squares.sqrt_().mean((1, 2))
     gx, gy = differences(fields)
     return gx.square_().addcmul_(gy, gy).sqrt_().mean((1, 2))
 
@@ -73,7 +81,26 @@ def _percentiles(fields: Tensor) -> Tensor:
     return torch.stack(out, 1)
 
 
-def _interface_density(centered: Tensor) -> Tensor:
+def block_means(fields: Tensor, scale: int) -> Tensor:
+    """Means of blocks of side `scale`: [..., G, G] -> [..., G / scale, G / scale]."""
+    if not native_supports(fields):
+        return F.avg_pool2d(fields, scale)
+    *batch, G, _ = fields.shape
+    out = torch.empty(*batch, G // scale, G // scale)
+    library.block_means(address(fields), math.prod(batch), G, scale, address(out))
+    return out
+
+
+def _interfaces_and_extremes(fields: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Share of neighbouring pairs on two sides of the mean, minimum, maximum: [B] each."""
+    pairs = 2.0 * fields[0].numel()
+    if native_supports(fields):
+        found = count, least, greatest = torch.empty(3, len(fields)).unbind()
+        library.interfaces_and_extremes(
+            address(fields), address(mean), len(fields), fields.shape[2], *(address(out) for out in found)
+        )
+        return count / pairs, least, greatest
     # float: torch sums small integers several times more slowly.
-    gx, gy = differences((centered > 0.0).float())
-    return (gx.abs_().sum((1, 2)) + gy.abs_().sum((1, 2))) / (2.0 * gx[0].numel())
+    gx, gy = differences((fields - mean[:, None, None] > 0.0).float())
+    interfaces = (gx.abs_().sum((1, 2)) + gy.abs_().sum((1, 2))) / pairs
+    return interfaces, fields.flatten(1).amin(1), fields.flatten(1).amax(1)

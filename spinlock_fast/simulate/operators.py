@@ -21,7 +21,7 @@ from spinlock_fast.simulate.initial_conditions import CHANNELS
 from spinlock_fast.simulate.noise import Purpose, generator
 from spinlock_fast.simulate.parameters import Theta
 
-_NORM_EPS = 1e-3
+NORM_EPS = 1e-3
 _LANES = 16
 _WINDOW = 0.8
 _BIAS = 0.3  # standard deviation of the biases
@@ -157,7 +157,7 @@ class OperatorTile:
         # Padded channels are zero: sums over channels are divided by the actual width.
         mean = torch.where(self._layer_norm, first.sum(2, keepdim=True) / self._width, first)
         square = torch.where(self._layer_norm, second.sum(2, keepdim=True) / self._width, second)
-        scale = (square - mean.square()).clamp_(min=0.0).add_(_NORM_EPS).rsqrt_()
+        scale = (square - mean.square()).clamp_(min=0.0).add_(NORM_EPS).rsqrt_()
         if kinds <= {"instance", "layer"}:
             return (h - mean).mul_(scale)
         return torch.where(self._instance_norm | self._layer_norm, (h - mean) * scale, h)

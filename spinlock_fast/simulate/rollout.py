@@ -7,11 +7,13 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from spinlock_fast.kernels._common.native import address, library
 from spinlock_fast.simulate.config import GeneratorConfig
 from spinlock_fast.simulate.initial_conditions import initial_field
 from spinlock_fast.simulate.noise import BLOCK_STEPS, NoiseSource, Purpose, generator
 from spinlock_fast.simulate.operators import OperatorTile
 from spinlock_fast.simulate.parameters import Theta
+from spinlock_fast.simulate.single_operator import SingleOperator
 
 # Operators per tile. One on the CPU: its fields fit the cache, and nothing is padded.
 TILE = {"cpu": 1, "cuda": 32}
@@ -33,7 +35,12 @@ class Rollout:
     def __init__(self, thetas: Sequence[Theta], config: GeneratorConfig, device: torch.device) -> None:
         self._config, self._thetas = config, thetas
         seed, grid = config.random_seed, config.grid_size
-        self._tile = OperatorTile(thetas, seed, config.gain, device)
+        self._native = SingleOperator.supports(thetas, device)
+        self._tile: OperatorTile | SingleOperator = (
+            SingleOperator(thetas[0], seed, config.gain)
+            if self._native
+            else OperatorTile(thetas, seed, config.gain, device)
+        )
         mask_shape = (self._tile.hidden_layers, self._tile.channels)
         self._noise = NoiseSource(thetas, seed, config.num_realizations, grid, config.num_timesteps, mask_shape, device)
         fields = [initial_field(t.initial_condition, grid, generator(seed, Purpose.INITIAL, t.index)) for t in thetas]
@@ -44,6 +51,8 @@ class Rollout:
         # Both updates are v / sqrt(1 + cubic v^2) with v = keep u + s f(u).
         self._keep = torch.where(residual, 1.0, 1.0 - self._step)
         self._cubic = torch.where(residual, 2.0 * config.confinement * self._step, 0.0)
+        if self._native:
+            self._factors = [float(factor) for factor in (self._keep, self._step, self._cubic)]
 
     def step(self, u: Tensor, mask: Tensor | None = None) -> Tensor:
         """One step without noise: [M, O, 3, G, G] -> the same shape."""
@@ -58,6 +67,17 @@ class Rollout:
             noise, masks = self._noise.block(index)
             states = torch.empty_like(noise)
             for t in range(len(noise)):
-                torch.add(self.step(u, masks[t]), noise[t], out=states[t])
-                u = states[t].clamp_(-config.clip, config.clip)
+                if self._native:
+                    self._native_step(u, masks[t], noise[t], states[t])
+                else:
+                    torch.add(self.step(u, masks[t]), noise[t], out=states[t]).clamp_(-config.clip, config.clip)
+                u = states[t]
             yield states
+
+    def _native_step(self, u: Tensor, mask: Tensor, noise: Tensor, out: Tensor) -> None:
+        """One step of a single operator with noise into `out`: the operations of `step` in one pass over the state."""
+        f, u = self._tile(u, mask), u.contiguous()
+        keep, step, cubic = self._factors
+        library.confined_step(
+            address(u), address(f), address(noise), u.numel(), keep, step, cubic, self._config.clip, address(out)
+        )
