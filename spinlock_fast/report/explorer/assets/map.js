@@ -1,0 +1,108 @@
+// The map of all rows on a canvas: grey points, coloured where a row matches the filter or has the selected code.
+
+const REACH = 12; // pixels within which a point is found
+let pinned = null; // row whose tokens are shown, and of which others are hovered only if there is none
+let marked = null;
+let points = { x: new Float32Array(0), y: new Float32Array(0) };
+
+function layoutMap() {
+  const canvas = byId("map");
+  const ratio = window.devicePixelRatio || 1;
+  const [width, height] = [canvas.clientWidth, canvas.clientHeight];
+  canvas.width = Math.round(width * ratio);
+  canvas.height = Math.round(height * ratio);
+  const [x, y] = [column("map/x"), column("map/y")];
+  const largest = values => values.reduce((a, b) => Math.max(a, b), 1);
+  const scale = Math.min((width - 16) / largest(x), (height - 16) / largest(y)); // equal on both axes
+  const left = (width - largest(x) * scale) / 2;
+  const top = (height - largest(y) * scale) / 2;
+  points = { x: Float32Array.from(x, value => left + value * scale), y: Float32Array.from(y, value => height - top - value * scale) };
+  drawMap();
+}
+
+function drawMap() {
+  const canvas = byId("map");
+  const style = getComputedStyle(document.documentElement);
+  const context = canvas.getContext("2d");
+  const ratio = window.devicePixelRatio || 1;
+  context.setTransform(ratio, 0, 0, ratio, 0, 0);
+  context.clearRect(0, 0, canvas.clientWidth, canvas.clientHeight);
+  const size = H.rows > 20_000 ? 1.5 : H.rows > 3000 ? 2.2 : 3.5;
+  const g = codebookOf(state.selected);
+  const own = tokens[g];
+  const selected = state.selected - offsets[g];
+  const shown = state.filter.size ? i => matching[i] === 1 : i => own[i] === selected;
+  const draw = (colour, wanted, size) => {
+    context.fillStyle = style.getPropertyValue(colour);
+    for (let i = 0; i < H.rows; i++)
+      if (shown(i) === wanted) context.fillRect(points.x[i] - size / 2, points.y[i] - size / 2, size, size);
+  };
+  draw("--faint", false, size);
+  draw("--accent", true, 1.6 * size);
+  for (const at of [pinned, marked]) {
+    if (at === null) continue;
+    context.strokeStyle = style.getPropertyValue("--second");
+    context.lineWidth = 2;
+    context.beginPath();
+    context.arc(points.x[at], points.y[at], 6, 0, 2 * Math.PI);
+    context.stroke();
+  }
+}
+
+function nearestPoint(event) {
+  const frame = byId("map").getBoundingClientRect();
+  const [x, y] = [event.clientX - frame.left, event.clientY - frame.top];
+  let best = null;
+  let least = REACH * REACH;
+  for (let i = 0; i < H.rows; i++) {
+    const distance = (points.x[i] - x) ** 2 + (points.y[i] - y) ** 2;
+    if (distance < least) [best, least] = [i, distance];
+  }
+  return best;
+}
+
+function tokenButton(category, at) {
+  const books = codebooksOf(category);
+  const text = H.categories[category].short + "=" + books.map(g => tokens[g][at]).join("/");
+  const filter = () => addToFilter(...books.map(g => offsets[g] + tokens[g][at]));
+  return element("button", { type: "button", textContent: text, title: "Add to the filter", onclick: filter });
+}
+
+function showRow(at) {
+  const readout = byId("readout");
+  if (at === null) readout.textContent = "Point at a row to see its number and tokens; click to keep it.";
+  else readout.replaceChildren(`Row ${column("rows")[at]}: `, ...H.categories.map((_, c) => tokenButton(c, at)));
+}
+
+function markRow(at) {
+  marked = at;
+  drawMap();
+}
+
+function pinRow(at) {
+  pinned = at;
+  showRow(at);
+  drawMap();
+}
+
+function startMap() {
+  const canvas = byId("map");
+  canvas.addEventListener("pointermove", event => {
+    if (pinned !== null) return;
+    const at = nearestPoint(event);
+    if (at === marked) return;
+    showRow(at);
+    markRow(at);
+  });
+  canvas.addEventListener("pointerleave", () => markRow(null));
+  canvas.addEventListener("click", event => pinRow(nearestPoint(event)));
+  window.addEventListener("resize", layoutMap);
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawMap);
+  showRow(null);
+  onChange(() => {
+    byId("map-help").textContent =
+      "First two principal components of the code vectors, scaled as for the distance of tokens. Coloured: " +
+      (state.filter.size ? "rows that match the filter." : `rows with ${codeLabel(state.selected)}.`);
+    drawMap();
+  });
+}
