@@ -86,6 +86,5 @@ def _about(summary: CheckpointSummary, data: str | list[str]) -> dict[str, Any]:
         "sha256": summary.tokenizer.checkpoint_hash,
         "data": printable(Path(data).name) if isinstance(data, str) else f"{len(data)} files",
         "quality": metrics.get("quality"),
-        "utilization": metrics.get("utilization"),
         "measured_on": summary.measured_on if metrics else "",
     }

@@ -8,17 +8,18 @@ const CODE_COLUMNS = [
   { name: "In filter", key: row => -row.inFilter, text: row => integer(row.inFilter) },
 ];
 const MOST_ROWS = 400;
+let allCounts = null; // rows of each code, counted once
 let sorting = { column: 0, reverse: false, all: false };
 
 function codeRows() {
   const inFilter = countCodes(matching);
-  const all = countCodes(new Uint8Array(H.rows).fill(1));
+  allCounts ??= countCodes(new Uint8Array(H.rows).fill(1));
   const chosen = byId("codebook").value;
   const rows = [];
   for (let g = 0; g < H.codebooks.length; g++)
     for (let code = offsets[g]; code < offsets[g + 1] && (chosen === "" || Number(chosen) === g); code++)
       rows.push({
-        code, count: all[code], share: all[code] / H.rows, inFilter: inFilter[code],
+        code, count: allCounts[code], share: allCounts[code] / H.rows, inFilter: inFilter[code],
         distance: column("code/distance")[code], margin: column("code/margin")[code],
       });
   const key = CODE_COLUMNS[sorting.column].key;

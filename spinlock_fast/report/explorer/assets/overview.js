@@ -31,6 +31,33 @@ function showAssociations() {
   ]);
 }
 
+// Number of the given rows with each path of codes such as "2", "2/1" and "2/1/4".
+function countPaths(books, found) {
+  const leaves = new Map(); // all codes of a path as one number -> rows
+  let total = 0;
+  for (let i = 0; i < H.rows; i++) {
+    if (!found[i]) continue;
+    total++;
+    let leaf = 0;
+    for (const g of books) leaf = leaf * H.codebooks[g].codes + tokens[g][i];
+    leaves.set(leaf, (leaves.get(leaf) ?? 0) + 1);
+  }
+  const counts = new Map();
+  for (const [leaf, count] of leaves) {
+    const numbers = [];
+    let rest = leaf;
+    for (const g of [...books].reverse()) {
+      numbers.unshift(rest % H.codebooks[g].codes);
+      rest = Math.floor(rest / H.codebooks[g].codes);
+    }
+    numbers.forEach((_, level) => {
+      const path = numbers.slice(0, level + 1).join("/");
+      counts.set(path, (counts.get(path) ?? 0) + count);
+    });
+  }
+  return { counts, total };
+}
+
 const LEVEL_HEIGHT = 52;
 
 // Draws the rows of a category as nested boxes, from its coarsest level at the top to its finest.
@@ -38,18 +65,7 @@ function showTree() {
   const category = Number(byId("category").value);
   const books = codebooksOf(category);
   const others = new Map([...state.filter].filter(([g]) => !books.includes(g)));
-  const found = match(others);
-  const counts = new Map(); // "2/1" -> rows
-  let total = 0;
-  for (let i = 0; i < H.rows; i++) {
-    if (!found[i]) continue;
-    total++;
-    let path = "";
-    for (const g of books) {
-      path += (path && "/") + tokens[g][i];
-      counts.set(path, (counts.get(path) ?? 0) + 1);
-    }
-  }
+  const { counts, total } = countPaths(books, match(others));
   byId("tree-help").textContent =
     `${integer(total)} rows${others.size ? " that match the filter of other categories" : ""}: the width is the number of rows, ` +
     `each level divides the one above (${books.map(g => "L" + H.codebooks[g].level).join(", ")}). Click to filter.`;
@@ -71,7 +87,7 @@ function showTree() {
     });
   };
   draw("", 0, 0);
-  byId("tree").replaceChildren(plot);
+  byId("tree").replaceChildren(...(total ? [plot] : []));
 }
 
 function drawBox(plot, { path, left, depth, size, faint, category, books, count, total }) {

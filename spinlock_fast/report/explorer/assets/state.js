@@ -158,7 +158,7 @@ function startFilter() {
   };
   byId("rows-csv").onclick = () => saveCsv("rows.csv", matchingRows());
   document.addEventListener("keydown", event => {
-    if (event.key === "/" && !/^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName)) {
+    if (event.key === "/" && !event.ctrlKey && !event.metaKey && !/^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName)) {
       event.preventDefault();
       search.focus();
     } else if (event.key === "Escape") clearFilter();
