@@ -19,6 +19,7 @@ from browser import PROGRAM, Page, browser_page
 from dashboards import synthetic_checkpoint
 from planted import operators, rows_where
 
+from spinlock_fast.analysis import AnalysisConfig, analyze_observations
 from spinlock_fast.analysis.associations import code_counts, lifts_table
 from spinlock_fast.analysis.codes import one_hot
 from spinlock_fast.analysis.conditions import make_conditions
@@ -75,6 +76,22 @@ def test_a_page_is_reproducible_and_loads_nothing() -> None:
     assert "innerHTML" not in page
     assert "<img" not in page
     assert "Tokens of &lt;b&gt;x" in page
+
+
+def test_the_tables_are_those_of_analyze() -> None:
+    data = explorer_data(OBSERVED, ABOUT)
+    tables = analyze_observations(OBSERVED, AnalysisConfig()).tables
+    associations = data.header["associations"]
+    for name in ("ami", "null_q95", "q"):
+        np.testing.assert_allclose(associations[name], tables["associations"][name], rtol=1e-3)
+    samples = tables["samples"]
+    offset = OBSERVED.codebooks.offsets[1]
+    for kind, name in enumerate(data.header["samples"]):
+        code_and_kind = (data.columns["sample/code"] == offset + 2) & (data.columns["sample/kind"] == kind)
+        rows = OBSERVED.rows[data.columns["sample/row"][code_and_kind]]
+        assert rows[:3].tolist() == samples["row"][rows_where(samples, codebook="slow/L1", code=2, kind=name)].tolist()
+    for name, column in (("value", "lift"), ("low", "lift_low"), ("high", "lift_high")):
+        np.testing.assert_allclose(data.columns[f"lift/{name}"], tables["lifts"][column], atol=1e-4)
 
 
 def test_the_map_is_the_principal_component_analysis_of_the_code_vectors() -> None:

@@ -65,6 +65,8 @@ def explorer_data(observed: Observations, about: Mapping[str, Any]) -> ExplorerD
     notes += constant
     counts = code_counts(observed)
     members = one_hot(observed.tokens, observed.codebooks.offsets)
+    # In the order of `analyze_observations`: the same random numbers give the same examples and permutations.
+    samples = samples_table(observed, _SAMPLES, random)
     associations = associations_table(observed, conditions, ALPHA, random) if conditions else {}
     effects = code_effects(observed, members)
     profile_header, profile_columns = _profiles(effects, notes)
@@ -74,7 +76,7 @@ def explorer_data(observed: Observations, about: Mapping[str, Any]) -> ExplorerD
         **_code_columns(codes_table(observed, counts)),
         **profile_columns,
         **_lift_columns(lifts_table(observed, kept, counts)),
-        **_sample_columns(observed, samples_table(observed, _SAMPLES, random)),
+        **_sample_columns(observed, samples),
     }
     if len(observed.codebooks.by_category()) > 1:
         columns |= _pair_columns(observed.codebooks, cooccurrence_table(observed, members, counts, ALPHA, notes), notes)

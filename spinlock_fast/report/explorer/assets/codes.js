@@ -57,7 +57,9 @@ function showCodes() {
     const button = element("button", { type: "button", textContent: `Show all ${integer(rows.length)} codes`, onclick: more });
     body.push(element("tr", {}, element("td", { colSpan: shown.length }, button)));
   }
+  const focused = document.activeElement.closest("#codes tbody") !== null;
   byId("codes").replaceChildren(element("thead", {}, element("tr", {}, ...head)), element("tbody", {}, ...body));
+  if (focused) document.querySelector("#codes tr.current button")?.focus({ preventScroll: true });
 }
 
 function startCodes() {
