@@ -27,6 +27,7 @@ from spinlock_fast.analysis.effects import code_effects
 from spinlock_fast.analysis.neighbours import code_coordinates
 from spinlock_fast.errors import DataError
 from spinlock_fast.report.__main__ import main
+from spinlock_fast.report.explorer import data as contents
 from spinlock_fast.report.explorer.data import ExplorerData, explorer_data, token_map
 from spinlock_fast.report.explorer.page import build_page
 from spinlock_fast.report.explorer.write import check_size
@@ -105,11 +106,28 @@ def test_the_map_is_the_principal_component_analysis_of_the_code_vectors() -> No
 
 def test_a_page_above_20_mb_names_the_rows_that_fit() -> None:
     columns = {"tokens/0": np.zeros(1000, np.uint8), "profile/auc": np.zeros(1, np.float32)}
-    contents = ExplorerData({"rows": 1000}, columns)
-    check_size(20_000_000, contents)
+    data = ExplorerData({"rows": 1000}, columns)
+    check_size(20_000_000, data)
     with pytest.raises(DataError, match=r"explorer.html would have 40 MB, at most 20 MB: use --rows \d+$") as raised:
-        check_size(40_000_000, contents)
+        check_size(40_000_000, data)
     assert 350 < int(str(raised.value).rsplit(" ", 1)[1]) < 500
+
+
+def test_large_parts_are_limited_and_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = explorer_data(OBSERVED, ABOUT)
+    for name, limit in (("_MAX_PROFILE_CELLS", 26 * 4), ("_MAX_LIFT_CELLS", 26 * 8), ("_MAX_PAIRS", 0)):
+        monkeypatch.setattr(contents, name, limit)
+    data = explorer_data(OBSERVED, ABOUT)
+    kept = [full.header["features"].index(feature) for feature in data.header["features"]]
+    assert len(kept) == 4
+    assert {0, 1} <= set(kept)  # the planted features
+    effects = full.columns["profile/effect"].reshape(26, -1)[:, kept]
+    np.testing.assert_array_equal(data.columns["profile/effect"], effects.ravel())
+    assert [condition["name"] for condition in data.header["conditions"]] == ["step", "initial condition"]
+    assert len(data.columns["lift/value"]) == 26 * (5 + 2)
+    notes = " ".join(data.header["notes"])
+    assert "profiles show the 4 of 9 features with the largest effects" in notes
+    assert "lifts are shown for 2 of 5 conditions" in notes
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -244,6 +262,10 @@ def test_keys_errors_and_links(page: Page) -> None:
     found = (OBSERVED.tokens[:, 0] == 1) & (OBSERVED.tokens[:, 2] == 2)
     assert texts(page, "#matches") == [f"{found.sum()} of 400 rows"]
     assert texts(page, "#selected") == ["c2 L0 = 3 compared with c2 L0 = 4"]
+    page.evaluate("location.hash = '#f=%&s=c7=1'")
+    page.evaluate("new Promise(done => setTimeout(done, 50))")
+    assert texts(page, "#search-error") == ["c7: no such category; they are c1 to c2"]
+    assert texts(page, "#matches") == ["400 of 400 rows"]
     page.press("Escape")
 
 

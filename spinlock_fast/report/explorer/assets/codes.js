@@ -7,7 +7,7 @@ const CODE_COLUMNS = [
   { name: "Distance", key: row => row.distance, text: row => number(row.distance), title: "Median distance of the latents to the code" },
   { name: "In filter", key: row => -row.inFilter, text: row => integer(row.inFilter) },
 ];
-const MOST_ROWS = 400;
+const MOST_ROWS = 200;
 let allCounts = null; // rows of each code, counted once
 let sorting = { column: 0, reverse: false, all: false };
 

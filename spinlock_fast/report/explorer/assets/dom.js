@@ -26,6 +26,14 @@ function number(value, digits = 2) {
   return Number.isFinite(value) ? value.toFixed(digits) : "∞";
 }
 
+const counted = (value, one, many = one + "s") => `${integer(value)} ${value === 1 ? one : many}`;
+
+// A long name, which may be broken after "_", ":" and "/".
+function breakable(text) {
+  const parts = text.split(/(?<=[_:/])(?![_:/])/);
+  return parts.flatMap((part, i) => (i ? [element("wbr"), part] : [part]));
+}
+
 function signed(value) {
   const text = number(value);
   return value > 0 && !/^0\.0*$/.test(text) ? "+" + text : text.replace(/^-0\.00$/, "0.00").replace("-", "−");

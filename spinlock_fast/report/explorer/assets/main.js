@@ -3,8 +3,8 @@
 function showFacts() {
   const parts = [
     `Checkpoint ${H.checkpoint}${H.sha256 ? " (" + H.sha256.slice(0, 12) + ")" : ""}`,
-    `${integer(H.rows)} rows of ${H.data}`,
-    `${integer(H.categories.length)} categories, ${integer(H.codebooks.length)} codebooks, ${integer(offsets.at(-1))} codes ` +
+    `${counted(H.rows, "row")} of ${H.data}`,
+    `${counted(H.categories.length, "category", "categories")}, ${counted(H.codebooks.length, "codebook")}, ${counted(offsets.at(-1), "code")} ` +
       `(${integer(column("profile/codes").length)} in use)`,
   ];
   if (H.quality !== null) parts.push(`quality ${number(H.quality, 3)} on ${H.measured_on}`);

@@ -3,6 +3,8 @@
 const REACH = 12; // pixels within which a point is found
 let pinned = null; // row whose tokens are shown, and of which others are hovered only if there is none
 let marked = null;
+let background = null; // layers of the canvas: all rows in grey, and the coloured ones
+let highlight = null;
 let points = { x: new Float32Array(0), y: new Float32Array(0) };
 
 function layoutMap() {
@@ -17,32 +19,59 @@ function layoutMap() {
   const left = (width - largest(x) * scale) / 2;
   const top = (height - largest(y) * scale) / 2;
   points = { x: Float32Array.from(x, value => left + value * scale), y: Float32Array.from(y, value => height - top - value * scale) };
+  drawBackground();
+}
+
+// A canvas of the size of the map, and its context in CSS pixels.
+function makeLayer() {
+  const canvas = byId("map");
+  const layer = element("canvas", { width: canvas.width, height: canvas.height });
+  const ratio = window.devicePixelRatio || 1;
+  const context = layer.getContext("2d");
+  context.setTransform(ratio, 0, 0, ratio, 0, 0);
+  return [layer, context];
+}
+
+const colour = name => getComputedStyle(document.documentElement).getPropertyValue(name);
+
+function drawPoints(context, size, wanted) {
+  for (let i = 0; i < H.rows; i++)
+    if (wanted(i)) context.fillRect(points.x[i] - size / 2, points.y[i] - size / 2, size, size);
+}
+
+const pointSize = () => (H.rows > 20_000 ? 1.5 : H.rows > 3000 ? 2.2 : 3.5);
+
+function drawBackground() {
+  const [layer, context] = makeLayer();
+  context.fillStyle = colour("--faint");
+  drawPoints(context, pointSize(), () => true);
+  background = layer;
+  drawHighlight();
+}
+
+function drawHighlight() {
+  const [layer, context] = makeLayer();
+  const g = codebookOf(state.selected);
+  const own = tokens[g];
+  const selected = state.selected - offsets[g];
+  context.fillStyle = colour("--accent");
+  drawPoints(context, 1.6 * pointSize(), state.filter.size ? i => matching[i] === 1 : i => own[i] === selected);
+  highlight = layer;
   drawMap();
 }
 
 function drawMap() {
   const canvas = byId("map");
-  const style = getComputedStyle(document.documentElement);
   const context = canvas.getContext("2d");
   const ratio = window.devicePixelRatio || 1;
+  context.setTransform(1, 0, 0, 1, 0, 0);
+  context.clearRect(0, 0, canvas.width, canvas.height);
+  for (const layer of [background, highlight]) if (layer.width && layer.height) context.drawImage(layer, 0, 0);
   context.setTransform(ratio, 0, 0, ratio, 0, 0);
-  context.clearRect(0, 0, canvas.clientWidth, canvas.clientHeight);
-  const size = H.rows > 20_000 ? 1.5 : H.rows > 3000 ? 2.2 : 3.5;
-  const g = codebookOf(state.selected);
-  const own = tokens[g];
-  const selected = state.selected - offsets[g];
-  const shown = state.filter.size ? i => matching[i] === 1 : i => own[i] === selected;
-  const draw = (colour, wanted, size) => {
-    context.fillStyle = style.getPropertyValue(colour);
-    for (let i = 0; i < H.rows; i++)
-      if (shown(i) === wanted) context.fillRect(points.x[i] - size / 2, points.y[i] - size / 2, size, size);
-  };
-  draw("--faint", false, size);
-  draw("--accent", true, 1.6 * size);
+  context.strokeStyle = colour("--second");
+  context.lineWidth = 2;
   for (const at of [pinned, marked]) {
     if (at === null) continue;
-    context.strokeStyle = style.getPropertyValue("--second");
-    context.lineWidth = 2;
     context.beginPath();
     context.arc(points.x[at], points.y[at], 6, 0, 2 * Math.PI);
     context.stroke();
@@ -97,12 +126,12 @@ function startMap() {
   canvas.addEventListener("pointerleave", () => markRow(null));
   canvas.addEventListener("click", event => pinRow(nearestPoint(event)));
   window.addEventListener("resize", layoutMap);
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawMap);
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawBackground);
   showRow(null);
   onChange(() => {
     byId("map-help").textContent =
       "First two principal components of the code vectors, scaled as for the distance of tokens. Coloured: " +
       (state.filter.size ? "rows that match the filter." : `rows with ${codeLabel(state.selected)}.`);
-    drawMap();
+    drawHighlight();
   });
 }

@@ -81,8 +81,10 @@ function showTree() {
     const paths = (children.get(parent) ?? []).sort((a, b) => counts.get(b) - counts.get(a) || a.localeCompare(b, "en", { numeric: true }));
     paths.forEach((path, i) => {
       const size = (counts.get(path) / total) * width;
-      if (size >= 0.5) drawBox(plot, { path, left, depth, size, faint: i % 2, category, books, count: counts.get(path), total });
-      draw(path, left, depth + 1);
+      if (size >= 1) { // narrower boxes cannot be seen
+        drawBox(plot, { path, left, depth, size, faint: i % 2, category, books, count: counts.get(path), total });
+        draw(path, left, depth + 1);
+      }
       left += size;
     });
   };

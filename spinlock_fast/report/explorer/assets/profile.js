@@ -75,7 +75,7 @@ function showProfile() {
     const title = `${row.kind} feature; AUC ${number(row.auc, 3)}`;
     const muted = row.other || row.found ? "" : " muted";
     return [
-      element("div", { className: "name" + muted, textContent: row.name, title }),
+      element("div", { className: "name" + muted, title }, ...breakable(row.name)),
       dotPlot(marks, scale, 0),
       element("div", { className: "value" + muted, textContent: signed(row.value) + interval(row.value - row.spread, row.value + row.spread) }),
     ];
@@ -104,7 +104,8 @@ function liftRows(code) {
 
 function showLifts() {
   byId("lifts-help").textContent = H.conditions.length
-    ? "How much more frequent a condition is among the rows of the code than among all rows, with its 95 % interval and the number of rows. " +
+    ? `How much more frequent a condition is among the rows with ${codeLabel(state.selected)} than among all rows, with its 95 % interval; ` +
+      "in brackets, the number of rows. " +
       "1 is no relation; muted: not significant."
     : "The data have no parameters and no labels.";
   const rows = liftRows(state.selected).slice(0, 8);
@@ -114,7 +115,7 @@ function showLifts() {
     const muted = row.found ? "" : " muted";
     const title = `${integer(row.count)} rows`;
     return [
-      element("div", { className: "name" + muted, textContent: `${row.name}: ${row.level} (${integer(row.count)})`, title }),
+      element("div", { className: "name" + muted, title }, ...breakable(`${row.name}: ${row.level} (${integer(row.count)})`)),
       dotPlot([{ low: Math.max(row.low, 1e-9), high: row.high, at: Math.max(row.value, 1e-9), className: "one", y: 11 }], scale, 1),
       element("div", { className: "value" + muted, textContent: number(row.value) + " ×" + interval(row.low, row.high) }),
     ];
@@ -141,14 +142,20 @@ function startProfile() {
     ["condition", "value", "rows", "lift", "lift_low", "lift_high"],
     ...liftRows(state.selected).map(row => [row.name, row.level, row.count, row.value, row.low, row.high]),
   ]);
+  let shown = null;
   onChange(() => {
-    // Codes of the same codebook first: their rows are disjoint.
-    const g = codebookOf(state.selected);
-    const used = [...column("profile/codes")].filter(code => code !== state.selected);
-    const codes = [...used.filter(code => codebookOf(code) === g), ...used.filter(code => codebookOf(code) !== g)];
-    choice.replaceChildren(choice.firstChild, ...codes.map(code => element("option", { value: String(code), textContent: codeLabel(code) })));
+    if (shown !== state.selected) showChoices(choice);
+    shown = state.selected;
     choice.value = state.compared === null ? "" : String(state.compared);
     showProfile();
     showLifts();
   });
+}
+
+// Codes of the same codebook first: their rows are disjoint.
+function showChoices(choice) {
+  const g = codebookOf(state.selected);
+  const used = [...column("profile/codes")].filter(code => code !== state.selected);
+  const codes = [...used.filter(code => codebookOf(code) === g), ...used.filter(code => codebookOf(code) !== g)];
+  choice.replaceChildren(choice.firstChild, ...codes.map(code => element("option", { value: String(code), textContent: codeLabel(code) })));
 }

@@ -84,9 +84,10 @@ function update(change = {}) {
 
 function readHash() {
   const change = { filter: new Map(), compared: null };
-  for (const part of decodeURIComponent(location.hash.slice(1)).split("&")) {
-    const text = part.slice(2).replaceAll("+", " ");
+  for (const encoded of location.hash.slice(1).split("&")) {
     try {
+      const part = decodeURIComponent(encoded);
+      const text = part.slice(2).replaceAll("+", " ");
       const terms = parseFilter(text);
       const [code] = terms.map(([g, own]) => offsets[g] + own);
       if (part.startsWith("f=")) change.filter = new Map(terms);
@@ -135,9 +136,11 @@ function clearFilter() {
 function startFilter() {
   const search = byId("search");
   const example = H.categories[0].short;
-  search.placeholder = `${example}=2 or ${example}=2/1`;
+  const isDeep = codebooksOf(0).length > 1;
+  search.placeholder = isDeep ? `${example}=2 or ${example}=2/1` : `${example}=2`;
   byId("search-help").textContent =
-    `${example}=2 is code 2 of level L0; ${example}=2/1 is L0 = 2 and L1 = 1; ${example}=*/1 is L1 = 1. ` +
+    `${example}=2 is code 2 of level L0` +
+    (isDeep ? `; ${example}=2/1 is L0 = 2 and L1 = 1; ${example}=*/1 is L1 = 1. ` : ". ") +
     "Several, separated by spaces, must all match. Keys: / to search, Esc to clear.";
   byId("search-form").addEventListener("submit", event => {
     event.preventDefault();
