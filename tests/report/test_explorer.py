@@ -18,6 +18,7 @@ import pytest
 from browser import PROGRAM, Page, browser_page
 from dashboards import synthetic_checkpoint
 from planted import operators, rows_where
+from sklearn.metrics import adjusted_mutual_info_score
 
 from spinlock_fast.analysis import AnalysisConfig, analyze_observations
 from spinlock_fast.analysis.associations import code_counts, lifts_table
@@ -238,6 +239,35 @@ def test_numbers_on_the_page_equal_those_of_numpy(page: Page) -> None:
         assert int(match[3]) == lifts["count"][i]
         shown = [float(number) for number in re.findall(r"\d+\.\d+", value)]
         np.testing.assert_allclose(shown, [lifts[key][i] for key in ("lift", "lift_low", "lift_high")], atol=0.0052)
+
+
+def test_map_tree_and_heatmap(page: Page) -> None:
+    page.press("Escape")
+    t = OBSERVED.tokens
+    # A click on the map keeps a row, whose tokens are shown.
+    page.evaluate(
+        "{ const map = document.getElementById('map'), box = map.getBoundingClientRect(); let found = false;"
+        " for (let x = 5; x < box.width && !found; x += 5) for (let y = 5; y < box.height && !found; y += 5) {"
+        " map.dispatchEvent(new MouseEvent('click', {clientX: box.left + x, clientY: box.top + y}));"
+        " found = document.querySelectorAll('#readout button').length > 0; } }"
+    )
+    (readout,) = texts(page, "#readout")
+    match = re.fullmatch(r"Row (\d+): c1=([\d/]+)c2=([\d/]+)", readout)
+    assert match
+    shown = [int(code) for text in match.groups()[1:] for code in text.split("/")]
+    assert shown == t[OBSERVED.rows.tolist().index(int(match[1]))].tolist()
+
+    # The boxes of the tree count rows, here those that match the filter of the other category.
+    search(page, "c2=3")
+    boxes = dict(text.split(": ") for text in texts(page, "#tree title"))
+    for path, own in (("c1=2", t[:, 0] == 2), ("c1=2/1", (t[:, 0] == 2) & (t[:, 1] == 1))):
+        assert boxes[path].startswith(f"{(own & (t[:, 3] == 3)).sum()} rows, ")
+    page.press("Escape")
+
+    conditions, _ = make_conditions(OBSERVED, 5)
+    ami = [adjusted_mutual_info_score(t[:, g], c.codes) for g in range(6) for c in conditions]
+    cells = page.evaluate("[...document.querySelectorAll('#associations td')].map(c => c.firstChild.textContent)")
+    np.testing.assert_allclose([float(text.replace("\N{MINUS SIGN}", "-")) for text in cells], ami, atol=0.0052)
 
 
 def test_keys_errors_and_links(page: Page) -> None:
