@@ -31,7 +31,8 @@ FLOORS = [
     {"estimators"},
     {"tokenizer", "compat"},
     {"training", "simulate", "trajectories", "behaviour_loss"},
-    {"analysis", "report", "prediction"},
+    {"analysis", "prediction"},
+    {"report"},
     {"commands"},
 ]
 FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in floor}

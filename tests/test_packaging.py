@@ -37,6 +37,8 @@ def test_wheel_holds_every_python_module_once(tmp_path: Path) -> None:
     sources |= {path.relative_to(ROOT).as_posix() for path in (package / "kernels").rglob("*.py")}  # a symbolic link
     assert sorted(name for name in files if name.endswith(".py")) == sorted(sources)
     assert {"spinlock_fast/py.typed", "spinlock_fast/_native.pyi"} <= set(files)
+    assets = {path.relative_to(ROOT).as_posix() for path in (package / "report" / "explorer" / "assets").iterdir()}
+    assert assets <= set(files)
     assert not [name for name in files if name.startswith("kernels/")]
 
 

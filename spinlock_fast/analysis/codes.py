@@ -136,7 +136,7 @@ def features_table(observed: Observations, members: csr_matrix, notes: list[str]
     Beyond a million rows, only the features with the largest |AUC - 0.5| of each code are kept, with a note.
     """
     used = np.flatnonzero(np.diff(members.indptr))
-    measured, measured_names = _fill_missing(observed.measured, observed.measured_names)
+    measured, measured_names = fill_missing(observed.measured, observed.measured_names)
     parts = []
     for kind, x, names in (
         ("model", observed.features, observed.feature_names),
@@ -174,7 +174,7 @@ def _profiles(members: csr_matrix, x: NDArray[np.floating], used: NDArray[np.int
     }
 
 
-def _fill_missing(x: NDArray[np.float32], names: list[str]) -> tuple[NDArray[np.float32], list[str]]:
+def fill_missing(x: NDArray[np.float32], names: list[str]) -> tuple[NDArray[np.float32], list[str]]:
     """Non-constant columns and their names, with NaN replaced by the column median."""
     medians = {}
     for i in range(x.shape[1]):

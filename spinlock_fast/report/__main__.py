@@ -1,25 +1,38 @@
-"""`python -m spinlock_fast.report CKPT_DIR --output DIR`: dashboards of a checkpoint."""
+"""`python -m spinlock_fast.report CKPT_DIR --output DIR`: dashboards and explorer of a checkpoint."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from spinlock_fast.commands.arguments import add_device, add_quiet, parser
 from spinlock_fast.commands.exit_status import exit_with
+from spinlock_fast.errors import DataError
 from spinlock_fast.report.write import KINDS
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
-    options = parser("report", "Draws the dashboards of a checkpoint, as PNG and SVG.")
+    options = parser(
+        "report", "Draws the dashboards of a checkpoint, as PNG and SVG, and its explorer, as one HTML page."
+    )
     options.add_argument("checkpoint", help="checkpoint directory")
     options.add_argument(
         "--data", metavar="FILE.h5", help="HDF5 file or glob; default: the data of the run, where they still exist"
     )
-    options.add_argument("--output", required=True, metavar="DIR", help="directory for the pictures")
-    options.add_argument("--type", default="all", choices=["all", *KINDS], help="which dashboard (default: all)")
+    options.add_argument("--output", required=True, metavar="DIR", help="directory for the files")
+    options.add_argument(
+        "--type", default="all", choices=["all", *KINDS, "html"], help="html: the explorer (default: all)"
+    )
+    options.add_argument(
+        "--rows",
+        type=int,
+        default=100_000,
+        metavar="N",
+        help="maximum number of rows in the explorer; evenly spaced ones are taken from a larger file (100000)",
+    )
     add_device(options)
     add_quiet(options)
     chosen = options.parse_args(arguments)
@@ -27,10 +40,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _report(chosen: argparse.Namespace) -> None:
+    from spinlock_fast.report.explorer import write_explorer
     from spinlock_fast.report.write import write_report
 
-    kinds = KINDS if chosen.type == "all" else (chosen.type,)
-    files, notes = write_report(chosen.checkpoint, chosen.output, chosen.data, kinds, chosen.device)
+    files: list[Path] = []
+    notes: list[str] = []
+    if chosen.type != "html":
+        kinds = KINDS if chosen.type == "all" else (chosen.type,)
+        files, notes = write_report(chosen.checkpoint, chosen.output, chosen.data, kinds, chosen.device)
+    if chosen.type in ("all", "html"):
+        try:
+            files.append(write_explorer(chosen.checkpoint, chosen.output, chosen.data, chosen.rows, chosen.device))
+        except DataError as error:
+            if chosen.type == "html":
+                raise
+            notes.append(f"explorer.html is omitted: {error}")
     if chosen.quiet:
         return
     for note in notes:

@@ -13,11 +13,11 @@ from sklearn.metrics import adjusted_mutual_info_score, roc_auc_score
 
 from spinlock_fast.analysis.associations import code_counts, cooccurrence_table, lifts_table
 from spinlock_fast.analysis.codes import (
-    _fill_missing,
     code_auc,
     code_quartiles,
     codes_table,
     features_table,
+    fill_missing,
     mid_ranks,
     one_hot,
     samples_table,
@@ -111,7 +111,7 @@ def test_large_tables_keep_the_features_with_the_largest_auc(monkeypatch: pytest
 
 def test_missing_values_are_filled_and_constant_columns_dropped() -> None:
     measured = np.array([[1, np.nan, 5, np.nan], [3, np.nan, 5, 2], [np.nan, np.nan, 5, 4]], np.float32)
-    filled, names = _fill_missing(measured, ["a", "b", "c", "d"])
+    filled, names = fill_missing(measured, ["a", "b", "c", "d"])
     assert names == ["a", "d"]
     assert filled.tolist() == [[1, 3], [3, 2], [2, 4]]
     assert np.isnan(measured[2, 0])

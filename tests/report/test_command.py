@@ -21,6 +21,7 @@ from spinlock_fast.report.checkpoint_summary import read_checkpoint_summary
 from spinlock_fast.report.data_statistics import measure_data
 
 FILES = {f"{kind}.{suffix}" for kind in KINDS for suffix in ("png", "svg")}
+ALL = FILES | {"explorer.html"}
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +47,8 @@ def test_all_dashboards_are_written_from_the_data_of_the_run_alike_each_time(
 ) -> None:
     status, out, err = run(capsys, small, "--output", tmp_path / "new" / "pictures")
     assert (status, err) == (0, "")
-    assert {path.name for path in (tmp_path / "new" / "pictures").iterdir()} == FILES
-    assert {Path(line).name for line in out.splitlines()} == FILES
+    assert {path.name for path in (tmp_path / "new" / "pictures").iterdir()} == ALL
+    assert {Path(line).name for line in out.splitlines()} == ALL
     files, notes = write_report(small, tmp_path / "again", str(small.parent / "data.h5"))
     assert not notes
     for file in files:
@@ -81,7 +82,8 @@ def test_an_old_checkpoint_reports_what_it_has(copy: Path, tmp_path: Path, capsy
     status, _, err = run(capsys, copy, "--output", tmp_path / "out")
     assert status == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
-    assert len(err.splitlines()) == 3
+    assert len(err.splitlines()) == 4
+    assert "explorer.html is omitted: the data of the run are unknown: name them with --data" in err
 
 
 def test_missing_metrics_are_measured_on_the_data(copy: Path, small: Path) -> None:

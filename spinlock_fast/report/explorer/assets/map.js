@@ -1,0 +1,137 @@
+// The map of all rows on a canvas: grey points, coloured where a row matches the filter or has the selected code.
+
+const REACH = 12; // pixels within which a point is found
+let pinned = null; // row whose tokens are shown, and of which others are hovered only if there is none
+let marked = null;
+let background = null; // layers of the canvas: all rows in grey, and the coloured ones
+let highlight = null;
+let points = { x: new Float32Array(0), y: new Float32Array(0) };
+
+function layoutMap() {
+  const canvas = byId("map");
+  const ratio = window.devicePixelRatio || 1;
+  const [width, height] = [canvas.clientWidth, canvas.clientHeight];
+  canvas.width = Math.round(width * ratio);
+  canvas.height = Math.round(height * ratio);
+  const [x, y] = [column("map/x"), column("map/y")];
+  const largest = values => values.reduce((a, b) => Math.max(a, b), 1);
+  const scale = Math.min((width - 16) / largest(x), (height - 16) / largest(y)); // equal on both axes
+  const left = (width - largest(x) * scale) / 2;
+  const top = (height - largest(y) * scale) / 2;
+  points = { x: Float32Array.from(x, value => left + value * scale), y: Float32Array.from(y, value => height - top - value * scale) };
+  drawBackground();
+}
+
+// A canvas of the size of the map, and its context in CSS pixels.
+function makeLayer() {
+  const canvas = byId("map");
+  const layer = element("canvas", { width: canvas.width, height: canvas.height });
+  const ratio = window.devicePixelRatio || 1;
+  const context = layer.getContext("2d");
+  context.setTransform(ratio, 0, 0, ratio, 0, 0);
+  return [layer, context];
+}
+
+const colour = name => getComputedStyle(document.documentElement).getPropertyValue(name);
+
+function drawPoints(context, size, wanted) {
+  for (let i = 0; i < H.rows; i++)
+    if (wanted(i)) context.fillRect(points.x[i] - size / 2, points.y[i] - size / 2, size, size);
+}
+
+const pointSize = () => (H.rows > 20_000 ? 1.5 : H.rows > 3000 ? 2.2 : 3.5);
+
+function drawBackground() {
+  const [layer, context] = makeLayer();
+  context.fillStyle = colour("--faint");
+  drawPoints(context, pointSize(), () => true);
+  background = layer;
+  drawHighlight();
+}
+
+function drawHighlight() {
+  const [layer, context] = makeLayer();
+  const g = codebookOf(state.selected);
+  const own = tokens[g];
+  const selected = state.selected - offsets[g];
+  context.fillStyle = colour("--accent");
+  drawPoints(context, 1.6 * pointSize(), state.filter.size ? i => matching[i] === 1 : i => own[i] === selected);
+  highlight = layer;
+  drawMap();
+}
+
+function drawMap() {
+  const canvas = byId("map");
+  const context = canvas.getContext("2d");
+  const ratio = window.devicePixelRatio || 1;
+  context.setTransform(1, 0, 0, 1, 0, 0);
+  context.clearRect(0, 0, canvas.width, canvas.height);
+  for (const layer of [background, highlight]) if (layer.width && layer.height) context.drawImage(layer, 0, 0);
+  context.setTransform(ratio, 0, 0, ratio, 0, 0);
+  context.strokeStyle = colour("--second");
+  context.lineWidth = 2;
+  for (const at of [pinned, marked]) {
+    if (at === null) continue;
+    context.beginPath();
+    context.arc(points.x[at], points.y[at], 6, 0, 2 * Math.PI);
+    context.stroke();
+  }
+}
+
+function nearestPoint(event) {
+  const frame = byId("map").getBoundingClientRect();
+  const [x, y] = [event.clientX - frame.left, event.clientY - frame.top];
+  let best = null;
+  let least = REACH * REACH;
+  for (let i = 0; i < H.rows; i++) {
+    const distance = (points.x[i] - x) ** 2 + (points.y[i] - y) ** 2;
+    if (distance < least) [best, least] = [i, distance];
+  }
+  return best;
+}
+
+function tokenButton(category, at) {
+  const books = codebooksOf(category);
+  const text = H.categories[category].short + "=" + books.map(g => tokens[g][at]).join("/");
+  const filter = () => addToFilter(...books.map(g => offsets[g] + tokens[g][at]));
+  return element("button", { type: "button", textContent: text, title: "Add to the filter", onclick: filter });
+}
+
+function showRow(at) {
+  const readout = byId("readout");
+  if (at === null) readout.textContent = "Point at a row to see its number and tokens; click to keep it.";
+  else readout.replaceChildren(`Row ${column("rows")[at]}: `, ...H.categories.map((_, c) => tokenButton(c, at)));
+}
+
+function markRow(at) {
+  marked = at;
+  drawMap();
+}
+
+function pinRow(at) {
+  pinned = at;
+  showRow(at);
+  drawMap();
+}
+
+function startMap() {
+  const canvas = byId("map");
+  canvas.addEventListener("pointermove", event => {
+    if (pinned !== null) return;
+    const at = nearestPoint(event);
+    if (at === marked) return;
+    showRow(at);
+    markRow(at);
+  });
+  canvas.addEventListener("pointerleave", () => markRow(null));
+  canvas.addEventListener("click", event => pinRow(nearestPoint(event)));
+  window.addEventListener("resize", layoutMap);
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawBackground);
+  showRow(null);
+  onChange(() => {
+    byId("map-help").textContent =
+      "First two principal components of the code vectors, scaled as for the distance of tokens. Coloured: " +
+      (state.filter.size ? "rows that match the filter." : `rows with ${codeLabel(state.selected)}.`);
+    drawHighlight();
+  });
+}

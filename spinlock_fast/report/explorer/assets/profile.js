@@ -1,0 +1,161 @@
+// The profile of the selected code: effects of features and lifts of conditions, with 95 % intervals, as computed by
+// spinlock_fast.analysis. The difference of two codes is the difference of their effects.
+
+const TOP = 12;
+
+// Distance of an interval from a value, with the sign of the side; 0 for an interval that contains it.
+const clearance = (low, high, from) => (low > from ? low - from : high < from ? high - from : 0);
+
+function effectsOf(code) {
+  const slot = slots[code];
+  if (slot < 0) return [];
+  const F = H.features.length;
+  return H.features.map((feature, f) => {
+    const i = slot * F + f;
+    return {
+      f, name: feature.name, kind: feature.kind, effect: column("profile/effect")[i],
+      half: column("profile/half_width")[i], auc: column("profile/auc")[i], found: column("profile/found")[i] === 1,
+    };
+  });
+}
+
+function profileRows() {
+  const own = effectsOf(state.selected);
+  const other = state.compared === null ? null : effectsOf(state.compared);
+  if (other !== null && (!own.length || !other.length)) return [];
+  const rows = own.map((each, f) => {
+    const value = other ? each.effect - other[f].effect : each.effect;
+    const half = other ? Math.hypot(each.half, other[f].half) : each.half;
+    const rank = Number.isNaN(half) ? 0 : Math.abs(clearance(value - half, value + half, 0));
+    return { ...each, other: other?.[f], value, spread: half, rank };
+  });
+  const size = row => (Number.isNaN(row.value) ? -1 : Math.abs(row.value));
+  return rows.sort((a, b) => b.rank - a.rank || size(b) - size(a) || a.f - b.f);
+}
+
+function dotPlot(marks, scale, zero) {
+  const plot = svg("svg", { viewBox: "0 0 300 22", preserveAspectRatio: "none", "aria-hidden": "true" });
+  plot.append(svg("line", { class: "zero", x1: scale(zero), x2: scale(zero), y1: 0, y2: 22 }));
+  for (const { low, high, at, className, y } of marks) {
+    if (Number.isFinite(low) && Number.isFinite(high))
+      plot.append(svg("line", { class: className, x1: scale(low), x2: scale(high), y1: y, y2: y }));
+    plot.append(svg("rect", { class: className, x: scale(at) - 2, y: y - 4, width: 4, height: 8, stroke: "none" }));
+  }
+  return plot;
+}
+
+// The labels of the left end, the middle and the right end of the plots above.
+function axis(...labels) {
+  const texts = labels.map(text => element("span", { textContent: text }));
+  return [element("div", { className: "name axis" }), element("div", { className: "axis muted" }, ...texts), element("div", { className: "axis" })];
+}
+
+const interval = (low, high, digits = 2) =>
+  Number.isFinite(low) && Number.isFinite(high) ? ` [${number(low, digits)}, ${number(high, digits)}]`.replaceAll("-", "−") : "";
+
+function showProfile() {
+  byId("selected").replaceChildren(element("span", { className: "key-one", textContent: codeLabel(state.selected) }));
+  if (state.compared !== null)
+    byId("selected").append(" compared with ", element("span", { className: "key-two", textContent: codeLabel(state.compared) }));
+  byId("profile-help").textContent = state.compared === null
+    ? "Mean of the feature over the rows of the code, in standard deviations from the mean of all rows, with its 95 % interval. " +
+      `The ${TOP} whose interval is farthest from 0; muted: not significant at a false discovery rate of ${H.alpha}.`
+    : "Both effects, and as the number their difference with its 95 % interval, which treats the rows of the two codes as independent.";
+  const rows = profileRows().filter(row => !Number.isNaN(row.value)).slice(0, TOP);
+  if (!rows.length) {
+    byId("profile").replaceChildren(element("p", { className: "muted", textContent: "No row has this code." }));
+    return;
+  }
+  const ends = rows.flatMap(row => [row, row.other].filter(Boolean).flatMap(e => [e.effect, e.effect - e.half, e.effect + e.half]));
+  const reach = Math.max(0.5, ...ends.filter(Number.isFinite).map(Math.abs));
+  const scale = value => 150 + (Math.max(-reach, Math.min(reach, value)) / reach) * 146;
+  const cells = rows.flatMap(row => {
+    const mark = (each, className, y) => ({ low: each.effect - each.half, high: each.effect + each.half, at: each.effect, className, y });
+    const marks = row.other ? [mark(row, "one", 6), mark(row.other, "two", 16)] : [mark(row, "one", 11)];
+    const title = `${row.kind} feature; AUC ${number(row.auc, 3)}`;
+    const muted = row.other || row.found ? "" : " muted";
+    return [
+      element("div", { className: "name" + muted, title }, ...breakable(row.name)),
+      dotPlot(marks, scale, 0),
+      element("div", { className: "value" + muted, textContent: signed(row.value) + interval(row.value - row.spread, row.value + row.spread) }),
+    ];
+  });
+  cells.push(...axis(signed(-reach), "0", signed(reach)));
+  byId("profile").replaceChildren(element("div", { className: "plot" }, ...cells));
+}
+
+// Rows of the lifts of a code; those whose interval is farthest from 1 first.
+function liftRows(code) {
+  const slot = slots[code];
+  if (slot < 0 || !column("lift/value")) return [];
+  const rows = [];
+  let first = 0; // lifts are ordered by condition, code and level
+  for (const { name, levels } of H.conditions) {
+    levels.forEach((level, i) => {
+      const at = first + slot * levels.length + i;
+      const [count, value, low, high, found] = ["count", "value", "low", "high", "found"].map(key => column("lift/" + key)[at]);
+      const rank = Math.abs(clearance(Math.log(low), Math.log(high), 0));
+      rows.push({ name, level, count, value, low, high, found: found === 1, rank: Math.min(rank, 9) });
+    });
+    first += column("profile/codes").length * levels.length;
+  }
+  return rows.map((row, i) => ({ ...row, i })).sort((a, b) => b.rank - a.rank || b.count - a.count || a.i - b.i);
+}
+
+function showLifts() {
+  byId("lifts-help").textContent = H.conditions.length
+    ? `How much more frequent a condition is among the rows with ${codeLabel(state.selected)} than among all rows, with its 95 % interval; ` +
+      "in brackets, the number of rows. " +
+      "1 is no relation; muted: not significant."
+    : "The data have no parameters and no labels.";
+  const rows = liftRows(state.selected).slice(0, 8);
+  const reach = Math.log(Math.max(2, ...rows.flatMap(row => [row.high, 1 / row.low]).filter(Number.isFinite).map(v => Math.min(v, 64))));
+  const scale = value => 150 + (Math.max(-reach, Math.min(reach, Math.log(value))) / reach) * 146;
+  const cells = rows.flatMap(row => {
+    const muted = row.found ? "" : " muted";
+    const title = `${integer(row.count)} rows`;
+    return [
+      element("div", { className: "name" + muted, title }, ...breakable(`${row.name}: ${row.level} (${integer(row.count)})`)),
+      dotPlot([{ low: Math.max(row.low, 1e-9), high: row.high, at: Math.max(row.value, 1e-9), className: "one", y: 11 }], scale, 1),
+      element("div", { className: "value" + muted, textContent: number(row.value) + " ×" + interval(row.low, row.high) }),
+    ];
+  });
+  if (rows.length) cells.push(...axis(number(Math.exp(-reach)), "1", number(Math.exp(reach), 1)));
+  byId("lifts").replaceChildren(element("div", { className: "plot" }, ...cells));
+}
+
+function startProfile() {
+  const tools = byId("selected-tools");
+  const button = (text, onclick) => tools.append(element("button", { type: "button", textContent: text, onclick }));
+  button("Add to filter", () => addToFilter(state.selected));
+  const choice = element("select", { id: "compare" }, element("option", { value: "", textContent: "no other code" }));
+  tools.append(element("label", {}, "Compare with ", choice));
+  choice.onchange = () => update({ compared: choice.value === "" ? null : Number(choice.value) });
+  addCsvButton(tools, "profile", () => [
+    ["feature", "kind", "effect", "interval_low", "interval_high", "auc", ...(state.compared === null ? [] : ["effect_compared", "difference"])],
+    ...profileRows().map(row => [
+      row.name, row.kind, row.effect, row.effect - row.half, row.effect + row.half, row.auc,
+      ...(row.other ? [row.other.effect, row.value] : []),
+    ]),
+  ]);
+  addCsvButton(byId("conditions-heading"), "conditions", () => [
+    ["condition", "value", "rows", "lift", "lift_low", "lift_high"],
+    ...liftRows(state.selected).map(row => [row.name, row.level, row.count, row.value, row.low, row.high]),
+  ]);
+  let shown = null;
+  onChange(() => {
+    if (shown !== state.selected) showChoices(choice);
+    shown = state.selected;
+    choice.value = state.compared === null ? "" : String(state.compared);
+    showProfile();
+    showLifts();
+  });
+}
+
+// Codes of the same codebook first: their rows are disjoint.
+function showChoices(choice) {
+  const g = codebookOf(state.selected);
+  const used = [...column("profile/codes")].filter(code => code !== state.selected);
+  const codes = [...used.filter(code => codebookOf(code) === g), ...used.filter(code => codebookOf(code) !== g)];
+  choice.replaceChildren(choice.firstChild, ...codes.map(code => element("option", { value: String(code), textContent: codeLabel(code) })));
+}

@@ -1,0 +1,90 @@
+"""Encodes a data file with a checkpoint and writes its explorer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from spinlock_fast.analysis.observations import collect_observations
+from spinlock_fast.device import resolve_device
+from spinlock_fast.errors import ConfigError, DataError
+from spinlock_fast.messages import format_bytes, printable
+from spinlock_fast.output.atomic_files import check_writable, write_text
+from spinlock_fast.output.locks import locked_output_directory
+from spinlock_fast.report.checkpoint_summary import CheckpointSummary, read_checkpoint_summary
+from spinlock_fast.report.explorer.data import MIN_ROWS, ExplorerData, explorer_data
+from spinlock_fast.report.explorer.page import build_page
+
+FILE = "explorer.html"
+MAX_BYTES = 20_000_000
+
+_MEMORY_BUDGET = 1_250_000_000  # bytes of raw values held at a time
+
+
+def write_explorer(
+    checkpoint: str | Path,
+    output: str | Path,
+    data: str | list[str] | None = None,
+    rows: int = 100_000,
+    device: str = "auto",
+) -> Path:
+    """Writes explorer.html, one page that works without a network.
+
+    Args:
+        checkpoint: directory written by `spinlock_fast.train` or `convert`.
+        output: directory, created where it does not exist.
+        data: HDF5 file, glob or list; by default the data of the run.
+        rows: maximum number of rows; evenly spaced rows are taken from larger data.
+        device: auto, cpu, cuda or cuda:N, for encoding the data.
+
+    Returns:
+        The file. Notes on omitted parts are on the page.
+
+    Raises:
+        ConfigError: `rows` is less than 20, or the device is not available.
+        DataError: the checkpoint or the data cannot be used, no data are known, or the page would exceed 20 MB.
+        OutputError: the file cannot be written.
+    """
+    if rows < MIN_ROWS:
+        raise ConfigError(f"--rows: the explorer needs at least {MIN_ROWS} rows, got {rows}")
+    summary = read_checkpoint_summary(checkpoint, resolve_device(device))
+    check_writable(Path(output))
+    data = data if data is not None else _data_of_the_run(summary)
+    observed = collect_observations(summary.tokenizer, data, rows, _MEMORY_BUDGET)
+    assert observed is not None  # without other ranks
+    contents = explorer_data(observed, _about(summary, data))
+    page = build_page(contents, f"Tokens of {printable(summary.name)}")
+    check_size(len(page.encode()), contents)
+    path = Path(output) / FILE
+    with locked_output_directory(Path(output)):
+        write_text(path, page)
+    return path
+
+
+def check_size(size: int, contents: ExplorerData) -> None:
+    """Raises DataError for a page above 20 MB, with the number of rows that would fit."""
+    if size <= MAX_BYTES:
+        return
+    N = contents.header["rows"]
+    of_rows = sum(column.nbytes for column in contents.columns.values() if len(column) == N)
+    share = of_rows / sum(column.nbytes for column in contents.columns.values())
+    fitting = int(N * (1 - (size - 0.9 * MAX_BYTES) / (size * share)))
+    advice = f"use --rows {fitting // 1000 * 1000 or fitting}" if fitting >= MIN_ROWS else "use a smaller model"
+    raise DataError(f"{FILE} would have {format_bytes(size)}, at most {format_bytes(MAX_BYTES)}: {advice}")
+
+
+def _data_of_the_run(summary: CheckpointSummary) -> str | list[str]:
+    if summary.config is None or summary.config.dataset_path is None:
+        raise DataError("the data of the run are unknown: name them with --data")
+    return summary.config.dataset_path
+
+
+def _about(summary: CheckpointSummary, data: str | list[str]) -> dict[str, Any]:
+    metrics = summary.metrics
+    return {
+        "checkpoint": printable(summary.name),
+        "sha256": summary.tokenizer.checkpoint_hash,
+        "data": printable(Path(data).name) if isinstance(data, str) else f"{len(data)} files",
+        "quality": metrics.get("quality"),
+        "measured_on": summary.measured_on if metrics else "",
+    }
