@@ -32,7 +32,7 @@ FLOORS = [
     {"estimator"},
     {"tokenizer", "compat"},
     {"training", "simulate", "trajectories", "behaviour_loss"},
-    {"analysis", "report", "prediction"},
+    {"analysis", "report", "prediction", "ablation"},
     {"commands"},
 ]
 FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in floor}

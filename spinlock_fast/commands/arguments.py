@@ -61,6 +61,18 @@ def shard(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def number(text: str) -> int:
+    """A positive number."""
+    if not re.fullmatch(r"0*[1-9]\d{0,5}", text):
+        raise argparse.ArgumentTypeError(f"expected a number from 1 to 999999, got {shown(text)}")
+    return int(text)
+
+
+def counts(text: str) -> list[int]:
+    """Positive numbers separated by commas."""
+    return [number(part.strip()) for part in text.split(",")]
+
+
 def _size(text: str) -> int:
     try:
         return parse_bytes(text)
