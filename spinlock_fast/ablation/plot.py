@@ -7,6 +7,7 @@ from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from spinlock_fast.ablation.records import MEASURES
 from spinlock_fast.ablation.tables import Row
@@ -33,6 +34,7 @@ def write_plot(path: Path, rows: Sequence[Row]) -> None:
             ax.plot([difference.mean], [place], "o", color="#0072b2")
         ax.set_title(MEASURES[name], fontsize=10)
         ax.tick_params(labelsize=8)
+        ax.xaxis.set_major_locator(MaxNLocator(4))
     axes[0].set_yticks(list(places), [_label(row.variant) for row in rows])
     axes[0].invert_yaxis()
     figure.supxlabel("difference to the base, with its 95 % interval", fontsize=9)

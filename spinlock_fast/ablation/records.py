@@ -75,7 +75,7 @@ def read_record(file: Path) -> Record | None:
     """The record in a file, None if there is none; raises DataError for one that cannot be read."""
     try:
         return Record.model_validate_json(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, UnicodeDecodeError, ValidationError) as error:
         reason = error.strerror if isinstance(error, OSError) else "is not a record of a run"

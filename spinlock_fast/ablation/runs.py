@@ -18,6 +18,14 @@ from spinlock_fast.ablation.worker import Done, Failed, PrepareTask, Progress, R
 from spinlock_fast.errors import OutputError, SpinlockFastError, TrainingError
 from spinlock_fast.output.locks import locked_output_directory
 
+# Imported once for all workers; the last three are what training imports at its first use.
+_PRELOADED = [
+    "spinlock_fast.ablation.worker",
+    "scipy.cluster.hierarchy",
+    "torch._subclasses.fake_tensor",
+    "torch.fx.experimental.symbolic_shapes",
+]
+
 
 class Display(Protocol):
     """Shows the progress of an ablation."""
@@ -166,7 +174,9 @@ def _ended(worker: _Worker) -> TrainingError:
 @contextmanager
 def _workers(devices: Sequence[str], threads: int) -> Iterator[list[_Worker]]:
     """Starts a worker process per device; ends them on exit."""
-    context = multiprocessing.get_context("spawn")
+    # A server that has imported the package, but has not used CUDA, forks the workers.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
     workers = []
     try:
         for device in devices:

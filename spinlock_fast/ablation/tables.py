@@ -1,23 +1,17 @@
-"""Tables of an ablation: results.csv, ablation.md and ablation.png."""
+"""The tables of an ablation: means of each variant, and differences to the base."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from spinlock_fast.ablation.plan import BASE
-from spinlock_fast.ablation.records import MEASURES, Record, write_csv
+from spinlock_fast.ablation.records import MEASURES, Record
 from spinlock_fast.ablation.statistics import PairedDifference, Summary, paired_difference, summarize
-from spinlock_fast.output.atomic_files import write_text
 
-CSV, MARKDOWN, PLOT = "results.csv", "ablation.md", "ablation.png"
 COMPARED = [name for name in MEASURES if name != "seconds"]  # seconds depend on what else the machine does
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -113,24 +107,3 @@ def _emphasized(difference: PairedDifference | None) -> str:
 def _markdown_table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |\n" for line in lines)
-
-
-def write_tables(output: Path, records: Sequence[Record]) -> list[Path]:
-    """Writes results.csv, ablation.md, and ablation.png where matplotlib is installed.
-
-    Returns:
-        The written files.
-
-    Raises:
-        OutputError: a file cannot be written.
-    """
-    write_csv(output / CSV, records)
-    write_text(output / MARKDOWN, f"# Ablation\n\n{markdown(records)}")
-    written = [output / CSV, output / MARKDOWN]
-    try:
-        from spinlock_fast.ablation.plot import write_plot
-    except ImportError:
-        log.warning("no plot: matplotlib is not installed (pip install 'spinlock-fast[report]')")
-        return written
-    write_plot(output / PLOT, table_of(records))
-    return [*written, output / PLOT]

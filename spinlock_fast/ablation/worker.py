@@ -9,6 +9,7 @@ import pickle
 import signal
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -104,22 +105,21 @@ def serve(connection: Connection, device: str, threads: int) -> None:
     logger = logging.getLogger("spinlock_fast")
     logger.addHandler(_WarningHandler(reply))
     logger.propagate = False
-    while True:
-        try:
-            task = connection.recv()
-        except EOFError:
-            return
-        try:
-            if isinstance(task, PrepareTask):
-                reply(Done(_prepare(task, device, reply)))
-            else:
-                reply(Done(_run(task, device, reply)))
-        except SpinlockFastError as error:
-            reply(Failed(error))
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            reply(Failed(TrainingError(f"out of memory: {one_line(error, 200)}")))
+    with suppress(EOFError, ConnectionError):  # the parent ended
+        while True:
+            reply(_answer(connection.recv(), device, reply))
+
+
+def _answer(task: PrepareTask | RunTask, device: str, reply: _Reply) -> Done | Failed:
+    """Performs a task."""
+    try:
+        return Done(_prepare(task, device, reply) if isinstance(task, PrepareTask) else _run(task, device, reply))
+    except SpinlockFastError as error:
+        return Failed(error)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return Failed(TrainingError(f"out of memory: {one_line(error, 200)}"))
 
 
 def _exit_with_parent() -> None:

@@ -10,16 +10,15 @@ from pathlib import Path
 
 import torch
 
+from spinlock_fast.ablation.output_files import write_tables
 from spinlock_fast.ablation.plan import RUNS, Run, plan_runs, plan_variants, shard_of
 from spinlock_fast.ablation.records import Record, collect, data_identity, finished, in_order
 from spinlock_fast.ablation.runs import perform
-from spinlock_fast.ablation.tables import write_tables
 from spinlock_fast.commands.ablation_display import SweepDisplay, print_tables
 from spinlock_fast.commands.dry_run import probe_step
 from spinlock_fast.config.loading import load_config
 from spinlock_fast.config.schema import LoggingConfig, RunConfig
 from spinlock_fast.data.split import split_rows
-from spinlock_fast.data.window_sizes import available_cpus
 from spinlock_fast.device import resolve_device
 from spinlock_fast.errors import Interrupted, SpinlockFastError
 from spinlock_fast.features.encode import encode_seconds, make_encoders
@@ -59,7 +58,7 @@ def ablate(chosen: argparse.Namespace) -> None:
         for run, record in done.items():
             display.already_finished(run, record)
         scratch = output / _WORK / "-of-".join(map(str, chosen.shard or (0, 1)))
-        threads = max(1, available_cpus() // len(devices))
+        threads = max(1, torch.get_num_threads() // len(devices))
         try:
             failures = perform(missing, devices[: len(missing)], threads, scratch, chosen.keep_checkpoints, display)
         except Interrupted as stopped:

@@ -155,10 +155,10 @@ class SweepDisplay:
 
 def print_tables(records: Sequence[Record]) -> None:
     """Prints the means and the differences to the base to standard output."""
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 240)
     rows = table_of(records)
     means = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    means.add_column("mean ± standard deviation")
+    means.add_column("mean ± standard deviation", no_wrap=True)
     for heading in ("seeds", "features", *MEASURES.values()):
         means.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
@@ -168,9 +168,9 @@ def print_tables(records: Sequence[Record]) -> None:
     if not any(row.differences for row in rows):
         return
     changes = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    changes.add_column("difference to the base [95 %]")
+    changes.add_column("difference to the base [95 %]", no_wrap=True)
     for name in COMPARED:
-        changes.add_column(MEASURES[name], justify="right", no_wrap=True)
+        changes.add_column(MEASURES[name], justify="right")
     for row in rows:
         if row.differences:
             texts = [difference_cell(row.differences.get(name)) for name in COMPARED]
