@@ -67,6 +67,7 @@ def ablate(chosen: argparse.Namespace) -> None:
                 f"interrupted: {left} of {len(runs)} runs are finished; the same command goes on",
                 stopped.exit_status - 128,
             ) from None
+        display.end_live()
         _remove_if_empty(output / _WORK)
         records = in_order(finished(runs).values())
         if chosen.shard is not None:

@@ -23,6 +23,9 @@ from spinlock_fast.errors import SpinlockFastError
 
 _LIVE = ["reconstruction_error", "quality", "utilization", "topo_post"]
 
+# Headings that a narrow terminal has room for.
+_SHORT = {"perplexity_over_k": "perpl. / K", "topo_pre": "topo pre", "topo_post": "topo post"}
+
 log = logging.getLogger("spinlock_fast.ablation")
 
 
@@ -64,7 +67,7 @@ class SweepDisplay:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._end_live()
+        self.end_live()
         self._logger.removeHandler(self._handler)
         self._logger.setLevel(self._logger_state[0])
         self._logger.propagate = self._logger_state[1]
@@ -110,7 +113,8 @@ class SweepDisplay:
             self._warnings.add(text)
             log.warning("%s", text)
 
-    def _end_live(self) -> None:
+    def end_live(self) -> None:
+        """Removes the live table."""
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -157,23 +161,28 @@ def print_tables(records: Sequence[Record]) -> None:
     """Prints the means and the differences to the base to standard output."""
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 240)
     rows = table_of(records)
-    means = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    means.add_column("mean ± standard deviation", no_wrap=True)
-    for heading in ("seeds", "features", *MEASURES.values()):
-        means.add_column(heading, justify="right", no_wrap=True)
+    means = _result_table(["seeds", *(_SHORT.get(name, heading) for name, heading in MEASURES.items())])
     for row in rows:
-        cells = [summary_cell(name, row.summaries[name]) for name in MEASURES]
-        means.add_row(escape(row.variant), str(len(row.seeds)), f"{row.features:.0f}", *cells)
+        means.add_row(
+            escape(row.variant), str(len(row.seeds)), *(summary_cell(name, row.summaries[name]) for name in MEASURES)
+        )
+    console.print("Mean ± standard deviation over seeds")
     console.print(means)
     if not any(row.differences for row in rows):
         return
-    changes = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    changes.add_column("difference to the base [95 %]", no_wrap=True)
-    for name in COMPARED:
-        changes.add_column(MEASURES[name], justify="right")
+    changes = _result_table([_SHORT.get(name, MEASURES[name]) for name in COMPARED])
     for row in rows:
         if row.differences:
             texts = [difference_cell(row.differences.get(name)) for name in COMPARED]
             changes.add_row(escape(row.variant), *map(escape, texts))
-    console.print()
+    console.print("\nPaired difference to the base, with its 95 % interval")
     console.print(changes)
+
+
+def _result_table(headings: Sequence[str]) -> Table:
+    """A table whose cells are broken at spaces where the terminal is narrow."""
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("variant", overflow="fold", min_width=15, max_width=60)
+    for heading in headings:
+        table.add_column(heading, justify="right", min_width=max(6, *map(len, heading.split())))
+    return table
