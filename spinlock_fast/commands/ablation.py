@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -41,6 +42,7 @@ def ablate(chosen: argparse.Namespace) -> None:
     variants, omitted = plan_variants(base, chosen.drop, chosen.sets, chosen.levels, chosen.grid)
     for label in omitted:
         sys.stderr.write(f"{label}: has the settings of another variant, left out\n")
+    variants = [replace(variant, config=resolve_families(variant.config)) for variant in variants]
     datasets = {json.dumps(variant.config.datasets(), sort_keys=True): variant.config for variant in variants}
     for config in datasets.values():
         open_source(config).close()

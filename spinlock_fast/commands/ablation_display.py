@@ -23,8 +23,9 @@ from spinlock_fast.errors import SpinlockFastError
 
 _LIVE = ["reconstruction_error", "quality", "utilization", "topo_post"]
 
-# Headings that a narrow terminal has room for.
-_SHORT = {"perplexity_over_k": "perpl. / K", "topo_pre": "topo pre", "topo_post": "topo post"}
+# What a narrow terminal has room for: the quality is 1 - error, see ablation.md.
+_PRINTED = [name for name in MEASURES if name != "quality"]
+_SHORT = {"utilization": "util.", "perplexity_over_k": "perpl. / K", "topo_pre": "topo pre", "topo_post": "topo post"}
 
 log = logging.getLogger("spinlock_fast.ablation")
 
@@ -161,19 +162,19 @@ def print_tables(records: Sequence[Record]) -> None:
     """Prints the means and the differences to the base to standard output."""
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 240)
     rows = table_of(records)
-    means = _result_table(["seeds", *(_SHORT.get(name, heading) for name, heading in MEASURES.items())])
+    means = _result_table(["seeds", *(_SHORT.get(name, MEASURES[name]) for name in _PRINTED)])
     for row in rows:
         means.add_row(
-            escape(row.variant), str(len(row.seeds)), *(summary_cell(name, row.summaries[name]) for name in MEASURES)
+            escape(row.variant), str(len(row.seeds)), *(summary_cell(name, row.summaries[name]) for name in _PRINTED)
         )
     console.print("Mean ± standard deviation over seeds")
     console.print(means)
     if not any(row.differences for row in rows):
         return
-    changes = _result_table([_SHORT.get(name, MEASURES[name]) for name in COMPARED])
+    changes = _result_table([_SHORT.get(name, MEASURES[name]) for name in _PRINTED if name in COMPARED])
     for row in rows:
         if row.differences:
-            texts = [difference_cell(row.differences.get(name)) for name in COMPARED]
+            texts = [difference_cell(row.differences.get(name)) for name in _PRINTED if name in COMPARED]
             changes.add_row(escape(row.variant), *map(escape, texts))
     console.print("\nPaired difference to the base, with its 95 % interval")
     console.print(changes)
@@ -182,7 +183,7 @@ def print_tables(records: Sequence[Record]) -> None:
 def _result_table(headings: Sequence[str]) -> Table:
     """A table whose cells are broken at spaces where the terminal is narrow."""
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("variant", overflow="fold", min_width=15, max_width=60)
+    table.add_column("variant", overflow="fold", max_width=60)
     for heading in headings:
-        table.add_column(heading, justify="right", min_width=max(6, *map(len, heading.split())))
+        table.add_column(heading, justify="right", min_width=5 if heading == "seeds" else 7)
     return table

@@ -140,8 +140,17 @@ def test_a_damaged_record_is_named(swept: Path, config: Path, capsys: pytest.Cap
     record.write_text(text)
 
 
-@pytest.mark.parametrize("kill_after", [pytest.param(0, marks=pytest.mark.slow), 2])
-def test_killed_and_started_again(swept: Path, config: Path, tmp_path: Path, kill_after: int) -> None:
+@pytest.mark.parametrize(
+    ("kill_after", "number", "status"),
+    [
+        (2, signal.SIGKILL, -9),
+        pytest.param(0, signal.SIGKILL, -9, marks=pytest.mark.slow),
+        pytest.param(1, signal.SIGTERM, 143, marks=pytest.mark.slow),
+    ],
+)
+def test_killed_and_started_again(
+    swept: Path, config: Path, tmp_path: Path, kill_after: int, number: int, status: int
+) -> None:
     """The table of a sweep that was killed is that of an unbroken one."""
     output = tmp_path / "killed"
     command = [config, *VARIANTS, "--jobs", 1, "--output", output]
@@ -153,8 +162,9 @@ def test_killed_and_started_again(swept: Path, config: Path, tmp_path: Path, kil
         assert process.is_alive()
         assert time.monotonic() < deadline
         time.sleep(0.002)
-    os.kill(process.pid or 0, signal.SIGKILL)
+    os.kill(process.pid or 0, number)
     process.join()
+    assert process.exitcode == status
     done = {path: path.stat().st_mtime_ns for path in output.glob("runs/*/*/run.json")}
     assert kill_after <= len(done) < 6
     time.sleep(0.2)  # the worker ends
