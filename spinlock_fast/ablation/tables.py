@@ -84,6 +84,8 @@ def markdown(records: Sequence[Record]) -> str:
         f"Mean ± standard deviation over seeds, on the validation rows ({devices}, {when}).\n",
         _markdown_table(["variant", "seeds", "features", *MEASURES.values()], means),
     ]
+    if len({row.features for row in rows}) > 1:
+        parts.append("Variants with another number of features are measured on other features than the base.\n")
     changes = [
         [f"`{row.variant}`", str(max(difference.pairs for difference in row.differences.values()))]
         + [_emphasized(row.differences.get(name)) for name in COMPARED]
