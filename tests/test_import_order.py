@@ -31,8 +31,12 @@ FLOORS = [
     {"estimators"},
     {"tokenizer", "compat"},
     {"training", "simulate", "trajectories", "behaviour_loss"},
+<<<<<<< HEAD
     {"analysis", "prediction"},
     {"report"},
+=======
+    {"analysis", "report", "prediction", "ablation"},
+>>>>>>> ablate
     {"commands"},
 ]
 FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in floor}

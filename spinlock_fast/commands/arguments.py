@@ -62,6 +62,7 @@ def shard(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+<<<<<<< HEAD
 def sweeps(text: str) -> int:
     """A number of sweeps, at least 1."""
     if not re.fullmatch(r"0*[1-9]\d{0,3}", text):
@@ -78,6 +79,18 @@ def weight(text: str) -> float:
     if not 0.0 <= number < math.inf:
         raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {shown(text)}")
     return number
+=======
+def number(text: str) -> int:
+    """A positive number."""
+    if not re.fullmatch(r"0*[1-9]\d{0,5}", text):
+        raise argparse.ArgumentTypeError(f"expected a number from 1 to 999999, got {shown(text)}")
+    return int(text)
+
+
+def counts(text: str) -> list[int]:
+    """Positive numbers separated by commas."""
+    return [number(part.strip()) for part in text.split(",")]
+>>>>>>> ablate
 
 
 def _size(text: str) -> int:

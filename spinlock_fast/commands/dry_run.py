@@ -68,7 +68,7 @@ def print_plan(config: RunConfig) -> None:
     training = config.training
     batch = min(training.batch_size, split.train.size)
     steps = -(-split.train.size // batch)
-    step_seconds = _probe_step(config, columns, -(-batch // ranks.size), device)
+    step_seconds = probe_step(config, columns, -(-batch // ranks.size), device)
     encoding, stepping = seconds / ranks.size, training.num_epochs * steps * step_seconds
     on_disk = is_kept_on_disk(rows, columns, config.data.feature_matrix, config.memory_budget, ranks)
     memory = expected_memory(rows, columns, on_disk and config.data.feature_matrix != "memory", device) + block_bytes
@@ -113,7 +113,7 @@ def _disk_text(directory: Path, size: int, on_disk: bool, columns: int) -> str:
     return text + f"on disk in {directory} while the command runs (data.feature_matrix)"
 
 
-def _probe_step(config: RunConfig, features: int, batch: int, device: torch.device) -> float:
+def probe_step(config: RunConfig, features: int, batch: int, device: torch.device) -> float:
     """Seconds of a training step without the optimizer, on random data with categories of equal size."""
     groups = {
         f"cluster_{i}": list(range(start, min(start + _PROBE_CATEGORY, features)))

@@ -17,6 +17,7 @@ VERBS = {
     "generate": "simulate operators and write their features to an HDF5 file",
     "extract": "describe trajectories of any simulation as features",
     "train": "train a tokenizer on an HDF5 file",
+    "ablate": "compare variants of a configuration",
     "evaluate": "measure a checkpoint on an HDF5 file",
     "tokenize": "turn an HDF5 file into tokens",
     "analyze": "relate the tokens of a checkpoint to parameters and features",

@@ -97,7 +97,7 @@ def run(config: RunConfig, display: Display, resume: Path | None = None) -> RunR
         if ranks.size > 1:
             result.metrics["ranks"] = ranks.size
         if output is not None and checkpointer is not None:
-            _write_result(partial, config, prepared, result, streams, checkpointer.resumable(result.final_state))
+            write_result(partial, config, prepared, result, streams, checkpointer.resumable(result.final_state))
             output.publish()
     if signals.number is not None:
         raise Interrupted(f"stopped when the run was done: {directory} is complete", signals.number)
@@ -118,7 +118,7 @@ def _output(directory: Path, ranks: Ranks) -> Iterator[RunDirectory | None]:
         yield output
 
 
-def _write_result(
+def write_result(
     directory: Path,
     config: RunConfig,
     prepared: PreparedFeatures,

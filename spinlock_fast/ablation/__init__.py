@@ -1,0 +1,1 @@
+"""Ablations: variants of one configuration, trained with paired seeds, and their statistics."""

@@ -1,0 +1,111 @@
+"""The tables of an ablation: means of each variant, and differences to the base."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from spinlock_fast.ablation.plan import BASE
+from spinlock_fast.ablation.records import MEASURES, Record
+from spinlock_fast.ablation.statistics import PairedDifference, Summary, paired_difference, summarize
+
+COMPARED = [name for name in MEASURES if name != "seconds"]  # seconds depend on what else the machine does
+
+
+@dataclass(frozen=True)
+class Row:
+    """A variant in the table."""
+
+    variant: str
+    seeds: list[int]
+    features: float  # mean number over seeds
+    summaries: dict[str, Summary]
+    differences: dict[str, PairedDifference]  # to the base; empty for the base itself, or without common seeds
+
+
+def table_of(records: Sequence[Record]) -> list[Row]:
+    """One row per variant, in order of their positions.
+
+    Args:
+        records: at least one; those of the variant `base` are what others are compared with.
+    """
+    variants = dict.fromkeys(record.variant for record in records)
+    base = {record.seed: record for record in records if record.variant == BASE}
+    rows = []
+    for variant in variants:
+        own = {record.seed: record for record in records if record.variant == variant}
+        summaries, differences = {}, {}
+        for name in MEASURES:
+            summary = summarize([record.measures[name] for record in own.values()])
+            assert summary is not None  # every variant has a record
+            summaries[name] = summary
+            difference = paired_difference(_by_seed(own, name), _by_seed(base, name))
+            if difference is not None and variant != BASE and name in COMPARED:
+                differences[name] = difference
+        features = float(np.mean([record.counts["features"] for record in own.values()]))
+        rows.append(Row(variant, sorted(own), features, summaries, differences))
+    return rows
+
+
+def _by_seed(records: dict[int, Record], name: str) -> dict[int, float]:
+    return {seed: record.measures[name] for seed, record in records.items()}
+
+
+def summary_cell(name: str, summary: Summary) -> str:
+    """Mean and standard deviation of a measure as text."""
+    digits = 1 if name == "seconds" else 3
+    spread = "" if summary.spread is None else f" ± {summary.spread:.{digits}f}"
+    return f"{summary.mean:.{digits}f}{spread}"
+
+
+def difference_cell(difference: PairedDifference | None) -> str:
+    """Mean difference and interval as text."""
+    if difference is None:
+        return "-"
+    if difference.low is None or difference.high is None:
+        return f"{difference.mean:+.3f}"
+    return f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
+
+
+def markdown(records: Sequence[Record]) -> str:
+    """The two tables as Markdown: means, and differences to the base."""
+    rows = table_of(records)
+    devices = ", ".join(dict.fromkeys(record.device for record in records))
+    dates = sorted({record.date for record in records})
+    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    means = [
+        [f"`{row.variant}`", str(len(row.seeds)), f"{row.features:.0f}"]
+        + [summary_cell(name, row.summaries[name]) for name in MEASURES]
+        for row in rows
+    ]
+    parts = [
+        f"Mean ± standard deviation over seeds, on the validation rows ({devices}, {when}).\n",
+        _markdown_table(["variant", "seeds", "features", *MEASURES.values()], means),
+    ]
+    if len({row.features for row in rows}) > 1:
+        parts.append("Variants with another number of features are measured on other features than the base.\n")
+    changes = [
+        [f"`{row.variant}`", str(max(difference.pairs for difference in row.differences.values()))]
+        + [_emphasized(row.differences.get(name)) for name in COMPARED]
+        for row in rows
+        if row.differences
+    ]
+    if changes:
+        parts += [
+            "Mean paired difference to the base, with its 95 % interval (Student's t over pairs of equal seeds); "
+            "bold: the interval excludes 0.\n",
+            _markdown_table(["variant", "pairs", *(MEASURES[name] for name in COMPARED)], changes),
+        ]
+    return "\n".join(parts)
+
+
+def _emphasized(difference: PairedDifference | None) -> str:
+    text = difference_cell(difference)
+    return f"**{text}**" if difference is not None and difference.excludes_zero else text
+
+
+def _markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |\n" for line in lines)
