@@ -31,12 +31,8 @@ FLOORS = [
     {"estimators"},
     {"tokenizer", "compat"},
     {"training", "simulate", "trajectories", "behaviour_loss"},
-<<<<<<< HEAD
-    {"analysis", "prediction"},
+    {"analysis", "prediction", "ablation"},
     {"report"},
-=======
-    {"analysis", "report", "prediction", "ablation"},
->>>>>>> ablate
     {"commands"},
 ]
 FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in floor}

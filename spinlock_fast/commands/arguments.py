@@ -62,7 +62,6 @@ def shard(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-<<<<<<< HEAD
 def sweeps(text: str) -> int:
     """A number of sweeps, at least 1."""
     if not re.fullmatch(r"0*[1-9]\d{0,3}", text):
@@ -79,7 +78,8 @@ def weight(text: str) -> float:
     if not 0.0 <= number < math.inf:
         raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {shown(text)}")
     return number
-=======
+
+
 def number(text: str) -> int:
     """A positive number."""
     if not re.fullmatch(r"0*[1-9]\d{0,5}", text):
@@ -90,7 +90,6 @@ def number(text: str) -> int:
 def counts(text: str) -> list[int]:
     """Positive numbers separated by commas."""
     return [number(part.strip()) for part in text.split(",")]
->>>>>>> ablate
 
 
 def _size(text: str) -> int:

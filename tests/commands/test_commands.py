@@ -15,6 +15,7 @@ ARGUMENTS = {
     "extract": ["fields.npy", "--axes", "n t x", "--output", "features.h5"],
     "train": ["run.yaml"],
     "evaluate": ["ckpt", "x.h5"],
+    "ablate": ["run.yaml", "--output", "variants"],
     "predict": ["apply", "ckpt", "data.h5", "--output", "tokens.h5"],
     "tokenize": ["ckpt", "x.h5", "--output", "tokens.h5"],
     "analyze": ["ckpt", "x.h5", "--output", "tables"],
