@@ -396,6 +396,5 @@ class Tokenizer(Estimator):
         return tokens
 
     def _warn(self, check: InputCheck) -> None:
-        warning = check.warning()
-        if warning is not None:
+        if (warning := check.warning()) is not None:
             log.warning("%s", warning)
