@@ -522,7 +522,12 @@ def train_process(*arguments: object) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize(
-    ("numbers", "status"), [([signal.SIGTERM], 143), ([signal.SIGINT], 130), ([signal.SIGINT, signal.SIGINT], 130)]
+    ("numbers", "status"),
+    [
+        pytest.param([signal.SIGTERM], 143, marks=pytest.mark.slow),
+        pytest.param([signal.SIGINT], 130, marks=pytest.mark.slow),
+        ([signal.SIGINT, signal.SIGINT], 130),
+    ],
 )
 def test_signalled_run_resumes_to_the_same_weights(
     config: Path, data: Path, tmp_path: Path, numbers: list[int], status: int
