@@ -274,12 +274,20 @@ def process_group() -> Iterator[Ranks]:
         return
     import torch
     import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
 
     cuda = torch.cuda.is_available() and dist.is_nccl_available()
     if cuda:
         torch.cuda.set_device(ranks.local_rank % torch.cuda.device_count())
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds()))
+        timeout = timedelta(seconds=timeout_seconds())
+        store, rank, size = next(rendezvous("env://", timeout=timeout))
+        if ranks.local_size == ranks.size:
+            # After a restart, torchrun's store still has the addresses of the ranks that have ended.
+            store = PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     except (RuntimeError, ValueError) as error:
         raise DistributedError(
             f"rank {ranks.rank} of {ranks.size} cannot reach the others: {one_line(str(error), 200)}"
