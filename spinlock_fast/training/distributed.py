@@ -170,7 +170,7 @@ class StepExchange:
         if (numbers or values[-1]) and self._readback is not None:
             self._readback.discard()
         if values[-1]:
-            self._own_requests[-1] = 0.0  # requested once more while the other ranks did not know it
+            self._own_requests[-1] = 0.0  # set again after the step that shared it
         return (numbers[0] if numbers else None), bool(values[-1])
 
     @torch.no_grad()

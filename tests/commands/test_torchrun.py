@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -15,12 +16,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from helpers import write_arrays
 from processes import Ranks
 
 from spinlock_fast.checkpoints.directory import load_torch
 from spinlock_fast.checkpoints.run_directory import FINAL, METRICS, PARTIAL, unfinished
+from spinlock_fast.distributed import process_group
 from spinlock_fast.train import main as train_main
 
 pytestmark = pytest.mark.dist
@@ -188,6 +191,22 @@ def wait_for(condition: Callable[[], bool], ranks: Ranks) -> None:
         assert all(process.is_alive() for process in ranks.processes), ranks.stderr(0) + ranks.stderr(1)
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def test_each_attempt_of_torchrun_has_keys_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store of torchrun outlives a restart, with the addresses of the ranks that have ended."""
+    shared, used = dist.HashStore(), []
+    module = importlib.import_module("torch.distributed.rendezvous")  # the attribute of this name is a function
+    monkeypatch.setattr(module, "rendezvous", lambda *_, **__: iter([(shared, 0, 2)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, store, **__: used.append(store))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    for name, value in {"WORLD_SIZE": 2, "RANK": 0, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    for attempt in range(2):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
+        with process_group():
+            assert not used[-1].check(["address"])
+            used[-1].set("address", "127.0.0.1")
 
 
 @pytest.mark.slow
