@@ -10,10 +10,11 @@ from scipy.sparse import csr_matrix
 
 from spinlock_fast.analysis.codes import code_columns
 from spinlock_fast.analysis.conditions import Condition
-from spinlock_fast.analysis.contingency import PermutationTest, contingency, run_permutation_tests
+from spinlock_fast.analysis.contingency import PermutationTest, run_permutation_tests
 from spinlock_fast.analysis.observations import Observations
 from spinlock_fast.analysis.significance import Counts, false_discovery_rate, hypergeometric_p, wilson_interval
 from spinlock_fast.analysis.tables import Table
+from spinlock_fast.features.mutual_information import contingency
 
 _MAX_PAIRED_CODES = 2000
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from spinlock_fast.analysis.contingency import entropy
 from spinlock_fast.analysis.observations import Observations
 from spinlock_fast.analysis.tables import Table
+from spinlock_fast.features.mutual_information import entropy
 
 _COLUMNS_AT_ONCE = 16
 

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from spinlock_fast.analysis.contingency import adjusted_mutual_information, contingency
 from spinlock_fast.analysis.observations import Observations
 from spinlock_fast.analysis.tables import Table
+from spinlock_fast.features.mutual_information import adjusted_mutual_information, contingency
 from spinlock_fast.features.statistics import correlation
 
 

@@ -8,15 +8,14 @@ from sklearn.metrics import adjusted_mutual_info_score, mutual_info_score
 from sklearn.metrics.cluster import contingency_matrix
 from sklearn.metrics.cluster import expected_mutual_information as sklearn_expected
 
-from spinlock_fast.analysis.contingency import (
-    PermutationTest,
+from spinlock_fast.analysis.contingency import PermutationTest, run_permutation_tests
+from spinlock_fast.analysis.significance import false_discovery_rate
+from spinlock_fast.features.mutual_information import (
     adjusted_mutual_information,
     contingency,
     expected_mutual_information,
     mutual_information,
-    run_permutation_tests,
 )
-from spinlock_fast.analysis.significance import false_discovery_rate
 
 
 def labels(rows: int, codes: int, levels: int, dependence: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
