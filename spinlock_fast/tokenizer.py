@@ -22,7 +22,7 @@ from spinlock_fast.data.payload_checks import checked_strings, payload_errors
 from spinlock_fast.descriptors.field_grid import FieldGrid
 from spinlock_fast.distributed import SINGLE, Ranks
 from spinlock_fast.errors import DataError
-from spinlock_fast.estimators.rows import check_columns, families_of, family_tensors, is_path
+from spinlock_fast.estimators.rows import check_columns, check_source, families_of, family_tensors, is_path
 from spinlock_fast.estimators.transformer import Estimator, not_fitted
 from spinlock_fast.features.cleaning import FeatureCleaner
 from spinlock_fast.features.encode import FamilyEncoder, block_rows
@@ -299,15 +299,7 @@ class Tokenizer(Estimator):
         Raises:
             DataError: the rows have another shape than in training; see also `features`.
         """
-        for family in self.families:
-            info = source.datasets[family.name]
-            names_of = source.feature_names if len(info.row_shape) == 1 else source.series_names
-            check_columns(family, names_of(family.name), f"{source.files[0]}: {info.path}")
-            if not family.accepts(info.row_shape):
-                raise DataError(
-                    f"{source.files[0]}: {info.path}: rows of shape {info.row_shape}, "
-                    f"but the checkpoint was trained on {family.row_shape}"
-                )
+        check_source(self.families, source)
         share = memory_budget // len(self.families)
         rows = min(block_rows(info, share) for info in source.datasets.values())
         copy = rows * max(info.row_bytes for info in source.datasets.values())  # one family without NaN

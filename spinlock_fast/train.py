@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from spinlock_fast.commands.arguments import add_device, add_quiet, parser
+from spinlock_fast.commands.arguments import add_device, add_initial, add_quiet, initial_overrides, parser
 from spinlock_fast.commands.exit_status import exit_with
 from spinlock_fast.commands.run_settings import run_settings
 from spinlock_fast.config.help import help_text
@@ -26,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metavar="DIR",
         help="continue the interrupted run of this directory; auto: that of the output directory, if there is one",
     )
+    add_initial(options)
     add_device(options, default=None)
     options.add_argument("--dry-run", action="store_true", help="check and estimate, write nothing")
     add_quiet(options, "errors and the last line only")
@@ -42,8 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _train(chosen: argparse.Namespace) -> None:
     ranks = current_ranks()
     # Rank 0 reads the settings: other hosts may not have the file, or see a run to resume later.
+    overrides = [*chosen.overrides, *initial_overrides(chosen)]
     config, resume = ranks.on_main(
-        lambda: run_settings(chosen.config, chosen.overrides, chosen.output, chosen.resume, chosen.device)
+        lambda: run_settings(chosen.config, overrides, chosen.output, chosen.resume, chosen.device)
     )
     # The imports below need torch: after the checks that do not.
     if chosen.dry_run and not ranks.is_main:

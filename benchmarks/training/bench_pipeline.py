@@ -38,6 +38,7 @@ from spinlock_fast.config.loading import load_config
 from spinlock_fast.config.schema import RunConfig
 from spinlock_fast.data.split import split_rows
 from spinlock_fast.device import resolve_device
+from spinlock_fast.features.categories import find_categories
 from spinlock_fast.features.cleaning import fit_cleaner
 from spinlock_fast.features.encode import encode, make_encoders
 from spinlock_fast.features.normalize import fit_normalizer
@@ -47,7 +48,6 @@ from spinlock_fast.tokenizer import Tokenizer
 from spinlock_fast.training.cuda_graphs import WARM_UP_STEPS, dedicated_stream
 from spinlock_fast.training.observer import SilentObserver
 from spinlock_fast.training.preparation import open_source, prepare
-from spinlock_fast.training.trainer import find_categories
 
 COLUMNS, COPIES = 268, 60  # raw columns; linear copies of others among them
 SET_UP = ("clean", "discover", "normalise")

@@ -57,6 +57,8 @@ _FIXED_KEYS = {
     "dataset_path": "variants are compared on the same rows; --base changes all variants",
     "training.val_fraction": "variants are compared on the same validation rows; --base changes all variants",
     "training.test_fraction": "variants are compared on the same validation rows; --base changes all variants",
+    "training.init_from": "every variant is trained from scratch",
+    "training.freeze": "every variant is trained from scratch",
     "device": "--device sets the device of all runs",
 }
 

@@ -46,6 +46,7 @@ _CHANGEABLE = {
     "training.cuda_graphs",
     "training.data_on_device",
     "training.checkpoint_dir",
+    "training.init_from",  # the same checkpoint elsewhere, see `check_same_features`
 }
 # Settings that may change as well after a divergence.
 _CHANGEABLE_AFTER_DIVERGENCE = {
@@ -133,6 +134,7 @@ def _check_same_settings(saved: Mapping[str, Any], config: RunConfig, changeable
     # The behaviour before the settings existed.
     old.setdefault("feature_cleaning.nan_fill", "zero")
     old.setdefault("training.row_order", "auto")
+    old.setdefault("training.freeze", "none")
     for key in old.keys() | new.keys():
         if old.get(key) != new.get(key) and not any(
             key == prefix or key.startswith(f"{prefix}.") for prefix in changeable
@@ -142,6 +144,10 @@ def _check_same_settings(saved: Mapping[str, Any], config: RunConfig, changeable
 
 def check_same_features(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raises DataError if the features of a resumed run have changed; warns if they differ by rounding."""
+    started_from, given = saved.get("init_from"), now.get("init_from")
+    if started_from != given:
+        other = "another one" if started_from and given else "the run has one" if started_from else "the run has none"
+        raise DataError(f"training.init_from is not the checkpoint that the interrupted run started from: {other}")
     with payload_errors({}, "the saved state"):
         same = all(saved[key] == now[key] for key in ("shape", "feature_names", "group_indices"))
         same = same and all(np.allclose(saved[key], now[key], rtol=1e-3, atol=1e-4) for key in ("mean", "std"))

@@ -33,9 +33,13 @@ NORMALIZATION = "normalization_stats.npz"
 HISTORY = "training_history.json"
 METRICS = "metrics.json"
 CARD = "README.md"
+VOCABULARY = "vocabulary.json"  # of a run from another checkpoint: what changed in its vocabulary
 TENSORBOARD = "tensorboard"
 
-FILES = (BEST, FINAL, *STATES, SAFETENSORS, CONFIG, NORMALIZATION, HISTORY, METRICS, CARD, MANIFEST, TENSORBOARD)
+FILES = (
+    *(BEST, FINAL, *STATES, SAFETENSORS, CONFIG, NORMALIZATION, HISTORY, METRICS, VOCABULARY, CARD, MANIFEST),
+    TENSORBOARD,
+)
 
 PARTIAL = ".partial"
 NEW = ".new"

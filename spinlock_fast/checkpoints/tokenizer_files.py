@@ -22,6 +22,7 @@ from spinlock_fast.checkpoints.run_directory import (
     METRICS,
     NORMALIZATION,
     SAFETENSORS,
+    VOCABULARY,
     RunDirectory,
     find,
 )
@@ -33,7 +34,7 @@ from spinlock_fast.output.atomic_files import write_atomically, write_text
 
 log = logging.getLogger(__name__)
 
-_TEXTS = (CONFIG, HISTORY, METRICS, CARD)
+_TEXTS = (CONFIG, HISTORY, METRICS, CARD, VOCABULARY)
 _MAX_BYTES = 64_000_000
 
 
@@ -52,14 +53,22 @@ class Origin:
     streams: int = VERSION
 
     @classmethod
-    def of_run(cls, config: RunConfig, metrics: Metrics, history: Mapping[str, Any]) -> Origin:
-        """Of a run in this process."""
+    def of_run(
+        cls,
+        config: RunConfig,
+        metrics: Metrics,
+        history: Mapping[str, Any],
+        vocabulary: Mapping[str, Any] | None = None,
+    ) -> Origin:
+        """Of a run in this process; `vocabulary` if it was started from another checkpoint."""
         texts = {
             CONFIG: dump_config(config),
             HISTORY: json.dumps(finite_or_null(history), indent=2) + "\n",
             METRICS: json.dumps(finite_or_null(metrics), indent=2) + "\n",
             CARD: model_card(metrics, config),
         }
+        if vocabulary is not None:
+            texts[VOCABULARY] = json.dumps(finite_or_null(vocabulary), indent=2) + "\n"
         return cls(texts, metrics["best_epoch"])
 
     @classmethod

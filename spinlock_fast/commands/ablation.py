@@ -21,7 +21,7 @@ from spinlock_fast.config.loading import load_config
 from spinlock_fast.config.schema import LoggingConfig, RunConfig
 from spinlock_fast.data.split import split_rows
 from spinlock_fast.device import resolve_device
-from spinlock_fast.errors import Interrupted, SpinlockFastError
+from spinlock_fast.errors import ConfigError, Interrupted, SpinlockFastError
 from spinlock_fast.features.encode import encode_seconds, make_encoders
 from spinlock_fast.features.family_layout import resolve_families
 from spinlock_fast.output.atomic_files import check_writable
@@ -89,6 +89,8 @@ def _base(chosen: argparse.Namespace) -> RunConfig:
     """The base configuration with its families; raises ConfigError, DataError."""
     changes = [*chosen.base, *([f"device={json.dumps(chosen.device)}"] if chosen.device else [])]
     config = load_config(chosen.config, changes)
+    if config.training.init_from is not None:
+        raise ConfigError("training.init_from: ablate trains every variant from scratch; leave the key out")
     resolve_device(config.device)
     return resolve_families(config)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import re
 from typing import NoReturn
@@ -52,6 +53,20 @@ def add_device(options: argparse.ArgumentParser, default: str | None = "auto") -
 def add_quiet(options: argparse.ArgumentParser, printed: str = "errors only") -> None:
     """Adds --quiet."""
     options.add_argument("--quiet", action="store_true", help=f"print {printed}")
+
+
+def add_initial(options: argparse.ArgumentParser) -> None:
+    """Adds --init-from and --freeze, see `initial_overrides`."""
+    options.add_argument("--init-from", metavar="CKPT", help="train the model of this checkpoint further, on any data")
+    options.add_argument(
+        "--freeze", metavar="PARTS", help="parts of CKPT that do not change: none, encoders, codes, or both (tokens)"
+    )
+
+
+def initial_overrides(chosen: argparse.Namespace) -> list[str]:
+    """Overrides of `training.init_from` and `training.freeze` from the options that are given."""
+    given = {"training.init_from": chosen.init_from, "training.freeze": chosen.freeze}
+    return [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
 
 
 def shard(text: str) -> tuple[int, int]:

@@ -165,11 +165,7 @@ def load_config(path: str | Path, overrides: Sequence[str] | Mapping[str, Any] =
     data = read_yaml(path)
     # A section without keys is null in YAML.
     data = {key: {} if value is None and _is_section(key) else value for key, value in data.items()}
-    pairs = parse_overrides(overrides)
-    if "families" not in data and any(key.startswith("families.") for key, _ in pairs):
-        data["families"] = RunConfig().model_dump(mode="json")["families"]
-    for key, value in pairs:
-        _set_dotted(data, key, value)
+    _override(data, parse_overrides(overrides))
     config = check_config(data, source=str(path))
     if config.output_dir is None:
         config = config.model_copy(update={"output_dir": f"checkpoints/{path.stem}"})
@@ -255,9 +251,8 @@ def dump_config(config: RunConfig) -> str:
 
 def apply_overrides(config: RunConfig, overrides: Sequence[str] | Mapping[str, Any]) -> RunConfig:
     """The settings with overrides; raises ConfigError."""
-    data = config.model_dump(mode="json")
-    for key, value in parse_overrides(overrides):
-        _set_dotted(data, key, value)
+    data = config.model_dump(mode="json", exclude_unset=True)
+    _override(data, parse_overrides(overrides))
     return check_config(data)
 
 
@@ -276,6 +271,14 @@ def parse_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> list[tuple[
         except yaml.YAMLError as error:
             raise ConfigError(f"--set {text}: not valid YAML: {one_line(error)}") from None
     return pairs
+
+
+def _override(data: dict[str, Any], pairs: Sequence[tuple[str, Any]]) -> None:
+    """Sets values by dotted key; keys of one family change the default families where none are given."""
+    if "families" not in data and any(key.startswith("families.") for key, _ in pairs):
+        data["families"] = RunConfig().model_dump(mode="json")["families"]
+    for key, value in pairs:
+        _set_dotted(data, key, value)
 
 
 def _set_dotted(data: dict[str, Any], dotted: str, value: Any) -> None:

@@ -62,3 +62,14 @@ def seed_torch(seed: int, device: torch.device | None = None) -> None:
     if device is not None and device.type == "cuda":
         with torch.cuda.device(device):
             torch.cuda.manual_seed(seed)
+
+
+@contextmanager
+def forked_rng(device: torch.device) -> Iterator[None]:
+    """Restores the caller's random state on exit; a CUDA device is the current device inside the block."""
+    if device.type != "cuda":
+        with torch.random.fork_rng(devices=[]):
+            yield
+        return
+    with torch.cuda.device(device), torch.random.fork_rng(devices=[torch.cuda.current_device()]):
+        yield

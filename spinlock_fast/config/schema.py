@@ -276,6 +276,16 @@ class TrainingConfig(Section):
     normalization_method: Literal["standard", "mad"] = Field(
         default="standard", description="normalisation of features: mean and standard deviation, or median and MAD"
     )
+    init_from: str | None = Field(
+        default=None,
+        description="checkpoint directory to start from: its families, cleaning, normalisation, categories, model and "
+        "codes are kept, and its weights are trained further; null: train from scratch",
+    )
+    freeze: Literal["none", "encoders", "codes", "tokens"] = Field(
+        default="none",
+        description="parts of init_from that are not trained: the category encoders, the codes, or both (tokens), so "
+        "that every row keeps its tokens",
+    )
 
     @property
     def mapping_file(self) -> str | None:
@@ -293,6 +303,10 @@ class TrainingConfig(Section):
             raise ValueError("val_fraction + test_fraction must leave rows to train on")
         if not any((self.reconstruction_weight, self.vq_weight, self.informativeness_weight, self.topo_weight)):
             raise ValueError("at least one of reconstruction_weight, vq_weight, informativeness_weight, topo_weight")
+        if self.freeze != "none" and self.init_from is None:
+            raise ValueError(f"freeze: {self.freeze} needs init_from, the checkpoint whose parts are kept")
+        if self.freeze in ("encoders", "tokens") and not (self.reconstruction_weight or self.informativeness_weight):
+            raise ValueError(f"freeze: {self.freeze} leaves the decoders to train: reconstruction_weight must not be 0")
         return self
 
 

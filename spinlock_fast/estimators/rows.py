@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from spinlock_fast.data.feature_source import FeatureSource
 from spinlock_fast.data.input_arrays import masked_to_nan, to_real_tensor
 from spinlock_fast.errors import DataError
 from spinlock_fast.features.differentiable import raw_columns
@@ -104,6 +105,20 @@ def check_columns(family: FamilyEncoder, names: Sequence[str] | None, where: str
         f"{where}: the columns differ from those of training, in name or order: "
         f"{shown(found)} instead of {shown(trained)}"
     )
+
+
+def check_source(families: Sequence[FamilyEncoder], source: FeatureSource) -> None:
+    """Raises DataError if the rows of a source have other shapes or columns than those of training."""
+    for family in families:
+        info = source.datasets[family.name]
+        where = f"{source.files[0]}: {info.path}" if source.files else f"family {family.name!r}"
+        if not family.accepts(info.row_shape):
+            raise DataError(
+                f"{where}: rows of shape {info.row_shape}, but family {family.name!r} of the checkpoint was trained on "
+                f"{family.row_shape}"
+            )
+        names_of = source.feature_names if len(info.row_shape) == 1 else source.series_names
+        check_columns(family, names_of(family.name), where)
 
 
 def named_rows(raw: Mapping[str, Any], families: Sequence[FamilyEncoder]) -> dict[str, Any]:

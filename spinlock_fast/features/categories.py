@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from spinlock_fast.config.loading import read_text_file
 from spinlock_fast.config.random_streams import Stream, generator
-from spinlock_fast.config.schema import TrainingConfig
+from spinlock_fast.config.schema import RunConfig, TrainingConfig
 from spinlock_fast.distributed import SINGLE, Ranks
 from spinlock_fast.errors import ConfigError, DataError
 from spinlock_fast.features.blocks import Blocks
@@ -28,6 +28,23 @@ Groups = dict[str, list[int]]
 _CORRELATION_ROWS = 50_000
 _ROUNDING = 1e-9  # smaller correlation distances are set to 0
 MIN_ROWS = 10
+
+
+def find_categories(x: Blocks, feature_names: Sequence[str], config: RunConfig) -> Groups:
+    """Categories of features, as `training.category_assignment` says; see `discover_categories`."""
+    training = config.training
+    if training.mapping_file is not None:
+        return assign_categories(training.mapping_file, feature_names)
+    groups = discover_categories(x, feature_names, training, config.random_seed)
+    requested = training.num_categories_auto
+    if requested is not None and len(groups) != requested:
+        log.warning(
+            "%d categories instead of num_categories_auto %d: those under min_features_per_category %d were merged",
+            len(groups),
+            requested,
+            training.min_features_per_category,
+        )
+    return groups
 
 
 def discover_categories(x: Blocks, feature_names: Sequence[str], config: TrainingConfig, seed: int) -> Groups:

@@ -59,6 +59,10 @@ class KnownRows:
         splits: NDArray[np.uint8] = np.where(self.keys[nearest] == keys, self.splits[nearest], UNKNOWN).astype(np.uint8)
         return splits
 
+    def joined(self, other: KnownRows) -> KnownRows:
+        """These rows, then those of another run whose training was continued."""
+        return KnownRows(np.concatenate([self.keys, other.keys]), np.concatenate([self.splits, other.splits]))
+
     def state(self) -> dict[str, Any]:
         """Tensors for `from_state`."""
         return {"keys": torch.from_numpy(self.keys), "parts": torch.from_numpy(self.splits)}

@@ -209,7 +209,7 @@ class GroupedVectorQuantizer(TransientBuffers):
         flat_mask = self._checked_mask(z, mask)
         quantized, codes, loss, embedding, assignment, rows = self._quantize(z, flat_mask)
         update = partial(self._update, assignment, rows)
-        apply_ema = partial(once, self, update, self.usage) if self.training and not self.frozen else _no_update
+        apply_ema = partial(once, self, update, self.usage) if self.training else _no_update
         return quantized, codes, loss, embedding.detach(), apply_ema
 
     def quantize_with_statistics(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -242,7 +242,6 @@ class GroupedVectorQuantizer(TransientBuffers):
         gradient: Gradient = "rotation" if self.rotation_trick else "straight_through"
         if not self.training and exporting():
             gradient = None
-        updating = self.training and not self.frozen
         assignment = vq_assign(
             flat,
             embedding,
@@ -250,7 +249,7 @@ class GroupedVectorQuantizer(TransientBuffers):
             mask,
             self.centred,
             gradient=gradient,
-            with_sums=updating or (gradient is not None and not self.use_ema),
+            with_sums=self.training or (gradient is not None and not self.use_ema),
             backend=self.requested_backend,
         )
         rows = flat.shape[0] if mask is None else mask.sum()
@@ -298,7 +297,7 @@ class GroupedVectorQuantizer(TransientBuffers):
     def _apply_update(self, counts: Tensor, sums: Tensor, rows: Tensor | int) -> None:
         """Updates the codes by counts [sum K] and sums [sum K D], or parts of them [P, ...]."""
         self.rows_seen += rows
-        if self.use_ema:
+        if self.use_ema and not self.frozen:
             ema_update(
                 self.embedding,
                 self.cluster_size,
@@ -314,6 +313,8 @@ class GroupedVectorQuantizer(TransientBuffers):
         else:
             counts = counts.sum(0) if counts.ndim == 2 else counts
             self.usage += counts.to(torch.int64)
+            if self.frozen:
+                return
             self.cluster_size.mul_(self.decay).add_(counts, alpha=1.0 - self.decay)
 
     @torch.no_grad()
@@ -344,7 +345,7 @@ class GroupedVectorQuantizer(TransientBuffers):
         return flat.view(*codes.shape[:-1], self.layout.total_dims)
 
     def freeze(self, frozen: bool = True) -> None:
-        """Stops (or resumes) code updates in training mode."""
+        """Stops (or resumes) code updates in training mode; usage is counted either way."""
         self.frozen = frozen
 
     def utilization(self) -> Tensor:

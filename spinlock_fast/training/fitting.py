@@ -18,10 +18,12 @@ from spinlock_fast.data.feature_source import FeatureSource
 from spinlock_fast.device import resolve_device
 from spinlock_fast.errors import ConfigError, DataError
 from spinlock_fast.estimators.rows import is_path, named_families
+from spinlock_fast.estimators.transformer import MATRIX
 from spinlock_fast.features.family_layout import resolve_families, with_encoder, with_families
 from spinlock_fast.features.normalize import units
 from spinlock_fast.models.input_check import RowStatistic, TrainingRange, row_errors
 from spinlock_fast.tokenizer import Tokenizer
+from spinlock_fast.training.initial_model import InitialModel, initial_model
 from spinlock_fast.training.observer import Display
 from spinlock_fast.training.preparation import open_source, prepare
 from spinlock_fast.training.trainer import Trainer
@@ -45,15 +47,16 @@ def train_tokenizer(data: Any, config: RunConfig, display: Display, *, matrix: b
     """
     started = time.perf_counter()
     device = resolve_device(config.device)
-    if matrix and "deduplicate_threshold" not in config.feature_cleaning.model_fields_set:
+    initial = initial_model(config.training.init_from)
+    if matrix and initial is None and "deduplicate_threshold" not in config.feature_cleaning.model_fields_set:
         cleaning = config.feature_cleaning.model_copy(update={"deduplicate_threshold": 1.0})
         config = config.model_copy(update={"feature_cleaning": cleaning})
-    source, config = _open(data, config)
+    source, config = _open(data, config, initial)
     with closing(source), streams_of(VERSION):
-        prepared = prepare(source, config, device, display)
+        prepared = prepare(source, config, device, display, initial=initial)
     display.stage("training")
     result = Trainer(config, display).fit(
-        prepared.x, prepared.groups, feature_names=prepared.feature_names, normalize=False
+        prepared.x, prepared.groups, feature_names=prepared.feature_names, normalize=False, init_from=initial
     )
     display.training_finished()
     seconds = {**prepared.seconds, "train": result.metrics["seconds"]["train"], "total": time.perf_counter() - started}
@@ -71,7 +74,7 @@ def train_tokenizer(data: Any, config: RunConfig, display: Display, *, matrix: b
         field_grid=prepared.field_grid,
         training_range=TrainingRange(prepared.low, prepared.high, prepared.outside, errors),
         metrics=result.metrics,
-        origin=Origin.of_run(config, result.metrics, history),
+        origin=Origin.of_run(config, result.metrics, history, result.vocabulary),
     ).to(device)
 
 
@@ -96,14 +99,18 @@ def run_config(config: Any, settings: Mapping[str, Any]) -> RunConfig:
     raise ConfigError(f"config: expected a YAML file, a RunConfig or sections, got {type(config).__name__}")
 
 
-def _open(data: Any, config: RunConfig) -> tuple[FeatureSource, RunConfig]:
-    """The source of the rows, and the settings with its families."""
+def _open(data: Any, config: RunConfig, initial: InitialModel | None) -> tuple[FeatureSource, RunConfig]:
+    """The source of the rows, and the settings with its families, which are those of `initial` if there is one."""
+    if initial is not None:
+        config = initial.settings(config)
     chosen = config.families if "families" in config.model_fields_set else AUTO
     if is_path(data):
         paths = [str(part) for part in data] if isinstance(data, list) else str(data)
         config = resolve_families(config.model_copy(update={"dataset_path": paths, "families": chosen}))
         return open_source(config), config
     arrays, columns = named_families(data)
+    if initial is not None and list(arrays) == [MATRIX] and len(chosen) == 1:
+        arrays, columns = ({name: part[MATRIX] for name in chosen if MATRIX in part} for part in (arrays, columns))
     names = list(arrays)
     if chosen and set(chosen) != set(names):
         raise DataError(f"the configuration has the families {', '.join(chosen)}, but the data {', '.join(names)}")

@@ -23,15 +23,15 @@ from spinlock_fast.descriptors.field_grid import FieldGrid
 from spinlock_fast.distributed import SINGLE, Ranks
 from spinlock_fast.errors import ConfigError, DataError
 from spinlock_fast.features.blocks import TransformedRows, extremes
-from spinlock_fast.features.categories import MIN_ROWS, read_mapping
+from spinlock_fast.features.categories import MIN_ROWS, find_categories, read_mapping
 from spinlock_fast.features.cleaning import FeatureCleaner, fit_cleaner
 from spinlock_fast.features.encode import FamilyEncoder, block_rows, encode_rows, encode_seconds, make_encoders
 from spinlock_fast.features.family_layout import resolve_families
 from spinlock_fast.features.normalize import Normalizer, fit_normalizer
 from spinlock_fast.features.statistics import mean_and_std
 from spinlock_fast.models.input_check import KnownRows, RowStatistic, outside_share
+from spinlock_fast.training.initial_model import InitialModel
 from spinlock_fast.training.observer import Display
-from spinlock_fast.training.trainer import find_categories
 
 _RANGE_ROWS = 10_000  # about how many rows the share of out-of-range features is measured on
 _ESTIMATE_ROWS = 10_000  # least rows for which the encoding time is estimated
@@ -56,6 +56,7 @@ class PreparedFeatures:
     missing: dict[str, int]  # missing raw values by family
     field_grid: FieldGrid | None  # of the fields that `extract` described
     on_disk: bool = False  # x is a map of a scratch file
+    initial: InitialModel | None = None
 
     def checkpoint_entries(self) -> dict[str, Any]:
         """The entries of a model file that do not come from the model."""
@@ -81,6 +82,7 @@ class PreparedFeatures:
             "std": torch.from_numpy(std),
             "feature_names": self.feature_names,
             "group_indices": self.groups,
+            "init_from": None if self.initial is None else self.initial.tokenizer.checkpoint_hash,
         }
 
 
@@ -106,6 +108,7 @@ def prepare(
     display: Display,
     scratch: Path | None = None,
     ranks: Ranks = SINGLE,
+    initial: InitialModel | None = None,
 ) -> PreparedFeatures:
     """Encodes, cleans, groups and normalises the rows of a source.
 
@@ -116,6 +119,7 @@ def prepare(
         scratch: existing directory for a file of the features where they are kept on disk, see `data.feature_matrix`;
             all ranks share it. None: the directory for temporary files.
         ranks: the processes of the run; all must call the function.
+        initial: the encoders, cleaning, categories and normalisation of this checkpoint are used; nothing is fitted.
 
     Raises:
         ConfigError, DataError: a setting or the data cannot be used; checked before the data are read if possible.
@@ -123,32 +127,42 @@ def prepare(
     """
     timer = _StageTimer()
     split = split_rows(source.rows, config.training, config.random_seed)
-    if split.train.size < MIN_ROWS:
-        raise DataError(f"{source.rows} rows leave {split.train.size} to train on: at least {MIN_ROWS} are needed")
-    if config.training.mapping_file is not None:
+    least = MIN_ROWS if initial is None else 2
+    if split.train.size < least:
+        raise DataError(f"{source.rows} rows leave {split.train.size} to train on: at least {least} are needed")
+    if config.training.mapping_file is not None and initial is None:
         read_mapping(config.training.mapping_file)
     for info in source.datasets.values():
         block_rows(info, config.memory_budget)
-    training_rows = split.train if config.feature_cleaning.nan_fill == "median" else None
-    encoders = make_encoders(source, config.families, config.random_seed, config.memory_budget, training_rows)
+    training_rows = split.train if config.feature_cleaning.nan_fill == "median" and initial is None else None
+    encoders = (
+        make_encoders(source, config.families, config.random_seed, config.memory_budget, training_rows)
+        if initial is None
+        else initial.encoders(source, config.families)
+    )
     names = [name for family in encoders for name in family.names]
     matrix = _feature_matrix(source.rows, len(names), config, scratch, ranks)
     display.stage(_encoding_text(source, encoders, config, device))
     encoded = encode_rows(source, encoders, config.memory_budget, device, display.encoded, training_rows, matrix, ranks)
     known_rows, missing = KnownRows.of(encoded.keys, split.val, split.test), encoded.missing
+    known_rows = known_rows if initial is None else initial.known_rows(known_rows)
     del encoded
     timer.lap("load_encode")
     display.stage(f"cleaning {len(names)} columns")
     train = RowView(matrix.x, split.train)
-    cleaner = fit_cleaner(train, config.feature_cleaning, ranks)
+    cleaner = fit_cleaner(train, config.feature_cleaning, ranks) if initial is None else initial.tokenizer.cleaner
     low, high, outside = training_range(matrix.x, split, cleaner, ranks)
     kept_names = [name for name, keep in zip(names, cleaner.keep, strict=True) if keep]
+    kept_names = kept_names if initial is None else initial.tokenizer.feature_names
     cleaned = TransformedRows(train, lambda block: np.ascontiguousarray(cleaner(block)), len(kept_names))
     timer.lap("clean")
-    display.stage(f"discovering categories of {len(kept_names)} features")
-    groups = ranks.on_main(lambda: find_categories(cleaned, kept_names, config))
-    timer.lap("discover")
-    normalizer = fit_normalizer(cleaned, config.training.normalization_method, ranks)
+    if initial is None:
+        display.stage(f"discovering categories of {len(kept_names)} features")
+        groups = ranks.on_main(lambda: find_categories(cleaned, kept_names, config))
+        timer.lap("discover")
+        normalizer = fit_normalizer(cleaned, config.training.normalization_method, ranks)
+    else:
+        groups, normalizer = initial.model_config.group_indices, initial.tokenizer.normalizer
     matrix.rewrite(lambda block: normalizer(cleaner(block)), len(kept_names))
     if config.data.feature_matrix == "memory":
         matrix.to_memory()
@@ -169,6 +183,7 @@ def prepare(
         missing=missing,
         on_disk=matrix.on_disk,
         field_grid=FieldGrid.of_files(source.files),
+        initial=initial,
     )
 
 

@@ -51,6 +51,7 @@ class TrainResult:
     normalizer: MatrixNormalizer | None = field(default=None, repr=False)
     config: RunConfig = field(default_factory=RunConfig, repr=False)
     feature_names: list[str] = field(default_factory=list, repr=False)
+    vocabulary: dict[str, Any] | None = field(default=None, repr=False)  # see `compare_vocabulary`
 
     def encode(
         self, x: ArrayLike | Tensor, search: Search = "nearest", sweeps: int = 2, search_weight: float = 0.0
@@ -99,7 +100,7 @@ class TrainResult:
             normalizer,
             self.feature_names,
             metrics=self.metrics,
-            origin=Origin.of_run(config, self.metrics, history),
+            origin=Origin.of_run(config, self.metrics, history, self.vocabulary),
             n_features_in_=F,
         )
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from spinlock_fast.checkpoints.directory import CONFIG, write_results
+from spinlock_fast.checkpoints.directory import CONFIG, finite_or_null, write_results
 from spinlock_fast.checkpoints.resumable import check_same_features, read_resumable
-from spinlock_fast.checkpoints.run_directory import RunDirectory
+from spinlock_fast.checkpoints.run_directory import VOCABULARY, RunDirectory
 from spinlock_fast.config.loading import dump_config
 from spinlock_fast.config.random_streams import VERSION, streams_of
 from spinlock_fast.config.schema import RunConfig
@@ -25,8 +25,9 @@ from spinlock_fast.features.normalize import units
 from spinlock_fast.interrupts import handle_signals
 from spinlock_fast.models.input_check import RowStatistic, TrainingRange, row_errors
 from spinlock_fast.models.metrics import Metrics
-from spinlock_fast.output.atomic_files import write_text
+from spinlock_fast.output.atomic_files import write_json, write_text
 from spinlock_fast.training.async_checkpointer import AsyncCheckpointer
+from spinlock_fast.training.initial_model import initial_model
 from spinlock_fast.training.observer import Display
 from spinlock_fast.training.preparation import PreparedFeatures, open_source, prepare
 from spinlock_fast.training.result import TrainResult
@@ -63,11 +64,12 @@ def run(config: RunConfig, display: Display, resume: Path | None = None) -> RunR
     device = resolve_device(config.device)
     signals = _SignalHandler(resume)
     with handle_signals(signals.handle), _output(directory, ranks) as output:
-        config = resolve_families(config)
+        initial = initial_model(config.training.init_from, ranks)
+        config = resolve_families(config if initial is None else initial.settings(config))
         state = ranks.on_main(lambda: read_resumable(resume, config)) if resume is not None else None
         streams = state["run"].get("streams", 1) if state is not None else VERSION
         with open_source(config, ranks) as source, streams_of(streams):
-            prepared = prepare(source, config, device, display, directory, ranks)
+            prepared = prepare(source, config, device, display, directory, ranks, initial)
         fingerprint = prepared.fingerprint(ranks)
         if state is not None:
             check_same_features(state["features"], fingerprint)
@@ -88,6 +90,7 @@ def run(config: RunConfig, display: Display, resume: Path | None = None) -> RunR
                 feature_names=prepared.feature_names,
                 normalize=False,
                 resume=state["run"] if state is not None else None,
+                init_from=initial,
             )
         display.training_finished()
         seconds = stage_seconds()
@@ -138,6 +141,8 @@ def write_result(
     }
     normalization = prepared.normalizer.by_category(model.config.group_indices)
     history = {"best_epoch": result.best_epoch, "epochs": [vars(record) for record in result.history]}
+    if result.vocabulary is not None:
+        write_json(directory / VOCABULARY, finite_or_null(result.vocabulary))
     write_results(directory, config, model, entries, normalization, result.metrics, history, resumable)
 
 

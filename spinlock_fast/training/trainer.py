@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from spinlock_fast.config.loading import apply_overrides, load_config
-from spinlock_fast.config.random_streams import seed_torch, streams_of, version
+from spinlock_fast.config.random_streams import forked_rng, seed_torch, streams_of, version
 from spinlock_fast.config.schema import Levels, RunConfig
 from spinlock_fast.data.host_rows import HostRows, Rows, free_memory, place_rows
 from spinlock_fast.data.payload_checks import payload_errors
@@ -29,9 +28,8 @@ from spinlock_fast.errors import ConfigError, DataError, Interrupted, TrainingEr
 from spinlock_fast.features.blocks import Blocks
 from spinlock_fast.features.categories import (
     Groups,
-    assign_categories,
     category_correlation,
-    discover_categories,
+    find_categories,
     max_off_diagonal,
     nearest_categories,
 )
@@ -43,15 +41,18 @@ from spinlock_fast.models.decoder_refit import refit_decoder
 from spinlock_fast.models.initialization import initialize_codebooks
 from spinlock_fast.models.metrics import Metrics, add_model_metrics, evaluate, evaluate_with_counts
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
+from spinlock_fast.tokenizer import Tokenizer
 from spinlock_fast.training.distributed import (
     agreed_signal,
     broadcast_model,
     broadcast_random_state,
     check_same_arguments,
 )
+from spinlock_fast.training.initial_model import InitialModel, freeze, initial_model
 from spinlock_fast.training.loop import TrainingRun
 from spinlock_fast.training.observer import Observer, SilentObserver
 from spinlock_fast.training.result import TrainResult, as_feature_matrix
+from spinlock_fast.training.vocabulary import compare_vocabulary, log_summary
 
 log = logging.getLogger(__name__)
 
@@ -117,6 +118,7 @@ class Trainer:
         *,
         normalize: bool = True,
         resume: Mapping[str, Any] | None = None,
+        init_from: str | Path | Tokenizer | InitialModel | None = None,
     ) -> TrainResult:
         """Trains on a matrix of features.
 
@@ -132,19 +134,29 @@ class Trainer:
                 category, if `group_indices` is given) is standardised already. Errors and quality are in those units,
                 see metrics["units"]; `TrainResult.encode` takes new rows in the units of x. False: x is used as it is.
             resume: a state that an observer received in `save`.
+            init_from: checkpoint directory or tokenizer whose model is trained further, `training.init_from` if not
+                given. x has its features in their units, which are normalised as in its training; categories and
+                levels are its own.
 
         Returns:
             The best model, its metrics (the entries of metrics.json that a matrix determines), and the history.
 
         Raises:
+            ConfigError: a setting contradicts the checkpoint of `init_from`.
             DataError: x is not a finite matrix, or has too few rows.
             TrainingError: a loss is not finite; names the first step and term.
             Interrupted: `stop` was called, or `stop_requested` returned a signal.
         """
         self._finished = False
         try:
+            ranks = self._ranks()
+            initial = initial_model(self.config.training.init_from if init_from is None else init_from, ranks)
+            trainer = self
+            if initial is not None:
+                config = initial.settings(self.config)
+                trainer = Trainer(config, self.observer, self._requested_signal, self._given_ranks)
             with streams_of(version() if resume is None else resume.get("streams", 1)):
-                return self._fit(x, group_indices, levels, feature_names, val_rows, normalize, resume)
+                return trainer._fit(x, group_indices, levels, feature_names, val_rows, normalize, resume, initial)
         finally:
             self._finished, self._stop_signal = True, None
 
@@ -157,6 +169,7 @@ class Trainer:
         val_rows: ArrayLike | None,
         normalize: bool,
         resume: Mapping[str, Any] | None,
+        initial: InitialModel | None,
     ) -> TrainResult:
         started = time.perf_counter()
         data = as_feature_matrix(x)
@@ -170,7 +183,11 @@ class Trainer:
             raise DataError(f"feature_names has {len(names)} names for {F} columns")
         training = self.config.training
         split = split_rows(N, training, self.config.random_seed, val_rows)
-        normalizer = self._normalizer(data, split, group_indices) if normalize else None
+        if initial is not None:
+            names = initial.check_features(F, None if feature_names is None else names)
+            initial.check_structure(group_indices, levels)
+            group_indices = initial.model_config.group_indices
+        normalizer = self._normalizer(data, split, group_indices, initial) if normalize else None
         transform = normalizer
         if data.dtype != np.float32:
             data = transform(data) if transform is not None else data.astype(np.float32)
@@ -181,10 +198,12 @@ class Trainer:
         if groups is None:
             groups = ranks.on_main(lambda: find_categories(train_rows, names, self.config))
             discover_seconds = time.perf_counter() - started
-        model_config = self._model_config(train_rows, groups, levels)
+        model_config = (
+            self._model_config(train_rows, groups, levels) if initial is None else initial.model_settings(self.config)
+        )
         correlation_max = self._checked_correlation(train_rows, model_config)
         _check_memory(model_config, device)
-        run, final_state = self._train(model_config, rows, split, device, started + discover_seconds, resume)
+        run, final_state = self._train(model_config, rows, split, device, started + discover_seconds, resume, initial)
         with device_guard(device):  # `_train` has restored the caller's device
             model = run.best_model()
             if training.decoder_refit:
@@ -192,6 +211,7 @@ class Trainer:
                     refit_decoder(model, run.x_train, training.decoder_refit)
                 broadcast_model(model, ranks)
             model.quantizer.sync = True
+            freeze(model, "none")
             metrics = self._evaluate(model, run, rows, split, final_state)
         add_model_metrics(metrics, model, names, correlation_max)
         constant = [c["name"] for c in metrics["categories"] if max(c["perplexity"]) < 1.0 + 1e-6]
@@ -204,11 +224,17 @@ class Trainer:
             "rows": "heldout",
             "units": units(training) if normalizer is not None else "those of x",
         }
+        vocabulary = None
+        if initial is not None:
+            vocabulary = ranks.on_main(lambda: compare_vocabulary(initial, model, rows, split, training.freeze))
+            metrics["init_from"] = log_summary(vocabulary)
         self._raise_if_stopped(final_state)
         total = run.seconds_before + time.perf_counter() - started
         metrics["seconds"] = {"discover": discover_seconds, "train": total - discover_seconds, "total": total}
         best = run.selection.best_epoch
-        return TrainResult(model, metrics, run.history, best, split, final_state, normalizer, self.config, names)
+        return TrainResult(
+            model, metrics, run.history, best, split, final_state, normalizer, self.config, names, vocabulary
+        )
 
     def _train(
         self,
@@ -218,20 +244,24 @@ class Trainer:
         device: torch.device,
         started: float,
         resume: Mapping[str, Any] | None,
+        initial: InitialModel | None,
     ) -> tuple[TrainingRun, dict[str, Any]]:
         """The finished run and its final state, which includes the random state that a longer run continues from."""
-        with _forked_rng(device):
+        with forked_rng(device):
             seed_torch(self.config.random_seed, device)
             model = CategoricalHierarchicalVQVAE(model_config).to(device)
             ranks = self._ranks()
             model.quantizer.sync = False  # the step itself sums over ranks
+            config = self.config
+            if initial is not None:
+                config = initial.start(model, config)
             largest = max(model.quantizer.num_codes)
-            if split.train.size < largest:
+            if split.train.size < largest and initial is None:
                 raise DataError(
                     f"{split.train.size} training rows are fewer than the {largest} codes of the largest codebook"
                 )
             run = TrainingRun(
-                self.config,
+                config,
                 self.observer,
                 self._requested_signal,
                 model,
@@ -242,11 +272,15 @@ class Trainer:
                 started=started,
                 ranks=ranks,
             )
-            if model_config.extra_inputs:
+            if model_config.extra_inputs and initial is None:
                 model.fit_extra_inputs(*(torch.from_numpy(values) for values in mean_and_std(rows(split.train))))
             if resume is not None:
                 with payload_errors(resume, "the saved state"):
                     run.load(resume)
+            elif initial is not None:  # its own weights are the first candidate for the best ones
+                validation = run.validation
+                start = evaluate(model, validation.x, config.training, validation.numbers, "validation", ranks)
+                run.selection.update(start["val_loss"], 0, model)
             elif ranks.is_main:
                 initialize_codebooks(model, run.x_train)
             broadcast_model(model, ranks)
@@ -292,8 +326,12 @@ class Trainer:
             self.observer.save(final_state)
             raise Interrupted("stopped after the last epoch, before the metrics", stopped_by)
 
-    def _normalizer(self, x: NDArray[Any], split: Split, groups: Groups | None) -> MatrixNormalizer | None:
+    def _normalizer(
+        self, x: NDArray[Any], split: Split, groups: Groups | None, initial: InitialModel | None
+    ) -> MatrixNormalizer | None:
         """The transform of x to normalised features; None if x is standardised."""
+        if initial is not None:
+            return initial.matrix_normalizer()
         training = self.config.training
         columns = None if groups is None else [int(i) for members in groups.values() for i in members]
         if columns is not None and not all(0 <= i < x.shape[1] for i in columns):
@@ -357,31 +395,3 @@ def _check_memory(config: CategoricalVQVAEConfig, device: torch.device) -> None:
             f"model: {count:,} parameters need {needed / 1e9:,.1f} GB to train, and {free / 1e9:,.1f} GB are free; "
             "reduce model.group_hidden_dim, model.group_embedding_dim or model.levels"
         )
-
-
-def find_categories(x: Blocks, feature_names: Sequence[str], config: RunConfig) -> Groups:
-    """Categories of features, as `training.category_assignment` says; see `discover_categories`."""
-    training = config.training
-    if training.mapping_file is not None:
-        return assign_categories(training.mapping_file, feature_names)
-    groups = discover_categories(x, feature_names, training, config.random_seed)
-    requested = training.num_categories_auto
-    if requested is not None and len(groups) != requested:
-        log.warning(
-            "%d categories instead of num_categories_auto %d: those under min_features_per_category %d were merged",
-            len(groups),
-            requested,
-            training.min_features_per_category,
-        )
-    return groups
-
-
-@contextmanager
-def _forked_rng(device: torch.device) -> Iterator[None]:
-    """Restores the caller's random state on exit; a CUDA device is the current device inside the block."""
-    if device.type != "cuda":
-        with torch.random.fork_rng(devices=[]):
-            yield
-        return
-    with torch.cuda.device(device), torch.random.fork_rng(devices=[torch.cuda.current_device()]):
-        yield
