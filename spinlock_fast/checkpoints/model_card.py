@@ -60,7 +60,7 @@ it is:
 
 ## Quality
 
-{_quality(metrics)}
+{_quality(metrics)}{_vocabulary(metrics)}
 ## Categories
 
 | category | features | families | error | error from one codebook alone | utilization by level | codes by level |
@@ -92,6 +92,11 @@ def _operators(metrics: Metrics, config: RunConfig) -> str:
 def _settings(metrics: Metrics) -> str:
     if "converted_epoch" in metrics:
         return "`config.yaml` holds the settings of the original run that spinlock-fast has as well."
+    if "init_from" in metrics:
+        return (
+            "Encoders, cleaning, categories and normalisation are those of the checkpoint that it started from.\n"
+            "`config.yaml` holds every setting; with that checkpoint it trains the same model again."
+        )
     return (
         "Cleaning (constant and duplicate columns dropped, outliers clipped), categories and normalisation were "
         "fitted\nto the training rows alone. `config.yaml` holds every setting and trains the same model again."
@@ -123,6 +128,55 @@ between operators: features with latents, latents with codes |
 | category correlation | {metrics["category_correlation_max"]:.3f} | largest mean absolute one of two \
 categories' features |
 """
+
+
+def _vocabulary(metrics: Metrics) -> str:
+    """A section on what changed in the vocabulary of the checkpoint that the run started from; empty without one."""
+    if "init_from" not in metrics:
+        return ""
+    change = metrics["init_from"]
+    start, codes, data = change["init_from"], change["codes"], [change["new_data"], change["old_data"]]
+    lines = zip(_CHANGES, *map(_changes, data), strict=True)
+    table = "\n".join(f"| {name} | {new} | {old} |" for name, new, old in lines)
+    missing = "\nThe data of that checkpoint could not be read again.\n" if "missing" in data[1] else ""
+    return f"""
+## Vocabulary
+
+The model of `{_code(Path(start["name"]).name)}` (SHA-256 {start["sha256"][:12] or "not known"}) was trained further, \
+with its codebooks (frozen: {start["freeze"]}).
+Of its {codes["in_use"]} codes in use, {codes["in_use_kept"]} kept their place; the others were replaced. The median \
+shift is {codes["median_shift"]:.2f} of
+the distance between neighbouring codes. By codebook: `vocabulary.json`.
+
+| | new data | data of that checkpoint |
+|---|---|---|
+{table}
+{missing}"""
+
+
+_CHANGES = (
+    "rows compared",
+    "equal tokens",
+    "adjusted mutual information of old and new tokens",
+    "codes in use, before and after",
+    "codes that died, and newly used ones",
+    "reconstruction error, before and after",
+)
+
+
+def _changes(data: Metrics) -> list[str]:
+    """The texts of `_CHANGES` for the rows of one data set."""
+    if "missing" in data:
+        return [""] * len(_CHANGES)
+    information = data["adjusted_mutual_information"]
+    return [
+        f"{data['rows']:,}",
+        f"{data['equal_tokens']:.1%}",
+        "" if information is None else f"{information:.2f}",
+        f"{data['in_use_before']}, {data['in_use_after']}",
+        f"{data['died']}, {data['newly_used']}",
+        f"{data['error_before']:.4f}, {data['error_after']:.4f}",
+    ]
 
 
 def _unused_codes(metrics: Metrics) -> str:

@@ -21,6 +21,7 @@ from spinlock_fast.features.family_layout import resolve_families
 from spinlock_fast.messages import format_bytes
 from spinlock_fast.models.losses import LossWeights, loss_terms
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
+from spinlock_fast.training.initial_model import initial_model
 from spinlock_fast.training.preparation import open_source
 from spinlock_fast.training.run import output_directory
 
@@ -46,13 +47,18 @@ def print_plan(config: RunConfig) -> None:
     device = resolve_device(config.device)
     ranks = current_ranks()
     directory = output_directory(config)
-    config = resolve_families(config)
+    initial = initial_model(config.training.init_from)
+    config = resolve_families(config if initial is None else initial.settings(config))
     lines = []
     with open_source(config) as source:
         rows = source.rows
         split = split_rows(rows, config.training, config.random_seed)
         training_rows = split.train if config.feature_cleaning.nan_fill == "median" else None
-        encoders = make_encoders(source, config.families, config.random_seed, config.memory_budget, training_rows)
+        encoders = (
+            make_encoders(source, config.families, config.random_seed, config.memory_budget, training_rows)
+            if initial is None
+            else initial.encoders(source, config.families)
+        )
         seconds = encode_seconds(source, encoders, config.memory_budget, device)
         for family in encoders:
             info = source.datasets[family.name]
@@ -75,6 +81,7 @@ def print_plan(config: RunConfig) -> None:
     text = [
         f"data: {rows:,} samples in {files} file{'s' * (files > 1)}",
         *lines,
+        *([] if initial is None else initial.plan(training.freeze)),
         f"split: {split.train.size:,} training, {split.val.size:,} validation, {split.test.size:,} test samples",
         f"training: {training.num_epochs} epochs of {steps} steps, batch {batch}, on {device}"
         + (f", by {ranks.size} ranks" if ranks.size > 1 else ""),

@@ -123,7 +123,10 @@ class InitialModel:
         problems += self._contradictions("model", given, fixed)
         levels = {key: getattr(given, key) for key in _LEVEL_KEYS if key in given.model_fields_set}
         if not self._same_codebooks(levels):
-            problems += self._contradictions("model", given, {key: saved[key] for key in levels})
+            key = next((key for key in levels if levels[key] != saved[key]), _LEVEL_KEYS[0])
+            problems.append(
+                f"model.{key}: gives other codebooks than {self.name} has, which are kept; leave the key out"
+            )
         changed = {key: getattr(given, key) for key in _TRAINING_KEYS & given.model_fields_set}
         return ModelConfig(**{**saved, **changed})
 
@@ -159,18 +162,33 @@ class InitialModel:
                 dataset=other.dataset or family.dataset,
                 standardize=family.center is not None,
             )
-            keys = {"standardize"} if other.encoder == "auto" else {"encoder", "encoder_params", "standardize"}
+            keys = {"standardize"} if other.encoder == "auto" else {"encoder", "standardize"}
             problems += self._contradictions(f"families.{name}", other, {key: getattr(saved, key) for key in keys})
+            if other.encoder == saved.encoder:
+                params = f"families.{name}.encoder_params"
+                problems += self._contradictions(params, other.encoder_params, dict(saved.encoder_params))
             settings[name] = saved
         return settings
 
     def _contradictions(self, section: str, given: Section, saved: Mapping[str, Any]) -> list[str]:
         """One line for each key that is set explicitly and has another value in the checkpoint."""
         return [
-            f"{section}.{key}: {shown(getattr(given, key))}, but {self.name}, which training.init_from names, has "
-            f"{shown(saved[key])}; leave the key out"
+            f"{section}.{key}: {shown(getattr(given, key))}, but {self.name} has {shown(saved[key])}, which is kept: "
+            "leave the key out"
             for key in sorted(saved)
             if key in given.model_fields_set and getattr(given, key) != saved[key]
+        ]
+
+    def plan(self, frozen: str) -> list[str]:
+        """Lines for --dry-run: what is taken over, and what is frozen."""
+        tokenizer, quantizer = self.tokenizer, self.tokenizer.model.quantizer
+        kept = {"encoders": "category encoders", "codes": "codes", "tokens": "category encoders and codes"}
+        return [
+            f"init_from: {self.name}: encoders of {len(tokenizer.families)} families, cleaning to "
+            f"{len(tokenizer.feature_names)} of {tokenizer.cleaner.keep.size} columns, normalisation, "
+            f"{len(self.model_config.group_indices)} categories, {quantizer.layout.groups} codebooks with "
+            f"{quantizer.layout.total_codes} codes, and all weights",
+            f"freeze: {kept.get(frozen, 'nothing')}",
         ]
 
     def encoders(self, source: FeatureSource, families: Mapping[str, FamilyConfig]) -> list[FamilyEncoder]:

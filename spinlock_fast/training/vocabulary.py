@@ -73,26 +73,24 @@ class TokenChange:
     error_before: float
     error_after: float
 
-    def usage(self, tokens: Ints, g: int, codes: int) -> Ints:
-        """[K] rows of each code of codebook g."""
-        return np.bincount(tokens[:, g][tokens[:, g] >= 0], minlength=codes)
-
     def codebook(self, g: int, codes: int) -> Row:
         """The entry of one codebook."""
-        before, after = (self.usage(tokens, g, codes) for tokens in (self.before, self.after))
         coded = (self.before[:, g] >= 0) & (self.after[:, g] >= 0)
         table = contingency(self.before[coded, g], self.after[coded, g], (codes, codes))
+        before, after = table.sum(1), table.sum(0)
+        varies = min(np.count_nonzero(before), np.count_nonzero(after)) > 1
         return {
             "usage_before": before.tolist(),
             "usage_after": after.tolist(),
             "died": np.flatnonzero((before > 0) & (after == 0)).tolist(),
             "newly_used": np.flatnonzero((before == 0) & (after > 0)).tolist(),
             "equal_tokens": float((self.before[:, g] == self.after[:, g]).mean()),
-            "adjusted_mutual_information": adjusted_mutual_information(table) if coded.any() else 0.0,
+            "adjusted_mutual_information": adjusted_mutual_information(table) if varies else None,
         }
 
     def total(self, codebooks: list[Row]) -> Row:
-        """The entry of all codebooks, from those of each."""
+        """The entry of all codebooks, from those of each; codebooks of a constant token have no information."""
+        information = [ami for row in codebooks if (ami := row["adjusted_mutual_information"]) is not None]
         return {
             "rows": len(self.before),
             "in_use_before": sum(int(np.count_nonzero(row["usage_before"])) for row in codebooks),
@@ -100,7 +98,7 @@ class TokenChange:
             "died": sum(len(row["died"]) for row in codebooks),
             "newly_used": sum(len(row["newly_used"]) for row in codebooks),
             "equal_tokens": float(np.mean([row["equal_tokens"] for row in codebooks])),
-            "adjusted_mutual_information": float(np.mean([row["adjusted_mutual_information"] for row in codebooks])),
+            "adjusted_mutual_information": float(np.mean(information)) if information else None,
             "error_rows": self.error_rows,
             "error_before": self.error_before,
             "error_after": self.error_after,
@@ -248,7 +246,8 @@ def log_summary(vocabulary: dict[str, Any]) -> dict[str, Any]:
 
 
 def _change_text(data: Row) -> str:
+    information = data["adjusted_mutual_information"]
     return (
-        f"{data['equal_tokens']:.1%} equal tokens (AMI {data['adjusted_mutual_information']:.2f}), "
+        f"{data['equal_tokens']:.1%} equal tokens (AMI {'none' if information is None else f'{information:.2f}'}), "
         f"error {data['error_before']:.4f} -> {data['error_after']:.4f}"
     )

@@ -136,6 +136,8 @@ def test_frozen_codes_are_not_updated():
     before = snapshot(quantizer)
     quantizer(latents())
     assert_same(snapshot(quantizer), before)
+    assert quantizer.rows_seen == len(latents())
+    assert quantizer.usage.sum() == len(latents()) * quantizer.layout.groups
     quantizer.freeze(False)
     quantizer(latents())
     assert not torch.equal(quantizer.embedding, before["embedding"])

@@ -1,0 +1,167 @@
+"""When does it pay to start from a checkpoint? Fine-tuning against training from scratch, with few and many rows.
+
+    python -m benchmarks.studies.transfer --source A.h5 B.h5 --target C.h5 [--seeds 2] [--output transfer.csv]
+
+A tokenizer of the summary family is trained on the files of --source. Then, with 1 %, 10 % and 100 % of the rows of
+--target, another one is trained from scratch, and the first one is trained further with each choice of --freeze. All
+are measured on the same held-out rows of --target: mean squared error of the reconstruction from tokens, in standard
+deviations of all training rows of --target, over the columns that every tokenizer of a seed has.
+
+Runs of few rows have more epochs, so that all make about as many steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import logging
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from spinlock_fast import Tokenizer
+from spinlock_fast.config.families import DEFAULT_DATASETS
+from spinlock_fast.config.schema import FeatureCleaningConfig
+from spinlock_fast.features.cleaning import FeatureCleaner, fit_cleaner
+from spinlock_fast.features.normalize import Normalizer, fit_normalizer
+
+FAMILY = "summary"
+SHARES = (0.01, 0.1, 1.0)
+FREEZE = ("none", "codes", "tokens")
+RATE, FINE_RATE = 0.002, 0.0005
+SETTINGS: dict[str, Any] = {
+    "device": "cpu",
+    "families": {FAMILY: {"encoder": "IdentityEncoder"}},
+    "model.codebook_init": "product",
+    "model.unassigned_features": "nearest",
+    "model.commitment_cost": 0.1,
+    "model.decay": 0.97,
+    "model.dropout": 0.0,
+    "training.batch_size": 128,
+    "training.topo_samples": 128,
+    "training.scheduler": "cosine",
+    "training.input_noise": 0.1,
+    "training.mixup_scale": 0.4,
+    "training.mixup_decay": True,
+    "training.informativeness_weight": 0.001,
+    "training.dead_code_threshold": 0.2,
+    "training.dead_code_reset_interval": 5,
+    "training.orthogonality_target": 10.0,
+}
+COLUMNS = ("method", "share", "rows", "seed", "error", "utilization", "equal_tokens_source", "bits", "seconds")
+
+Columns = NDArray[np.float32]
+
+
+class Reference:
+    """Cleaning and normalisation of the target's training rows, in which all errors are measured."""
+
+    def __init__(self, pool: Columns) -> None:
+        self.cleaner: FeatureCleaner = fit_cleaner(pool, FeatureCleaningConfig(deduplicate_threshold=1.0))
+        self.normalizer: Normalizer = fit_normalizer(self.cleaner(pool), "standard")
+
+    def __call__(self, columns: Columns) -> Columns:
+        """Raw columns [N, C] -> normalised ones [N, C]; NaN for those that do not vary."""
+        full = np.full(columns.shape, np.nan, np.float32)
+        full[:, self.cleaner.keep] = self.normalizer(self.cleaner(columns))
+        return full
+
+
+def read(files: list[str]) -> Columns:
+    """The summary family of some files, [N, C]."""
+    parts = []
+    for name in files:
+        with h5py.File(name) as file:
+            parts.append(file[DEFAULT_DATASETS[FAMILY]][:].astype(np.float32))
+    return np.concatenate(parts)
+
+
+def epochs_of(rows: int) -> int:
+    """Epochs of at most about 450 steps, between 30 and 200."""
+    return int(np.clip(450 // max(1, -(-rows // 128)), 30, 200))
+
+
+def fit(rows: Columns, seed: int, **more: Any) -> tuple[Tokenizer, float]:
+    """A trained tokenizer, and the CPU seconds of its training."""
+    epochs = epochs_of(len(rows))
+    settings = {"random_seed": seed, "training.num_epochs": epochs, "training.warmup_epochs": epochs // 20, **more}
+    started = time.process_time()
+    return Tokenizer(settings=settings).fit({FAMILY: rows}), time.process_time() - started
+
+
+def decoded(tokenizer: Tokenizer, rows: Columns) -> Columns:
+    """Raw columns [N, C] reconstructed from tokens; NaN for columns that cleaning dropped."""
+    full = np.full(rows.shape, np.nan, np.float32)
+    full[:, tokenizer.cleaner.keep] = tokenizer.decode(tokenizer.encode({FAMILY: rows}))
+    return full
+
+
+def study(source: Columns, pool: Columns, test: Columns, seed: int, directory: Path) -> list[dict[str, Any]]:
+    """The rows of one seed."""
+    start, _ = fit(source, seed, **SETTINGS, **{"training.learning_rate": RATE})
+    start.save(directory)
+    seen = source[:: max(1, len(source) // 512)]
+    made = [("checkpoint alone", 0.0, 0, start, 0.0)]
+    for share in SHARES:
+        rows = np.random.default_rng(seed).permutation(len(pool))[: round(share * len(pool))]
+        tokenizer, seconds = fit(pool[rows], seed, **SETTINGS, **{"training.learning_rate": RATE})
+        made.append(("from scratch", share, len(rows), tokenizer, seconds))
+        for frozen in FREEZE:
+            kept = {key: value for key, value in SETTINGS.items() if key.startswith(("training.", "device"))}
+            more = {"training.learning_rate": FINE_RATE, "init_from": str(directory), "freeze": frozen}
+            tokenizer, seconds = fit(pool[rows], seed, **kept, **more)
+            made.append((f"freeze {frozen}", share, len(rows), tokenizer, seconds))
+        logging.info("seed %d, %g of the rows: done", seed, share)
+    common = np.logical_and.reduce([tokenizer.cleaner.keep for _, _, _, tokenizer, _ in made])
+    reference = Reference(pool)
+    common &= reference.cleaner.keep
+    truth = reference(test)[:, common]
+    before = start.encode({FAMILY: seen})
+    results = []
+    for method, share, count, tokenizer, seconds in made:
+        shown = np.where(common, decoded(tokenizer, test), 0.0).astype(np.float32)
+        error = np.square(reference(shown)[:, common] - truth).mean()
+        tokens, codes = tokenizer.encode({FAMILY: test}), tokenizer.model.quantizer.num_codes
+        used = [len(np.unique(tokens[:, g])) / k for g, k in enumerate(codes)]
+        equal = (tokenizer.encode({FAMILY: seen}) == before).mean() if method != "from scratch" else float("nan")
+        values = (method, share, count, seed, error, np.mean(used), equal, np.log2(codes).sum(), seconds)
+        results.append(dict(zip(COLUMNS, values, strict=True)))
+    return results
+
+
+def main() -> None:
+    """The command."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--source", nargs="+", required=True, metavar="FILE")
+    options.add_argument("--target", nargs="+", required=True, metavar="FILE")
+    options.add_argument("--test-rows", type=int, default=500, help="held-out rows of --target")
+    options.add_argument("--seeds", type=int, default=2)
+    options.add_argument("--first-seed", type=int, default=42)
+    options.add_argument("--output", type=Path, default=Path("transfer.csv"))
+    chosen = options.parse_args()
+    logging.basicConfig(level="INFO", format="%(message)s")
+    logging.getLogger("spinlock_fast").setLevel("ERROR")
+    torch.set_num_threads(1)
+    source, target = read(chosen.source), read(chosen.target)
+    order = np.random.default_rng(0).permutation(len(target))
+    test, pool = target[np.sort(order[: chosen.test_rows])], target[np.sort(order[chosen.test_rows :])]
+    rows: list[dict[str, Any]] = []
+    for seed in range(chosen.first_seed, chosen.first_seed + chosen.seeds):
+        with tempfile.TemporaryDirectory() as directory:
+            rows += study(source, pool, test, seed, Path(directory) / "checkpoint")
+        with open(chosen.output, "w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    sys.stdout.write(f"written: {chosen.output}\n")
+
+
+if __name__ == "__main__":
+    main()
