@@ -2,12 +2,13 @@
 
     python -m benchmarks.studies.transfer --source A.h5 B.h5 --target C.h5 [--seeds 2] [--output transfer.csv]
 
-A tokenizer of the summary family is trained on the files of --source. Then, with 1 %, 10 % and 100 % of the rows of
---target, another one is trained from scratch, and the first one is trained further with each choice of --freeze. All
-are measured on the same held-out rows of --target: mean squared error of the reconstruction from tokens, in standard
-deviations of all training rows of --target, over the columns that every tokenizer of a seed has.
+A tokenizer of the summary family (means over realizations) is trained on the files of --source. Then, with 1 %, 10 %
+and 100 % of the rows of --target, another one is trained from scratch, and the first one is trained further with each
+choice of --freeze. All are measured on the same held-out rows of --target: mean squared error of the reconstruction
+from tokens, in standard deviations of all training rows of --target, over the columns that every tokenizer of a seed
+has.
 
-Runs of few rows have more epochs, so that all make about as many steps.
+Runs of few rows have more epochs, so that all make 200 to 250 steps.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -29,6 +29,8 @@ from numpy.typing import NDArray
 from spinlock_fast import Tokenizer
 from spinlock_fast.config.families import DEFAULT_DATASETS
 from spinlock_fast.config.schema import FeatureCleaningConfig
+from spinlock_fast.data.feature_source import FeatureSource
+from spinlock_fast.errors import DataError
 from spinlock_fast.features.cleaning import FeatureCleaner, fit_cleaner
 from spinlock_fast.features.normalize import Normalizer, fit_normalizer
 
@@ -53,6 +55,7 @@ SETTINGS: dict[str, Any] = {
     "training.informativeness_weight": 0.001,
     "training.dead_code_threshold": 0.2,
     "training.dead_code_reset_interval": 5,
+    "training.num_categories_auto": 6,
     "training.orthogonality_target": 10.0,
 }
 COLUMNS = ("method", "share", "rows", "seed", "error", "utilization", "equal_tokens_source", "bits", "seconds")
@@ -75,17 +78,16 @@ class Reference:
 
 
 def read(files: list[str]) -> Columns:
-    """The summary family of some files, [N, C]."""
-    parts = []
-    for name in files:
-        with h5py.File(name) as file:
-            parts.append(file[DEFAULT_DATASETS[FAMILY]][:].astype(np.float32))
-    return np.concatenate(parts)
+    """Columns [N, C] of the summary family: means over realizations."""
+    with FeatureSource(files, {FAMILY: DEFAULT_DATASETS[FAMILY]}) as source:
+        names = source.feature_names(FAMILY) or []
+        means = [i for i, name in enumerate(names) if name.endswith("_mean")]
+        return source.read(FAMILY, 0, source.rows)[:, means] if means else source.read(FAMILY, 0, source.rows)
 
 
 def epochs_of(rows: int) -> int:
-    """Epochs of at most about 450 steps, between 30 and 200."""
-    return int(np.clip(450 // max(1, -(-rows // 128)), 30, 200))
+    """Epochs of about 250 steps, at most 200."""
+    return min(200, -(-250 // -(-rows // 128)))
 
 
 def fit(rows: Columns, seed: int, **more: Any) -> tuple[Tokenizer, float]:
@@ -108,11 +110,15 @@ def study(source: Columns, pool: Columns, test: Columns, seed: int, directory: P
     start, _ = fit(source, seed, **SETTINGS, **{"training.learning_rate": RATE})
     start.save(directory)
     seen = source[:: max(1, len(source) // 512)]
+    logging.info("seed %d: the tokenizer of the source is trained", seed)
     made = [("checkpoint alone", 0.0, 0, start, 0.0)]
     for share in SHARES:
         rows = np.random.default_rng(seed).permutation(len(pool))[: round(share * len(pool))]
-        tokenizer, seconds = fit(pool[rows], seed, **SETTINGS, **{"training.learning_rate": RATE})
-        made.append(("from scratch", share, len(rows), tokenizer, seconds))
+        try:
+            tokenizer, seconds = fit(pool[rows], seed, **SETTINGS, **{"training.learning_rate": RATE})
+            made.append(("from scratch", share, len(rows), tokenizer, seconds))
+        except DataError as error:
+            logging.info("seed %d, %g of the rows, from scratch: %s", seed, share, error)
         for frozen in FREEZE:
             kept = {key: value for key, value in SETTINGS.items() if key.startswith(("training.", "device"))}
             more = {"training.learning_rate": FINE_RATE, "init_from": str(directory), "freeze": frozen}

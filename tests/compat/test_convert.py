@@ -316,3 +316,17 @@ def test_card_and_metrics_hold_what_is_known(original: Original, tmp_path: Path)
     assert (measured["samples"], measured["rows"]) == (90, "all")
     assert measured.keys() >= metrics.keys()
     assert "On all 90 operators of the training file:" in (tmp_path / "measured" / "README.md").read_text()
+
+
+def test_converted_checkpoint_is_trained_further(original: Original, tmp_path: Path) -> None:
+    arguments = [str(original.directory), "--data", str(original.data), "--output", str(tmp_path / "start")]
+    with pytest.raises(SystemExit) as end:
+        convert_main(arguments)
+    assert end.value.code == 0
+    start = Tokenizer.from_checkpoint(tmp_path / "start")
+    settings = {"num_epochs": 2, "batch_size": 32, "topo_samples": 32, "device": "cpu"}
+    tuned = Tokenizer(settings=settings, init_from=str(tmp_path / "start"), freeze="tokens").fit(original.data)
+    assert np.array_equal(tuned.encode(original.data), start.encode(original.data))
+    weights = (tokenizer.model.shared_decoder[0].weight for tokenizer in (start, tuned))
+    assert not torch.equal(*weights)
+    assert tuned.feature_names == start.feature_names
