@@ -47,7 +47,7 @@ def print_plan(config: RunConfig) -> None:
     device = resolve_device(config.device)
     ranks = current_ranks()
     directory = output_directory(config)
-    initial = initial_model(config.training.init_from)
+    initial = initial_model(config)
     config = resolve_families(config if initial is None else initial.settings(config))
     lines = []
     with open_source(config) as source:

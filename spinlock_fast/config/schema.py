@@ -303,8 +303,6 @@ class TrainingConfig(Section):
             raise ValueError("val_fraction + test_fraction must leave rows to train on")
         if not any((self.reconstruction_weight, self.vq_weight, self.informativeness_weight, self.topo_weight)):
             raise ValueError("at least one of reconstruction_weight, vq_weight, informativeness_weight, topo_weight")
-        if self.freeze != "none" and self.init_from is None:
-            raise ValueError(f"freeze: {self.freeze} needs init_from, the checkpoint whose parts are kept")
         if self.freeze in ("encoders", "tokens") and not (self.reconstruction_weight or self.informativeness_weight):
             raise ValueError(f"freeze: {self.freeze} leaves the decoders to train: reconstruction_weight must not be 0")
         return self

@@ -47,7 +47,7 @@ def train_tokenizer(data: Any, config: RunConfig, display: Display, *, matrix: b
     """
     started = time.perf_counter()
     device = resolve_device(config.device)
-    initial = initial_model(config.training.init_from)
+    initial = initial_model(config)
     if matrix and initial is None and "deduplicate_threshold" not in config.feature_cleaning.model_fields_set:
         cleaning = config.feature_cleaning.model_copy(update={"deduplicate_threshold": 1.0})
         config = config.model_copy(update={"feature_cleaning": cleaning})

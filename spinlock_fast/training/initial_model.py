@@ -264,8 +264,22 @@ class InitialModel:
             model.error_weight[model.feature_order] = model.input_scale.clamp(max=1.0)
 
 
-def initial_model(given: str | Path | Tokenizer | InitialModel | None, ranks: Ranks = SINGLE) -> InitialModel | None:
-    """What `init_from` stands for: a checkpoint directory, or a tokenizer in memory."""
+def initial_model(
+    config: RunConfig, given: str | Path | Tokenizer | InitialModel | None = None, ranks: Ranks = SINGLE
+) -> InitialModel | None:
+    """The checkpoint that a run starts from; None if it is trained from scratch.
+
+    Args:
+        config: `training.init_from` is used if nothing is given.
+        given: checkpoint directory, or tokenizer in memory.
+
+    Raises:
+        ConfigError: parts are to be frozen without a checkpoint, or `given` is something else.
+        DataError: the checkpoint cannot be read.
+    """
+    given = config.training.init_from if given is None else given
+    if given is None and config.training.freeze != "none":
+        raise ConfigError(f"training.freeze: {config.training.freeze} needs training.init_from, whose parts are kept")
     if given is None or isinstance(given, InitialModel):
         return given
     if isinstance(given, Tokenizer):

@@ -64,7 +64,7 @@ def run(config: RunConfig, display: Display, resume: Path | None = None) -> RunR
     device = resolve_device(config.device)
     signals = _SignalHandler(resume)
     with handle_signals(signals.handle), _output(directory, ranks) as output:
-        initial = initial_model(config.training.init_from, ranks)
+        initial = initial_model(config, ranks=ranks)
         config = resolve_families(config if initial is None else initial.settings(config))
         state = ranks.on_main(lambda: read_resumable(resume, config)) if resume is not None else None
         streams = state["run"].get("streams", 1) if state is not None else VERSION

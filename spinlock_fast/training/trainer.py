@@ -149,8 +149,7 @@ class Trainer:
         """
         self._finished = False
         try:
-            ranks = self._ranks()
-            initial = initial_model(self.config.training.init_from if init_from is None else init_from, ranks)
+            initial = initial_model(self.config, init_from, self._ranks())
             trainer = self
             if initial is not None:
                 config = initial.settings(self.config)
@@ -226,7 +225,8 @@ class Trainer:
         }
         vocabulary = None
         if initial is not None:
-            vocabulary = ranks.on_main(lambda: compare_vocabulary(initial, model, rows, split, training.freeze))
+            with device_guard(device):
+                vocabulary = ranks.on_main(lambda: compare_vocabulary(initial, model, rows, split, training.freeze))
             metrics["init_from"] = log_summary(vocabulary)
         self._raise_if_stopped(final_state)
         total = run.seconds_before + time.perf_counter() - started

@@ -319,10 +319,7 @@ def test_card_and_metrics_hold_what_is_known(original: Original, tmp_path: Path)
 
 
 def test_converted_checkpoint_is_trained_further(original: Original, tmp_path: Path) -> None:
-    arguments = [str(original.directory), "--data", str(original.data), "--output", str(tmp_path / "start")]
-    with pytest.raises(SystemExit) as end:
-        convert_main(arguments)
-    assert end.value.code == 0
+    assert convert(original.directory, "--data", original.data, "--output", tmp_path / "start") == 0
     start = Tokenizer.from_checkpoint(tmp_path / "start")
     settings = {"num_epochs": 2, "batch_size": 32, "topo_samples": 32, "device": "cpu"}
     tuned = Tokenizer(settings=settings, init_from=str(tmp_path / "start"), freeze="tokens").fit(original.data)

@@ -171,7 +171,6 @@ def fit_further(start: Tokenizer, frozen: str, **more: Any) -> TrainResult:
         "training.dead_code_reset_interval": 1,
         "training.dead_code_reset_steps": 1,
         "training.dead_code_threshold": 0.9,
-        "training.init_from": "given below",
         "training.freeze": frozen,
         **{key.replace("__", "."): value for key, value in more.items()},
     }
@@ -203,6 +202,18 @@ def test_frozen_parts_keep_their_bits_and_the_others_change(
     resets = [record.resets for record in result.history]
     assert any(resets) is (frozen in ("none", "encoders"))
     assert all(0.0 < record.utilization <= 1.0 for record in result.history)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("frozen", ["encoders", "codes", "tokens"])
+def test_frozen_parts_keep_their_bits_in_cuda_graphs(starts: dict[bool, Tokenizer], frozen: str) -> None:
+    result = fit_further(starts[True], frozen, device="cuda", training__num_epochs=20)
+    kept = {"encoders": ENCODERS, "codes": CODES, "tokens": ENCODERS + CODES}[frozen]
+    before, after = starts[True].model.state_dict(), result.final_state["model_state_dict"]
+    for name in before:
+        if name.startswith(kept):
+            assert torch.equal(before[name], after[name].cpu()), name
+    assert not torch.equal(before["shared_decoder.0.weight"], after["shared_decoder.0.weight"].cpu())
 
 
 def fit_parameters(tokenizer: Tokenizer) -> int:
@@ -307,7 +318,7 @@ def test_misspelt_and_lonely_options(directory: Path, tmp_path: Path, capsys: py
     assert train(*further(directory), "--freeze", "encoder", "--output", tmp_path / "run") == 2
     assert "training.freeze" in capsys.readouterr().err
     assert train(directory / "run.yaml", "--freeze", "codes", "--output", tmp_path / "run") == 2
-    assert "codes needs init_from" in capsys.readouterr().err
+    assert "codes needs training.init_from" in capsys.readouterr().err
     assert train(directory / "run.yaml", "--init-from", tmp_path / "none", "--output", tmp_path / "run") == 3
     assert "training.init_from: " in capsys.readouterr().err
     weights = ("--set", "training.reconstruction_weight=0", "--set", "training.informativeness_weight=0")
