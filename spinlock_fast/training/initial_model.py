@@ -84,6 +84,9 @@ class InitialModel:
             config = None if text is None else check_config(parse_yaml(text) or {}, f"{name}/{CONFIG}")
         except (SpinlockFastError, ValueError, AttributeError) as error:
             raise ConfigError(f"{name}/{CONFIG}: cannot be read: {error}") from None
+        if config is not None and text is not None and "nan_fill:" not in text:  # of a version without this setting
+            cleaning = config.feature_cleaning.model_copy(update={"nan_fill": "zero"})
+            config = config.model_copy(update={"feature_cleaning": cleaning})
         return cls(name, tokenizer, config)
 
     @property
@@ -101,9 +104,9 @@ class InitialModel:
         families = self._family_settings(config, problems)
         cleaning, categories = config.feature_cleaning, {}
         if self.config is not None:
-            cleaning = self._cleaning_settings(config, problems)
-            saved = self.config.training
-            categories = {key: getattr(saved, key) for key in _CATEGORY_KEYS}
+            cleaning = self.config.feature_cleaning
+            problems += self._contradictions("feature_cleaning", config.feature_cleaning, dict(cleaning))
+            categories = {key: getattr(self.config.training, key) for key in _CATEGORY_KEYS}
         categories["normalization_method"] = self.tokenizer.normalizer.method
         problems += self._contradictions("training", config.training, categories)
         if problems:
@@ -137,13 +140,6 @@ class InitialModel:
         except ValueError:
             return False
         return other.resolved_levels() == self.model_config.resolved_levels()
-
-    def _cleaning_settings(self, config: RunConfig, problems: list[str]) -> Any:
-        assert self.config is not None
-        fills = any(family.fill is not None for family in self.tokenizer.families)
-        saved = self.config.feature_cleaning.model_copy(update={"nan_fill": "median" if fills else "zero"})
-        problems += self._contradictions("feature_cleaning", config.feature_cleaning, dict(saved))
-        return saved
 
     def _family_settings(self, config: RunConfig, problems: list[str]) -> dict[str, FamilyConfig]:
         given = config.families if "families" in config.model_fields_set else {}

@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import ValidationError
 from torch import Tensor
 
+from spinlock_fast.config.families import AUTO
 from spinlock_fast.config.loading import apply_overrides, load_config
 from spinlock_fast.config.random_streams import forked_rng, seed_torch, streams_of, version
 from spinlock_fast.config.schema import Levels, RunConfig
@@ -152,7 +153,7 @@ class Trainer:
             initial = initial_model(self.config, init_from, self._ranks())
             trainer = self
             if initial is not None:
-                config = initial.settings(self.config)
+                config = initial.settings(self.config.model_copy(update={"families": AUTO}))
                 trainer = Trainer(config, self.observer, self._requested_signal, self._given_ranks)
             with streams_of(version() if resume is None else resume.get("streams", 1)):
                 return trainer._fit(x, group_indices, levels, feature_names, val_rows, normalize, resume, initial)

@@ -250,7 +250,7 @@ def test_extra_inputs_keep_their_standardisation() -> None:
 
 
 def test_rows_are_normalised_as_in_the_checkpoint(starts: dict[bool, Tokenizer]) -> None:
-    result = fit_further(starts[True], "none")
+    result = fit_further(starts[True], "none", families__mine__encoder="IdentityEncoder")  # families have no effect
     assert result.normalizer is not None
     assert np.array_equal(result.normalizer.normalizer.center, starts[True].normalizer.center)
 
@@ -310,6 +310,8 @@ def test_settings_come_from_the_checkpoint_unless_they_act_on_training_only(dire
     assert initial.model_settings(config).dropout == 0.3
     same = {"model.levels": initial.tokenizer.model.levels, "families": "auto"}
     assert initial.settings(make_config(CONFIG, same)).families == config.families
+    written = initial.settings(load_run_config(directory / "start"))
+    assert written.model_dump() == load_run_config(directory / "start").model_dump()
     other_path = make_config(CONFIG, {"families.summary.dataset": "elsewhere/x"})
     assert initial.settings(other_path).families["summary"].dataset == "elsewhere/x"
 
