@@ -1,4 +1,4 @@
-"""Writes the tables of docs/transfer.md from benchmarks/results/transfer_cpu.csv, the result of studies/transfer.py.
+"""Writes the tables of docs/transfer.md from benchmarks/results/transfer_*.csv, results of studies/transfer.py.
 
     python docs/make_transfer.py
 
@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 import statistics
 from pathlib import Path
 
 PAGE = Path(__file__).with_name("transfer.md")
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "transfer_cpu.csv"
-_START, _END = "<!-- tables of make_transfer.py -->\n", "<!-- end of the tables -->\n"
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+_BLOCK = re.compile(
+    r"(<!-- tables of (\S+\.csv), by make_transfer.py -->\n).*?(<!-- end of the tables -->\n)", re.DOTALL
+)
 _NAMES = {
     "from scratch": "from scratch",
     "freeze none": "`--init-from`",
@@ -28,10 +31,12 @@ Rows = list[dict[str, str]]
 
 def page() -> str:
     """The text of the page with current tables."""
-    before, rest = PAGE.read_text(encoding="utf-8").split(_START)
-    with open(RESULTS, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    return f"{before}{_START}\n{tables(rows)}\n{_END}{rest.split(_END)[1]}"
+
+    def block(match: re.Match[str]) -> str:
+        with open(RESULTS / match[2], newline="", encoding="utf-8") as file:
+            return f"{match[1]}\n{tables(list(csv.DictReader(file)))}\n{match[3]}"
+
+    return _BLOCK.sub(block, PAGE.read_text(encoding="utf-8"))
 
 
 def tables(rows: Rows) -> str:

@@ -2,8 +2,8 @@
 
     python -m benchmarks.studies.transfer --source A.h5 B.h5 --target C.h5 [--seeds 2] [--output transfer.csv]
 
-A tokenizer of the summary family (means over realizations) is trained on the files of --source. Then, with 1 %, 10 %
-and 100 % of the rows of --target, another one is trained from scratch, and the first one is trained further with each
+A tokenizer of the summary family (means over realizations) is trained on the files of --source. Then, with each
+share of the rows of --target, another one is trained from scratch, and the first one is trained further with each
 choice of --freeze. All are measured on the same held-out rows of --target: mean squared error of the reconstruction
 from tokens, in standard deviations of all training rows of --target, over the columns that every tokenizer of a seed
 has.
@@ -35,7 +35,6 @@ from spinlock_fast.features.cleaning import FeatureCleaner, fit_cleaner
 from spinlock_fast.features.normalize import Normalizer, fit_normalizer
 
 FAMILY = "summary"
-SHARES = (0.01, 0.1, 1.0)
 FREEZE = ("none", "codes", "tokens")
 RATE, FINE_RATE = 0.002, 0.0005
 SETTINGS: dict[str, Any] = {
@@ -105,14 +104,16 @@ def decoded(tokenizer: Tokenizer, rows: Columns) -> Columns:
     return full
 
 
-def study(source: Columns, pool: Columns, test: Columns, seed: int, directory: Path) -> list[dict[str, Any]]:
+def study(
+    source: Columns, pool: Columns, test: Columns, shares: list[float], seed: int, directory: Path
+) -> list[dict[str, Any]]:
     """The rows of one seed."""
     start, _ = fit(source, seed, **SETTINGS, **{"training.learning_rate": RATE})
     start.save(directory)
     seen = source[:: max(1, len(source) // 512)]
     logging.info("seed %d: the tokenizer of the source is trained", seed)
     made = [("checkpoint alone", 0.0, 0, start, 0.0)]
-    for share in SHARES:
+    for share in shares:
         rows = np.random.default_rng(seed).permutation(len(pool))[: round(share * len(pool))]
         try:
             tokenizer, seconds = fit(pool[rows], seed, **SETTINGS, **{"training.learning_rate": RATE})
@@ -137,7 +138,8 @@ def study(source: Columns, pool: Columns, test: Columns, seed: int, directory: P
         tokens, codes = tokenizer.encode({FAMILY: test}), tokenizer.model.quantizer.num_codes
         used = [len(np.unique(tokens[:, g])) / k for g, k in enumerate(codes)]
         equal = (tokenizer.encode({FAMILY: seen}) == before).mean() if method != "from scratch" else float("nan")
-        values = (method, share, count, seed, error, np.mean(used), equal, np.log2(codes).sum(), seconds)
+        measures = (error, np.mean(used), equal, np.log2(codes).sum(), seconds)
+        values = (method, share, count, seed, *map(float, measures))
         results.append(dict(zip(COLUMNS, values, strict=True)))
     return results
 
@@ -148,6 +150,7 @@ def main() -> None:
     options.add_argument("--source", nargs="+", required=True, metavar="FILE")
     options.add_argument("--target", nargs="+", required=True, metavar="FILE")
     options.add_argument("--test-rows", type=int, default=500, help="held-out rows of --target")
+    options.add_argument("--shares", nargs="+", type=float, default=[0.01, 0.1, 1.0], help="of the other rows")
     options.add_argument("--seeds", type=int, default=2)
     options.add_argument("--first-seed", type=int, default=42)
     options.add_argument("--output", type=Path, default=Path("transfer.csv"))
@@ -161,7 +164,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for seed in range(chosen.first_seed, chosen.first_seed + chosen.seeds):
         with tempfile.TemporaryDirectory() as directory:
-            rows += study(source, pool, test, seed, Path(directory) / "checkpoint")
+            rows += study(source, pool, test, chosen.shares, seed, Path(directory) / "checkpoint")
         with open(chosen.output, "w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()

@@ -32,6 +32,7 @@ from spinlock_fast.checkpoints.run_directory import (
     METRICS,
     PARTIAL,
     PREVIOUS,
+    VOCABULARY,
 )
 from spinlock_fast.errors import DataError, TrainingError
 from spinlock_fast.evaluate import main as evaluate_main
@@ -283,7 +284,7 @@ def flip_bit(path: Path, where: float) -> None:
 
 def test_a_manifest_has_every_file(finished_run: Path) -> None:
     files = json.loads((finished_run / MANIFEST).read_text())["files"]
-    assert files.keys() == set(FILES) - {*STATES, MANIFEST, "tensorboard"}
+    assert files.keys() == set(FILES) - {*STATES, MANIFEST, VOCABULARY, "tensorboard"}
 
 
 @pytest.mark.parametrize("where", [0.03, 0.4, 0.97])

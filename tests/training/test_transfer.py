@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import shutil
@@ -488,3 +489,13 @@ def test_sampled_rows_are_distinct_and_spread() -> None:
     rows = sampled(1000, 7)
     assert len(set(rows.tolist())) == 7
     assert rows[-1] >= 850
+
+
+def test_tables_of_the_page_are_current() -> None:
+    path = Path(__file__).parents[2] / "docs" / "make_transfer.py"
+    spec = importlib.util.spec_from_file_location("make_transfer", path)
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.PAGE.read_text(encoding="utf-8") == script.page(), "run `python docs/make_transfer.py`"
