@@ -40,13 +40,11 @@ def page() -> str:
 
 
 def tables(rows: Rows) -> str:
-    """Errors, and tokens and codes, of every method by the number of rows."""
+    """Errors, and tokens of source rows, of every method by the number of rows."""
     counts = sorted({int(row["rows"]) for row in rows} - {0})
     seeds = len({row["seed"] for row in rows})
     texts = [f"Error on held-out rows of the target, mean ± standard deviation over {seeds} seeds.\n"]
     texts += _table(rows, counts, "error")
-    texts.append("\nShare of codes in use on these rows.\n")
-    texts += _table(rows, counts, "utilization")
     texts.append("\nShare of the tokens of source rows that are those of the checkpoint.\n")
     texts += _table([row for row in rows if row["method"] != "from scratch"], counts, "equal_tokens_source")
     return "\n".join(texts) + "\n"

@@ -39,6 +39,7 @@ REPLACED = {
     "--operators 512 --output data/u0.h5": "--operators 24 --output data/u0.h5",
     "--output predictors/quickstart --set num_epochs=50": "--output predictors/quickstart --set num_epochs=1",
     "--seed 7": "--seed 7 --operators 24",
+    "--operators 24 \\\n  --output data/new.h5": "--operators 6 \\\n  --output data/new.h5",
     'freeze="none", num_epochs=50': 'freeze="none", num_epochs=2',
     "x, num_epochs=50": "x, num_epochs=1, batch_size=64, topo_samples=64",
     "num_epochs=20, batch_size=64": "num_epochs=1, batch_size=64, topo_samples=64",
