@@ -311,8 +311,8 @@ def test_settings_come_from_the_checkpoint_unless_they_act_on_training_only(dire
     assert initial.model_settings(config).dropout == 0.3
     same = {"model.levels": initial.tokenizer.model.levels, "families": "auto"}
     assert initial.settings(make_config(CONFIG, same)).families == config.families
-    written = initial.settings(load_run_config(directory / "start"))
-    assert written.model_dump() == load_run_config(directory / "start").model_dump()
+    written = load_run_config(directory / "start")  # every key is given
+    assert initial.settings(written).model_dump(exclude={"families"}) == written.model_dump(exclude={"families"})
     other_path = make_config(CONFIG, {"families.summary.dataset": "elsewhere/x"})
     assert initial.settings(other_path).families["summary"].dataset == "elsewhere/x"
 
