@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from spinlock_fast.dropin.codebook import Codebook, CodebookUpdate, apply_updates
@@ -19,20 +18,17 @@ if TYPE_CHECKING:
 
 
 def forward(
-    layer: TrainingLoss, x: Tensor, layout: InputLayout, freeze_codebook: bool | None
+    layer: TrainingLoss, x: Tensor, rows: Tensor, layout: InputLayout, freeze_codebook: bool | None
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The results of `VectorQuantize.forward`, with the update of the codebook; None if another path must be taken.
+    """Results of a training step of `VectorQuantize`, which updates the codebook; None if another path must be taken.
 
     Args:
         layer: the quantizer.
         x: its input.
+        rows: the input as [b, n, heads * D], after `project_in`.
         layout: of x.
         freeze_codebook: no update; None for the setting of the layer.
     """
-    if torch.compiler.is_compiling() or not layer.training:
-        return None
-    rows = layout.to_rows(x)
-    rows = apply_projection(layer.project_in, rows) if layer.has_projections else rows
     if not _applies(layer, rows):
         return None
     frozen = layer.freeze_codebook if freeze_codebook is None else freeze_codebook

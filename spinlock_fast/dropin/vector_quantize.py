@@ -286,8 +286,11 @@ class VectorQuantize(TrainingLoss):
         layout = InputLayout.of(x, self.dim, self.channel_last, self.accept_image_fmap, self.accept_3d_fmap)
         origin = layout.to_rows(x)
         others = (indices, mask, lens, topk, codebook_transform_fn, ema_update_weight, ema_update)
-        if not (return_loss_breakdown or accum_ema_update) and all(other is None for other in others):
-            returned = eager_step.forward(self, x, layout, freeze_codebook)
+        plain = not (return_loss_breakdown or accum_ema_update) and all(other is None for other in others)
+        projected = None
+        if plain and self.training and not torch.compiler.is_compiling():
+            projected = apply_projection(self.project_in, origin) if self.has_projections else origin
+            returned = eager_step.forward(self, x, projected, layout, freeze_codebook)
             if returned is not None:
                 return returned
         if lens is not None:
@@ -316,7 +319,8 @@ class VectorQuantize(TrainingLoss):
             accum_ema_update=accum_ema_update,
             ema_update=ema_update,
         )
-        rows = self._head_layout.split(apply_projection(self.project_in, origin))
+        projected = apply_projection(self.project_in, origin) if projected is None else projected
+        rows = self._head_layout.split(projected)
         result = self._search(at_least_float32(rows), options)
         if indices is not None:
             return self._cross_entropy(result, indices, options, x.dtype)
