@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from spinlock_fast.dropin import dead_codes
-from spinlock_fast.dropin.dead_codes import GatherRows, Replacements, Slot, gather_from_heads
+from spinlock_fast.dropin.dead_codes import GatherRows, ReplaceableCodes, Replacements, Slot, gather_from_heads
 from spinlock_fast.dropin.input_layout import at_least_float32
 from spinlock_fast.dropin.kmeans_init import laplace_smoothing
 from spinlock_fast.kernels._common.export import exporting
 from spinlock_fast.kernels.ema_update.averages import average_codes
 from spinlock_fast.kernels.residual_vq.reference import tally, unit
 from spinlock_fast.quantize.activation_checkpointing import first_run_values
-from spinlock_fast.quantize.buffers import TransientBuffers
 from spinlock_fast.quantize.module_state import FirstBatch, keep_float32
 from spinlock_fast.quantize.process_group import Processes
 from spinlock_fast.quantize.sharded_parameters import ShardKey, assign_, store_written
@@ -28,7 +27,7 @@ OPTIONAL_STATISTICS = ("batch_mean", "batch_variance")
 UpdateWeight = Tensor | Callable[[Tensor, Tensor], Tensor] | None
 
 
-class Codebook(TransientBuffers):
+class Codebook(ReplaceableCodes):
     """H codebooks of K codes.
 
     Buffers: embed [H, K, D] the codes (a parameter if learnable), embed_avg [H, K, D] moving sums, cluster_size
@@ -36,9 +35,6 @@ class Codebook(TransientBuffers):
     precision, which could not represent a small change of a large count.
     """
 
-    embed: Tensor
-    embed_avg: Tensor
-    cluster_size: Tensor
     initted: Tensor
     usage: Tensor
 

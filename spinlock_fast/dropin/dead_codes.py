@@ -7,21 +7,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from spinlock_fast.kernels._common.guard import is_traced
+from spinlock_fast.quantize.buffers import TransientBuffers
 from spinlock_fast.quantize.sharded_parameters import store_written
-
-if TYPE_CHECKING:
-    from spinlock_fast.dropin.codebook import Codebook
 
 # Of several codebooks [H, K, D]: the number of the codebook, and the head h in it.
 Slot = tuple[int, int]
 # (slots, row numbers [slots, n]) -> quantizer inputs of these slots, [slots, n, D]
 GatherRows = Callable[[Sequence[Slot], Tensor], Tensor]
+
+
+class ReplaceableCodes(TransientBuffers):
+    """Base class of `Codebook`: what the replacement reads and writes."""
+
+    embed: Tensor
+    embed_avg: Tensor
+    cluster_size: Tensor
+    num_codebooks: int
+    threshold_ema_dead_code: float
+    reset_cluster_size: float
+    has_dead_code_replacement: bool
+    corrections: frozenset[str]
 
 
 def gather_from_heads(rows: Tensor, transform: Callable[[Tensor], Tensor]) -> GatherRows:
@@ -81,7 +92,7 @@ def valid_first(rows: Tensor, valid: Tensor) -> Replacements:
 
 
 def replace_dead_codes(
-    codebooks: Sequence[Codebook],
+    codebooks: Sequence[ReplaceableCodes],
     slots: Sequence[Slot],
     active: Sequence[Tensor | None],
     replacements: Callable[[Sequence[Slot]], Replacements],
@@ -122,7 +133,7 @@ def slots_at_once(device: torch.device, slots: int) -> int:
 
 
 def _overwrite_codes(
-    codebooks: Sequence[Codebook], slots: Sequence[Slot], dead: Tensor, replacements: Replacements
+    codebooks: Sequence[ReplaceableCodes], slots: Sequence[Slot], dead: Tensor, replacements: Replacements
 ) -> None:
     """Replaces the i-th dead code of each slot by its i-th row; codes are in random order if rows may be too few."""
     rank = dead.cumsum(1) - 1
@@ -162,7 +173,7 @@ def _copy(targets: list[Tensor], values: Tensor) -> None:
         target.copy_(value)
 
 
-def equal_options(codebooks: Sequence[Codebook]) -> Iterator[list[Slot]]:
+def equal_options(codebooks: Sequence[ReplaceableCodes]) -> Iterator[list[Slot]]:
     """The slots of codebooks with dead-code replacement, grouped by size and options."""
     groups: dict[Any, list[Slot]] = {}
     for i, codebook in enumerate(codebooks):

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
 from spinlock_fast.dropin.codebook import Codebook, CodebookUpdate, apply_updates
 from spinlock_fast.dropin.dead_codes import gather_from_heads
 from spinlock_fast.dropin.input_layout import InputLayout, apply_projection
+from spinlock_fast.dropin.training_loss import TrainingLoss
 from spinlock_fast.kernels.ema_update import cpu
 from spinlock_fast.kernels.residual_vq.eager import Averages, StepOptions, quantize_step, supports
 from spinlock_fast.quantize.activation_checkpointing import in_region
-
-if TYPE_CHECKING:
-    from spinlock_fast.dropin.training_loss import TrainingLoss
 
 
 def forward(
