@@ -118,6 +118,19 @@ def residual_backward(
     grad: int, grad_errors: int, x: int, x_row: int, rows: int, dims: int, codebook: int, num_codes: list[int],
     mask: int, codes: int, cosine: bool, gradient: int, grad_x: int, threads: int,
 ) -> None: ...  # fmt: skip
+def quantize_step(
+    x: int, rows: int, dims: int, codebook: int, num_codes: int, cosine: bool, gradient: int, weight: float, codes: int,
+    quantized: int, loss: int, saved_codebook: int, saved_codes: int, counts: int, sums: int, cluster_size: int,
+    code_sum: int, usage: int, rate: float, epsilon: float, threads: int,
+) -> None: ...  # fmt: skip
+def quantize_step_backward(
+    grad: int, grad_loss: int, x: int, rows: int, dims: int, codebook: int, num_codes: int, codes: int, cosine: bool,
+    gradient: int, weight: float, grad_x: int, threads: int,
+) -> None: ...  # fmt: skip
+def average_codes(
+    codes: int, cluster_size: int, code_sum: int, usage: int, counts: int, sums: int, num_codes: list[int],
+    dims: list[int], rate: float, smoothing: int, epsilon: float, unit: bool, keep_without_rows: bool, threads: int,
+) -> None: ...  # fmt: skip
 def decoders_forward(
     x: int, mean: int, codes: int, codebook: int, w1: int, b1: int, w2: int, b2: int, num_codes: list[int],
     dims: list[int], rows: int, features: int, hidden_width: int, hidden: int, decoded: int, error_sums: int,

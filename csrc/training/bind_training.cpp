@@ -37,6 +37,7 @@ void register_training(py::module_& module) {
     add(module, "segments_backward", training::segment_layer_norm_backward);
     add(module, "assign", training::assign);
     add(module, "assign_backward", training::assign_backward);
+    add(module, "average_codes", training::average_codes);
     add(module, "decoders_forward", training::decoders_forward);
     add(module, "decoders_backward", training::decoders_backward);
     add(module, "joint_search", training::joint_search);
@@ -44,6 +45,8 @@ void register_training(py::module_& module) {
     add(module, "topo_backward", training::topo_backward);
     add(module, "residual_assign", training::residual_assign);
     add(module, "residual_backward", training::residual_backward);
+    add(module, "quantize_step", training::quantize_step);
+    add(module, "quantize_step_backward", training::quantize_step_backward);
     module.def(
         "check_codes",
         [](training::Address codes, training::Index rows, const std::vector<training::Index>& num_codes,

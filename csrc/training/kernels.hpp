@@ -112,6 +112,22 @@ struct ResidualTask {
     float* quantized;          // [N, D]
 };
 
+// Smoothing of moving counts: none, Laplace, or Laplace for the division alone, which leaves the counts as they are.
+enum class Smoothing : int { none, laplace, division };
+
+// Update of a codebook by moving averages; see code_averages_impl.hpp.
+struct AverageTask {
+    Index num_codes, dims;
+    const float *counts, *sums;      // [K], [K, D] of the batch; sums of codes without rows are not read
+    std::int64_t* usage;             // [K] or null
+    float *cluster_size, *code_sum;  // [K], [K, D] moving counts and sums
+    float* codes;                    // [K, D], or null to update the averages only
+    float rate, epsilon;             // rate = 1 - decay
+    Smoothing smoothing;
+    bool unit;               // normalise codes to unit length
+    bool keep_without_rows;  // change nothing if no row was assigned to the codebook
+};
+
 // Numbers of principal components in the two lower bounds of `JointSearchTask`.
 constexpr Index kFilterComponents = 4, kHeadComponents = 32;
 
@@ -191,6 +207,10 @@ struct Kernels {
                                 float* sums);
     void (*residual_backward)(const ResidualTask&, Index first, Index last, const float* grad, const float* grad_errors,
                               float* grad_x, const Workspace&);
+
+    // code_averages_impl.hpp
+    bool (*average_counts)(const AverageTask&, float* divisors);
+    void (*average_codes)(const AverageTask&, const float* divisors, Index first, Index last);
 
     // code_decoders_impl.hpp
     double (*decoder_forward)(const DecoderTask&, const Workspace&);

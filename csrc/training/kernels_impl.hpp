@@ -1,6 +1,7 @@
 // Definition of the kernels of `kernels.hpp` for the instruction set that this file is compiled for.
 #pragma once
 
+#include "code_averages_impl.hpp"
 #include "code_decoders_impl.hpp"
 #include "distance_gradient_impl.hpp"
 #include "joint_search_impl.hpp"
@@ -37,6 +38,8 @@ constexpr training::Kernels kKernels = {
     .residual_buffer_floats = residual_buffer_floats,
     .residual_statistics = residual_statistics,
     .residual_backward = residual_backward,
+    .average_counts = average_counts,
+    .average_codes = average_codes,
     .decoder_forward = decoder_forward,
     .decoder_backward = decoder_backward,
     .decoder_buffer_floats = decoder_buffer_floats,

@@ -56,6 +56,11 @@ void decoders_backward(double scale, Address x, Address codes, Address codebook,
                        Address hidden, Address decoded, Address error_sums, Address grad_quantized, Address grad_w1,
                        Address grad_b1, Address grad_w2, Address grad_b2, int threads);
 
+// code_averages.cpp
+void average_codes(Address codes, Address cluster_size, Address code_sum, Address usage, Address counts, Address sums,
+                   const std::vector<Index>& num_codes, const std::vector<Index>& dims, double rate, int smoothing,
+                   double epsilon, bool unit, bool keep_without_rows, int threads);
+
 // joint_search.cpp
 void joint_search(Address codes, Address sums, Address gradient, Address tolerance, Address cost, Address tables,
                   Address filter, Address head, Address tail, Address gram, const std::vector<Index>& num_codes,
@@ -78,5 +83,13 @@ void residual_assign(Address x, Index x_row, Index N, Index D, Address codebook,
 void residual_backward(Address grad, Address grad_errors, Address x, Index x_row, Index N, Index D, Address codebook,
                        const std::vector<Index>& num_codes, Address mask, Address codes, bool cosine, int gradient,
                        Address grad_x, int threads);
+
+// quantize_step.cpp
+void quantize_step(Address x, Index N, Index D, Address codebook, Index K, bool cosine, int gradient, double weight,
+                   Address codes, Address quantized, Address loss, Address saved_codebook, Address saved_codes,
+                   Address counts, Address sums, Address cluster_size, Address code_sum, Address usage, double rate,
+                   double epsilon, int threads);
+void quantize_step_backward(Address grad, Address grad_loss, Address x, Index N, Index D, Address codebook, Index K,
+                            Address codes, bool cosine, int gradient, double weight, Address grad_x, int threads);
 
 }  // namespace spinlock_fast::training

@@ -51,14 +51,22 @@ void residual_pack_codebook(const ResidualTask& t, Index stage) {
                     static_cast<std::size_t>(D) * sizeof(float));  // dot products are not translation-invariant
     else
         codebook_center(codes, K, D, center);
-    for (Index k = 0; k < padded_codes; ++k) norms[k] = k < K ? 0.0f : __builtin_inff();
-    for (Index k0 = 0; k0 < K; k0 += kColumns)  // one panel at a time stays in the cache
-        for (Index d = 0; d < D; ++d)
-            for (Index k = k0; k < k0 + kColumns; ++k) {
-                const float value = k < K ? codes[k * D + d] - center[d] : 0.0f;
-                transposed[d * padded_codes + k] = value;
-                if (!t.cosine && k < K) norms[k] += value * value;
+    for (Index k = 0; k < padded_codes; k += kColumns) {  // one panel at a time stays in the cache
+        const Index n = K - k < kColumns ? K - k : kColumns;
+        transpose(codes + k * D, D, D, n, transposed + k, padded_codes);
+        Vector norm[kVectors] = {};
+        for (Index d = 0; d < D; ++d) {
+            float* row = transposed + d * padded_codes + k;
+            for (Index c = n; c < kColumns; ++c) row[c] = center[d];  // 0 after the subtraction
+            for (int v = 0; v < kVectors; ++v) {
+                const Vector value = load(row + v * kLanes) - center[d];
+                store(row + v * kLanes, value);
+                norm[v] += value * value;
             }
+        }
+        for (int v = 0; v < kVectors; ++v) store(norms + k + v * kLanes, t.cosine ? Vector{} : norm[v]);
+        for (Index c = n; c < kColumns; ++c) norms[k + c] = __builtin_inff();
+    }
 }
 
 Index residual_buffer_floats(Index rows, Index D) { return rows * (2 * D + 2 * kLanes) + 5 * D; }

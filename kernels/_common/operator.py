@@ -57,7 +57,7 @@ def operator(
             function = _autograd_function(name, implementation, setup_context, padded)
 
         def call(*arguments: Any) -> Any:
-            if torch.compiler.is_compiling() or not _plain(arguments):
+            if torch.compiler.is_compiling() or not is_plain_call(arguments):
                 return overload(*arguments)
             if function is not None and torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
                 return function.apply(*arguments)
@@ -119,7 +119,7 @@ def _autograd_function(
     return type(name, (torch.autograd.Function,), methods)
 
 
-def _plain(arguments: Sequence[Any]) -> bool:
+def is_plain_call(arguments: Sequence[Any]) -> bool:
     """Whether this is a call in eager mode, on tensors whose memory kernels can read directly."""
     return (
         torch._C._len_torch_dispatch_stack() == 0

@@ -12,7 +12,7 @@ from spinlock_fast.kernels._common.backend import resolve_backend
 from spinlock_fast.kernels._common.guard import FLOAT, REAL, check
 from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels._common.operator import operator
-from spinlock_fast.kernels.ema_update import reference
+from spinlock_fast.kernels.ema_update import cpu, reference
 
 
 @torch.no_grad()
@@ -102,7 +102,11 @@ def _ema_update(
                 target.copy_(value)
         return
     smoothing: Literal["none", "laplace"] = "laplace" if laplace else "none"
-    counts, sums = counts.sum(0), sums.sum(0)
+    counts, sums = (parts[0] if parts.shape[0] == 1 else parts.sum(0) for parts in (counts, sums))
+    if cpu.supports(codebook, cluster_size, code_sum, counts, sums, usage):
+        state = codebook, cluster_size, code_sum, counts, sums, usage
+        cpu.average_codes(*state, num_codes, dims, decay, smoothing, epsilon)
+        return
     codes, n, s = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (codebook, cluster_size, code_sum))
     updated = reference.ema_update(codes, n, s, counts, sums, layout, decay, smoothing, epsilon)
     for target, value in zip((codebook, cluster_size, code_sum), updated, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from spinlock_fast.dropin import dense_search, gradient_estimators, losses
 from spinlock_fast.dropin.affine_codebook import NO_STATISTICS, AffineStatistics, Statistics
 from spinlock_fast.dropin.codebook import Codebook, CodebookUpdate, UpdateWeight, apply_updates
+from spinlock_fast.dropin.dead_codes import gather_from_heads
 from spinlock_fast.dropin.input_layout import apply_projection
 from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels._common.snapshot import snapshot
@@ -177,13 +179,11 @@ class CodeSearch(TransientBuffers):
 
     def _update_codebook(self, rows: Tensor, counts: Tensor, sums: Tensor, options: CallOptions) -> None:
         codebook = self._codebook
-
-        def gather_rows(h: int, index: Tensor) -> Tensor:
-            return codebook.transform_input(rows[h].detach()[index])
-
-        update = CodebookUpdate(codebook, counts, sums, gather_rows, rows.shape[1], options.row_mask)
+        gather_rows = gather_from_heads(rows.detach(), codebook.transform_input)
+        update = CodebookUpdate(codebook, counts, sums, rows.shape[1], options.row_mask)
         weight, accumulate = options.ema_update_weight, options.accum_ema_update
-        once(codebook, lambda: apply_updates([update], weight, accumulate, options.ema_update), codebook.usage)
+        action = partial(apply_updates, [update], gather_rows, weight, accumulate, options.ema_update)
+        once(codebook, action, codebook.usage)
 
     def _search_unfused(self, rows: Tensor, options: CallOptions) -> SearchResult:
         codebook, affine, statistics = self._codebook, self._affine, NO_STATISTICS

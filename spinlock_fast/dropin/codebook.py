@@ -9,12 +9,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from spinlock_fast.dropin import dead_codes
+from spinlock_fast.dropin.dead_codes import GatherRows, ReplaceableCodes, Replacements, Slot, gather_from_heads
 from spinlock_fast.dropin.input_layout import at_least_float32
 from spinlock_fast.dropin.kmeans_init import laplace_smoothing
 from spinlock_fast.kernels._common.export import exporting
+from spinlock_fast.kernels.ema_update.averages import average_codes
 from spinlock_fast.kernels.residual_vq.reference import tally, unit
 from spinlock_fast.quantize.activation_checkpointing import first_run_values
-from spinlock_fast.quantize.buffers import TransientBuffers
 from spinlock_fast.quantize.module_state import FirstBatch, keep_float32
 from spinlock_fast.quantize.process_group import Processes
 from spinlock_fast.quantize.sharded_parameters import ShardKey, assign_, store_written
@@ -25,7 +27,7 @@ OPTIONAL_STATISTICS = ("batch_mean", "batch_variance")
 UpdateWeight = Tensor | Callable[[Tensor, Tensor], Tensor] | None
 
 
-class Codebook(TransientBuffers):
+class Codebook(ReplaceableCodes):
     """H codebooks of K codes.
 
     Buffers: embed [H, K, D] the codes (a parameter if learnable), embed_avg [H, K, D] moving sums, cluster_size
@@ -33,9 +35,6 @@ class Codebook(TransientBuffers):
     precision, which could not represent a small change of a large count.
     """
 
-    embed: Tensor
-    embed_avg: Tensor
-    cluster_size: Tensor
     initted: Tensor
     usage: Tensor
 
@@ -167,6 +166,21 @@ class Codebook(TransientBuffers):
         self.embed.data.copy_(codes if active is None else torch.where(active, codes, self.embed.data))
         store_written(self, "embed")
 
+    @property
+    def accumulates(self) -> bool:
+        """Whether the next update includes accumulated batches."""
+        return self._accumulated is not None
+
+    def average(self, counts: Tensor, sums: Tensor, update_codes: bool) -> bool:
+        """`update_averages`, and `update_ema` if `update_codes`, fused; False if no fused implementation applies."""
+        if self.accumulates:
+            return False
+        state = self.embed.data if update_codes else None, self.cluster_size, self.embed_avg, counts, sums, self.usage
+        done = average_codes(*state, self.decay, self.eps, unit=self.use_cosine_sim)
+        if done and update_codes:
+            store_written(self, "embed")
+        return done
+
     @torch.no_grad()
     def update_averages(
         self,
@@ -204,7 +218,8 @@ class Codebook(TransientBuffers):
         """Replaces dead codes (moving count below the threshold) by random rows of [H, ..., D]."""
         if self.has_dead_code_replacement and self.training:
             rows = self.transform_input(rows).flatten(1, -2)
-            apply_updates([CodebookUpdate(self, None, None, lambda h, index: rows[h][index], rows.shape[1], mask)])
+            update = CodebookUpdate(self, None, None, rows.shape[1], mask)
+            apply_updates([update], gather_from_heads(rows, lambda gathered: gathered))
 
     @torch.no_grad()
     def update_indices(
@@ -218,8 +233,8 @@ class Codebook(TransientBuffers):
     ) -> None:
         """Update with given codes [H, N] of rows [H, N, D]; masked rows and codes of -1 are ignored."""
         counts, sums = self.count_and_sum(at_least_float32(rows), codes, mask)
-        update = CodebookUpdate(self, counts, sums, lambda h, index: rows[h][index], rows.shape[1], mask)
-        apply_updates([update], weight, accumulate, ema_update)
+        update = CodebookUpdate(self, counts, sums, rows.shape[1], mask)
+        apply_updates([update], gather_from_heads(rows, lambda gathered: gathered), weight, accumulate, ema_update)
 
     def count_and_sum(self, rows: Tensor, codes: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Counts [H, K] and sums [H, K, D] of the rows [H, N, D] of each code, without masked rows and codes of -1."""
@@ -250,33 +265,12 @@ class Codebook(TransientBuffers):
 
 
 @dataclass(frozen=True)
-class ReplacementRows:
-    """Randomly drawn rows that may replace dead codes."""
-
-    index: Tensor  # [K] row numbers
-    valid: Tensor  # [K] bool
-
-    @staticmethod
-    def draw(num_rows: int, K: int, mask: Tensor | None, device: torch.device) -> ReplacementRows:
-        """Up to K distinct random rows that are not masked. Shapes do not depend on the mask."""
-        order = torch.randperm(num_rows, device=device)
-        num_valid: Tensor | int = num_rows
-        if mask is not None:
-            order = order[(~mask[order]).to(torch.uint8).argsort(stable=True)]
-            num_valid = mask.sum()
-        position = torch.arange(K, device=device)
-        index = order[position.clamp(max=max(num_rows - 1, 0))] if num_rows else position * 0
-        return ReplacementRows(index, position < num_valid)
-
-
-@dataclass(frozen=True)
 class CodebookUpdate:
     """The update of one codebook from a batch."""
 
     codebook: Codebook
     counts: Tensor | None  # [H, K]
     sums: Tensor | None  # [H, K, D]
-    gather_rows: Callable[[int, Tensor], Tensor]  # (head, row numbers [n]) -> quantizer inputs [n, D]
     num_rows: int
     mask: Tensor | None
     active: Tensor | None = None  # bool scalar; if False, the codebook does not change
@@ -285,110 +279,111 @@ class CodebookUpdate:
 @torch.no_grad()
 def apply_updates(
     updates: Sequence[CodebookUpdate],
+    gather_rows: GatherRows,
     weight: UpdateWeight = None,
     accumulate: bool = False,
     ema_update: bool | None = None,
 ) -> None:
     """Updates averages and codes, then replaces dead codes, with one all-reduce of fixed size for all codebooks.
 
-    All codebooks must have the same process group.
+    All codebooks must be different, and have the same process group and number of rows.
     """
-    synced = [update for update in updates if update.codebook.syncs_updates]
-    reduced = _all_reduce(synced, accumulate) if synced else {}
-    for update in updates:
-        codebook = update.codebook
-        update_codes = codebook.ema_update if ema_update is None else ema_update
-        counts, sums, candidates = reduced.get(id(update), (update.counts, update.sums, None))
+    synced = [i for i, update in enumerate(updates) if update.codebook.syncs_updates]
+    reduced = _all_reduce(updates, synced, gather_rows, accumulate) if synced else {}
+    for i, update in enumerate(updates):
+        counts, sums, _ = reduced.get(i, (update.counts, update.sums, None))
         if counts is not None and sums is not None:
-            if not update_codes and not codebook.has_dead_code_replacement:
-                codebook.usage += counts.to(torch.int64)
-                continue
-            codebook.update_averages(counts, sums, weight, accumulate, update.active)
-            if accumulate:
-                continue
-            if update_codes and not codebook.manual_ema_update:
-                codebook.update_ema(update.active)
-        if codebook.has_dead_code_replacement and codebook.training:
-            _replace_dead_codes(update, candidates)
+            _average(update, counts, sums, weight, accumulate, ema_update)
+    if not (accumulate and any(update.counts is not None for update in updates)):
+        _replace_dead_codes(updates, gather_rows, {i: candidates for i, (*_, candidates) in reduced.items()})
+
+
+def _average(
+    update: CodebookUpdate,
+    counts: Tensor,
+    sums: Tensor,
+    weight: UpdateWeight,
+    accumulate: bool,
+    ema_update: bool | None,
+) -> None:
+    codebook = update.codebook
+    update_codes = codebook.ema_update if ema_update is None else ema_update
+    if not update_codes and not codebook.has_dead_code_replacement:
+        codebook.usage += counts.to(torch.int64)
+        return
+    sets_codes = update_codes and not codebook.manual_ema_update
+    plain = weight is None and not accumulate and update.active is None
+    if plain and codebook.average(counts, sums, sets_codes):
+        return
+    codebook.update_averages(counts, sums, weight, accumulate, update.active)
+    if sets_codes and not accumulate:
+        codebook.update_ema(update.active)
+
+
+def _replace_dead_codes(
+    updates: Sequence[CodebookUpdate], gather_rows: GatherRows, candidates: dict[int, Replacements | None]
+) -> None:
+    codebooks, active = [update.codebook for update in updates], [update.active for update in updates]
+    num_rows, mask = updates[0].num_rows, updates[0].mask
+
+    def replacements(slots: Sequence[Slot]) -> Replacements:
+        shared = [(i, candidates.get(i)) for i in dict.fromkeys(i for i, _ in slots)]
+        found = [one for _, one in shared if one is not None]
+        if found:
+            return dead_codes.valid_first(
+                torch.cat([one.rows for one in found]), torch.cat([one.valid for one in found])
+            )
+        embed = codebooks[slots[0][0]].embed
+        return dead_codes.draw_replacements(slots, num_rows, embed.shape[1], mask, gather_rows, embed.device)
+
+    for slots in dead_codes.equal_options(codebooks):
+        synced = candidates.get(slots[0][0]) is not None
+        if synced or num_rows:
+            dead_codes.replace_dead_codes(codebooks, slots, active, replacements, read_on_host=not synced)
 
 
 def _all_reduce(
-    updates: Sequence[CodebookUpdate], accumulate: bool
-) -> dict[int, tuple[Tensor | None, Tensor | None, Any]]:
-    """Reduced counts, sums and replacement candidates (rows [H, K, D], valid [H, K]), by `id` of the update."""
+    updates: Sequence[CodebookUpdate], synced: Sequence[int], gather_rows: GatherRows, accumulate: bool
+) -> dict[int, tuple[Tensor | None, Tensor | None, Replacements | None]]:
+    """Reduced counts, sums and rows for dead codes of the updates with the numbers `synced`."""
     local: list[Tensor] = []
-    for update in updates:
+    for i in synced:
+        update = updates[i]
         if update.counts is not None and update.sums is not None:
             local += [update.counts.flatten(), update.sums.flatten()]
         if update.codebook.has_dead_code_replacement and not accumulate:
-            local += [_local_candidates(update).flatten()]
-    packed = updates[0].codebook.processes.sum_(torch.cat(local))  # in the widest dtype
+            local += [_local_candidates(i, update, gather_rows).flatten()]
+    packed = updates[synced[0]].codebook.processes.sum_(torch.cat(local))  # in the widest dtype
     parts = iter(packed.split([len(part) for part in local]))
     reduced = {}
-    for update in updates:
+    for i in synced:
+        update = updates[i]
         H, K, D = update.codebook.embed.shape
         counts = sums = candidates = None
         if update.counts is not None and update.sums is not None:
             counts, sums = next(parts).view(H, K), next(parts).view(H, K, D)
         if update.codebook.has_dead_code_replacement and not accumulate:
             rows_and_valid = next(parts).view(H, K, D + 1)
-            candidates = rows_and_valid[..., :-1], rows_and_valid[..., -1] > 0
-        reduced[id(update)] = counts, sums, candidates
+            candidates = Replacements(rows_and_valid[..., :-1], rows_and_valid[..., -1] > 0)
+        reduced[i] = counts, sums, candidates
     return reduced
 
 
-def _local_candidates(update: CodebookUpdate) -> Tensor:
+def _local_candidates(i: int, update: CodebookUpdate, gather_rows: GatherRows) -> Tensor:
     """[H, K, D + 1] replacement rows of this process in its slots (every world-th), with a last column of 1; else 0."""
     H, K, D = update.codebook.embed.shape
     device = update.codebook.embed.device
     processes = update.codebook.processes
-    own_slot = torch.arange(K, device=device) % processes.size() == processes.rank()
+    own = torch.arange(K, device=device) % processes.size() == processes.rank()
     candidates = torch.zeros(H, K, D + 1, dtype=update.codebook.embed_avg.dtype, device=device)
     if update.num_rows == 0:
         return candidates
+    position = torch.where(own, own.cumsum(0) - 1, 0)
     for h in range(H):
-        drawn = ReplacementRows.draw(update.num_rows, K, update.mask, device)
-        position = torch.where(own_slot, own_slot.cumsum(0) - 1, 0)
-        rows = update.gather_rows(h, drawn.index[position]).to(candidates)
-        valid = own_slot & drawn.valid[position] & torch.isfinite(rows).all(1)
+        index, in_batch = dead_codes.draw_rows(update.num_rows, K, update.mask, device)
+        drawn = position.clamp(max=len(index) - 1)
+        rows = gather_rows([(i, h)], index[drawn][None])[0].to(candidates)
+        valid = own & in_batch[drawn] & (drawn == position) & torch.isfinite(rows).all(1)
         rows = torch.cat([rows, torch.ones(K, 1, dtype=rows.dtype, device=device)], 1)
         candidates[h] = torch.where(valid[:, None], rows, 0.0)
     return candidates
-
-
-def _replace_dead_codes(update: CodebookUpdate, candidates: tuple[Tensor, Tensor] | None) -> None:
-    codebook = update.codebook
-    dead = codebook.cluster_size < codebook.threshold_ema_dead_code  # [H, K]
-    dead = dead if update.active is None else dead & update.active
-    if candidates is None and dead.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(dead.any()):
-        return
-    if candidates is None and update.num_rows == 0:
-        return
-    for h in range(codebook.num_codebooks):
-        if candidates is None:
-            drawn = ReplacementRows.draw(update.num_rows, codebook.codebook_size, update.mask, dead.device)
-            rows = update.gather_rows(h, drawn.index)
-            valid = drawn.valid & torch.isfinite(rows).all(1)
-            shuffle = update.mask is not None or update.num_rows < codebook.codebook_size
-        else:
-            order = (~candidates[1][h]).to(torch.uint8).argsort(stable=True)
-            rows, valid, shuffle = candidates[0][h][order], candidates[1][h][order], False
-        _overwrite_codes(codebook, h, dead[h], rows, valid, shuffle)
-    store_written(codebook, "embed")
-
-
-def _overwrite_codes(codebook: Codebook, h: int, dead: Tensor, rows: Tensor, valid: Tensor, shuffle: bool) -> None:
-    """Replaces the i-th dead code by the i-th row; `shuffle` orders dead codes randomly, if rows may be too few."""
-    rank = dead.cumsum(0) - 1
-    if shuffle:
-        key = torch.rand(len(dead), dtype=torch.float32, device=dead.device).masked_fill(~dead, 2.0)
-        rank = torch.empty_like(rank).scatter_(0, key.argsort(), torch.arange(len(dead), device=dead.device))
-    rank = rank.clamp(min=0)
-    replaced = dead & valid[rank]
-    rows = rows[rank].to(codebook.embed_avg)
-    size: Any = codebook.reset_cluster_size
-    if "reset_scale" in codebook.corrections:
-        size = codebook.cluster_size[h].mean().clamp(min=float(codebook.reset_cluster_size))
-    codebook.embed.data[h] = torch.where(replaced[:, None], rows.to(codebook.embed), codebook.embed.data[h])
-    codebook.embed_avg[h] = torch.where(replaced[:, None], rows * size, codebook.embed_avg[h])
-    codebook.cluster_size[h] = torch.where(replaced, size, codebook.cluster_size[h])

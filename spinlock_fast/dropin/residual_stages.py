@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from spinlock_fast.dropin.beam_search import beam_search, partial_gradient
 from spinlock_fast.dropin.codebook import CodebookUpdate, apply_updates
+from spinlock_fast.dropin.dead_codes import Slot
 from spinlock_fast.dropin.implicit_codebook import ImplicitCodebook
 from spinlock_fast.dropin.input_layout import InputLayout, at_least_float32
 from spinlock_fast.dropin.vector_quantize import VectorQuantize
@@ -113,11 +115,13 @@ class ResidualStages(TransientBuffers):
         counts, sums = assignment.counts.split(sizes), assignment.sums.split(sizes)
         codebooks = assignment.codebook.split(sizes)
 
-        def gather_rows(q: int, _: int, index: Tensor) -> Tensor:
-            residual, codes = rows[index], assignment.codes[index].clamp(min=0)
-            for earlier in range(q):
-                residual = residual - codebooks[earlier][codes[:, earlier]]
-            return layers[q]._codebook.transform_input(residual)
+        def gather_rows(slots: Sequence[Slot], index: Tensor) -> Tensor:
+            stages = [q for q, _ in slots]  # ascending
+            residual, codes = rows[index], assignment.codes[index].clamp(min=0)  # [slots, n, D], [slots, n, q]
+            for earlier in range(stages[-1]):
+                later = next(i for i, q in enumerate(stages) if q > earlier)
+                residual[later:] -= codebooks[earlier][codes[later:, :, earlier]]
+            return layers[0]._codebook.transform_input(residual)
 
         active = None
         if active_stages is not None:
@@ -128,13 +132,13 @@ class ResidualStages(TransientBuffers):
                     layer._codebook,
                     counts[q][None],
                     sums[q][None],
-                    partial(gather_rows, q),
                     len(rows),
                     row_mask,
                     None if active is None else active[q],
                 )
                 for q, layer in enumerate(layers)
-            ]
+            ],
+            gather_rows,
         )
         if self.shared_codebook and self.vq_is_ema_updating:
             layers[0]._codebook.update_ema()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spinlock_fast.dropin import losses
 from spinlock_fast.dropin.code_search import CallOptions, CodeSearch, SearchResult
 from spinlock_fast.dropin.head_layout import HeadLayout
 from spinlock_fast.dropin.input_layout import at_least_float32
 from spinlock_fast.kernels._common.snapshot import snapshot
+from spinlock_fast.quantize.activation_checkpointing import takes_gradient
 
 
 class TrainingLoss(CodeSearch):
@@ -18,6 +21,11 @@ class TrainingLoss(CodeSearch):
     zero: Tensor
     heads: int
     has_projections: bool
+    project_in: nn.Module
+    project_out: nn.Module
+    freeze_codebook: bool
+    sample_codebook_temp: float
+    return_zeros_for_masked_padding: bool
     commitment_weight: float
     codebook_diversity_loss_weight: float
     codebook_diversity_temperature: float
@@ -59,6 +67,42 @@ class TrainingLoss(CodeSearch):
             loss = loss + orthogonal * self.orthogonal_reg_weight
         in_place = zero if result.in_place_loss is None else result.in_place_loss
         return losses.ensure_backward(loss), losses.LossBreakdown(commitment, diversity, orthogonal, in_place)
+
+    def search_topk(
+        self,
+        rows: Tensor,
+        k: int,
+        mask: Tensor | None = None,
+        temperature: float | None = None,
+        codebook_transform: Callable[[Tensor], Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The k nearest codes of projected rows [b, n, D], for beam search: no heads, projections or updates.
+
+        Returns:
+            quantized [b, n, k, D], codes [b, n, k] (-1 where masked), losses [b, n, k] (0 where masked).
+        """
+        options = CallOptions(
+            mask=mask,
+            row_mask=None if mask is None else mask.flatten(),
+            batch_shape=tuple(rows.shape[:2]),
+            freeze_codebook=True,
+            temperature=self.sample_codebook_temp if temperature is None else temperature,
+            input_requires_grad=takes_gradient(self._codebook, rows) if self.training else rows.requires_grad,
+            topk=min(k, self.codebook_size),
+            keep_similarities=False,
+            codebook_transform=codebook_transform,
+        )
+        result = self._search(at_least_float32(rows.reshape(1, -1, rows.shape[-1])), options)
+        codes = result.codes.view(*rows.shape[:2], result.codes.shape[-1])
+        quantized = result.quantized.view(*codes.shape, rows.shape[-1]).to(rows.dtype)
+        weight = self.commitment_weight if self.has_commitment_loss else 0.0 if self.training else 1.0
+        assert result.commitment is not None
+        losses = per_position(result.commitment, options) * weight
+        if mask is None:
+            return quantized, codes, losses
+        padding = torch.zeros_like(rows) if self.return_zeros_for_masked_padding else rows
+        quantized = torch.where(mask[..., None, None], quantized, padding[:, :, None])
+        return quantized, codes.masked_fill(~mask[..., None], -1), losses
 
     def _commitment_loss(self, result: SearchResult, origin: Tensor, options: CallOptions) -> Tensor:
         if self.commitment_use_cross_entropy_loss and result.similarities is not None:

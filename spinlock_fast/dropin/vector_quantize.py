@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from spinlock_fast.dropin import eager_step
 from spinlock_fast.dropin.affine_codebook import AffineStatistics
 from spinlock_fast.dropin.arguments import check_compatible, check_corrections, check_mask, warn_unfused
 from spinlock_fast.dropin.code_search import CallOptions
@@ -22,7 +23,7 @@ from spinlock_fast.dropin.input_layout import (
     expand_mask,
     lengths_to_mask,
 )
-from spinlock_fast.dropin.training_loss import TrainingLoss, per_position
+from spinlock_fast.dropin.training_loss import TrainingLoss
 from spinlock_fast.quantize.activation_checkpointing import takes_gradient
 from spinlock_fast.quantize.process_group import Processes
 
@@ -284,6 +285,14 @@ class VectorQuantize(TrainingLoss):
         """
         layout = InputLayout.of(x, self.dim, self.channel_last, self.accept_image_fmap, self.accept_3d_fmap)
         origin = layout.to_rows(x)
+        others = (indices, mask, lens, topk, codebook_transform_fn, ema_update_weight, ema_update)
+        plain = not (return_loss_breakdown or accum_ema_update) and all(other is None for other in others)
+        projected = None
+        if plain and self.training and not torch.compiler.is_compiling():
+            projected = apply_projection(self.project_in, origin) if self.has_projections else origin
+            returned = eager_step.forward(self, x, projected, layout, freeze_codebook)
+            if returned is not None:
+                return returned
         if lens is not None:
             if mask is not None:
                 raise ValueError("give mask or lens, not both")
@@ -310,7 +319,8 @@ class VectorQuantize(TrainingLoss):
             accum_ema_update=accum_ema_update,
             ema_update=ema_update,
         )
-        rows = self._head_layout.split(apply_projection(self.project_in, origin))
+        projected = apply_projection(self.project_in, origin) if projected is None else projected
+        rows = self._head_layout.split(projected)
         result = self._search(at_least_float32(rows), options)
         if indices is not None:
             return self._cross_entropy(result, indices, options, x.dtype)
@@ -326,42 +336,6 @@ class VectorQuantize(TrainingLoss):
             loss = layout.unflatten_positions(loss)
         returned = layout.from_rows(output), layout.unflatten_positions(codes), loss
         return (*returned, breakdown) if return_loss_breakdown else returned
-
-    def search_topk(
-        self,
-        rows: Tensor,
-        k: int,
-        mask: Tensor | None = None,
-        temperature: float | None = None,
-        codebook_transform: Callable[[Tensor], Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The k nearest codes of projected rows [b, n, D], for beam search: no heads, projections or updates.
-
-        Returns:
-            quantized [b, n, k, D], codes [b, n, k] (-1 where masked), losses [b, n, k] (0 where masked).
-        """
-        options = CallOptions(
-            mask=mask,
-            row_mask=None if mask is None else mask.flatten(),
-            batch_shape=tuple(rows.shape[:2]),
-            freeze_codebook=True,
-            temperature=self.sample_codebook_temp if temperature is None else temperature,
-            input_requires_grad=takes_gradient(self._codebook, rows) if self.training else rows.requires_grad,
-            topk=min(k, self.codebook_size),
-            keep_similarities=False,
-            codebook_transform=codebook_transform,
-        )
-        result = self._search(at_least_float32(rows.reshape(1, -1, rows.shape[-1])), options)
-        codes = result.codes.view(*rows.shape[:2], result.codes.shape[-1])
-        quantized = result.quantized.view(*codes.shape, rows.shape[-1]).to(rows.dtype)
-        weight = self.commitment_weight if self.has_commitment_loss else 0.0 if self.training else 1.0
-        assert result.commitment is not None
-        losses = per_position(result.commitment, options) * weight
-        if mask is None:
-            return quantized, codes, losses
-        padding = torch.zeros_like(rows) if self.return_zeros_for_masked_padding else rows
-        quantized = torch.where(mask[..., None, None], quantized, padding[:, :, None])
-        return quantized, codes.masked_fill(~mask[..., None], -1), losses
 
     def _check_topk(self, topk: int) -> int:
         if self.heads > 1:

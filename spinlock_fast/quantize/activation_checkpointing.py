@@ -116,6 +116,11 @@ def _context(owner: nn.Module) -> _Context | None:
     return _Context([_Records.of(r) for r in regions]) if regions else None
 
 
+def in_region(owner: nn.Module) -> bool:
+    """Whether the current code is in a checkpointed region, in its first run or recomputed; raises as `once` does."""
+    return _context(owner) is not None
+
+
 def once(owner: nn.Module, action: Callable[[], T], state: Tensor | None = None) -> T:
     """Runs `action` in the first run of a region; in a recomputation returns the recorded value instead.
 

@@ -64,6 +64,8 @@ std::vector<Named> operations() {
         for (const int gradient : {0, 1, 2})
             all.push_back(
                 {"residual", [=](const Shape& s, int threads) { return residual(s, threads, cosine, gradient); }});
+    for (const bool cosine : {false, true})
+        all.push_back({"step", [=](const Shape& s, int threads) { return quantize_step(s, threads, cosine); }});
     for (const bool with_rows : {false, true})
         all.push_back({"decoders", [=](const Shape& s, int threads) { return decoders(s, threads, with_rows); }});
     for (const bool with_cost : {false, true})

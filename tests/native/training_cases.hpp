@@ -178,6 +178,23 @@ inline Results residual(const Shape& s, int threads, bool cosine, int gradient) 
     return {as_floats(codes), quantized, errors, counts, sums, grad_x};
 }
 
+// A training step of one codebook: the copies for the backward pass, and the update of the averages.
+inline Results quantize_step(const Shape& s, int threads, bool cosine) {
+    const Index D = s.width, B = s.rows, K = s.num_codes.front();
+    Floats x = normal(B * D, 1), codebook = normal(K * D, 2), code_sum = codebook;
+    const Floats grad = normal(B * D, 3), grad_loss = normal(1, 4);
+    Floats cluster_size(static_cast<std::size_t>(K), 1.0f), quantized = unwritten(B * D), loss = unwritten(1);
+    std::vector<std::int64_t> codes(static_cast<std::size_t>(B), -7), saved_codes = codes;
+    std::vector<std::int64_t> usage(static_cast<std::size_t>(K), 0);
+    Floats saved_codebook = unwritten(K * D), grad_x = unwritten(B * D);
+    training::quantize_step(address(x), B, D, address(codebook), K, cosine, 2, 0.5, address(codes), address(quantized),
+                            address(loss), address(saved_codebook), address(saved_codes), 0, 0, address(cluster_size),
+                            address(code_sum), address(usage), 0.2, 1e-5, threads);
+    training::quantize_step_backward(address(grad), address(grad_loss), address(x), B, D, address(saved_codebook), K,
+                                     address(saved_codes), cosine, 2, 0.5, address(grad_x), threads);
+    return {as_floats(codes), quantized, loss, codebook, cluster_size, code_sum, as_floats(usage), grad_x};
+}
+
 inline Results decoders(const Shape& s, int threads, bool with_rows) {
     const auto G = static_cast<Index>(s.dims.size());
     const Index B = s.rows, F = s.features, H = s.hidden, D = sum(s.dims), K = sum(s.num_codes);
