@@ -106,10 +106,9 @@ class TrajectorySet:
 
     @property
     def parameters(self) -> dict[str, NDArray[np.float64]]:
-        """Parameters of all samples: name -> [N]."""
-        return {
-            name: np.concatenate([file.parameters[name] for file in self.files]) for name in self.files[0].parameters
-        }
+        """Parameters of all samples: name -> [N]; by name, since the order of HDF5 attributes is not kept."""
+        names = sorted(self.files[0].parameters)
+        return {name: np.concatenate([file.parameters[name] for file in self.files]) for name in names}
 
     @property
     def origins(self) -> list[tuple[str, int]]:
