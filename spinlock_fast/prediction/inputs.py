@@ -188,7 +188,8 @@ def periodic_axes(files: Sequence[Path], dimensions: int, given: str | None) -> 
     """Whether each space axis is periodic, in the order of the dataset; empty where neither the files nor `given` say.
 
     Args:
-        given: names of the periodic axes, or "none"; None: by the attribute `periodic` of the files, which `extract` writes.
+        given: names of the periodic axes, or "none"; None: by the attribute `periodic` of the files, which `extract`
+            writes.
 
     Raises:
         ConfigError: `given` names an axis that the fields do not have.
