@@ -4,12 +4,14 @@
 
 Simulates data/quickstart.h5 and data/unseen.h5 where they are missing, and runs the commands of docs/quickstart.md in
 build/quickstart: `train` with and without theta, `evaluate`, `analyze`, `report`. Draws docs/images/overview.png,
-engineering.png, topological.png and semantic.png. A marked part is between `<!-- NAME, by make_quickstart.py -->` and
-`<!-- end -->`. Needs the extra `report`; takes minutes.
+engineering.png, topological.png and semantic.png, and runs examples/tour.ipynb. A marked part of a page is between
+`<!-- NAME, by make_quickstart.py -->` and `<!-- end -->`. Needs the extra `report`; takes minutes. With
+`--trial EPOCHS` it trains for so many epochs, and writes pages and pictures to build/quickstart/trial.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import os
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import make_overview
+import make_tour
 from PIL import Image
 
 from spinlock_fast.simulate.config import load_generator_config
@@ -31,6 +34,7 @@ from spinlock_fast.simulate.parameters import PARAMETER_NAMES
 
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / "build" / "quickstart"
+TOUR = "examples/tour.ipynb"
 PAGES = ("README.md", "docs/quickstart.md")
 PARTS = {"time", "train output", "analyze output", "reading", "code", "excerpt", "errors"}
 PICTURES = ("engineering", "topological", "semantic")
@@ -128,10 +132,10 @@ def make_data() -> None:
             run("generate", *config, "--output", f"data/{name}.h5", "--resume")
 
 
-def make_parts() -> dict[str, str]:
-    """Runs the commands of the quickstart; returns the marked parts by name."""
-    first = run("train", "configs/quickstart.yaml")
-    second = ["configs/quickstart.yaml", "--set", "families=auto", "--output", "checkpoints/behaviour"]
+def make_parts(settings: Sequence[str]) -> dict[str, str]:
+    """Runs the commands of the quickstart, trainings with more settings; returns the marked parts by name."""
+    first = run("train", "configs/quickstart.yaml", *settings)
+    second = ["configs/quickstart.yaml", "--set", "families=auto", "--output", "checkpoints/behaviour", *settings]
     run("train", *second)
     run("evaluate", "checkpoints/behaviour", "data/unseen.h5", "--json", "unseen.json")
     analyzed = run("analyze", "checkpoints/behaviour", "data/unseen.h5", "--output", "analysis")
@@ -161,29 +165,37 @@ def read(path: str) -> dict[str, Any]:
     return found
 
 
-def draw() -> None:
+def draw(images: Path) -> None:
     """The pictures of the README and of docs/dashboards.md."""
+    images.mkdir(parents=True, exist_ok=True)
     overview = [sys.executable, str(ROOT / "docs" / "make_overview.py"), "data/unseen.h5", "analysis"]
+    overview += ["--output", str(images / "overview.png")]
     subprocess.run(overview, cwd=WORK, check=True)
     for name in PICTURES:
         picture = Image.open(WORK / "dashboards" / f"{name}.png").convert("RGB")
         size = (WIDTH, round(picture.height * WIDTH / picture.width))
         small = picture.resize(size, Image.Resampling.LANCZOS).quantize(COLORS)
-        small.save(ROOT / "docs" / "images" / f"{name}.png", optimize=True)
+        small.save(images / f"{name}.png", optimize=True)
 
 
 def main() -> None:
+    """The command."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--trial", type=int, metavar="EPOCHS")
+    trial = options.parse_args().trial
+    target = ROOT if trial is None else WORK / "trial"
     shutil.rmtree(WORK, ignore_errors=True)
     WORK.mkdir(parents=True)
     (ROOT / "data").mkdir(exist_ok=True)
     for name in ("configs", "data"):
         (WORK / name).symlink_to(ROOT / name)
     make_data()
-    parts = make_parts()
-    draw()
+    parts = make_parts([] if trial is None else ["--set", f"training.num_epochs={trial}"])
+    draw(target / "docs" / "images")
+    make_tour.write(ROOT / TOUR, target / TOUR, WORK)
     for page in PAGES:
-        path = ROOT / page
-        path.write_text(replaced(path.read_text(encoding="utf-8"), parts), encoding="utf-8")
+        text = replaced((ROOT / page).read_text(encoding="utf-8"), parts)
+        (target / page).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

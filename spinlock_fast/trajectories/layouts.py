@@ -11,6 +11,7 @@ import h5py
 from spinlock_fast.data.input_files import open_file
 from spinlock_fast.errors import ConfigError, DataError
 from spinlock_fast.trajectories.arrays import open_array_file
+from spinlock_fast.trajectories.given_parameters import read_given_parameters
 from spinlock_fast.trajectories.options import Options
 from spinlock_fast.trajectories.pdebench import is_pdebench, open_pdebench
 from spinlock_fast.trajectories.py_pde import is_py_pde, open_py_pde
@@ -57,7 +58,10 @@ def open_trajectories(
         "array": _open_arrays,
     }
     found, notes = openers[kinds[0]](files, options)
-    return TrajectorySet(_CALLED[kinds[0]], list(found), notes)
+    given = {}
+    if options.parameters is not None:
+        given = read_given_parameters(options.parameters, files, [file.samples for file in found])
+    return TrajectorySet(_CALLED[kinds[0]], list(found), notes, given)
 
 
 def _open_arrays(files: Sequence[Path], options: Options) -> tuple[Sequence[Any], list[str]]:

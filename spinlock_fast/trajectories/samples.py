@@ -81,11 +81,13 @@ class TrajectorySet:
         layout: how the files are arranged, in words.
         files: in order.
         notes: what was assumed or left out, one line each.
+        given: parameters [N] that the user named; they replace those of the files.
     """
 
     layout: str
     files: Sequence[SampleFile]
     notes: Sequence[str] = field(default=())
+    given: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         first = self.files[0]
@@ -107,8 +109,11 @@ class TrajectorySet:
     @property
     def parameters(self) -> dict[str, NDArray[np.float64]]:
         """Parameters of all samples: name -> [N]; by name, since the order of HDF5 attributes is not kept."""
-        names = sorted(self.files[0].parameters)
-        return {name: np.concatenate([file.parameters[name] for file in self.files]) for name in names}
+        own = {
+            name: np.concatenate([file.parameters[name] for file in self.files]) for name in self.files[0].parameters
+        }
+        both = {**own, **self.given}
+        return {name: both[name] for name in sorted(both)}
 
     @property
     def origins(self) -> list[tuple[str, int]]:
