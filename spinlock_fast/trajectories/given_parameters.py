@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from spinlock_fast.data.input_files import fetched, open_file
 from spinlock_fast.errors import DataError
 from spinlock_fast.messages import one_line, printable
+from spinlock_fast.trajectories.samples import read_values
 
 Columns = dict[str, NDArray[np.float64]]
 
@@ -92,7 +93,7 @@ def _of_dataset(name: str, path: Path, samples: int) -> Columns:
             raise DataError(f"{path}: no dataset {name!r}; --parameters names a dataset, a .csv or a .npy file")
         found = dataset.attrs.get("feature_names", ())
         names = [value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value) for value in found]
-        columns = _columns(dataset[()], f"{path}: {name}", names)
+        columns = _columns(read_values(dataset), f"{path}: {name}", names)
     if columns and len(next(iter(columns.values()))) != samples:
         raise DataError(f"{path}: {name} has {len(next(iter(columns.values())))} rows for {samples} trajectories")
     return columns

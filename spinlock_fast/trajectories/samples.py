@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import h5py
 import numpy as np
@@ -15,10 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spinlock_fast.data import HDF5Loader
+from spinlock_fast.data.packing import read_packing
 from spinlock_fast.descriptors.geometry import AXIS_NAMES, Grid
 from spinlock_fast.errors import DataError
 from spinlock_fast.messages import printable
 
+_OF_STORAGE = ("scale_factor", "add_offset", "missing_value", "valid_min", "valid_max", "actual_range", "NAME", "CLASS")
 _UNEVEN = 1e-3  # largest relative difference between steps of coordinates that count as even
 
 
@@ -153,13 +155,27 @@ def even_step(coordinates: NDArray[np.floating], what: str, path: Path) -> float
     return abs(step)
 
 
-def numeric_attributes(node: h5py.HLObject, ignored: Sequence[str] = ()) -> dict[str, float]:
-    """Attributes of a file, group or dataset that are single real numbers."""
+def read_values(dataset: h5py.Dataset, place: Any = ()) -> NDArray[Any]:
+    """Values of a dataset, unpacked by its attributes (CF conventions), as `HDF5Loader` does."""
+    packing = read_packing(dataset)
+    values: NDArray[Any] = dataset[place]
+    return values if packing is None else packing(values)
+
+
+def numeric_attributes(node: h5py.HLObject) -> dict[str, float]:
+    """Attributes of a file, group or dataset that may be parameters of a simulation."""
+    return parameters_among(node.attrs)
+
+
+def parameters_among(attributes: Mapping[str, Any]) -> dict[str, float]:
+    """Attributes that are single finite numbers, without those by which netCDF and its readers store arrays."""
     found = {}
-    for name, value in node.attrs.items():
+    for name, value in attributes.items():
         array = np.asarray(value)
-        if name not in ignored and array.size == 1 and array.dtype.kind in "fiub":
-            found[printable(name)] = float(array.reshape(()))
+        if name not in _OF_STORAGE and not name.startswith("_") and array.size == 1 and array.dtype.kind in "fiub":
+            number = float(array.reshape(()))
+            if math.isfinite(number):
+                found[printable(name)] = number
     return found
 
 
