@@ -45,6 +45,7 @@ REPLACED = {
     "dataset_path=data/1k.h5": "dataset_path=data/quickstart.h5 --set training.num_epochs=1 --output checkpoints/100k",
     "--output checkpoints/behaviour": "--output checkpoints/behaviour --set training.num_epochs=2",
     "N, T, G = 200, 40, 32": "N, T, G = 80, 12, 16",
+    "--output checkpoints/lorenz": "--output checkpoints/lorenz --set training.num_epochs=2",
     "--output checkpoints/mine": "--output checkpoints/mine --set training.num_epochs=2",
 }
 _BLOCK = re.compile(r"(?:<!-- (?P<marker>[^>]*?) -->\n)?```(?P<language>bash|python)\n(?P<text>.*?)```", re.DOTALL)
@@ -299,6 +300,7 @@ def test_the_script_of_the_quickstart_writes_every_marked_part(tmp_path: Path, m
         "a/L0,1,update_policy,1,9,0.9,3.6,1e-9,0.001\n"
         "a/L0,2,update_policy,1,3,1.0,4.0,1e-19,0.001\n"  # of few operators
     )
+    assert quickstart.make_overview.value_text("initial_condition", "9", None) == "localized"
     (tmp_path / "associations.csv").write_text(
         "codebook,condition,ami,q\na/L0,step_size,0.05,0.01\na/L1,step_size,0.07,0.02\na/L0,noise,0.3,0.2\na/L0,x,0.1,0\n"
     )

@@ -41,6 +41,9 @@ class Options:
     def letters(self, dimensions: int, name: str) -> list[str]:
         """The letters of `axes`; raises ConfigError where they do not fit an array of so many dimensions."""
         assert self.axes is not None
+        if not set(self.axes) & set("xyz"):
+            hint = "a series [N, T, C] without space needs no descriptors: train on it as the dataset of a family"
+            raise ConfigError(f"--axes: {self.axes!r} has no space axis; {hint} (docs/trajectories.md)")
         try:
             return parse_axes(self.axes, dimensions, name)
         except ValueError as error:

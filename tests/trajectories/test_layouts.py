@@ -155,6 +155,7 @@ def test_what_does_not_fit_is_one_line(tmp_path: Path) -> None:
     np.save(tmp_path / "b.npy", FIELDS)
     refused(tmp_path / "b.npy", "--axes: required", "[5, 6, 2, 8, 12]", kind=ConfigError)
     refused(tmp_path / "b.npy", "4 axes are named", kind=ConfigError, axes="n t y x")
+    refused(tmp_path / "b.npy", "no space axis", "as the dataset of a family", kind=ConfigError, axes="n t c")
     refused(tmp_path / "b.npy", "--fields: 1 names for 2 channels", kind=ConfigError, axes="n t c y x", fields=("u",))
     np.save(tmp_path / "c.npy", FIELDS.astype(np.complex64))
     refused(tmp_path / "c.npy", "expected real numbers", axes="n t c y x")
