@@ -41,7 +41,7 @@ class Options:
     def letters(self, dimensions: int, name: str) -> list[str]:
         """The letters of `axes`; raises ConfigError where they do not fit an array of so many dimensions."""
         assert self.axes is not None
-        if not set(self.axes) & set("xyz"):
+        if not set(self.axes.lower()) & set("xyz"):
             hint = "a series [N, T, C] without space needs no descriptors: train on it as the dataset of a family"
             raise ConfigError(f"--axes: {self.axes!r} has no space axis; {hint} (docs/trajectories.md)")
         try:
