@@ -150,13 +150,13 @@ def make_parts(settings: Sequence[str]) -> dict[str, str]:
     reading = f"Of the conditions, {found}. A few codes are far more specific than their codebook: {code}. {errors}"
     seconds = metrics["quickstart"]["seconds"]["total"]
     return {
-        "time": f" {seconds:.0f} seconds on {machine()} ",
+        "time": f" {seconds:.0f} seconds on {machine()}",
         "train output": block(first),
         "analyze output": block(analyzed),
         "reading": "\n" + textwrap.fill(reading, 128, break_on_hyphens=False) + "\n",
-        "code": f" {code} ",
+        "code": f" {code}",
         "excerpt": block(excerpt(analyzed)),
-        "errors": f" {errors} ",
+        "errors": f" {errors}",
     }
 
 
