@@ -77,7 +77,7 @@ stage kernels $PYTHON -m benchmarks.kernels.kernel_times --output "$OUT/kernels.
 stage layers $PYTHON -m benchmarks.kernels.layer_times --output "$OUT/layers.json"
 stage train $PYTHON -m benchmarks.training.full_run --output "$OUT/train.json" --commit "$COMMIT" ${small[@]+"${small[@]}"}
 few=()
-[ "$has_gpu" = 1 ] || few=(--operators 1)
+[ "$has_gpu" = 1 ] || few=(--operators 1 --steps 64)
 stage operators $PYTHON -m benchmarks.data.operator_rates --output "$OUT/operators.json" ${few[@]+"${few[@]}"}
 sizes=(--device cuda --file-rows 1000 10000 100000)
 [ "$has_gpu" = 1 ] || sizes=(--device cpu --rows 1000 --file-rows 1000)

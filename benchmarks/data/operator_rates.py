@@ -51,13 +51,15 @@ def check(found: Tensor, expected: Tensor) -> None:
     assert worst <= _TOLERANCE, f"descriptors differ by {worst:.2g} of the largest value of a column"
 
 
-def rates(device: torch.device, operators: int) -> list[dict[str, Any]]:
+def rates(device: torch.device, operators: int, steps: int) -> list[dict[str, Any]]:
     """A row for each way."""
-    config = load_generator_config(ROOT / "configs" / "data" / "quickstart.yaml", {"workers": 1})
+    config = load_generator_config(
+        ROOT / "configs" / "data" / "quickstart.yaml", {"workers": 1, "num_timesteps": steps}
+    )
     simulator = Simulator(config, device)
     fields, initial = fields_of(config, min(operators, _AT_ONCE), device)
     grid = Grid.of(fields.shape[-2:])
-    describer, batched = Describer(grid, 3, device=device), BatchDescriber()
+    describer, batched = Describer(grid, 3, device=device), BatchDescriber(axes="n m t c y x")
     expected = torch.stack(
         [Describer(grid, 3)(one.cpu(), start.cpu())[0] for one, start in zip(fields, initial, strict=True)]
     )
@@ -90,9 +92,10 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--output", required=True)
     options.add_argument("--operators", type=int, default=128)
+    options.add_argument("--steps", type=int, default=256, help="states of a trajectory; goals are for 256")
     options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     chosen = options.parse_args()
-    write(chosen.output, rates(torch.device(chosen.device), chosen.operators), chosen.device)
+    write(chosen.output, rates(torch.device(chosen.device), chosen.operators, chosen.steps), chosen.device)
 
 
 if __name__ == "__main__":
