@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Runs everything that needs a GPU, without network access: installs the package, runs `pytest -m gpu`, times kernels,
-# layers and the training command, and writes JSON files to ${OUT:-benchmarks/results}.
+# layers, the training command and the simulation, and writes JSON files to ${OUT:-benchmarks/results}.
 #
-#   bash benchmarks/gpu_check.sh [tests] [kernels] [layers] [train]      (default: all four)
+#   bash benchmarks/gpu_check.sh [tests] [kernels] [layers] [train] [operators]      (default: all five)
 #   bash benchmarks/gpu_check.sh pipeline scaling streaming     (times against sizes; rows in host memory)
 #   STUDY="DATA --time-limit 400" bash benchmarks/gpu_check.sh study     (studies/quality.py with these arguments)
 #
@@ -24,7 +24,7 @@ COMMIT=${COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)}
 export COMMIT PYTHONUNBUFFERED=1
 mkdir -p "$OUT"
 stages=("$@")
-[ $# -gt 0 ] || stages=(tests kernels layers train)
+[ $# -gt 0 ] || stages=(tests kernels layers train operators)
 failed=()
 
 if compgen -G "$WHEELS/*.whl" >/dev/null; then
@@ -76,6 +76,9 @@ stage tests run_tests
 stage kernels $PYTHON -m benchmarks.kernels.kernel_times --output "$OUT/kernels.json"
 stage layers $PYTHON -m benchmarks.kernels.layer_times --output "$OUT/layers.json"
 stage train $PYTHON -m benchmarks.training.full_run --output "$OUT/train.json" --commit "$COMMIT" ${small[@]+"${small[@]}"}
+few=()
+[ "$has_gpu" = 1 ] || few=(--operators 1 --steps 64)
+stage operators $PYTHON -m benchmarks.data.operator_rates --output "$OUT/operators.json" ${few[@]+"${few[@]}"}
 sizes=(--device cuda --file-rows 1000 10000 100000)
 [ "$has_gpu" = 1 ] || sizes=(--device cpu --rows 1000 --file-rows 1000)
 stage pipeline $PYTHON -m benchmarks.training.bench_pipeline --output "$OUT/pipeline.json" "${sizes[@]}"

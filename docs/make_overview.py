@@ -67,7 +67,7 @@ def clearest_codes(directory: Path, config: GeneratorConfig) -> list[tuple[str, 
 
 def value_text(name: str, value: str, config: GeneratorConfig) -> str:
     """The name of a choice that the file stores as its position in a list; other values as they are."""
-    choices = {"update_policy": POLICIES, "initial_condition": INITIAL_TYPES}.get(name)
+    choices = {"update_policy": POLICIES, "initial_condition": tuple(INITIAL_TYPES)}.get(name)
     if name in ("activation", "noise_schedule", "normalization"):
         choices = getattr(config.parameters, name)
     return value if choices is None else str(choices[int(value)])

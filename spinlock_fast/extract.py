@@ -25,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--spacing", metavar="DX[,DY[,DZ]]", help="distance of neighbouring points")
     options.add_argument("--time-step", type=float, metavar="DT", help="time between states")
     options.add_argument("--periodic", metavar="AXES", help="periodic axes, e.g. xy; '' for none")
+    options.add_argument("--parameters", metavar="PATH", help="parameters: dataset of the files, or .csv or .npy file")
     options.add_argument("--initial-fields", action="store_true", help="keep the first states, for predict")
     options.add_argument("--memory-budget", default="1.25GB", help="bytes of decoded fields (1.25GB)")
     options.add_argument("--shard", default="0/1", metavar="I/N", help="only part I (from 0) of N")

@@ -47,6 +47,7 @@ REPLACED = {
     "dataset_path=data/1k.h5": "dataset_path=data/quickstart.h5 --set training.num_epochs=1 --output checkpoints/100k",
     "--output checkpoints/behaviour": "--output checkpoints/behaviour --set training.num_epochs=2",
     "N, T, G = 200, 40, 32": "N, T, G = 80, 12, 16",
+    "--output checkpoints/lorenz": "--output checkpoints/lorenz --set training.num_epochs=2",
     "--output checkpoints/mine": "--output checkpoints/mine --set training.num_epochs=2",
 }
 _BLOCK = re.compile(r"(?:<!-- (?P<marker>[^>]*?) -->\n)?```(?P<language>bash|python)\n(?P<text>.*?)```", re.DOTALL)
@@ -290,3 +291,29 @@ def test_the_tour_runs(template: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert len(names["tokens"]) == 80
     assert names["plt"].get_fignums()
     names["plt"].close("all")
+
+
+def test_the_script_of_the_quickstart_writes_every_marked_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib", reason="pictures need the extra `report`")
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    quickstart = script("make_quickstart")
+    (tmp_path / "lifts.csv").write_text(
+        "codebook,code,condition,value,count,share,lift,p,q\n"
+        "a/L0,1,update_policy,1,9,0.9,3.6,1e-9,0.001\n"
+        "a/L0,2,update_policy,1,3,1.0,4.0,1e-19,0.001\n"  # of few operators
+    )
+    assert quickstart.make_overview.value_text("initial_condition", "9", None) == "localized"
+    (tmp_path / "associations.csv").write_text(
+        "codebook,condition,ami,q\na/L0,step_size,0.05,0.01\na/L1,step_size,0.07,0.02\na/L0,noise,0.3,0.2\na/L0,x,0.1,0\n"
+    )
+    code, found = quickstart.clearest_code(tmp_path), quickstart.associations(tmp_path)
+    assert code == "code 1 of `a/L0` has 10 systems; 90% of them have the update policy convex (25% of all systems do)"
+    assert found == "the largest AMI is with x (0.100) and step_size (0.070); no association was found with noise"
+    output = "\nAssociations  1 of 2\n  a\n\nCharacteristic codes\n  b\n    c\n  d\n    e\n\nLevels  l\n"
+    assert quickstart.excerpt(output, 1) == "Associations  1 of 2\n  a\n\nCharacteristic codes\n  b\n    c"
+    names = {
+        name for page in quickstart.PAGES for name in quickstart.parts_of((ROOT / page).read_text(encoding="utf-8"))
+    }
+    assert names == quickstart.PARTS
+    page = "x<!-- code, by make_quickstart.py --> old <!-- end -->y"
+    assert quickstart.replaced(page, {"code": " new "}) == "x<!-- code, by make_quickstart.py --> new <!-- end -->y"

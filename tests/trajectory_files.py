@@ -32,6 +32,7 @@ def write_well(
     per_sample: Mapping[str, NDArray[Any]] | None = None,
     vector: bool = False,
     periodic: Sequence[str] = ("x", "y"),
+    step: float = STEP,
 ) -> Path:
     """A file of The Well: each channel a scalar field, or both channels one vector field."""
     N, T, _, Y, X = fields.shape
@@ -46,7 +47,7 @@ def write_well(
         dimensions = file.create_group("dimensions")
         dimensions.attrs["spatial_dims"] = ["x", "y"]
         for name, values in (
-            ("time", np.arange(T) * STEP),
+            ("time", np.arange(T) * step),
             ("x", np.arange(X) * SPACING[1]),
             ("y", np.arange(Y) * SPACING[0]),
         ):
@@ -87,43 +88,56 @@ def _well_field(group: h5py.Group, name: str, values: NDArray[Any], **varying: A
     dataset.attrs.update(attributes)
 
 
-def write_pdebench_arrays(path: Path, fields: NDArray[Any]) -> Path:
+def write_pdebench_arrays(
+    path: Path, fields: NDArray[Any], parameters: Mapping[str, float] | None = None, step: float = STEP
+) -> Path:
     """Named variables [N, T, X, Y] with coordinates at the centres of cells; time has one coordinate more."""
     _, T, C, Y, X = fields.shape
     with h5py.File(path, "w") as file:
+        file.attrs.update(parameters or {})
         for i in range(C):
             file[CHANNELS[i]] = fields[:, :, i].swapaxes(-1, -2)
         file["x-coordinate"] = (np.arange(X) + 0.5) * SPACING[1]
         file["y-coordinate"] = (np.arange(Y) + 0.5) * SPACING[0]
-        file["t-coordinate"] = np.arange(T + 1) * STEP
+        file["t-coordinate"] = np.arange(T + 1) * step
     return path
 
 
-def write_pdebench_groups(path: Path, fields: NDArray[Any]) -> Path:
-    """A group for each sample, with data [T, X, Y, C]."""
+def write_pdebench_groups(
+    path: Path, fields: NDArray[Any], parameters: Mapping[str, NDArray[Any]] | None = None, step: float = STEP
+) -> Path:
+    """A group for each sample, with data [T, X, Y, C], and its parameters as attributes."""
     N, T, _, Y, X = fields.shape
     with h5py.File(path, "w") as file:
         for i in range(N):
             group = file.create_group(f"{i:04d}")
+            group.attrs.update({name: values[i] for name, values in (parameters or {}).items()})
             group["data"] = fields[i].transpose(0, 3, 2, 1)
             group["grid/x"] = (np.arange(X) + 0.5) * SPACING[1]
             group["grid/y"] = (np.arange(Y) + 0.5) * SPACING[0]
-            group["grid/t"] = np.arange(T) * STEP
+            group["grid/t"] = np.arange(T) * step
     return path
 
 
-def write_py_pde(path: Path, fields: NDArray[Any], info: Mapping[str, Any] | None = None) -> Path:
+def write_py_pde(
+    path: Path,
+    fields: NDArray[Any],
+    info: Mapping[str, Any] | None = None,
+    periodic: Sequence[str] = ("x", "y"),
+    step: float = STEP,
+) -> Path:
     """One sample [T, C, Y, X], as `FileStorage` of py-pde 0.59 writes a collection of scalar fields."""
     T, C, Y, X = fields.shape
     bounds = [[0.0, X * SPACING[1]], [0.0, Y * SPACING[0]]]
-    grid = json.dumps({"bounds": bounds, "shape": [X, Y], "periodic": [True, True], "class": "CartesianGrid"})
+    wraps = [axis in periodic for axis in ("x", "y")]
+    grid = json.dumps({"bounds": bounds, "shape": [X, Y], "periodic": wraps, "class": "CartesianGrid"})
     each = [
         {"class": '"ScalarField"', "grid": grid, "label": json.dumps(CHANNELS[i]), "dtype": '"<f8"'} for i in range(C)
     ]
     attributes = {"class": '"FieldCollection"', "label": "null", "dtype": '"<f8"', "fields": json.dumps(each)}
     with h5py.File(path, "w") as file:
         file["data"] = fields.swapaxes(-1, -2).astype(np.float64)
-        file["times"] = np.arange(T) * STEP
+        file["times"] = np.arange(T) * step
         file.attrs["field_attributes"] = json.dumps(attributes)
         file.attrs["controller"] = json.dumps({"t_start": 0})
         for name, value in (info or {}).items():

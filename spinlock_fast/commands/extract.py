@@ -74,6 +74,7 @@ def _options(chosen: argparse.Namespace) -> Options:
         periodic=chosen.periodic,
         memory_budget=budget,
         initial_fields=chosen.initial_fields,
+        parameters=chosen.parameters,
     )
 
 

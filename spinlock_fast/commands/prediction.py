@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -15,6 +16,7 @@ from spinlock_fast.commands.console import RunDisplay
 from spinlock_fast.config.schema import LoggingConfig
 from spinlock_fast.device import resolve_device
 from spinlock_fast.errors import DataError, OutputError
+from spinlock_fast.models.input_check import TEST, TRAIN, UNKNOWN
 from spinlock_fast.output.atomic_files import write_json
 from spinlock_fast.output.locks import locked_output_file
 from spinlock_fast.output.token_files import TokenTable, check_format, token_file
@@ -47,16 +49,17 @@ def train(chosen: argparse.Namespace) -> None:
 
 
 def measure(chosen: argparse.Namespace) -> None:
-    """`predict eval`: on the rows that the predictor was not trained on, or on all if it was trained on all."""
+    """`predict eval`: on the rows that training did not use, or on all if it used all."""
     predictor = Predictor.load(chosen.predictor, resolve_device(chosen.device))
     with RunDisplay(chosen.quiet, LoggingConfig()) as display:
         targets = read_targets(predictor.tokenizer, chosen.data, display.encoded)
         inputs = predictor.inputs(chosen.data)
         if inputs.rows != len(targets.tokens):
             raise DataError(f"{chosen.data}: {inputs.rows} rows of inputs, but {len(targets.tokens)} of features")
-        held_out = predictor.known_rows.splits_of(targets.keys) != 0
+        splits = predictor.known_rows.splits_of(targets.keys)
+        held_out = np.isin(splits, (TEST, UNKNOWN))
         metrics = evaluate(predictor, inputs.batches(held_out if held_out.any() else None), targets)
-    metrics |= {"rows": "heldout" if held_out.any() else "all", "trained_rows": int((~held_out).sum())}
+    metrics |= {"rows": "heldout" if held_out.any() else "all", "trained_rows": int((splits == TRAIN).sum())}
     if chosen.json is not None:
         write_json(Path(chosen.json), finite_or_null(metrics))
     _print(metrics, chosen.quiet)

@@ -74,7 +74,7 @@ class FeatureCleaningConfig(Section):
         default="mad", description="method for the clip bounds of a column"
     )
     mad_threshold: PositiveFloat = Field(
-        default=5.0, description="clip bounds of outlier_method mad: median +/- this many sigma"
+        default=5.0, description="clip bounds of outlier_method mad: median +/- this many sigma; none where MAD = 0"
     )
     mad_scale: PositiveFloat = Field(
         default=1.4826, description="sigma = mad_scale * MAD; 1.0 as in the original project"

@@ -16,8 +16,9 @@ from torch import Tensor
 from spinlock_fast.data.hdf5_links import get_dataset
 from spinlock_fast.data.input_files import find_files, open_file
 from spinlock_fast.data.loader import HDF5Loader
-from spinlock_fast.errors import DataError
-from spinlock_fast.models.input_check import KnownRows
+from spinlock_fast.descriptors.geometry import AXIS_NAMES
+from spinlock_fast.errors import ConfigError, DataError
+from spinlock_fast.models.input_check import TEST, TRAIN, VALIDATION, KnownRows
 from spinlock_fast.prediction.network import InputShape
 from spinlock_fast.prediction.settings import PredictorConfig
 from spinlock_fast.tokenizer import Tokenizer
@@ -62,7 +63,8 @@ class Inputs:
         self.config = config
         given = {"parameters": config.parameters, "fields": config.fields}
         datasets = [path for path in given.values() if path is not None]
-        file = find_files(paths)[0]
+        files = find_files(paths)
+        file = files[0]
         with open_file(file) as handle:
             for key, path in given.items():
                 try:
@@ -75,8 +77,14 @@ class Inputs:
             paths, datasets, config.batch_size, shuffle=False, memory_budget=budget, window_rows=1024
         )
         first = next(iter(self.batches()))
-        field = (0, 0) if first.field is None else (first.field.shape[1], first.field.ndim - 2)
-        self.shape = InputShape(first.theta.shape[1], *field)
+        parameters, field = first.theta.shape[1], first.field
+        if field is None:
+            self.shape = InputShape(parameters, 0, 0)
+        else:
+            dimensions = field.ndim - 2
+            self.shape = InputShape(
+                parameters, field.shape[1], dimensions, periodic_axes(files, dimensions, config.periodic)
+            )
 
     @property
     def rows(self) -> int:
@@ -176,20 +184,54 @@ def read_targets(tokenizer: Tokenizer, paths: str | list[str], progress: Any = N
     return Targets(found, torch.cat(features), np.concatenate(keys))
 
 
-def held_out_rows(known: KnownRows | None, keys: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.bool_]:
-    """[N] rows that are not trained on: those that the tokenizer was not trained on, else a random share.
+def periodic_axes(files: Sequence[Path], dimensions: int, given: str | None) -> tuple[bool, ...]:
+    """Whether each space axis is periodic, in the order of the dataset; empty where neither the files nor `given` say.
 
-    Used where between 1 % and half of the rows are held out rows of the tokenizer's run.
+    Args:
+        given: names of the periodic axes, or "none"; None: by the attribute `periodic` of the files, which `extract`
+            writes.
+
+    Raises:
+        ConfigError: `given` names an axis that the fields do not have.
+        DataError: the attribute does not fit the fields, or differs between files.
     """
-    if known is not None:
-        splits = known.splits_of(keys)
-        held_out = np.isin(splits, (1, 2))
-        if 0.01 <= held_out.mean() <= 0.5 and (splits == 0).any():
-            return held_out
-    chosen = np.zeros(len(keys), dtype=bool)
-    count = max(1, round(len(keys) * fraction))
-    chosen[np.random.default_rng(np.random.SeedSequence(seed)).permutation(len(keys))[:count]] = True
-    return chosen
+    names = AXIS_NAMES[dimensions]
+    if given is not None:
+        given = "" if given == "none" else given
+        if unknown := set(given) - set(names):
+            raise ConfigError(f"periodic: the fields have no axis {min(unknown)!r}, only {', '.join(names)}")
+        return tuple(name in given for name in names)
+    found: list[tuple[bool, ...]] = []
+    for path in files:
+        with open_file(path) as file:
+            values = np.atleast_1d(np.asarray(file.attrs.get("periodic", ())))
+        if values.size not in (0, dimensions) or (values.size and values.dtype.kind not in "biu"):
+            raise DataError(f"{path}: attribute periodic: expected {dimensions} times true or false")
+        found.append(tuple(bool(value) for value in values))
+        if found[-1] != found[0]:
+            raise DataError(f"{path}: attribute periodic: {list(found[-1])}, but {list(found[0])} in {files[0]}")
+    return found[0]
+
+
+def split_rows(known: KnownRows | None, keys: NDArray[np.int64], config: PredictorConfig) -> NDArray[np.uint8]:
+    """[N] TRAIN, VALIDATION (by which the best epoch is chosen) or TEST (only measured).
+
+    Test rows are those that the tokenizer's run held out, if they are between 1 % and half of the rows, else a random
+    share. Validation rows are a random share of the others.
+    """
+    order = np.random.default_rng(np.random.SeedSequence(config.random_seed)).permutation(len(keys))
+    splits = np.full(len(keys), TRAIN, np.uint8)
+    of_run = splits if known is None else known.splits_of(keys)
+    held_out = np.isin(of_run, (VALIDATION, TEST))
+    if 0.01 <= held_out.mean() <= 0.5 and (of_run == TRAIN).any():
+        splits[held_out] = TEST
+    else:
+        splits[order[: max(1, round(len(keys) * config.test_fraction))]] = TEST
+    others = order[splits[order] == TRAIN]
+    splits[others[: max(1, round(len(others) * config.val_fraction))]] = VALIDATION
+    if not (splits == TRAIN).any():
+        raise ConfigError("val_fraction and test_fraction leave no row to train on")
+    return splits
 
 
 def earlier_levels(categories: Sequence[str], enabled: bool) -> list[list[int]]:

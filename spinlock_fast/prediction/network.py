@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spinlock_fast.prediction.settings import PredictorConfig
@@ -15,29 +16,44 @@ _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
 class _ResidualBlock(nn.Module):
-    """[B, C_in, *space] -> [B, C_out, *half of space] (He et al. 2016), periodic at the boundary."""
+    """[B, C_in, *space] -> [B, C_out, *half of space] (He et al. 2016).
 
-    def __init__(self, dimensions: int, channels_in: int, channels_out: int) -> None:
+    Periodic axes are padded by the opposite end, others by their last value: half-sample mirroring, as for descriptors.
+    """
+
+    def __init__(self, periodic: Sequence[bool], channels_in: int, channels_out: int) -> None:
         super().__init__()
-        convolution = _CONVOLUTIONS[dimensions]
-        periodic: dict[str, Any] = {"padding": 1, "padding_mode": "circular", "bias": False}
-        self.conv1 = convolution(channels_in, channels_out, 3, stride=2, **periodic)
+        convolution = _CONVOLUTIONS[len(periodic)]
+        self.periodic = tuple(periodic)
+        self.conv1 = convolution(channels_in, channels_out, 3, stride=2, bias=False)
         self.norm1 = nn.GroupNorm(1, channels_out)
-        self.conv2 = convolution(channels_out, channels_out, 3, **periodic)
+        self.conv2 = convolution(channels_out, channels_out, 3, bias=False)
         self.norm2 = nn.GroupNorm(1, channels_out)
         self.skip = convolution(channels_in, channels_out, 1, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        main = self.norm2(self.conv2(torch.relu(self.norm1(self.conv1(x)))))
-        return torch.relu(main + self.skip(x))
+        main = torch.relu(self.norm1(self.conv1(self._padded(x))))
+        return torch.relu(self.norm2(self.conv2(self._padded(main))) + self.skip(x))
+
+    def _padded(self, x: Tensor) -> Tensor:
+        """x with one more point at both ends of every axis."""
+        for mode, chosen in (("circular", True), ("replicate", False)):
+            ends = [int(wraps is chosen) for wraps in reversed(self.periodic) for _ in range(2)]  # the last axis first
+            if any(ends):
+                x = F.pad(x, ends, mode)
+        return x
 
 
 class InputShape(NamedTuple):
-    """The inputs of a network: P parameters, and C channels on a grid of some dimensions (C = 0: no field)."""
+    """The inputs of a network: P parameters, and C channels on a grid of some dimensions (C = 0: no field).
+
+    `periodic` is of each axis of the grid; empty: all are periodic.
+    """
 
     parameters: int
     channels: int
     dimensions: int
+    periodic: tuple[bool, ...] = ()
 
 
 class InputNetwork(nn.Module):
@@ -50,7 +66,8 @@ class InputNetwork(nn.Module):
         super().__init__()
         stages = config.stages if shape.channels else 0
         widths = [shape.channels, *(config.channels * 2**i for i in range(stages))]
-        self.field = nn.Sequential(*(_ResidualBlock(shape.dimensions, a, b) for a, b in pairwise(widths)))
+        periodic = shape.periodic or (True,) * shape.dimensions
+        self.field = nn.Sequential(*(_ResidualBlock(periodic, a, b) for a, b in pairwise(widths)))
         self.mlp = nn.Sequential(
             nn.Linear(shape.parameters + widths[-1], config.hidden_dim),
             nn.GELU(),

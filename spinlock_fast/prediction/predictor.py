@@ -13,6 +13,7 @@ from torch import Tensor
 from spinlock_fast.checkpoints.directory import load_torch, save_torch
 from spinlock_fast.checkpoints.host_copies import to_cpu
 from spinlock_fast.data.payload_checks import payload_errors
+from spinlock_fast.descriptors.geometry import AXIS_NAMES
 from spinlock_fast.errors import DataError
 from spinlock_fast.models.input_check import KnownRows
 from spinlock_fast.prediction.inputs import Batch, Inputs, Standardizer, earlier_levels
@@ -74,10 +75,11 @@ class Predictor:
     def inputs(self, paths: str | list[str]) -> Inputs:
         """The inputs of a file; raises DataError where their shapes are not those of training."""
         inputs = Inputs(paths, self.config)
-        if inputs.shape != self.shape:
-            raise DataError(
-                f"{paths}: {_in_words(inputs.shape)}, but the predictor was trained on {_in_words(self.shape)}"
-            )
+        found, trained = inputs.shape, self.shape
+        if not found.periodic or not trained.periodic:  # not known of one of them
+            found, trained = found._replace(periodic=()), trained._replace(periodic=())
+        if found != trained:
+            raise DataError(f"{paths}: {_in_words(found)}, but the predictor was trained on {_in_words(trained)}")
         return inputs
 
     @torch.no_grad()
@@ -92,7 +94,8 @@ class Predictor:
             "format": _FORMAT,
             "config": self.config.model_dump(mode="json"),
             "tokenizer": self.tokenizer.payload(),
-            "shape": list(self.shape),
+            "shape": list(self.shape[:3]),
+            "periodic": list(self.shape.periodic),
             "sha256": self.sha256,
             "network": self.network.state_dict(),
             "regression": self.regression.state_dict(),
@@ -114,7 +117,9 @@ class Predictor:
             config = PredictorConfig.model_validate(payload["config"])
             tokenizer = Tokenizer.from_payload(payload["tokenizer"])
             standardizer = Standardizer(**payload["standardizer"])
-            shape = InputShape(*map(int, payload["shape"]))
+            parameters, channels, dimensions = map(int, payload["shape"])
+            periodic = tuple(map(bool, payload.get("periodic", ())))  # not in files of earlier versions
+            shape = InputShape(parameters, channels, dimensions, periodic)
             network, regression = build_networks(tokenizer, shape, config)
             network.load_state_dict(payload["network"])
             regression.load_state_dict(payload["regression"])
@@ -135,7 +140,11 @@ class Predictor:
 
 
 def _in_words(shape: InputShape) -> str:
-    fields = f"{shape.channels} channels of fields in {shape.dimensions} dimensions" if shape.channels else "no fields"
+    fields = "no fields"
+    if shape.channels:
+        fields = f"{shape.channels} channels of fields in {shape.dimensions} dimensions"
+        names = zip(AXIS_NAMES[shape.dimensions], shape.periodic, strict=False)
+        fields += f", periodic: {''.join(name for name, wraps in names if wraps) or 'none'}" if shape.periodic else ""
     return f"{shape.parameters} parameters and {fields}"
 
 

@@ -24,6 +24,11 @@ class PredictorConfig(Section):
         default="inputs/fields",
         description="dataset of initial fields [N, C, *space] in 1 to 3 dimensions; null: they are no input",
     )
+    periodic: Annotated[str, Field(pattern="^(none|[xyz]+)$")] | None = Field(
+        default=None,
+        description="periodic axes of the initial fields, such as xy, or none; null: by the attribute "
+        "`periodic` of the file, else all",
+    )
     hidden_dim: PositiveInt = Field(default=256, description="width of the MLP")
     channels: PositiveInt = Field(default=8, description="channels of the first stage of the convolutional network")
     stages: PositiveInt = Field(default=3, description="stages of the convolutional network, each halves the grid")
@@ -36,7 +41,11 @@ class PredictorConfig(Section):
     learning_rate: PositiveFloat = Field(default=1e-3, description="highest learning rate of the cosine schedule")
     weight_decay: NonNegativeFloat = Field(default=0.05, description="weight decay of AdamW")
     val_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
-        default=0.1, description="rows held out, where the data do not have held-out rows of the tokenizer's run"
+        default=0.1, description="share of the rows other than test rows by which the best epoch is chosen"
+    )
+    test_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        default=0.1,
+        description="share of rows that are only measured, where the data have no held-out rows of the tokenizer's run",
     )
     random_seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=42, description="seed of all random numbers")
 

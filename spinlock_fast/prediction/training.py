@@ -20,7 +20,7 @@ from spinlock_fast.checkpoints.host_copies import to_cpu
 from spinlock_fast.config.random_streams import seed_torch
 from spinlock_fast.data.payload_checks import payload_errors
 from spinlock_fast.errors import ConfigError, DataError, Interrupted, OutputError, TrainingError
-from spinlock_fast.models.input_check import KnownRows
+from spinlock_fast.models.input_check import TEST, TRAIN, VALIDATION, KnownRows
 from spinlock_fast.output.atomic_files import write_json
 from spinlock_fast.output.locks import locked_output_directory
 from spinlock_fast.prediction.cached_inputs import CachedInputs
@@ -30,9 +30,9 @@ from spinlock_fast.prediction.inputs import (
     Inputs,
     Standardizer,
     Targets,
-    held_out_rows,
     read_targets,
     signature,
+    split_rows,
 )
 from spinlock_fast.prediction.predictor import FILE, Neighbours, Predictor, build_networks, differing_settings
 from spinlock_fast.prediction.settings import PredictorConfig
@@ -58,7 +58,8 @@ def train_predictor(
 ) -> dict[str, Any]:
     """Trains on a file, and writes predictor.pt and metrics.json to a directory.
 
-    The best epoch by log-loss on the held-out rows is kept. The state after every epoch is kept for `resume`.
+    The best epoch by log-loss on the validation rows is kept; metrics are of the test rows. The state after every epoch
+    is kept for `resume`.
 
     Args:
         checkpoint: directory of the tokenizer.
@@ -86,24 +87,25 @@ def train_predictor(
             raise DataError(f"{data}: {inputs.rows} rows of inputs, but {len(targets.tokens)} of features")
         if inputs.rows < _MIN_ROWS:
             raise DataError(f"{data}: {inputs.rows} rows are too few: at least {_MIN_ROWS} are needed")
-        held_out = held_out_rows(tokenizer.known_rows, targets.keys, config.val_fraction, config.random_seed)
-        predictor = _new_predictor(tokenizer, inputs, targets, held_out, config)
+        splits = split_rows(tokenizer.known_rows, targets.keys, config)
+        predictor = _new_predictor(tokenizer, inputs, targets, splits, config)
         if state is not None and state["keys"] != int(targets.keys.sum()):
             raise ConfigError(f"--resume {output}: the data or the tokenizer are not those of the interrupted training")
-        run = _Run(predictor.to(device), inputs, targets, held_out, output, state)
+        run = _Run(predictor.to(device), inputs, targets, splits, output, state)
         try:
             history = run.train(progress)
         except Interrupted as stopped:
             hint = f"stopped; the same command with --resume goes on in {output}" if run.saved else "stopped in epoch 1"
             raise Interrupted(hint, stopped.exit_status - 128) from None
-        metrics = evaluate(predictor, inputs.batches(held_out), targets)
+        metrics = evaluate(predictor, inputs.batches(splits == TEST), targets)
         metrics |= {
             "rows": "heldout",
             "best_epoch": run.best_epoch["tokens"],
             "epochs": len(history),
             "history": history,
         }
-        metrics |= {"trained_rows": int((~held_out).sum()), "tokenizer_sha256": tokenizer.checkpoint_hash}
+        metrics |= {"trained_rows": int((splits == TRAIN).sum()), "validation_rows": int((splits == VALIDATION).sum())}
+        metrics["tokenizer_sha256"] = tokenizer.checkpoint_hash
         metrics["seconds"] = time.perf_counter() - started
         predictor.save(output / FILE)
         write_json(output / METRICS, finite_or_null(metrics))
@@ -129,10 +131,10 @@ def _state_to_resume(output: Path, config: PredictorConfig, resume: bool, overwr
 
 
 def _new_predictor(
-    tokenizer: Tokenizer, inputs: CachedInputs, targets: Targets, held_out: NDArray[np.bool_], config: PredictorConfig
+    tokenizer: Tokenizer, inputs: CachedInputs, targets: Targets, splits: NDArray[np.uint8], config: PredictorConfig
 ) -> Predictor:
     """A predictor before its first step."""
-    training = ~held_out
+    training = splits == TRAIN
     standardizer = Standardizer.fit(inputs.shape, inputs.batches(training))
     with torch.random.fork_rng(devices=[]):
         seed_torch(config.random_seed)
@@ -146,7 +148,7 @@ def _new_predictor(
         places.append(batch.index)
     tokens = targets.tokens[torch.from_numpy(rows)]
     counts = [torch.bincount(tokens[:, g], minlength=k) for g, k in enumerate(tokenizer.model.quantizer.num_codes)]
-    known = KnownRows.of(targets.keys, np.flatnonzero(held_out), np.array([], np.int64))
+    known = KnownRows(targets.keys, splits)
     neighbours = Neighbours(torch.cat(signatures), targets.tokens[torch.cat(places)])
     return Predictor(
         config, tokenizer, inputs.shape, tokenizer.checkpoint_hash, *networks, standardizer, counts, neighbours, known
@@ -161,11 +163,12 @@ class _Run:
         predictor: Predictor,
         inputs: CachedInputs,
         targets: Targets,
-        held_out: NDArray[np.bool_],
+        splits: NDArray[np.uint8],
         output: Path,
         state: dict[str, Any] | None,
     ) -> None:
-        self.predictor, self.inputs, self.targets, self.held_out = predictor, inputs, targets, held_out
+        self.predictor, self.inputs, self.targets = predictor, inputs, targets
+        self.training, self.validation = splits == TRAIN, splits == VALIDATION
         self.output, self.saved = output, state is not None
         self.networks = torch.nn.ModuleDict({"tokens": predictor.network, "regression": predictor.regression})
         config = predictor.config
@@ -173,7 +176,7 @@ class _Run:
             self.networks.parameters(), config.learning_rate, weight_decay=config.weight_decay
         )
         self.history: list[dict[str, float]] = []
-        self.best_epoch: dict[str, int] = {}  # of each network, by its own loss on the held-out rows
+        self.best_epoch: dict[str, int] = {}  # of each network, by its own loss on the validation rows
         self.best = {name: copy.deepcopy(network.state_dict()) for name, network in self.networks.items()}
         if state is not None:
             with payload_errors(state, "the saved state"):
@@ -205,11 +208,11 @@ class _Run:
     def _epoch(self, epoch: int) -> float:
         config, device = self.predictor.config, self.predictor.device
         self.networks.train()
-        steps = -(-int((~self.held_out).sum()) // config.batch_size)
+        steps = -(-int(self.training.sum()) // config.batch_size)
         total, rows = 0.0, 0
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             seed_torch((config.random_seed + epoch + 1) % 2**63, device)
-            for step, batch in enumerate(self.inputs.shuffled(~self.held_out, config.random_seed, epoch)):
+            for step, batch in enumerate(self.inputs.shuffled(self.training, config.random_seed, epoch)):
                 share = (epoch + step / steps) / config.num_epochs
                 rate = config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * min(share, 1.0)))
                 for group in self.optimizer.param_groups:
@@ -226,10 +229,10 @@ class _Run:
 
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
-        """On the held-out rows: mean log-loss of a token, in nats, and squared error of the regression."""
+        """On the validation rows: mean log-loss of a token, in nats, and squared error of the regression."""
         self.networks.eval()
         totals, rows = np.zeros(2), 0
-        for batch in self.inputs.batches(self.held_out):
+        for batch in self.inputs.batches(self.validation):
             totals += np.array([float(loss) for loss in self._losses(batch)]) * len(batch.index)
             rows += len(batch.index)
         return {"val_tokens": float(totals[0]) / rows, "val_regression": float(totals[1]) / rows}

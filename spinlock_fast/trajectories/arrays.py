@@ -15,7 +15,14 @@ from spinlock_fast.data.input_files import fetched, open_file
 from spinlock_fast.errors import ConfigError, DataError
 from spinlock_fast.messages import one_line
 from spinlock_fast.trajectories.options import Options
-from spinlock_fast.trajectories.samples import SampleShape, numeric_attributes, space_axes, stream_rows, to_array
+from spinlock_fast.trajectories.samples import (
+    SampleShape,
+    numeric_attributes,
+    read_values,
+    space_axes,
+    stream_rows,
+    to_array,
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,7 @@ class ArrayFile:
                 dataset = file[self.dataset]
                 for i in range(start, self.samples):
                     place = tuple(i if letter == "n" else slice(None) for letter in letters)
-                    yield self._arranged(dataset[place], letters)
+                    yield self._arranged(read_values(dataset, place), letters)
 
     def _arranged(self, values: NDArray[np.floating], letters: Sequence[str]) -> NDArray[np.floating]:
         """One sample, whose axes are `letters` without n, as [M, T, C, *space]."""

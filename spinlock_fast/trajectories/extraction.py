@@ -95,8 +95,10 @@ def extract(
     if ranks.is_main:
         _check_output(output, partial, overwrite, resume)
     trajectories = open_trajectories(paths, layout, options)
-    if ranks.is_main and os.path.exists(output) and any(os.path.samefile(output, f.path) for f in trajectories.files):
-        raise OutputError(f"{output}: is one of the files to read")
+    if ranks.is_main and os.path.exists(output):
+        read = [str(file.path) for file in trajectories.files] + [options.parameters or ""]
+        if any(os.path.samefile(output, path) for path in read if os.path.exists(path)):
+            raise OutputError(f"{output}: is one of the files to read")
     opened(trajectories)
     start, stop = (trajectories.samples * i // shard[1] for i in (shard[0], shard[0] + 1))
     if start == stop:
@@ -147,6 +149,8 @@ def _settings(trajectories: TrajectorySet, options: Options, span: tuple[int, in
     files = []
     for file in trajectories.files:
         files.append([str(file.path.resolve()), *store_state(file.path)])
+    if options.parameters is not None and os.path.isfile(options.parameters):
+        files.append([str(Path(options.parameters).resolve()), *store_state(Path(options.parameters))])
     chosen = {name: value for name, value in asdict(options).items() if name != "memory_budget"}
     digest = hashlib.sha256(json.dumps(files).encode(errors="replace")).hexdigest()
     return json.loads(  # type: ignore[no-any-return]

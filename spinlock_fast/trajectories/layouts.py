@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import h5py
 
-from spinlock_fast.data.input_files import open_file
+from spinlock_fast.data.input_files import fetched, open_file
 from spinlock_fast.errors import ConfigError, DataError
 from spinlock_fast.trajectories.arrays import open_array_file
+from spinlock_fast.trajectories.given_parameters import read_given_parameters
 from spinlock_fast.trajectories.options import Options
 from spinlock_fast.trajectories.pdebench import is_pdebench, open_pdebench
 from spinlock_fast.trajectories.py_pde import is_py_pde, open_py_pde
@@ -42,6 +44,8 @@ def open_trajectories(
     if layout not in LAYOUTS:
         raise ConfigError(f"--layout: {layout!r}, expected {', '.join(LAYOUTS)}")
     files = find_stores_and_files(paths)
+    for file in files:
+        _refuse_classic_netcdf(file)
     kinds = [_layout_of(file) if layout == "auto" else layout for file in files]
     if options.axes is not None and layout == "auto":
         kinds = ["array"] * len(files)
@@ -57,7 +61,10 @@ def open_trajectories(
         "array": _open_arrays,
     }
     found, notes = openers[kinds[0]](files, options)
-    return TrajectorySet(_CALLED[kinds[0]], list(found), notes)
+    given = {}
+    if options.parameters is not None:
+        given = read_given_parameters(options.parameters, files, [file.samples for file in found])
+    return TrajectorySet(_CALLED[kinds[0]], list(found), notes, given)
 
 
 def _open_arrays(files: Sequence[Path], options: Options) -> tuple[Sequence[Any], list[str]]:
@@ -65,6 +72,16 @@ def _open_arrays(files: Sequence[Path], options: Options) -> tuple[Sequence[Any]
     if options.time_step is None or options.spacing is None:
         notes.append("spacing and time step count as 1 where they are not given (--spacing, --time-step)")
     return [(open_zarr_file if is_zarr(file) else open_array_file)(file, options) for file in files], notes
+
+
+def _refuse_classic_netcdf(path: Path) -> None:
+    start = b""
+    with suppress(OSError), fetched(path):  # the layout reports a file that cannot be read
+        if path.is_file():
+            with open(path, "rb") as file:
+                start = file.read(3)
+    if start == b"CDF":
+        raise DataError(f"{path}: in the classic netCDF format; convert it to netCDF-4: nccopy -k nc4 IN.nc OUT.nc")
 
 
 def _layout_of(path: Path) -> str:

@@ -24,6 +24,7 @@ class Options:
         time_step: time between states.
         periodic: names of the periodic axes ("xy", "" for none); None: by the files.
         memory_budget: bytes of decoded rows.
+        parameters: a CSV or `.npy` file, or a dataset of every file, with the parameters of the simulations.
         initial_fields: also keep the first state of every sample, of its first realization.
     """
 
@@ -35,10 +36,14 @@ class Options:
     periodic: str | None = None
     memory_budget: int = 1_250_000_000
     initial_fields: bool = False
+    parameters: str | None = None
 
     def letters(self, dimensions: int, name: str) -> list[str]:
         """The letters of `axes`; raises ConfigError where they do not fit an array of so many dimensions."""
         assert self.axes is not None
+        if not set(self.axes.lower()) & set("xyz"):
+            hint = "a series [N, T, C] without space needs no descriptors: train on it as the dataset of a family"
+            raise ConfigError(f"--axes: {self.axes!r} has no space axis; {hint} (docs/trajectories.md)")
         try:
             return parse_axes(self.axes, dimensions, name)
         except ValueError as error:

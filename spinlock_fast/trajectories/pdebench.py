@@ -20,6 +20,7 @@ from spinlock_fast.trajectories.samples import (
     SampleShape,
     even_step,
     numeric_attributes,
+    read_values,
     stream_rows,
     to_array,
 )
@@ -48,7 +49,7 @@ class BenchFile:
         if self.groups:
             with open_file(self.path) as file:
                 for name in self.groups[start:]:
-                    yield self._sample([file[name]["data"][()]])
+                    yield self._sample([read_values(file[name]["data"])])
         else:
             for row in stream_rows(self.path, list(self.variables), start, self.memory_budget):
                 yield self._sample([to_array(row[name]) for name in self.variables])

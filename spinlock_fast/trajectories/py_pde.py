@@ -16,7 +16,7 @@ from spinlock_fast.data.input_files import open_file
 from spinlock_fast.errors import DataError
 from spinlock_fast.messages import printable
 from spinlock_fast.trajectories.options import Options
-from spinlock_fast.trajectories.samples import SampleShape, even_step, space_axes, to_array
+from spinlock_fast.trajectories.samples import SampleShape, even_step, read_values, space_axes, to_array
 
 _NOT_PARAMETERS = ("controller", "data_length", "field_attributes", "package_version", "solver")
 _RANKS = {"ScalarField": 0, "VectorField": 1, "Tensor2Field": 2}
@@ -34,7 +34,7 @@ class PdeFile:
     def read(self, start: int) -> Iterator[NDArray[np.floating]]:
         """The sample."""
         with open_file(self.path) as file:
-            values = file["data"][()]
+            values = read_values(file["data"])
         d = self.shape.grid.dimensions
         values = values.reshape(self.shape.steps, len(self.shape.channels), *values.shape[-d:])
         yield to_array(values.transpose(0, 1, *range(d + 1, 1, -1))[None])

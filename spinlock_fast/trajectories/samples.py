@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import h5py
 import numpy as np
@@ -15,10 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spinlock_fast.data import HDF5Loader
+from spinlock_fast.data.packing import read_packing
 from spinlock_fast.descriptors.geometry import AXIS_NAMES, Grid
 from spinlock_fast.errors import DataError
 from spinlock_fast.messages import printable
 
+_OF_STORAGE = ("scale_factor", "add_offset", "missing_value", "valid_min", "valid_max", "actual_range", "NAME", "CLASS")
 _UNEVEN = 1e-3  # largest relative difference between steps of coordinates that count as even
 
 
@@ -81,11 +83,13 @@ class TrajectorySet:
         layout: how the files are arranged, in words.
         files: in order.
         notes: what was assumed or left out, one line each.
+        given: parameters [N] that the user named; they replace those of the files.
     """
 
     layout: str
     files: Sequence[SampleFile]
     notes: Sequence[str] = field(default=())
+    given: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         first = self.files[0]
@@ -106,10 +110,12 @@ class TrajectorySet:
 
     @property
     def parameters(self) -> dict[str, NDArray[np.float64]]:
-        """Parameters of all samples: name -> [N]."""
-        return {
+        """Parameters of all samples: name -> [N]; by name, since the order of HDF5 attributes is not kept."""
+        own = {
             name: np.concatenate([file.parameters[name] for file in self.files]) for name in self.files[0].parameters
         }
+        both = {**own, **self.given}
+        return {name: both[name] for name in sorted(both)}
 
     @property
     def origins(self) -> list[tuple[str, int]]:
@@ -149,13 +155,27 @@ def even_step(coordinates: NDArray[np.floating], what: str, path: Path) -> float
     return abs(step)
 
 
-def numeric_attributes(node: h5py.HLObject, ignored: Sequence[str] = ()) -> dict[str, float]:
-    """Attributes of a file, group or dataset that are single real numbers."""
+def read_values(dataset: h5py.Dataset, place: Any = ()) -> NDArray[Any]:
+    """Values of a dataset, unpacked by its attributes (CF conventions), as `HDF5Loader` does."""
+    packing = read_packing(dataset)
+    values: NDArray[Any] = dataset[place]
+    return values if packing is None else packing(values)
+
+
+def numeric_attributes(node: h5py.HLObject) -> dict[str, float]:
+    """Attributes of a file, group or dataset that may be parameters of a simulation."""
+    return parameters_among(node.attrs)
+
+
+def parameters_among(attributes: Mapping[str, Any]) -> dict[str, float]:
+    """Attributes that are single finite numbers, without those by which netCDF and its readers store arrays."""
     found = {}
-    for name, value in node.attrs.items():
+    for name, value in attributes.items():
         array = np.asarray(value)
-        if name not in ignored and array.size == 1 and array.dtype.kind in "fiub":
-            found[printable(name)] = float(array.reshape(()))
+        if name not in _OF_STORAGE and not name.startswith("_") and array.size == 1 and array.dtype.kind in "fiub":
+            number = float(array.reshape(()))
+            if math.isfinite(number):
+                found[printable(name)] = number
     return found
 
 

@@ -15,7 +15,7 @@ from spinlock_fast.data.input_files import open_file
 from spinlock_fast.errors import ConfigError, DataError
 from spinlock_fast.messages import printable
 from spinlock_fast.trajectories.options import Options
-from spinlock_fast.trajectories.samples import SampleShape, even_step, space_axes, stream_rows, to_array
+from spinlock_fast.trajectories.samples import SampleShape, even_step, read_values, space_axes, stream_rows, to_array
 
 _GROUPS = ("t0_fields", "t1_fields", "t2_fields")  # scalars, vectors, tensors
 
@@ -49,7 +49,7 @@ class WellFile:
         fixed: dict[str, NDArray[Any]] = {}
         if common:
             with open_file(self.path) as file:
-                fixed = {field.path: file[field.path][()] for field in common}
+                fixed = {field.path: read_values(file[field.path]) for field in common}
         streamed = [field.path for field in self.fields if field.per_sample]
         rows: Iterator[Mapping[str, Any]] = (
             stream_rows(self.path, streamed, start, self.memory_budget)

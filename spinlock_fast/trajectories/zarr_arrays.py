@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import glob
 import os
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,12 @@ from numpy.typing import NDArray
 
 from spinlock_fast.data.input_files import find_files
 from spinlock_fast.data.natural_sort import natural_sort_key
+from spinlock_fast.data.packing import Packing, read_packing
 from spinlock_fast.errors import ConfigError, DataError
-from spinlock_fast.messages import one_line, printable
+from spinlock_fast.messages import one_line
 from spinlock_fast.trajectories.arrays import ArrayFile, array_file
 from spinlock_fast.trajectories.options import Options
+from spinlock_fast.trajectories.samples import parameters_among
 
 _MARKERS = ("zarr.json", ".zarray", ".zgroup")
 # Of zarr and of codecs, for damaged stores.
@@ -52,7 +55,8 @@ class ZarrFile(ArrayFile):
 
     def _values(self, array: Any, place: tuple[slice, ...], sample: int) -> NDArray[Any]:
         with reporting(self.path, f"{array.path or 'array'}: from sample {sample}: "):
-            return np.asarray(array[place or ...])
+            stored, packing = np.asarray(array[place or ...]), zarr_packing(array, self.path)
+            return stored if packing is None else packing(stored)
 
 
 def is_zarr(path: str | Path) -> bool:
@@ -95,12 +99,25 @@ def open_zarr_file(path: Path, options: Options) -> ArrayFile:
             raise DataError(f"{path}: {name}: expected real numbers, got {array.dtype}")
         attributes = {**root.attrs.asdict(), **array.attrs.asdict()}
         shape = tuple(array.shape)
-    parameters = {
-        printable(key): float(value)
-        for key, value in attributes.items()
-        if isinstance(value, (int, float)) and not key.startswith("_")
-    }
-    return array_file(ZarrFile, path, dataset, shape, parameters, options)
+    return array_file(ZarrFile, path, dataset, shape, parameters_among(attributes), options)
+
+
+def zarr_packing(array: Any, path: Path) -> Packing | None:
+    """The packing of an array that xarray wrote (CF conventions); see `read_packing`.
+
+    xarray stores `_FillValue` as base64 in Zarr 3, and as the fill value of the array in Zarr 2.
+    """
+    attributes = array.attrs.asdict()
+    dtype = np.dtype(array.dtype)
+    if isinstance(fill := attributes.get("_FillValue"), str):
+        with suppress(ValueError):
+            attributes["_FillValue"] = np.frombuffer(base64.b64decode(fill, validate=True), dtype.newbyteorder("<"))
+    elif "_ARRAY_DIMENSIONS" in attributes and array.fill_value is not None:
+        attributes["_FillValue"] = array.fill_value
+    file = SimpleNamespace(attrs={}, filename=str(path))
+    return read_packing(
+        SimpleNamespace(attrs=attributes, dtype=dtype, file=file, name=array.path or "array", fillvalue=None)
+    )
 
 
 def store_state(path: Path) -> tuple[int, int]:

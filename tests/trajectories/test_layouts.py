@@ -155,6 +155,10 @@ def test_what_does_not_fit_is_one_line(tmp_path: Path) -> None:
     np.save(tmp_path / "b.npy", FIELDS)
     refused(tmp_path / "b.npy", "--axes: required", "[5, 6, 2, 8, 12]", kind=ConfigError)
     refused(tmp_path / "b.npy", "4 axes are named", kind=ConfigError, axes="n t y x")
+    refused(tmp_path / "b.npy", "--axes", "'N T Y X'", kind=ConfigError, axes="N T Y X")
+    (tmp_path / "c.nc").write_bytes(b"CDF\x01\x00\x00")
+    refused(tmp_path / "c.nc", "classic netCDF", "nccopy -k nc4", axes="t x")
+    refused(tmp_path / "b.npy", "no space axis", "as the dataset of a family", kind=ConfigError, axes="n t c")
     refused(tmp_path / "b.npy", "--fields: 1 names for 2 channels", kind=ConfigError, axes="n t c y x", fields=("u",))
     np.save(tmp_path / "c.npy", FIELDS.astype(np.complex64))
     refused(tmp_path / "c.npy", "expected real numbers", axes="n t c y x")
@@ -203,3 +207,25 @@ def test_a_file_of_the_well_with_a_part_missing(part: str, tmp_path: Path) -> No
         assert open_trajectories(str(path), "well").parameters == {}
     else:
         refused(path, "a.h5", layout="well")
+
+
+PACKED = {"scale_factor": 0.25, "add_offset": 8.0, "_FillValue": np.int16(-99), "valid_min": np.int16(-90)}
+
+
+@pytest.mark.parametrize("axes", ["n t c y x", "t n c y x", "n c t y x", "t c y x"])
+def test_packed_numbers_are_unpacked_whatever_the_order_of_axes(axes: str, tmp_path: Path) -> None:
+    """As netCDF stores them: int16 with a scale, an offset and a fill value."""
+    stored = np.round(4.0 * FIELDS).astype(np.int16)
+    stored[0, 1, 0, 2, 3] = -99
+    expected = (stored * 0.25 + 8.0).astype(np.float32)
+    expected[0, 1, 0, 2, 3] = np.nan
+    if "n" not in axes:
+        stored, expected = stored[0], expected[:1]
+    letters = axes.split()
+    own = [letter for letter in "ntcyx" if letter in letters]
+    with h5py.File(tmp_path / "a.nc", "w") as file:
+        file["u"] = stored.transpose([own.index(letter) for letter in letters])
+        file["u"].attrs.update({**PACKED, "_Netcdf4Dimid": 0, "nu": 0.5, "missing": np.nan})
+    found = open_trajectories(str(tmp_path / "a.nc"), options=Options(axes=axes))
+    np.testing.assert_array_equal(samples_of(found).astype(np.float32), expected)
+    assert list(found.parameters) == ["nu"]
