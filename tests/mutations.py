@@ -7,18 +7,22 @@ afterwards, also after Ctrl-C. C++ code is left out, since each bug would need a
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import re
-import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn, TextIO
 
 ROOT = Path(__file__).parents[1]
-PYTEST = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow and not gpu"]
+PYTEST = ["-q", "-x", "-p", "no:cacheprovider", "-m", "not slow and not gpu"]
+# Imported once: the tests of each mutation run in a fork of this process, which must not import the package itself.
+PRELOADED = ("torch", "torch._dynamo", "scipy.stats", "h5py", "pytest", "hypothesis", "pydantic")
 
 
 class Mutation(NamedTuple):
@@ -306,16 +310,26 @@ def expand(arguments: str) -> list[str]:
 def is_detected(mutation: Mutation) -> bool:
     """Whether the tests of a mutation fail; raises RuntimeError if they do not run."""
     path, text = place_of(mutation)
-    with applied(path, text):
-        environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
-        done = subprocess.run(
-            [*PYTEST, *expand(mutation.tests)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-        )
-    if done.returncode not in (0, 1):  # 1: tests failed
-        raise RuntimeError(
-            f"{mutation.name}: pytest ended with {done.returncode}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
-        )
-    return done.returncode == 1
+    with applied(path, text), tempfile.TemporaryFile("w+") as output:
+        process = multiprocessing.get_context("fork").Process(target=run_tests, args=(mutation.tests, output))
+        process.start()
+        process.join()
+        if process.exitcode not in (0, 1):  # 1: tests failed
+            output.seek(0)
+            raise RuntimeError(f"{mutation.name}: pytest ended with {process.exitcode}: {output.read()[-3000:]}")
+    return process.exitcode == 1
+
+
+def run_tests(tests: str, output: TextIO) -> NoReturn:
+    """Runs pytest in this process and exits with its status."""
+    import pytest
+
+    for descriptor in (1, 2):
+        os.dup2(output.fileno(), descriptor)
+    sys.dont_write_bytecode = True
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    os.chdir(ROOT)
+    sys.exit(int(pytest.main([*PYTEST, *expand(tests)])))
 
 
 def main() -> int:
@@ -326,6 +340,9 @@ def main() -> int:
     chosen = [mutation for mutation in MUTATIONS if options.only in mutation.name + " " + mutation.files]
     for mutation in chosen:
         place_of(mutation)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    for module in PRELOADED if not options.list else ():
+        import_module(module)
     missed = []
     for mutation in [] if options.list else chosen:
         start = time.perf_counter()

@@ -552,9 +552,7 @@ def test_signalled_run_resumes_to_the_same_weights(
     # The rest is shortened: what matters is that both runs see the same steps.
     epochs = f"training.num_epochs={reached + 3}"
     for output, resume in ((broken, ["--resume", broken]), (tmp_path / "whole", [])):
-        process = train_process(*common, "--set", epochs, "--quiet", "--output", output, *resume)
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+        assert run(train_main, *common, "--set", epochs, "--quiet", "--output", output, *resume) == 0
     weights = [load_torch(place / "final_model.pt")["model_state_dict"] for place in (broken, tmp_path / "whole")]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
     assert not (broken / PARTIAL / RESUME).exists()
