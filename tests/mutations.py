@@ -22,7 +22,8 @@ from typing import NamedTuple, NoReturn, TextIO
 ROOT = Path(__file__).parents[1]
 PYTEST = ["-q", "-x", "-p", "no:cacheprovider", "-m", "not slow and not gpu"]
 # Imported once: the tests of each mutation run in a fork of this process, which must not import the package itself.
-PRELOADED = ("torch", "torch._dynamo", "scipy.stats", "h5py", "pytest", "hypothesis", "pydantic")
+_STATUS = 10  # added to the status of pytest: a process that fails otherwise ends with 1
+PRELOADED = ("torch", "torch._dynamo", "scipy.stats", "h5py", "pytest", "pydantic")
 
 
 class Mutation(NamedTuple):
@@ -310,18 +311,25 @@ def expand(arguments: str) -> list[str]:
 def is_detected(mutation: Mutation) -> bool:
     """Whether the tests of a mutation fail; raises RuntimeError if they do not run."""
     path, text = place_of(mutation)
-    with applied(path, text), tempfile.TemporaryFile("w+") as output:
-        process = multiprocessing.get_context("fork").Process(target=run_tests, args=(mutation.tests, output))
+    with applied(path, text):
+        return not tests_pass(mutation.tests)
+
+
+def tests_pass(tests: str) -> bool:
+    """Whether tests pass; raises RuntimeError if they do not run."""
+    with tempfile.TemporaryFile("w+") as output:
+        process = multiprocessing.get_context("fork").Process(target=run_tests, args=(tests, output))
         process.start()
         process.join()
-        if process.exitcode not in (0, 1):  # 1: tests failed
+        status = (process.exitcode or 0) - _STATUS
+        if status not in (0, 1):  # 1: tests failed
             output.seek(0)
-            raise RuntimeError(f"{mutation.name}: pytest ended with {process.exitcode}: {output.read()[-3000:]}")
-    return process.exitcode == 1
+            raise RuntimeError(f"{tests}: the process ended with {process.exitcode}: {output.read()[-3000:]}")
+    return status == 0
 
 
 def run_tests(tests: str, output: TextIO) -> NoReturn:
-    """Runs pytest in this process and exits with its status."""
+    """Runs pytest in this process and exits with its status plus `_STATUS`."""
     import pytest
 
     for descriptor in (1, 2):
@@ -329,7 +337,7 @@ def run_tests(tests: str, output: TextIO) -> NoReturn:
     sys.dont_write_bytecode = True
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
     os.chdir(ROOT)
-    sys.exit(int(pytest.main([*PYTEST, *expand(tests)])))
+    sys.exit(_STATUS + int(pytest.main([*PYTEST, *expand(tests)])))
 
 
 def main() -> int:
@@ -343,6 +351,8 @@ def main() -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     for module in PRELOADED if not options.list else ():
         import_module(module)
+    if not options.list and not tests_pass(chosen[0].tests):
+        raise RuntimeError(f"{chosen[0].tests}: fails without a mutation")
     missed = []
     for mutation in [] if options.list else chosen:
         start = time.perf_counter()
