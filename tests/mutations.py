@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 PYTEST = ["-q", "-x", "-p", "no:cacheprovider", "-m", "not slow and not gpu"]
 # Imported once: the tests of each mutation run in a fork of this process, which must not import the package itself.
 _STATUS = 10  # added to the status of pytest: a process that fails otherwise ends with 1
-PRELOADED = ("torch", "torch._dynamo", "scipy.stats", "h5py", "pytest", "pydantic")
+PRELOADED = ("torch", "scipy.stats", "h5py", "pytest", "pydantic")
 
 
 class Mutation(NamedTuple):

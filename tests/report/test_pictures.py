@@ -39,15 +39,24 @@ def directory_of(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> 
     return lambda count: checkpoint if count == 5 else made(count)
 
 
-@cache  # drawn once: tests only look at the results
 def read(directory: Path, with_data: bool = True) -> tuple[CheckpointSummary, DataStatistics | None, dict[str, Any]]:
+    return _read(directory, with_data)
+
+
+@cache
+def _read(directory: Path, with_data: bool) -> tuple[CheckpointSummary, DataStatistics | None, dict[str, Any]]:
     summary = read_checkpoint_summary(directory)
     statistics = measure_data(summary, str(directory.parent / "data.h5")) if with_data else None
     return summary, statistics, json.loads((directory / "metrics.json").read_text())
 
 
-@cache
 def drawn(directory: Path, kind: str, with_data: bool = True) -> Figure:
+    """A dashboard, drawn once: tests only look at it."""
+    return _drawn(directory, kind, with_data)
+
+
+@cache
+def _drawn(directory: Path, kind: str, with_data: bool) -> Figure:
     summary, statistics, _ = read(directory, with_data)
     return draw(kind, summary, statistics)
 
