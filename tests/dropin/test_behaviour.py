@@ -31,8 +31,11 @@ def make(kind, **more):
     return cls(dim=8, codebook_size=16, **options, **more)
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "training"),
+    [(kind, True) for kind in KINDS]
+    + [pytest.param(kind, False, marks=[] if kind in ("plain", "stages") else pytest.mark.slow) for kind in KINDS],
+)
 @pytest.mark.filterwarnings("ignore")
 def test_compile_fullgraph_matches_eager(kind, training):
     torch._dynamo.reset()
