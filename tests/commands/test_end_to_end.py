@@ -536,13 +536,13 @@ def test_signalled_run_resumes_to_the_same_weights(
     common += ["--set", "training.val_every_n_epochs=50", "--set", "training.save_every=5"]
     broken = tmp_path / "broken"
     process = train_process(*common, "--output", broken)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not (broken / PARTIAL / RESUME).exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     for number in numbers:
         process.send_signal(number)
         time.sleep(0.01)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == status
     assert errors.strip().splitlines()[-1].startswith("error: stopped in epoch")
     assert f"--resume {broken}" in errors.replace("\n", "")
