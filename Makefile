@@ -26,7 +26,7 @@ help:
 	@echo "make test-all     fast and slow tests that need no GPU"
 	@echo "make test-oldest  fast tests with the oldest supported versions, in a virtual environment of their own"
 	@echo "make test-gpu     GPU tests and timings (benchmarks/gpu_check.sh)"
-	@echo "make mutations    check that the fast tests detect 20 one-line bugs"
+	@echo "make mutations    check that the fast tests detect one-line bugs"
 	@echo "make sanitize     C++ tests under the address, undefined and thread sanitizers"
 	@echo "make fuzz         libFuzzer on the chunk decoders (clang; FUZZ_SECONDS=600)"
 	@echo "make bench        benchmarks"

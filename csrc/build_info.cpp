@@ -1,6 +1,9 @@
-// Versions, compiler and instruction set of the build.
+// Versions, compiler and instruction sets of the build.
+#include <pybind11/stl.h>
+
 #include "hdf5/byte_filters.hpp"
 #include "hdf5/inflate.hpp"
+#include "instruction_sets.hpp"
 #include "register.hpp"
 
 namespace py = pybind11;
@@ -10,6 +13,8 @@ namespace spinlock_fast {
 void register_build_info(py::module_& module) {
     module.attr("__version__") = SPINLOCK_FAST_VERSION;
     module.def("simd_level", [] { return std::string(simd_level()); });
+    module.def("instruction_sets", &supported_instruction_sets);
+    module.def("use_instruction_set", &use_instruction_set);
     module.def("inflate_library", &inflate_library);
     module.def("build_info", [] {
         py::dict info;

@@ -17,6 +17,12 @@ class BuildInfo(TypedDict):
 def simd_level() -> str:
     """Widest instruction set of this processor: avx512, avx2, sse2 or portable."""
 
+def instruction_sets() -> list[str]:
+    """Instruction sets that both the build and this processor support, fastest first."""
+
+def use_instruction_set(name: str) -> None:
+    """Select the instruction set of the CPU kernels; raises ValueError for an unsupported one."""
+
 def inflate_library() -> str:
     """Deflate library of this build: "libdeflate VERSION", "zlib VERSION", or "none"."""
 
@@ -66,12 +72,6 @@ def use_openmp(gomp_parallel: int) -> None:
     Args:
         gomp_parallel: address of its GOMP_parallel; 0 selects an own thread pool.
     """
-
-def training_levels() -> list[str]:
-    """Instruction sets that both the build and this processor support, fastest first."""
-
-def use_training_level(level: str) -> None:
-    """Select the instruction set of the kernels; raises ValueError for an unsupported one."""
 
 def mlp_forward(
     x: Matrix, w1: Matrix, b1: int, w2: Matrix, w2_group: int, b2: int, sizes: list[int], rows: int, hidden_width: int,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from itertools import combinations, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 import h5py
@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
+from numpy.typing import NDArray
 
 from spinlock_fast.commands.console import RunDisplay
 from spinlock_fast.config.loading import load_config
@@ -88,7 +89,8 @@ def assert_readable(figure: Figure) -> None:
     canvas = figure.canvas
     assert isinstance(canvas, FigureCanvasAgg)
     canvas.draw()
-    problems = _panel_problems(figure) + _text_problems(figure, drawn_texts(figure))
+    texts = drawn_texts(figure)
+    problems = _panel_problems(figure, texts) + _text_problems(figure, texts)
     assert not problems, f"{len(problems)} problems: " + "; ".join(problems[:6])
 
 
@@ -112,13 +114,12 @@ def drawn_texts(figure: Figure) -> list[tuple[Text, Bbox]]:
 
 def _text_problems(figure: Figure, texts: list[tuple[Text, Bbox]]) -> list[str]:
     found = [f"below 7 points: {text.get_text()!r}" for text, _ in texts if text.get_fontsize() < 7.0]
-    page = figure.bbox.padded(0.5)
+    page, boxes = figure.bbox.padded(0.5), [box for _, box in texts]
     for text, box in texts:
         if not (page.x0 <= box.x0 and page.y0 <= box.y0 and box.x1 <= page.x1 and box.y1 <= page.y1):
             found.append(f"clipped: {text.get_text()!r} at {box.extents.round()} of {page.extents}")
-    for (a, first), (b, second) in combinations(texts, 2):
-        if _overlap(first, second):
-            found.append(f"overlap: {a.get_text()!r} and {b.get_text()!r}")
+    for i, j in np.argwhere(np.triu(_overlaps(boxes, boxes), 1)):
+        found.append(f"overlap: {texts[i][0].get_text()!r} and {texts[j][0].get_text()!r}")
     for text, box, patch in ((t, b, p) for t, b in texts for p in _boxes_of(t)):
         if not (patch.x0 <= box.x0 and patch.y0 <= box.y0 and box.x1 <= patch.x1 and box.y1 <= patch.y1):
             found.append(f"outside of its box: {text.get_text()!r}")
@@ -135,26 +136,26 @@ def _boxes_of(text: Text) -> list[Bbox]:
     return [patch for patch in patches if patch.contains(*middle)]
 
 
-def _panel_problems(figure: Figure) -> list[str]:
+def _panel_problems(figure: Figure, texts: list[tuple[Text, Bbox]]) -> list[str]:
     """Empty panels, and texts that overlap another panel."""
     found = []
     canvas = figure.canvas
     assert isinstance(canvas, FigureCanvasAgg)
     renderer = canvas.get_renderer()
-    texts = drawn_texts(figure)
     panels = [ax for ax in figure.axes if ax.axison]
     for ax in figure.axes:
         if not (ax.images or ax.lines or ax.patches or ax.collections or ax.texts):
             found.append(f"empty panel {ax.get_title(loc='left')!r}")
     for ax in panels:
         own = {id(text) for text in ax.findobj(Text)}
-        area = ax.get_window_extent(renderer)
-        for text, box in texts:
-            if id(text) not in own and _overlap(box, area):
-                found.append(f"{text.get_text()!r} lies on the panel {ax.get_title(loc='left')!r}")
+        others = [(text, box) for text, box in texts if id(text) not in own]
+        for i in np.flatnonzero(_overlaps([ax.get_window_extent(renderer)], [box for _, box in others])):
+            found.append(f"{others[i][0].get_text()!r} lies on the panel {ax.get_title(loc='left')!r}")
     return found
 
 
-def _overlap(a: Bbox, b: Bbox) -> bool:
-    """Whether two boxes overlap by more than half a pixel."""
-    return min(a.x1, b.x1) - max(a.x0, b.x0) > 0.5 and min(a.y1, b.y1) - max(a.y0, b.y0) > 0.5
+def _overlaps(first: list[Bbox], second: list[Bbox]) -> NDArray[np.bool_]:
+    """[n, m] whether boxes overlap by more than half a pixel."""
+    a, b = (np.array([box.extents for box in boxes]).reshape(-1, 4) for boxes in (first, second))  # x0, y0, x1, y1
+    shared = np.minimum(a[:, None, 2:], b[None, :, 2:]) - np.maximum(a[:, None, :2], b[None, :, :2])
+    return np.asarray((shared > 0.5).all(2))

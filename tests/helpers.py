@@ -27,6 +27,15 @@ ARCHITECTURE = "features/architecture/aggregated/features"
 FIELDS = "inputs/fields"
 PARAMS = "parameters/params"
 _STORAGE = ("chunk_rows", "compression", "shuffle", "fletcher32")
+# Settings of a run of seconds on a few hundred rows.
+SMALL_RUN = {
+    "device": "cpu",
+    "training.batch_size": 64,
+    "training.topo_samples": 64,
+    "training.num_epochs": 4,
+    "training.val_every_n_epochs": 2,
+    "training.orthogonality_target": 1.0,
+}
 FAMILIES = {"summary": SUMMARY, "temporal": TEMPORAL, "architecture": ARCHITECTURE}
 
 

@@ -263,6 +263,11 @@ def test_categories_of_a_family_that_fields_do_not_give_are_left_out(caplog: pyt
     apart = (loss.encode(fields).latents - loss.encode(target).latents).square()
     by_codebook = [part.mean() for part in apart[:, :dims].split(list(tokenizer.model.quantizer.dims[:kept]), 1)]
     torch.testing.assert_close(found["latent"], torch.stack(by_codebook).mean())
+    with torch.no_grad():
+        errors = (without.features - tokenizer.model.decode(without.codes)).square()
+    known = without.available
+    assert 0 < int(known.sum()) < len(known)
+    torch.testing.assert_close(found["reconstruction"], errors[:, known].mean())
     only = copy.deepcopy(tokenizer)
     only.families = [family("architecture", "IdentityEncoder", torch.rand(9, 3), ["a", "b", "c"])]
     only.cleaner = fit_cleaner(np.random.default_rng(0).random((9, 3), np.float32), FeatureCleaningConfig())

@@ -5,7 +5,7 @@
 #include <bit>
 #include <cmath>
 
-#include "instruction_sets.hpp"
+#include "vector_targets.hpp"
 
 namespace spinlock_fast::simulate {
 namespace {

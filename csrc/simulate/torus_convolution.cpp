@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "field_operations.hpp"
-#include "instruction_sets.hpp"
+#include "vector_targets.hpp"
 
 namespace spinlock_fast::simulate {
 namespace {

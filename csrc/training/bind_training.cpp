@@ -6,7 +6,6 @@
 #include <pybind11/stl.h>
 
 #include "checks.hpp"
-#include "instruction_sets.hpp"
 #include "operations.hpp"
 #include "parallel.hpp"
 
@@ -25,8 +24,6 @@ void add(py::module_& module, const char* name, Operation* operation) {
 
 void register_training(py::module_& module) {
     module.def("use_openmp", &use_openmp);
-    module.def("training_levels", &training::supported_levels);
-    module.def("use_training_level", &training::use_level);
     add(module, "mlp_forward", training::mlp_forward);
     add(module, "mlp_backward", training::mlp_backward);
     add(module, "output_linear", training::output_linear);

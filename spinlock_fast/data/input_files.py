@@ -140,6 +140,16 @@ _KINDS = (
     (stat.S_ISBLK, "a block device"),
 )
 
+_ARRAYS = "`extract` reads fields from .npy (--axes names its axes), and Tokenizer.fit takes a matrix [N, F]"
+_TABLES = "Tokenizer.fit takes its columns as a matrix [N, F]"
+# What to do with a file of another format, by its ending.
+_OTHER_FORMATS = {
+    ".npy": _ARRAYS,
+    ".npz": f"np.save writes an array of it as .npy: {_ARRAYS}",
+    **dict.fromkeys((".pt", ".pth"), f"np.save writes a tensor of it as .npy: {_ARRAYS}"),
+    **dict.fromkeys((".csv", ".tsv", ".parquet"), _TABLES),
+}
+
 
 def open_file(file: Path) -> h5py.File:
     """Opens a file for reading, without locks if the file system does not support them (logged once).
@@ -173,7 +183,8 @@ def _open_local(file: Path) -> h5py.File:
     except OSError as error:
         raise _os_error(file, error) from None
     if not h5py.is_hdf5(file):
-        raise DataError(f"{file}: not an HDF5 file")
+        advice = _OTHER_FORMATS.get(file.suffix.lower())
+        raise DataError(f"{file}: not an HDF5 file" + (f"; {advice}" if advice else ""))
     try:
         try:
             return h5py.File(file, "r")

@@ -351,7 +351,8 @@ class Trainer:
     def _place_rows(self, rows: RowView, device: torch.device) -> Rows:
         placed = place_rows(rows, device, self.config.training.data_on_device)
         if isinstance(placed, HostRows):
-            log.info("%s rows stay in main memory and are copied to %s step by step", f"{len(placed):,}", device)
+            text = "gathered" if device.type == "cpu" else f"copied to {device}"
+            log.info("%s rows stay in main memory and are %s step by step", f"{len(placed):,}", text)
         return placed
 
     def _model_config(

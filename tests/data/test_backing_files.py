@@ -275,7 +275,7 @@ def test_external_raw_file_is_checked(tmp_path: Path, change: str) -> None:
         HDF5Loader(str(tmp_path / "a.h5"), "x")
 
 
-@pytest.mark.parametrize("prefix", ["", "${ORIGIN}"])
+@pytest.mark.parametrize("prefix", [pytest.param("", marks=pytest.mark.slow), "${ORIGIN}"])  # a process each
 def test_relative_raw_file_is_resolved_like_libhdf5(tmp_path: Path, prefix: str) -> None:
     """Relative to the working directory, or to HDF5_EXTFILE_PREFIX, which libhdf5 reads when it is loaded."""
     code = """

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from helpers import planted_matrix, write_arrays
+from processes import forkserver
 
 MANY, SOME = 500, 12
-WORKER = Path(__file__)
 SETTINGS = {
     "device": "cpu",
     "families": {"mine": {"encoder": "IdentityEncoder", "dataset": "x"}},
@@ -89,14 +86,12 @@ def test_damaged_files_give_a_result_or_a_one_line_error(count: int, tmp_path: P
     config = RunConfig.model_validate(settings)
     with RunDisplay(True, config.logging) as display:
         run(config, display)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(WORKER.parent), *sys.path])}
-    call = [sys.executable, str(WORKER), str(tmp_path), "0", str(count)]
-    ended = subprocess.run(call, capture_output=True, text=True, env=environment, timeout=3000, check=False)
+    process = forkserver().Process(target=work, args=(tmp_path, 0, count))
+    process.start()
+    process.join(3000.0)
+    process.kill()
+    process.join()
     seed = (tmp_path / "last_seed").read_text() if (tmp_path / "last_seed").exists() else "none"
-    assert ended.returncode == 0, f"seed {seed}: status {ended.returncode}: {ended.stderr[-2000:]}"
+    assert process.exitcode == 0, f"seed {seed}: exit status {process.exitcode}"
     found = json.loads((tmp_path / "found.json").read_text())
     assert all(0 < refused < count for refused in found.values()), found
-
-
-if __name__ == "__main__":
-    work(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

@@ -195,6 +195,15 @@ def test_other_file_type_is_an_error(tmp_path, content):
     fails(str(tmp_path / "a.h5"), "a.h5", "not an HDF5 file")
 
 
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [("a.npy", "`extract` reads fields"), ("a.NPZ", "np.save"), ("a.pt", "--axes"), ("a.csv", "Tokenizer.fit")],
+)
+def test_other_format_says_what_reads_it(tmp_path, name, advice):
+    (tmp_path / name).write_bytes(b"some text")
+    fails(str(tmp_path / name), name, "not an HDF5 file; ", advice)
+
+
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
 def test_truncated_file_is_an_error(tmp_path, share):
     path = helpers.write_dataset(tmp_path / "a.h5", 50, seed=0)

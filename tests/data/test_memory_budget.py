@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
+from processes import run_code
 
 ROWS, ROW, CHUNK = 20_000, (64, 63), 8
 BUDGET = 64_000_000  # the data are 323 MB
@@ -63,9 +62,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # Memory besides the rows: index, threads and their scratch memory, libraries that torch loads on first use; for an
 # encoder also the columns and masks of a block. Far less than the data in every case.
 @pytest.mark.parametrize(("what", "beside"), [("encode", 100e6), ("sequential", 40e6), ("shuffled", 40e6)])
-def test_memory_stays_within_the_budget(path: Path, what: str, beside: float) -> None:
-    command = [sys.executable, "-c", _PEAK, str(path), what, str(BUDGET)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    rows, added = map(int, done.stdout.split())
+def test_memory_stays_within_the_budget(path: Path, tmp_path: Path, what: str, beside: float) -> None:
+    rows, added = map(int, run_code(_PEAK, [str(path), what, str(BUDGET)], tmp_path).split())
     assert rows == ROWS
     assert added < BUDGET + beside

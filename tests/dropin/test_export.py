@@ -72,16 +72,17 @@ KINDS = {
     "decoder of stages": lambda: Decoder(vq.ResidualVQ(**STAGES, codebook_dim=4)),
 }
 SAVED = ("plain", "learned", "stages", "packed", "model")
+FAST = ("plain", "projected heads", "k-means", "projected stages", "packed", "learned model", "tokens", "decoder")
 MASKED = ("plain", "projected heads", "stages", "projected stages")
 
 
 class Several(nn.Module):
     """Several quantizers, without and with a mask."""
 
-    def __init__(self):
+    def __init__(self, parts, masked):
         super().__init__()
-        self.parts = nn.ModuleList(KINDS[kind]() for kind in ("cosine", "packed"))
-        self.masked = nn.ModuleList(KINDS[kind]() for kind in ("plain", "projected stages"))
+        self.parts = nn.ModuleList(KINDS[kind]() for kind in parts)
+        self.masked = nn.ModuleList(KINDS[kind]() for kind in masked)
 
     def forward(self, x, mask):
         rows = x.flatten(0, 1)
@@ -96,7 +97,7 @@ def flat(value):
 
 def build(kind):
     torch.manual_seed(0)
-    module = Several() if kind == "several" else KINDS[kind]()
+    module = KINDS[kind]() if isinstance(kind, str) else Several(*kind)
     if kind == "k-means":
         with pytest.raises(ValueError, match="k-means has not fitted the codes"):
             torch.export.export(module.eval(), (torch.randn(30, 8),))
@@ -110,7 +111,9 @@ def compare(expected, found):
         torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [kind if kind in FAST else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
 def test_exported_graph_has_no_custom_operators(kind):
     module, x = build(kind), torch.randn(12, 8)
     rows = torch.export.Dim("rows", min=2, max=4096)
@@ -154,8 +157,11 @@ def run_onnx(module, arguments, tmp_path, dynamic=None):
     return run
 
 
-def test_onnx(tmp_path):
-    module, mask = build("several"), torch.rand(2, 6) > 0.4
+@pytest.mark.parametrize(
+    "kinds", [(["packed"], ["projected stages"]), pytest.param((["cosine"], ["plain"]), marks=pytest.mark.slow)]
+)
+def test_onnx(kinds, tmp_path):
+    module, mask = build(kinds), torch.rand(2, 6) > 0.4
     dynamic = ({0: torch.export.Dim("batch", min=2, max=64)},) * 2
     run = run_onnx(module, (torch.randn(2, 6, 8), mask), tmp_path, dynamic)
     for batch in (2, 5):

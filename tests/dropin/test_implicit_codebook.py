@@ -22,7 +22,7 @@ def formula(layer, x):
     return total, torch.stack(losses)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_training_step_equals_formula_in_float64(compiled):
     torch.manual_seed(0)
     options = {"dim": 8, "codebook_size": 16, "num_quantizers": 3, "mlp_kwargs": {"depth": 1}}

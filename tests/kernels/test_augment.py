@@ -12,9 +12,13 @@ BACKENDS = pytest.mark.parametrize("backend", ["reference", "triton"])
 
 
 @pytest.fixture(autouse=True)
-def _seeded(request):
+def _seeded(request, monkeypatch):
     if "backend" in request.fixturenames and request.getfixturevalue("backend") == "triton":
         pytest.importorskip("triton", reason="the package triton is not installed here")
+        if not HAS_GPU and "shape" not in request.fixturenames:
+            from spinlock_fast.kernels.augment import triton_forward
+
+            monkeypatch.setitem(triton_forward.TILES, "BLOCK_B", 128)  # the interpreter takes as long for 8 rows
     torch.manual_seed(0)
 
 

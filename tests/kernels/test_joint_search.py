@@ -17,15 +17,15 @@ LAYOUTS = {
 SIZES = [(1, 3, 5), (37, 20, 16), (50, 70, 100)]
 
 
-@pytest.fixture(params=["reference", *_native.training_levels()])
+@pytest.fixture(params=["reference", *_native.instruction_sets()])
 def backend(request):
     """Each implementation, with the native kernels of each instruction set."""
     if request.param == "reference":
         yield "reference"
         return
-    _native.use_training_level(request.param)
+    _native.use_instruction_set(request.param)
     yield "auto"
-    _native.use_training_level(_native.training_levels()[0])
+    _native.use_instruction_set(_native.instruction_sets()[0])
 
 
 def problem(layout, rows, features, hidden, dtype=torch.float32, seed=0):

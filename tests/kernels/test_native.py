@@ -23,11 +23,11 @@ from spinlock_fast.kernels.vq_assign import quantize, vq_assign
 EPS = torch.finfo(torch.float32).eps
 
 
-@pytest.fixture(params=_native.training_levels())
+@pytest.fixture(params=_native.instruction_sets())
 def level(request):
-    _native.use_training_level(request.param)
+    _native.use_instruction_set(request.param)
     yield request.param
-    _native.use_training_level(_native.training_levels()[0])
+    _native.use_instruction_set(_native.instruction_sets()[0])
 
 
 @contextlib.contextmanager
@@ -324,7 +324,7 @@ def test_nan_propagates(level):
 
 def test_an_unknown_instruction_set_is_rejected():
     with pytest.raises(ValueError, match="abacus"):
-        _native.use_training_level("abacus")
+        _native.use_instruction_set("abacus")
 
 
 def test_a_forked_process_starts_its_own_threads():

@@ -11,11 +11,11 @@ SIZES = [(37, 5, [7, 3]), (600, 64, [33, 64, 100]), (1100, 70, [130]), (513, 600
 GRADIENTS = ["none", "straight_through", "rotation"]
 
 
-@pytest.fixture(params=_native.training_levels())
+@pytest.fixture(params=_native.instruction_sets())
 def level(request):
-    _native.use_training_level(request.param)
+    _native.use_instruction_set(request.param)
     yield request.param
-    _native.use_training_level(_native.training_levels()[0])
+    _native.use_instruction_set(_native.instruction_sets()[0])
 
 
 def inputs(N, D, sizes, cosine=False, masked=False, dtype=torch.float32):

@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
 ]
 RAGGED = CodebookLayout.of([15, 7, 6, 28, 1, 13], [4, 16, 24, 8, 5, 1])
-LARGE = CodebookLayout.of([130, 7, 66], [5, 40, 1])
+LARGE = CodebookLayout.of([66, 7, 3], [5, 40, 1])  # streamed from 65 codes on; the interpreter runs a program per code
 BOTH = pytest.mark.parametrize("layout", [RAGGED, LARGE], ids=["tile", "streamed"])
 SIZES = st.lists(st.tuples(st.integers(1, 70), st.integers(1, 40)), min_size=1, max_size=4)
 NAN, INF = float("nan"), float("inf")
@@ -75,7 +75,7 @@ def assert_agrees(actual, z, codebook, layout, mask=None):
     torch.testing.assert_close(actual.squared_error.cpu().double(), torch.stack(errors), rtol=2e-6, atol=1e-30)
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(SIZES, st.integers(0, 150), st.booleans(), st.integers(0, 2**31))
 def test_assignment_of_any_shape(sizes, rows, centred, seed):
     layout = CodebookLayout.of(*zip(*sizes, strict=True))
@@ -83,7 +83,7 @@ def test_assignment_of_any_shape(sizes, rows, centred, seed):
     assert_agrees(by_kernel(z, codebook, layout, centred=centred), z, codebook, layout)
 
 
-@pytest.mark.parametrize(("K", "D"), [(1, 1), (1, 9), (2, 1), (64, 128), (65, 3), (64, 17), (257, 65)])
+@pytest.mark.parametrize(("K", "D"), [(1, 1), (1, 9), (2, 1), (64, 128), (65, 3), (64, 17), (130, 5), (257, 65)])
 @pytest.mark.parametrize("rows", [1, 65])
 def test_assignment_at_tile_boundaries(K, D, rows):
     layout = CodebookLayout.of([K], [D])
@@ -96,7 +96,7 @@ def test_many_rows_give_partial_sums(layout, monkeypatch):
     from spinlock_fast.kernels.vq_assign import reference
 
     monkeypatch.setattr(reference, "_MAX_PARTS", 2 * layout.groups)
-    z, codebook = helpers.random_group(layout, 333, seed=1)
+    z, codebook = helpers.random_group(layout, 200, seed=1)
     actual = by_kernel(z, codebook, layout)
     assert_agrees(actual, z, codebook, layout)
     if layout is RAGGED:
@@ -105,8 +105,8 @@ def test_many_rows_give_partial_sums(layout, monkeypatch):
 
 @BOTH
 def test_codes_with_many_rows_are_summed_in_segments(layout):
-    z, codebook = helpers.random_group(layout, 700, seed=2)
-    z[100:] = z[0]
+    z, codebook = helpers.random_group(layout, 400, seed=2)
+    z[50:] = z[0]
     assert_agrees(by_kernel(z, codebook, layout), z, codebook, layout)
 
 
@@ -199,7 +199,7 @@ def test_data_far_from_the_origin(layout, offset, spread):
 
 @BOTH
 def test_results_are_bitwise_reproducible(layout):
-    z, codebook = helpers.random_group(layout, 300, seed=5)
+    z, codebook = helpers.random_group(layout, 140, seed=5)
     first, again = by_kernel(z, codebook, layout), by_kernel(z, codebook, layout)
     for name in ("codes", "quantized", "error_parts", "count_parts", "sum_parts"):
         assert torch.equal(getattr(first, name), getattr(again, name)), name
@@ -247,7 +247,7 @@ def test_ema_update_matches_the_reference(layout, smoothing, decay):
     for backend, device in (("triton", DEVICE), ("reference", "cpu")):
         *state, counts, sums = (t.to(device) for t in random_state(layout, 7))
         codebook, n, s, usage = state
-        for step in range(10):
+        for step in range(4):
             parts = torch.stack([counts, torch.zeros_like(counts)]) if step % 2 else counts
             more = torch.stack([sums, torch.zeros_like(sums)]) if step % 2 else sums
             ema_update(codebook, n, s, parts, more, layout, decay, smoothing, usage=usage, backend=backend)

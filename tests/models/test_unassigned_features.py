@@ -105,9 +105,13 @@ def test_evaluation_counts_every_feature_alike(checkpoint: Path, data: Path, tmp
     ]
 
 
-def test_reports_and_tables_are_made(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+@pytest.mark.slow  # all figures
+def test_reports_are_made(checkpoint: Path, data: Path, tmp_path: Path) -> None:
     assert run(report_main, checkpoint, "--data", data, "--output", tmp_path / "report", "--quiet") == 0
     assert {path.suffix for path in (tmp_path / "report").iterdir()} == {".html", ".png", ".svg"}
+
+
+def test_tables_are_made(checkpoint: Path, data: Path, tmp_path: Path) -> None:
     assert run(analyze_main, checkpoint, data, "--output", tmp_path / "tables", "--quiet", "--format", "csv") == 0
     assert (tmp_path / "tables" / "codes.csv").exists()
 

@@ -1,16 +1,18 @@
 // Assertions that report their line, and test data.
 #pragma once
 
-
+#include <algorithm>
+#include <bit>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <limits>
 #include <random>
 #include <span>
 #include <string>
 #include <vector>
-#include <algorithm>
 
 #define CHECK(condition)                                                                   \
     do {                                                                                   \
@@ -36,6 +38,7 @@
 namespace spinlock_fast::testing {
 
 using Bytes = std::vector<std::byte>;
+using Floats = std::vector<float>;
 
 inline Bytes random_bytes(std::size_t size, unsigned seed) {
     std::mt19937 random(seed);
@@ -68,6 +71,37 @@ inline Bytes zlib_stored(std::span<const std::byte> data) {
     }
     append(out, b << 16 | a, 4, true);
     return out;
+}
+
+template <class T>
+std::uintptr_t address(const std::vector<T>& values) {
+    return values.empty() ? 0 : reinterpret_cast<std::uintptr_t>(values.data());
+}
+
+// Standard normal values; each is 0 with probability `zeros`.
+inline Floats normal(std::int64_t n, unsigned seed, double zeros = 0.0) {
+    std::mt19937 random(seed);
+    std::normal_distribution<float> value;
+    std::bernoulli_distribution zero(zeros);
+    Floats out(static_cast<std::size_t>(n));
+    for (float& x : out) x = zero(random) ? 0.0f : value(random);
+    return out;
+}
+
+// Memory for results, filled with NaN to expose unwritten values.
+inline Floats unwritten(std::int64_t n) {
+    return Floats(static_cast<std::size_t>(n), std::numeric_limits<float>::quiet_NaN());
+}
+
+// Equal bits; a NaN equals every other NaN.
+inline bool same_bits(const std::vector<Floats>& a, const std::vector<Floats>& b) {
+    if (a.size() != b.size()) return false;
+    for (std::size_t i = 0; i < a.size(); ++i)
+        for (std::size_t j = 0; j < a[i].size(); ++j)
+            if (std::bit_cast<std::uint32_t>(a[i][j]) != std::bit_cast<std::uint32_t>(b[i][j]) &&
+                !(std::isnan(a[i][j]) && std::isnan(b[i][j])))
+                return false;
+    return true;
 }
 
 // Applies HDF5's shuffle filter.

@@ -11,16 +11,6 @@ using namespace spinlock_fast::testing;
 
 namespace {
 
-bool same_bits(const Results& a, const Results& b) {
-    if (a.size() != b.size()) return false;
-    for (std::size_t i = 0; i < a.size(); ++i)
-        for (std::size_t j = 0; j < a[i].size(); ++j)
-            if (std::bit_cast<std::uint32_t>(a[i][j]) != std::bit_cast<std::uint32_t>(b[i][j]) &&
-                !(std::isnan(a[i][j]) && std::isnan(b[i][j])))
-                return false;
-    return true;
-}
-
 // Equal within 1e-4 of the largest value of an array: rounding of sums of a few hundred products of values near 1.
 bool close(const Results& a, const Results& b) {
     for (std::size_t i = 0; i < a.size(); ++i) {
@@ -90,14 +80,14 @@ std::vector<Shape> shapes() {
 }  // namespace
 
 int main() {
-    const auto levels = training::supported_levels();  // the last one is portable
+    const auto levels = supported_instruction_sets();  // the last one is portable
     for (const Shape& shape : shapes())
         for (const Named& operation : operations()) {
-            training::use_level(levels.back());
+            use_instruction_set(levels.back());
             const Results expected = operation.run(shape, 1);
             if (!shape.missing) CHECK(all_finite(expected) && "all results are written");
             for (const std::string& level : levels) {
-                training::use_level(level);
+                use_instruction_set(level);
                 const Results found = operation.run(shape, 1);
                 if (!close(expected, found))
                     std::fprintf(stderr, "%s of %lld rows, %s\n", operation.name, static_cast<long long>(shape.rows),

@@ -4,7 +4,6 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
-#include <limits>
 #include <random>
 #include <string>
 #include <vector>
@@ -15,13 +14,7 @@
 namespace spinlock_fast::testing {
 
 using training::Index;
-using Floats = std::vector<float>;
 using Sizes = std::vector<Index>;
-
-template <class T>
-std::uintptr_t address(const std::vector<T>& values) {
-    return values.empty() ? 0 : reinterpret_cast<std::uintptr_t>(values.data());
-}
 
 inline Index sum(const Sizes& sizes) {
     Index total = 0;
@@ -33,21 +26,6 @@ inline Index entries(const Sizes& num_codes, const Sizes& dims) {
     Index total = 0;
     for (std::size_t g = 0; g < dims.size(); ++g) total += num_codes[g] * dims[g];
     return total;
-}
-
-// Standard normal values; each is 0 with probability `zeros`.
-inline Floats normal(Index n, unsigned seed, double zeros = 0.0) {
-    std::mt19937 random(seed);
-    std::normal_distribution<float> value;
-    std::bernoulli_distribution zero(zeros);
-    Floats out(static_cast<std::size_t>(n));
-    for (float& x : out) x = zero(random) ? 0.0f : value(random);
-    return out;
-}
-
-// Memory for results, filled with NaN to expose unwritten values.
-inline Floats unwritten(Index n) {
-    return Floats(static_cast<std::size_t>(n), std::numeric_limits<float>::quiet_NaN());
 }
 
 inline training::MatrixAddress matrix(const Floats& values, Index columns) { return {address(values), columns, 1}; }

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +91,8 @@ def test_a_predictor_is_better_than_its_references(predictor: Path, capsys: pyte
     assert (metrics["trained_rows"], metrics["validation_rows"]) == (324, 36)
     assert sum(row["count"] for row in metrics["calibration"]) == 40 * len(metrics["codebooks"])
     assert 0.0 <= metrics["calibration_error"] < 0.3
+    best = metrics["history"][metrics["best_epoch"] - 1]
+    assert loss["predicted"] == pytest.approx(best["val_tokens"], rel=1e-4)  # both given the true tokens
     assert metrics["history"][-1]["train_loss"] < metrics["history"][0]["train_loss"]
 
 
@@ -176,20 +177,32 @@ def test_inputs_are_decoded_once(tmp_path: Path) -> None:
             assert np.array_equal(torch.cat(values), file[name][()][chosen].astype(np.float32))
 
 
+# Training that gets SIGTERM after its second epoch is saved.
+STOPPED = """
+import os, signal
+from spinlock_fast.commands.main import command_of
+from spinlock_fast.prediction import training
+
+def save_and_stop(run, save=training._Run._save):
+    save(run)
+    if len(run.history) == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+training._Run._save = save_and_stop
+command_of("predict")(None)
+"""
+
+
 @pytest.mark.slow  # a process
 def test_an_interrupted_training_goes_on_to_the_same_result(checkpoint: Path, data: Path, tmp_path: Path) -> None:
     assert train(checkpoint, data, tmp_path / "whole", "num_epochs=6") == 0
     changes = [part for setting in (*SMALL, "num_epochs=6") for part in ("--set", setting)]
-    command = [sys.executable, "-m", "spinlock_fast.predict", "train", str(checkpoint), str(data), *changes]
+    command = [sys.executable, "-c", STOPPED, "train", str(checkpoint), str(data), *changes]
     command += ["--output", str(tmp_path / "part"), "--device", "cpu", "--quiet"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
-        while not (tmp_path / "part" / "state.pt").exists() and process.poll() is None:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
-        error = process.stderr.read()  # type: ignore[union-attr]
-    if process.returncode == 0:
-        pytest.skip("finished before the signal")
+    process = subprocess.run(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
+    )
+    error = process.stderr
     assert process.returncode == 143, error
     assert "--resume" in error.splitlines()[-1]
     assert not (tmp_path / "part" / "predictor.pt").exists()

@@ -179,6 +179,7 @@ def test_the_command_imports_no_matplotlib_before_it_draws() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.slow  # a process that imports and draws
 def test_the_module_runs(small: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "spinlock_fast.report", str(small), "--output", str(tmp_path)]
     done = subprocess.run([*command, "--type", "engineering", "--quiet"], capture_output=True, text=True, check=False)

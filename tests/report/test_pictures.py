@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +28,37 @@ FEW_CODES = [{"num_tokens": 7, "latent_dim": 4}, {"num_tokens": 4, "latent_dim":
 
 
 @pytest.fixture(scope="module")
-def directories(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> dict[int, Path]:
-    made = {
-        count: synthetic_checkpoint(
-            tmp_path_factory.mktemp(f"{count}"),
-            sizes,
-            epochs=1,
-            long_names=True,
-            levels=FEW_CODES if count == 40 else [],
-        )
-        for count, sizes in SIZES.items()
-    }
-    return {**made, 5: checkpoint}
+def directory_of(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Callable[[int], Path]:
+    """A checkpoint with so many categories, trained at the first call."""
+
+    @cache
+    def made(count: int) -> Path:
+        directory, levels = tmp_path_factory.mktemp(f"{count}"), FEW_CODES if count == 40 else []
+        return synthetic_checkpoint(directory, SIZES[count], epochs=1, long_names=True, levels=levels)
+
+    return lambda count: checkpoint if count == 5 else made(count)
 
 
 def read(directory: Path, with_data: bool = True) -> tuple[CheckpointSummary, DataStatistics | None, dict[str, Any]]:
+    return _read(directory, with_data)
+
+
+@cache
+def _read(directory: Path, with_data: bool) -> tuple[CheckpointSummary, DataStatistics | None, dict[str, Any]]:
     summary = read_checkpoint_summary(directory)
     statistics = measure_data(summary, str(directory.parent / "data.h5")) if with_data else None
     return summary, statistics, json.loads((directory / "metrics.json").read_text())
+
+
+def drawn(directory: Path, kind: str, with_data: bool = True) -> Figure:
+    """A dashboard, drawn once: tests only look at it."""
+    return _drawn(directory, kind, with_data)
+
+
+@cache
+def _drawn(directory: Path, kind: str, with_data: bool) -> Figure:
+    summary, statistics, _ = read(directory, with_data)
+    return draw(kind, summary, statistics)
 
 
 def panel(figure: Figure, title: str) -> Axes:
@@ -52,14 +67,17 @@ def panel(figure: Figure, title: str) -> Axes:
     return found[0]
 
 
-CASES = [(count, kind, True) for count in (2, 5, 11, 40) for kind in KINDS]
-CASES += [(count, kind, False) for count in (5, 40) for kind in ("topological", "semantic")]
+CASES = [
+    pytest.param(count, kind, True, marks=[pytest.mark.slow] if count == 11 else [])
+    for count in (2, 5, 11, 40)
+    for kind in KINDS
+]
+CASES += [pytest.param(count, kind, False) for count in (5, 40) for kind in ("topological", "semantic")]
 
 
 @pytest.mark.parametrize(("count", "kind", "with_data"), CASES)
-def test_dashboards_are_readable(directories: dict[int, Path], count: int, kind: str, with_data: bool) -> None:
-    summary, statistics, _ = read(directories[count], with_data)
-    assert_readable(draw(kind, summary, statistics))
+def test_dashboards_are_readable(directory_of: Callable[[int], Path], count: int, kind: str, with_data: bool) -> None:
+    assert_readable(drawn(directory_of(count), kind, with_data))
 
 
 @pytest.mark.parametrize(("kind", "measured"), [*((kind, False) for kind in KINDS), ("engineering", True)])
@@ -71,8 +89,8 @@ def test_missing_parts_leave_no_gap(checkpoint: Path, kind: str, measured: bool)
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_totals_are_those_of_metrics_json(checkpoint: Path, kind: str) -> None:
-    summary, statistics, metrics = read(checkpoint)
-    texts = [text.get_text() for text, _ in drawn_texts(draw(kind, summary, statistics))]
+    _, _, metrics = read(checkpoint)
+    texts = [text.get_text() for text, _ in drawn_texts(drawn(checkpoint, kind))]
     line = next(text for text in texts if "codebooks  ·" in text)
     numbers = [int(number.replace(",", "")) for number in re.findall(r"[\d,]*\d", line)]
     categories = metrics["categories"]
@@ -89,8 +107,8 @@ def test_totals_are_those_of_metrics_json(checkpoint: Path, kind: str) -> None:
 
 
 def test_heat_maps_hold_what_was_measured(checkpoint: Path) -> None:
-    summary, statistics, metrics = read(checkpoint)
-    figure = draw("engineering", summary, statistics)
+    _, _, metrics = read(checkpoint)
+    figure = drawn(checkpoint, "engineering")
     used = panel(figure, "Utilization").images[0]
     expected = np.array([category["utilization"] for category in metrics["categories"]])
     assert np.allclose(used.get_array(), expected)
@@ -107,8 +125,8 @@ def test_heat_maps_hold_what_was_measured(checkpoint: Path) -> None:
 
 
 def test_the_summary_repeats_metrics_json(checkpoint: Path) -> None:
-    summary, statistics, metrics = read(checkpoint)
-    texts = [text.get_text() for text in panel(draw("engineering", summary, statistics), "Summary").texts]
+    _, _, metrics = read(checkpoint)
+    texts = [text.get_text() for text in panel(drawn(checkpoint, "engineering"), "Summary").texts]
     rows = dict(zip(texts[0::2], texts[1::2], strict=False))
     assert rows["quality"] == f"{metrics['quality']:.4f}"
     assert rows["codes in use"] == f"{metrics['active_codes']} of {metrics['total_codes']}"
@@ -133,20 +151,20 @@ def test_curves_mark_the_best_epoch_and_the_resets(checkpoint: Path) -> None:
 
 
 def test_the_schematic_counts_every_weight(checkpoint: Path) -> None:
-    summary, statistics, metrics = read(checkpoint)
+    summary, _, metrics = read(checkpoint)
     model = summary.model
     parts = (model.category_mlp, model.heads, model.shared_decoder, model.partial_decoders)
     assert sum(p.numel() for part in parts for p in part.parameters()) == metrics["trainable_parameters"]
-    texts = " ".join(text.get_text() for text in draw("engineering", summary, statistics).axes[1].texts)
+    texts = " ".join(text.get_text() for text in drawn(checkpoint, "engineering").axes[1].texts)
     for level in range(3):
         assert f"L{level}: {sum(c['codes'][level] for c in metrics['categories'])} codes" in texts
     assert f"{summary.tokenizer.cleaner.keep.size} → {len(summary.feature_names)} columns" in texts
 
 
 def test_maps_hold_each_code_once(checkpoint: Path) -> None:
-    summary, statistics, metrics = read(checkpoint)
+    _, statistics, metrics = read(checkpoint)
     assert statistics is not None
-    figure = draw("topological", summary, statistics)
+    figure = drawn(checkpoint, "topological")
     codes, centroids = (panel(figure, title) for title in ("code vectors, latent", "codes in feature space"))
     assert sum(len(points.get_offsets()) for points in codes.collections) == metrics["total_codes"]
     occurring = sum(len(np.unique(column)) for column in statistics.tokens.T)
@@ -162,9 +180,9 @@ def test_maps_hold_each_code_once(checkpoint: Path) -> None:
     ]
 
 
-def test_many_categories_share_one_colour(directories: dict[int, Path]) -> None:
-    summary, statistics, metrics = read(directories[40])
-    codes = panel(draw("topological", summary, statistics), "code vectors, latent")
+def test_many_categories_share_one_colour(directory_of: Callable[[int], Path]) -> None:
+    metrics = read(directory_of(40))[2]
+    codes = panel(drawn(directory_of(40), "topological"), "code vectors, latent")
     in_focus = [
         points for points in codes.collections if tuple(points.get_facecolor()[0][:3]) != (0.8117647058823529,) * 3
     ]
@@ -175,7 +193,7 @@ def test_many_categories_share_one_colour(directories: dict[int, Path]) -> None:
 def test_semantic_panels_hold_what_was_measured(checkpoint: Path) -> None:
     summary, statistics, metrics = read(checkpoint)
     assert statistics is not None
-    figure = draw("semantic", summary, statistics)
+    figure = drawn(checkpoint, "semantic")
     sizes = panel(figure, "Sizes, by family")
     counts = [[c["families"].get(f, 0) for c in metrics["categories"]] for f in summary.families]
     assert [bar.get_width() for bar in sizes.patches] == [n for family in counts for n in family]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -31,6 +32,29 @@ def test_rows_are_those_of_pytorch_operators(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("SPINLOCK_FAST_BACKEND", "reference")
     for name, value in vars(simulated(SMALL)).items():
         assert np.array_equal(value, getattr(native, name), equal_nan=value.dtype.kind == "f"), name
+
+
+@pytest.fixture(params=_native.instruction_sets()[1:])
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Selects an instruction set other than the widest."""
+    _native.use_instruction_set(request.param)
+    yield request.param
+    _native.use_instruction_set(_native.instruction_sets()[0])
+
+
+def test_rows_are_those_of_other_instruction_sets(instruction_set: str) -> None:
+    theta = ThetaSequence(SMALL.parameters, 3).thetas(5, 6)[0]
+    operator, u = SingleOperator(theta, 3, 2.0), torch.randn(2, 1, 3, 64, 64)
+    found = operator(u, None)
+    rows = simulated(SMALL) if instruction_set == "avx2" else None
+    _native.use_instruction_set(_native.instruction_sets()[0])
+    expected = operator(u, None)
+    if rows is None:  # products and sums are rounded one by one
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        return
+    assert torch.equal(found, expected)
+    for name, value in vars(simulated(SMALL)).items():
+        assert np.array_equal(value, getattr(rows, name), equal_nan=value.dtype.kind == "f"), name
 
 
 @pytest.mark.parametrize("normalization", ["none", "instance", "layer"])

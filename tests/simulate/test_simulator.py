@@ -8,6 +8,7 @@ import multiprocessing
 import numpy as np
 import pytest
 import torch
+from processes import forkserver
 
 from spinlock_fast.descriptors.registry import temporal_names, trajectory_names
 from spinlock_fast.errors import SpinlockFastError
@@ -67,6 +68,13 @@ def test_the_data_do_not_depend_on_workers_batches_or_where_one_starts(
     assert_same(simulator.simulate(6, 9), Rows(*(value[6:9] for value in vars(sensitivity).values())))
 
 
+@pytest.fixture
+def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers start within milliseconds; test_the_data_do_not_depend_on_workers_... spawns them."""
+    monkeypatch.setattr(simulator_module, "get_context", lambda method: forkserver())
+
+
+@pytest.mark.usefixtures("forked_workers")
 def test_a_dead_worker_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulator_module, "_MIN_TILES_PER_WORKER", 5)
     stream = Simulator(SMALL.model_copy(update={"workers": 2}), CPU).stream(0, 200)
@@ -77,6 +85,7 @@ def test_a_dead_worker_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
         list(stream)
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_stopped_stream_ends_early(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulator_module, "_MIN_TILES_PER_WORKER", 5)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import planted_matrix, raises_one_line, stop_after
+from helpers import SMALL_RUN, planted_matrix, raises_one_line, stop_after
 from torch import Tensor
 
 from spinlock_fast.config.loading import apply_overrides
@@ -32,20 +32,26 @@ from spinlock_fast.training.trainer import Trainer
 CPU = torch.device("cpu")
 SIZES = [6, 9, 5]
 GROUPS = {"a": list(range(6)), "b": list(range(6, 15)), "c": list(range(15, 20))}
-SMALL = {
-    "device": "cpu",
-    "training.batch_size": 64,
-    "training.topo_samples": 64,
-    "training.num_epochs": 4,
-    "training.val_every_n_epochs": 2,
-    "training.orthogonality_target": 1.0,
-}
 STEP_BYTES = 64 * 20 * 4
 
 
 @pytest.fixture(scope="module")
 def x() -> np.ndarray[Any, Any]:
     return planted_matrix(600, SIZES, seed=0)  # 540 to train on: 8 batches of 64 and one of 28
+
+
+@pytest.fixture(scope="module")
+def resident(x: np.ndarray[Any, Any]) -> Callable[..., TrainResult]:
+    """Results of training on rows on the device, by options."""
+    results: dict[str, TrainResult] = {}
+
+    def fit(**options: Any) -> TrainResult:
+        key = repr(options)
+        if key not in results:
+            results[key] = trainer_with("always", **options).fit(x, GROUPS)
+        return results[key]
+
+    return fit
 
 
 @pytest.fixture
@@ -56,7 +62,7 @@ def set_steps_per_half(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]
 
 def trainer_with(where: str, observer: SilentObserver | None = None, **options: Any) -> Trainer:
     dotted = {key.replace("__", "."): value for key, value in options.items()}
-    return Trainer(apply_overrides(RunConfig(), {**SMALL, "training.data_on_device": where, **dotted}), observer)
+    return Trainer(apply_overrides(RunConfig(), {**SMALL_RUN, "training.data_on_device": where, **dotted}), observer)
 
 
 def assert_same(a: TrainResult, b: TrainResult) -> None:
@@ -118,10 +124,14 @@ def test_host_rows_read_like_a_tensor(x: np.ndarray[Any, Any]) -> None:
     ],
 )
 def test_streamed_training_equals_resident_training(
-    x: np.ndarray[Any, Any], set_steps_per_half: Callable[[int], None], steps: int, options: dict[str, Any]
+    x: np.ndarray[Any, Any],
+    resident: Callable[..., TrainResult],
+    set_steps_per_half: Callable[[int], None],
+    steps: int,
+    options: dict[str, Any],
 ) -> None:
     set_steps_per_half(steps)
-    assert_same(trainer_with("never", **options).fit(x, GROUPS), trainer_with("always", **options).fit(x, GROUPS))
+    assert_same(trainer_with("never", **options).fit(x, GROUPS), resident(**options))
 
 
 @pytest.mark.parametrize(
@@ -160,10 +170,13 @@ class StateRecorder(SilentObserver):
 
 @pytest.mark.parametrize("steps", [1, 4, 6, 9, 11, 18])
 def test_streamed_run_resumes_within_an_epoch(
-    x: np.ndarray[Any, Any], set_steps_per_half: Callable[[int], None], steps: int
+    x: np.ndarray[Any, Any],
+    resident: Callable[..., TrainResult],
+    set_steps_per_half: Callable[[int], None],
+    steps: int,
 ) -> None:
     set_steps_per_half(2)
-    whole = trainer_with("always").fit(x, GROUPS)
+    whole = resident()
     observer = StateRecorder()
     broken = trainer_with("never", observer)
     with stop_after(steps, broken), pytest.raises(Interrupted):
@@ -202,7 +215,7 @@ def test_resident_rows_that_do_not_fit_are_rejected_in_one_line(
 def test_streamed_run_logs_where_rows_are(x: np.ndarray[Any, Any], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     trainer_with("never", training__num_epochs=1).fit(x, GROUPS)
-    assert "540 rows stay in main memory and are copied to cpu step by step" in caplog.text
+    assert "540 rows stay in main memory and are gathered step by step" in caplog.text
 
 
 def test_free_memory_respects_the_container_limit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import planted_matrix, raises_one_line, stop_after
+from helpers import SMALL_RUN, planted_matrix, raises_one_line, stop_after
 
 from spinlock_fast.config.loading import apply_overrides
 from spinlock_fast.config.schema import RunConfig
@@ -29,14 +29,6 @@ from spinlock_fast.training.trainer import Trainer
 
 SIZES = [6, 9, 5]
 GROUPS = {"cluster_2": list(range(6)), "cluster_10": list(range(6, 15)), "cluster_1": list(range(15, 20))}
-SMALL = {
-    "device": "cpu",
-    "training.batch_size": 64,
-    "training.topo_samples": 64,
-    "training.num_epochs": 4,
-    "training.val_every_n_epochs": 2,
-    "training.orthogonality_target": 1.0,
-}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +38,7 @@ def x() -> np.ndarray[Any, Any]:
 
 def trainer(observer: SilentObserver | None = None, **overrides: Any) -> Trainer:
     dotted = {key.replace("__", "."): value for key, value in overrides.items()}
-    return Trainer.from_config(RunConfig(), {**SMALL, **dotted}, observer)
+    return Trainer.from_config(RunConfig(), {**SMALL_RUN, **dotted}, observer)
 
 
 def weights(result: TrainResult) -> dict[str, torch.Tensor]:

@@ -237,7 +237,7 @@ def test_a_second_process_is_refused(tmp_path: Path, array: Path) -> None:
         extract(str(array), tmp_path / "f.h5", options=Options(axes="n t c y x"))
 
 
-@pytest.mark.dist
+@pytest.mark.slow  # four processes; test_blocks_that_are_done_are_kept resumes in this one
 def test_a_killed_command_is_resumed(tmp_path: Path) -> None:
     fields = smooth_fields(samples=400, extents=(24, 24))
     np.save(tmp_path / "fields.npy", fields)

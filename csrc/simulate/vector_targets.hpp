@@ -1,5 +1,7 @@
-// Compiles a function body for AVX-512, AVX2 and the baseline, and calls the best one that the processor supports.
+// Compiles a function body for AVX-512, AVX2 and the baseline, and calls that of the selected instruction set.
 #pragma once
+
+#include "instruction_sets.hpp"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define SPINLOCK_INLINE inline __attribute__((always_inline))
@@ -32,11 +34,9 @@ SPINLOCK_AVX2 void run_avx2(Arguments... arguments) {
 template <class Body, class... Arguments>
 void run(Arguments... arguments) {
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-    static const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (avx512) return run_avx512<Body>(arguments...);
-    if (avx2) return run_avx2<Body>(arguments...);
+    const InstructionSet set = instruction_set();
+    if (set == InstructionSet::avx512) return run_avx512<Body>(arguments...);
+    if (set == InstructionSet::avx2) return run_avx2<Body>(arguments...);
 #endif
     Body::run(Lanes<4>{}, arguments...);
 }
