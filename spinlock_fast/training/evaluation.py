@@ -28,6 +28,8 @@ from spinlock_fast.tokenizer import DEFAULT_BUDGET, Tokenizer
 
 log = logging.getLogger(__name__)
 
+_PERTURBATIONS = 8  # of the joint search whose metrics are reported beside those of the search without
+
 RowSelection = Literal["auto", "heldout", "all", "train", "validation", "test"]
 _SPLITS = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
 
@@ -59,9 +61,10 @@ def evaluate_file(
             share the file of features.
 
     Returns:
-        The metrics of `metrics.evaluate` and `add_model_metrics`, and: joint, see `joint_metrics`; rows,
-        the selection that was measured; samples, rows in the data; trained_rows, how many of them the checkpoint was
-        trained on (None if it does not record them); compared_with_training, see `InputCheck.summary`.
+        The metrics of `metrics.evaluate` and `add_model_metrics`, and: joint, see `joint_metrics`, with those of a
+        search with perturbations as `perturbed`; rows, the selection that was measured; samples, rows in the data;
+        trained_rows, how many of them the checkpoint was trained on (None if it does not record them);
+        compared_with_training, see `InputCheck.summary`.
 
     Raises:
         DataError: the checkpoint or the data cannot be read, or no row is selected.
@@ -95,8 +98,10 @@ def evaluate_file(
     add_model_metrics(metrics, tokenizer.model, tokenizer.feature_names, max_off_diagonal(correlation))
     check.restrict_to(selected)
     check.add_errors(row_errors(tokenizer.model, x, selected))
+    joint = joint_metrics(tokenizer.model, placed, ranks)
+    joint["perturbed"] = joint_metrics(tokenizer.model, placed, ranks, perturbations=_PERTURBATIONS)
     metrics |= {
-        "joint": joint_metrics(tokenizer.model, placed, ranks),
+        "joint": joint,
         "rows": selection,
         "samples": len(x),
         "trained_rows": None if splits is None else int((splits == TRAIN).sum()),

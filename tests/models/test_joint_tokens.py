@@ -77,6 +77,20 @@ def test_metrics(fitted):
     assert mean == pytest.approx(error, rel=1e-6)
 
 
+def test_perturbations_lower_the_error(fitted):
+    result, x = fitted
+    rows = torch.from_numpy(result.normalizer(x) if result.normalizer else x)
+    plain, perturbed = (joint_metrics(result.model, rows, perturbations=count) for count in (0, 6))
+    assert perturbed["perturbations"] == 6
+    assert perturbed["reconstruction_error"] < plain["reconstruction_error"]
+    tokens = result.model.get_tokens(rows, "joint", perturbations=6)
+    assert torch.equal(tokens, result.encode(torch.from_numpy(x), "joint", perturbations=6))
+    assert torch.equal(tokens[50:53], result.model.get_tokens(rows[50:53], "joint", perturbations=6))
+    for count in (-1, 1.5):
+        with helpers.raises_one_line(ValueError, "perturbations"):
+            result.model.get_tokens(rows, "joint", perturbations=count)
+
+
 @pytest.mark.parametrize(("search", "sweeps"), [("best", 2), ("joint", 0), ("nearest", 1.5)])
 def test_unknown_search(fitted, search, sweeps):
     with helpers.raises_one_line(ValueError, "search" if search == "best" else "sweeps"):
