@@ -239,6 +239,9 @@ class TrainingConfig(Section):
     dead_code_strategy: Literal["perturb", "sample"] = Field(
         default="perturb", description="replacement of dead codes: perturbed copies of used codes, or random latents"
     )
+    dead_code_reset_until: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        default=1.0, description="share of the epochs during which dead codes are reset; afterwards the codes settle"
+    )
     max_reset_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
         default=0.25, description="largest share of a codebook replaced by one reset"
     )
@@ -276,6 +279,16 @@ class TrainingConfig(Section):
     normalization_method: Literal["standard", "mad"] = Field(
         default="standard", description="normalisation of features: mean and standard deviation, or median and MAD"
     )
+
+    def resets_dead_codes(self, epoch: int) -> bool:
+        """Whether dead codes are reset in and after an epoch, counted from 1, if their interval says so."""
+        return epoch <= self.dead_code_reset_until * self.num_epochs
+
+    def settings_by_length(self) -> str:
+        """Which setting makes epochs depend on `num_epochs`; "" if none."""
+        if self.scheduler == "cosine":
+            return "training.scheduler is cosine"
+        return "training.dead_code_reset_until is below 1" if self.dead_code_reset_until < 1.0 else ""
 
     @property
     def mapping_file(self) -> str | None:

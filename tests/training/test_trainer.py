@@ -285,6 +285,24 @@ def test_dead_codes_are_reset_at_their_interval_but_not_at_the_end(x: np.ndarray
     assert result.history[1].resets
 
 
+def test_dead_codes_are_reset_during_a_share_of_the_epochs(x: np.ndarray[Any, Any]) -> None:
+    settings = {
+        "training__num_epochs": 5,
+        "training__dead_code_reset_interval": 1,
+        "training__dead_code_threshold": 0.9,
+    }
+    result = trainer(**settings, training__dead_code_reset_until=0.4).fit(x, GROUPS)
+    assert [r.epoch for r in result.history if r.resets is not None] == [1, 2]
+    # Resets by steps end as well: at 0 they are those of a run without resets.
+    never = {**settings, "training__dead_code_reset_interval": 0}
+    without, by_steps = (
+        trainer(**never, training__dead_code_reset_until=until, training__dead_code_reset_steps=steps).fit(x, GROUPS)
+        for until, steps in ((1.0, 0), (0.0, 2))
+    )
+    weights = [run.final_state["model_state_dict"] for run in (without, by_steps)]
+    assert all(torch.equal(weights[0][name], value) for name, value in weights[1].items())
+
+
 def test_learning_rate_warms_up_and_follows_the_cosine(x: np.ndarray[Any, Any]) -> None:
     result = trainer(
         training__num_epochs=4, training__warmup_epochs=1, training__scheduler="cosine", training__batch_size=270
