@@ -30,6 +30,7 @@ from spinlock_fast.config.families import (
 )
 from spinlock_fast.config.section import (
     INT32_MAX,
+    FloatOrAuto,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -136,8 +137,10 @@ class ModelConfig(Section):
         description="initial codes: k-means++ on the first rows, or uniform random; product: k-means after dividing "
         "the principal components of a category among its levels (Ge et al. 2013)",
     )
-    commitment_cost: NonNegativeFloat = Field(
-        default=0.25, description="weight of the commitment loss of the quantizer (van den Oord et al. 2017)"
+    commitment_cost: FloatOrAuto = Field(
+        default=0.25,
+        description="weight of the commitment loss of the quantizer (van den Oord et al. 2017); auto: 0.05 / bits per "
+        "feature, within 0.1 and 0.25",
     )
     use_ema: bool = Field(
         default=True, description="codes are updated by exponential moving average; false: by gradient"

@@ -12,6 +12,14 @@ from spinlock_fast.kernels._common.guard import device_guard
 from spinlock_fast.kernels.ema_update import code_usage
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE
 
+_PERTURBATIONS = 8  # in the metrics reported beside those of the search without
+
+
+def joint_searches(model: CategoricalHierarchicalVQVAE, x: Rows, ranks: Ranks = SINGLE) -> dict[str, Any]:
+    """`joint_metrics`, with those of a search with perturbations as the entry `perturbed`."""
+    perturbed = joint_metrics(model, x, ranks, perturbations=_PERTURBATIONS)
+    return {**joint_metrics(model, x, ranks), "perturbed": perturbed}
+
 
 @torch.no_grad()
 def joint_metrics(

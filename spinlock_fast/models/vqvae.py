@@ -29,7 +29,7 @@ from spinlock_fast.models.layers import (
     RaggedLayerNorm,
     RaggedOutputLinear,
 )
-from spinlock_fast.quantize import GroupedVectorQuantizer, resolve_levels
+from spinlock_fast.quantize import GroupedVectorQuantizer, commitment_weight, resolve_levels
 from spinlock_fast.quantize.buffers import TransientBuffers
 
 
@@ -178,7 +178,7 @@ class CategoricalHierarchicalVQVAE(TransientBuffers):
             num_codes,
             dims,
             decay=config.decay,
-            commitment_weight=config.commitment_cost,
+            commitment_weight=commitment_weight(config.commitment_cost, levels, F),
             codebook_init="uniform" if config.codebook_init == "uniform" else "kmeans",
             use_ema=config.use_ema,
             rotation_trick=config.rotation_trick,

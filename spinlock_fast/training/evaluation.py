@@ -22,13 +22,11 @@ from spinlock_fast.distributed import SINGLE, Ranks
 from spinlock_fast.errors import DataError
 from spinlock_fast.features.categories import category_correlation, max_off_diagonal
 from spinlock_fast.models.input_check import TEST, TRAIN, VALIDATION, InputCheck, row_errors
-from spinlock_fast.models.joint_metrics import joint_metrics
+from spinlock_fast.models.joint_metrics import joint_searches
 from spinlock_fast.models.metrics import add_model_metrics, evaluate
 from spinlock_fast.tokenizer import DEFAULT_BUDGET, Tokenizer
 
 log = logging.getLogger(__name__)
-
-_PERTURBATIONS = 8  # of the joint search whose metrics are reported beside those of the search without
 
 RowSelection = Literal["auto", "heldout", "all", "train", "validation", "test"]
 _SPLITS = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
@@ -61,10 +59,9 @@ def evaluate_file(
             share the file of features.
 
     Returns:
-        The metrics of `metrics.evaluate` and `add_model_metrics`, and: joint, see `joint_metrics`, with those of a
-        search with perturbations as `perturbed`; rows, the selection that was measured; samples, rows in the data;
-        trained_rows, how many of them the checkpoint was trained on (None if it does not record them);
-        compared_with_training, see `InputCheck.summary`.
+        The metrics of `metrics.evaluate` and `add_model_metrics`, and: joint, see `joint_searches`; rows, the
+        selection that was measured; samples, rows in the data; trained_rows, how many of them the checkpoint was
+        trained on (None if it does not record them); compared_with_training, see `InputCheck.summary`.
 
     Raises:
         DataError: the checkpoint or the data cannot be read, or no row is selected.
@@ -98,10 +95,8 @@ def evaluate_file(
     add_model_metrics(metrics, tokenizer.model, tokenizer.feature_names, max_off_diagonal(correlation))
     check.restrict_to(selected)
     check.add_errors(row_errors(tokenizer.model, x, selected))
-    joint = joint_metrics(tokenizer.model, placed, ranks)
-    joint["perturbed"] = joint_metrics(tokenizer.model, placed, ranks, perturbations=_PERTURBATIONS)
     metrics |= {
-        "joint": joint,
+        "joint": joint_searches(tokenizer.model, placed, ranks),
         "rows": selection,
         "samples": len(x),
         "trained_rows": None if splits is None else int((splits == TRAIN).sum()),

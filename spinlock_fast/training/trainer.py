@@ -41,6 +41,7 @@ from spinlock_fast.features.statistics import mean_and_std
 from spinlock_fast.kernels._common.guard import device_guard
 from spinlock_fast.models.decoder_refit import refit_decoder
 from spinlock_fast.models.initialization import initialize_codebooks
+from spinlock_fast.models.joint_metrics import joint_searches
 from spinlock_fast.models.metrics import Metrics, add_model_metrics, evaluate, evaluate_with_counts
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
 from spinlock_fast.training.distributed import (
@@ -224,6 +225,8 @@ class Trainer:
             seed_torch(self.config.random_seed, device)
             model = CategoricalHierarchicalVQVAE(model_config).to(device)
             ranks = self._ranks()
+            if model_config.commitment_cost == "auto":
+                log.info("model.commitment_cost auto: %.3g", model.quantizer.commitment_weight)
             model.quantizer.sync = False  # the step itself sums over ranks
             largest = max(model.quantizer.num_codes)
             if split.train.size < largest:
@@ -276,6 +279,7 @@ class Trainer:
         metrics, code_counts = evaluate_with_counts(
             model, validation.x, training, validation.numbers, "validation", ranks
         )
+        metrics["joint"] = joint_searches(model, validation.x, ranks)
         model.quantizer.usage.copy_(code_counts)
         model.quantizer.rows_seen.fill_(metrics["val_rows"])
         if split.test.size:
