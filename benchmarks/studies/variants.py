@@ -87,11 +87,11 @@ COMBINATIONS: dict[str, Settings] = {
     "read_all_n0.2": _read_all(training__input_noise=0.2),
     "read_all_adam": _read_all(**_ADAM),
     "read_all_adam_refit_0": _read_all(**_ADAM, training__decoder_refit=0.0),
-    # The shipped settings: codes with less than half of the mean usage are replaced, and settle in the last quarter.
+    # The shipped settings: codes of few rows are replaced, and settle in the last quarter.
     "settled": _read_all(
         **_ADAM,
         training__decoder_refit=0.0,
-        training__dead_code_threshold=0.5,
+        training__dead_code_threshold="auto",
         training__dead_code_reset_until=0.75,
         model__commitment_cost="auto",
     ),

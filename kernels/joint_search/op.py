@@ -108,9 +108,8 @@ def joint_search(
         found = search(at(first))
         if perturbations:
             best = at(found)
-            for move in reference.perturbations(layout, perturbations):
-                tried = at(search(at((best.codes + torch.tensor(move, device=x.device)) % sizes)))
-                best = _lower(tried, best)
+            for moves in torch.tensor(reference.perturbations(layout, perturbations), device=x.device):
+                best = _lower(at(search(at((best.codes + moves) % sizes))), best)
             found = best.codes
     return torch.where(searched[:, None], found, codes)
 

@@ -236,8 +236,10 @@ class TrainingConfig(Section):
     dead_code_reset_steps: NonNegativeInt = Field(
         default=0, description="steps between resets of dead codes, in addition to those by epoch; 0: never"
     )
-    dead_code_threshold: NonNegativeFloat = Field(
-        default=0.05, description="codes with less than this share of the mean usage of their codebook are dead"
+    dead_code_threshold: FloatOrAuto = Field(
+        default=0.05,
+        description="codes with less than this share of the mean usage of their codebook are dead; auto: 5 training "
+        "rows of the largest codebook, within 0.2 and 0.5",
     )
     dead_code_strategy: Literal["perturb", "sample"] = Field(
         default="perturb", description="replacement of dead codes: perturbed copies of used codes, or random latents"

@@ -10,6 +10,8 @@ from spinlock_fast.config.schema import LevelConfig, Levels, parse_ratios
 
 _COMMITMENT_BITS = 0.05  # commitment weight x bits per feature
 _AUTO_COMMITMENT = (0.1, 0.25)  # range of the commitment weight
+_ROWS_OF_A_CODE = 5.0  # fewest training rows of a code that is not dead
+_AUTO_THRESHOLD = (0.2, 0.5)  # range of the threshold for dead codes
 
 
 def size_codebooks(num_features: int, ratios: Sequence[float], uniform: bool = False) -> list[LevelConfig]:
@@ -55,6 +57,22 @@ def commitment_weight(cost: float | Literal["auto"], levels: Sequence[LevelConfi
     bits = sum(math.log2(level.num_tokens) for level in levels)
     low, high = _AUTO_COMMITMENT
     return min(max(_COMMITMENT_BITS * features / max(bits, 1.0), low), high)
+
+
+def dead_code_threshold(threshold: float | Literal["auto"], num_codes: Sequence[int], rows: int) -> float:
+    """The share of the mean usage below which a code is dead; "auto": by the rows of a code.
+
+    A code of few training rows does not serve other rows, see docs/quality.md.
+
+    Args:
+        threshold: `training.dead_code_threshold`.
+        num_codes: sizes of the codebooks.
+        rows: training rows.
+    """
+    if threshold != "auto":
+        return threshold
+    low, high = _AUTO_THRESHOLD
+    return min(max(_ROWS_OF_A_CODE * max(num_codes) / rows, low), high)
 
 
 def resolve_levels(

@@ -18,6 +18,7 @@ from spinlock_fast.kernels._common.streams import defer, deferred_scope
 from spinlock_fast.kernels.augment import augmented_rows
 from spinlock_fast.models.losses import LossTerms, LossWeights, code_orthogonality, loss_terms
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE
+from spinlock_fast.quantize import dead_code_threshold
 from spinlock_fast.training.distributed import RowGather, Share, StepExchange, broadcast_codes
 from spinlock_fast.training.optimizer import FusedAdam
 from spinlock_fast.training.row_feed import make_row_feed
@@ -94,6 +95,9 @@ class TrainingStep:
         if self.remainder:
             self._batch_sizes[-1] = self.remainder
         self._has_weight = torch.tensor([weight != 0.0 for weight in self.weights], device=device)
+        self.dead_code_threshold = dead_code_threshold(
+            training.dead_code_threshold, model.quantizer.num_codes, self.rows
+        )
         self.optimizer = FusedAdam(
             model.parameters(), self._rate, training.weight_decay, decoupled=training.optimizer == "adamw"
         )
@@ -203,7 +207,7 @@ class TrainingStep:
         """Replaces dead codes as the settings say; returns their number per codebook [G]."""
         training = self.training
         replaced = self.model.reset_dead_codes(
-            training.dead_code_threshold, training.dead_code_strategy, training.max_reset_fraction, latents
+            self.dead_code_threshold, training.dead_code_strategy, training.max_reset_fraction, latents
         )
         broadcast_codes(self.model, self.ranks)
         return replaced

@@ -225,8 +225,6 @@ class Trainer:
             seed_torch(self.config.random_seed, device)
             model = CategoricalHierarchicalVQVAE(model_config).to(device)
             ranks = self._ranks()
-            if model_config.commitment_cost == "auto":
-                log.info("model.commitment_cost auto: %.3g", model.quantizer.commitment_weight)
             model.quantizer.sync = False  # the step itself sums over ranks
             largest = max(model.quantizer.num_codes)
             if split.train.size < largest:
@@ -245,6 +243,10 @@ class Trainer:
                 started=started,
                 ranks=ranks,
             )
+            if model_config.commitment_cost == "auto":
+                log.info("model.commitment_cost auto: %.3g", model.quantizer.commitment_weight)
+            if self.config.training.dead_code_threshold == "auto":
+                log.info("training.dead_code_threshold auto: %.3g", run.training_step.dead_code_threshold)
             if model_config.extra_inputs:
                 model.fit_extra_inputs(*(torch.from_numpy(values) for values in mean_and_std(rows(split.train))))
             if resume is not None:
