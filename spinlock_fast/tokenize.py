@@ -13,6 +13,7 @@ from spinlock_fast.commands.arguments import (
     add_memory_budget,
     add_quiet,
     parser,
+    perturbations,
     sweeps,
     weight,
 )
@@ -44,6 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metavar="W",
         help="weight of the distances between latents and codes in the joint search (0); larger: closer to nearest",
     )
+    options.add_argument(
+        "--perturbations",
+        type=perturbations,
+        default=0,
+        metavar="N",
+        help="how often the joint search leaves a local minimum (0); 8: 5 to 8 %% less error, 8 times the time",
+    )
     add_memory_budget(options)
     add_external(options)
     add_device(options)
@@ -72,7 +80,7 @@ def _tokenize(chosen: argparse.Namespace) -> None:
             chosen.memory_budget,
             lambda done, total: display.encoded("tokens", done, total),
             ranks,
-            TokenSearch(chosen.search, chosen.sweeps, chosen.search_weight),
+            TokenSearch(chosen.search, chosen.sweeps, chosen.search_weight, chosen.perturbations),
         )
     if not chosen.quiet:
         sys.stdout.write(f"tokens: {chosen.output} [{rows}, {tokenizer.model.num_codebooks}]\n")

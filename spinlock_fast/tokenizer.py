@@ -203,6 +203,7 @@ class Tokenizer(Estimator):
         search: Search = "nearest",
         sweeps: int = 2,
         search_weight: float = 0.0,
+        perturbations: int = 0,
     ) -> Any:
         """Tokens [N, G] int64 of raw families or of an HDF5 file.
 
@@ -212,17 +213,16 @@ class Tokenizer(Estimator):
         Args:
             raw: {family: [N, ...]} numpy or torch, or a path, a glob or a list of paths; a single array where the
                 tokenizer has one family. Values must be raw: use `model.get_tokens` for normalised features.
-            search, sweeps, search_weight: "nearest", or "joint" for a lower error of the reconstruction; see
-                `model.get_tokens`.
+            search: "nearest", or "joint" for a lower error; it and its settings as in `model.get_tokens`.
 
         Returns:
             A torch tensor for torch tensors, else a numpy array.
 
         Raises:
             DataError: see `features`; for a file also see `FeatureSource`.
-            ValueError: another `search`, `sweeps` below 1 or `search_weight` below 0.
+            ValueError: another `search`, or a number out of range.
         """
-        token_search = TokenSearch(search, sweeps, search_weight).check()
+        token_search = TokenSearch(search, sweeps, search_weight, perturbations).check()
         if is_path(raw):
             return np.concatenate([tokens for _, tokens in self.encode_file(raw, search=token_search)])
         given = families_of(raw, self.families, self.feature_names)

@@ -87,6 +87,14 @@ COMBINATIONS: dict[str, Settings] = {
     "read_all_n0.2": _read_all(training__input_noise=0.2),
     "read_all_adam": _read_all(**_ADAM),
     "read_all_adam_refit_0": _read_all(**_ADAM, training__decoder_refit=0.0),
+    # The shipped settings: codes of few rows are replaced, and settle in the last quarter.
+    "settled": _read_all(
+        **_ADAM,
+        training__decoder_refit=0.0,
+        training__dead_code_threshold="auto",
+        training__dead_code_reset_until=0.75,
+        model__commitment_cost="auto",
+    ),
     "read_all_adam_n0.2": _read_all(**_ADAM, training__input_noise=0.2),
     "read_all_adam_lr_1e-3": _read_all(**_ADAM, training__learning_rate=1e-3),
     "read_all_adam_n0.2_lr_1e-3": _read_all(**_ADAM, training__input_noise=0.2, training__learning_rate=1e-3),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -31,6 +33,7 @@ def joint_search(
     latents: Tensor | None = None,
     candidates: int | None = None,
     backend: Backend = "auto",
+    perturbations: int = 0,
 ) -> Tensor:
     """Codes with a lower |R(k) - x|^2 + w sum_g |z_g - E_g[k_g]|^2 of each row; see `reference`.
 
@@ -48,14 +51,15 @@ def joint_search(
         latents: z [B, sum D]; needed for `search_weight` and `candidates`.
         candidates: only the code where the search starts and so many of the nearest ones may be taken; None: any.
         backend: "auto", "triton" or "reference", see `resolve_backend`.
+        perturbations: how often codes are moved out of a local minimum, each time with `sweeps` more sweeps.
 
     Returns:
         [B, G] int64. Implementations may choose differently where errors are equal up to rounding.
 
     Raises:
         TypeError: wrong type of an argument.
-        ValueError: shapes that do not match, tensors on different devices, `sweeps` or `search_weight` below 0,
-            `candidates` below 1, or latents that are missing.
+        ValueError: shapes that do not match, tensors on different devices, `sweeps`, `perturbations` or
+            `search_weight` below 0, `candidates` below 1 or with perturbations, or latents that are missing.
         IndexError: on a CPU, a code outside its codebook.
     """
     check(
@@ -76,32 +80,67 @@ def joint_search(
         raise ValueError(f"joint_search: search_weight must be a finite number of at least 0, got {search_weight}")
     if candidates is not None and candidates < 1:
         raise ValueError(f"joint_search: candidates must be at least 1, got {candidates}")
+    if perturbations < 0:
+        raise ValueError(f"joint_search: perturbations must be at least 0, got {perturbations}")
+    if perturbations and candidates is not None:
+        raise ValueError("joint_search: perturbations move codes to any other, so candidates must be None")
     if latents is None and (candidates is not None or search_weight):
         raise ValueError("joint_search: candidates and search_weight need latents")
     wide = functools.reduce(torch.promote_types, [t.dtype for t in (x, codebook, *decoder)], torch.float32)
     x, codebook, decoder = x.to(wide), codebook.to(wide), Decoder(*(t.to(wide) for t in decoder))
     if not sweeps or not x.shape[0]:
         return codes.clone()
-    implementation = choose_implementation(backend, x, codebook, *decoder)
     with no_autocast(x.device), full_float32(x.device):
         tables = reference.code_tables(codebook, decoder.w1, layout)
-        sizes = layout.indices(x.device).num_codes
+        sizes = layout.indices(x.device).num_codes.to(torch.int64)
         searched = ((codes >= 0) & (codes < sizes)).all(1) & torch.isfinite(x).all(1)
         rows = torch.where(searched[:, None], x, 0.0)
-        begin = reference.start(rows, torch.where(searched[:, None], codes, 0), tables, decoder, layout)
+        first = torch.where(searched[:, None], codes, 0)
         cost = None
         if latents is not None and (search_weight or candidates is not None):
-            cost = _costs(latents.to(wide), begin.codes, codebook, layout, search_weight, candidates)
-            begin = _with_rounding_of(cost, begin, layout)
-        if implementation == "cpu":
-            found = cpu.joint_search(begin, tables, decoder.w2, layout, sweeps, cost)
-        elif implementation == "triton":
-            from spinlock_fast.kernels.joint_search import triton_forward
+            cost = _costs(latents.to(wide), first, codebook, layout, search_weight, candidates)
 
-            found = triton_forward.joint_search(begin, tables, decoder.w2, layout, sweeps, cost)
-        else:
-            found = _by_blocks(begin, tables, decoder.w2, layout, sweeps, cost)
+        def at(codes: Tensor) -> Start:
+            begin = reference.start(rows, codes, tables, decoder, layout)
+            return begin if cost is None else _with_cost(cost, begin, layout)
+
+        search = _implementation(backend, tables, decoder.w2, layout, sweeps, cost, x, codebook, *decoder)
+        found = search(at(first))
+        if perturbations:
+            best = at(found)
+            for moves in torch.tensor(reference.perturbations(layout, perturbations), device=x.device):
+                best = _lower(at(search(at((best.codes + moves) % sizes))), best)
+            found = best.codes
     return torch.where(searched[:, None], found, codes)
+
+
+def _implementation(
+    backend: Backend,
+    tables: Tensor,
+    w2: Tensor,
+    layout: CodebookLayout,
+    sweeps: int,
+    cost: Tensor | None,
+    *tensors: Tensor,
+) -> Callable[[Start], Tensor]:
+    """The search of the backend that suits the tensors: from a start to codes [B, G]."""
+    implementation = choose_implementation(backend, *tensors)
+    if implementation == "cpu":
+        return partial(cpu.joint_search, cpu.error_components(w2), tables, layout, sweeps, cost)
+    if implementation == "triton":
+        from spinlock_fast.kernels.joint_search import triton_forward
+
+        return lambda begin: triton_forward.joint_search(begin, tables, w2, layout, sweeps, cost)
+    return lambda begin: _by_blocks(begin, tables, w2, layout, sweeps, cost)
+
+
+def _lower(tried: Start, best: Start) -> Start:
+    """Of each row, `tried` if its error is clearly lower."""
+    lower = tried.error < best.error - best.tolerance
+    chosen = (
+        torch.where(lower if new.ndim == 1 else lower[:, None], new, old) for new, old in zip(tried, best, strict=True)
+    )
+    return Start(*chosen)
 
 
 def _by_blocks(
@@ -133,7 +172,8 @@ def _costs(
     return torch.cat(parts, 1)
 
 
-def _with_rounding_of(cost: Tensor, begin: Start, layout: CodebookLayout) -> Start:
-    """The start with the rounding error of the costs in its tolerance."""
+def _with_cost(cost: Tensor, begin: Start, layout: CodebookLayout) -> Start:
+    """The start with the costs of its codes in its error, and their rounding error in its tolerance."""
     own = cost.gather(1, begin.codes + layout.indices(cost.device).code_offsets).sum(1)
-    return begin._replace(tolerance=begin.tolerance + reference.ROUNDING * torch.finfo(cost.dtype).eps * own)
+    rounding = reference.ROUNDING * torch.finfo(cost.dtype).eps * own
+    return begin._replace(tolerance=begin.tolerance + rounding, error=begin.error + own)

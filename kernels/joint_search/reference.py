@@ -13,10 +13,14 @@ Starting from given codes, codebook g = 1, ..., G in turn takes the best code wh
 equal ones; this is a sweep (coordinate descent; Besag 1986 calls it iterated conditional modes). A code stays unless
 another is better by more than the rounding errors of the search, so that the sum never increases. From the nearest
 codes the second term cannot decrease, so the error of the reconstruction never exceeds theirs.
+
+Sweeps end in a local minimum. A perturbation moves the codes of a few codebooks and sweeps again; the result is kept if
+the sum is lower (iterated local search; Martinez et al. 2016, "Revisiting additive quantization").
 """
 
 from __future__ import annotations
 
+import random
 from typing import NamedTuple
 
 import torch
@@ -27,6 +31,7 @@ from spinlock_fast.kernels._common.layout import CodebookLayout
 
 # Smallest accepted change of |r|^2, in units of the machine epsilon times |r| (|r| + |x - b2|), at r = R(k) - x.
 ROUNDING = 32.0
+_PERTURBED = 2  # codebooks whose codes a perturbation moves
 
 
 class Decoder(NamedTuple):
@@ -45,6 +50,7 @@ class Start(NamedTuple):
     sums: Tensor  # [B, H] b1 + sum_g T_g[k_g]
     target: Tensor  # [B, F] x - b2
     tolerance: Tensor  # [B] smallest accepted change of the squared error
+    error: Tensor  # [B] what the search minimises, at these codes
 
 
 def code_tables(codebook: Tensor, w1: Tensor, layout: CodebookLayout) -> Tensor:
@@ -59,7 +65,21 @@ def start(x: Tensor, codes: Tensor, tables: Tensor, decoder: Decoder, layout: Co
     target = x - decoder.b2
     size = (target - sums.relu() @ decoder.w2).norm(dim=1)
     tolerance = ROUNDING * torch.finfo(x.dtype).eps * size * (size + target.norm(dim=1))
-    return Start(codes, sums, target, tolerance)
+    return Start(codes, sums, target, tolerance, size.square())
+
+
+def perturbations(layout: CodebookLayout, count: int) -> list[list[int]]:
+    """`count` times the moves of the codes of each codebook (modulo its size), the same for all rows of all batches.
+
+    So the codes of a row do not depend on the other rows of its batch.
+    """
+    draw = random.Random(0)
+    movable = [g for g, size in enumerate(layout.num_codes) if size > 1]
+    moves = []
+    for _ in range(count if movable else 0):
+        moved = draw.sample(movable, min(_PERTURBED, len(movable)))
+        moves.append([draw.randrange(1, size) if g in moved else 0 for g, size in enumerate(layout.num_codes)])
+    return moves
 
 
 def joint_search(

@@ -84,6 +84,13 @@ def sweeps(text: str) -> int:
     return int(text)
 
 
+def perturbations(text: str) -> int:
+    """A number of perturbations, at least 0."""
+    if not re.fullmatch(r"\d{1,4}", text):
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 9999, got {shown(text)}")
+    return int(text)
+
+
 def weight(text: str) -> float:
     """A finite number of at least 0."""
     try:

@@ -169,6 +169,16 @@ def _open_scalar_file(directory: Path | None, config: LoggingConfig) -> ScalarFi
         return None
 
 
+def _joint_rows(joint: Metrics | None) -> list[tuple[str, str]]:
+    if joint is None:
+        return []
+    rows = [("  with joint search", f"{joint['reconstruction_error']:.4f}")]
+    if perturbed := joint.get("perturbed"):
+        count = perturbed["perturbations"]
+        rows.append((f"  and {count} perturbations", f"{perturbed['reconstruction_error']:.4f}"))
+    return rows
+
+
 def print_summary(metrics: Metrics, console: Console | None = None) -> None:
     """Prints the figures of a run and one row per category to standard output."""
     console = console or Console(highlight=False, width=None if sys.stdout.isatty() else 80)
@@ -176,7 +186,7 @@ def print_summary(metrics: Metrics, console: Console | None = None) -> None:
     rows = [
         ("quality", f"{metrics['quality']:.4f}"),
         ("reconstruction error", f"{metrics['reconstruction_error']:.4f}"),
-        *([("  with joint search", f"{joint['reconstruction_error']:.4f}")] if (joint := metrics.get("joint")) else []),
+        *_joint_rows(metrics.get("joint")),
         ("utilization", f"{metrics['utilization']:.3f}"),
         ("perplexity / K", f"{metrics['perplexity_over_k']:.3f}"),
         ("distance preservation", f"{metrics['topo_pre']:.3f} latents, {metrics['topo_post']:.3f} codes"),

@@ -30,6 +30,7 @@ from spinlock_fast.config.families import (
 )
 from spinlock_fast.config.section import (
     INT32_MAX,
+    FloatOrAuto,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -136,8 +137,10 @@ class ModelConfig(Section):
         description="initial codes: k-means++ on the first rows, or uniform random; product: k-means after dividing "
         "the principal components of a category among its levels (Ge et al. 2013)",
     )
-    commitment_cost: NonNegativeFloat = Field(
-        default=0.25, description="weight of the commitment loss of the quantizer (van den Oord et al. 2017)"
+    commitment_cost: FloatOrAuto = Field(
+        default=0.25,
+        description="weight of the commitment loss of the quantizer (van den Oord et al. 2017); auto: 0.05 / bits per "
+        "feature, within 0.1 and 0.25",
     )
     use_ema: bool = Field(
         default=True, description="codes are updated by exponential moving average; false: by gradient"
@@ -233,11 +236,16 @@ class TrainingConfig(Section):
     dead_code_reset_steps: NonNegativeInt = Field(
         default=0, description="steps between resets of dead codes, in addition to those by epoch; 0: never"
     )
-    dead_code_threshold: NonNegativeFloat = Field(
-        default=0.05, description="codes with less than this share of the mean usage of their codebook are dead"
+    dead_code_threshold: FloatOrAuto = Field(
+        default=0.05,
+        description="codes with less than this share of the mean usage of their codebook are dead; auto: 5 training "
+        "rows of the largest codebook, within 0.2 and 0.5",
     )
     dead_code_strategy: Literal["perturb", "sample"] = Field(
         default="perturb", description="replacement of dead codes: perturbed copies of used codes, or random latents"
+    )
+    dead_code_reset_until: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        default=1.0, description="share of the epochs during which dead codes are reset; afterwards the codes settle"
     )
     max_reset_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
         default=0.25, description="largest share of a codebook replaced by one reset"
@@ -286,6 +294,16 @@ class TrainingConfig(Section):
         description="parts of init_from that are not trained: the category encoders, the codes, or both (tokens), so "
         "that every row keeps its tokens",
     )
+
+    def resets_dead_codes(self, epoch: int) -> bool:
+        """Whether dead codes are reset in and after an epoch, counted from 1, if their interval says so."""
+        return epoch <= self.dead_code_reset_until * self.num_epochs
+
+    def settings_by_length(self) -> str:
+        """Which setting makes epochs depend on `num_epochs`; "" if none."""
+        if self.scheduler == "cosine":
+            return "training.scheduler is cosine"
+        return "training.dead_code_reset_until is below 1" if self.dead_code_reset_until < 1.0 else ""
 
     @property
     def mapping_file(self) -> str | None:

@@ -19,13 +19,16 @@ class TokenSearch(NamedTuple):
     search: Search = "nearest"
     sweeps: int = 2
     search_weight: float = 0.0
+    perturbations: int = 0
 
     def check(self) -> TokenSearch:
-        """The search itself; raises ValueError for an unknown one, less than a sweep, or a weight below 0."""
+        """The search itself; raises ValueError for an unknown one, or a number that is out of range."""
         if self.search not in get_args(Search):
             raise ValueError(f"search must be one of {', '.join(get_args(Search))}, got {self.search!r}")
         if not isinstance(self.sweeps, int) or self.sweeps < 1:
             raise ValueError(f"sweeps must be a whole number of at least 1, got {self.sweeps!r}")
+        if not isinstance(self.perturbations, int) or self.perturbations < 0:
+            raise ValueError(f"perturbations must be a whole number of at least 0, got {self.perturbations!r}")
         if not 0.0 <= self.search_weight < math.inf:
             raise ValueError(f"search_weight must be a finite number of at least 0, got {self.search_weight!r}")
         return self
@@ -40,10 +43,19 @@ def joint_codes(
     codes: Tensor,
     quantizer: GroupedVectorQuantizer,
     shared_decoder: nn.Sequential,
-    sweeps: int,
-    search_weight: float,
+    search: TokenSearch,
 ) -> Tensor:
     """`joint_search` for rows x [B, F] with latents [B, sum D], from the nearest codes [B, G]."""
     first, *_, last = cast(list[nn.Linear], list(shared_decoder))
     decoder = Decoder(first.weight.t(), first.bias, last.weight.t(), last.bias)
-    return joint_search(x, codes, quantizer.embedding, decoder, quantizer.layout, sweeps, search_weight, latents)
+    return joint_search(
+        x,
+        codes,
+        quantizer.embedding,
+        decoder,
+        quantizer.layout,
+        search.sweeps,
+        search.search_weight,
+        latents,
+        perturbations=search.perturbations,
+    )

@@ -12,12 +12,20 @@ from spinlock_fast.kernels._common.guard import device_guard
 from spinlock_fast.kernels.ema_update import code_usage
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE
 
+_PERTURBATIONS = 8  # in the metrics reported beside those of the search without
+
+
+def joint_searches(model: CategoricalHierarchicalVQVAE, x: Rows, ranks: Ranks = SINGLE) -> dict[str, Any]:
+    """`joint_metrics`, with those of a search with perturbations as the entry `perturbed`."""
+    perturbed = joint_metrics(model, x, ranks, perturbations=_PERTURBATIONS)
+    return {**joint_metrics(model, x, ranks), "perturbed": perturbed}
+
 
 @torch.no_grad()
 def joint_metrics(
-    model: CategoricalHierarchicalVQVAE, x: Rows, ranks: Ranks = SINGLE, sweeps: int = 2
+    model: CategoricalHierarchicalVQVAE, x: Rows, ranks: Ranks = SINGLE, sweeps: int = 2, perturbations: int = 0
 ) -> dict[str, Any]:
-    """Metrics of `model.get_tokens(x, "joint", sweeps)` on rows x [N, F].
+    """Metrics of `model.get_tokens(x, "joint", sweeps, perturbations=perturbations)` on rows x [N, F].
 
     Rows without a finite error are left out.
 
@@ -25,9 +33,9 @@ def joint_metrics(
         ranks: if there are several, x are the rows of this rank; all return the same metrics.
 
     Returns:
-        sweeps; reconstruction_error (mean squared error); changed, the share of tokens that differ from the nearest
-        codes; utilization, perplexity and perplexity_over_k (means over codebooks); and categories: name, mse of the
-        category's features, utilization and perplexity per level.
+        sweeps; perturbations; reconstruction_error (mean squared error); changed, the share of tokens that differ from
+        the nearest codes; utilization, perplexity and perplexity_over_k (means over codebooks); and categories: name,
+        mse of the category's features, utilization and perplexity per level.
     """
     layout, device = model.quantizer.layout, model.feature_order.device
     index = layout.indices(device)
@@ -38,7 +46,7 @@ def joint_metrics(
         for block in row_blocks(x):
             nearest = model.get_tokens(block)
             coded = (nearest >= 0).all(1)
-            tokens = model.get_tokens(block[coded], "joint", sweeps)
+            tokens = model.get_tokens(block[coded], "joint", sweeps, perturbations=perturbations)
             squared = (model.decode_from_tokens(tokens) - block[coded]).double().square()
             used = squared.isfinite().all(1)
             errors += squared[used].sum(0)
@@ -56,6 +64,7 @@ def joint_metrics(
         categories.append({"name": name, "mse": float(errors[members].mean()), **levels})
     return {
         "sweeps": sweeps,
+        "perturbations": perturbations,
         "reconstruction_error": float(errors.mean()),
         "changed": float(changed / (rows * layout.groups)),
         "utilization": float(utilization.mean()),

@@ -29,7 +29,7 @@ from spinlock_fast.models.layers import (
     RaggedLayerNorm,
     RaggedOutputLinear,
 )
-from spinlock_fast.quantize import GroupedVectorQuantizer, resolve_levels
+from spinlock_fast.quantize import GroupedVectorQuantizer, commitment_weight, resolve_levels
 from spinlock_fast.quantize.buffers import TransientBuffers
 
 
@@ -178,7 +178,7 @@ class CategoricalHierarchicalVQVAE(TransientBuffers):
             num_codes,
             dims,
             decay=config.decay,
-            commitment_weight=config.commitment_cost,
+            commitment_weight=commitment_weight(config.commitment_cost, levels, F),
             codebook_init="uniform" if config.codebook_init == "uniform" else "kmeans",
             use_ema=config.use_ema,
             rotation_trick=config.rotation_trick,
@@ -214,8 +214,7 @@ class CategoricalHierarchicalVQVAE(TransientBuffers):
         """Positions of a category's tokens; raises KeyError listing the categories."""
         if category not in self.levels:
             raise KeyError(f"no category {category!r}; there are {', '.join(self.categories)}")
-        before = self.categories[: self.categories.index(category)]
-        start = sum(len(self.levels[name]) for name in before)
+        start = sum(len(self.levels[name]) for name in self.categories[: self.categories.index(category)])
         return slice(start, start + len(self.levels[category]))
 
     def encode(self, x: Tensor, batch: BatchSlice | None = None) -> Tensor:
@@ -340,31 +339,35 @@ class CategoricalHierarchicalVQVAE(TransientBuffers):
 
     @torch.no_grad()
     def get_tokens(
-        self, x: Tensor | ArrayLike, search: Search = "nearest", sweeps: int = 2, search_weight: float = 0.0
+        self,
+        x: Tensor | ArrayLike,
+        search: Search = "nearest",
+        sweeps: int = 2,
+        search_weight: float = 0.0,
+        perturbations: int = 0,
     ) -> Tensor:
         """Features [B, F] -> tokens [B, G] int64, without dropout, gradients or code updates.
 
         Args:
             x: real numbers of any dtype, torch or numpy, on any device.
             search: "nearest": the code nearest to each latent. "joint": from there, one codebook after the other takes
-                the code that minimises |reconstruction - x|^2 + w |latents - codes|^2 of the row. The squared error
-                never exceeds that of the nearest codes.
+                the code that minimises |reconstruction - x|^2 + w |latents - codes|^2 of the row; never a larger error.
             sweeps: passes of the joint search over the codebooks.
             search_weight: w; with larger ones, tokens stay closer to the features of their own categories.
+            perturbations: how often two codes are moved, with `sweeps` more sweeps each, to leave a local minimum.
 
         Raises:
             DataError: the dtype of x is not real.
-            ValueError: another `search`, `sweeps` below 1 or `search_weight` below 0.
+            ValueError: another `search`, or a number out of range.
         """
-        TokenSearch(search, sweeps, search_weight).check()
-        weight = self.encoder_layers.first.weight
+        token_search = TokenSearch(search, sweeps, search_weight, perturbations).check()
         with eval_mode(self):
-            rows = to_real_tensor(x, "x").to(weight)
+            rows = to_real_tensor(x, "x").to(self.encoder_layers.first.weight)
             latents = self.encode(rows)
             codes = self.quantizer.assign(latents).codes
             if search == "nearest":
                 return codes
-            return joint_codes(rows, latents, codes, self.quantizer, self.shared_decoder, sweeps, search_weight)
+            return joint_codes(rows, latents, codes, self.quantizer, self.shared_decoder, token_search)
 
     @torch.no_grad()
     def decode_from_tokens(self, tokens: Tensor | ArrayLike) -> Tensor:
@@ -373,8 +376,8 @@ class CategoricalHierarchicalVQVAE(TransientBuffers):
         Raises:
             IndexError: a token is out of range.
         """
+        index = tokens if isinstance(tokens, Tensor) else torch.from_numpy(np.array(tokens, np.int64, order="C"))
         with eval_mode(self):
-            index = tokens if isinstance(tokens, Tensor) else torch.from_numpy(np.array(tokens, np.int64, order="C"))
             return self.decode(self.quantizer.lookup(index.to(self.feature_order)))
 
     def get_category_tokens(self, tokens: Tensor, category: str) -> Tensor:
@@ -393,6 +396,5 @@ class CategoricalHierarchicalVQVAE(TransientBuffers):
 
     def num_parameters(self) -> tuple[int, int]:
         """Number of trainable parameters other than codes, and of code entries."""
-        codes = self.quantizer.layout.total_entries
-        trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        return trainable - (0 if self.quantizer.use_ema else codes), codes
+        codes, learned = self.quantizer.layout.total_entries, not self.quantizer.use_ema
+        return sum(p.numel() for p in self.parameters() if p.requires_grad) - learned * codes, codes

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from spinlock_fast.config.schema import LevelConfig, Levels, parse_ratios
+
+_COMMITMENT_BITS = 0.05  # commitment weight x bits per feature
+_AUTO_COMMITMENT = (0.1, 0.25)  # range of the commitment weight
+_ROWS_OF_A_CODE = 5.0  # fewest training rows of a code that is not dead
+_AUTO_THRESHOLD = (0.2, 0.5)  # range of the threshold for dead codes
 
 
 def size_codebooks(num_features: int, ratios: Sequence[float], uniform: bool = False) -> list[LevelConfig]:
@@ -32,6 +38,41 @@ def size_codebooks(num_features: int, ratios: Sequence[float], uniform: bool = F
         dim = max(4, 4 * math.ceil(num_features * ratio / 4))
         sizes.append(LevelConfig(num_tokens=codes, latent_dim=dim))
     return sizes
+
+
+def commitment_weight(cost: float | Literal["auto"], levels: Sequence[LevelConfig], features: int) -> float:
+    """The weight of the commitment loss: `cost`, or by the bits per feature of all codebooks if it is "auto".
+
+    With few bits the quantization error is large: gradients that pass the quantizer unchanged are far off, and
+    distances between codes are far from those between latents unless the latents are drawn closer to the codes. With
+    many bits a large weight costs accuracy. See docs/quality.md.
+
+    Args:
+        cost: `model.commitment_cost`.
+        levels: all codebooks.
+        features: their number.
+    """
+    if cost != "auto":
+        return cost
+    bits = sum(math.log2(level.num_tokens) for level in levels)
+    low, high = _AUTO_COMMITMENT
+    return min(max(_COMMITMENT_BITS * features / max(bits, 1.0), low), high)
+
+
+def dead_code_threshold(threshold: float | Literal["auto"], num_codes: Sequence[int], rows: int) -> float:
+    """The share of the mean usage below which a code is dead; "auto": by the rows of a code.
+
+    A code of few training rows does not serve other rows, see docs/quality.md.
+
+    Args:
+        threshold: `training.dead_code_threshold`.
+        num_codes: sizes of the codebooks.
+        rows: training rows.
+    """
+    if threshold != "auto":
+        return threshold
+    low, high = _AUTO_THRESHOLD
+    return min(max(_ROWS_OF_A_CODE * max(num_codes) / rows, low), high)
 
 
 def resolve_levels(

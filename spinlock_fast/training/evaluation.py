@@ -22,7 +22,7 @@ from spinlock_fast.distributed import SINGLE, Ranks
 from spinlock_fast.errors import DataError
 from spinlock_fast.features.categories import category_correlation, max_off_diagonal
 from spinlock_fast.models.input_check import TEST, TRAIN, VALIDATION, InputCheck, row_errors
-from spinlock_fast.models.joint_metrics import joint_metrics
+from spinlock_fast.models.joint_metrics import joint_searches
 from spinlock_fast.models.metrics import add_model_metrics, evaluate
 from spinlock_fast.tokenizer import DEFAULT_BUDGET, Tokenizer
 
@@ -59,8 +59,8 @@ def evaluate_file(
             share the file of features.
 
     Returns:
-        The metrics of `metrics.evaluate` and `add_model_metrics`, and: joint, see `joint_metrics`; rows,
-        the selection that was measured; samples, rows in the data; trained_rows, how many of them the checkpoint was
+        The metrics of `metrics.evaluate` and `add_model_metrics`, and: joint, see `joint_searches`; rows, the
+        selection that was measured; samples, rows in the data; trained_rows, how many of them the checkpoint was
         trained on (None if it does not record them); compared_with_training, see `InputCheck.summary`.
 
     Raises:
@@ -96,7 +96,7 @@ def evaluate_file(
     check.restrict_to(selected)
     check.add_errors(row_errors(tokenizer.model, x, selected))
     metrics |= {
-        "joint": joint_metrics(tokenizer.model, placed, ranks),
+        "joint": joint_searches(tokenizer.model, placed, ranks),
         "rows": selection,
         "samples": len(x),
         "trained_rows": None if splits is None else int((splits == TRAIN).sum()),

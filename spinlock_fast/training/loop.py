@@ -157,10 +157,12 @@ class TrainingRun:
         The last epoch of a run always validates and never resets dead codes.
         """
         training = self.training
-        if self._previous_num_epochs not in (None, training.num_epochs) and training.scheduler == "cosine":
+        by_length = training.settings_by_length()
+        if self._previous_num_epochs not in (None, training.num_epochs) and by_length:
             log.warning(
-                "training.scheduler is cosine, and the first %d epochs followed num_epochs %d: "
+                "%s, and the first %d epochs followed num_epochs %d: "
                 "the weights will differ from those of a run that had %d from the start",
+                by_length,
                 self.epoch,
                 self._previous_num_epochs,
                 training.num_epochs,
@@ -169,9 +171,9 @@ class TrainingRun:
             self.selection.load(self._selection_before_last, self.device)
             self._selection_before_last = None
             self.history[-1].validation = None
-        if self._reset_skipped:
-            self._reset_skipped = False
+        if self._reset_skipped and training.resets_dead_codes(self.epoch):
             self.history[-1].resets = self._reset_dead_codes()
+        self._reset_skipped = False
 
     def _snapshot_good_state(self) -> None:
         """Copies the state for `_rewind`, if the weights are finite."""
@@ -207,7 +209,7 @@ class TrainingRun:
         last = self.epoch == training.num_epochs
         validates = self.epoch % training.val_every_n_epochs == 0
         interval = training.dead_code_reset_interval
-        resets = interval > 0 and self.epoch % interval == 0
+        resets = interval > 0 and self.epoch % interval == 0 and training.resets_dead_codes(self.epoch)
         saves = not last and self.epoch % training.save_every == 0
         if self._overlap_readback and not (last or validates or resets or saves):
             return
@@ -217,7 +219,7 @@ class TrainingRun:
             self._selection_before_last = self.selection.snapshot()
         if last or validates:
             record.validation = self._validate()
-        self._reset_skipped = resets and last  # no step would train the new codes
+        self._reset_skipped = last and interval > 0 and self.epoch % interval == 0  # no step would train the new codes
         if resets and not last:
             record.resets = self._reset_dead_codes()
         self.observer.epoch_finished(record)
@@ -291,6 +293,7 @@ class TrainingRun:
     def _next_launch(self) -> tuple[StepKind, int]:
         """The kind of the next step, and how many consecutive steps of that kind can be launched."""
         step, interval = self.training_step, self.training.dead_code_reset_steps
+        interval *= self.training.resets_dead_codes(self.epoch + 1)
         same_kind = step.full_batches - self.step if self.step < step.full_batches else 1
         same_kind = min(same_kind, step.feed.steps_available(self.step))
         if not interval:

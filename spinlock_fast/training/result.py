@@ -23,7 +23,7 @@ from spinlock_fast.features.cleaning import FeatureCleaner
 from spinlock_fast.features.encode import FamilyEncoder
 from spinlock_fast.features.matrix import MatrixNormalizer
 from spinlock_fast.features.normalize import Normalizer
-from spinlock_fast.models.code_search import Search
+from spinlock_fast.models.code_search import Search, TokenSearch
 from spinlock_fast.models.metrics import Metrics
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE
 from spinlock_fast.tokenizer import Tokenizer
@@ -54,7 +54,12 @@ class TrainResult:
     vocabulary: dict[str, Any] | None = field(default=None, repr=False)  # see `compare_vocabulary`
 
     def encode(
-        self, x: ArrayLike | Tensor, search: Search = "nearest", sweeps: int = 2, search_weight: float = 0.0
+        self,
+        x: ArrayLike | Tensor,
+        search: Search = "nearest",
+        sweeps: int = 2,
+        search_weight: float = 0.0,
+        perturbations: int = 0,
     ) -> Any:
         """Rows [N, F] in the units of the fitted x -> tokens [N, G] int64; see `model.get_tokens`.
 
@@ -69,7 +74,8 @@ class TrainResult:
             raise DataError(f"x must be [N, {self.model.config.input_dim}], got {list(data.shape)}")
         rows = self.normalizer(data) if self.normalizer is not None else data.astype(np.float32, copy=False)
         blocks = torch.from_numpy(rows).split(_ROWS_PER_BLOCK)
-        tokens = torch.cat([self.model.get_tokens(block, search, sweeps, search_weight).cpu() for block in blocks])
+        chosen = TokenSearch(search, sweeps, search_weight, perturbations)
+        tokens = torch.cat([self.model.get_tokens(block, *chosen).cpu() for block in blocks])
         return tokens if isinstance(x, Tensor) else tokens.numpy()
 
     def decode(self, tokens: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -18,9 +19,12 @@ from spinlock_fast.kernels._common.streams import defer, deferred_scope
 from spinlock_fast.kernels.augment import augmented_rows
 from spinlock_fast.models.losses import LossTerms, LossWeights, code_orthogonality, loss_terms
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE
+from spinlock_fast.quantize import dead_code_threshold
 from spinlock_fast.training.distributed import RowGather, Share, StepExchange, broadcast_codes
 from spinlock_fast.training.optimizer import FusedAdam
 from spinlock_fast.training.row_feed import make_row_feed
+
+log = logging.getLogger(__name__)
 
 
 class StepKind(NamedTuple):
@@ -94,9 +98,19 @@ class TrainingStep:
         if self.remainder:
             self._batch_sizes[-1] = self.remainder
         self._has_weight = torch.tensor([weight != 0.0 for weight in self.weights], device=device)
+        self.dead_code_threshold = dead_code_threshold(
+            training.dead_code_threshold, model.quantizer.num_codes, self.rows
+        )
         self.optimizer = FusedAdam(
             model.parameters(), self._rate, training.weight_decay, decoupled=training.optimizer == "adamw"
         )
+
+    def log_automatic_settings(self) -> None:
+        """Logs the values of settings that are `auto`."""
+        if self.model.config.commitment_cost == "auto":
+            log.info("model.commitment_cost auto: %.3g", self.model.quantizer.commitment_weight)
+        if self.training.dead_code_threshold == "auto":
+            log.info("training.dead_code_threshold auto: %.3g", self.dead_code_threshold)
 
     def kind(self, step: int, reset: bool) -> StepKind:
         """The kind of a step of the epoch, from 0."""
@@ -203,7 +217,7 @@ class TrainingStep:
         """Replaces dead codes as the settings say; returns their number per codebook [G]."""
         training = self.training
         replaced = self.model.reset_dead_codes(
-            training.dead_code_threshold, training.dead_code_strategy, training.max_reset_fraction, latents
+            self.dead_code_threshold, training.dead_code_strategy, training.max_reset_fraction, latents
         )
         broadcast_codes(self.model, self.ranks)
         return replaced

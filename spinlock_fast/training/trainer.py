@@ -40,6 +40,7 @@ from spinlock_fast.features.statistics import mean_and_std
 from spinlock_fast.kernels._common.guard import device_guard
 from spinlock_fast.models.decoder_refit import refit_decoder
 from spinlock_fast.models.initialization import initialize_codebooks
+from spinlock_fast.models.joint_metrics import joint_searches
 from spinlock_fast.models.metrics import Metrics, add_model_metrics, evaluate, evaluate_with_counts
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
 from spinlock_fast.tokenizer import Tokenizer
@@ -253,9 +254,7 @@ class Trainer:
             model = CategoricalHierarchicalVQVAE(model_config).to(device)
             ranks = self._ranks()
             model.quantizer.sync = False  # the step itself sums over ranks
-            config = self.config
-            if initial is not None:
-                config = initial.start(model, config)
+            config = self.config if initial is None else initial.start(model, self.config)
             largest = max(model.quantizer.num_codes)
             if split.train.size < largest and initial is None:
                 raise DataError(
@@ -273,6 +272,7 @@ class Trainer:
                 started=started,
                 ranks=ranks,
             )
+            run.training_step.log_automatic_settings()
             if model_config.extra_inputs and initial is None:
                 model.fit_extra_inputs(*(torch.from_numpy(values) for values in mean_and_std(rows(split.train))))
             if resume is not None:
@@ -311,6 +311,7 @@ class Trainer:
         metrics, code_counts = evaluate_with_counts(
             model, validation.x, training, validation.numbers, "validation", ranks
         )
+        metrics["joint"] = joint_searches(model, validation.x, ranks)
         model.quantizer.usage.copy_(code_counts)
         model.quantizer.rows_seen.fill_(metrics["val_rows"])
         if split.test.size:

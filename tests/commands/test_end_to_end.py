@@ -197,11 +197,11 @@ def test_tokenize_by_joint_search(
     checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output, measured = tmp_path / "tokens.npy", tmp_path / "metrics.json"
-    options = ("--search", "joint", "--sweeps", "3")
+    options = ("--search", "joint", "--sweeps", "3", "--perturbations", "2")
     assert run(tokenize_main, checkpoint, data, "--output", output, "--quiet", *options) == 0
     tokenizer = Tokenizer.from_checkpoint(checkpoint)
     x, tokens = tokenizer.features(data), np.load(output)
-    assert np.array_equal(tokens, tokenizer.encode(data, search="joint", sweeps=3))
+    assert np.array_equal(tokens, tokenizer.encode(data, search="joint", sweeps=3, perturbations=2))
 
     def error(tokens: np.ndarray) -> np.ndarray:
         return np.square(tokenizer.model.decode_from_tokens(tokens).numpy() - x).mean(1)
@@ -212,8 +212,10 @@ def test_tokenize_by_joint_search(
     assert run(evaluate_main, checkpoint, data, "--rows", "all", "--json", measured) == 0
     assert "with joint search" in capsys.readouterr().out
     metrics = json.loads(measured.read_text())
+    perturbed = metrics["joint"]["perturbed"]
+    assert perturbed["reconstruction_error"] <= metrics["joint"]["reconstruction_error"]
     assert metrics["joint"]["reconstruction_error"] < metrics["reconstruction_error"]
-    for options in (("--search", "best"), ("--sweeps", "0")):
+    for options in (("--search", "best"), ("--sweeps", "0"), ("--perturbations", "-1")):
         assert run(tokenize_main, checkpoint, data, "--output", output, *options) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
 

@@ -182,6 +182,8 @@ def test_arguments():
     for change in (
         {"sweeps": -1},
         {"candidates": 0},
+        {"perturbations": -1},
+        {"perturbations": 1, "candidates": 2},
         {"candidates": 2},
         {"search_weight": -1.0},
         {"search_weight": 1.0},
@@ -198,3 +200,43 @@ def test_arguments():
     half = joint_search(x.half().float(), codes, codebook, decoder, layout)
     assert torch.equal(joint_search(x.half(), codes, codebook, decoder, layout), half)
     assert wide.dtype == torch.int64
+
+
+def test_perturbations(backend):
+    layout = LAYOUTS["wide"]
+    x, codes, codebook, decoder = problem(layout, 60, 20, 16)
+    latents, _ = helpers.random_group(layout, 60, seed=1)
+    for weight in (0.0, 1.0):
+
+        def search(rows, start, count, weight=weight):
+            some = latents[: len(rows)] if len(rows) < 60 else latents
+            return joint_search(
+                rows, start, codebook, decoder, layout, 2, weight, some, backend=backend, perturbations=count
+            )
+
+        def objective(found, weight=weight):
+            own = [
+                d.gather(1, found[:, g : g + 1]) for g, d in enumerate(helpers.distances64(latents, codebook, layout))
+            ]
+            return errors(x, found, codebook, decoder, layout) + weight * torch.cat(own, 1).sum(1)
+
+        before, found = objective(search(x, codes, 0)), None
+        plain = before
+        for count in (1, 4, 12):
+            found = search(x, codes, count)
+            after = objective(found)
+            assert (after <= before).all()
+            before = after
+        assert before.sum() < 0.97 * plain.sum()
+        assert torch.equal(search(x[:7], codes[:7], 12), found[:7])  # whatever the batch
+
+
+def test_perturbations_leave_rows_that_cannot_be_searched(backend):
+    layout = CodebookLayout.of([5, 1, 4], [2, 2, 3])
+    x, codes, codebook, decoder = problem(layout, 30, 20, 16)
+    codes[3, 0], x[7, 2] = -1, torch.nan
+    found = joint_search(x, codes, codebook, decoder, layout, backend=backend, perturbations=3)
+    assert torch.equal(found[[3, 7]], codes[[3, 7]])
+    one = CodebookLayout.of([1], [3])
+    x, codes, codebook, decoder = problem(one, 4, 6, 5)
+    assert torch.equal(joint_search(x, codes, codebook, decoder, one, backend=backend, perturbations=2), codes)

@@ -33,13 +33,13 @@ def problem(sizes, rows, features, hidden, seed=0):
     )
 
 
-@pytest.mark.parametrize(("candidates", "weight"), [(None, 0.0), (3, 0.5)])
+@pytest.mark.parametrize(("candidates", "weight", "perturbations"), [(None, 0.0, 0), (3, 0.5, 0), (None, 0.5, 2)])
 @pytest.mark.parametrize(
     ("sizes", "rows", "features", "hidden"),
     [([(5, 3)], 1, 3, 5), ([(9, 4), (1, 2), (17, 5)], 21, 70, 40)],
     ids=["small", "tiles"],
 )
-def test_matches_the_reference(monkeypatch, sizes, rows, features, hidden, candidates, weight):
+def test_matches_the_reference(monkeypatch, sizes, rows, features, hidden, candidates, weight, perturbations):
     layout, arguments, decoder, latents = problem(sizes, rows, features, hidden)
     x, codes, codebook = arguments
     if rows > 5:
@@ -54,12 +54,13 @@ def test_matches_the_reference(monkeypatch, sizes, rows, features, hidden, candi
         weight,
         latents,
         candidates,
+        perturbations=perturbations,
     )
     empty_like = torch.empty_like
     monkeypatch.setattr(torch, "empty_like", lambda t: empty_like(t).fill_(torch.nan if t.is_floating_point() else -9))
     found = joint_search(
         *(t.to(DEVICE) for t in (x, codes, codebook)), Decoder(*(p.to(DEVICE) for p in decoder)), layout, 2,
-        weight, latents.to(DEVICE), candidates, "triton",
+        weight, latents.to(DEVICE), candidates, "triton", perturbations,
     ).cpu()  # fmt: skip
     assert torch.equal(found, expected)
     assert rows == 1 or not torch.equal(found, codes)

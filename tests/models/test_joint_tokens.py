@@ -6,7 +6,7 @@ import torch
 
 from spinlock_fast import Trainer
 from spinlock_fast.config.schema import RunConfig, TrainingConfig
-from spinlock_fast.models.joint_metrics import joint_metrics
+from spinlock_fast.models.joint_metrics import joint_metrics, joint_searches
 from spinlock_fast.models.metrics import evaluate
 
 SETTINGS = {
@@ -75,6 +75,23 @@ def test_metrics(fitted):
     weights = [len(members) for members in result.model.config.group_indices.values()]
     mean = sum(w * c["mse"] for w, c in zip(weights, metrics["categories"], strict=True)) / sum(weights)
     assert mean == pytest.approx(error, rel=1e-6)
+
+
+def test_perturbations_lower_the_error(fitted):
+    result, x = fitted
+    rows = torch.from_numpy(result.normalizer(x) if result.normalizer else x)
+    plain, perturbed = (joint_metrics(result.model, rows, perturbations=count) for count in (0, 6))
+    assert perturbed["perturbations"] == 6
+    reported = result.metrics["joint"]  # of the validation rows
+    assert reported == joint_searches(result.model, rows[:40])
+    assert reported["perturbed"]["reconstruction_error"] <= reported["reconstruction_error"]
+    assert perturbed["reconstruction_error"] < plain["reconstruction_error"]
+    tokens = result.model.get_tokens(rows, "joint", perturbations=6)
+    assert torch.equal(tokens, result.encode(torch.from_numpy(x), "joint", perturbations=6))
+    assert torch.equal(tokens[50:53], result.model.get_tokens(rows[50:53], "joint", perturbations=6))
+    for count in (-1, 1.5):
+        with helpers.raises_one_line(ValueError, "perturbations"):
+            result.model.get_tokens(rows, "joint", perturbations=count)
 
 
 @pytest.mark.parametrize(("search", "sweeps"), [("best", 2), ("joint", 0), ("nearest", 1.5)])

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spinlock_fast.config.schema import LevelConfig, parse_ratios
-from spinlock_fast.quantize import resolve_levels, size_codebooks
+from spinlock_fast.quantize import commitment_weight, dead_code_threshold, resolve_levels, size_codebooks
 
 GOLDEN = [4, 16, 15, 13, 32, 28, 20, 10, 11, 14, 9]
 RATIOS = (0.5, 1.0, 1.5)
@@ -93,3 +93,20 @@ def test_ratios_are_numbers_between_colons(text, ratios):
 def test_invalid_ratios_are_rejected(text):
     with pytest.raises(ValueError, match="positive numbers"):
         parse_ratios(text)
+
+
+@pytest.mark.parametrize(
+    ("features", "bits", "weight"),
+    [(60, 20, 0.15), (20, 20, 0.1), (10_000, 20, 0.25), (5, 0, 0.25)],
+    ids=["between", "many bits", "few bits", "none"],
+)
+def test_automatic_commitment_follows_the_bits_per_feature(features, bits, weight):
+    levels = [LevelConfig(num_tokens=32, latent_dim=2)] * (bits // 5) or [LevelConfig(num_tokens=1, latent_dim=2)]
+    assert commitment_weight("auto", levels, features) == pytest.approx(weight)
+    assert commitment_weight(0.7, levels, features) == 0.7
+
+
+@pytest.mark.parametrize(("rows", "threshold"), [(400, 0.375), (100_000, 0.2), (100, 0.5)])
+def test_automatic_threshold_follows_the_rows_of_a_code(rows, threshold):
+    assert dead_code_threshold("auto", [7, 30, 12], rows) == pytest.approx(threshold)
+    assert dead_code_threshold(0.05, [7, 30, 12], rows) == 0.05

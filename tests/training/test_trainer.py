@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import math
+import re
 import signal
 from typing import Any
 
@@ -19,6 +20,7 @@ from spinlock_fast.config.schema import RunConfig
 from spinlock_fast.data.split import split_rows
 from spinlock_fast.device import resolve_device
 from spinlock_fast.errors import ConfigError, DataError, Interrupted, TrainingError
+from spinlock_fast.quantize import dead_code_threshold
 from spinlock_fast.training import trainer as trainer_module
 from spinlock_fast.training.cuda_graphs import StepLauncher
 from spinlock_fast.training.loop import TrainingRun
@@ -275,6 +277,43 @@ def test_dead_codes_are_reset_at_their_interval_but_not_at_the_end(x: np.ndarray
     ).fit(x, GROUPS)
     assert [r.epoch for r in result.history if r.resets is not None] == [2]
     assert result.history[1].resets
+
+
+def test_dead_codes_are_reset_during_a_share_of_the_epochs(x: np.ndarray[Any, Any]) -> None:
+    settings = {
+        "training__num_epochs": 5,
+        "training__dead_code_reset_interval": 1,
+        "training__dead_code_threshold": 0.9,
+    }
+    result = trainer(**settings, training__dead_code_reset_until=0.4).fit(x, GROUPS)
+    assert [r.epoch for r in result.history if r.resets is not None] == [1, 2]
+    # Resets by steps end as well: at 0 they are those of a run without resets.
+    never = {**settings, "training__dead_code_reset_interval": 0}
+    without, by_steps = (
+        trainer(**never, training__dead_code_reset_until=until, training__dead_code_reset_steps=steps).fit(x, GROUPS)
+        for until, steps in ((1.0, 0), (0.0, 2))
+    )
+    weights = [run.final_state["model_state_dict"] for run in (without, by_steps)]
+    assert all(torch.equal(weights[0][name], value) for name, value in weights[1].items())
+
+
+def test_automatic_settings_are_those_that_the_log_names(
+    x: np.ndarray[Any, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {"training__num_epochs": 3, "training__dead_code_reset_interval": 1}
+    automatic = {"training__dead_code_threshold": "auto", "model__commitment_cost": "auto"}
+    with caplog.at_level("INFO", "spinlock_fast"):
+        chosen = trainer(**settings, **automatic).fit(x, GROUPS)
+    values = {name: float(value) for name, value in re.findall(r"\w+\.(\w+) auto: (\S+)", caplog.text)}
+    assert chosen.model.quantizer.commitment_weight == pytest.approx(values["commitment_cost"], rel=1e-2)
+    quantizer = chosen.model.quantizer
+    threshold = dead_code_threshold("auto", quantizer.num_codes, len(chosen.split.train))
+    assert 0.2 < threshold < 0.5
+    assert threshold == pytest.approx(values["dead_code_threshold"], rel=1e-2)
+    given = {"training__dead_code_threshold": threshold, "model__commitment_cost": quantizer.commitment_weight}
+    same = trainer(**settings, **given).fit(x, GROUPS)
+    weights = [run.final_state["model_state_dict"] for run in (same, chosen)]
+    assert all(torch.equal(weights[0][name], value) for name, value in weights[1].items())
 
 
 def test_learning_rate_warms_up_and_follows_the_cosine(x: np.ndarray[Any, Any]) -> None:
