@@ -200,8 +200,8 @@ class RowReader:
         files: dicts of path (bytes), label, device, inode, size, mtime_ns; a file that changed is an error.
         datasets: dicts of name, item_size, row_shape and shards. A shard has file (index into `files`), rows,
             chunk_rows, swapped (non-native byte order), and either offset (contiguous), or chunk_shape (within a row),
-            filters [(registered number, client data)], fill (bytes of one item) and, per chunk, offsets (2**64 - 1: never written),
-            sizes and masks.
+            filters [(registered number, client data)], fill (bytes of one item) and, per chunk, offsets (2**64 - 1:
+            never written), sizes and masks.
         threads: at least 1; started by the first `submit`.
         verify_checksums: whether fletcher32 checksums are verified.
 

@@ -23,10 +23,12 @@ _FILTER_NAMES = {
     4: "szip",
     5: "nbit",
     6: "scaleoffset",
+    307: "bzip2",
     32000: "lzf",
     32001: "blosc",
     32004: "lz4",
     32008: "bitshuffle",
+    32013: "zfp",
     32015: "zstd",
     32026: "blosc2",
 }
