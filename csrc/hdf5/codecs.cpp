@@ -31,6 +31,13 @@ void copy_match(std::byte* to, std::size_t distance, std::size_t length, const s
         std::memset(to, std::to_integer<int>(*from), length);
         return;
     }
+    if (distance >= 16 && static_cast<std::size_t>(end - stop) >= 16) {
+        do {
+            std::memcpy(to, from, 16);
+            to += 16, from += 16;
+        } while (to < stop);
+        return;
+    }
     // Doubles the distance until 8 bytes do not overlap.
     while (distance < 8 && to < stop) {
         const std::size_t count = std::min(distance, static_cast<std::size_t>(stop - to));
