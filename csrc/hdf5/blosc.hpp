@@ -4,8 +4,6 @@
 
 #include "filters.hpp"
 
-#include <array>
-
 namespace spinlock_fast {
 
 // A chunk of Blosc: blocks that were filtered and compressed independently.
@@ -28,11 +26,7 @@ public:
     void decode(std::span<std::byte> out, Codecs& codecs) const;
 
 private:
-    enum class Transform : std::uint8_t { shuffle, bitshuffle };
-    struct Step {
-        Transform transform;
-        std::size_t item_size;
-    };
+    enum class Transform : std::uint8_t { none, shuffle, bitshuffle };
 
     void read_extension();
     void read_streams(std::size_t index, std::span<std::byte> out, Codecs& codecs) const;
@@ -42,8 +36,8 @@ private:
     std::size_t header_ = 16, size_ = 0, block_size_ = 0, item_size_ = 1;
     unsigned version_ = 0, codec_ = 0, special_ = 0;
     bool extended_ = false, copied_ = false, split_ = false;
-    std::array<Step, 6> steps_{};  // in the order of writing
-    std::size_t step_count_ = 0;
+    Transform transform_ = Transform::none;
+    std::size_t shuffled_size_ = 1;  // item size of `transform_`
 };
 
 // Decoded sizes according to the headers. Throw DecodeError and UnsupportedError.

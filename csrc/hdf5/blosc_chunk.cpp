@@ -52,8 +52,9 @@ BloscChunk::BloscChunk(std::span<const std::byte> in, bool extended) {
         read_extension();
     } else {
         if (flags & 8) damaged("an unknown version of blosc");
-        if (flags & 1) steps_[step_count_++] = {Transform::shuffle, item_size_};
-        if (flags & 4) steps_[step_count_++] = {Transform::bitshuffle, item_size_};
+        if (flags & 1) transform_ = Transform::shuffle;
+        if (flags & 4) transform_ = Transform::bitshuffle;
+        shuffled_size_ = item_size_;
         // Before there was a flag, small blocks and large items were not split.
         split_ = split_ && item_size_ <= 16 && block_size_ / item_size_ >= 128;
     }
@@ -77,12 +78,12 @@ void BloscChunk::read_extension() {
     const std::size_t filters = version_ == 3 ? 5 : 6;
     for (std::size_t i = 0; i < filters; ++i) {
         const unsigned filter = byte_at(bytes_, 16 + i), setting = byte_at(bytes_, 24 + i);
-        if (filter == kShuffle)
-            steps_[step_count_++] = {Transform::shuffle, setting == 0 ? item_size_ : setting};
-        else if (filter == kBitshuffle)
-            steps_[step_count_++] = {Transform::bitshuffle, item_size_};
-        else if (filter != kNoFilter && filter != kTruncatedPrecision)
+        if (filter == kNoFilter || filter == kTruncatedPrecision) continue;
+        if (filter != kShuffle && filter != kBitshuffle)
             throw UnsupportedError("filter " + std::to_string(filter) + " of blosc2");
+        if (transform_ != Transform::none) throw UnsupportedError("several filters of blosc2");
+        transform_ = filter == kShuffle ? Transform::shuffle : Transform::bitshuffle;
+        shuffled_size_ = filter == kShuffle && setting != 0 ? setting : item_size_;
     }
 }
 
@@ -108,19 +109,15 @@ void BloscChunk::decode_block(std::size_t index, std::span<std::byte> out, Codec
         std::memcpy(out.data(), bytes_.data() + header_ + index * block_size_, out.size());
         return;
     }
-    if (step_count_ == 0) return read_streams(index, out, codecs);
-    auto data = codecs.block.reserve(out.size());
+    // Blosc 1 leaves a block as it is if its number of items is not a multiple of 8.
+    const bool unshuffled = version_ == 2 && transform_ == Transform::bitshuffle && out.size() / item_size_ % 8 != 0;
+    if (transform_ == Transform::none || unshuffled) return read_streams(index, out, codecs);
+    const auto data = codecs.block.reserve(out.size());
     read_streams(index, data, codecs);
-    for (std::size_t i = step_count_; i-- > 0;) {
-        const auto& [transform, item_size] = steps_[i];
-        if (transform == Transform::shuffle)
-            unshuffle(data, item_size, out);
-        else if (version_ == 2 && out.size() / item_size % 8 != 0)
-            std::memcpy(out.data(), data.data(), out.size());  // Blosc 1 leaves such a block as it is
-        else
-            unshuffle_bits(data, item_size, out, codecs);
-        if (i > 0) std::memcpy(data.data(), out.data(), out.size());
-    }
+    if (transform_ == Transform::shuffle)
+        unshuffle(data, shuffled_size_, out);
+    else
+        unshuffle_bits(data, shuffled_size_, out, codecs);
 }
 
 void BloscChunk::decode(std::span<std::byte> out, Codecs& codecs) const {

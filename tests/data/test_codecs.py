@@ -53,6 +53,7 @@ CODECS = {
         for codec in BLOSC_CODECS
         for shuffle in (0, 1, 2)
     },
+    "blosc2, small blocks": (32026, (0, 256, 0, 0, 5, 1, 1)),
     "blosc, uncompressed": as_filter(hdf5plugin.Blosc(clevel=0)),
     "blosc2, uncompressed": as_filter(hdf5plugin.Blosc2(clevel=0)),
     "blosc2, truncated": as_filter(hdf5plugin.Blosc2(filters=hdf5plugin.Blosc2.TRUNC_PREC)),
@@ -89,7 +90,7 @@ def pipelines() -> st.SearchStrategy[list[tuple[int, tuple[int, ...]]]]:
     return st.tuples(codecs, others).flatmap(lambda lists: st.permutations([*lists[0], *lists[1]]))
 
 
-@settings(max_examples=120, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(
     shape=npst.array_shapes(min_dims=1, max_dims=4, min_side=1, max_side=40),
     chunk=st.tuples(*[st.integers(1, 24)] * 4),
@@ -139,6 +140,20 @@ def test_a_skipped_codec_is_respected(tmp_path: Path, codec: str) -> None:
     check([str(tmp_path / "a.h5")], ["x"], "native")
 
 
+@pytest.mark.parametrize("rows", [4, 8])
+def test_blosc_chunks_from_before_the_split_flag(tmp_path: Path, rows: int) -> None:
+    """Blosc before 1.14 never set the flag, and split blocks of at least 128 items; 4 rows are 80 items."""
+    codec = as_filter(hdf5plugin.Blosc(cname="lz4", shuffle=1))
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        dataset = create(file, "x", (32, 20), "<f4", (rows, 20), [codec])
+        dataset[...] = smooth((32, 20), "<f4")
+        file.flush()
+        stored = dataset.id.read_direct_chunk((rows, 0))[1]
+        assert bool(stored[2] & 16) == (rows == 4)
+        dataset.id.write_direct_chunk((rows, 0), stored[:2] + bytes([stored[2] & ~16]) + stored[3:])
+    check([str(tmp_path / "a.h5")], ["x"], "native")
+
+
 def test_large_chunks_have_many_blocks(tmp_path: Path) -> None:
     """Chunks of 4 MB: several blocks of every codec, and blocks of blosc2 that lie in several parts of the chunk."""
     values = smooth((64, 128, 256), "<f4") * np.float32(1.5)
@@ -147,6 +162,27 @@ def test_large_chunks_have_many_blocks(tmp_path: Path) -> None:
             create(file, codec, values.shape, "<f4", (32, 128, 256), [CODECS[codec]]).write_direct(values)
         names = list(file)
     check([str(tmp_path / "a.h5")], names, "native", window_rows=64)
+
+
+@pytest.mark.parametrize("chunks", [(100, 4), (90, 4), (5, 7, 5), (1, 33, 4), (1, 30, 2, 2), (33,)])
+def test_padded_blocks_of_blosc2(tmp_path: Path, chunks: tuple[int, ...]) -> None:
+    """Blocks of 256 bytes that are contiguous in the chunk or not; those at its ends are stored with padding."""
+    shape = (2 * chunks[0] + 1, *(2 * size - 1 for size in chunks[1:]))
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        create(file, "x", shape, "<f4", chunks, [CODECS["blosc2, small blocks"]]).write_direct(smooth(shape, "<f4"))
+    check([str(tmp_path / "a.h5")], ["x"], "native")
+
+
+@pytest.mark.parametrize("codec", ["lzf", "lz4", "blosc, blosclz, 0", "blosc2, blosclz, 0"])
+def test_repeated_content_of_any_period(tmp_path: Path, codec: str) -> None:
+    """Matches at all distances, which BloscLZ stores in two ways."""
+    random = np.random.default_rng(0)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        for period in (1, 2, 3, 5, 7, 9, 13, 17, 100, 8190, 8192, 9000, 40000):
+            values = np.resize(random.integers(0, 256, period, dtype=np.uint8), 100_000)
+            create(file, str(period), (100_000,), "u1", (100_000,), [CODECS[codec]])[...] = values
+        names = list(file)
+    check([str(tmp_path / "a.h5")], names, "native", batch_size=50_000, window_rows=100_000)
 
 
 def test_blosc2_features_without_decoder_are_read_through_h5py(tmp_path: Path) -> None:
