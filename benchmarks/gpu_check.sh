@@ -35,6 +35,7 @@ fi
 # `make setup` downloads the libdeflate sources; without them the build uses the system's zlib.
 options=()
 [ ! -d build/libdeflate ] || options=("-Ccmake.define.LIBDEFLATE_SOURCE_DIR=$PWD/build/libdeflate")
+[ ! -d build/c-blosc ] || options+=("-Ccmake.define.CODECS_SOURCE_DIR=$PWD/build/c-blosc")
 $PYTHON -c 'import spinlock_fast._native' 2>/dev/null ||
   $PYTHON -m pip install -q --no-build-isolation --no-deps -e . ${options[@]+"${options[@]}"} || exit 1
 has_gpu=$($PYTHON -c 'import torch; print(int(torch.cuda.is_available()))')

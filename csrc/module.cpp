@@ -5,6 +5,7 @@ PYBIND11_MODULE(_native, module) {
     spinlock_fast::register_build_info(module);
     spinlock_fast::register_byte_filters(module);
     spinlock_fast::register_fields(module);
+    spinlock_fast::register_filters(module);
     spinlock_fast::register_row_reader(module);
     spinlock_fast::register_training(module);
 }

@@ -29,6 +29,40 @@ def inflate_library() -> str:
 def build_info() -> BuildInfo:
     """Version, compiler, SIMD level and deflate library."""
 
+def codec_libraries() -> str:
+    """LZ4 and Zstandard of this build, such as "lz4 1.10.0, zstd 1.5.6", or "none"."""
+
+def filter_numbers() -> list[int]:
+    """Numbers, in the registry of HDF5, of the filters that have a native decoder."""
+
+def check_filters(filters: Sequence[tuple[int, Sequence[int]]]) -> None:
+    """Check that this build decodes a pipeline.
+
+    Args:
+        filters: (registered number, client data) of each filter, in the order of writing.
+
+    Raises:
+        NotImplementedError: it does not; the message completes "read through h5py because of".
+    """
+
+def decode_chunk(
+    stored: bytes,
+    mask: int,
+    filters: Sequence[tuple[int, Sequence[int]]],
+    chunk_bytes: int,
+    verify_checksums: bool = True,
+) -> bytes:
+    """Decode the stored bytes of one chunk to `chunk_bytes` bytes.
+
+    Args:
+        mask: bit i set means that filter i was skipped.
+        filters: as for `check_filters`.
+
+    Raises:
+        ValueError: the stored bytes are damaged.
+        NotImplementedError: they use a feature that the native reader lacks.
+    """
+
 def unshuffle(data: Buffer, item_size: int) -> bytes:
     """Invert HDF5's shuffle filter on one chunk of items of `item_size` bytes.
 
@@ -179,8 +213,8 @@ class RowReader:
         files: dicts of path (bytes), label, device, inode, size, mtime_ns; a file that changed is an error.
         datasets: dicts of name, item_size, row_shape and shards. A shard has file (index into `files`), rows,
             chunk_rows, swapped (non-native byte order), and either offset (contiguous), or chunk_shape (within a row),
-            filters [(name, item size)], fill (bytes of one item) and, per chunk, offsets (2**64 - 1: never written),
-            sizes and masks.
+            filters [(registered number, client data)], fill (bytes of one item) and, per chunk, offsets (2**64 - 1:
+            never written), sizes and masks.
         threads: at least 1; started by the first `submit`.
         verify_checksums: whether fletcher32 checksums are verified.
 

@@ -1,6 +1,7 @@
 """Reading rows of HDF5 files: `HDF5Loader` beside h5py, a DataLoader with h5py workers, and hidefix.
 
     python -m benchmarks.data.bench_loader                          # prints a table
+    python -m benchmarks.data.bench_loader --filters                # compression filters beside h5py
     pytest benchmarks/data/bench_loader.py --benchmark-only
 
 The readers alternate in each round, so that other load on the machine affects all of them. Files are in the page cache.
@@ -191,6 +192,67 @@ def summary(speeds: dict[str, list[tuple[float, float]]]) -> dict[str, dict[str,
     return rows
 
 
+def filter_options() -> dict[str, dict[str, Any]]:
+    """Storage with each compression filter that people use."""
+    import hdf5plugin
+
+    return {
+        "gzip-4 + shuffle": {"compression": "gzip", "compression_opts": 4, "shuffle": True},
+        "lzf": {"compression": "lzf"},
+        "lzf + shuffle": {"compression": "lzf", "shuffle": True},
+        "lz4": dict(hdf5plugin.LZ4()),
+        "zstd": dict(hdf5plugin.Zstd()),
+        "zstd + shuffle": {**hdf5plugin.Zstd(), "shuffle": True},
+        "bitshuffle": dict(hdf5plugin.Bitshuffle(cname="none")),
+        "bitshuffle-lz4": dict(hdf5plugin.Bitshuffle(cname="lz4")),
+        "bitshuffle-zstd": dict(hdf5plugin.Bitshuffle(cname="zstd")),
+        **{f"blosc-{name}": dict(hdf5plugin.Blosc(cname=name)) for name in ("blosclz", "lz4", "zlib", "zstd")},
+        "blosc-lz4, bits": dict(hdf5plugin.Blosc(cname="lz4", shuffle=2)),
+        **{f"blosc2-{name}": dict(hdf5plugin.Blosc2(cname=name)) for name in ("blosclz", "lz4", "zlib", "zstd")},
+        "blosc2-lz4, bits": dict(hdf5plugin.Blosc2(cname="lz4", filters=2)),
+    }
+
+
+def write_filters(path: Path, rows: int, names: list[str]) -> None:
+    """Rows of 16 KB in chunks of 8: a smooth field with noise in the last bits."""
+    field = np.cumsum(np.random.default_rng(0).standard_normal((rows, 64, 64), dtype=np.float32), 2)
+    field = (field.view(np.uint32) & np.uint32(0xFFFFF000)).view(np.float32)
+    with h5py.File(path, "w") as file:
+        for name in names:
+            file.create_dataset(name, data=field, chunks=(8, 64, 64), **filter_options()[name])
+
+
+def compare_filter(path: Path, name: str, rows: int, rounds: int) -> list[float]:
+    """Ratio of stored to decoded bytes; decoded MB per CPU second of h5py and of the loader, in order and shuffled."""
+    runs = np.split(np.arange(rows), range(BATCH, rows, BATCH))
+    random = [np.sort(batch) for batch in np.split(np.random.default_rng(1).permutation(rows), range(64, rows, 64))]
+    with h5py.File(path) as file:
+        dataset = file[name]
+        stored, values = dataset.id.get_storage_size() / dataset.nbytes, dataset[()]
+    loaders = [HDF5Loader(path, name, BATCH, shuffle=shuffle, num_threads=1) for shuffle in (False, True)]
+    for loader in loaders:
+        assert loader.stats()["paths"][name] == "native"
+        for batch in loader:  # also allocates the memory of later epochs
+            assert batch[name].numpy().tobytes() == values[batch["index"].numpy()].tobytes()
+    by_reader: list[Reader] = [
+        lambda: iter(H5pyBatches(path, name, runs)[i] for i in range(len(runs))),
+        lambda: (batch[name] for batch in loaders[0]),
+        lambda: iter(H5pyBatches(path, name, random)[i] for i in range(min(4, len(random)))),
+        lambda: (batch[name] for batch in loaders[1]),
+    ]
+    speeds = [[measure(read)[1] for read in by_reader] for _ in range(rounds)]
+    return [stored, *(statistics.median(column) for column in zip(*speeds, strict=True))]
+
+
+def print_filters(path: Path, rows: int, rounds: int, names: list[str]) -> None:
+    write_filters(path, rows, names)
+    print(f"{_native.codec_libraries()}; decoded MB per CPU second, one thread")
+    print(f"{'filter':18}{'stored':>8}{'h5py':>8}{'ours':>8}{'x':>7}{'h5py random':>13}{'ours shuffled':>15}{'x':>7}")
+    for name in names:
+        stored, a, b, c, d = compare_filter(path, name, rows, rounds)
+        print(f"{name:18}{stored:8.2f}{a:8.0f}{b:8.0f}{b / a:7.2f}{c:13.0f}{d:15.0f}{d / c:7.1f}", flush=True)
+
+
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("loader") / "bench.h5"
@@ -209,10 +271,14 @@ def main() -> None:
     options.add_argument("--rows", type=int, default=4096, help="rows of 64.5 KB")
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--layouts", nargs="*", default=list(LAYOUTS), choices=list(LAYOUTS))
+    options.add_argument("--filters", nargs="*", help="compare these compression filters, or all; rows of 16 KB")
     chosen = options.parse_args()
     print(f"{_native.inflate_library()}, h5py {h5py.__version__}, load average {os.getloadavg()[0]:.1f}")
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "bench.h5"
+        if chosen.filters is not None:
+            print_filters(path, chosen.rows, chosen.rounds, chosen.filters or list(filter_options()))
+            return
         write(path, chosen.rows)
         for name in chosen.layouts:
             print(f"\n{name:32}{'MB/s':>8}{'MB/CPU s':>10}{'x h5py':>9}{'per CPU s':>11}")

@@ -1,4 +1,5 @@
 // Python bindings of the row reader: layouts are dicts, batches are writable buffers.
+#include "bind_filters.hpp"
 #include "register.hpp"
 #include "row_reader.hpp"
 
@@ -21,13 +22,6 @@ std::vector<std::uint64_t> numbers(const py::handle& value) {
     return {array.data(), array.data() + array.size()};
 }
 
-FilterKind filter_kind(const std::string& name) {
-    if (name == "deflate") return FilterKind::deflate;
-    if (name == "shuffle") return FilterKind::shuffle;
-    if (name == "fletcher32") return FilterKind::fletcher32;
-    throw std::invalid_argument("no filter " + name);
-}
-
 Shard to_shard(const py::dict& description) {
     Shard shard;
     shard.file = py::cast<std::size_t>(description["file"]);
@@ -40,8 +34,7 @@ Shard to_shard(const py::dict& description) {
         return shard;
     }
     shard.chunk_shape = py::cast<std::vector<std::uint64_t>>(description["chunk_shape"]);
-    for (const auto& [name, size] : py::cast<std::vector<std::pair<std::string, std::size_t>>>(description["filters"]))
-        shard.filters.push_back({filter_kind(name), size});
+    shard.filters = to_filters(description["filters"]);
     const auto fill = py::cast<std::string>(description["fill"]);
     const auto* first = reinterpret_cast<const std::byte*>(fill.data());
     shard.fill.assign(first, first + fill.size());

@@ -1,6 +1,7 @@
 #include "byte_filters.hpp"
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
@@ -80,6 +81,28 @@ std::size_t unshuffle_wide(const std::byte* in, std::size_t count, std::byte* ou
 
 #endif
 
+// Transposes the 8 x 8 bits of each word: bit i of byte k becomes bit k of byte i. The compiler vectorizes the loop.
+[[gnu::always_inline]] inline void transpose_bits(std::byte* data, std::size_t size) noexcept {
+    static_assert(std::endian::native == std::endian::little);
+    for (std::size_t i = 0; i + 8 <= size; i += 8) {
+        std::uint64_t word;
+        std::memcpy(&word, data + i, 8);
+        std::uint64_t moved = (word ^ (word >> 7)) & 0x00aa00aa00aa00aaU;
+        word ^= moved ^ (moved << 7);
+        moved = (word ^ (word >> 14)) & 0x0000cccc0000ccccU;
+        word ^= moved ^ (moved << 14);
+        moved = (word ^ (word >> 28)) & 0x00000000f0f0f0f0U;
+        word ^= moved ^ (moved << 28);
+        std::memcpy(data + i, &word, 8);
+    }
+}
+
+#if defined(SPINLOCK_FAST_X86)
+__attribute__((target("avx2"))) void transpose_bits_avx2(std::byte* data, std::size_t size) noexcept {
+    transpose_bits(data, size);
+}
+#endif
+
 template <typename Word, typename Swap>
 void swap_words(std::span<std::byte> data, Swap swap) noexcept {
     for (std::size_t i = 0; i + sizeof(Word) <= data.size(); i += sizeof(Word)) {
@@ -126,6 +149,22 @@ void unshuffle(std::span<const std::byte> in, std::size_t item_size, std::span<s
     unshuffle_scalar(in.data(), item_size, count, done, out.data());
     const std::size_t whole = count * item_size;
     if (in.size() > whole) std::memcpy(out.data() + whole, in.data() + whole, in.size() - whole);
+}
+
+void bit_unshuffle(std::span<const std::byte> in, std::size_t item_size, std::span<std::byte> out,
+                   std::span<std::byte> planes, Simd simd) noexcept {
+    const std::size_t count = in.size() / item_size;
+    const auto bytes = item_size == 1 ? out : planes;
+    // Byte b of all items: 8 rows of bits, interleaved to words of 8 x 8 bits.
+    for (std::size_t b = 0; b < item_size; ++b)
+        unshuffle(in.subspan(b * count, count), 8, bytes.subspan(b * count, count), simd);
+#if defined(SPINLOCK_FAST_X86)
+    if (simd == Simd::avx2)
+        transpose_bits_avx2(bytes.data(), bytes.size());
+    else
+#endif
+        transpose_bits(bytes.data(), bytes.size());
+    if (item_size > 1) unshuffle(bytes, item_size, out, simd);
 }
 
 void swap_bytes(std::span<std::byte> data, std::size_t item_size) noexcept {

@@ -1,4 +1,4 @@
-// HDF5's shuffle and fletcher32 filters, and byte order conversion.
+// HDF5's shuffle and fletcher32 filters, bitshuffle, and byte order conversion.
 #pragma once
 
 #include <cstddef>
@@ -21,6 +21,11 @@ Simd best_simd() noexcept;
 // whole item are copied. `out` has the size of `in` and does not overlap it.
 void unshuffle(std::span<const std::byte> in, std::size_t item_size, std::span<std::byte> out,
                Simd simd = best_simd()) noexcept;
+
+// Inverts bitshuffle: with n items, a multiple of 8, byte j of the plane in[(b * 8 + k) * n / 8 ...] has bit k of byte b of
+// items 8 j to 8 j + 7, in ascending bits. `out` and `planes` have the size of `in` and do not overlap it or each other.
+void bit_unshuffle(std::span<const std::byte> in, std::size_t item_size, std::span<std::byte> out,
+                   std::span<std::byte> planes, Simd simd = best_simd()) noexcept;
 
 // Reverses the bytes of every whole item in place; does nothing for item sizes other than 2, 4 and 8.
 void swap_bytes(std::span<std::byte> data, std::size_t item_size) noexcept;

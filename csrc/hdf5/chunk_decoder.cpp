@@ -11,7 +11,6 @@ namespace spinlock_fast {
 namespace {
 
 constexpr std::size_t kChecksumBytes = 4;
-constexpr std::size_t kMaxInflationRatio = 1032;                // of deflate
 constexpr std::size_t kMaxExcessBytes = std::size_t{16} << 20;  // decoded bytes beyond the size of a chunk
 
 std::span<std::byte> strip_checksum(std::span<std::byte> data, bool verify) {
@@ -35,38 +34,31 @@ std::span<std::byte> ChunkDecoder::decode(std::span<std::byte> stored, std::uint
                                           std::span<std::byte> destination) {
     const auto active = [&](std::size_t i) { return i >= 32 || ((mask >> i) & 1U) == 0; };
     std::span<std::byte> data = stored;
-    // Output of inverting filter i: the caller's memory if no earlier filter remains to be inverted.
-    const auto output = [&](std::size_t i, std::size_t size, Scratch& scratch) {
-        for (std::size_t j = 0; j < i; ++j)
-            if (active(j)) return scratch.reserve(size);
-        return destination.empty() || size != chunk_bytes ? scratch.reserve(size) : destination;
-    };
     for (std::size_t i = filters.size(); i-- > 0;) {
         if (!active(i)) continue;
-        switch (filters[i].kind) {
-            case FilterKind::fletcher32:
-                data = strip_checksum(data, verify);
-                break;
-            case FilterKind::deflate: {
-                std::size_t expected = chunk_bytes;
-                // A checksum appended before compression is part of the decompressed data.
-                for (std::size_t j = 0; j < i; ++j)
-                    if (active(j) && filters[j].kind == FilterKind::fletcher32) expected += kChecksumBytes;
-                const auto out = output(i, expected, inflated_);
-                if (const auto produced = inflater_.inflate(data, out)) {
-                    if (*produced < expected) throw DecodeError("the compressed data end early");
-                    data = out;
-                } else {
-                    data = inflate_oversized(data, expected);
-                }
-                break;
-            }
-            case FilterKind::shuffle: {
-                const auto out = output(i, data.size(), unshuffled_);
-                unshuffle(data, filters[i].item_size, out);
-                data = out;
-                break;
-            }
+        const Filter& filter = filters[i];
+        if (filter.kind == FilterKind::fletcher32) {
+            data = strip_checksum(data, verify);
+            continue;
+        }
+        // The size before this filter: a checksum that was appended earlier is part of the decoded data, and the size is
+        // unknown if the data were compressed before.
+        std::size_t expected = chunk_bytes;
+        bool compressed_before = false, last = true;
+        for (std::size_t j = 0; j < i; ++j) {
+            if (!active(j)) continue;
+            last = false;
+            compressed_before |= filters[j].compresses();
+            if (filters[j].kind == FilterKind::fletcher32) expected += kChecksumBytes;
+        }
+        const auto target = last ? destination : std::span<std::byte>{};
+        if (filter.compresses()) {
+            data = decompress_to(filter, data, expected, target);
+            if (data.size() < expected && !compressed_before) throw DecodeError("the compressed data end early");
+        } else {
+            const auto out = target.size() == data.size() && !target.empty() ? target : next_buffer(data, data.size());
+            unfilter(filter, data, out, codecs_);
+            data = out;
         }
     }
     if (data.size() < chunk_bytes)
@@ -79,21 +71,32 @@ std::span<std::byte> ChunkDecoder::decode(std::span<std::byte> stored, std::uint
     return data;
 }
 
-// Decodes a stream that is longer than the chunk: its checksum and shuffle cover all decoded bytes, so all are needed.
-std::span<std::byte> ChunkDecoder::inflate_oversized(std::span<const std::byte> stored, std::size_t expected) {
-    // A stream decodes to at most `possible` bytes; `limit` bounds the memory that a damaged file can request.
-    const std::size_t possible = stored.size() * kMaxInflationRatio, limit = expected + kMaxExcessBytes;
-    for (std::size_t size = expected; size < possible && size < limit;) {
+// Memory of a buffer that does not hold `data`.
+std::span<std::byte> ChunkDecoder::next_buffer(std::span<const std::byte> data, std::size_t size) {
+    const auto first = buffers_[0].reserve(0);
+    return buffers_[!data.empty() && data.data() == first.data() ? 1 : 0].reserve(size);
+}
+
+// Decompresses to `destination` if the result has its size, else to a buffer. All decoded bytes are returned, also those
+// beyond the chunk: the checksum and shuffle of a chunk with excess bytes cover them.
+std::span<std::byte> ChunkDecoder::decompress_to(const Filter& filter, std::span<const std::byte> data,
+                                                 std::size_t expected, std::span<std::byte> destination) {
+    const std::size_t limit = expected + kMaxExcessBytes;  // bounds the memory that a damaged file can request
+    const auto declared = declared_size(filter, data);
+    for (std::size_t size = declared.value_or(expected); size <= limit;) {
+        const auto out = size == destination.size() ? destination : next_buffer(data, size);
+        if (const auto produced = decompress(filter, data, out, codecs_)) return out.first(*produced);
+        if (size == limit) break;
         size = std::min(2 * size + kChecksumBytes, limit);
-        const auto out = inflated_.reserve(size);
-        if (const auto produced = inflater_.inflate(stored, out)) return out.first(*produced);
     }
     throw DecodeError("the compressed data are longer than the chunk");
 }
 
-std::size_t max_stored_size(std::size_t chunk_bytes, std::size_t filters) noexcept {
-    // Deflate adds at most an eighth to incompressible data. libhdf5 also accepts chunks with excess bytes.
-    return chunk_bytes + chunk_bytes / 8 + kMaxExcessBytes + kChecksumBytes * filters;
+std::size_t max_stored_size(std::size_t chunk_bytes, std::span<const Filter> filters) noexcept {
+    // Codecs add at most an eighth to incompressible data; blosc2 pads multidimensional blocks. libhdf5 also accepts chunks
+    // with excess bytes.
+    const bool padded = std::ranges::find(filters, FilterKind::blosc2, &Filter::kind) != filters.end();
+    return (padded ? 4 * chunk_bytes : chunk_bytes + chunk_bytes / 8) + kMaxExcessBytes + kChecksumBytes * filters.size();
 }
 
 }  // namespace spinlock_fast

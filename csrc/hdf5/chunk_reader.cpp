@@ -126,7 +126,7 @@ void ChunkReader::read_chunk(const ChunkLocation& location, const File* file, De
         const std::size_t chunk = location.chunk_row * shard.grid_columns + location.column;
         const std::uint64_t size = shard.sizes[chunk];
         // The size comes from the file: check it before allocating.
-        if (size > max_stored_size(chunk_bytes, shard.filters.size()))
+        if (size > max_stored_size(chunk_bytes, shard.filters))
             throw DecodeError(std::to_string(size) + " stored bytes are too many for a chunk of " +
                               std::to_string(chunk_bytes));
         const auto stored = state.stored.reserve(size);

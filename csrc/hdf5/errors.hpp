@@ -10,6 +10,11 @@ struct DecodeError : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
+// A filter, or a feature of a stored format, that the decoders do not implement: libhdf5 may read the data.
+struct UnsupportedError : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
 // Rows cannot be read. The message names file, dataset and position.
 struct ReadError : std::runtime_error {
     using std::runtime_error::runtime_error;

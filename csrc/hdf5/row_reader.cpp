@@ -236,6 +236,9 @@ std::optional<Failure> RowReader::Pool::run_task(const Task& task, DecodeState& 
         return std::nullopt;
     } catch (const DecodeError& error) {
         return Failure{task.number, chunk_reader_.describe(task.chunk) + " is damaged: " + error.what()};
+    } catch (const UnsupportedError& error) {
+        return Failure{task.number,
+                       chunk_reader_.describe(task.chunk) + ": the native reader does not support " + error.what()};
     } catch (const std::exception& error) {
         // Includes std::bad_alloc: an exception must not leave a thread.
         return Failure{task.number, chunk_reader_.describe(task.chunk) + ": " + error.what()};

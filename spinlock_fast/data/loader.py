@@ -341,6 +341,7 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
             **self._stats.summary(),
             "threads": self.num_threads,
             "inflate": _native.inflate_library(),
+            "codecs": _native.codec_libraries(),
             "paths": {
                 dataset.path: f"h5py, because of {dataset.h5py_reason}" if dataset.h5py_reason else "native"
                 for dataset in self._sharded.datasets

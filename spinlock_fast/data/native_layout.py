@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,22 +19,20 @@ from spinlock_fast.data.input_files import H5PY_ERRORS
 from spinlock_fast.errors import DataError
 
 _UNWRITTEN = np.iinfo(np.uint64).max
-_FILTERS = {
-    h5py.h5z.FILTER_DEFLATE: "deflate",
-    h5py.h5z.FILTER_SHUFFLE: "shuffle",
-    h5py.h5z.FILTER_FLETCHER32: "fletcher32",
-}
-_OTHER_FILTERS = {
+_FILTER_NAMES = {
     4: "szip",
     5: "nbit",
     6: "scaleoffset",
+    307: "bzip2",
     32000: "lzf",
     32001: "blosc",
     32004: "lz4",
     32008: "bitshuffle",
+    32013: "zfp",
     32015: "zstd",
     32026: "blosc2",
 }
+_BLOSC = (32001, 32026)
 _MAX_CHUNKS = 1 << 24
 _CONTIGUOUS_BYTES = 1 << 20  # per read task
 _COMPARED_CHUNKS = 4  # per dataset, compared with the chunks that libhdf5 finds
@@ -93,6 +92,7 @@ def _chunks(dataset: h5py.Dataset, plist: Any) -> dict[str, Any]:
         raise NotNativeError("one growing dimension that is not the first, where libhdf5 misplaces chunks")
     offsets, sizes, masks, partial = _list_chunks(dataset, grid)
     _check_offsets(dataset, offsets, grid)
+    _check_blosc(dataset, filters, offsets, grid)
     fill = np.zeros((), dataset.dtype.newbyteorder("="))
     if (offsets == _UNWRITTEN).any():
         if plist.fill_value_defined() == h5py.h5d.FILL_VALUE_UNDEFINED or (
@@ -122,13 +122,11 @@ def _check_offsets(dataset: h5py.Dataset, offsets: NDArray[np.uint64], grid: tup
     Compares the stored bytes of the last chunk and of a few others: a listing with swapped dimensions is correct only
     for the first chunks.
     """
-    present = np.flatnonzero(offsets != _UNWRITTEN)
     chunk_bytes = prod(dataset.chunks) * dataset.dtype.itemsize
-    if len(present) < 2 or chunk_bytes > _MAX_COMPARED_BYTES or dataset.file.driver != "sec2":
+    if (offsets != _UNWRITTEN).sum() < 2 or chunk_bytes > _MAX_COMPARED_BYTES or dataset.file.driver != "sec2":
         return  # a remote file has another driver; its index is compared with that of its copy
     descriptor = dataset.file.id.get_vfd_handle()
-    for cell in {int(present[i * (len(present) - 1) // _COMPARED_CHUNKS]) for i in range(1, _COMPARED_CHUNKS + 1)}:
-        origin = tuple(int(i) * size for i, size in zip(np.unravel_index(cell, grid), dataset.chunks, strict=True))
+    for cell, origin in _sampled_chunks(dataset, offsets, grid):
         try:
             stored = dataset.id.read_direct_chunk(origin)[1]
             listed = os.pread(descriptor, len(stored), int(offsets[cell]))
@@ -136,6 +134,33 @@ def _check_offsets(dataset: h5py.Dataset, offsets: NDArray[np.uint64], grid: tup
             continue  # damage is reported when the rows are read
         if len(listed) == len(stored) and listed != stored:
             raise NotNativeError("a listing of its chunks that contradicts libhdf5")
+
+
+def _check_blosc(
+    dataset: h5py.Dataset, filters: list[tuple[int, list[int]]], offsets: NDArray[np.uint64], grid: tuple[int, ...]
+) -> None:
+    """Raises NotNativeError if chunks use features of blosc that the native reader lacks; only the chunks tell."""
+    chunk_bytes = prod(dataset.chunks) * dataset.dtype.itemsize
+    if not any(code in _BLOSC for code, _ in filters) or chunk_bytes > _MAX_COMPARED_BYTES:
+        return
+    for _, origin in _sampled_chunks(dataset, offsets, grid):
+        try:
+            mask, stored = dataset.id.read_direct_chunk(origin)
+            _native.decode_chunk(stored, mask, filters, chunk_bytes, False)
+        except NotImplementedError as error:
+            raise NotNativeError(str(error)) from None
+        except (*H5PY_ERRORS, ValueError):
+            continue  # damage is reported when the rows are read
+
+
+def _sampled_chunks(
+    dataset: h5py.Dataset, offsets: NDArray[np.uint64], grid: tuple[int, ...]
+) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """Cell and origin of the last written chunk and of a few others."""
+    present = np.flatnonzero(offsets != _UNWRITTEN)
+    steps = range(1, _COMPARED_CHUNKS + 1) if len(present) else ()
+    for cell in {int(present[i * (len(present) - 1) // _COMPARED_CHUNKS]) for i in steps}:
+        yield cell, tuple(int(i) * size for i, size in zip(np.unravel_index(cell, grid), dataset.chunks, strict=True))
 
 
 def check_filters(file: Path, dataset: h5py.Dataset) -> None:
@@ -148,27 +173,27 @@ def check_filters(file: Path, dataset: h5py.Dataset) -> None:
         with contextlib.suppress(ImportError):
             importlib.import_module("hdf5plugin")
         if not h5py.h5z.filter_avail(code):
-            name = _OTHER_FILTERS.get(code, code)
+            name = _FILTER_NAMES.get(code, code)
             raise DataError(
                 f"{file}: {dataset.name.lstrip('/')}: compressed with the filter {name}, which "
                 "this installation of HDF5 lacks; pip install hdf5plugin may bring it"
             )
 
 
-def _filter_pipeline(plist: Any) -> list[tuple[str, int]]:
-    """(name, item size) of each filter, in the order of writing."""
-    filters: list[tuple[str, int]] = []
+def _filter_pipeline(plist: Any) -> list[tuple[int, list[int]]]:
+    """(registered number, client data) of each filter, in the order of writing."""
+    filters: list[tuple[int, list[int]]] = []
     for i in range(plist.get_nfilters()):
         code, _, values, _ = plist.get_filter(i)
-        name = _FILTERS.get(code)
-        if name is None:
-            raise NotNativeError(f"the filter {_OTHER_FILTERS.get(code, code)}")
-        if name == "deflate" and _native.inflate_library() == "none":
-            raise NotNativeError("the filter deflate: this build has neither libdeflate nor zlib")
-        size = (values[0] if values else 0) if name == "shuffle" else 1
-        if size == 0 or name in (used for used, _ in filters):
-            raise NotNativeError("an unusual pipeline of filters")
-        filters.append((name, int(size)))
+        filters.append((int(code), [int(value) for value in values]))
+        if code not in _native.filter_numbers():
+            raise NotNativeError(f"the filter {_FILTER_NAMES.get(code, code)}")
+    if len({code for code, _ in filters}) < len(filters):
+        raise NotNativeError("an unusual pipeline of filters")
+    try:
+        _native.check_filters(filters)
+    except NotImplementedError as error:
+        raise NotNativeError(str(error)) from None
     return filters
 
 

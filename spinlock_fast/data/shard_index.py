@@ -151,13 +151,13 @@ def _index(file: Path, identity: FileIdentity, handle: h5py.File, path: str, pol
         raise DataError(f"{file}: {path}: no rows (shape {shape})")
     if 0 in shape[1:]:
         raise DataError(f"{file}: {path}: no columns (shape {shape})")
-    check_filters(file, dataset)
     chunks = dataset.chunks
     layout, h5py_reason = None, ""
     try:
         layout = native_layout(dataset.file, dataset)
     except NotNativeError as error:
         h5py_reason = str(error)
+        check_filters(file, dataset)
     return ShardIndex(
         file,
         identity,

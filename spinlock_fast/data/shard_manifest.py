@@ -130,6 +130,7 @@ def _versions() -> dict[str, Any]:
         "hdf5": h5py.version.hdf5_version,
         "h5py": h5py.__version__,
         "inflate": _native.inflate_library(),
+        "codecs": _native.codec_libraries(),
     }
 
 
@@ -144,7 +145,7 @@ def _with_tables(shards: dict[str, Any], tables: dict[str, NDArray[Any]]) -> dic
             if layout is not None and "chunks" in layout:
                 count = int(layout.pop("chunks"))
                 layout["fill"] = bytes.fromhex(layout["fill"])
-                layout["filters"] = [(str(name), int(size)) for name, size in layout["filters"]]
+                layout["filters"] = [(int(code), [int(v) for v in values]) for code, values in layout["filters"]]
                 layout.update({name: table[first : first + count] for name, table in tables.items()})
                 first += count
             _restored(Path("."), FileIdentity(0, 0, 0, 0), path, stored)  # raises if an entry is incomplete

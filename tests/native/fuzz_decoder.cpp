@@ -12,6 +12,13 @@
 using namespace spinlock_fast;
 using namespace spinlock_fast::testing;
 
+// The codec of the input: deflate or another one.
+Filter fuzzed_codec(unsigned choice) {
+    static const std::uint32_t numbers[] = {1, 32000, 32001, 32004, 32008, 32008, 32015, 32026};
+    const std::vector<std::uint32_t> values{0, 0, 4, 0, choice == 4 ? 2U : 3U};  // of bitshuffle: lz4 or zstd
+    return make_filter(numbers[choice % 8], values);
+}
+
 // The first four bytes select filters, mask and size of the chunk; the rest are the stored bytes.
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
     if (size < 4) return 0;
@@ -19,7 +26,12 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     std::vector<Filter> filters;
     for (unsigned i = 0; i < 3; ++i) {
         const FilterKind kind = kinds[(i + data[0]) % 3];
-        if ((data[0] >> (2 + i)) & 1) filters.push_back({kind, static_cast<std::size_t>(1 + data[0] % 9)});
+        if (((data[0] >> (2 + i)) & 1) == 0) continue;
+        try {
+            filters.push_back(kind == FilterKind::deflate ? fuzzed_codec(data[3] / 32)
+                                                          : Filter{kind, static_cast<std::size_t>(1 + data[0] % 9)});
+        } catch (const UnsupportedError&) {  // without the library of the codec
+        }
     }
     const std::size_t chunk_bytes = 1 + data[2] + 256U * (data[3] % 32);
     const auto* bytes = reinterpret_cast<const std::byte*>(data);
@@ -31,6 +43,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
         // Reads all bytes, so that sanitizers report unwritten or invalid memory.
         CHECK(fletcher32(out) != 0x12345678U || out.empty());
     } catch (const DecodeError&) {
+    } catch (const UnsupportedError&) {
     }
     return 0;
 }
@@ -50,7 +63,8 @@ int main() {
         const std::size_t size = content.size() - 1 + (below(8) == 0 ? below(9) : 0);
         std::vector<std::uint8_t> input{static_cast<std::uint8_t>(random()),
                                         static_cast<std::uint8_t>(below(2) ? 0 : random()),
-                                        static_cast<std::uint8_t>(size % 256), static_cast<std::uint8_t>(size / 256)};
+                                        static_cast<std::uint8_t>(size % 256),
+                                        static_cast<std::uint8_t>(size / 256 + 32 * (below(3) == 0 ? below(8) : 0))};
         for (const std::byte b : stored) input.push_back(std::to_integer<std::uint8_t>(b));
         LLVMFuzzerTestOneInput(input.data(), input.size());
     }
