@@ -8,8 +8,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.gridspec import SubplotSpec
 
+from spinlock_fast.plot_style import DPI, FAINT, TEXT, TITLE
 from spinlock_fast.report.checkpoint_summary import CheckpointSummary
-from spinlock_fast.report.style import DPI, FAINT, TEXT, TITLE, WIDTH, remove_frame, shorten
+from spinlock_fast.report.style import WIDTH, remove_frame, shorten
 
 _HEADER = 0.36
 

@@ -6,65 +6,24 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.image import AxesImage
 from numpy.typing import NDArray
 
 from spinlock_fast.messages import printable
+from spinlock_fast.plot_style import FAINT, MISSING, PALETTE, SMALL, TEXT
 
-# Width of A4 landscape; at this size no text is below 7 points.
-WIDTH = 11.7
-DPI = 150
-SMALL, TEXT, HEADING, TITLE = 7.0, 7.5, 9.0, 13.0  # points
-
-# Distinguishable with each of the three colour-vision deficiencies; no longer palette is.
-CATEGORY_COLOURS = (
-    "#e69f00", "#56b4e9", "#009e73", "#0072b2", "#d55e00", "#cc79a7", "#000000", "#0800aa", "#7d0400", "#3d145d",
-    "#245951",
-)  # fmt: skip
-FOCUS, BACKGROUND, NEUTRAL = "#0072b2", "#cfcfcf", "#5f6b76"
-INK, FAINT = "#1a1a1a", "#555555"
-MAGNITUDE, SIGNED = "cividis", "PuOr"
+WIDTH = 11.7  # inches, A4 landscape; at this size no text is below 7 points
 _MARKERS = "os^Dv*PX"
 _GAP, _CAPTION_LINE, _LEGEND_ROW = 4.0, 8.9, 11.5  # points, above an axes
 _HATCHES = ("", "////", "....", "xxxx")
 
-RC: dict[str, Any] = {
-    "font.family": "DejaVu Sans",  # part of matplotlib: the same picture on every system
-    "font.size": TEXT,
-    "text.color": INK,
-    "axes.titlesize": HEADING,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.labelsize": TEXT,
-    "axes.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": FAINT,
-    "xtick.labelsize": SMALL,
-    "ytick.labelsize": SMALL,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "xtick.major.size": 2.5,
-    "ytick.major.size": 2.5,
-    "legend.fontsize": SMALL,
-    "legend.frameon": False,
-    "hatch.linewidth": 0.5,
-    "hatch.color": "white",
-    "figure.constrained_layout.w_pad": 0.06,
-    "figure.constrained_layout.h_pad": 0.06,
-    "figure.constrained_layout.wspace": 0.03,
-    "figure.constrained_layout.hspace": 0.03,
-    "svg.fonttype": "path",
-    "svg.hashsalt": "spinlock-fast",  # identifiers depend on the contents of the file only
-    "path.simplify": True,
-}
-
 
 def category_colours(count: int) -> list[str] | None:
     """One colour per category; None where there are more categories than distinguishable colours."""
-    return list(CATEGORY_COLOURS[:count]) if count <= len(CATEGORY_COLOURS) else None
+    return list(PALETTE[:count]) if count <= len(PALETTE) else None
 
 
 def level_marker(level: int) -> str:
@@ -195,9 +154,10 @@ def remove_frame(ax: Axes) -> None:
 def heat_map(
     ax: Axes, values: NDArray[Any], colours: str, low: float, high: float, *, aspect: str = "auto"
 ) -> AxesImage:
-    """Draws a matrix on a fixed colour scale; NaN stays white."""
+    """Draws a matrix on a fixed colour scale; NaN is grey."""
     ax.set_anchor("NW")
-    image = ax.imshow(values, cmap=colours, vmin=low, vmax=high, aspect=aspect, interpolation="nearest")  # type: ignore[arg-type]
+    shown = matplotlib.colormaps[colours].with_extremes(bad=MISSING)
+    image = ax.imshow(values, cmap=shown, vmin=low, vmax=high, aspect=aspect, interpolation="nearest")  # type: ignore[arg-type]
     for spine in ax.spines.values():
         spine.set_visible(False)
     ax.tick_params(length=0)

@@ -15,9 +15,6 @@ if TYPE_CHECKING:
     from spinlock_fast.report.checkpoint_summary import CheckpointSummary
     from spinlock_fast.report.data_statistics import DataStatistics
 
-# Without dates and versions, equal contents give equal bytes.
-_METADATA = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}
-
 KINDS = ("engineering", "topological", "semantic")
 
 
@@ -54,8 +51,8 @@ def write_report(
         raise SpinlockFastError(f"{error.name} is not installed: pip install 'spinlock-fast[report]'") from None
     from spinlock_fast.device import resolve_device
     from spinlock_fast.output.locks import locked_output_directory
+    from spinlock_fast.plot_style import RC
     from spinlock_fast.report.checkpoint_summary import read_checkpoint_summary
-    from spinlock_fast.report.style import RC
 
     summary = read_checkpoint_summary(checkpoint, resolve_device(device))
     check_writable(Path(output))
@@ -91,9 +88,9 @@ def _measure_run_data(
 
 def draw(kind: str, summary: CheckpointSummary, statistics: DataStatistics | None) -> Figure:
     """Draws one dashboard; without statistics, panels that need data are omitted."""
-    from spinlock_fast.report.engineering import draw_engineering
-    from spinlock_fast.report.semantic import draw_semantic
-    from spinlock_fast.report.topological import draw_topological
+    from spinlock_fast.report.engineering_figure import draw_engineering
+    from spinlock_fast.report.semantic_figure import draw_semantic
+    from spinlock_fast.report.topological_figure import draw_topological
 
     if kind == "engineering":
         return draw_engineering(summary)
@@ -102,8 +99,10 @@ def draw(kind: str, summary: CheckpointSummary, statistics: DataStatistics | Non
 
 def _save_figure(figure: Figure, stem: Path) -> list[Path]:
     """Writes stem.png and stem.svg; raises OutputError."""
+    from spinlock_fast.plot_style import METADATA
+
     paths = []
-    for suffix, metadata in _METADATA.items():
+    for suffix, metadata in METADATA.items():
         path = stem.with_name(stem.name + suffix)
         write_atomically(path, lambda temporary, metadata=metadata: figure.savefig(temporary, metadata=metadata))  # type: ignore[misc]
         paths.append(path)

@@ -7,7 +7,7 @@ import matplotlib.style
 import pytest
 from dashboards import synthetic_checkpoint
 
-from spinlock_fast.report.style import RC
+from spinlock_fast.plot_style import RC
 
 
 @pytest.fixture(autouse=True)

@@ -13,14 +13,11 @@ from matplotlib.ticker import MaxNLocator
 
 from spinlock_fast.features.categories import max_off_diagonal
 from spinlock_fast.features.names import family_of
+from spinlock_fast.plot_style import FAINT, MAGNITUDE, NEUTRAL, SMALL
 from spinlock_fast.report.checkpoint_summary import CheckpointSummary
 from spinlock_fast.report.data_statistics import DataStatistics
 from spinlock_fast.report.layout import Row, create_page, fix_layout
 from spinlock_fast.report.style import (
-    FAINT,
-    MAGNITUDE,
-    NEUTRAL,
-    SMALL,
     add_colour_bar,
     add_heading,
     annotate_cells,

@@ -12,16 +12,11 @@ from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
+from spinlock_fast.plot_style import BACKGROUND, FAINT, FOCUS, MAGNITUDE, SIGNED, SMALL
 from spinlock_fast.report.checkpoint_summary import CheckpointSummary
 from spinlock_fast.report.data_statistics import DataStatistics
 from spinlock_fast.report.layout import Row, create_page, fix_layout
 from spinlock_fast.report.style import (
-    BACKGROUND,
-    FAINT,
-    FOCUS,
-    MAGNITUDE,
-    SIGNED,
-    SMALL,
     add_colour_bar,
     add_heading,
     category_colours,

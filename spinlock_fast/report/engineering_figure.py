@@ -9,15 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
+from spinlock_fast.plot_style import FAINT, FOCUS, MAGNITUDE, NEUTRAL, SMALL
 from spinlock_fast.report.checkpoint_summary import CheckpointSummary
 from spinlock_fast.report.layout import Row, create_page, fix_layout
 from spinlock_fast.report.schematic import draw_schematic, schematic_columns, schematic_height
 from spinlock_fast.report.style import (
-    FAINT,
-    FOCUS,
-    MAGNITUDE,
-    NEUTRAL,
-    SMALL,
     add_colour_bar,
     add_heading,
     annotate_cells,
