@@ -99,11 +99,11 @@ def draw(kind: str, summary: CheckpointSummary, statistics: DataStatistics | Non
 
 def _save_figure(figure: Figure, stem: Path) -> list[Path]:
     """Writes stem.png and stem.svg; raises OutputError."""
-    from spinlock_fast.plot_style import METADATA
+    from spinlock_fast.plot_style import METADATA, save_figure
 
     paths = []
-    for suffix, metadata in METADATA.items():
+    for suffix in METADATA:
         path = stem.with_name(stem.name + suffix)
-        write_atomically(path, lambda temporary, metadata=metadata: figure.savefig(temporary, metadata=metadata))  # type: ignore[misc]
+        write_atomically(path, lambda temporary: save_figure(figure, temporary))
         paths.append(path)
     return paths
