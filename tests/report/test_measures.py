@@ -12,6 +12,14 @@ from numpy.typing import NDArray
 
 from spinlock_fast.plot_style import PALETTE
 from spinlock_fast.report.checkpoint_summary import CheckpointSummary, read_checkpoint_summary
+from spinlock_fast.report.code_geometry import (
+    clip_outliers,
+    code_vectors,
+    feature_similarity,
+    latent_similarity,
+    principal_components,
+    tsne,
+)
 from spinlock_fast.report.data_statistics import DataStatistics, measure_data
 from spinlock_fast.report.style import (
     category_colours,
@@ -19,14 +27,6 @@ from spinlock_fast.report.style import (
     level_marker,
     shorten,
     unique_labels,
-)
-from spinlock_fast.report.topological_figure import (
-    clip_outliers,
-    code_vectors,
-    feature_similarity,
-    latent_similarity,
-    principal_components,
-    tsne,
 )
 from spinlock_fast.report.write import draw
 
@@ -143,7 +143,7 @@ def test_principal_components_keep_distances() -> None:
     rng = np.random.default_rng(0)
     plane = rng.standard_normal((30, 2))
     points = plane @ np.linalg.qr(rng.standard_normal((6, 2)))[0].T + 3.0
-    found, shares = principal_components(points)
+    found, shares, _ = principal_components(points)
     assert shares.sum() == pytest.approx(1.0)
     assert np.allclose(np.linalg.norm(found[0] - found[1:], axis=1), np.linalg.norm(plane[0] - plane[1:], axis=1))
 
