@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 from matplotlib.gridspec import SubplotSpec
 from numpy.typing import NDArray
 
 from spinlock_fast.features.names import family_of
-from spinlock_fast.plot_style import FAINT, MAGNITUDE, MISSING, SMALL
+from spinlock_fast.plot_style import FAINT, SMALL
+from spinlock_fast.report.association_panel import LINE, MAX_CONDITIONS, draw_associations, two_decimals
 from spinlock_fast.report.checkpoint_summary import CheckpointSummary
 from spinlock_fast.report.condition_associations import Associations
 from spinlock_fast.report.data_statistics import DataStatistics
 from spinlock_fast.report.style import (
     WIDTH,
-    add_colour_bar,
     add_heading,
     family_fills,
     heading_height,
-    ink_on,
     legend_above,
     legend_shape,
     remove_frame,
@@ -31,10 +26,7 @@ from spinlock_fast.report.style import (
     unique_labels,
 )
 
-LINE = 0.155  # inches of a line of text
 MAX_WRITTEN = 12  # categories; with more, each has one line
-_MAX_CONDITIONS = 24  # more columns do not fit
-_WRITTEN_COLUMNS = 16  # conditions; with more, no numbers fit into the cells
 _CHARACTER = 0.058  # inches, of SMALL text
 _BARS = 1.5  # inches
 _BESIDE_HEAT_MAP = 1.5  # inches of its labels and colour bar
@@ -53,17 +45,17 @@ class CategoryPanels:
         self.height = max(count * self.lines * LINE, 0.7)
         labels = max(map(len, unique_labels(summary.categories, 22))) * _CHARACTER
         room = WIDTH - 0.5 - labels - _BARS
-        shown = min(len(associations.conditions), _MAX_CONDITIONS) if associations is not None else 0
+        shown = min(len(associations.conditions), MAX_CONDITIONS) if associations is not None else 0
         heat = min(0.27 * max(shown, 4), 4.9) if shown else 0.0
         self.text_width = room - (heat + _BESIDE_HEAT_MAP if shown else 0.0)
-        self.widths = (_BARS, self.text_width, heat) if shown else (_BARS, self.text_width)
+        self.widths: tuple[float, ...] = (_BARS, self.text_width, heat) if shown else (_BARS, self.text_width)
 
     @property
     def margin(self) -> float:
         """Inches for headings and for the names of conditions."""
         if self.associations is None:
             return 0.75
-        longest = max(len(shorten(name, 24)) for name in self.associations.conditions[:_MAX_CONDITIONS])
+        longest = max(len(shorten(name, 24)) for name in self.associations.conditions[:MAX_CONDITIONS])
         return 1.0 + min(0.06 * longest, 1.4)
 
     def draw(self, figure: Figure, cells: list[SubplotSpec]) -> None:
@@ -163,7 +155,7 @@ def _facts(panels: CategoryPanels, category: int, nameless: int, most: int) -> l
     facts = [shorten(f"without names: {', '.join(of)}", most)]
     if associations is not None:
         rows = [g for g, codebook in enumerate(summary.codebooks) if codebook.category == category]
-        told = [f"{shorten(name, 24)} {_decimals(ami)}" for name, ami in associations.strongest(rows, 5)]
+        told = [f"{shorten(name, 24)} {two_decimals(ami)}" for name, ami in associations.strongest(rows, 5)]
         while len(told) > 1 and len(f"tells {', '.join(told)}") > most:
             told.pop()
         facts.append(f"tells {', '.join(told)}" if told else "tells nothing of the conditions")
@@ -183,70 +175,17 @@ def _member_heading(panels: CategoryPanels, nameless: set[str]) -> tuple[str, st
 
 def _draw_associations(ax: Axes, panels: CategoryPanels, associations: Associations) -> None:
     """AMI of each codebook, or of the best codebook of each category, with each condition."""
-    summary = panels.summary
-    shown = associations
-    if not panels.detailed:
-        shown = associations.by_category([codebook.category for codebook in summary.codebooks])
-    M = min(len(shown.conditions), _MAX_CONDITIONS)
-    values = np.where(shown.found, shown.ami, np.nan)[:, :M]
-    top = upper_end(float(np.nanmax([*values.ravel(), *shown.shuffled[:M]])))
-    edges = _row_edges(panels)
-    image = _cells(ax, values, edges, top)
-    for column in np.flatnonzero(shown.found[:, :M].any(0)) if M <= _WRITTEN_COLUMNS else ():
-        row = int(np.nanargmax(values[:, column]))
-        y = (edges[row] + edges[row + 1]) / 2
-        ax.text(column, y, _decimals(values[row, column]), **_number_style(image, values[row, column]))
-    labels = [f"L{codebook.level}  {codebook.codes} codes" for codebook in summary.codebooks]
-    ax.set_yticks((edges[1:] + edges[:-1]) / 2 if panels.detailed else [], labels if panels.detailed else [])
-    ax.set_ylim(edges[-1], edges[0])
-    ax.tick_params(length=0, labelbottom=False)
-    _draw_shuffled(ax, shown, M, top, panels.height)
-    add_colour_bar(image, ax, "AMI", 0.14 / panels.widths[2])
+    codebooks = panels.summary.codebooks
+    labels = [f"L{codebook.level}  {codebook.codes} codes" for codebook in codebooks]
+    shown = associations if panels.detailed else associations.by_category([codebook.category for codebook in codebooks])
+    size = (panels.widths[2], panels.height)
+    draw_associations(ax, shown, size, _row_edges(panels), labels if panels.detailed else [])
     text = "Adjusted mutual information of a token and a condition; grey: not above chance (q\u00a0>\u00a00.05)."
     if not panels.detailed:
         text += " Of each category, the level that tells most."
-    if (more := len(shown.conditions) - M) > 0:
+    if (more := len(shown.conditions) - MAX_CONDITIONS) > 0:
         text += f" {more:,} conditions that are told less are omitted."
     add_heading(ax, "What the tokens tell", text, panels.widths[2] + 0.4, room=_room(panels))
-
-
-def _cells(ax: Axes, values: NDArray[np.float64], edges: NDArray[np.float64], top: float) -> QuadMesh:
-    """Draws a matrix whose rows have the given edges."""
-    across = np.arange(values.shape[1] + 1) - 0.5
-    colours = matplotlib.colormaps[MAGNITUDE].with_extremes(bad=MISSING)
-    mesh = ax.pcolormesh(across, edges, np.ma.masked_invalid(values), cmap=colours, vmin=0.0, vmax=top)
-    mesh.set(edgecolor="white", linewidth=0.4)
-    for spine in ax.spines.values():
-        spine.set_visible(False)
-    return mesh
-
-
-def _number_style(image: QuadMesh, value: float) -> dict[str, Any]:
-    return {"ha": "center", "va": "center", "fontsize": SMALL, "color": ink_on(image.to_rgba(value))}
-
-
-def _decimals(value: float) -> str:
-    """Two decimals of a number in [0, 1]: ".07"."""
-    text = f"{value:.2f}"
-    return text.removeprefix("0") if value < 0.995 else text
-
-
-def _draw_shuffled(ax: Axes, shown: Associations, count: int, top: float, height: float) -> None:
-    """The AMI with shuffled conditions, as a row below the heat map that carries their names."""
-    share = LINE / height
-    strip = ax.inset_axes((0.0, -1.6 * share, 1.0, share))
-    values = shown.shuffled[None, :count]
-    image = _cells(strip, values, np.array([0.0, 1.0]), top)
-    for column in range(count) if count <= _WRITTEN_COLUMNS else ():
-        strip.text(column, 0.5, _decimals(values[0, column]), **_number_style(image, values[0, column]))
-    strip.set_yticks([0.5], ["shuffled, 95 %"])
-    strip.set_xticks(range(count), unique_labels(shown.conditions[:count], 24), rotation=90)
-    strip.tick_params(length=0)
-
-
-def upper_end(value: float) -> float:
-    """The end of a colour scale of values in [0, 1]: the next of 0.05, 0.1, 0.2, 0.3 ... 1.0."""
-    return next((end for end in (0.05, 0.1, *np.arange(0.2, 1.0, 0.1).round(1).tolist()) if value <= end), 1.0)
 
 
 def _row_edges(panels: CategoryPanels) -> NDArray[np.float64]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -56,8 +57,8 @@ def draw_feature_map(ax: Axes, summary: CheckpointSummary, statistics: DataStati
     projection = principal_components(statistics.centroids[used])
     points, moved = clip_outliers(projection.points)
     _draw_map(ax, summary, points, used, statistics.counts[used] / statistics.rows, width)
-    for k, label in enumerate((ax.set_xlabel, ax.set_ylabel)):
-        label(_component_text(projection, k, summary, width if k == 0 else 0.6 * width))
+    ax.set_xlabel(_component_text(projection, 0, summary, width))
+    ax.set_ylabel(_component_text(projection, 1, summary, 0.6 * width))
     pinned = f" Clipped to the edge: {moved:,}." if moved else ""
     add_heading(
         ax,
@@ -159,7 +160,7 @@ def explain_marks(ax: Axes, summary: CheckpointSummary, width: float) -> None:
         return Line2D([], [], ls="", marker=marker, color=colour, markersize=size, markeredgewidth=0, label=label)
 
     def add(top: float, handles: list[Line2D], columns: int) -> None:
-        options = {"borderaxespad": 0.0, "borderpad": 0.0, "handletextpad": 0.2, "columnspacing": 1.2}
+        options: dict[str, Any] = {"borderaxespad": 0.0, "borderpad": 0.0, "handletextpad": 0.2, "columnspacing": 1.2}
         labels = [str(handle.get_label()) for handle in handles]
         ax.add_artist(Legend(ax, handles, labels, loc="upper left", bbox_to_anchor=(0, top), ncols=columns, **options))
 

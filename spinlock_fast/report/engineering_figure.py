@@ -126,7 +126,12 @@ def _mark_best_and_resets(
     if best in at:
         value = values[at.index(best)]
         label = text.format(value, best)
-        mark = {"color": HIGHLIGHT, "markersize": 6.5, "markerfacecolor": "none", "markeredgewidth": 1.4}
+        mark: dict[str, Any] = {
+            "color": HIGHLIGHT,
+            "markersize": 6.5,
+            "markerfacecolor": "none",
+            "markeredgewidth": 1.4,
+        }
         ax.plot([best], [value], "D", label=label, zorder=4, clip_on=False, **mark)
     last = summary.epochs[-1]["epoch"]
     ax.set_xlim(0, last + max(1, 0.02 * last))

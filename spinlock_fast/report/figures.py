@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,8 @@ from spinlock_fast.report.write import draw_reports
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+log = logging.getLogger(__name__)
 
 
 def engineering(checkpoint: str | Path, data: str | list[str] | None = None, *, device: str = "auto") -> Figure:
@@ -64,5 +67,7 @@ def semantic(
 def _figure(
     kind: str, checkpoint: str | Path, data: str | list[str] | None, conditions: Sequence[str], device: str
 ) -> Figure:
-    ((_, figure),), _ = draw_reports(checkpoint, data, (kind,), device, conditions)
+    ((_, figure),), notes = draw_reports(checkpoint, data, (kind,), device, conditions)
+    for note in notes:
+        log.warning("%s", note)
     return figure

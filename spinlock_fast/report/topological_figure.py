@@ -61,10 +61,10 @@ def draw_topological(summary: CheckpointSummary, statistics: DataStatistics | No
 
 def _draw_latent_column(figure: Figure, cell: SubplotSpec, summary: CheckpointSummary, height: float) -> None:
     """The map of the code vectors, and the legend of both maps below it."""
-    upper, lower = cell.subgridspec(2, 1, height_ratios=(max(height - _LEGEND, 1.0), _LEGEND))
-    ax = figure.add_subplot(upper)
+    parts = cell.subgridspec(2, 1, height_ratios=(max(height - _LEGEND, 1.0), _LEGEND))
+    ax = figure.add_subplot(parts[0])
     draw_latent_map(ax, summary, _SMALL)
-    explain_marks(figure.add_subplot(lower), summary, _SMALL)
+    explain_marks(figure.add_subplot(parts[1]), summary, _SMALL)
 
 
 def _draw_similarity_column(figure: Figure, cell: SubplotSpec, summary: CheckpointSummary, height: float) -> None:
@@ -72,9 +72,9 @@ def _draw_similarity_column(figure: Figure, cell: SubplotSpec, summary: Checkpoi
     if not summary.metrics:
         _draw_latent_similarity(figure.add_subplot(cell), summary, 2.6)
         return
-    upper, lower = cell.subgridspec(2, 1, height_ratios=(max(height - 1.3, 1.8), 0.8))
-    _draw_latent_similarity(figure.add_subplot(upper), summary, min(height - 1.3, 2.6))
-    _write_totals(figure.add_subplot(lower), summary)
+    parts = cell.subgridspec(2, 1, height_ratios=(max(height - 1.3, 1.8), 0.8))
+    _draw_latent_similarity(figure.add_subplot(parts[0]), summary, min(height - 1.3, 2.6))
+    _write_totals(figure.add_subplot(parts[1]), summary)
 
 
 def _draw_latent_similarity(ax: Axes, summary: CheckpointSummary, side: float) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spinlock_fast.errors import DataError, SpinlockFastError
+from spinlock_fast.errors import ConfigError, DataError, SpinlockFastError
 from spinlock_fast.output.atomic_files import check_writable, write_atomically
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def write_report(
         The files, and a line for each omitted part.
 
     Raises:
-        ConfigError: the device is not available.
+        ConfigError: the device is not available, or no dashboard of `kinds` shows conditions.
         DataError: the checkpoint, `data` or a condition cannot be used.
         OutputError: a file cannot be written.
         SpinlockFastError: matplotlib or scikit-learn is not installed.
@@ -63,10 +63,12 @@ def draw_reports(
 ) -> tuple[list[tuple[str, Figure]], list[str]]:
     """The figures of `write_report` with their kinds, and its notes; `output` is checked before data are read."""
     try:
-        import matplotlib.style
-        import sklearn  # noqa: F401 - fails early
+        import matplotlib  # noqa: F401 - fails early
+        import sklearn  # noqa: F401
     except ImportError as error:
         raise SpinlockFastError(f"{error.name} is not installed: pip install 'spinlock-fast[report]'") from None
+    if conditions and "semantic" not in kinds:
+        raise ConfigError("--conditions: shown by the types semantic, html and all only")
     from spinlock_fast.device import resolve_device
     from spinlock_fast.plot_style import figure_style
     from spinlock_fast.report.checkpoint_summary import read_checkpoint_summary
