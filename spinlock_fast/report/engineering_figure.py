@@ -257,7 +257,7 @@ def _draw_errors(ax: Axes, summary: CheckpointSummary) -> None:
     add_heading(
         ax,
         "Error by category",
-        "From one codebook alone; dashed: error of the mean of each feature.",
-        2.4,
+        "From one codebook; dashed: error of the mean.",
+        1.8,
         room=heading_height(2),
     )
