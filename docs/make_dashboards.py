@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/dashboards.md and docs/tokens.md: docs/images/{engineering,topological,semantic,analysis}.png.
+"""Draws engineering.png, topological.png, semantic.png and analysis.png of docs/images.
 
     python docs/make_dashboards.py [CHECKPOINT] [DATA.h5]
 

@@ -113,7 +113,7 @@ def _write_members(ax: Axes, panels: CategoryPanels) -> None:
     panels.fit_rows(ax)
     fills = dict(zip(summary.families, family_fills(len(summary.families)), strict=True))
     nameless = set(summary.nameless_families)
-    columns = max(1, int(panels.text_width / 1.8)) if panels.detailed else max(1, int(panels.text_width / 2.9))
+    columns = max(1, int(panels.text_width / 1.8)) if panels.detailed else max(1, int(panels.text_width / 2.1))
     width = panels.text_width / columns
     for c, members in enumerate(summary.groups):
         named = [i for i in _by_strength(panels, c, members) if family_of(summary.feature_names[i]) not in nameless]

@@ -65,8 +65,8 @@ def _draw_losses(ax: Axes, summary: CheckpointSummary) -> None:
     epochs = [record["epoch"] for record in summary.epochs]
     train = [record["train_loss"] for record in summary.epochs]
     at, val = _validation_curve(summary, "val_loss")
-    ax.plot(epochs, train, color=NEUTRAL, linewidth=1.0, label="training", **_marker(len(epochs)))
-    ax.plot(at, val, color=FOCUS, linewidth=1.4, label="validation", **_marker(len(at)))
+    ax.plot(epochs, train, color=NEUTRAL, linewidth=1.0, label="training", **marker_style(len(epochs)))
+    ax.plot(at, val, color=FOCUS, linewidth=1.4, label="validation", **marker_style(len(at)))
     ax.grid(axis="y")
     if min(train + val) > 0 and max(train + val) > 5 * min(train + val):
         ax.set_yscale("log")
@@ -86,11 +86,11 @@ def _draw_quality(ax: Axes, summary: CheckpointSummary) -> None:
     for key, colour, style, label in shown:
         at, values = curves[key]
         if at:
-            ax.plot(at, values, style, color=colour, linewidth=1.4, label=label, **_marker(len(at)))
+            ax.plot(at, values, style, color=colour, linewidth=1.4, label=label, **marker_style(len(at)))
     ax.grid(axis="y")
     every = [value for _, values in curves.values() for value in values]
     if every and min(every) >= 0.0 and max(every) <= 1.0:
-        ax.set_ylim(*_range_of_shares(every))
+        ax.set_ylim(*range_of_shares(every))
     best = next((curve for curve in curves.values() if curve[0]), ([], []))
     _mark_best_and_resets(ax, summary, *best, "{:.4f} at the best epoch", explained=False)
     on = summary.measured_on if summary.metrics else "validation rows"
@@ -98,13 +98,13 @@ def _draw_quality(ax: Axes, summary: CheckpointSummary) -> None:
     legend_above(ax, 2)
 
 
-def _marker(count: int) -> dict[str, Any]:
+def marker_style(count: int) -> dict[str, Any]:
     """A large marker for a single point, small ones for a few, none where they would hide the line."""
     size = 7.0 if count == 1 else 3.0
     return {"marker": "o" if count <= _MAX_MARKED_VALIDATIONS else "", "markersize": size, "markeredgewidth": 0}
 
 
-def _range_of_shares(values: list[float]) -> tuple[float, float]:
+def range_of_shares(values: list[float]) -> tuple[float, float]:
     """Limits in [0, 1] that the values fill, in steps of 0.05, at least 0.2 apart."""
     low = max(math.floor(20 * min(values) - 0.4) / 20, 0.0)
     high = min(math.ceil(20 * max(values) + 0.4) / 20, 1.0)
