@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.gridspec import SubplotSpec
 from numpy.typing import NDArray
 
-from spinlock_fast.features.names import family_of
+from spinlock_fast.features.names import column_of, family_of
 from spinlock_fast.plot_style import FAINT, SMALL
 from spinlock_fast.report.association_panel import LINE, MAX_CONDITIONS, draw_associations, two_decimals
 from spinlock_fast.report.checkpoint_summary import CheckpointSummary
@@ -121,9 +121,9 @@ def _write_members(ax: Axes, panels: CategoryPanels) -> None:
         lines = panels.lines - len(facts) if named else 0
         most = int((width - 0.2) / _CHARACTER)
         for k, i in enumerate(named[: max(lines, 0) * columns]):
-            family, _, name = summary.feature_names[i].rpartition("::")
+            family, name = family_of(summary.feature_names[i]), column_of(summary.feature_names[i])
             place, y = k % columns * width, _line(panels, c, k // columns)
-            fill = fills[family or "features"]["facecolor"]
+            fill = fills[family]["facecolor"]
             ax.plot([place + 0.05], [y], "s", color=fill, markersize=4, markeredgewidth=0)
             ax.text(place + 0.12, y, shorten(name, most), fontsize=SMALL, va="center")
         for k, fact in enumerate(facts):

@@ -11,6 +11,7 @@ from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
+from spinlock_fast.features.names import column_of, family_of
 from spinlock_fast.plot_style import BACKGROUND, FAINT, FOCUS, SMALL
 from spinlock_fast.report.checkpoint_summary import CheckpointSummary
 from spinlock_fast.report.code_geometry import Projection, clip_outliers, code_vectors, principal_components, tsne
@@ -75,7 +76,7 @@ def _component_text(projection: Projection, k: int, summary: CheckpointSummary, 
     text, named = f"component {k + 1}, {100 * projection.shares[k]:.0f} % of the variance", ""
     loadings, nameless = projection.loadings[k], set(summary.nameless_families)
     for i in np.argsort(-np.abs(loadings), kind="stable")[:3]:
-        family, _, name = summary.feature_names[i].rpartition("::")
+        family, name = family_of(summary.feature_names[i]), column_of(summary.feature_names[i])
         longer = f"{named}{', ' if named else ''}{'+' if loadings[i] > 0 else '-'}{shorten(name, 28)}"
         if family in nameless or 0.062 * len(f"{text}: {longer}") > width:
             break

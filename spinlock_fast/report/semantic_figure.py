@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from spinlock_fast.features.categories import max_off_diagonal
-from spinlock_fast.features.names import family_of
+from spinlock_fast.features.names import column_of, family_of
 from spinlock_fast.plot_style import FOCUS, INK, MAGNITUDE
 from spinlock_fast.report.category_panels import CategoryPanels
 from spinlock_fast.report.checkpoint_summary import CheckpointSummary
@@ -104,7 +104,7 @@ def _draw_strip(ax: Axes, summary: CheckpointSummary, order: list[int], named: b
     ax.set_yticks([0.5], ["family"])
     ax.tick_params(length=0)
     if named:
-        names = [summary.feature_names[i].rpartition("::")[2] for i in order]
+        names = [column_of(summary.feature_names[i]) for i in order]
         ax.set_xticks(range(len(order)), unique_labels(names, 20), rotation=90)
     else:
         outside = len(summary.feature_names) - len(order)

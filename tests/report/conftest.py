@@ -19,4 +19,6 @@ def _house_style() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with five categories of 4 to 30 features; data.h5 is in its parent directory."""
-    return synthetic_checkpoint(tmp_path_factory.mktemp("five"), [12, 30, 8, 4, 20], epochs=6, conditions=True)
+    return synthetic_checkpoint(
+        tmp_path_factory.mktemp("five"), [12, 30, 8, 4, 20], epochs=6, conditions=True, stem="mean::feature"
+    )
