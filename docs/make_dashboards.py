@@ -24,10 +24,10 @@ IMAGES = Path(__file__).parent / "images"
 
 
 def write_small(figure: Figure, path: Path) -> None:
-    """Writes a PNG with 128 colours."""
+    """Writes a PNG with 256 colours."""
     with io.BytesIO() as png:
         figure.savefig(png, dpi=120, format="png")
-        Image.open(png).convert("RGB").quantize(128).save(path, optimize=True)
+        Image.open(png).convert("RGB").quantize(256).save(path, optimize=True)
 
 
 def main() -> None:

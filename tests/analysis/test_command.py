@@ -161,7 +161,7 @@ def test_without_pyarrow_csv_is_written_and_parquet_refused(
     assert run(*command, "--format", "parquet") == 2
     assert not (tmp_path / "out").exists()
     assert run(*command) == 0
-    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".csv", ".json"}
+    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".csv", ".json", ".md", ".html"}
     assert "pip install" in capsys.readouterr().out
 
 
