@@ -38,9 +38,16 @@ def synthetic_checkpoint(
     stem: str = "feature",
     category: str = "cluster",
     levels: Sequence[dict[str, int]] = (),
+    nameless: Sequence[str] = (),
+    conditions: bool = False,
     seed: int = 1,
 ) -> Path:
-    """Trains a tokenizer on planted categories of the given sizes; data.h5 is in the parent directory."""
+    """Trains a tokenizer on planted categories of the given sizes; data.h5 is in the parent directory.
+
+    Args:
+        nameless: families whose columns have no names.
+        conditions: adds a label that follows the first feature, and two parameters of noise.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     matrix = planted_matrix(rows, sizes, seed=seed)
     families = LONG_FAMILIES if long_names else SHORT
@@ -52,7 +59,12 @@ def synthetic_checkpoint(
     write_arrays(data, {f"features/{name}": matrix[:, part] for name, part in zip(families, parts, strict=True)})
     with h5py.File(data, "a") as file:
         for name, part in zip(families, parts, strict=True):
-            file[f"features/{name}"].attrs["feature_names"] = [f"{stem}_{i}" for i in range(part.start, part.stop)]
+            if name not in nameless:
+                file[f"features/{name}"].attrs["feature_names"] = [f"{stem}_{i}" for i in range(part.start, part.stop)]
+        if conditions:
+            rng = np.random.default_rng(seed)
+            file["metadata/noise_regimes"] = np.where(matrix[:, 0] > 0, b"high", b"low")
+            file["parameters/params"] = rng.standard_normal((rows, 2))
     ends = np.cumsum(sizes)
     category = "behaviour_that_long_words_describe" if long_names else category
     groups = {
@@ -144,7 +156,7 @@ def _panel_problems(figure: Figure, texts: list[tuple[Text, Bbox]]) -> list[str]
     renderer = canvas.get_renderer()
     panels = [ax for ax in figure.axes if ax.axison]
     for ax in figure.axes:
-        if not (ax.images or ax.lines or ax.patches or ax.collections or ax.texts):
+        if not (ax.images or ax.lines or ax.patches or ax.collections or ax.texts or ax.artists):
             found.append(f"empty panel {ax.get_title(loc='left')!r}")
     for ax in panels:
         own = {id(text) for text in ax.findobj(Text)}

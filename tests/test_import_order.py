@@ -15,7 +15,7 @@ PACKAGE = Path(spinlock_fast.__file__).parent
 
 # From the bottom up. A module imports modules of lower floors, and of its own folder.
 FLOORS = [
-    {"_native", "_version", "messages"},
+    {"_native", "_version", "messages", "plot_style"},
     {"errors", "interrupts"},
     {"distributed"},
     {"config"},

@@ -126,7 +126,25 @@ def _print_codes(analysis: Analysis, console: Console) -> None:
 
 
 def code_lines(tables: dict[str, Table], alpha: float) -> list[list[str]]:
-    """Lines of text on the codes most associated with a condition, one code per codebook and condition.
+    """Lines of text on the codes most associated with a condition, one code per codebook and condition."""
+    lines = []
+    for i in characteristic_codes(tables, alpha):
+        lifts = tables["lifts"]
+        codebook, condition, code = str(lifts["codebook"][i]), str(lifts["condition"][i]), int(lifts["code"][i])
+        selected = (tables["codes"]["codebook"] == codebook) & (tables["codes"]["code"] == code)
+        count = int(tables["codes"]["count"][selected][0])
+        fact = (
+            f"{condition} {lifts['value'][i]}: {lifts['share'][i]:.0%} of them, {lifts['lift'][i]:.1f} times the "
+            f"usual share ({lifts['lift_low'][i]:.1f} to {lifts['lift_high'][i]:.1f})"
+        )
+        lines.append(
+            [f"{codebook} code {code}, {count:,} operators", fact, *_feature_lines(tables, codebook, code, alpha)]
+        )
+    return lines
+
+
+def characteristic_codes(tables: dict[str, Table], alpha: float) -> list[int]:
+    """Rows of `lifts`, clearest first: at most one of each codebook and of each condition.
 
     Only pairs of codebook and condition with a significant association are considered.
     """
@@ -139,26 +157,17 @@ def code_lines(tables: dict[str, Table], alpha: float) -> list[list[str]]:
     eligible &= (lifts["q"] <= alpha) & (lifts["count"] >= _MIN_OPERATORS) & (lifts["lift_low"] > 1)
     rows = np.flatnonzero(eligible)
     rows = rows[np.argsort(lifts["p"][rows], kind="stable")]
-    lines, seen_codebooks, seen_conditions = [], set(), set()
+    chosen, seen_codebooks, seen_conditions = [], set(), set()
     for i in rows.tolist():
         codebook, condition = str(lifts["codebook"][i]), str(lifts["condition"][i])
         if codebook in seen_codebooks or condition in seen_conditions:
             continue
         seen_codebooks.add(codebook)
         seen_conditions.add(condition)
-        code = int(lifts["code"][i])
-        selected = (tables["codes"]["codebook"] == codebook) & (tables["codes"]["code"] == code)
-        count = int(tables["codes"]["count"][selected][0])
-        fact = (
-            f"{condition} {lifts['value'][i]}: {lifts['share'][i]:.0%} of them, {lifts['lift'][i]:.1f} times the "
-            f"usual share ({lifts['lift_low'][i]:.1f} to {lifts['lift_high'][i]:.1f})"
-        )
-        lines.append(
-            [f"{codebook} code {code}, {count:,} operators", fact, *_feature_lines(tables, codebook, code, alpha)]
-        )
-        if len(lines) == _MAX_CODES:
+        chosen.append(i)
+        if len(chosen) == _MAX_CODES:
             break
-    return lines
+    return chosen
 
 
 def _codebook_condition_pairs(table: Table) -> list[tuple[str, str]]:

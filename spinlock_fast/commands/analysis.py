@@ -21,6 +21,7 @@ from spinlock_fast.errors import ConfigError
 from spinlock_fast.output.atomic_files import check_writable, write_json
 from spinlock_fast.output.locks import locked_output_directory
 from spinlock_fast.output.token_files import parquet_available
+from spinlock_fast.report.analysis_write import write_analysis_page
 
 
 def run_analysis(options: argparse.Namespace, settings: Mapping[str, Any]) -> None:
@@ -59,10 +60,11 @@ def run_analysis(options: argparse.Namespace, settings: Mapping[str, Any]) -> No
         with locked_output_directory(output):
             written = write_tables(analysis.tables, output, formats)
             write_json(output / "summary.json", analysis.summary)
+            pages = write_analysis_page(analysis, output)
     if options.quiet:
         return
     print_analysis(analysis, Console(highlight=False, width=None if sys.stdout.isatty() else 100))
-    sys.stdout.write(f"\n{len(written)} tables and summary.json: {output}\n")
+    sys.stdout.write(f"\n{len(written)} tables and summary.json: {output}\npage: {pages[-1]}\n")
     if options.format is None and "parquet" not in formats:
         sys.stdout.write("Parquet files as well: pip install 'spinlock-fast[analysis]'\n")
 

@@ -1,5 +1,6 @@
 """Dashboards of a checkpoint: engineering, topological, semantic. Needs the extra `report`."""
 
+from spinlock_fast.report.figures import engineering, semantic, topological
 from spinlock_fast.report.write import KINDS, write_report
 
-__all__ = ["KINDS", "write_report"]
+__all__ = ["KINDS", "engineering", "semantic", "topological", "write_report"]

@@ -33,6 +33,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metavar="N",
         help="maximum number of rows in the explorer; evenly spaced ones are taken from a larger file (100000)",
     )
+    options.add_argument(
+        "--conditions",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="further conditions: datasets of the data with a value or a short vector a row, or FILE.csv:COLUMN",
+    )
     add_device(options)
     add_quiet(options)
     chosen = options.parse_args(arguments)
@@ -47,10 +54,16 @@ def _report(chosen: argparse.Namespace) -> None:
     notes: list[str] = []
     if chosen.type != "html":
         kinds = KINDS if chosen.type == "all" else (chosen.type,)
-        files, notes = write_report(chosen.checkpoint, chosen.output, chosen.data, kinds, chosen.device)
+        files, notes = write_report(
+            chosen.checkpoint, chosen.output, chosen.data, kinds, chosen.device, chosen.conditions
+        )
     if chosen.type in ("all", "html"):
         try:
-            files.append(write_explorer(chosen.checkpoint, chosen.output, chosen.data, chosen.rows, chosen.device))
+            files.append(
+                write_explorer(
+                    chosen.checkpoint, chosen.output, chosen.data, chosen.rows, chosen.device, chosen.conditions
+                )
+            )
         except DataError as error:
             if chosen.type == "html":
                 raise

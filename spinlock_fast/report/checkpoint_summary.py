@@ -82,6 +82,11 @@ class CheckpointSummary:
         """Feature families, in the order of the columns."""
         return list(dict.fromkeys(map(family_of, self.feature_names)))
 
+    @property
+    def nameless_families(self) -> list[str]:
+        """Families whose columns have no names, such as the outputs of a random network."""
+        return [family.name for family in self.tokenizer.families if family.column_names is None]
+
     def family_counts(self) -> list[dict[str, int]]:
         """Number of features of each family, for each category."""
         return [count_families(self.feature_names, members) for members in self.groups]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from spinlock_fast.analysis.conditions import Condition
 from spinlock_fast.config.random_streams import VERSION, streams_of
 from spinlock_fast.config.schema import TrainingConfig
 from spinlock_fast.data.host_rows import place_rows
@@ -21,6 +23,7 @@ from spinlock_fast.features.statistics import correlation
 from spinlock_fast.models.input_check import InputCheck, row_errors
 from spinlock_fast.models.metrics import add_model_metrics, evaluate
 from spinlock_fast.report.checkpoint_summary import CheckpointSummary
+from spinlock_fast.report.condition_associations import observed_conditions
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +45,7 @@ class DataStatistics:
     # [C, F], without the correlation of a feature with itself; NaN within a category of one feature.
     category_correlation: NDArray[np.float64]
     affinity: NDArray[np.float64]
+    conditions: list[Condition] = field(default_factory=list)  # those that vary
 
     @property
     def used(self) -> NDArray[np.bool_]:
@@ -49,16 +53,20 @@ class DataStatistics:
         return self.counts > 0
 
 
-def measure_data(summary: CheckpointSummary, data: str | list[str]) -> DataStatistics:
+def measure_data(summary: CheckpointSummary, data: str | list[str], conditions: Sequence[str] = ()) -> DataStatistics:
     """Encodes a file with the checkpoint's tokenizer; sets `summary.metrics` where the checkpoint has no measured ones.
 
     Holds the cleaned features [N, F] in memory; raw values are read block by block.
+
+    Args:
+        conditions: further conditions, see `spinlock_fast.analysis.named_conditions.add_named_conditions`.
 
     Raises:
         DataError: the file cannot be used, or does not fit the checkpoint.
     """
     tokenizer = summary.tokenizer
     with tokenizer.source(data) as source:
+        known = observed_conditions(tokenizer, source, conditions, summary.notes)
         check = InputCheck(tokenizer.training_range, source.rows)
         x = np.concatenate([block for _, _, block in tokenizer.raw_and_features(source, check=check)])
     if not len(x):
@@ -85,6 +93,7 @@ def measure_data(summary: CheckpointSummary, data: str | list[str]) -> DataStati
         correlation_on=rows_text,
         category_correlation=np.where(_single_feature_categories(summary), np.nan, between),
         affinity=_affinity(rows, summary.groups),
+        conditions=known,
     )
     if "quality" not in summary.metrics:
         training = summary.config.training if summary.config else TrainingConfig()

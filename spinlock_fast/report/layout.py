@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.gridspec import SubplotSpec
 
+from spinlock_fast.plot_style import FAINT, TEXT, TITLE, new_figure
 from spinlock_fast.report.checkpoint_summary import CheckpointSummary
-from spinlock_fast.report.style import DPI, FAINT, TEXT, TITLE, WIDTH, remove_frame, shorten
+from spinlock_fast.report.style import WIDTH, remove_frame, shorten
 
 _HEADER = 0.36
 
@@ -24,14 +24,18 @@ class Row(NamedTuple):
 
 def create_page(title: str, summary: CheckpointSummary, rows: list[Row]) -> tuple[Figure, list[list[SubplotSpec]]]:
     """A figure with a header, and the grid cells of each row."""
+    return new_page(f"{title}: {shorten(summary.name, 70)}", summary.totals_line(), rows)
+
+
+def new_page(title: str, subtitle: str, rows: list[Row]) -> tuple[Figure, list[list[SubplotSpec]]]:
+    """A figure with a title and a subtitle, and the grid cells of each row."""
     heights = [_HEADER, *(row.height + row.margin for row in rows)]
-    figure = Figure(figsize=(WIDTH, sum(heights) + 0.15), dpi=DPI, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(WIDTH, sum(heights) + 0.15)
     lines = figure.add_gridspec(len(heights), 1, height_ratios=heights)
     header = figure.add_subplot(lines[0])
     remove_frame(header)
-    header.text(0, 1, f"{title}: {shorten(summary.name, 70)}", fontsize=TITLE, fontweight="bold", va="top")
-    header.text(0, -0.15, summary.totals_line(), fontsize=TEXT, color=FAINT, va="bottom")
+    header.text(0, 1, title, fontsize=TITLE, fontweight="bold", va="top")
+    header.text(0, -0.15, subtitle, fontsize=TEXT, color=FAINT, va="bottom")
     cells = []
     for i, row in enumerate(rows, start=1):
         grid = lines[i].subgridspec(1, len(row.widths), width_ratios=row.widths)

@@ -11,8 +11,14 @@ from matplotlib.patches import FancyBboxPatch
 from torch import nn
 
 from spinlock_fast.features.encode import ANY_LENGTH
+from spinlock_fast.plot_style import FAINT, INK, SMALL, TEXT
 from spinlock_fast.report.checkpoint_summary import CheckpointSummary
-from spinlock_fast.report.style import FAINT, INK, SMALL, TEXT, WIDTH, range_text, remove_frame, shorten
+from spinlock_fast.report.style import (
+    WIDTH,
+    range_text,
+    remove_frame,
+    shorten,
+)
 
 # Inches.
 _SPAN = WIDTH - 0.2

@@ -2,69 +2,30 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
 from matplotlib.image import AxesImage
 from numpy.typing import NDArray
 
 from spinlock_fast.messages import printable
+from spinlock_fast.plot_style import FAINT, MISSING, PALETTE, SMALL, TEXT
 
-# Width of A4 landscape; at this size no text is below 7 points.
-WIDTH = 11.7
-DPI = 150
-SMALL, TEXT, HEADING, TITLE = 7.0, 7.5, 9.0, 13.0  # points
-
-# Distinguishable with each of the three colour-vision deficiencies; no longer palette is.
-CATEGORY_COLOURS = (
-    "#e69f00", "#56b4e9", "#009e73", "#0072b2", "#d55e00", "#cc79a7", "#000000", "#0800aa", "#7d0400", "#3d145d",
-    "#245951",
-)  # fmt: skip
-FOCUS, BACKGROUND, NEUTRAL = "#0072b2", "#cfcfcf", "#5f6b76"
-INK, FAINT = "#1a1a1a", "#555555"
-MAGNITUDE, SIGNED = "cividis", "PuOr"
+WIDTH = 11.7  # inches, A4 landscape; at this size no text is below 7 points
 _MARKERS = "os^Dv*PX"
 _GAP, _CAPTION_LINE, _LEGEND_ROW = 4.0, 8.9, 11.5  # points, above an axes
 _HATCHES = ("", "////", "....", "xxxx")
 
-RC: dict[str, Any] = {
-    "font.family": "DejaVu Sans",  # part of matplotlib: the same picture on every system
-    "font.size": TEXT,
-    "text.color": INK,
-    "axes.titlesize": HEADING,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.labelsize": TEXT,
-    "axes.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": FAINT,
-    "xtick.labelsize": SMALL,
-    "ytick.labelsize": SMALL,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "xtick.major.size": 2.5,
-    "ytick.major.size": 2.5,
-    "legend.fontsize": SMALL,
-    "legend.frameon": False,
-    "hatch.linewidth": 0.5,
-    "hatch.color": "white",
-    "figure.constrained_layout.w_pad": 0.06,
-    "figure.constrained_layout.h_pad": 0.06,
-    "figure.constrained_layout.wspace": 0.03,
-    "figure.constrained_layout.hspace": 0.03,
-    "svg.fonttype": "path",
-    "svg.hashsalt": "spinlock-fast",  # identifiers depend on the contents of the file only
-    "path.simplify": True,
-}
-
 
 def category_colours(count: int) -> list[str] | None:
     """One colour per category; None where there are more categories than distinguishable colours."""
-    return list(CATEGORY_COLOURS[:count]) if count <= len(CATEGORY_COLOURS) else None
+    return list(PALETTE[:count]) if count <= len(PALETTE) else None
 
 
 def level_marker(level: int) -> str:
@@ -73,28 +34,44 @@ def level_marker(level: int) -> str:
 
 
 def family_fills(count: int) -> list[dict[str, Any]]:
-    """Greys, with hatches beyond four families; colours are reserved for categories."""
-    shades = np.linspace(0.28, 0.82, min(max(count, 2), 4))
+    """Colours of families, with hatches beyond eight; no page has colours of categories as well."""
     return [
-        {
-            "facecolor": str(round(float(shades[i % len(shades)]), 3)),
-            "hatch": _HATCHES[i // len(shades) % len(_HATCHES)],
-            "linewidth": 0,
-        }
+        {"facecolor": PALETTE[i % len(PALETTE)], "hatch": _HATCHES[i // len(PALETTE) % len(_HATCHES)], "linewidth": 0}
         for i in range(count)
     ]
 
 
 def shorten(text: str, most: int) -> str:
-    """The text in at most `most` characters, with an ellipsis in its middle where it is longer.
+    """The text in at most `most` characters: words are left out in its middle, or characters of a single long word.
 
     Control characters are escaped, and so is $, which starts a formula in matplotlib.
     """
     text = printable(text)
     if len(text) > most:
-        tail = (most - 1) // 2
-        text = f"{text[: most - 1 - tail]}…{text[len(text) - tail :]}"
+        text = _without_middle_words(text, most) or _without_middle(text, most)
     return text.replace("$", r"\$")
+
+
+def _without_middle(text: str, most: int) -> str:
+    tail = (most - 1) // 2
+    return f"{text[: most - 1 - tail]}…{text[len(text) - tail :]}"
+
+
+def _without_middle_words(text: str, most: int) -> str | None:
+    """First and last words with an ellipsis between; None where the first and the last word are too long."""
+    words = re.findall(r"[^_ ./:-]*[_ ./:-]+|[^_ ./:-]+$", text)
+    first, last = 1, len(words) - 1
+    if last < first or len(words[0]) + len(words[-1]) + 1 > most:
+        return None
+
+    def fits(first: int, last: int) -> bool:
+        return first <= last and sum(map(len, words[:first] + words[last:])) + 1 <= most
+
+    while fits(first + 1, last) or fits(first, last - 1):
+        head, tail = (sum(map(len, part)) for part in (words[:first], words[last:]))
+        longer_head = fits(first + 1, last) and (head <= tail or not fits(first, last - 1))
+        first, last = (first + 1, last) if longer_head else (first, last - 1)
+    return f"{''.join(words[:first]).rstrip('_ ./:-')}…{''.join(words[last:])}"
 
 
 def unique_labels(names: Sequence[str], most: int) -> list[str]:
@@ -195,9 +172,10 @@ def remove_frame(ax: Axes) -> None:
 def heat_map(
     ax: Axes, values: NDArray[Any], colours: str, low: float, high: float, *, aspect: str = "auto"
 ) -> AxesImage:
-    """Draws a matrix on a fixed colour scale; NaN stays white."""
+    """Draws a matrix on a fixed colour scale; NaN is grey."""
     ax.set_anchor("NW")
-    image = ax.imshow(values, cmap=colours, vmin=low, vmax=high, aspect=aspect, interpolation="nearest")  # type: ignore[arg-type]
+    shown = matplotlib.colormaps[colours].with_extremes(bad=MISSING)
+    image = ax.imshow(values, cmap=shown, vmin=low, vmax=high, aspect=aspect, interpolation="nearest")  # type: ignore[arg-type]
     for spine in ax.spines.values():
         spine.set_visible(False)
     ax.tick_params(length=0)
@@ -210,12 +188,10 @@ def annotate_cells(ax: Axes, image: AxesImage, texts: Sequence[Sequence[str]]) -
     for i, row in enumerate(texts):
         for j, text in enumerate(row):
             if text:
-                ax.text(
-                    j, i, text, ha="center", va="center", fontsize=SMALL, color=_ink_on(image.to_rgba(values[i, j]))
-                )
+                ax.text(j, i, text, ha="center", va="center", fontsize=SMALL, color=ink_on(image.to_rgba(values[i, j])))
 
 
-def _ink_on(background: Any) -> str:
+def ink_on(background: Any) -> str:
     """Black or white, whichever has more contrast (WCAG 2) with a colour [4]."""
     colour = np.ravel(background)[:3]
     linear = np.where(colour <= 0.04045, colour / 12.92, ((colour + 0.055) / 1.055) ** 2.4)
@@ -223,7 +199,7 @@ def _ink_on(background: Any) -> str:
     return "black" if (luminance + 0.05) / 0.05 > 1.05 / (luminance + 0.05) else "white"
 
 
-def add_colour_bar(image: AxesImage, ax: Axes, label: str, width: float) -> None:
+def add_colour_bar(image: AxesImage | QuadMesh, ax: Axes, label: str, width: float) -> None:
     """Adds a colour bar of `width` times the axes' width at the right, labelled at both ends and in the middle."""
     low, high = image.get_clim()
     place = ax.inset_axes((1.0 + width / 2, 0.0, width, 1.0))
@@ -233,11 +209,17 @@ def add_colour_bar(image: AxesImage, ax: Axes, label: str, width: float) -> None
     bar.set_label(label, fontsize=SMALL)
 
 
-def write_table(ax: Axes, rows: Sequence[Sequence[str]], places: Sequence[float], bold_first: bool = False) -> None:
-    """Writes rows of texts: the first column starts at places[0], others end at their place (shares of the width)."""
+def write_table(
+    ax: Axes, rows: Sequence[Sequence[str]], places: Sequence[float], bold_first: bool = False, height: float = 0.0
+) -> None:
+    """Writes rows of texts: the first column starts at places[0], others end at their place (shares of the width).
+
+    Args:
+        height: of the axes in inches, where the rows shall not fill it.
+    """
     remove_frame(ax)
     ax.set_xlim(0, 1)
-    ax.set_ylim(len(rows), 0)
+    ax.set_ylim(max(len(rows), height / 0.19), 0)
     for i, row in enumerate(rows):
         for j, (text, place) in enumerate(zip(row, places, strict=True)):
             weight = "bold" if bold_first and i == 0 else "normal"

@@ -77,6 +77,13 @@ def checkpoints(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Pa
     return [folder / "0", folder / "1"]
 
 
+@pytest.fixture(autouse=True)
+def _no_picture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One test draws the picture, which takes longer than the rest."""
+    if request.node.name != "test_the_command_writes_every_table":
+        monkeypatch.setattr("spinlock_fast.report.analysis_write._pictures", lambda analysis, output: [])
+
+
 def run(command: object, *arguments: object) -> int:
     with pytest.raises(SystemExit) as end:
         command([str(argument) for argument in arguments])  # type: ignore[operator]
@@ -94,7 +101,8 @@ def test_the_command_writes_every_table(
     pytest.importorskip("pyarrow", reason="Parquet needs pyarrow, an optional extra")
     first, second = checkpoints
     assert run(analyze_main, first, data, "--output", tmp_path / "out", "--compare", second, "--device", "cpu") == 0
-    expected = {f"{name}.{kind}" for name in TABLES | {"stability"} for kind in ("csv", "parquet")} | {"summary.json"}
+    expected = {f"{name}.{kind}" for name in TABLES | {"stability"} for kind in ("csv", "parquet")}
+    expected |= {"summary.json", *(f"analysis.{kind}" for kind in ("md", "html", "png", "svg"))}
     assert {path.name for path in (tmp_path / "out").iterdir()} == expected
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     tokens = Tokenizer.from_checkpoint(first).encode(data)
@@ -109,6 +117,9 @@ def test_the_command_writes_every_table(
     features = {row["feature"] for row in rows(tmp_path / "out" / "features.csv")}
     assert {"architecture::architecture_0", "summary: column 5", "temporal mean over time: series_6"} <= features
     assert "summary: column 0" not in features  # all NaN
+    page = (tmp_path / "out" / "analysis.html").read_text(encoding="utf-8")
+    assert "theta_3" in page
+    assert 'src="data:image/png;base64,' in page
     text = capsys.readouterr().out
     assert "160 operators" in text
     assert "theta_3" in text
@@ -150,7 +161,7 @@ def test_without_pyarrow_csv_is_written_and_parquet_refused(
     assert run(*command, "--format", "parquet") == 2
     assert not (tmp_path / "out").exists()
     assert run(*command) == 0
-    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".csv", ".json"}
+    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".csv", ".json", ".md", ".html"}
     assert "pip install" in capsys.readouterr().out
 
 
@@ -199,7 +210,7 @@ def test_data_without_conditions_are_analysed(checkpoints: list[Path], tmp_path:
     bare = write_dataset(tmp_path / "bare.h5", 40, seed=5, omit=("metadata", "parameters"))
     assert run(analyze_main, checkpoints[0], bare, "--output", tmp_path / "out", "--format", "csv", "--quiet") == 0
     names = {path.stem for path in (tmp_path / "out").iterdir()}
-    assert names == TABLES - {"associations", "lifts", "agreement"} | {"summary"}
+    assert names == TABLES - {"associations", "lifts", "agreement"} | {"summary", "analysis"}
     notes = json.loads((tmp_path / "out" / "summary.json").read_text())["notes"]
     assert "the data have no parameters/params" in notes
 

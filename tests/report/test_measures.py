@@ -10,23 +10,23 @@ import pytest
 from dashboards import assert_readable, synthetic_checkpoint
 from numpy.typing import NDArray
 
+from spinlock_fast.plot_style import PALETTE
 from spinlock_fast.report.checkpoint_summary import CheckpointSummary, read_checkpoint_summary
-from spinlock_fast.report.data_statistics import DataStatistics, measure_data
-from spinlock_fast.report.style import (
-    CATEGORY_COLOURS,
-    category_colours,
-    labelled_ticks,
-    level_marker,
-    shorten,
-    unique_labels,
-)
-from spinlock_fast.report.topological import (
+from spinlock_fast.report.code_geometry import (
     clip_outliers,
     code_vectors,
     feature_similarity,
     latent_similarity,
     principal_components,
     tsne,
+)
+from spinlock_fast.report.data_statistics import DataStatistics, measure_data
+from spinlock_fast.report.style import (
+    category_colours,
+    labelled_ticks,
+    level_marker,
+    shorten,
+    unique_labels,
 )
 from spinlock_fast.report.write import draw
 
@@ -143,7 +143,7 @@ def test_principal_components_keep_distances() -> None:
     rng = np.random.default_rng(0)
     plane = rng.standard_normal((30, 2))
     points = plane @ np.linalg.qr(rng.standard_normal((6, 2)))[0].T + 3.0
-    found, shares = principal_components(points)
+    found, shares, _ = principal_components(points)
     assert shares.sum() == pytest.approx(1.0)
     assert np.allclose(np.linalg.norm(found[0] - found[1:], axis=1), np.linalg.norm(plane[0] - plane[1:], axis=1))
 
@@ -169,8 +169,8 @@ def test_the_embedding_is_the_same_on_each_call_and_keeps_clusters() -> None:
 
 
 def test_palette_markers_and_labels() -> None:
-    assert category_colours(11) == list(CATEGORY_COLOURS)
-    assert category_colours(12) is None
+    assert category_colours(8) == list(PALETTE)
+    assert category_colours(9) is None
     assert len({level_marker(level) for level in range(12)}) == 12
     assert shorten("abcdefghij", 5) == "ab…ij"
     assert shorten("abcde", 5) == "abcde"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from spinlock_fast.analysis.named_conditions import add_named_conditions
 from spinlock_fast.analysis.observations import collect_observations
 from spinlock_fast.device import resolve_device
 from spinlock_fast.errors import ConfigError, DataError
@@ -27,6 +29,7 @@ def write_explorer(
     data: str | list[str] | None = None,
     rows: int = 100_000,
     device: str = "auto",
+    conditions: Sequence[str] = (),
 ) -> Path:
     """Writes explorer.html, one page that works without a network.
 
@@ -36,6 +39,7 @@ def write_explorer(
         data: HDF5 file, glob or list; by default the data of the run.
         rows: maximum number of rows; evenly spaced rows are taken from larger data.
         device: auto, cpu, cuda or cuda:N, for encoding the data.
+        conditions: further conditions, see `add_named_conditions`.
 
     Returns:
         The file. Notes on omitted parts are on the page.
@@ -52,6 +56,9 @@ def write_explorer(
     data = data if data is not None else _data_of_the_run(summary)
     observed = collect_observations(summary.tokenizer, data, rows, _MEMORY_BUDGET)
     assert observed is not None  # without other ranks
+    if conditions:
+        with summary.tokenizer.source(data) as source:
+            add_named_conditions(observed, source, conditions)
     contents = explorer_data(observed, _about(summary, data))
     page = build_page(contents, f"Tokens of {printable(summary.name)}")
     check_size(len(page.encode()), contents)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -9,19 +10,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
+from spinlock_fast.plot_style import FAINT, FOCUS, HIGHLIGHT, INK, MAGNITUDE, NEUTRAL, PALETTE, SMALL
 from spinlock_fast.report.checkpoint_summary import CheckpointSummary
 from spinlock_fast.report.layout import Row, create_page, fix_layout
 from spinlock_fast.report.schematic import draw_schematic, schematic_columns, schematic_height
 from spinlock_fast.report.style import (
-    FAINT,
-    FOCUS,
-    MAGNITUDE,
-    NEUTRAL,
-    SMALL,
     add_colour_bar,
     add_heading,
     annotate_cells,
-    category_colours,
     heading_height,
     heat_map,
     legend_above,
@@ -29,7 +25,7 @@ from spinlock_fast.report.style import (
     write_table,
 )
 
-_BEST = "#d55e00"
+_UTILIZATION, _PERPLEXITY = PALETTE[1], PALETTE[5]
 _MAX_TRIANGLES = 15  # more triangles would overlap
 _MAX_MARKED_VALIDATIONS = 20  # with more validations, no marker is drawn
 
@@ -69,8 +65,9 @@ def _draw_losses(ax: Axes, summary: CheckpointSummary) -> None:
     epochs = [record["epoch"] for record in summary.epochs]
     train = [record["train_loss"] for record in summary.epochs]
     at, val = _validation_curve(summary, "val_loss")
-    ax.plot(epochs, train, color=NEUTRAL, linewidth=1.0, label="training", marker="." if len(epochs) == 1 else "")
-    ax.plot(at, val, color=FOCUS, linewidth=1.4, marker=".", markersize=4, label="validation")
+    ax.plot(epochs, train, color=NEUTRAL, linewidth=1.0, label="training", **marker_style(len(epochs)))
+    ax.plot(at, val, color=FOCUS, linewidth=1.4, label="validation", **marker_style(len(at)))
+    ax.grid(axis="y")
     if min(train + val) > 0 and max(train + val) > 5 * min(train + val):
         ax.set_yscale("log")
         _label_logarithmic(ax)
@@ -81,28 +78,38 @@ def _draw_losses(ax: Axes, summary: CheckpointSummary) -> None:
 
 def _draw_quality(ax: Axes, summary: CheckpointSummary) -> None:
     shown = (
-        ("quality", "-", "quality"),
-        ("utilization", "--", "utilization"),
-        ("perplexity_over_k", ":", "perplexity / K"),
+        ("quality", FOCUS, "-", "quality"),
+        ("utilization", _UTILIZATION, "--", "utilization"),
+        ("perplexity_over_k", _PERPLEXITY, ":", "perplexity / K"),
     )
-    best: tuple[list[int], list[float]] = ([], [])
-    for key, style, label in shown:
-        at, values = _validation_curve(summary, key)
+    curves = {key: _validation_curve(summary, key) for key, *_ in shown}
+    for key, colour, style, label in shown:
+        at, values = curves[key]
         if at:
-            colour = FOCUS if key == "quality" else NEUTRAL
-            marker = "." if len(at) <= _MAX_MARKED_VALIDATIONS else ""  # many markers would hide the dashes
-            ax.plot(at, values, style, color=colour, linewidth=1.4, marker=marker, markersize=4, label=label)
-            best = best if best[0] else (at, values)
-    ax.set_ylim(0, 1)
+            ax.plot(at, values, style, color=colour, linewidth=1.4, label=label, **marker_style(len(at)))
+    ax.grid(axis="y")
+    every = [value for _, values in curves.values() for value in values]
+    if every and min(every) >= 0.0 and max(every) <= 1.0:
+        ax.set_ylim(*range_of_shares(every))
+    best = next((curve for curve in curves.values() if curve[0]), ([], []))
     _mark_best_and_resets(ax, summary, *best, "{:.4f} at the best epoch", explained=False)
-    add_heading(
-        ax,
-        f"Quality on {summary.measured_on}" if summary.metrics else "Quality on validation rows",
-        "",
-        4.0,
-        legend_rows=2,
-    )
+    on = summary.measured_on if summary.metrics else "validation rows"
+    add_heading(ax, f"Quality on {on}", "", 4.0, legend_rows=2)
     legend_above(ax, 2)
+
+
+def marker_style(count: int) -> dict[str, Any]:
+    """A large marker for a single point, small ones for a few, none where they would hide the line."""
+    size = 7.0 if count == 1 else 3.0
+    return {"marker": "o" if count <= _MAX_MARKED_VALIDATIONS else "", "markersize": size, "markeredgewidth": 0}
+
+
+def range_of_shares(values: list[float]) -> tuple[float, float]:
+    """Limits in [0, 1] that the values fill, in steps of 0.05, at least 0.2 apart."""
+    low = max(math.floor(20 * min(values) - 0.4) / 20, 0.0)
+    high = min(math.ceil(20 * max(values) + 0.4) / 20, 1.0)
+    high = max(high, min(low + 0.2, 1.0))
+    return min(low, high - 0.2), high
 
 
 def _validation_curve(summary: CheckpointSummary, key: str) -> tuple[list[int], list[float]]:
@@ -119,7 +126,13 @@ def _mark_best_and_resets(
     if best in at:
         value = values[at.index(best)]
         label = text.format(value, best)
-        ax.plot([best], [value], "D", color=_BEST, markersize=5, label=label, zorder=4, clip_on=False)
+        mark: dict[str, Any] = {
+            "color": HIGHLIGHT,
+            "markersize": 6.5,
+            "markerfacecolor": "none",
+            "markeredgewidth": 1.4,
+        }
+        ax.plot([best], [value], "D", label=label, zorder=4, clip_on=False, **mark)
     last = summary.epochs[-1]["epoch"]
     ax.set_xlim(0, last + max(1, 0.02 * last))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -132,8 +145,8 @@ def _mark_best_and_resets(
             [epoch for epoch, _ in resets],
             [0.0] * len(resets),
             "^" if len(resets) <= _MAX_TRIANGLES else "|",
-            color="black",
-            markersize=4.5,
+            color=FAINT,
+            markersize=4.0,
             transform=ax.get_xaxis_transform(),
             clip_on=False,
             zorder=4,
@@ -197,7 +210,7 @@ def _draw_categories(figure: Figure, cells: list[Any], summary: CheckpointSummar
             first = ax
             ax.set_yticks(range(len(labels)), labels)
             ax.set_ylim(len(labels) - 0.5, -0.5)
-        else:
+        elif key != "partial_mse":
             ax.tick_params(axis="y", labelleft=False)
 
 
@@ -224,23 +237,27 @@ def _draw_heat_map(ax: Axes, summary: CheckpointSummary, key: str) -> None:
 def _draw_errors(ax: Axes, summary: CheckpointSummary) -> None:
     errors = summary.per_category("partial_mse") or []
     rows = range(len(errors))
-    ax.barh(rows, errors, height=0.72, color=category_colours(len(errors)) or NEUTRAL)
-    ax.axvline(1.0, color=FAINT, linewidth=0.8, linestyle="--", zorder=0)
+    ax.barh(rows, errors, height=0.72, color=FOCUS)
+    ax.axvline(1.0, color=HIGHLIGHT, linewidth=1.0, linestyle="--", zorder=0)
     for row, error in enumerate(errors):
+        inside = error > 0.2 * max(1.0, *errors)
         ax.annotate(
             f"{error:.2f}",
             (error, row),
-            (3, 0),
+            (-3 if inside else 3, 0),
             textcoords="offset points",
             va="center",
+            ha="right" if inside else "left",
             fontsize=SMALL,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.2},  # above the dashed line
+            color="white" if inside else INK,
         )
-    ax.set_xlim(0, 1.18 * max(1.0, *errors))
+    ax.set_xlim(0, 1.05 * max(1.0, *errors))
     ax.tick_params(axis="y", length=0)
+    ax.set_xlabel("mean squared error / variance")
     add_heading(
         ax,
         "Error by category",
-        "Mean squared error of its features from one codebook alone; dashed: error of their mean.",
-        2.5,
+        "From one codebook; dashed: error of the mean.",
+        1.8,
+        room=heading_height(2),
     )
