@@ -60,7 +60,7 @@ def test_splits_are_disjoint_and_complete(matrix: Path) -> None:
 def test_finite_scalars_gain_by_bits() -> None:
     x = planted_matrix(300, [6, 6], seed=0)
     few, many = (float(np.square(finite_scalars(x[:250], b, 4, FEW)(x[250:]) - x[250:]).mean()) for b in (4, 24))
-    assert many < 0.5 * few < 0.5 * float(np.square(x[250:]).mean())
+    assert many < 0.7 * few < 0.2 * float(np.square(x[250:]).mean())
 
 
 def test_neural_residual_starts_as_a_residual_quantizer_and_learns() -> None:
@@ -78,7 +78,8 @@ def test_neural_residual_starts_as_a_residual_quantizer_and_learns() -> None:
         optimizer.zero_grad()
         model.loss(x).backward()
         optimizer.step()
-    assert float(model.loss(x)) < 0.8 * before
+    with torch.no_grad():
+        assert float(model.loss(x)) < 0.8 * before
 
 
 def test_lines_are_written_once_and_test_rows_only_on_demand(
