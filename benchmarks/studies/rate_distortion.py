@@ -91,7 +91,8 @@ def codebook_sizes(groups: dict[str, list[int]], bits: float, code_bits: int) ->
     """
     levels = max(1, math.ceil(bits / len(groups) / code_bits))
     ratios = ":".join([*_RATIOS, *["1"] * levels][:levels])
-    default = resolve_levels({name: len(members) for name, members in groups.items()}, [], ratios)
+    uniform = levels > len(_RATIOS)  # the default halves the codes from level to level, down to 6
+    default = resolve_levels({name: len(members) for name, members in groups.items()}, [], ratios, uniform)
     scale = bits / sum(math.log2(size.num_tokens) for sizes in default.values() for size in sizes)
     return {
         name: [
@@ -150,8 +151,9 @@ def fitted(matrix: Matrix, kind: str, bits: int, chosen: argparse.Namespace) -> 
         fit, options, _ = REFERENCES[kind]
         x = matrix.x[matrix.train]
         mean = x.mean(0)
+        training = Training(chosen.epochs, chosen.batch_size, chosen.train_beam, chosen.seed)
         for option in options:
-            coder = fit(x - mean, bits, option, Training(chosen.epochs, chosen.train_beam, chosen.seed))
+            coder = fit(x - mean, bits, option, training)
             used = bits // option * option if kind in ("product", "rotated_product", "local_search") else bits
             yield kind, option, used, lambda rows, coder=coder: coder(rows - mean) + mean
         return

@@ -19,14 +19,14 @@ Coder = Callable[[Array], Array]  # rows [B, F] -> reconstructed rows [B, F]
 
 _HIDDEN = 512  # of the autoencoder around finite scalars
 _STEP_HIDDEN = 64  # of a step of the neural residual quantizer
-_BATCH = 512
 _BEAM = 16  # of the neural residual quantizer
 
 
 class Training(NamedTuple):
-    """Effort of a fit: epochs of the neural quantizers, beam width of the training of residual quantization."""
+    """Effort of a fit: epochs and rows per step of the neural quantizers, beam of residual quantization's training."""
 
     epochs: int = 100
+    batch_size: int = 128
     beam: int = 32
     seed: int = 0
 
@@ -107,7 +107,7 @@ def _coder(quantizer: Any) -> Coder:
 
 def _fit(model: nn.Module, loss: Callable[[Tensor], Tensor], x: Tensor, training: Training, rate: float) -> None:
     """Trains with Adam and a cosine schedule, 5 % of it warm-up."""
-    batch = min(_BATCH, len(x))
+    batch = min(training.batch_size, len(x))
     steps = training.epochs * -(-len(x) // batch)
     optimizer = torch.optim.Adam(model.parameters(), lr=rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.05)
