@@ -40,7 +40,7 @@ def test_sizes_hold_the_bits(bits: int, code_bits: int) -> None:
     sizes = codebook_sizes(GROUPS, bits, code_bits)
     assert bits_of(sizes) == pytest.approx(bits, rel=0.1)
     assert {len(own) for own in sizes.values()} == {math.ceil(bits / 2 / code_bits)}
-    assert max(size.num_tokens for own in sizes.values() for size in own) <= 4 * 2**code_bits
+    assert max(size.num_tokens for own in sizes.values() for size in own) <= 2 * 2**code_bits
 
 
 def test_bits_of_references() -> None:
