@@ -4,6 +4,8 @@
 #
 #   bash benchmarks/gpu_check.sh [tests] [kernels] [layers] [train] [operators]      (default: all five)
 #   bash benchmarks/gpu_check.sh pipeline scaling streaming     (times against sizes; rows in host memory)
+#   FRAMES="A.npz ..." bash benchmarks/gpu_check.sh time_to_quality     (error against seconds; without FRAMES on
+#                                                                        generated rows)
 #   STUDY="DATA --time-limit 400" bash benchmarks/gpu_check.sh study     (studies/quality.py with these arguments)
 #
 # Requires torch, triton, h5py, scikit-build-core, pybind11, cmake, ninja, rich, scikit-learn and pytest. Other packages
@@ -87,6 +89,12 @@ stage scaling $PYTHON -m benchmarks.training.bench_scaling --output "$OUT/scalin
 rows=(--device cuda)
 [ "$has_gpu" = 1 ] || rows=(--device cpu --rows 2000 --batches 512)
 stage streaming $PYTHON -m benchmarks.training.streaming --output "$OUT/streaming.json" "${rows[@]}"
+read -ra frames <<<"${FRAMES:-}"
+[ ${#frames[@]} -gt 0 ] || frames=(--synthetic 20000 --batch-size 512)
+quality=(--device cuda)
+[ "$has_gpu" = 1 ] || quality=(--device cpu --schedules 2 5 --seeds 0)
+stage time_to_quality $PYTHON -m benchmarks.training.time_to_quality "${frames[@]}" --output "$OUT/time_to_quality.json" \
+  "${quality[@]}"
 read -ra study <<<"${STUDY:-}"
 stage study $PYTHON -m benchmarks.studies.quality --output "$OUT/study.jsonl" ${study[@]+"${study[@]}"}
 

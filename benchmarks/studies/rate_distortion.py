@@ -1,145 +1,194 @@
-"""Rate-distortion curve: error against bits for models of different sizes and for quantizers without a network.
+"""Rate-distortion curve: error against bits for models of different sizes, and for other quantizers of the same matrix.
 
-    python -m benchmarks.studies.rate_distortion DATA --output rate.jsonl [--plot rate.png] [--variant combined]
+    python -m benchmarks.studies.rate_distortion MATRIX.npz --output rate.jsonl [--test] [--plot rate.png]
 
-Trains on a frame of `quality.py` in mode `select`, with 2 to 5 levels and 1, 2 and 4 times the codes. A sample takes
-log2 K bits per codebook. The reference quantizers are fitted to the same training rows and scored on the same rows:
+MATRIX holds cleaned, normalised features x [N, F] and `train_rows`, `validation_rows`, `test_rows` as
+`feature_matrix.py` writes them, or `val_rows` and a JSON text `meta` as in `original_frames` of `quality.py`; the
+val_rows are the test rows then, and a tenth of the others are for validation.
 
-    product   product quantization with a learned rotation (Ge et al. 2013), by faiss
-    residual  residual quantization of whole rows with beam search, by faiss
-    category  residual quantization within each category, without beam search, with the codebook sizes of the model;
-              decoded by a ridge regression from all categories
-    scalar    principal components rounded to uniform steps, bits by reverse water-filling: finite scalar quantization
-              (Mentzer et al. 2023) with a linear encoder
+All quantizers are fitted to the training rows. Their options (bits of a codebook; levels of a scalar) are chosen by the
+error of the validation rows. With `--test` the chosen one is also scored on the test rows; without, these are not read.
 
-Finished runs have a line in the output and are skipped. The reference quantizers and `--plot` need the extra `study`
-(faiss, matplotlib).
+    nearest, joint  the model with the settings of `--config` and both searches of tokens; log2 K bits per codebook
+    one_category    the same with one category of all features, joint search: what the categories cost
+    others          see `reference_quantizers.py`
+
+Fits that have a line in the output are skipped. The quantizers of faiss and `--plot` need the extra `study`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
-import multiprocessing
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from benchmarks.studies.quality import Array, Run, _start_worker, append, load_split, rows_of, train
-from benchmarks.studies.variants import VARIANTS
+from benchmarks.common.commands import ROOT
+from benchmarks.common.timing import commit
+from benchmarks.studies.quality import append
+from benchmarks.studies.reference_quantizers import REFERENCES, Array, Coder, Training
+from spinlock_fast import CategoricalHierarchicalVQVAE, Trainer
+from spinlock_fast.config.loading import load_config
 from spinlock_fast.config.schema import LevelConfig
-from spinlock_fast.models.decoder_refit import least_squares
-from spinlock_fast.models.initialization import component_bits
+from spinlock_fast.models.code_search import Search
 from spinlock_fast.quantize import resolve_levels
 
-LEVELS = (2, 3, 4, 5)
-FACTORS = (1, 2, 4)
-RATIOS = ("0.5", "1", "1.5", "2", "2.5")
-CODE_BITS = 4  # per codebook of the references: 16 codes, about as many as in the model
 BITS = (40, 60, 80, 120, 160, 240, 320)
+MODELS = {"model": ("nearest", "joint"), "one_category": ("one_category",)}
+MODEL_OPTIONS = (5, 7)  # bits of a codebook, at most
+_RATIOS = ("0.5", "1", "1.5")  # latent dimensions per feature; 1 from the fourth level on
+_MOST_DIMS = 64
 
-CodebookSizes = dict[str, list[LevelConfig]]  # by category
+LABELS = {
+    "joint": "model, joint search",
+    "nearest": "model, nearest codes",
+    "one_category": "model, one category, joint search",
+    "residual": "residual (beam 32)",
+    "neural_residual": "neural residual",
+    "local_search": "local search (LSQ++)",
+    "rotated_product": "optimised product",
+    "product": "product",
+    "finite_scalars": "finite scalars (FSQ)",
+}
 
 
-def codebook_sizes(groups: dict[str, list[int]], levels: int, factor: int) -> CodebookSizes:
-    """Codebook sizes of the default configuration, with `factor` times the codes."""
-    default = resolve_levels({name: len(members) for name, members in groups.items()}, [], ":".join(RATIOS[:levels]))
+class Matrix(NamedTuple):
+    """Features [N, F], categories (discovered if None), and the rows of the three splits."""
+
+    name: str
+    x: Array
+    groups: dict[str, list[int]] | None
+    train: Array
+    validation: Array
+    test: Array
+
+
+def load_matrix(path: Path) -> Matrix:
+    with np.load(path) as file:
+        x = np.ascontiguousarray(file["x"], dtype=np.float32)
+        meta = json.loads(str(file["meta"])) if "meta" in file else {}
+        if "test_rows" in file:
+            train, validation, test = (file[f"{name}_rows"] for name in ("train", "validation", "test"))
+        else:
+            test = file["val_rows"]
+            others = np.random.default_rng(0).permutation(np.setdiff1d(np.arange(len(x)), test))
+            validation, train = np.split(others, [len(others) // 10])
+    return Matrix(path.stem, x, meta.get("group_indices"), np.sort(train), np.sort(validation), np.sort(test))
+
+
+def codebook_sizes(groups: dict[str, list[int]], bits: float, code_bits: int) -> dict[str, list[LevelConfig]]:
+    """Codebooks of about `bits` bits together: as few levels as `code_bits` allows, sizes in the default proportions.
+
+    The logarithms of the default sizes of `resolve_levels` are scaled by a common factor.
+    """
+    levels = max(1, math.ceil(bits / len(groups) / code_bits))
+    ratios = ":".join([*_RATIOS, *["1"] * levels][:levels])
+    uniform = levels > len(_RATIOS)  # the default halves the codes from level to level, down to 6
+    default = resolve_levels({name: len(members) for name, members in groups.items()}, [], ratios, uniform)
+    scale = bits / sum(math.log2(size.num_tokens) for sizes in default.values() for size in sizes)
     return {
-        name: [LevelConfig(num_tokens=factor * size.num_tokens, latent_dim=size.latent_dim) for size in sizes]
+        name: [
+            LevelConfig(num_tokens=max(2, round(size.num_tokens**scale)), latent_dim=min(size.latent_dim, _MOST_DIMS))
+            for size in sizes
+        ]
         for name, sizes in default.items()
     }
 
 
-def bits_of(sizes: CodebookSizes) -> float:
-    """Bits per sample."""
+def bits_of(sizes: dict[str, list[LevelConfig]]) -> float:
+    """Bits per row."""
     return sum(math.log2(size.num_tokens) for category in sizes.values() for size in category)
 
 
-def _trained(job: tuple[Run, Path, str, int | None, int, int]) -> dict[str, Any]:
-    run, data, device, epochs, levels, factor = job
-    sizes = codebook_sizes(load_split(data, run.frame).meta["group_indices"], levels, factor)
-    row = train(run, data, device, epochs, {name: [s.model_dump() for s in own] for name, own in sizes.items()})
-    return {"kind": "model", "levels": levels, "factor": factor, "bits": bits_of(sizes), **row}
+def mean_squared_error(x: Array, decoded: Array) -> float:
+    return float(np.square(decoded - x, dtype=np.float64).mean())
 
 
-def product(x: Array, scored: Array, bits: int) -> Array:
-    import faiss
-
-    parts = max(1, bits // CODE_BITS)
-    width = x.shape[1] // parts * parts
-    quantizer = faiss.ProductQuantizer(width, parts, CODE_BITS)
-    quantizer.cp.min_points_per_centroid = 1  # no warning per codebook
-    rotation = faiss.OPQMatrix(x.shape[1], parts, width)
-    rotation.pq = quantizer  # else the rotation is optimised for 256 codes
-    rotation.train(x)
-    quantizer.train(rotation.apply(x))
-    decoded: Array = rotation.reverse_transform(quantizer.decode(quantizer.compute_codes(rotation.apply(scored))))
-    return decoded
-
-
-def residual(x: Array, scored: Array, bits: int) -> Array:
-    import faiss
-
-    quantizer = faiss.ResidualQuantizer(x.shape[1], max(1, bits // CODE_BITS), CODE_BITS)
-    quantizer.train(x)
-    decoded: Array = quantizer.decode(quantizer.compute_codes(scored))
-    return decoded
+def fit_model(
+    matrix: Matrix, groups: dict[str, list[int]], sizes: dict[str, list[LevelConfig]], chosen: argparse.Namespace
+) -> CategoricalHierarchicalVQVAE:
+    """The model of the best validation."""
+    rows = np.concatenate([matrix.train, matrix.validation])
+    settings = {
+        "random_seed": chosen.seed,
+        "device": chosen.device,
+        "training.batch_size": chosen.batch_size,
+        "training.topo_samples": chosen.batch_size,
+        "training.num_epochs": chosen.epochs,
+        "training.warmup_epochs": min(10, chosen.epochs // 2),
+        "training.val_every_n_epochs": max(1, chosen.epochs // 10),
+    }
+    trainer = Trainer.from_config(str(chosen.config), settings)
+    levels = {name: [size.model_dump() for size in own] for name, own in sizes.items()}
+    validation = np.arange(len(matrix.train), len(rows))
+    return trainer.fit(matrix.x[rows], groups, levels, None, validation, normalize=False).model
 
 
-def scalar(x: Array, scored: Array, bits: int) -> Array:
-    variance, directions = np.linalg.eigh(np.cov(x.T, bias=True))
-    allocated = component_bits(torch.from_numpy(variance.clip(min=0.0)), float(bits)).round().numpy()
-    basis, steps = directions[:, allocated > 0], 2.0 ** allocated[allocated > 0]
-    low, high = np.quantile(x @ basis, [0.005, 0.995], axis=0)
-    width = (high - low) / steps
-    cells = np.floor((scored @ basis - low) / width).clip(0, steps - 1)
-    decoded: Array = (low + (cells + 0.5) * width) @ basis.T
-    return decoded
+def model_coder(model: CategoricalHierarchicalVQVAE, search: Search) -> Coder:
+    device = model.feature_order.device
+
+    def code(rows: Array) -> Array:
+        with torch.no_grad():
+            blocks = torch.from_numpy(rows).to(device).split(4096)
+            return np.concatenate(
+                [model.decode_from_tokens(model.get_tokens(block, search)).cpu().numpy() for block in blocks]
+            )
+
+    return code
 
 
-REFERENCES = {"product": product, "residual": residual, "scalar": scalar}
+def fitted(matrix: Matrix, kind: str, bits: int, chosen: argparse.Namespace) -> Iterator[tuple[str, int, float, Coder]]:
+    """Quantizers of a kind at a bit rate: name, option, bits in fact, and the function that codes rows."""
+    if kind in REFERENCES:
+        fit, options, _ = REFERENCES[kind]
+        x = matrix.x[matrix.train]
+        mean = x.mean(0)
+        training = Training(chosen.epochs, chosen.batch_size, chosen.train_beam, chosen.seed)
+        for option in options:
+            coder = fit(x - mean, bits, option, training)
+            used = bits // option * option if kind in ("product", "rotated_product", "local_search") else bits
+            yield kind, option, used, lambda rows, coder=coder: coder(rows - mean) + mean
+        return
+    groups = matrix.groups
+    if kind == "one_category":
+        groups = {"all": list(range(matrix.x.shape[1]))}
+    assert groups is not None
+    for option in chosen.model_options:
+        sizes = codebook_sizes(groups, bits, option)
+        model = fit_model(matrix, groups, sizes, chosen)
+        searches: dict[str, Search] = {"nearest": "nearest", "joint": "joint", "one_category": "joint"}
+        for name in MODELS[kind]:
+            yield name, option, bits_of(sizes), model_coder(model, searches[name])
 
 
-def by_category(x: Array, trained: Array, groups: dict[str, list[int]], sizes: CodebookSizes) -> Array:
-    """Reconstructed rows [N, F] after residual k-means in each category, fitted to the rows `trained`."""
-    from sklearn.cluster import KMeans
-
-    quantized = []
-    for name, members in groups.items():
-        residual = x[:, members].copy()
-        for size in sizes[name]:
-            codes = KMeans(size.num_tokens, n_init=4, random_state=0).fit(residual[trained])
-            residual = residual - codes.cluster_centers_[codes.predict(residual)]
-        quantized.append(x[:, members] - residual)
-    inputs = torch.from_numpy(np.concatenate(quantized, 1)).double()
-    weights, constant = least_squares(inputs[trained], torch.from_numpy(x[trained]).double(), 0.01)
-    decoded: Array = (inputs @ weights + constant).numpy()
-    return decoded
-
-
-def references(data: Path, seed: int) -> Iterator[dict[str, Any]]:
-    """Errors of the reference quantizers."""
-    frame = load_split(data, seed)
-    rows, scored = rows_of(frame, "select")
-    x = np.ascontiguousarray(frame.x[rows], dtype=np.float32)
-    trained = np.setdiff1d(np.arange(len(x)), scored)
-    mean = x[trained].mean(0)
-    for bits in BITS:
-        for kind, quantize in REFERENCES.items():
-            decoded = quantize(x[trained] - mean, x[scored] - mean, bits)
-            error = float(np.square(decoded - (x[scored] - mean)).mean())
-            yield {"kind": kind, "frame": seed, "bits": bits, "error": error}
-    groups = frame.meta["group_indices"]
-    for factor in FACTORS:
-        sizes = codebook_sizes(groups, 3, factor)
-        decoded = by_category(x, trained, groups, sizes)[scored]
-        error = float(np.square(decoded - x[scored]).mean())
-        yield {"kind": "category", "frame": seed, "bits": bits_of(sizes), "error": error}
+def measure(matrix: Matrix, kind: str, bits: int, chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A line per name of the kind: errors of the option with the lowest error of the validation rows."""
+    best: dict[str, tuple[dict[str, Any], Coder]] = {}
+    validation = matrix.x[matrix.validation]
+    started = time.process_time()
+    for name, option, used, coder in fitted(matrix, kind, bits, chosen):
+        error = mean_squared_error(validation, coder(validation))
+        row = {"kind": name, "bits": bits, "bits_used": used, "option": option, "validation_error": error}
+        print(f"{name} {bits} bits, option {option}: validation {error:.4f}", flush=True)
+        if name not in best or error < best[name][0]["validation_error"]:
+            best[name] = row, coder
+    seconds = time.process_time() - started
+    for row, coder in best.values():
+        train = matrix.x[matrix.train]
+        row |= {"matrix": matrix.name, "seed": chosen.seed, "rows": len(train), "seconds": seconds, "commit": commit()}
+        row["train_error"] = mean_squared_error(train, coder(train))
+        if chosen.test:
+            test = matrix.x[matrix.test]
+            row["test_error"] = mean_squared_error(test, coder(test))
+        yield row
 
 
 def lines_of(output: Path) -> list[dict[str, Any]]:
@@ -147,30 +196,37 @@ def lines_of(output: Path) -> list[dict[str, Any]]:
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Plots error against bits on logarithmic axes: a line per number of levels and per reference."""
+    """Error against bits on logarithmic axes, a line per kind: test rows if all were scored, else validation rows."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
     from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
+    split = "test" if all("test_error" in row for row in rows) else "validation"
     figure, axes = plt.subplots(figsize=(7.5, 4.8), dpi=120, layout="constrained")
-    for levels in LEVELS:
-        points = [row for row in rows if row["kind"] == "model" and row["levels"] == levels]
-        bits = sorted({row["bits"] for row in points})
-        means = [np.mean([row["error"] for row in points if row["bits"] == b]) for b in bits]
-        axes.plot(
-            bits, means, marker="o", color=plt.get_cmap("viridis")(0.25 * (levels - 2)), label=f"model, {levels} levels"
-        )
-    whole = {kind: (style, f"{kind}, whole rows") for kind, style in zip(REFERENCES, (":", "--", "-."), strict=True)}
-    for kind, (style, label) in {**whole, "category": ("-", "residual, by category")}.items():
-        points = sorted((row["bits"], row["error"]) for row in rows if row["kind"] == kind)
-        axes.plot(*zip(*points, strict=True), style, color="0.35", label=label)
-    axes.set(xscale="log", yscale="log", xlabel="bits a sample", ylabel="held-out mean squared error")
-    for axis, ticks in (
-        (axes.xaxis, (40, 60, 80, 120, 160, 240, 320)),
-        (axes.yaxis, (0.01, 0.02, 0.03, 0.05, 0.1, 0.2)),
-    ):
+    styles = {
+        "joint": {"color": "#1f6fb4", "marker": "o", "lw": 2.2},
+        "nearest": {"color": "#1f6fb4", "marker": "o", "ls": "--", "mfc": "white"},
+        "one_category": {"color": "#6aa84f", "marker": "s", "ms": 4},
+        "residual": {"color": "#c4571a", "marker": "^", "lw": 2.2},
+        "neural_residual": {"color": "#c4571a", "marker": "v", "ls": "--", "mfc": "white"},
+        "local_search": {"color": "#8e5ea2", "marker": "D", "ms": 4},
+        "rotated_product": {"color": "0.25", "ls": "-"},
+        "product": {"color": "0.25", "ls": ":"},
+        "finite_scalars": {"color": "0.55", "ls": "-."},
+    }
+    for kind, label in LABELS.items():
+        own = [row for row in rows if row["kind"] == kind]
+        points = [
+            (np.mean([r["bits_used"] for r in own if r["bits"] == bits]),
+             np.mean([r[f"{split}_error"] for r in own if r["bits"] == bits]))
+            for bits in sorted({row["bits"] for row in own})
+        ]  # fmt: skip
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, **styles[kind])
+    axes.set(xscale="log", yscale="log", xlabel="bits per row", ylabel=f"mean squared error, {split} rows")
+    for axis, ticks in ((axes.xaxis, BITS), (axes.yaxis, (0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5))):
         axis.set_major_locator(FixedLocator(ticks))
         axis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axis.set_minor_locator(NullLocator())
@@ -181,42 +237,38 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    kinds = [*MODELS, *REFERENCES]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="directory of the data, as for quality.py")
+    parser.add_argument("matrix", type=Path, metavar="MATRIX.npz")
     parser.add_argument("--output", type=Path, required=True, help="JSON lines file, continued if it exists")
+    parser.add_argument("--test", action="store_true", help="also score the test rows")
     parser.add_argument("--plot", type=Path, help="image file to write")
-    parser.add_argument("--variant", default="combined", choices=list(VARIANTS), metavar="NAME")
-    parser.add_argument("--frame", type=int, default=42)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "100k.yaml", help="settings of the model")
+    parser.add_argument("--bits", type=int, nargs="+", default=list(BITS))
+    parser.add_argument("--kinds", nargs="+", choices=kinds, default=kinds)
+    parser.add_argument("--model-options", type=int, nargs="+", default=list(MODEL_OPTIONS), metavar="CODE_BITS")
+    parser.add_argument("--epochs", type=int, default=200, help="of the model and the neural quantizers")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--train-beam", type=int, default=32, help="beam width of the training of `residual`")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--epochs", type=int, help="overrides the epochs of the settings, for a trial")
-    parser.add_argument("--jobs", type=int, default=1, help="number of processes")
-    arguments = parser.parse_args(argv)
-    present = lines_of(arguments.output)
-    if not any(row["kind"] == "category" for row in present):
-        for row in references(arguments.data, arguments.frame):
-            append(arguments.output, row)
-    done = {(row["levels"], row["factor"], row["seed"]) for row in present if row["kind"] == "model"}
-    jobs = [
-        (
-            Run("select", arguments.variant, arguments.frame, seed),
-            arguments.data,
-            arguments.device,
-            arguments.epochs,
-            levels,
-            factor,
-        )
-        for seed in arguments.seeds
-        for factor in FACTORS
-        for levels in LEVELS
-        if (levels, factor, seed) not in done
-    ]
-    with multiprocessing.get_context("spawn").Pool(arguments.jobs, _start_worker) as pool:
-        for row in pool.imap_unordered(_trained, jobs):
-            append(arguments.output, row)
-            print("{levels} levels, {factor} x codes, {bits:.0f} bits: error {error:.4f}".format(**row), flush=True)
-    if arguments.plot:
-        plot(lines_of(arguments.output), arguments.plot)
+    chosen = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    logging.getLogger("spinlock_fast").setLevel(logging.ERROR)
+    matrix = load_matrix(chosen.matrix)
+    if matrix.groups is None and "model" in chosen.kinds:
+        parser.error(f"{chosen.matrix} has no group_indices: write it with benchmarks.studies.feature_matrix")
+    load_config(chosen.config)
+    present = {(row["kind"], row["bits"], row["seed"]) for row in lines_of(chosen.output)}
+    for bits in chosen.bits:
+        for kind in chosen.kinds:
+            name = MODELS.get(kind, (kind,))[-1]
+            if (name, bits, chosen.seed) in present or (kind in REFERENCES and bits > REFERENCES[kind].most_bits):
+                continue
+            for row in measure(matrix, kind, bits, chosen):
+                append(chosen.output, row)
+    if chosen.plot:
+        plot(lines_of(chosen.output), chosen.plot)
     return 0
 
 

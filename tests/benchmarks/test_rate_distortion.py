@@ -8,74 +8,133 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers import planted_matrix, write_dataset
 
-from benchmarks.studies import rate_distortion
-from benchmarks.studies.rate_distortion import bits_of, by_category, codebook_sizes, lines_of, main, plot, scalar
+from benchmarks.studies import feature_matrix, rate_distortion
+from benchmarks.studies.rate_distortion import bits_of, codebook_sizes, lines_of, load_matrix, main, plot
+from benchmarks.studies.reference_quantizers import (
+    NeuralResidual,
+    Reference,
+    Training,
+    code_sizes,
+    finite_scalars,
+    scalar_levels,
+)
 
 GROUPS = {"a": list(range(6)), "b": list(range(6, 12))}
+FEW = Training(epochs=3)
 
 
-def test_codes_are_multiplied_and_levels_added() -> None:
-    plain, more = codebook_sizes(GROUPS, 2, 1), codebook_sizes(GROUPS, 3, 4)
-    assert [len(books) for books in plain.values()] == [2, 2]
-    assert [book.num_tokens for book in more["a"][:2]] == [4 * book.num_tokens for book in plain["a"]]
-    codes = [book.num_tokens for books in plain.values() for book in books]
-    assert bits_of(plain) == pytest.approx(sum(map(math.log2, codes)))
+@pytest.fixture
+def matrix(tmp_path: Path) -> Path:
+    meta = {"group_indices": GROUPS, "feature_names": [f"f{i}" for i in range(12)]}
+    path = tmp_path / "seed7.npz"
+    np.savez(path, x=planted_matrix(120, [6, 6], seed=0), val_rows=np.arange(0, 120, 10), meta=json.dumps(meta))
+    return path
 
 
-def test_references_gain_by_bits() -> None:
+@pytest.mark.parametrize("bits", [12, 24, 60])
+@pytest.mark.parametrize("code_bits", [4, 7])
+def test_sizes_hold_the_bits(bits: int, code_bits: int) -> None:
+    sizes = codebook_sizes(GROUPS, bits, code_bits)
+    assert bits_of(sizes) == pytest.approx(bits, rel=0.1)
+    assert {len(own) for own in sizes.values()} == {math.ceil(bits / 2 / code_bits)}
+    assert max(size.num_tokens for own in sizes.values() for size in own) <= 2 * 2**code_bits
+
+
+def test_bits_of_references() -> None:
+    assert code_sizes(20, 8) == [8, 8, 4]
+    assert code_sizes(20, 4) == [4] * 5
+    assert scalar_levels(11, 20, 8) == [8, 8, 8, 4]
+    assert scalar_levels(11, 2, 8) == [8, 8]  # no more scalars than columns
+
+
+def test_splits_are_disjoint_and_complete(matrix: Path) -> None:
+    loaded = load_matrix(matrix)
+    parts = [loaded.train, loaded.validation, loaded.test]
+    assert [len(rows) for rows in parts] == [98, 10, 12]
+    assert sorted(np.concatenate(parts)) == list(range(120))
+    np.testing.assert_array_equal(loaded.test, np.arange(0, 120, 10))
+
+
+def test_finite_scalars_gain_by_bits() -> None:
     x = planted_matrix(300, [6, 6], seed=0)
-    rows, others = x[:250], x[250:]
-    few, many = (float(np.square(scalar(rows, others, bits) - others).mean()) for bits in (6, 36))
-    assert many < 0.25 * few
-    assert few < float(np.square(others).mean())
-    trained = np.arange(250)
-    few, many = (
-        float(np.square(by_category(x, trained, GROUPS, codebook_sizes(GROUPS, levels, 1))[250:] - others).mean())
-        for levels in (1, 3)
-    )
-    assert many < few
+    few, many = (float(np.square(finite_scalars(x[:250], b, 4, FEW)(x[250:]) - x[250:]).mean()) for b in (4, 24))
+    assert many < 0.7 * few < 0.2 * float(np.square(x[250:]).mean())
 
 
-def test_lines_are_written_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_neural_residual_starts_as_a_residual_quantizer_and_learns() -> None:
+    torch.manual_seed(0)
+    x = torch.from_numpy(planted_matrix(200, [6, 6], seed=0))
+    codes = torch.stack([x[:4], 0.3 * x[4:8]])
+    model = NeuralResidual(codes)
+    with torch.no_grad():
+        sums = (codes[0][:, None] + codes[1]).flatten(0, 1)  # the beam holds all pairs of codes
+        nearest = sums[torch.cdist(x, sums).argmin(1)]
+        torch.testing.assert_close(model(x), nearest)
+        before = float(model.loss(x))
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(20):
+        optimizer.zero_grad()
+        model.loss(x).backward()
+        optimizer.step()
+    with torch.no_grad():
+        assert float(model.loss(x)) < 0.8 * before
+
+
+def test_lines_are_written_once_and_test_rows_only_on_demand(
+    matrix: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_dataset(tmp_path / "operators_real.h5", 100, seed=0)
-    (tmp_path / "original_frames").mkdir()
-    np.savez(
-        tmp_path / "original_frames" / "seed42.npz",
-        x=planted_matrix(100, [6, 6], seed=0),
-        val_rows=np.arange(0, 100, 10),
-        meta=json.dumps(
-            {
-                "group_indices": GROUPS,
-                "feature_names": [f"f{i}" for i in range(12)],
-                "levels": {},
-                "original": {"error_final": 0.5},
-            }
-        ),
-    )
-    for name, few in (("LEVELS", (2,)), ("FACTORS", (1,)), ("BITS", (4, 8)), ("REFERENCES", {"scalar": scalar})):
-        monkeypatch.setattr(rate_distortion, name, few)  # those by faiss stay out: it need not be installed
+    # those by faiss stay out: it need not be installed
+    monkeypatch.setattr(rate_distortion, "REFERENCES", {"finite_scalars": Reference(finite_scalars, (4, 8), 20)})
     output = tmp_path / "rate.jsonl"
-    command = [str(tmp_path), "--output", str(output), "--epochs", "1"]
+    command = [str(matrix), "--output", str(output), "--epochs", "1", "--bits", "16", "24", "--batch-size", "64"]
+    command += ["--kinds", "model", "one_category", "finite_scalars", "--model-options", "4", "--config"]
+    command += ["configs/100k.yaml"]
+    monkeypatch.chdir(Path(__file__).parents[2])
+    monkeypatch.setitem(rate_distortion.MODELS, "model", ("nearest", "joint"))
+    with pytest.raises(SystemExit):  # argparse has the names of the module's start
+        main([*command, "--kinds", "unknown"])
     assert main(command) == 0
-    assert "2 levels, 1 x codes" in capsys.readouterr().out
     rows = lines_of(output)
-    assert [row["kind"] for row in rows] == ["scalar", "scalar", "category", "model"]
-    assert rows[-1]["bits"] == pytest.approx(bits_of(codebook_sizes(GROUPS, 2, 1)))
+    kinds = [(row["kind"], row["bits"]) for row in rows]
+    assert kinds == [
+        *[(kind, 16) for kind in ("nearest", "joint", "one_category", "finite_scalars")],
+        *[(kind, 24) for kind in ("nearest", "joint", "one_category")],
+    ]
+    assert all(0.0 < row["validation_error"] < 2.0 and "test_error" not in row for row in rows)
+    assert rows[1]["validation_error"] <= rows[0]["validation_error"]
     assert main(command) == 0
     assert lines_of(output) == rows
+    tested = tmp_path / "tested.jsonl"
+    assert main([*command, "--output", str(tested), "--bits", "16", "--kinds", "model", "--test"]) == 0
+    assert [row["test_error"] > 0.0 for row in lines_of(tested)] == [True, True]
+
+
+def test_the_matrix_of_a_file_is_split_by_operator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_dataset(tmp_path / "data.h5", 120, seed=0)
+    path = tmp_path / "matrix.npz"
+    monkeypatch.chdir(Path(__file__).parents[2])
+    command = ["configs/10k.yaml", "--output", str(path), "--set", f"dataset_path={tmp_path / 'data.h5'}"]
+    assert feature_matrix.main(command) == 0
+    loaded = load_matrix(path)
+    assert [len(rows) for rows in (loaded.train, loaded.validation, loaded.test)] == [84, 18, 18]
+    assert loaded.groups is not None
+    assert sorted(i for members in loaded.groups.values() for i in members) == list(range(loaded.x.shape[1]))
+    np.testing.assert_allclose(loaded.x[loaded.train].mean(0), 0.0, atol=1e-4)
+    np.testing.assert_allclose(loaded.x[loaded.train].std(0), 1.0, atol=1e-3)
+    assert "120 rows" in capsys.readouterr().out
 
 
 def test_the_picture_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="pictures need matplotlib, which no other part of the project does")
     rows = [
-        {"kind": kind, "levels": levels, "bits": bits, "error": 1.0 / bits}
-        for kind in ("model", "product", "residual", "scalar", "category")
-        for levels in rate_distortion.LEVELS
-        for bits in (40.0, 80.0)
+        {"kind": kind, "bits": bits, "bits_used": bits + 0.5, "validation_error": 1.0 / bits, "test_error": 2.0 / bits}
+        for kind in rate_distortion.LABELS
+        for bits in (40, 80)
     ]
     plot(rows, tmp_path / "rate.png")
     assert (tmp_path / "rate.png").read_bytes()[1:4] == b"PNG"
