@@ -26,17 +26,22 @@ def write_small(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=110, metadata=METADATA[".png"], pil_kwargs={"optimize": True})
 
 
+def draw_dashboards(checkpoint: str, data: str, images: Path) -> None:
+    """Draws the pictures of a checkpoint."""
+    dashboards: list[Callable[..., Figure]] = [report.engineering, report.topological, report.semantic]
+    for draw in dashboards:
+        write_small(draw(checkpoint, data), images / f"{draw.__name__}.png")
+    analysis = analyze(checkpoint, data)
+    with figure_style():
+        write_small(draw_analysis(analysis), images / "analysis.png")
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description="Draws the pictures of the dashboards.")
     options.add_argument("checkpoint", nargs="?", default="checkpoints/quickstart")
     options.add_argument("data", nargs="?", default="data/quickstart.h5")
     chosen = options.parse_args()
-    dashboards: list[Callable[..., Figure]] = [report.engineering, report.topological, report.semantic]
-    for draw in dashboards:
-        write_small(draw(chosen.checkpoint, chosen.data), IMAGES / f"{draw.__name__}.png")
-    analysis = analyze(chosen.checkpoint, chosen.data)
-    with figure_style():
-        write_small(draw_analysis(analysis), IMAGES / "analysis.png")
+    draw_dashboards(chosen.checkpoint, chosen.data, IMAGES)
 
 
 if __name__ == "__main__":

@@ -25,9 +25,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import make_dashboards
 import make_overview
 import make_tour
-from PIL import Image
 
 from spinlock_fast.simulate.config import load_generator_config
 from spinlock_fast.simulate.parameters import PARAMETER_NAMES
@@ -37,8 +37,6 @@ WORK = ROOT / "build" / "quickstart"
 TOUR = "examples/tour.ipynb"
 PAGES = ("README.md", "docs/quickstart.md")
 PARTS = {"time", "train output", "analyze output", "reading", "code", "excerpt", "errors"}
-PICTURES = ("engineering", "topological", "semantic")
-WIDTH, COLORS = 1400, 256  # of these pictures
 ALPHA = 0.05  # false discovery rate
 FEWEST = 10  # operators of a code that is an example
 _PART = re.compile(r"(<!-- (?P<name>[a-z ]+), by make_quickstart\.py -->)(?P<text>.*?)(<!-- end -->)", re.DOTALL)
@@ -88,9 +86,11 @@ def clearest_code(analysis: Path) -> str:
 
 
 def associations(analysis: Path) -> str:
-    """The conditions with the largest AMI, and those that no token is associated with, in words."""
+    """The parameters of theta with the largest AMI, and those that no token is associated with, in words."""
     best: dict[str, float] = {}
     for entry in rows(analysis / "associations.csv"):
+        if entry["condition"] not in PARAMETER_NAMES:
+            continue
         significant = bool(entry["q"]) and float(entry["q"]) <= ALPHA
         best[entry["condition"]] = max(best.get(entry["condition"], 0.0), float(entry["ami"]) if significant else 0.0)
     order = sorted((name for name in best if best[name] > 0.0), key=lambda name: -best[name])
@@ -114,7 +114,7 @@ def excerpt(output: str, codes: int = 3) -> str:
 
 
 def block(text: str) -> str:
-    return "\n```text\n" + text.strip("\n") + "\n```\n"
+    return "\n```text\n" + "\n".join(line.rstrip() for line in text.strip("\n").splitlines()) + "\n```\n"
 
 
 def machine() -> str:
@@ -139,7 +139,6 @@ def make_parts(settings: Sequence[str]) -> dict[str, str]:
     run("train", *second)
     run("evaluate", "checkpoints/behaviour", "data/unseen.h5", "--json", "unseen.json")
     analyzed = run("analyze", "checkpoints/behaviour", "data/unseen.h5", "--output", "analysis")
-    run("report", "checkpoints/quickstart", "--data", "data/quickstart.h5", "--output", "dashboards")
     metrics = {name: read(f"checkpoints/{name}/metrics.json") for name in ("quickstart", "behaviour")}
     unseen, known = read("unseen.json")["reconstruction_error"], metrics["behaviour"]["reconstruction_error"]
     errors = (
@@ -147,7 +146,7 @@ def make_parts(settings: Sequence[str]) -> dict[str, str]:
         f"{metrics['behaviour']['val_rows']} that training held out."
     )
     code, found = clearest_code(WORK / "analysis"), associations(WORK / "analysis")
-    reading = f"Of the conditions, {found}. A few codes are far more specific than their codebook: {code}. {errors}"
+    reading = f"Of the parameters, {found}. A few codes are far more specific than their codebook: {code}. {errors}"
     seconds = metrics["quickstart"]["seconds"]["total"]
     return {
         "time": f" {seconds:.0f} seconds on {machine()}",
@@ -171,11 +170,9 @@ def draw(images: Path) -> None:
     overview = [sys.executable, str(ROOT / "docs" / "make_overview.py"), "data/unseen.h5", "analysis"]
     overview += ["--output", str(images / "overview.png")]
     subprocess.run(overview, cwd=WORK, check=True)
-    for name in PICTURES:
-        picture = Image.open(WORK / "dashboards" / f"{name}.png").convert("RGB")
-        size = (WIDTH, round(picture.height * WIDTH / picture.width))
-        small = picture.resize(size, Image.Resampling.LANCZOS).quantize(COLORS)
-        small.save(images / f"{name}.png", optimize=True)
+    make_dashboards.draw_dashboards(
+        str(WORK / "checkpoints" / "quickstart"), str(WORK / "data" / "quickstart.h5"), images
+    )
 
 
 def main() -> None:

@@ -304,11 +304,14 @@ def test_the_script_of_the_quickstart_writes_every_marked_part(tmp_path: Path, m
     )
     assert quickstart.make_overview.value_text("initial_condition", "9", None) == "localized"
     (tmp_path / "associations.csv").write_text(
-        "codebook,condition,ami,q\na/L0,step_size,0.05,0.01\na/L1,step_size,0.07,0.02\na/L0,noise,0.3,0.2\na/L0,x,0.1,0\n"
+        "codebook,condition,ami,q\na/L0,step_size,0.05,0.01\na/L1,step_size,0.07,0.02\na/L0,noise_scale,0.3,0.2\n"
+        "a/L0,activation,0.1,0\na/L0,evolution policy,0.2,0\n"
     )
     code, found = quickstart.clearest_code(tmp_path), quickstart.associations(tmp_path)
     assert code == "code 1 of `a/L0` has 10 systems; 90% of them have the update policy convex (25% of all systems do)"
-    assert found == "the largest AMI is with x (0.100) and step_size (0.070); no association was found with noise"
+    assert found == (
+        "the largest AMI is with activation (0.100) and step_size (0.070); no association was found with noise_scale"
+    )
     output = "\nAssociations  1 of 2\n  a\n\nCharacteristic codes\n  b\n    c\n  d\n    e\n\nLevels  l\n"
     assert quickstart.excerpt(output, 1) == "Associations  1 of 2\n  a\n\nCharacteristic codes\n  b\n    c"
     names = {
