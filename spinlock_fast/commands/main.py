@@ -19,6 +19,7 @@ VERBS = {
     "train": "train a tokenizer on an HDF5 file",
     "ablate": "compare variants of a configuration",
     "evaluate": "measure a checkpoint on an HDF5 file",
+    "monitor": "compare a file with the data of a checkpoint",
     "tokenize": "turn an HDF5 file into tokens",
     "analyze": "relate the tokens of a checkpoint to parameters and features",
     "predict": "predict tokens from parameters and initial fields",

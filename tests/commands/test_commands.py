@@ -28,6 +28,7 @@ OF_RANKS = {
     "extract",
     "evaluate",
     "tokenize",
+    "monitor",
     "analyze",
 }  # tested in test_ranks.py of their folders
 
