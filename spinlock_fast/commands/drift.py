@@ -11,7 +11,7 @@ from typing import Any
 from spinlock_fast.commands.console import RunDisplay
 from spinlock_fast.config.schema import LoggingConfig
 from spinlock_fast.distributed import current_ranks
-from spinlock_fast.drift.monitor import monitor
+from spinlock_fast.drift import monitor
 from spinlock_fast.drift.verdict import STABLE, STATUSES
 from spinlock_fast.errors import DriftError
 from spinlock_fast.messages import printable

@@ -22,7 +22,7 @@ STATUSES = (STABLE, WATCH, DRIFTED)
 
 PSI_LIMITS = (0.1, 0.25)  # excess PSI of `watch` and `drifted`
 SHARE_LIMITS = (0.05, 0.15)  # the same for the increase of a share of the rows
-FALSE_ALARMS = 0.005  # probability that any measure of unchanged rows is significant, at most
+FALSE_ALARMS = 0.02  # probability that any measure of unchanged rows is significant, at most
 DRIFTED_SHARE = 0.1  # share of the features, or of the codebooks, that makes the verdict `drifted`
 _FEWEST_EXPECTED = 5  # rows in a bin; rarer bins are merged
 FEW_ROWS = 100

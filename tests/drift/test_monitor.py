@@ -16,9 +16,11 @@ from processes import run_on_ranks
 from spinlock_fast import Tokenizer
 from spinlock_fast.checkpoints.integrity import MANIFEST
 from spinlock_fast.checkpoints.run_directory import REFERENCE
-from spinlock_fast.drift.counts import count_rows
-from spinlock_fast.drift.monitor import monitor, read_reference
+from spinlock_fast.drift import monitor
+from spinlock_fast.drift.compare import read_reference
+from spinlock_fast.drift.counts import DriftCounts, _count_block, count_rows
 from spinlock_fast.drift.verdict import judge, population_stability, share_increase
+from spinlock_fast.models.reference_statistics import normalized_bounds
 from spinlock_fast.monitor import main as monitor_main
 from spinlock_fast.train import main as train_main
 
@@ -82,9 +84,6 @@ def test_unchanged_rows_are_stable(size: int, directory: Path) -> None:
 
 
 def counts_of(tokenizer: Tokenizer, reference: Any, x: Any) -> Any:
-    from spinlock_fast.drift.counts import DriftCounts, _count_block
-    from spinlock_fast.models.reference_statistics import normalized_bounds
-
     counts = DriftCounts.zeros(reference)
     _count_block(counts, tokenizer, reference, x, normalized_bounds(tokenizer.cleaner, tokenizer.normalizer))
     return counts
