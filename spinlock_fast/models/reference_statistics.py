@@ -19,7 +19,7 @@ from spinlock_fast.models.eval_mode import eval_mode
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE
 
 BINS = 10
-REFERENCE_ROWS = 16_384  # most rows of which the distributions are kept
+REFERENCE_ROWS = 8192  # most rows of which the distributions are kept
 _FEWEST_HELD_OUT = 50  # with fewer validation rows, distances are those of all rows
 _ROWS_AT_ONCE = 4096
 _TAIL = 0.01
