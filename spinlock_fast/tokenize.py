@@ -44,6 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metavar="W",
         help="weight of the distances between latents and codes in the joint search (0); larger: closer to nearest",
     )
+    options.add_argument(
+        "--scores",
+        action="store_true",
+        help="also write the distance of each latent to its code, and how much farther the nearest other code is",
+    )
     add_memory_budget(options)
     add_external(options)
     add_device(options)
@@ -73,6 +78,7 @@ def _tokenize(chosen: argparse.Namespace) -> None:
             lambda done, total: display.encoded("tokens", done, total),
             ranks,
             TokenSearch(chosen.search, chosen.sweeps, chosen.search_weight),
+            chosen.scores,
         )
     if not chosen.quiet:
         sys.stdout.write(f"tokens: {chosen.output} [{rows}, {tokenizer.model.num_codebooks}]\n")
