@@ -21,6 +21,7 @@ VERBS = {
     "evaluate": "measure a checkpoint on an HDF5 file",
     "monitor": "compare a file with the data of a checkpoint",
     "tokenize": "turn an HDF5 file into tokens",
+    "search": "find the rows nearest to a row or to codes",
     "analyze": "relate the tokens of a checkpoint to parameters and features",
     "predict": "predict tokens from parameters and initial fields",
     "convert": "convert a checkpoint of the original project",

@@ -17,6 +17,7 @@ ARGUMENTS = {
     "evaluate": ["ckpt", "x.h5"],
     "ablate": ["run.yaml", "--output", "variants"],
     "predict": ["apply", "ckpt", "data.h5", "--output", "tokens.h5"],
+    "search": ["ckpt", "tokens.h5", "--like", "0"],
     "tokenize": ["ckpt", "x.h5", "--output", "tokens.h5"],
     "analyze": ["ckpt", "x.h5", "--output", "tables"],
     "convert": ["ckpt", "--output", "converted"],
