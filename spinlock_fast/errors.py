@@ -40,6 +40,12 @@ class TrainingError(SpinlockFastError):
     """Training cannot continue, for instance because a loss is not finite."""
 
 
+class DriftError(SpinlockFastError):
+    """Rows that have drifted from those of training, where --fail-on asks for an error."""
+
+    exit_status = 5
+
+
 class DistributedError(SpinlockFastError):
     """Another process of a distributed run ended, or cannot be reached."""
 

@@ -52,6 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metavar="N",
         help="how often the joint search leaves a local minimum (0); 8: 5 to 8 %% less error, 8 times the time",
     )
+    options.add_argument(
+        "--scores",
+        action="store_true",
+        help="also write the distance of each latent to its code, and how much farther the nearest other code is",
+    )
     add_memory_budget(options)
     add_external(options)
     add_device(options)
@@ -81,6 +86,7 @@ def _tokenize(chosen: argparse.Namespace) -> None:
             lambda done, total: display.encoded("tokens", done, total),
             ranks,
             TokenSearch(chosen.search, chosen.sweeps, chosen.search_weight, chosen.perturbations),
+            chosen.scores,
         )
     if not chosen.quiet:
         sys.stdout.write(f"tokens: {chosen.output} [{rows}, {tokenizer.model.num_codebooks}]\n")

@@ -261,10 +261,17 @@ class Tokenizer(Estimator):
             ranks: if there are several, each gets consecutive blocks of those of one process; all of them must read
                 their blocks to the end.
         """
+        for start, tokens, _ in self.tokens_and_features(path, memory_budget, ranks, search):
+            yield start, tokens
+
+    def tokens_and_features(
+        self, path: str | Path | list[str], memory_budget: int, ranks: Ranks = SINGLE, search: TokenSearch = NEAREST
+    ) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.float32]]]:
+        """As `encode_file`, with the features [B, F] of each block."""
         with self.source(path) as source:
             check = InputCheck(self.training_range, source.rows)
             for start, _, x in self.raw_and_features(source, memory_budget, check, ranks):
-                yield start, self._tokens(x, check, start, search)
+                yield start, self._tokens(x, check, start, search), x
         check.merge(ranks)
         self._warn(check)
 

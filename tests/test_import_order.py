@@ -31,7 +31,7 @@ FLOORS = [
     {"estimators"},
     {"tokenizer", "compat"},
     {"training", "simulate", "trajectories", "behaviour_loss"},
-    {"analysis", "prediction", "ablation"},
+    {"analysis", "prediction", "ablation", "drift"},
     {"report"},
     {"commands"},
 ]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from spinlock_fast.analysis.conditions import Condition
-from spinlock_fast.analysis.observations import Codebooks, Observations
+from spinlock_fast.analysis.observations import Codebooks, Floats, Observations
 from spinlock_fast.analysis.tables import Table
 
 _ROWS_AT_ONCE = 8192
@@ -22,13 +23,19 @@ def code_coordinates(codebooks: Codebooks, tokens: NDArray[np.int64]) -> list[ND
     so that every codebook has the same weight. The mean of d^2 is 1; d is 0 where all tokens agree. A codebook with one
     code in use contributes 0.
     """
+    counts = [np.bincount(tokens[:, g], minlength=codes) for g, codes in enumerate(codebooks.num_codes)]
+    return scaled_codes(codebooks.vectors, counts)
+
+
+def scaled_codes(codebooks: Sequence[Floats], counts: Sequence[NDArray[Any]]) -> list[NDArray[np.float32]]:
+    """As `code_coordinates`, from code vectors [K, D] and the rows [K] of each code, per codebook."""
     scaled = []
-    for g, vectors in enumerate(codebooks.vectors):
-        share = np.bincount(tokens[:, g], minlength=codebooks.num_codes[g]) / len(tokens)
+    for vectors, rows in zip(codebooks, counts, strict=True):
+        share = rows / rows.sum()
         codes = vectors.astype(np.float64)
         mean = share @ codes
         spread = 2.0 * float(share @ np.square(codes - mean).sum(1))
-        factor = 1.0 / np.sqrt(spread * len(codebooks.vectors)) if spread > 0 else 0.0
+        factor = 1.0 / np.sqrt(spread * len(codebooks)) if spread > 0 else 0.0
         scaled.append(((codes - mean) * factor).astype(np.float32))
     return scaled
 

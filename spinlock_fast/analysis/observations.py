@@ -16,7 +16,7 @@ from torch import Tensor
 from spinlock_fast.data.feature_source import FeatureSource, column_names, decode_text
 from spinlock_fast.distributed import SINGLE, Ranks
 from spinlock_fast.errors import DataError
-from spinlock_fast.kernels._common.layout import CodebookLayout
+from spinlock_fast.models.code_search import code_distances
 from spinlock_fast.models.input_check import InputCheck
 from spinlock_fast.tokenizer import Tokenizer
 
@@ -198,27 +198,10 @@ def _block(
     return (
         tokens.cpu().numpy(),
         distance.cpu().numpy(),
-        margin.cpu().numpy(),
+        margin.clamp(min=0.0).cpu().numpy(),  # a rounding error, since codes are the nearest ones
         tokenizer.normalizer.inverse(x[local_rows]),
         measured.cpu().numpy(),
     )
-
-
-def code_distances(latents: Tensor, codebook: Tensor, tokens: Tensor, layout: CodebookLayout) -> tuple[Tensor, Tensor]:
-    """[N, G] distance to the chosen code, and the additional distance to the next one (Inf for a single code).
-
-    Computed from differences: |z|^2 + |e|^2 - 2 z.e would lose small margins.
-    """
-    chosen, further = [], []
-    for g in range(layout.groups):
-        codes = codebook[layout.entry_slice(g)].view(layout.num_codes[g], layout.dims[g])
-        part = latents[:, layout.column_slice(g)]
-        distance = torch.cdist(part, codes, compute_mode="donot_use_mm_for_euclid_dist")
-        own = distance.gather(1, tokens[:, g : g + 1])
-        others = distance.scatter(1, tokens[:, g : g + 1], float("inf"))
-        chosen.append(own[:, 0])
-        further.append((others.min(1).values - own[:, 0]).clamp(min=0.0))
-    return torch.stack(chosen, 1), torch.stack(further, 1)
 
 
 def measured_names(source: FeatureSource, family: str) -> list[str]:

@@ -34,10 +34,24 @@ HISTORY = "training_history.json"
 METRICS = "metrics.json"
 CARD = "README.md"
 VOCABULARY = "vocabulary.json"  # of a run from another checkpoint: what changed in its vocabulary
+REFERENCE = "reference_statistics.json"  # distributions of the run's rows, see `ReferenceStatistics`
 TENSORBOARD = "tensorboard"
 
 FILES = (
-    *(BEST, FINAL, *STATES, SAFETENSORS, CONFIG, NORMALIZATION, HISTORY, METRICS, VOCABULARY, CARD, MANIFEST),
+    *(
+        BEST,
+        FINAL,
+        *STATES,
+        SAFETENSORS,
+        CONFIG,
+        NORMALIZATION,
+        HISTORY,
+        METRICS,
+        VOCABULARY,
+        REFERENCE,
+        CARD,
+        MANIFEST,
+    ),
     TENSORBOARD,
 )
 

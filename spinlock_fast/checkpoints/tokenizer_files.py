@@ -21,6 +21,7 @@ from spinlock_fast.checkpoints.run_directory import (
     HISTORY,
     METRICS,
     NORMALIZATION,
+    REFERENCE,
     SAFETENSORS,
     VOCABULARY,
     RunDirectory,
@@ -34,7 +35,7 @@ from spinlock_fast.output.atomic_files import write_atomically, write_text
 
 log = logging.getLogger(__name__)
 
-_TEXTS = (CONFIG, HISTORY, METRICS, CARD, VOCABULARY)
+_TEXTS = (CONFIG, HISTORY, METRICS, CARD, VOCABULARY, REFERENCE)
 _MAX_BYTES = 64_000_000
 
 
@@ -59,8 +60,12 @@ class Origin:
         metrics: Metrics,
         history: Mapping[str, Any],
         vocabulary: Mapping[str, Any] | None = None,
+        reference: str | None = None,
     ) -> Origin:
-        """Of a run in this process; `vocabulary` if it was started from another checkpoint."""
+        """Of a run in this process; `vocabulary` if it was started from another checkpoint.
+
+        `reference` is the text of reference_statistics.json.
+        """
         texts = {
             CONFIG: dump_config(config),
             HISTORY: json.dumps(finite_or_null(history), indent=2) + "\n",
@@ -69,6 +74,8 @@ class Origin:
         }
         if vocabulary is not None:
             texts[VOCABULARY] = json.dumps(finite_or_null(vocabulary), indent=2) + "\n"
+        if reference is not None:
+            texts[REFERENCE] = reference
         return cls(texts, metrics["best_epoch"])
 
     @classmethod

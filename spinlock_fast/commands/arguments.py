@@ -91,6 +91,14 @@ def perturbations(text: str) -> int:
     return int(text)
 
 
+def like_row(text: str) -> tuple[str | None, int]:
+    """(None, row) of "ROW", or (file, row) of "FILE:ROW"."""
+    file, _, row = text.rpartition(":")
+    if not re.fullmatch(r"\d{1,18}", row, re.ASCII):
+        raise argparse.ArgumentTypeError(f"expected ROW or FILE:ROW, a row being a number from 0, got {shown(text)}")
+    return file or None, int(row)
+
+
 def weight(text: str) -> float:
     """A finite number of at least 0."""
     try:

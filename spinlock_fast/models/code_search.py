@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from typing import Literal, NamedTuple, cast, get_args
 
+import torch
 from torch import Tensor, nn
 
+from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels.joint_search import Decoder, joint_search
 from spinlock_fast.quantize import GroupedVectorQuantizer
 
@@ -59,3 +61,21 @@ def joint_codes(
         latents,
         perturbations=search.perturbations,
     )
+
+
+def code_distances(latents: Tensor, codebook: Tensor, tokens: Tensor, layout: CodebookLayout) -> tuple[Tensor, Tensor]:
+    """Euclidean distances [N, G] of latents to the chosen codes, and how much farther the nearest other code is.
+
+    The margin is negative where another code is nearer, as after a joint search, and Inf in a codebook of one code.
+    Computed from differences: |z|^2 + |e|^2 - 2 z.e would lose small margins.
+    """
+    chosen, further = [], []
+    for g in range(layout.groups):
+        codes = codebook[layout.entry_slice(g)].view(layout.num_codes[g], layout.dims[g])
+        part = latents[:, layout.column_slice(g)]
+        distance = torch.cdist(part, codes, compute_mode="donot_use_mm_for_euclid_dist")
+        own = distance.gather(1, tokens[:, g : g + 1])
+        others = distance.scatter(1, tokens[:, g : g + 1], float("inf"))
+        chosen.append(own[:, 0])
+        further.append(others.min(1).values - own[:, 0])
+    return torch.stack(chosen, 1), torch.stack(further, 1)

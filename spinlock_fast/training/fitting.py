@@ -63,6 +63,7 @@ def train_tokenizer(data: Any, config: RunConfig, display: Display, *, matrix: b
     result.metrics |= {"seconds": seconds, "missing_values": prepared.missing, "units": units(config.training)}
     history = {"best_epoch": result.best_epoch, "epochs": [vars(record) for record in result.history]}
     errors = RowStatistic.of(row_errors(result.model, prepared.x, result.split.val))
+    reference = prepared.reference_statistics(result.model, result.split).model_dump_json()
     return Tokenizer.from_parts(
         result.model,
         prepared.encoders,
@@ -74,7 +75,7 @@ def train_tokenizer(data: Any, config: RunConfig, display: Display, *, matrix: b
         field_grid=prepared.field_grid,
         training_range=TrainingRange(prepared.low, prepared.high, prepared.outside, errors),
         metrics=result.metrics,
-        origin=Origin.of_run(config, result.metrics, history, result.vocabulary),
+        origin=Origin.of_run(config, result.metrics, history, result.vocabulary, reference),
     ).to(device)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from dataclasses import dataclass
@@ -30,6 +31,13 @@ from spinlock_fast.features.family_layout import resolve_families
 from spinlock_fast.features.normalize import Normalizer, fit_normalizer
 from spinlock_fast.features.statistics import mean_and_std
 from spinlock_fast.models.input_check import KnownRows, RowStatistic, outside_share
+from spinlock_fast.models.reference_statistics import (
+    REFERENCE_ROWS,
+    ReferenceStatistics,
+    evenly_spaced,
+    normalized_bounds,
+)
+from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE
 from spinlock_fast.training.initial_model import InitialModel
 from spinlock_fast.training.observer import Display
 
@@ -54,6 +62,7 @@ class PreparedFeatures:
     high: NDArray[np.float64]
     outside: RowStatistic
     missing: dict[str, int]  # missing raw values by family
+    raw_values: dict[str, int]  # all raw values by family
     field_grid: FieldGrid | None  # of the fields that `extract` described
     on_disk: bool = False  # x is a map of a scratch file
     initial: InitialModel | None = None
@@ -70,6 +79,14 @@ class PreparedFeatures:
             "known_rows": self.known_rows.state(),
             "field_grid": None if self.field_grid is None else self.field_grid.state(),
         }
+
+    def reference_statistics(self, model: CategoricalHierarchicalVQVAE, split: Split) -> ReferenceStatistics:
+        """Distributions of the training and validation rows as the model sees them."""
+        rows, bounds = RowView(self.x), normalized_bounds(self.cleaner, self.normalizer)
+        used = evenly_spaced(np.sort(np.concatenate([split.train, split.val])), REFERENCE_ROWS)
+        held_out = evenly_spaced(np.sort(split.val), REFERENCE_ROWS)
+        missing = {name: (self.missing.get(name, 0), count) for name, count in self.raw_values.items()}
+        return ReferenceStatistics.of(model, self.feature_names, bounds, rows[used], rows[held_out], missing)
 
     def fingerprint(self, ranks: Ranks = SINGLE) -> dict[str, Any]:
         """What `check_same_features` compares when a run is resumed; all ranks must call it."""
@@ -181,6 +198,7 @@ def prepare(
         high=high,
         outside=outside,
         missing=missing,
+        raw_values={name: info.rows * math.prod(info.row_shape) for name, info in source.datasets.items()},
         on_disk=matrix.on_disk,
         field_grid=FieldGrid.of_files(source.files),
         initial=initial,

@@ -13,7 +13,7 @@ from typing import Any
 
 from spinlock_fast.checkpoints.directory import CONFIG, finite_or_null, write_results
 from spinlock_fast.checkpoints.resumable import check_same_features, read_resumable
-from spinlock_fast.checkpoints.run_directory import VOCABULARY, RunDirectory
+from spinlock_fast.checkpoints.run_directory import REFERENCE, VOCABULARY, RunDirectory
 from spinlock_fast.config.loading import dump_config
 from spinlock_fast.config.random_streams import VERSION, streams_of
 from spinlock_fast.config.schema import RunConfig
@@ -143,6 +143,8 @@ def write_result(
     history = {"best_epoch": result.best_epoch, "epochs": [vars(record) for record in result.history]}
     if result.vocabulary is not None:
         write_json(directory / VOCABULARY, finite_or_null(result.vocabulary))
+    reference = prepared.reference_statistics(model, result.split)
+    write_text(directory / REFERENCE, reference.model_dump_json())
     write_results(directory, config, model, entries, normalization, result.metrics, history, resumable)
 
 

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from spinlock_fast import Tokenizer
 from spinlock_fast.analysis import AnalysisConfig, analyze_observations, write_tables
-from spinlock_fast.analysis.observations import code_distances, collect_observations
+from spinlock_fast.analysis.observations import collect_observations
 from spinlock_fast.analysis.summary_text import (
     association_grid,
     code_lines,
@@ -30,6 +30,7 @@ from spinlock_fast.analysis.summary_text import (
 from spinlock_fast.analyze import main as analyze_main
 from spinlock_fast.commands.main import main as dispatch
 from spinlock_fast.errors import ConfigError
+from spinlock_fast.models.code_search import code_distances
 from spinlock_fast.train import main as train_main
 
 ENCODER = {"encoder": "MLPEncoder", "encoder_params": {"hidden_dims": [16], "output_dim": 12}}

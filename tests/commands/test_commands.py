@@ -17,6 +17,7 @@ ARGUMENTS = {
     "evaluate": ["ckpt", "x.h5"],
     "ablate": ["run.yaml", "--output", "variants"],
     "predict": ["apply", "ckpt", "data.h5", "--output", "tokens.h5"],
+    "search": ["ckpt", "tokens.h5", "--like", "0"],
     "tokenize": ["ckpt", "x.h5", "--output", "tokens.h5"],
     "analyze": ["ckpt", "x.h5", "--output", "tables"],
     "convert": ["ckpt", "--output", "converted"],
@@ -28,6 +29,7 @@ OF_RANKS = {
     "extract",
     "evaluate",
     "tokenize",
+    "monitor",
     "analyze",
 }  # tested in test_ranks.py of their folders
 

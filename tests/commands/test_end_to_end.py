@@ -193,6 +193,47 @@ def test_tokenize_writes_the_narrowest_integers(checkpoint: Path, data: Path, tm
     assert [path.name for path in tmp_path.iterdir()] == ["tokens.h5"]
 
 
+@pytest.mark.parametrize("search", ["nearest", "joint"])
+def test_scores_are_distances_and_margins(search: str, checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    tables = {}
+    for name in ("t.h5", "t.parquet", "t.csv"):
+        arguments = (checkpoint, data, "--output", tmp_path / name, "--scores", "--search", search, "--quiet")
+        assert run(tokenize_main, *arguments, "--memory-budget", "1MB") == 0
+        tables[name] = tmp_path / name
+    tokenizer = Tokenizer.from_checkpoint(checkpoint)
+    quantizer = tokenizer.model.quantizer
+    with torch.no_grad():
+        latents = tokenizer.model.encode(torch.from_numpy(tokenizer.features(data)))
+    with h5py.File(tables["t.h5"]) as file:
+        tokens, distance, margin = (file[dataset][:] for dataset in ("tokens", "distance", "margin"))
+    assert distance.dtype == margin.dtype == np.float32
+    np.testing.assert_array_equal(tokens, tokenizer.encode(data, search=search))
+    for g in range(quantizer.layout.groups):
+        codes = quantizer.codebook(g)
+        every = (latents[:, quantizer.layout.column_slice(g)][:, None].double() - codes.double()).norm(dim=2).numpy()
+        chosen = every[np.arange(len(tokens)), tokens[:, g]]
+        every[np.arange(len(tokens)), tokens[:, g]] = np.inf
+        np.testing.assert_allclose(distance[:, g], chosen, rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(margin[:, g], every.min(1) - chosen, atol=1e-4)
+    assert ((margin < -1e-4).any()) == (search == "joint")
+    expected = np.hstack([tokens, distance, margin])
+    names = tokenizer.model.codebook_names
+    names = [*names, *(f"{name}/{score}" for score in ("distance", "margin") for name in names)]
+    table = pq.read_table(tables["t.parquet"])
+    assert table.column_names == names
+    np.testing.assert_array_equal(np.stack([column.to_numpy() for column in table.columns], 1), expected)
+    assert tables["t.csv"].read_text().splitlines()[0] == ",".join(names)
+    np.testing.assert_array_equal(np.loadtxt(tables["t.csv"], np.float32, delimiter=",", skiprows=1), expected)
+
+
+def test_scores_need_a_format_of_columns(
+    checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tokenize_main, checkpoint, data, "--output", tmp_path / "t.npy", "--scores") == 2
+    assert "t.npy: a .npy file holds one array, no scores" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_tokenize_by_joint_search(
     checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -58,6 +58,7 @@ def checkpoint(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def commands(checkpoint: Path, data: Path, output: Path) -> list[tuple[str, list[object]]]:
     return [
         ("tokenize", [checkpoint, data, "--output", output / "tokens.h5", *BUDGET]),
+        ("tokenize", [checkpoint, data, "--output", output / "scores.csv", "--scores", *BUDGET]),
         ("evaluate", [checkpoint, data, "--json", output / "metrics.json"]),
         ("analyze", [checkpoint, data, "--output", output / "tables", *BUDGET, "--format", "csv", "--queries", "9"]),
     ]
@@ -74,7 +75,7 @@ def test_files_are_those_of_one_process(checkpoint: Path, data: Path, tmp_path: 
         succeeds(mains[verb], *arguments)
     ended = run_on_ranks(commands(checkpoint, data, together), 2, tmp_path)
     assert ended.statuses == [0, 0], ended.stderr
-    assert ended.stdout.count("tokens: ") == 1
+    assert ended.stdout.count("tokens: ") == 2
     expected, found = files(alone), files(together)
     assert found.keys() == expected.keys()
     for name in expected:
