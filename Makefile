@@ -20,13 +20,14 @@ BLOSC := blosc==1.11.4 --hash=sha256:e0b312d9554d3aea93c75af4ad70dfa8b815ef4fe2b
 CODECS := $(CURDIR)/build/c-blosc
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help setup train test test-all test-oldest test-gpu mutations sanitize fuzz bench docs lint format wheel libdeflate codecs clean
+.PHONY: help setup train test test-all test-packages test-oldest test-gpu mutations sanitize fuzz bench docs lint format wheel libdeflate codecs clean
 
 help:
 	@echo "make setup        create .venv and build the package in it"
 	@echo "make train        train the quickstart tokenizer"
 	@echo "make test         fast tests, the tier that CI runs"
 	@echo "make test-all     fast and slow tests that need no GPU"
+	@echo "make test-packages  install the simulation packages that some slow tests need"
 	@echo "make test-oldest  fast tests with the oldest supported versions, in a virtual environment of their own"
 	@echo "make test-gpu     GPU tests and timings (benchmarks/gpu_check.sh)"
 	@echo "make mutations    check that the fast tests detect one-line bugs"
@@ -93,6 +94,11 @@ test: $(READY)
 
 test-all: $(READY)
 	$(PYTEST) -m "not gpu" $(PARALLEL)
+
+# the-well is installed without its dependencies: it reads files with few of them.
+test-packages: $(READY)
+	$(PIP_INSTALL) "py-pde>=0.59" "zarr>=3"
+	$(PIP_INSTALL) --no-deps the-well einops
 
 # The Triton interpreter and the profiler of these versions need a NumPy before 2.4, see tests/oldest.txt.
 test-oldest:

@@ -1,4 +1,6 @@
+import logging
 import os
+from collections.abc import Iterator
 
 # One thread per test process: tests are small, and `make test` runs one process per core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -20,6 +22,15 @@ settings.load_profile("plain")
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _log_level() -> Iterator[None]:
+    """Benchmarks set the level of the package's logger, which would hide messages from later tests."""
+    logger = logging.getLogger("spinlock_fast")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

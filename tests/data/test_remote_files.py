@@ -46,7 +46,7 @@ def test_index_of_a_remote_file_is_that_of_its_copy(local: Path, store: Any, cac
         for shard in dataset.shards:
             expected = shard_index.index_file(local / shard.file.name.partition("-")[2], [dataset.path])[dataset.path]
             for name, value in (expected.native_layout or {}).items():
-                assert np.array_equal((shard.native_layout or {})[name], value), name
+                np.testing.assert_equal((shard.native_layout or {})[name], value, name)
 
 
 def test_file_that_cannot_be_read_in_parts_is_downloaded(
