@@ -54,7 +54,7 @@ def parts_of(page: str) -> list[str]:
 
 def run(*words: str) -> str:
     """Standard output of `python -m spinlock_fast.VERB ...` in the working directory."""
-    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    environment = os.environ | {"COLUMNS": "92"}  # the width of a block on the page
     command = [sys.executable, "-m", f"spinlock_fast.{words[0]}", *words[1:]]
     return subprocess.run(command, cwd=WORK, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
 
