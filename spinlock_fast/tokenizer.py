@@ -66,13 +66,12 @@ class Tokenizer(Estimator):
             raise not_fitted(type(self).__name__)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
-    def _repr_html_(self) -> str:
-        """Sizes, families and metrics as HTML, for notebooks."""
+    def _repr_html_(self) -> str:  # for notebooks
         if "model" not in vars(self):
             return unfitted_html("Tokenizer", self.settings)
         families = ", ".join(f"{family.name} ({family.encoder_name})" for family in self.families)
-        rows = [("families", families), ("checkpoint", self.checkpoint_hash[:12] or "not saved")]
-        return model_html("Tokenizer", self.model, self.feature_names, self.metrics, rows)
+        more = [("families", families), ("checkpoint", self.checkpoint_hash[:12] or "not saved")]
+        return model_html("Tokenizer", self.model, self.feature_names, self.metrics, more)
 
     @classmethod
     def from_checkpoint(cls, directory: str | Path, device: str | torch.device = "cpu") -> Tokenizer:

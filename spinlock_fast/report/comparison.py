@@ -63,6 +63,7 @@ class Comparison:
     matches: list[list[Match | None]]  # [R][C] the partner in each run of each category of the first run
     settings: list[tuple[str, list[str]]]  # key and values of the settings that differ
     vocabularies: list[dict[str, Any]]  # contents of vocabulary.json, empty without one
+    marked: bool  # whether best values are marked, which needs equal features and rows
     agreement: Agreement | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -139,6 +140,7 @@ def compare_runs(
         matches=[match_categories(runs[0], run) for run in runs],
         settings=differing_settings(runs),
         vocabularies=vocabularies,
+        marked=not incomparable,
         notes=notes,
     )
     if tokens:
@@ -147,14 +149,17 @@ def compare_runs(
 
 
 def run_labels(paths: Sequence[Path]) -> list[str]:
-    """Names of different directories: the last component in which they differ, or as many as needed."""
+    """Names of different directories: as many of their last components as distinguish them, without a common end."""
     parts = [path.parts for path in paths]
     while len({own[-1:] for own in parts}) == 1 and min(map(len, parts)) > 1:
         parts = [own[:-1] for own in parts]
-    depth = 1
-    while len({own[-depth:] for own in parts}) < len(parts):
-        depth += 1
-    return [printable("/".join(own[-depth:])) for own in parts]
+    labels = []
+    for own in parts:
+        depth = 1
+        while sum(other[-depth:] == own[-depth:] for other in parts) > 1:
+            depth += 1
+        labels.append(printable(str(Path(*own[-depth:]))))
+    return labels
 
 
 def number_text(value: float) -> str:

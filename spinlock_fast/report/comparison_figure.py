@@ -75,7 +75,7 @@ def draw_comparison(comparison: Comparison) -> Figure:
             figure.add_subplot(cells[1]),
             comparison.agreement.codebooks[1:],
             comparison,
-            labels[1:],
+            labels,
             f"Agreement with {labels[0]}",
             "Adjusted mutual information (x 100) of the tokens of matched codebooks; 0: as by chance.",
             100.0,
@@ -88,8 +88,7 @@ def _write_metrics(ax: Axes, comparison: Comparison, labels: list[str], lines: i
     places = _write_columns(ax, rows, labels, lines)
     for i, place in enumerate(places):
         ax.plot([place + 0.012], [0.5], "s", color=PALETTE[i], markersize=5, clip_on=False)
-    marked = any(any(row.best) for row in comparison.metrics)
-    text = "Bold: best." if marked else "No best value is marked: the runs differ in features or rows."
+    text = "Bold: best." if comparison.marked else "No best value is marked: the runs differ in features or rows."
     add_heading(ax, "Metrics", f"{text} The squares are the colours of the curves.", 5.0)
 
 
@@ -179,7 +178,7 @@ def _draw_matches(ax: Axes, comparison: Comparison, labels: list[str]) -> None:
     image = heat_map(ax, values, MAGNITUDE, 0.0, 1.0)
     annotate_cells(ax, image, texts)
     ax.set_yticks(range(len(first)), unique_labels(first, 20))
-    ax.set_xticks(range(len(others)), _narrow(labels[1:], 3.3 / len(others)))
+    ax.set_xticks(range(len(others)), _narrow(labels, 3.3 / len(others))[1:])
     text = f"Shared features of the categories of {labels[0]} and their matches (Jaccard index); grey: no match."
     add_heading(ax, "Matched categories", text, 3.4, room=heading_height(2))
 
@@ -187,7 +186,7 @@ def _draw_matches(ax: Axes, comparison: Comparison, labels: list[str]) -> None:
 def _draw_by_codebook(
     ax: Axes, values: Matrix, comparison: Comparison, labels: list[str], title: str, caption: str, scale: float
 ) -> None:
-    """A heat map of values [R, C, L]: one row per category, one column per run and level."""
+    """A heat map of values [R, C, L]: one row per category, one column per run, of the last R, and level."""
     runs, count, levels = values.shape
     flat = values.transpose(1, 0, 2).reshape(count, -1)
     image = heat_map(ax, flat, MAGNITUDE, 0.0, 1.0)
@@ -195,7 +194,7 @@ def _draw_by_codebook(
     if inches >= 0.22:
         annotate_cells(ax, image, [["" if np.isnan(v) else str(round(scale * v)) for v in row] for row in flat])
     ax.set_yticks(range(count), unique_labels(comparison.runs[0].categories, 16))
-    names = _narrow(labels, inches * levels)
+    names = _narrow(labels, inches * levels)[-runs:]
     middle = (levels - 1) / 2
     ax.set_xticks([r * levels + middle for r in range(runs)], names)
     for r in range(1, runs):
