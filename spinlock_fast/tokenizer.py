@@ -22,6 +22,7 @@ from spinlock_fast.data.payload_checks import checked_strings, payload_errors
 from spinlock_fast.descriptors.field_grid import FieldGrid
 from spinlock_fast.distributed import SINGLE, Ranks
 from spinlock_fast.errors import DataError
+from spinlock_fast.estimators.html_summary import model_html, unfitted_html
 from spinlock_fast.estimators.rows import check_columns, check_source, families_of, family_tensors, is_path
 from spinlock_fast.estimators.transformer import Estimator, not_fitted
 from spinlock_fast.features.cleaning import FeatureCleaner
@@ -64,6 +65,13 @@ class Tokenizer(Estimator):
         if name in (*_TRAINED, "device"):
             raise not_fitted(type(self).__name__)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def _repr_html_(self) -> str:  # for notebooks
+        if "model" not in vars(self):
+            return unfitted_html("Tokenizer", self.settings)
+        families = ", ".join(f"{family.name} ({family.encoder_name})" for family in self.families)
+        more = [("families", families), ("checkpoint", self.checkpoint_hash[:12] or "not saved")]
+        return model_html("Tokenizer", self.model, self.feature_names, self.metrics, more)
 
     @classmethod
     def from_checkpoint(cls, directory: str | Path, device: str | torch.device = "cpu") -> Tokenizer:

@@ -18,13 +18,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser(
         "report", "Draws the dashboards of a checkpoint, as PNG and SVG, and its explorer, as one HTML page."
     )
-    options.add_argument("checkpoint", help="checkpoint directory")
+    options.add_argument("checkpoint", nargs="+", help="checkpoint directory; two to eight of them for --type compare")
     options.add_argument(
         "--data", metavar="FILE.h5", help="HDF5 file or glob; default: the data of the run, where they still exist"
     )
     options.add_argument("--output", required=True, metavar="DIR", help="directory for the files")
     options.add_argument(
-        "--type", default="all", choices=["all", *KINDS, "html"], help="html: the explorer (default: all)"
+        "--type",
+        default="all",
+        choices=["all", *KINDS, "html", "compare"],
+        help="html: the explorer; compare: several runs side by side; all: everything for one run (default)",
     )
     options.add_argument(
         "--rows",
@@ -43,7 +46,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_device(options)
     add_quiet(options)
     chosen = options.parse_args(arguments)
+    if chosen.type == "compare":
+        if chosen.conditions:
+            options.error("--conditions: not used by the type compare")
+        exit_with(lambda: _compare(chosen))
+    if len(chosen.checkpoint) > 1:
+        options.error(f"one checkpoint expected, got {len(chosen.checkpoint)} (--type compare takes several)")
+    chosen.checkpoint = chosen.checkpoint[0]
     exit_with(lambda: _report(chosen))
+
+
+def _compare(chosen: argparse.Namespace) -> None:
+    from spinlock_fast.report.comparison_write import write_comparison
+
+    _print(chosen, *write_comparison(chosen.checkpoint, chosen.output, chosen.data, chosen.device))
 
 
 def _report(chosen: argparse.Namespace) -> None:
@@ -68,6 +84,10 @@ def _report(chosen: argparse.Namespace) -> None:
             if chosen.type == "html":
                 raise
             notes.append(f"explorer.html is omitted: {error}")
+    _print(chosen, files, notes)
+
+
+def _print(chosen: argparse.Namespace, files: list[Path], notes: list[str]) -> None:
     if chosen.quiet:
         return
     for note in notes:

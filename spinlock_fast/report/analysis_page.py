@@ -145,15 +145,15 @@ def _further(analysis: Analysis) -> list[Block]:
     return [Block("h2", ["Further"]), Block("list", lines)] if lines else []
 
 
-def markdown(blocks: Sequence[Block]) -> str:
-    """The page in Markdown; the picture is the file beside it."""
+def markdown(blocks: Sequence[Block], picture: str = PICTURE) -> str:
+    """The page in Markdown; the picture is a file beside it."""
     parts = []
     for block in blocks:
         lines = [_plain(line) for line in block.lines]
         if block.kind in ("h1", "h2"):
             parts.append(f"{'#' * int(block.kind[1])} {lines[0]}")
         elif block.kind == "picture":
-            parts.append(f"![{lines[0]}]({PICTURE})")
+            parts.append(f"![{lines[0]}]({picture})")
         elif block.kind == "list":
             parts.append("\n".join(f"- {line}" for line in lines))
         elif block.kind == "table":
@@ -206,7 +206,7 @@ def _html_table(rows: Sequence[Sequence[str]]) -> str:
 
 def _numeric(rows: Sequence[Sequence[str]], column: int) -> bool:
     """Whether a column with a header holds numbers, which are aligned to the right."""
-    return bool(rows[0][column]) and all(re.match(r"-?[\d.]+( |$)|$", row[column]) for row in rows[1:])
+    return bool(rows[0][column]) and all(re.match(r"-?[\d.,]*( |$)", row[column]) for row in rows[1:])
 
 
 def _plain(text: str) -> str:

@@ -64,7 +64,7 @@ def draw_engineering(summary: CheckpointSummary) -> Figure:
 def _draw_losses(ax: Axes, summary: CheckpointSummary) -> None:
     epochs = [record["epoch"] for record in summary.epochs]
     train = [record["train_loss"] for record in summary.epochs]
-    at, val = _validation_curve(summary, "val_loss")
+    at, val = validation_curve(summary, "val_loss")
     ax.plot(epochs, train, color=NEUTRAL, linewidth=1.0, label="training", **marker_style(len(epochs)))
     ax.plot(at, val, color=FOCUS, linewidth=1.4, label="validation", **marker_style(len(at)))
     ax.grid(axis="y")
@@ -82,7 +82,7 @@ def _draw_quality(ax: Axes, summary: CheckpointSummary) -> None:
         ("utilization", _UTILIZATION, "--", "utilization"),
         ("perplexity_over_k", _PERPLEXITY, ":", "perplexity / K"),
     )
-    curves = {key: _validation_curve(summary, key) for key, *_ in shown}
+    curves = {key: validation_curve(summary, key) for key, *_ in shown}
     for key, colour, style, label in shown:
         at, values = curves[key]
         if at:
@@ -112,7 +112,7 @@ def range_of_shares(values: list[float]) -> tuple[float, float]:
     return min(low, high - 0.2), high
 
 
-def _validation_curve(summary: CheckpointSummary, key: str) -> tuple[list[int], list[float]]:
+def validation_curve(summary: CheckpointSummary, key: str) -> tuple[list[int], list[float]]:
     """Epochs and values of a metric of the validations."""
     points = [(r["epoch"], r["validation"][key]) for r in summary.epochs if key in (r.get("validation") or {})]
     return [epoch for epoch, _ in points], [value for _, value in points]

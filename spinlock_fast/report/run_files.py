@@ -1,4 +1,4 @@
-"""Schemas of metrics.json and training_history.json, as far as the dashboards read them."""
+"""Schemas of metrics.json, training_history.json and vocabulary.json, as far as the dashboards read them."""
 
 from __future__ import annotations
 
@@ -68,6 +68,31 @@ class _HistoryFile(_JsonFile):
     epochs: list[_Epoch] = []
 
 
+class _StartedFrom(_JsonFile):
+    name: str
+    freeze: str = "none"
+
+
+class _KeptCodes(_JsonFile):
+    in_use: Count
+    in_use_kept: Count
+
+
+class _TokenChange(_JsonFile):
+    missing: str | None = None
+    equal_tokens: Number | None = None
+    adjusted_mutual_information: Number | None = None
+    error_before: Number | None = None
+    error_after: Number | None = None
+
+
+class _VocabularyFile(_JsonFile):
+    init_from: _StartedFrom
+    codes: _KeptCodes
+    new_data: _TokenChange
+    old_data: _TokenChange
+
+
 def read_metrics(path: Path) -> dict[str, Any]:
     """The validated contents of metrics.json; empty without a file. Raises DataError with one line."""
     return _read(path, _MetricsFile)
@@ -76,6 +101,11 @@ def read_metrics(path: Path) -> dict[str, Any]:
 def read_history(path: Path) -> dict[str, Any]:
     """The validated contents of training_history.json; empty without a file. Raises DataError with one line."""
     return _read(path, _HistoryFile)
+
+
+def read_vocabulary(path: Path) -> dict[str, Any]:
+    """The validated contents of vocabulary.json; empty without a file. Raises DataError with one line."""
+    return _read(path, _VocabularyFile)
 
 
 def _read(path: Path, kind: type[_JsonFile]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from spinlock_fast.data.input_arrays import masked_to_nan
 from spinlock_fast.data.mapped_pages import MappedPages
 from spinlock_fast.data.split import Split
 from spinlock_fast.errors import DataError
+from spinlock_fast.estimators.html_summary import model_html
 from spinlock_fast.estimators.transformer import MATRIX
 from spinlock_fast.features.cleaning import FeatureCleaner
 from spinlock_fast.features.encode import FamilyEncoder
@@ -85,6 +86,14 @@ class TrainResult:
         rows = torch.cat(blocks).numpy()
         rows = self.normalizer.inverse(rows) if self.normalizer is not None else rows
         return torch.from_numpy(rows) if isinstance(tokens, Tensor) else rows
+
+    def _repr_html_(self) -> str:
+        """Sizes, epochs and metrics as HTML, for notebooks."""
+        rows = [
+            ("epochs", f"{len(self.history):,}, best {self.best_epoch:,}"),
+            ("rows", f"{len(self.split.train):,} training, {len(self.split.val):,} validation"),
+        ]
+        return model_html("TrainResult", self.model, self.feature_names, self.metrics, rows)
 
     @property
     def tokenizer(self) -> Tokenizer:
