@@ -22,7 +22,7 @@ from spinlock_fast.data.payload_checks import checked_strings, payload_errors
 from spinlock_fast.descriptors.field_grid import FieldGrid
 from spinlock_fast.distributed import SINGLE, Ranks
 from spinlock_fast.errors import DataError
-from spinlock_fast.estimators.html_summary import model_html, unfitted_html
+from spinlock_fast.estimators.html_summary import tokenizer_html, unfitted_html
 from spinlock_fast.estimators.rows import check_columns, check_source, families_of, family_tensors, is_path
 from spinlock_fast.estimators.transformer import Estimator, not_fitted
 from spinlock_fast.features.cleaning import FeatureCleaner
@@ -67,11 +67,7 @@ class Tokenizer(Estimator):
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def _repr_html_(self) -> str:  # for notebooks
-        if "model" not in vars(self):
-            return unfitted_html("Tokenizer", self.settings)
-        families = ", ".join(f"{family.name} ({family.encoder_name})" for family in self.families)
-        more = [("families", families), ("checkpoint", self.checkpoint_hash[:12] or "not saved")]
-        return model_html("Tokenizer", self.model, self.feature_names, self.metrics, more)
+        return tokenizer_html(self) if "model" in vars(self) else unfitted_html("Tokenizer", self.settings)
 
     @classmethod
     def from_checkpoint(cls, directory: str | Path, device: str | torch.device = "cpu") -> Tokenizer:
@@ -234,17 +230,15 @@ class Tokenizer(Estimator):
         if is_path(raw):
             return np.concatenate([tokens for _, tokens in self.encode_file(raw, search=token_search)])
         given = families_of(raw, self.families, self.feature_names)
-        as_torch = any(isinstance(array, Tensor) for array in given.values())
         arrays = family_tensors(given, self.families)
         check = InputCheck(self.training_range, len(arrays[self.families[0].name]))
         tokens = self._tokens(self._features(arrays, check), check, search=token_search)
         self._warn(check)
-        return torch.from_numpy(tokens) if as_torch else tokens
+        return torch.from_numpy(tokens) if any(isinstance(array, Tensor) for array in given.values()) else tokens
 
     def _features(self, arrays: Mapping[str, Tensor], check: InputCheck | None) -> NDArray[np.float32]:
         blocks = []
         for start in range(0, max(len(arrays[self.families[0].name]), 1), _ROWS_AT_ONCE):
-            rows = slice(start, start + _ROWS_AT_ONCE)
             columns = []
             for family in self.families:
 
@@ -252,7 +246,7 @@ class Tokenizer(Estimator):
                     return f"family {name!r}: row {start + row}"
 
                 with device_guard(self.device):
-                    columns.append(family(arrays[family.name][rows].to(self.device), place))
+                    columns.append(family(arrays[family.name][start : start + _ROWS_AT_ONCE].to(self.device), place))
             blocks.append(torch.cat(columns, 1))
         return self._prepare(torch.cat(blocks).cpu().numpy(), lambda row: f"row {row}", check)
 
@@ -294,9 +288,8 @@ class Tokenizer(Estimator):
     def source(self, path: str | Path | list[str]) -> FeatureSource:
         """Opens the families of an HDF5 file; a context manager."""
         paths = [str(part) for part in path] if isinstance(path, list) else str(path)
-        return FeatureSource(
-            paths, {family.name: family.dataset for family in self.families}, allow_external=self.allow_external
-        )
+        datasets = {family.name: family.dataset for family in self.families}
+        return FeatureSource(paths, datasets, allow_external=self.allow_external)
 
     def raw_and_features(
         self,

@@ -295,16 +295,6 @@ class TrainingConfig(Section):
         "that every row keeps its tokens",
     )
 
-    def resets_dead_codes(self, epoch: int) -> bool:
-        """Whether dead codes are reset in and after an epoch, counted from 1, if their interval says so."""
-        return epoch <= self.dead_code_reset_until * self.num_epochs
-
-    def settings_by_length(self) -> str:
-        """Which setting makes epochs depend on `num_epochs`; "" if none."""
-        if self.scheduler == "cosine":
-            return "training.scheduler is cosine"
-        return "training.dead_code_reset_until is below 1" if self.dead_code_reset_until < 1.0 else ""
-
     @property
     def mapping_file(self) -> str | None:
         """The JSON file of categories; None where they are discovered."""

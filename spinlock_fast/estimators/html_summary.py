@@ -34,6 +34,13 @@ def model_html(
     return _div(title, rows, _categories(model, feature_names))
 
 
+def tokenizer_html(tokenizer: Any) -> str:
+    """`model_html` of a fitted `Tokenizer`, with its families and checkpoint."""
+    families = ", ".join(f"{family.name} ({family.encoder_name})" for family in tokenizer.families)
+    more = [("families", families), ("checkpoint", tokenizer.checkpoint_hash[:12] or "not saved")]
+    return model_html("Tokenizer", tokenizer.model, tokenizer.feature_names, tokenizer.metrics, more)
+
+
 def unfitted_html(title: str, settings: Mapping[str, Any] | None) -> str:
     """The settings of an estimator that is not fitted."""
     given = settings.items() if isinstance(settings, Mapping) else ()

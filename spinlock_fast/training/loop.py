@@ -31,6 +31,7 @@ from spinlock_fast.training.divergence import (
     clone_tensors,
     raise_nonfinite_loss,
 )
+from spinlock_fast.training.epoch_rules import resets_dead_codes, settings_by_length
 from spinlock_fast.training.model_selection import ModelSelection, check_selection_state
 from spinlock_fast.training.observer import EpochRecord, Observer
 from spinlock_fast.training.row_order import training_order
@@ -157,8 +158,7 @@ class TrainingRun:
         The last epoch of a run always validates and never resets dead codes.
         """
         training = self.training
-        by_length = training.settings_by_length()
-        if self._previous_num_epochs not in (None, training.num_epochs) and by_length:
+        if self._previous_num_epochs not in (None, training.num_epochs) and (by_length := settings_by_length(training)):
             log.warning(
                 "%s, and the first %d epochs followed num_epochs %d: "
                 "the weights will differ from those of a run that had %d from the start",
@@ -171,7 +171,7 @@ class TrainingRun:
             self.selection.load(self._selection_before_last, self.device)
             self._selection_before_last = None
             self.history[-1].validation = None
-        if self._reset_skipped and training.resets_dead_codes(self.epoch):
+        if self._reset_skipped and resets_dead_codes(training, self.epoch):
             self.history[-1].resets = self._reset_dead_codes()
         self._reset_skipped = False
 
@@ -209,7 +209,7 @@ class TrainingRun:
         last = self.epoch == training.num_epochs
         validates = self.epoch % training.val_every_n_epochs == 0
         interval = training.dead_code_reset_interval
-        resets = interval > 0 and self.epoch % interval == 0 and training.resets_dead_codes(self.epoch)
+        resets = interval > 0 and self.epoch % interval == 0 and resets_dead_codes(training, self.epoch)
         saves = not last and self.epoch % training.save_every == 0
         if self._overlap_readback and not (last or validates or resets or saves):
             return
@@ -293,7 +293,7 @@ class TrainingRun:
     def _next_launch(self) -> tuple[StepKind, int]:
         """The kind of the next step, and how many consecutive steps of that kind can be launched."""
         step, interval = self.training_step, self.training.dead_code_reset_steps
-        interval *= self.training.resets_dead_codes(self.epoch + 1)
+        interval *= resets_dead_codes(self.training, self.epoch + 1)
         same_kind = step.full_batches - self.step if self.step < step.full_batches else 1
         same_kind = min(same_kind, step.feed.steps_available(self.step))
         if not interval:
