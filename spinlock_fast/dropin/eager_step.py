@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from spinlock_fast.dropin import losses
 from spinlock_fast.dropin.codebook import Codebook, CodebookUpdate, apply_updates
 from spinlock_fast.dropin.dead_codes import gather_from_heads
 from spinlock_fast.dropin.input_layout import InputLayout, apply_projection
@@ -30,9 +31,7 @@ def forward(
     frozen = layer.freeze_codebook if freeze_codebook is None else freeze_codebook
     quantized, codes, loss = _quantize(layer, rows, x.requires_grad, not frozen)
     output = apply_projection(layer.project_out, quantized).to(x.dtype) if layer.has_projections else quantized
-    if not loss.requires_grad:
-        loss.requires_grad_()  # `loss.backward()` must work even if nothing before it requires a gradient
-    return layout.from_rows(output), layout.unflatten_positions(codes), loss
+    return layout.from_rows(output), layout.unflatten_positions(codes), losses.ensure_backward(loss)
 
 
 def _applies(layer: TrainingLoss, rows: Tensor) -> bool:
@@ -40,6 +39,7 @@ def _applies(layer: TrainingLoss, rows: Tensor) -> bool:
     codebook = layer._codebook
     return (
         layer.has_commitment_loss
+        and isinstance(layer.commitment_weight, (int, float))  # a tensor may require a gradient
         and codebook.num_codebooks == 1
         and layer.is_fusable
         and not codebook.needs_kmeans

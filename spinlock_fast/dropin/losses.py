@@ -28,13 +28,16 @@ class _RequireGrad(torch.autograd.Function):
 
 
 def ensure_backward(loss: Tensor) -> Tensor:
-    """`loss`, made to require a gradient: `loss.backward()` must work even if nothing before it requires one."""
+    """`loss`, made to require a gradient: `loss.backward()` must work even if nothing before it requires one.
+
+    The result is not a leaf, so that callers can change it in place; under `torch.no_grad` it requires no gradient.
+    """
     if loss.requires_grad or in_transform():  # torch.func forms gradients without `backward`
         return loss
     if torch.compiler.is_compiling():  # `requires_grad_` breaks the graph
         result: Tensor = _RequireGrad.apply(loss, _GRAD_ROOT)  # type: ignore[no-untyped-call]
         return result
-    return loss.clone().requires_grad_()
+    return loss.detach().requires_grad_().clone()
 
 
 class LossBreakdown(NamedTuple):
