@@ -35,7 +35,9 @@ def write_picture(path: Path, result: Entry) -> None:
         _bars(ax, result[kind], key)
         ax.set_title(title, fontsize=9)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    title = "Grey: stable. A change beyond a limit counts only where it is significant."
+    style: dict[str, Any] = {"ncols": 2, "fontsize": 8, "frameon": False, "title": title, "title_fontsize": 8}
+    figure.legend(handles, labels, loc="outside lower center", **style)
     figure.suptitle(f"{result['verdict']}: {result['rows']:,} rows against {result['reference']['rows']:,} of the run")
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
 

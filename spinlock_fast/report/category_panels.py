@@ -182,9 +182,9 @@ def _draw_associations(ax: Axes, panels: CategoryPanels, associations: Associati
     draw_associations(ax, shown, size, _row_edges(panels), labels if panels.detailed else [])
     text = "Adjusted mutual information of a token and a condition; grey: not above chance (q\u00a0>\u00a00.05)."
     if not panels.detailed:
-        text += " Of each category, the level that tells most."
+        text += " Each category is shown by its level with the strongest association."
     if (more := len(shown.conditions) - MAX_CONDITIONS) > 0:
-        text += f" {more:,} conditions that are told less are omitted."
+        text += f" {more:,} conditions with weaker associations are omitted."
     add_heading(ax, "What the tokens tell", text, panels.widths[2] + 0.4, room=_room(panels))
 
 
