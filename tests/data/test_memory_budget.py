@@ -27,21 +27,26 @@ def status(key):
     with open("/proc/self/status") as file:
         return 1024 * next(int(line.split()[1]) for line in file if line.startswith(key))
 
+def read(dataset, budget):
+    if what == "encode":
+        families = {dataset: FamilyConfig(encoder="IdentityEncoder", dataset=dataset)}
+        with FeatureSource(path, {dataset: dataset}) as source:
+            (family,) = make_encoders(source, families, 0, budget)
+            training = np.arange(0, source.rows, 2)
+            blocks = encode_blocks(source, family, budget, torch.device("cpu"), training)
+            rows = sum(len(block.columns) for block in blocks)
+            column_medians(source, family.name, training, budget)
+        return rows
+    batches = HDF5Loader(path, dataset, shuffle=what == "shuffled", window_rows=1024, memory_budget=budget)
+    return sum(len(batch["index"]) for batch in batches)
+
 torch.set_num_threads(1)
 path, what, budget = sys.argv[1], sys.argv[2], int(sys.argv[3])
+read("few", budget)  # the pages of the libraries are counted when they are first used
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")  # resets VmHWM
 before = status("VmRSS")
-rows = 0
-if what == "encode":
-    families = {"x": FamilyConfig(encoder="IdentityEncoder", dataset="x")}
-    with FeatureSource(path, {"x": "x"}) as source:
-        (family,) = make_encoders(source, families, 0, budget)
-        training = np.arange(0, source.rows, 2)
-        for block in encode_blocks(source, family, budget, torch.device("cpu"), training):
-            rows += len(block.columns)
-        column_medians(source, family.name, training, budget)
-else:
-    for batch in HDF5Loader(path, "x", shuffle=what == "shuffled", window_rows=1024, memory_budget=budget):
-        rows += len(batch["index"])
+rows = read("x", budget)
 print(rows, status("VmHWM") - before)
 """
 
@@ -56,13 +61,15 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         dataset = file.create_dataset("x", (ROWS, *ROW), np.float32, chunks=(CHUNK, *ROW), compression="gzip")
         for i in range(ROWS // CHUNK):
             dataset.id.write_direct_chunk((i * CHUNK, 0, 0), chunks[i % 8])
+        file.create_dataset("few", data=dataset[: 2 * CHUNK], chunks=(CHUNK, *ROW), compression="gzip")
     return path
 
 
-# Memory besides the rows: index, threads and their scratch memory, libraries that torch loads on first use; for an
-# encoder also the columns and masks of a block. Far less than the data in every case.
-@pytest.mark.parametrize(("what", "beside"), [("encode", 100e6), ("sequential", 40e6), ("shuffled", 40e6)])
-def test_memory_stays_within_the_budget(path: Path, tmp_path: Path, what: str, beside: float) -> None:
+BESIDE = 40e6  # index, threads and their scratch memory; for an encoder also the columns and masks of a block
+
+
+@pytest.mark.parametrize("what", ["encode", "sequential", "shuffled"])
+def test_memory_stays_within_the_budget(path: Path, tmp_path: Path, what: str) -> None:
     rows, added = map(int, run_code(_PEAK, [str(path), what, str(BUDGET)], tmp_path).split())
     assert rows == ROWS
-    assert added < BUDGET + beside
+    assert added < BUDGET + BESIDE
