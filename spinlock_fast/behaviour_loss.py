@@ -334,7 +334,7 @@ class BehaviourLoss(nn.Module):
                 terms[name] = (self._cross_entropy(predicted.latents, target.tokens) * by_codebook).sum(1).mean()
             else:
                 with torch.no_grad():
-                    decoded = model.decode(predicted.codes)
+                    decoded = model.reconstruct(predicted.codes, predicted.tokens)
                 known = predicted.available.to(self.device, predicted.features.dtype)
                 terms[name] = ((predicted.features - decoded).square() @ (known / known.sum())).mean()
         return terms

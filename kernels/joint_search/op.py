@@ -34,6 +34,7 @@ def joint_search(
     candidates: int | None = None,
     backend: Backend = "auto",
     perturbations: int = 0,
+    tables: Tensor | None = None,
 ) -> Tensor:
     """Codes with a lower |R(k) - x|^2 + w sum_g |z_g - E_g[k_g]|^2 of each row; see `reference`.
 
@@ -52,6 +53,7 @@ def joint_search(
         candidates: only the code where the search starts and so many of the nearest ones may be taken; None: any.
         backend: "auto", "triton" or "reference", see `resolve_backend`.
         perturbations: how often codes are moved out of a local minimum, each time with `sweeps` more sweeps.
+        tables: [sum K, H] what each code adds to the hidden layer; E_g W1_g if not given.
 
     Returns:
         [B, G] int64. Implementations may choose differently where errors are equal up to rounding.
@@ -69,6 +71,7 @@ def joint_search(
         ("codebook", codebook, (layout.total_entries,), FLOAT),
         ("latents", latents, ("B", layout.total_dims), FLOAT),
         ("decoder.w1", decoder.w1, (layout.total_dims, "H"), SAME),
+        ("tables", tables, (layout.total_codes, "H"), FLOAT),
         ("decoder.b1", decoder.b1, ("H",), SAME),
         ("decoder.w2", decoder.w2, ("H", "F"), SAME),
         ("decoder.b2", decoder.b2, ("F",), SAME),
@@ -86,12 +89,20 @@ def joint_search(
         raise ValueError("joint_search: perturbations move codes to any other, so candidates must be None")
     if latents is None and (candidates is not None or search_weight):
         raise ValueError("joint_search: candidates and search_weight need latents")
-    wide = functools.reduce(torch.promote_types, [t.dtype for t in (x, codebook, *decoder)], torch.float32)
-    x, codebook, decoder = x.to(wide), codebook.to(wide), Decoder(*(t.to(wide) for t in decoder))
+    if (decoder.w1 is None) == (tables is None):
+        raise ValueError("joint_search: give either decoder.w1 or tables")
+    given = [t for t in (x, codebook, tables, *decoder) if t is not None]
+    wide = functools.reduce(torch.promote_types, [t.dtype for t in given], torch.float32)
+    x, codebook = x.to(wide), codebook.to(wide)
+    w1 = None if decoder.w1 is None else decoder.w1.to(wide)
+    decoder = Decoder(w1, *(t.to(wide) for t in (decoder.b1, decoder.w2, decoder.b2)))
     if not sweeps or not x.shape[0]:
         return codes.clone()
     with no_autocast(x.device), full_float32(x.device):
-        tables = reference.code_tables(codebook, decoder.w1, layout)
+        if w1 is not None:
+            tables = reference.code_tables(codebook, w1, layout)
+        assert tables is not None
+        tables = tables.to(wide).contiguous()
         sizes = layout.indices(x.device).num_codes.to(torch.int64)
         searched = ((codes >= 0) & (codes < sizes)).all(1) & torch.isfinite(x).all(1)
         rows = torch.where(searched[:, None], x, 0.0)
@@ -104,7 +115,7 @@ def joint_search(
             begin = reference.start(rows, codes, tables, decoder, layout)
             return begin if cost is None else _with_cost(cost, begin, layout)
 
-        search = _implementation(backend, tables, decoder.w2, layout, sweeps, cost, x, codebook, *decoder)
+        search = _implementation(backend, tables, decoder.w2, layout, sweeps, cost, x, codebook, *decoder[1:])
         found = search(at(first))
         if perturbations:
             best = at(found)

@@ -37,7 +37,7 @@ _PERTURBED = 2  # codebooks whose codes a perturbation moves
 class Decoder(NamedTuple):
     """Parameters of the decoder that reads the codes of all codebooks."""
 
-    w1: Tensor  # [sum D, H]
+    w1: Tensor | None  # [sum D, H]; None if the tables T are given
     b1: Tensor  # [H]
     w2: Tensor  # [H, F]
     b2: Tensor  # [F]

@@ -47,6 +47,7 @@ from spinlock_fast.data.payload_checks import (
 from spinlock_fast.errors import DataError
 from spinlock_fast.messages import one_line, shown
 from spinlock_fast.models.metrics import Metrics
+from spinlock_fast.models.token_decoder import TOKEN_DECODER
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
 from spinlock_fast.output.atomic_files import write_atomically, write_json, write_text
 
@@ -175,6 +176,8 @@ def model_from_payload(payload: Mapping[str, Any]) -> CategoricalHierarchicalVQV
             f"{sum(map(math.prod, sizes.values())):,} numbers{writer_note(payload)}"
         )
     model = CategoricalHierarchicalVQVAE(config)
+    if any(name.startswith(TOKEN_DECODER) for name in sizes):
+        model.add_token_decoder()
     if problem := shape_difference(sizes, {name: tuple(value.shape) for name, value in model.state_dict().items()}):
         raise DataError(f"model_state_dict: {problem}{writer_note(payload)}")
     with payload_errors(payload, "model_state_dict"):

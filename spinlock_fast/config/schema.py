@@ -191,6 +191,11 @@ class TrainingConfig(Section):
         description="ridge regression of the last decoder layer on the training rows after the last epoch, towards its "
         "trained weights; penalty relative to the variance of its inputs, 0: none",
     )
+    joint_search_epochs: NonNegativeInt = Field(
+        default=0,
+        description="epochs after the last one in which a decoder of tokens is fitted to the training rows, with joint "
+        "tokens searched anew in each; 0: tokens are decoded by the trained decoder",
+    )
     optimizer: Literal["adam", "adamw"] = Field(default="adam", description="optimizer")
     weight_decay: NonNegativeFloat = Field(
         default=0.0, description="decoupled weight decay of adamw, L2 penalty of adam"

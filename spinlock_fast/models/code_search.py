@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels.joint_search import Decoder, joint_search
+from spinlock_fast.models.token_decoder import TokenDecoder
 from spinlock_fast.quantize import GroupedVectorQuantizer
 
 Search = Literal["nearest", "joint"]
@@ -44,22 +45,27 @@ def joint_codes(
     latents: Tensor,
     codes: Tensor,
     quantizer: GroupedVectorQuantizer,
-    shared_decoder: nn.Sequential,
+    decoder: nn.Sequential | TokenDecoder,
     search: TokenSearch,
 ) -> Tensor:
     """`joint_search` for rows x [B, F] with latents [B, sum D], from the nearest codes [B, G]."""
-    first, *_, last = cast(list[nn.Linear], list(shared_decoder))
-    decoder = Decoder(first.weight.t(), first.bias, last.weight.t(), last.bias)
+    tables = None
+    if isinstance(decoder, TokenDecoder):
+        tables, weights = decoder.tables, Decoder(None, decoder.b1, decoder.w2, decoder.b2)
+    else:
+        first, *_, last = cast(list[nn.Linear], list(decoder))
+        weights = Decoder(first.weight.t(), first.bias, last.weight.t(), last.bias)
     return joint_search(
         x,
         codes,
         quantizer.embedding,
-        decoder,
+        weights,
         quantizer.layout,
         search.sweeps,
         search.search_weight,
         latents,
         perturbations=search.perturbations,
+        tables=tables,
     )
 
 

@@ -8,10 +8,8 @@ from typing import Any, Literal, NamedTuple, cast
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
-from spinlock_fast.config.schema import LevelConfig, ModelConfig, PositiveInt
 from spinlock_fast.data.input_arrays import to_real_tensor
 from spinlock_fast.kernels._common.dropout import BatchSlice
 from spinlock_fast.kernels._common.guard import check_dense
@@ -29,7 +27,10 @@ from spinlock_fast.models.layers import (
     RaggedLayerNorm,
     RaggedOutputLinear,
 )
-from spinlock_fast.quantize import GroupedVectorQuantizer, commitment_weight, resolve_levels
+from spinlock_fast.models.token_decoder import TokenDecoder
+from spinlock_fast.models.vqvae_config import PARTIAL_HIDDEN, SHARED_HIDDEN
+from spinlock_fast.models.vqvae_config import CategoricalVQVAEConfig as CategoricalVQVAEConfig
+from spinlock_fast.quantize import GroupedVectorQuantizer, commitment_weight
 from spinlock_fast.quantize.buffers import TransientBuffers
 
 
@@ -57,78 +58,6 @@ def _outputs(
 
 
 _RELATIVE_EPS = 1e-6  # rounding error of a float32 mean
-_PARTIAL_HIDDEN = 128
-_SHARED_HIDDEN = 256
-
-
-class CategoricalVQVAEConfig(ModelConfig):
-    """Configuration of a model: `ModelConfig` plus the features and their categories.
-
-    Args:
-        input_dim: F, number of features.
-        group_indices: features of each category; a feature belongs to at most one. Tokens are in the order of the
-            categories. A feature in no category is reconstructed from all codes, but not encoded.
-        extra_inputs: features in no category that the encoder of a category reads after its own, standardised.
-        levels: codebook sizes; None or [] derives them from the number of features, a list applies to all categories,
-            a mapping has an entry per category.
-
-    Raises:
-        pydantic.ValidationError (a ValueError): a feature is given twice or out of range, or `extra_inputs` names an
-            unknown category.
-    """
-
-    input_dim: PositiveInt = Field(description="features")
-    group_indices: dict[str, list[int]] = Field(min_length=1, description="features of each category")
-    extra_inputs: dict[str, list[int]] = Field(default={}, description="features in no category, by their reader")
-
-    @field_validator("levels", mode="before")
-    @classmethod
-    def _none_is_auto(cls, value: Any) -> Any:
-        return [] if value is None else value
-
-    @model_validator(mode="after")
-    def _features_partitioned(self) -> CategoricalVQVAEConfig:
-        seen = [i for part in (self.group_indices, self.extra_inputs) for members in part.values() for i in members]
-        for name, members in self.group_indices.items():
-            if not members:
-                raise ValueError(f"group_indices.{name}: a category needs at least 1 feature")
-        outside = [i for i in seen if not 0 <= i < self.input_dim]
-        if outside:
-            raise ValueError(f"group_indices: feature {outside[0]} is outside 0..{self.input_dim - 1}")
-        unknown = [name for name in self.extra_inputs if name not in self.group_indices]
-        if unknown:
-            raise ValueError(f"extra_inputs: no category {unknown[0]!r}")
-        if len(set(seen)) != len(seen):
-            twice = next(i for i in seen if seen.count(i) > 1)
-            raise ValueError(f"group_indices: feature {twice} is in two places")
-        resolve_levels(self.group_sizes, self.levels, self.compression_ratios)
-        return self
-
-    @property
-    def group_sizes(self) -> dict[str, int]:
-        return {name: len(members) for name, members in self.group_indices.items()}
-
-    @property
-    def inputs(self) -> dict[str, list[int]]:
-        """Input features of each category's encoder: its own, then its extra inputs."""
-        return {name: [*members, *self.extra_inputs.get(name, [])] for name, members in self.group_indices.items()}
-
-    def resolved_levels(self) -> dict[str, list[LevelConfig]]:
-        """Codebooks of every category, coarse to fine."""
-        return resolve_levels(self.group_sizes, self.levels, self.compression_ratios, self.uniform_codebook_init)
-
-    def parameter_count(self) -> int:
-        """Number of weights and code entries, without building the model."""
-        levels = [level for category in self.resolved_levels().values() for level in category]
-        D, G = sum(level.latent_dim for level in levels), len(levels)
-        F, E, H, C = self.input_dim, self.group_embedding_dim, self.group_hidden_dim, len(self.group_indices)
-        inputs = sum(len(members) for members in self.inputs.values())
-        category_mlp = inputs * H + C * H + C * H * E + 3 * C * E
-        heads = E * D + 3 * D
-        shared_decoder = D * _SHARED_HIDDEN + _SHARED_HIDDEN + _SHARED_HIDDEN * F + F
-        partial_decoders = D * _PARTIAL_HIDDEN + G * _PARTIAL_HIDDEN + G * _PARTIAL_HIDDEN * F + G * F
-        codes = sum(level.num_tokens * level.latent_dim for level in levels)
-        return category_mlp + heads + shared_decoder + partial_decoders + codes
 
 
 class CategoricalHierarchicalVQVAE(TransientBuffers):
@@ -136,7 +65,7 @@ class CategoricalHierarchicalVQVAE(TransientBuffers):
 
     Each category has an MLP encoder (n -> hidden -> embedding, LayerNorm); each of its codebooks a linear head with
     LayerNorm, quantized to the nearest code. A shared decoder reads the codes of all codebooks; partial decoders, one
-    per codebook, enter the training loss.
+    per codebook, enter the training loss. A model with a `token_decoder` decodes tokens by that in eval mode.
 
     Tokens are ordered by category, then level: cluster_1 L0, L1, L2, cluster_2 L0, ...
     """
@@ -185,14 +114,15 @@ class CategoricalHierarchicalVQVAE(TransientBuffers):
             centred=False,  # LayerNorm bounds the latents
         )
         self.shared_decoder = nn.Sequential(
-            nn.Linear(total, _SHARED_HIDDEN),
+            nn.Linear(total, SHARED_HIDDEN),
             nn.ReLU(),
             nn.Dropout(config.dropout if config.decoder_dropout is None else config.decoder_dropout),
-            nn.Linear(_SHARED_HIDDEN, F),
+            nn.Linear(SHARED_HIDDEN, F),
         )
         self.partial_decoders = nn.Sequential(
-            RaggedInputLinear(dims, _PARTIAL_HIDDEN), nn.ReLU(), GroupedLinear(len(dims), _PARTIAL_HIDDEN, F)
+            RaggedInputLinear(dims, PARTIAL_HIDDEN), nn.ReLU(), GroupedLinear(len(dims), PARTIAL_HIDDEN, F)
         )
+        self.token_decoder: TokenDecoder | None = None
 
     def transient_buffers(self) -> dict[str, Tensor]:
         order = [i for members in self.config.inputs.values() for i in members]
@@ -293,6 +223,23 @@ class CategoricalHierarchicalVQVAE(TransientBuffers):
         )
         return features.squeeze(0)  # not [0], whose gradient copies into a zero tensor
 
+    def add_token_decoder(self) -> TokenDecoder:
+        """Adds a decoder of tokens with the reconstructions of the shared decoder, or sets it back to these."""
+        if self.token_decoder is None:
+            decoder = TokenDecoder(self.quantizer.layout, SHARED_HIDDEN, self.config.input_dim)
+            self.token_decoder = decoder.to(self.encoder_layers.first.weight)
+        self.token_decoder.copy_from(self.quantizer.embedding, self.shared_decoder)
+        return self.token_decoder
+
+    def reconstruct(self, quantized: Tensor, tokens: Tensor) -> Tensor:
+        """Quantized latents [B, sum D] and their tokens [B, G] -> features [B, F].
+
+        In eval mode by the token decoder, if there is one; then without a gradient to the latents.
+        """
+        if self.token_decoder is None or self.training:
+            return self.decode(quantized)
+        return cast(Tensor, self.token_decoder(tokens))
+
     @property
     def code_decoders(self) -> Decoders:
         """Parameters of the partial decoders."""
@@ -320,7 +267,7 @@ class CategoricalHierarchicalVQVAE(TransientBuffers):
         """
         out, apply_ema = self.encode_and_quantize(x)
         apply_ema()
-        return {"reconstruction": self.decode(out["quantized"]), **out}
+        return {"reconstruction": self.reconstruct(out["quantized"], out["tokens"]), **out}
 
     def encode_and_quantize(
         self, x: Tensor, batch: BatchSlice | None = None
@@ -367,7 +314,8 @@ class CategoricalHierarchicalVQVAE(TransientBuffers):
             codes = self.quantizer.assign(latents).codes
             if search == "nearest":
                 return codes
-            return joint_codes(rows, latents, codes, self.quantizer, self.shared_decoder, token_search)
+            decoder = self.shared_decoder if self.token_decoder is None else self.token_decoder
+            return joint_codes(rows, latents, codes, self.quantizer, decoder, token_search)
 
     @torch.no_grad()
     def decode_from_tokens(self, tokens: Tensor | ArrayLike) -> Tensor:
@@ -378,7 +326,8 @@ class CategoricalHierarchicalVQVAE(TransientBuffers):
         """
         index = tokens if isinstance(tokens, Tensor) else torch.from_numpy(np.array(tokens, np.int64, order="C"))
         with eval_mode(self):
-            return self.decode(self.quantizer.lookup(index.to(self.feature_order)))
+            index = index.to(self.feature_order)
+            return self.reconstruct(self.quantizer.lookup(index), index)
 
     def get_category_tokens(self, tokens: Tensor, category: str) -> Tensor:
         """The tokens [..., L] of one category out of [..., G]."""

@@ -27,6 +27,7 @@ from spinlock_fast.features.encode import FamilyEncoder
 from spinlock_fast.features.matrix import MatrixNormalizer
 from spinlock_fast.messages import shown
 from spinlock_fast.models.input_check import TRAIN, KnownRows
+from spinlock_fast.models.token_decoder import TOKEN_DECODER
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
 from spinlock_fast.tokenizer import Tokenizer
 
@@ -253,8 +254,9 @@ class InitialModel:
 
     @torch.no_grad()
     def _copy_weights(self, model: CategoricalHierarchicalVQVAE) -> None:
-        """Copies the weights, the codes and the standardisation of extra inputs."""
-        weights = self.tokenizer.model.state_dict()
+        """Copies the weights, the codes and the standardisation of extra inputs; a token decoder is fitted anew."""
+        state = self.tokenizer.model.state_dict()
+        weights = {name: value for name, value in state.items() if not name.startswith(TOKEN_DECODER)}
         model.load_state_dict({**weights, "quantizer.initialized": torch.tensor(True)})
         if model.config.extra_inputs:
             model.error_weight[model.feature_order] = model.input_scale.clamp(max=1.0)

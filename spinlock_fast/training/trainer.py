@@ -38,7 +38,6 @@ from spinlock_fast.features.matrix import MatrixNormalizer, fit_matrix_normalize
 from spinlock_fast.features.normalize import units
 from spinlock_fast.features.statistics import mean_and_std
 from spinlock_fast.kernels._common.guard import device_guard
-from spinlock_fast.models.decoder_refit import refit_decoder
 from spinlock_fast.models.initialization import initialize_codebooks
 from spinlock_fast.models.joint_metrics import joint_searches
 from spinlock_fast.models.metrics import Metrics, add_model_metrics, evaluate, evaluate_with_counts
@@ -54,6 +53,7 @@ from spinlock_fast.training.initial_model import InitialModel, freeze, initial_m
 from spinlock_fast.training.loop import TrainingRun
 from spinlock_fast.training.observer import Observer, SilentObserver
 from spinlock_fast.training.result import TrainResult, as_feature_matrix
+from spinlock_fast.training.token_decoder_fit import fit_decoders
 from spinlock_fast.training.vocabulary import compare_vocabulary, log_summary
 
 log = logging.getLogger(__name__)
@@ -207,10 +207,9 @@ class Trainer:
         run, final_state = self._train(model_config, rows, split, device, started + discover_seconds, resume, initial)
         with device_guard(device):  # `_train` has restored the caller's device
             model = run.best_model()
-            if training.decoder_refit:
-                if ranks.is_main:
-                    refit_decoder(model, run.x_train, training.decoder_refit)
-                broadcast_model(model, ranks)
+            fit_decoders(
+                model, run.x_train, run.validation.x, self.config, ranks, lambda: self._requested_signal() is not None
+            )
             model.quantizer.sync = True
             freeze(model, "none")
             metrics = self._evaluate(model, run, rows, split, final_state)
