@@ -31,6 +31,7 @@ from spinlock_fast.config.loading import load_config
 from spinlock_fast.kernels.ema_update import code_usage
 from spinlock_fast.models.decoder_refit import least_squares
 from spinlock_fast.models.metrics import evaluate
+from spinlock_fast.training.token_decoder_fit import fit_token_decoder
 
 # Sweeps (0: nearest codes), weight, perturbations.
 SEARCHES = [(0, 0, 0), (1, 0, 0), (2, 0, 0), (3, 0, 0), (2, 0, 8), (2, 0, 32), (2, 0.3, 0), (2, 1, 0), (2, 3, 0)]
@@ -41,19 +42,27 @@ _PENALTY = 1e-2  # of the ridge regression, relative to the variance of its inpu
 def trained_model(
     path: Path, config: str, seed: int, select: bool = False
 ) -> tuple[CategoricalHierarchicalVQVAE, Tensor, Tensor]:
-    """The model after the last epoch, the rows of the mode, and the mask of the scored rows."""
+    """The model after the last epoch, the rows of the mode, and the mask of the scored rows.
+
+    With `training.joint_search_epochs`, its token decoder is fitted after that, to the same rows.
+    """
     with np.load(path) as file:
         x, val_rows, meta = file["x"], file["val_rows"], json.loads(str(file["meta"]))
     if select:
         x = np.delete(x, val_rows, axis=0)
         drawn = np.random.default_rng([42, 7, seed]).permutation(len(x))
         val_rows = np.sort(drawn[: round(_SELECT_SHARE * len(x))])
-    trainer = Trainer.from_config(config, {**COMMON, "random_seed": seed, "device": "cpu"})
+    settings = {**COMMON, "random_seed": seed, "device": "cpu", "training.joint_search_epochs": 0}
+    trainer = Trainer.from_config(config, settings)
     result = trainer.fit(x, meta["group_indices"], meta["levels"], meta["feature_names"], val_rows)
     result.model.load_state_dict(result.final_state["model_state_dict"])
-    scored = torch.zeros(len(x), dtype=torch.bool)
+    scored, rows = torch.zeros(len(x), dtype=torch.bool), torch.from_numpy(x)
     scored[torch.from_numpy(val_rows)] = True
-    return result.model.eval(), torch.from_numpy(x), scored
+    epochs = load_config(config).training.joint_search_epochs
+    if epochs:
+        training = trainer.config.training.model_copy(update={"joint_search_epochs": epochs})
+        fit_token_decoder(result.model, rows[~scored], rows[scored], training, seed)
+    return result.model.eval(), rows, scored
 
 
 @torch.no_grad()
