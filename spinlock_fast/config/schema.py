@@ -31,6 +31,7 @@ from spinlock_fast.config.families import (
 from spinlock_fast.config.section import (
     INT32_MAX,
     FloatOrAuto,
+    IntOrAuto,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -191,10 +192,11 @@ class TrainingConfig(Section):
         description="ridge regression of the last decoder layer on the training rows after the last epoch, towards its "
         "trained weights; penalty relative to the variance of its inputs, 0: none",
     )
-    joint_search_epochs: NonNegativeInt = Field(
+    joint_search_epochs: IntOrAuto = Field(
         default=0,
         description="epochs after the last one in which a decoder of tokens is fitted to the training rows, with joint "
-        "tokens searched anew in each; 0: tokens are decoded by the trained decoder",
+        "tokens searched anew in each; 0: tokens are decoded by the trained decoder; auto: 3,000 steps, within 5 and "
+        "60 epochs",
     )
     optimizer: Literal["adam", "adamw"] = Field(default="adam", description="optimizer")
     weight_decay: NonNegativeFloat = Field(

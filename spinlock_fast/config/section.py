@@ -27,3 +27,4 @@ def _number_or_auto(value: Any) -> Any:
 
 
 FloatOrAuto = Annotated[NonNegativeFloat | Literal["auto"], BeforeValidator(_number_or_auto)]
+IntOrAuto = Annotated[NonNegativeInt | Literal["auto"], BeforeValidator(_number_or_auto)]

@@ -27,9 +27,18 @@ log = logging.getLogger(__name__)
 
 _RATE = 1e-3  # of Adam, at the start; cosine decay to zero
 _PASSES = 3  # over the tokens of a search, before tokens are searched again
-_NEAREST = 0.3  # share of rows with their nearest tokens, so that these too are decoded well
+_NEAREST = 0.5  # share of rows with their nearest tokens, so that these too are decoded well
 _SEARCH = TokenSearch("joint", sweeps=1)
 _ROWS = 1 << 16  # searched at once
+_AUTO_STEPS, _FEWEST_EPOCHS, _MOST_EPOCHS = 3000, 5, 60
+
+
+def joint_search_epochs(training: TrainingConfig, rows: int) -> int:
+    """Epochs of the fit of the token decoder to so many training rows."""
+    if training.joint_search_epochs != "auto":
+        return training.joint_search_epochs
+    steps = _PASSES * -(-rows // training.batch_size)
+    return min(max(round(_AUTO_STEPS / steps), _FEWEST_EPOCHS), _MOST_EPOCHS)
 
 
 def fit_decoders(
@@ -63,18 +72,18 @@ def fit_token_decoder(
 ) -> None:
     """Adds a decoder fitted to the joint tokens of rows x [N, F]; codes, encoders and nearest tokens stay.
 
-    Alternating search and fit is how additive quantizers are trained (Babenko and Lempitsky 2014). Here the decoder has a
+    Additive quantizers are trained by alternating search and fit (Babenko and Lempitsky 2014). Here the decoder has a
     hidden layer, and rows are augmented as in training (mixup and noise of the settings), with new tokens each epoch.
     The decoder is kept if it lowers the error of the joint search on the validation rows.
 
     Args:
         model: a trained model, changed in place.
         x, x_val: [N, F] training and validation rows, finite, for the model's device.
-        training: epochs (`joint_search_epochs`), batch size, mixup and noise.
+        training: epochs (see `joint_search_epochs`), batch size, mixup and noise.
         seed: of the order of rows, the augmentation and the choice of rows with nearest tokens.
         stop_requested: asked after every block of rows; true ends the fit, and the model gets no decoder.
     """
-    started, epochs = time.perf_counter(), training.joint_search_epochs
+    started, epochs = time.perf_counter(), joint_search_epochs(training, len(x))
     before = _joint_error(model, x_val)
     log.info("fitting the decoder to joint tokens: %d epochs of %s rows", epochs, f"{len(x):,}")
     decoder = model.add_token_decoder()

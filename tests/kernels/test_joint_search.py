@@ -7,6 +7,7 @@ import torch
 from spinlock_fast import _native
 from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels.joint_search import Decoder, joint_search
+from spinlock_fast.kernels.joint_search.reference import code_tables
 
 LAYOUTS = {
     "one": CodebookLayout.of([5], [3]),
@@ -179,7 +180,10 @@ def test_weight_of_the_latents(backend):
 def test_arguments():
     layout = LAYOUTS["small"]
     x, codes, codebook, decoder = problem(layout, 4, 3, 5)
+    tables = torch.zeros(layout.total_codes, 5)
     for change in (
+        {"tables": tables},
+        {"tables": tables[:, :4]},
         {"sweeps": -1},
         {"candidates": 0},
         {"perturbations": -1},
@@ -240,3 +244,20 @@ def test_perturbations_leave_rows_that_cannot_be_searched(backend):
     one = CodebookLayout.of([1], [3])
     x, codes, codebook, decoder = problem(one, 4, 6, 5)
     assert torch.equal(joint_search(x, codes, codebook, decoder, one, backend=backend, perturbations=2), codes)
+
+
+def test_tables_instead_of_first_weights(backend):
+    layout = LAYOUTS["wide"]
+    x, codes, codebook, decoder = problem(layout, 37, 20, 16)
+    tables = code_tables(codebook, decoder.w1, layout)
+    without = decoder._replace(w1=None)
+    for more in ({}, {"perturbations": 2}):
+        expected = joint_search(x, codes, codebook, decoder, layout, backend=backend, **more)
+        assert torch.equal(
+            joint_search(x, codes, codebook, without, layout, backend=backend, tables=tables, **more), expected
+        )
+    columns = torch.cat([tables, tables], 1)[:, :16]  # not contiguous
+    found = joint_search(x, codes, codebook, without, layout, backend=backend, tables=columns)
+    assert torch.equal(found, joint_search(x, codes, codebook, decoder, layout, backend=backend))
+    with helpers.raises_one_line(ValueError, "decoder.w1", "tables"):
+        joint_search(x, codes, codebook, without, layout)

@@ -54,6 +54,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "training.orthogonality_weight": 0.5,
     },
     "host memory": {"training.data_on_device": "never", "training.mixup_decay": True},
+    "token decoder": {"training.joint_search_epochs": 2, "training.num_epochs": 1},
 }
 
 
