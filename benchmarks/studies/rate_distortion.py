@@ -10,6 +10,7 @@ All quantizers are fitted to the training rows. Their options (bits of a codeboo
 error of the validation rows. With `--test` the chosen one is also scored on the test rows; without, these are not read.
 
     nearest, joint  the model with the settings of `--config` and both searches of tokens; log2 K bits per codebook
+    perturbed       the same with the joint search and 8 perturbations
     one_category    the same with one category of all features, joint search: what the categories cost
     others          see `reference_quantizers.py`
 
@@ -42,12 +43,14 @@ from spinlock_fast.models.code_search import Search
 from spinlock_fast.quantize import resolve_levels
 
 BITS = (40, 60, 80, 120, 160, 240, 320)
-MODELS = {"model": ("nearest", "joint"), "one_category": ("one_category",)}
+MODELS = {"model": ("nearest", "joint", "perturbed"), "one_category": ("one_category",)}
 MODEL_OPTIONS = (5, 7)  # bits of a codebook, at most
 _RATIOS = ("0.5", "1", "1.5")  # latent dimensions per feature; 1 from the fourth level on
 _MOST_DIMS = 64
+_PERTURBATIONS = 8
 
 LABELS = {
+    "perturbed": "model, joint search, 8 perturbations",
     "joint": "model, joint search",
     "nearest": "model, nearest codes",
     "one_category": "model, one category, joint search",
@@ -132,15 +135,14 @@ def fit_model(
     return trainer.fit(matrix.x[rows], groups, levels, None, validation, normalize=False).model
 
 
-def model_coder(model: CategoricalHierarchicalVQVAE, search: Search) -> Coder:
+def model_coder(model: CategoricalHierarchicalVQVAE, search: Search, perturbations: int = 0) -> Coder:
     device = model.feature_order.device
 
     def code(rows: Array) -> Array:
         with torch.no_grad():
             blocks = torch.from_numpy(rows).to(device).split(4096)
-            return np.concatenate(
-                [model.decode_from_tokens(model.get_tokens(block, search)).cpu().numpy() for block in blocks]
-            )
+            tokens = (model.get_tokens(block, search, perturbations=perturbations) for block in blocks)
+            return np.concatenate([model.decode_from_tokens(part).cpu().numpy() for part in tokens])
 
     return code
 
@@ -164,9 +166,10 @@ def fitted(matrix: Matrix, kind: str, bits: int, chosen: argparse.Namespace) -> 
     for option in chosen.model_options:
         sizes = codebook_sizes(groups, bits, option)
         model = fit_model(matrix, groups, sizes, chosen)
-        searches: dict[str, Search] = {"nearest": "nearest", "joint": "joint", "one_category": "joint"}
         for name in MODELS[kind]:
-            yield name, option, bits_of(sizes), model_coder(model, searches[name])
+            search: Search = "nearest" if name == "nearest" else "joint"
+            coder = model_coder(model, search, _PERTURBATIONS if name == "perturbed" else 0)
+            yield name, option, bits_of(sizes), coder
 
 
 def measure(matrix: Matrix, kind: str, bits: int, chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -206,6 +209,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     split = "test" if all("test_error" in row for row in rows) else "validation"
     figure, axes = plt.subplots(figsize=(7.5, 4.8), dpi=120, layout="constrained")
     styles = {
+        "perturbed": {"color": "#1f6fb4", "marker": "s", "ms": 4, "ls": "-."},
         "joint": {"color": "#1f6fb4", "marker": "o", "lw": 2.2},
         "nearest": {"color": "#1f6fb4", "marker": "o", "ls": "--", "mfc": "white"},
         "one_category": {"color": "#6aa84f", "marker": "s", "ms": 4},

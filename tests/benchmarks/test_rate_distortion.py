@@ -93,7 +93,7 @@ def test_lines_are_written_once_and_test_rows_only_on_demand(
     command += ["--kinds", "model", "one_category", "finite_scalars", "--model-options", "4", "--config"]
     command += ["configs/100k.yaml"]
     monkeypatch.chdir(Path(__file__).parents[2])
-    monkeypatch.setitem(rate_distortion.MODELS, "model", ("nearest", "joint"))
+    monkeypatch.setitem(rate_distortion.MODELS, "model", ("nearest", "joint", "perturbed"))
     with pytest.raises(SystemExit):  # argparse has the names of the module's start
         main([*command, "--kinds", "unknown"])
     assert main(command) == 0

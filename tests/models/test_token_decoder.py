@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from spinlock_fast import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig, Tokenizer, Trainer
+from spinlock_fast import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig, Trainer
 from spinlock_fast.checkpoints.directory import model_from_payload, model_payload
 from spinlock_fast.config.schema import RunConfig
 from spinlock_fast.errors import DataError, Interrupted
@@ -172,16 +172,3 @@ def test_checkpoint(fitted: Any, plain: Any, x: Any) -> None:
     with helpers.raises_one_line(DataError, "token_decoder.w2"):
         model_from_payload(payload)
     assert model_from_payload(model_payload(plain.model, plain.model.state_dict(), 4, {})).token_decoder is None
-
-
-def test_directory_and_further_training(fitted: Any, x: Any, tmp_path: Any) -> None:
-    fitted.save(tmp_path / "run")
-    tokenizer = Tokenizer(tmp_path / "run")
-    assert np.array_equal(tokenizer.model.get_tokens(x, "joint"), fitted.model.get_tokens(x, "joint"))
-    settings = {**SETTINGS, "training.num_epochs": 1, "training.init_from": str(tmp_path / "run")}
-    further = Trainer.from_config(RunConfig(), settings).fit(x, val_rows=VALIDATION)
-    assert further.model.token_decoder is None  # it belonged to the codes of before
-    again = Trainer.from_config(RunConfig(), {**settings, "training.joint_search_epochs": 3}).fit(
-        x, val_rows=VALIDATION
-    )
-    assert again.model.token_decoder is not None
