@@ -13,18 +13,19 @@ error of the validation rows. With `--test` the chosen one is also scored on the
     one_category    the same with one category of all features, joint search: what the categories cost
     others          see `reference_quantizers.py`
 
-Fits that have a line in the output are skipped. The quantizers of faiss and `--plot` need the extra `study`.
+Fits that have a line in the output are skipped, so that an interrupted study can be continued. The quantizers of faiss
+and `--plot` need the extra `study`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import logging
 import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,8 +34,8 @@ import torch
 
 from benchmarks.common.commands import ROOT
 from benchmarks.common.timing import commit
-from benchmarks.studies.quality import append
 from benchmarks.studies.reference_quantizers import REFERENCES, Array, Coder, Training
+from benchmarks.studies.sweep import append, lines_of, sweep
 from spinlock_fast import CategoricalHierarchicalVQVAE, Trainer
 from spinlock_fast.config.loading import load_config
 from spinlock_fast.config.schema import LevelConfig
@@ -71,6 +72,7 @@ class Matrix(NamedTuple):
     test: Array
 
 
+@cache
 def load_matrix(path: Path) -> Matrix:
     with np.load(path) as file:
         x = np.ascontiguousarray(file["x"], dtype=np.float32)
@@ -113,13 +115,17 @@ def mean_squared_error(x: Array, decoded: Array) -> float:
 
 
 def fit_model(
-    matrix: Matrix, groups: dict[str, list[int]], sizes: dict[str, list[LevelConfig]], chosen: argparse.Namespace
+    matrix: Matrix,
+    groups: dict[str, list[int]],
+    sizes: dict[str, list[LevelConfig]],
+    device: str,
+    chosen: argparse.Namespace,
 ) -> CategoricalHierarchicalVQVAE:
     """The model of the best validation."""
     rows = np.concatenate([matrix.train, matrix.validation])
     settings = {
         "random_seed": chosen.seed,
-        "device": chosen.device,
+        "device": device,
         "training.batch_size": chosen.batch_size,
         "training.topo_samples": chosen.batch_size,
         "training.num_epochs": chosen.epochs,
@@ -145,7 +151,9 @@ def model_coder(model: CategoricalHierarchicalVQVAE, search: Search) -> Coder:
     return code
 
 
-def fitted(matrix: Matrix, kind: str, bits: int, chosen: argparse.Namespace) -> Iterator[tuple[str, int, float, Coder]]:
+def fitted(
+    matrix: Matrix, kind: str, bits: int, device: str, chosen: argparse.Namespace
+) -> Iterator[tuple[str, int, float, Coder]]:
     """Quantizers of a kind at a bit rate: name, option, bits in fact, and the function that codes rows."""
     if kind in REFERENCES:
         fit, options, _ = REFERENCES[kind]
@@ -163,21 +171,22 @@ def fitted(matrix: Matrix, kind: str, bits: int, chosen: argparse.Namespace) -> 
     assert groups is not None
     for option in chosen.model_options:
         sizes = codebook_sizes(groups, bits, option)
-        model = fit_model(matrix, groups, sizes, chosen)
+        model = fit_model(matrix, groups, sizes, device, chosen)
         searches: dict[str, Search] = {"nearest": "nearest", "joint": "joint", "one_category": "joint"}
         for name in MODELS[kind]:
             yield name, option, bits_of(sizes), model_coder(model, searches[name])
 
 
-def measure(matrix: Matrix, kind: str, bits: int, chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def measure(run: tuple[str, int], device: str, chosen: argparse.Namespace) -> list[dict[str, Any]]:
     """A line per name of the kind: errors of the option with the lowest error of the validation rows."""
+    kind, bits = run
+    matrix = load_matrix(chosen.matrix)
     best: dict[str, tuple[dict[str, Any], Coder]] = {}
     validation = matrix.x[matrix.validation]
     started = time.process_time()
-    for name, option, used, coder in fitted(matrix, kind, bits, chosen):
+    for name, option, used, coder in fitted(matrix, kind, bits, device, chosen):
         error = mean_squared_error(validation, coder(validation))
         row = {"kind": name, "bits": bits, "bits_used": used, "option": option, "validation_error": error}
-        print(f"{name} {bits} bits, option {option}: validation {error:.4f}", flush=True)
         if name not in best or error < best[name][0]["validation_error"]:
             best[name] = row, coder
     seconds = time.process_time() - started
@@ -188,11 +197,7 @@ def measure(matrix: Matrix, kind: str, bits: int, chosen: argparse.Namespace) ->
         if chosen.test:
             test = matrix.x[matrix.test]
             row["test_error"] = mean_squared_error(test, coder(test))
-        yield row
-
-
-def lines_of(output: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()] if output.exists() else []
+    return [row for row, _ in best.values()]
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -252,24 +257,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--train-beam", type=int, default=32, help="beam width of the training of `residual`")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--jobs", type=int, default=1, help="number of processes")
     chosen = parser.parse_args(argv)
-    torch.set_num_threads(1)
-    logging.getLogger("spinlock_fast").setLevel(logging.ERROR)
-    matrix = load_matrix(chosen.matrix)
-    if matrix.groups is None and "model" in chosen.kinds:
+    if load_matrix(chosen.matrix).groups is None and "model" in chosen.kinds:
         parser.error(f"{chosen.matrix} has no group_indices: write it with benchmarks.studies.feature_matrix")
     load_config(chosen.config)
     present = {(row["kind"], row["bits"], row["seed"]) for row in lines_of(chosen.output)}
-    for bits in chosen.bits:
-        for kind in chosen.kinds:
-            name = MODELS.get(kind, (kind,))[-1]
-            if (name, bits, chosen.seed) in present or (kind in REFERENCES and bits > REFERENCES[kind].most_bits):
-                continue
-            for row in measure(matrix, kind, bits, chosen):
-                append(chosen.output, row)
+    runs = {
+        f"{kind}, {bits} bits": (kind, bits)
+        for bits in chosen.bits
+        for kind in chosen.kinds
+        if (MODELS.get(kind, (kind,))[-1], bits, chosen.seed) not in present
+        and (kind not in REFERENCES or bits <= REFERENCES[kind].most_bits)
+    }
+    failed = sweep(
+        runs,
+        partial(measure, chosen=chosen),
+        partial(append, chosen.output),
+        ["kind", "option", "validation_error"],
+        device=chosen.device,
+        jobs=chosen.jobs,
+    )
     if chosen.plot:
         plot(lines_of(chosen.output), chosen.plot)
-    return 0
+    return min(failed, 1)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,118 @@
+"""The runs of a study, performed by the worker processes of `ablate`; a line of JSON for each finished one."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from spinlock_fast.ablation.runs import Display, Group, perform_groups
+from spinlock_fast.ablation.worker import Reply
+from spinlock_fast.errors import SpinlockFastError, TrainingError
+
+Row = dict[str, Any]
+ArgumentT = TypeVar("ArgumentT")
+
+
+def lines_of(output: Path) -> list[Row]:
+    """The rows of a JSON lines file; an incomplete last line of a killed process is ignored."""
+    rows = []
+    for line in output.read_text(encoding="utf-8").splitlines() if output.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def append(output: Path, row: Row) -> None:
+    """Appends a line with a single write, so that lines of several processes do not mix."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    incomplete = output.exists() and not output.read_bytes().endswith(b"\n") and output.stat().st_size > 0
+    line = ("\n" if incomplete else "") + json.dumps(row) + "\n"
+    handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(handle, line.encode())
+    finally:
+        os.close(handle)
+
+
+def sweep(
+    runs: Mapping[str, ArgumentT],
+    measure: Callable[[ArgumentT, str], Sequence[Row]],
+    keep: Callable[[Row], object],
+    shown: Sequence[str],
+    *,
+    device: str = "cpu",
+    jobs: int = 1,
+    threads: int = 1,
+    deadline: float = math.inf,
+) -> int:
+    """Performs the runs and prints a line for each row; one that fails does not end the others.
+
+    Args:
+        runs: argument of `measure` by the name of the run, started in order.
+        measure: trains and measures a run on a device, in a worker process; pickled. Returns the rows of the run.
+        keep: called with each row of a finished run.
+        shown: printed entries of the rows.
+        device: device of all runs.
+        jobs: number of worker processes.
+        threads: CPU threads of each.
+        deadline: `time.time()` after which no run is started.
+
+    Returns:
+        The number of runs that failed.
+    """
+    if not runs:
+        return 0
+    group = Group([_Run(measure, *item) for item in runs.items()], lambda run, _: run)
+    devices = [device] * min(jobs, len(runs))
+    failures = perform_groups([group], devices, threads, _Lines(len(runs), keep, shown), deadline)
+    if group.pending:
+        print(f"time limit: {len(group.pending)} runs are left", flush=True)
+    return len(failures)
+
+
+@dataclass(frozen=True)
+class _Run(Generic[ArgumentT]):
+    """A run, and the task that performs it."""
+
+    measure: Callable[[ArgumentT, str], Sequence[Row]] = field(compare=False)
+    name: str
+    argument: ArgumentT = field(compare=False)
+
+    def perform(self, device: str, reply: Reply) -> Sequence[Row]:
+        try:
+            return self.measure(self.argument, device)
+        except SpinlockFastError:
+            raise
+        except (ValueError, RuntimeError) as error:
+            raise TrainingError(f"{type(error).__name__}: {error}") from None
+
+
+class _Lines(Display["_Run[ArgumentT]"]):
+    """Prints a line for each row."""
+
+    def __init__(self, runs: int, keep: Callable[[Row], object], shown: Sequence[str]) -> None:
+        self._runs, self._keep, self._shown = runs, keep, shown
+        self._done, self._started = 0, time.monotonic()
+
+    def _print(self, run: _Run[ArgumentT], text: str) -> None:
+        seconds = time.monotonic() - self._started
+        print(f"[{self._done}/{self._runs}, {seconds:.0f} s] {run.name}: {text}", flush=True)
+
+    def finished(self, run: _Run[ArgumentT], result: Sequence[Row]) -> None:
+        self._done += 1
+        for row in result:
+            self._keep(row)
+            values = [(name, row[name]) for name in self._shown]
+            self._print(run, " ".join(f"{k}={f'{v:.4g}' if isinstance(v, float) else v}" for k, v in values))
+
+    def failed(self, run: _Run[ArgumentT], error: SpinlockFastError) -> None:
+        self._done += 1
+        self._print(run, f"failed: {error}")
