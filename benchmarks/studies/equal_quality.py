@@ -154,8 +154,8 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def measure(seed: int, device: str, chosen: argparse.Namespace) -> list[dict[str, Any]]:
-    return [compare(load_data(chosen.data, chosen.frame, torch.device(device)), chosen.epochs, seed)]
+def measure(seed: int, chosen: argparse.Namespace) -> list[dict[str, Any]]:
+    return [compare(load_data(chosen.data, chosen.frame, resolve_device(chosen.device)), chosen.epochs, seed)]
 
 
 def finished(output: Path | None, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -179,8 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="number of processes")
     parser.add_argument("--output", type=Path, help="JSON file, continued if it exists")
     chosen = parser.parse_args(argv)
-    device = str(resolve_device(chosen.device))
-    facts = {"frame": chosen.frame, "epochs": chosen.epochs, **environment(device)}
+    facts = {"frame": chosen.frame, "epochs": chosen.epochs, **environment(str(resolve_device(chosen.device)))}
     rows = finished(chosen.output, facts)
 
     def keep(row: dict[str, Any]) -> None:
@@ -195,7 +194,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         partial(measure, chosen=chosen),
         keep,
         ["error", "baseline_error", "train_error", "baseline_train_error", "seconds", "baseline_seconds"],
-        device=device,
         jobs=chosen.jobs,
         threads=max(1, torch.get_num_threads() // chosen.jobs),
     )

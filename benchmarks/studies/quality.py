@@ -95,7 +95,7 @@ def rows_of(frame: EvaluationSplit, mode: str) -> tuple[Array, Array]:
     return rows, np.sort(scored)
 
 
-def train(run: Run, device: str, data: Path, epochs: int | None) -> list[dict[str, Any]]:
+def train(run: Run, data: Path, device: str, epochs: int | None) -> list[dict[str, Any]]:
     """Trains and scores one run; its line."""
     frame = load_split(data, run.frame)
     rows, scored = rows_of(frame, run.mode)
@@ -254,12 +254,10 @@ def print_table(rows: Iterable[dict[str, Any]]) -> None:
         print(f"{mode}, frame {frame}\n\n{markdown(records, dict(zip(TABLE, TABLE, strict=True)), BASE)}", flush=True)
 
 
-def pending_runs(
-    mode: str, variants: Iterable[str], frames: Sequence[int], seeds: Sequence[int], output: Path
-) -> list[Run]:
+def pending_runs(mode: str, variants: Iterable[str], seeds: Sequence[int], arguments: argparse.Namespace) -> list[Run]:
     """Runs without a line in the output; all variants run with the first seed before the second."""
-    present = finished(output)
-    runs = [Run(mode, variant, frame, seed) for seed, variant, frame in itertools.product(seeds, variants, frames)]
+    present = finished(arguments.output)
+    runs = (Run(mode, *rest) for seed in seeds for rest in itertools.product(variants, arguments.frames, [seed]))
     return [run for run in runs if run not in present]
 
 
@@ -267,10 +265,9 @@ def run_all(runs: Sequence[Run], arguments: argparse.Namespace, deadline: float 
     """Performs the runs; returns the number of failed ones."""
     return sweep(
         {run.name: run for run in runs},
-        partial(train, data=arguments.data, epochs=arguments.epochs),
+        partial(train, data=arguments.data, device=arguments.device, epochs=arguments.epochs),
         partial(append, arguments.output),
         [*COLUMNS, "seconds"],
-        device=arguments.device,
         jobs=arguments.jobs,
         deadline=deadline,
     )
@@ -278,14 +275,14 @@ def run_all(runs: Sequence[Run], arguments: argparse.Namespace, deadline: float 
 
 def choose_and_report(arguments: argparse.Namespace, deadline: float) -> int:
     """Runs the combinations, chooses one, and runs it and the baseline in mode `report`."""
-    output, frames, seeds = arguments.output, arguments.frames, arguments.seeds
-    candidates = [BASE, *COMBINATIONS]
-    failed = run_all(pending_runs("select", candidates, frames, seeds[:SELECT_SEEDS], output), arguments, deadline)
+    output, seeds = arguments.output, arguments.seeds
+    candidates = pending_runs("select", [BASE, *COMBINATIONS], seeds[:SELECT_SEEDS], arguments)
+    failed = run_all(candidates, arguments, deadline)
     chosen, scores = choose(finished(output).values())
     for variant, score in sorted(scores.items(), key=lambda item: item[1]):
         print(f"score {score:.3f} {variant}", flush=True)
     print(f"chosen: {chosen}", flush=True)
-    failed += run_all(pending_runs("report", [chosen, BASE], frames, seeds, output), arguments)
+    failed += run_all(pending_runs("report", [chosen, BASE], seeds, arguments), arguments)
     print_table(row for row in finished(output).values() if row["mode"] == "report")
     return failed
 
@@ -306,7 +303,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--table", action="store_true", help="only print the means over finished runs")
     parser.add_argument("--list", action="store_true", help="only print what would run")
     arguments = parser.parse_args(argv)
-    runs = pending_runs(arguments.mode, arguments.variants, arguments.frames, arguments.seeds, arguments.output)
+    runs = pending_runs(arguments.mode, arguments.variants, arguments.seeds, arguments)
     if arguments.list:
         print("\n".join(run.name for run in runs), flush=True)
     elif arguments.table:

@@ -115,17 +115,13 @@ def mean_squared_error(x: Array, decoded: Array) -> float:
 
 
 def fit_model(
-    matrix: Matrix,
-    groups: dict[str, list[int]],
-    sizes: dict[str, list[LevelConfig]],
-    device: str,
-    chosen: argparse.Namespace,
+    matrix: Matrix, groups: dict[str, list[int]], sizes: dict[str, list[LevelConfig]], chosen: argparse.Namespace
 ) -> CategoricalHierarchicalVQVAE:
     """The model of the best validation."""
     rows = np.concatenate([matrix.train, matrix.validation])
     settings = {
         "random_seed": chosen.seed,
-        "device": device,
+        "device": chosen.device,
         "training.batch_size": chosen.batch_size,
         "training.topo_samples": chosen.batch_size,
         "training.num_epochs": chosen.epochs,
@@ -151,9 +147,7 @@ def model_coder(model: CategoricalHierarchicalVQVAE, search: Search) -> Coder:
     return code
 
 
-def fitted(
-    matrix: Matrix, kind: str, bits: int, device: str, chosen: argparse.Namespace
-) -> Iterator[tuple[str, int, float, Coder]]:
+def fitted(matrix: Matrix, kind: str, bits: int, chosen: argparse.Namespace) -> Iterator[tuple[str, int, float, Coder]]:
     """Quantizers of a kind at a bit rate: name, option, bits in fact, and the function that codes rows."""
     if kind in REFERENCES:
         fit, options, _ = REFERENCES[kind]
@@ -171,20 +165,20 @@ def fitted(
     assert groups is not None
     for option in chosen.model_options:
         sizes = codebook_sizes(groups, bits, option)
-        model = fit_model(matrix, groups, sizes, device, chosen)
+        model = fit_model(matrix, groups, sizes, chosen)
         searches: dict[str, Search] = {"nearest": "nearest", "joint": "joint", "one_category": "joint"}
         for name in MODELS[kind]:
             yield name, option, bits_of(sizes), model_coder(model, searches[name])
 
 
-def measure(run: tuple[str, int], device: str, chosen: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(run: tuple[str, int], chosen: argparse.Namespace) -> list[dict[str, Any]]:
     """A line per name of the kind: errors of the option with the lowest error of the validation rows."""
     kind, bits = run
     matrix = load_matrix(chosen.matrix)
     best: dict[str, tuple[dict[str, Any], Coder]] = {}
     validation = matrix.x[matrix.validation]
     started = time.process_time()
-    for name, option, used, coder in fitted(matrix, kind, bits, device, chosen):
+    for name, option, used, coder in fitted(matrix, kind, bits, chosen):
         error = mean_squared_error(validation, coder(validation))
         row = {"kind": name, "bits": bits, "bits_used": used, "option": option, "validation_error": error}
         if name not in best or error < best[name][0]["validation_error"]:
@@ -275,7 +269,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         partial(measure, chosen=chosen),
         partial(append, chosen.output),
         ["kind", "option", "validation_error"],
-        device=chosen.device,
         jobs=chosen.jobs,
     )
     if chosen.plot:

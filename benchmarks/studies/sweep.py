@@ -33,22 +33,18 @@ def lines_of(output: Path) -> list[Row]:
 def append(output: Path, row: Row) -> None:
     """Appends a line with a single write, so that lines of several processes do not mix."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    incomplete = output.exists() and not output.read_bytes().endswith(b"\n") and output.stat().st_size > 0
-    line = ("\n" if incomplete else "") + json.dumps(row) + "\n"
-    handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        os.write(handle, line.encode())
-    finally:
-        os.close(handle)
+    with output.open("ab+", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        incomplete = size > 0 and os.pread(file.fileno(), 1, size - 1) != b"\n"
+        file.write(("\n" * incomplete + json.dumps(row) + "\n").encode())
 
 
 def sweep(
     runs: Mapping[str, ArgumentT],
-    measure: Callable[[ArgumentT, str], Sequence[Row]],
+    measure: Callable[[ArgumentT], Sequence[Row]],
     keep: Callable[[Row], object],
     shown: Sequence[str],
     *,
-    device: str = "cpu",
     jobs: int = 1,
     threads: int = 1,
     deadline: float = math.inf,
@@ -57,10 +53,9 @@ def sweep(
 
     Args:
         runs: argument of `measure` by the name of the run, started in order.
-        measure: trains and measures a run on a device, in a worker process; pickled. Returns the rows of the run.
+        measure: trains and measures a run in a worker process; pickled. Returns the rows of the run.
         keep: called with each row of a finished run.
         shown: printed entries of the rows.
-        device: device of all runs.
         jobs: number of worker processes.
         threads: CPU threads of each.
         deadline: `time.time()` after which no run is started.
@@ -70,9 +65,12 @@ def sweep(
     """
     if not runs:
         return 0
-    group = Group([_Run(measure, *item) for item in runs.items()], lambda run, _: run)
-    devices = [device] * min(jobs, len(runs))
-    failures = perform_groups([group], devices, threads, _Lines(len(runs), keep, shown), deadline)
+    group = Group([_Run(*item, measure) for item in runs.items()], lambda run, _: run)
+    workers = [""] * min(jobs, len(runs))  # `measure` knows its device
+    try:
+        failures = perform_groups([group], workers, threads, _Lines(len(runs), keep, shown), deadline)
+    except SpinlockFastError as error:  # a worker process was killed
+        raise SystemExit(f"error: {error}") from None
     if group.pending:
         print(f"time limit: {len(group.pending)} runs are left", flush=True)
     return len(failures)
@@ -82,16 +80,16 @@ def sweep(
 class _Run(Generic[ArgumentT]):
     """A run, and the task that performs it."""
 
-    measure: Callable[[ArgumentT, str], Sequence[Row]] = field(compare=False)
     name: str
     argument: ArgumentT = field(compare=False)
+    measure: Callable[[ArgumentT], Sequence[Row]] = field(compare=False)
 
     def perform(self, device: str, reply: Reply) -> Sequence[Row]:
         try:
-            return self.measure(self.argument, device)
+            return self.measure(self.argument)
         except SpinlockFastError:
             raise
-        except (ValueError, RuntimeError) as error:
+        except (AssertionError, ImportError, RuntimeError, ValueError) as error:
             raise TrainingError(f"{type(error).__name__}: {error}") from None
 
 

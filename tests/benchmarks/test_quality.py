@@ -132,14 +132,6 @@ def test_the_choice_is_made_and_then_reported(
     assert len([r for r in runs if r[0] == "select"]) == 6
 
 
-def test_no_run_starts_after_the_time_limit(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    output = data / "study.jsonl"
-    command = [str(data), "--output", str(output), "--frames", "42", "--epochs", "1", "--variants", "baseline"]
-    assert main([*command, "--time-limit", "-1"]) == 0
-    assert "time limit: 5 runs are left" in capsys.readouterr().out
-    assert not output.exists()
-
-
 def test_a_failing_run_says_so_and_leaves_no_line(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = data / "study.jsonl"
     command = [str(data), "--output", str(output), "--frames", "42", "--epochs", "1", "--variants", "baseline"]
