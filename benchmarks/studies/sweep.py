@@ -30,19 +30,19 @@ def lines_of(output: Path) -> list[Row]:
     return rows
 
 
-def append(output: Path, row: Row) -> None:
-    """Appends a line with a single write, so that lines of several processes do not mix."""
+def append(output: Path, *rows: Row) -> None:
+    """Appends lines with a single write: those of several processes do not mix, and those of one run are all there."""
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("ab+", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
         incomplete = size > 0 and os.pread(file.fileno(), 1, size - 1) != b"\n"
-        file.write(("\n" * incomplete + json.dumps(row) + "\n").encode())
+        file.write(("\n" * incomplete + "".join(f"{json.dumps(row)}\n" for row in rows)).encode())
 
 
 def sweep(
     runs: Mapping[str, ArgumentT],
     measure: Callable[[ArgumentT], Sequence[Row]],
-    keep: Callable[[Row], object],
+    keep: Callable[..., object],
     shown: Sequence[str],
     *,
     jobs: int = 1,
@@ -54,7 +54,7 @@ def sweep(
     Args:
         runs: argument of `measure` by the name of the run, started in order.
         measure: trains and measures a run in a worker process; pickled. Returns the rows of the run.
-        keep: called with each row of a finished run.
+        keep: called with the rows of a finished run.
         shown: printed entries of the rows.
         jobs: number of worker processes.
         threads: CPU threads of each.
@@ -96,7 +96,7 @@ class _Run(Generic[ArgumentT]):
 class _Lines(Display["_Run[ArgumentT]"]):
     """Prints a line for each row."""
 
-    def __init__(self, runs: int, keep: Callable[[Row], object], shown: Sequence[str]) -> None:
+    def __init__(self, runs: int, keep: Callable[..., object], shown: Sequence[str]) -> None:
         self._runs, self._keep, self._shown = runs, keep, shown
         self._done, self._started = 0, time.monotonic()
 
@@ -106,8 +106,8 @@ class _Lines(Display["_Run[ArgumentT]"]):
 
     def finished(self, run: _Run[ArgumentT], result: Sequence[Row]) -> None:
         self._done += 1
+        self._keep(*result)
         for row in result:
-            self._keep(row)
             values = [(name, row[name]) for name in self._shown]
             self._print(run, " ".join(f"{k}={f'{v:.4g}' if isinstance(v, float) else v}" for k, v in values))
 
