@@ -24,8 +24,8 @@ def draw_codes(ax: Axes, changes: Sequence[CategoryChanges], start: str, height:
     for name, (colour, values) in parts.items():
         ax.barh(places, values, left=left, height=0.7, label=name, color=colour)
         left += values
-    for place, row in zip(places, changes, strict=True):
-        text = f"-{row.died}  +{row.newly_used}"
+    for place in labelled_ticks(len(changes), height):
+        text = f"-{changes[place].died}  +{changes[place].newly_used}"
         ax.annotate(text, (left[place], place), (4, 0), textcoords="offset points", va="center", fontsize=SMALL)
     ax.set_xlim(0, 1.2 * left.max())
     ax.set_xlabel("codes")
