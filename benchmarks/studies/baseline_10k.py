@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import glob
-import json
 import logging
 import sys
 import time
@@ -26,7 +25,7 @@ import torch
 from benchmarks.common.commands import ROOT
 from benchmarks.common.timing import commit
 from benchmarks.studies.feature_matrix import prepared_features
-from benchmarks.studies.quality import append
+from benchmarks.studies.sweep import append, lines_of
 from spinlock_fast import Trainer
 from spinlock_fast.config.loading import apply_overrides, load_config
 from spinlock_fast.config.schema import RunConfig
@@ -84,8 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     logging.getLogger("spinlock_fast").setLevel(logging.ERROR)
     files = [path for pattern in chosen.data for path in (sorted(glob.glob(pattern)) or [pattern])]
-    lines = chosen.output.read_text(encoding="utf-8").splitlines() if chosen.output.exists() else []
-    done = {(row["families"], row["seed"], row["epochs"]) for row in map(json.loads, lines)}
+    done = {(row["families"], row["seed"], row["epochs"]) for row in lines_of(chosen.output)}
     for seed in chosen.seeds:
         for families in chosen.families:
             schedules = [epochs for epochs in chosen.schedules if (families, seed, epochs) not in done]

@@ -8,17 +8,18 @@ the same rows in the same order at the same learning rates: those of `configs/ba
 rows. They differ by dropout masks, which come from different generators, and by rounding. Both are scored after the
 last epoch. Dead codes are not replaced (the baseline cannot), and training does not stop early.
 
-The errors are equal within seed noise if the mean difference is below twice its standard error.
+The errors are equal within seed noise if the mean difference is below twice its standard error. Seeds that are in the
+output are not run again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import logging
-import statistics
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,12 +30,15 @@ from benchmarks.common.baseline_model import BaselineModel, baseline_of
 from benchmarks.common.commands import ROOT
 from benchmarks.common.timing import environment
 from benchmarks.studies.quality import load_split
+from benchmarks.studies.sweep import sweep
+from spinlock_fast.ablation.statistics import summarize
 from spinlock_fast.config.loading import load_config
 from spinlock_fast.config.random_streams import Stream, generator
 from spinlock_fast.config.schema import RunConfig
 from spinlock_fast.device import resolve_device
 from spinlock_fast.models.initialization import initialize_codebooks
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
+from spinlock_fast.output.atomic_files import write_json
 from spinlock_fast.training.loop import TrainingRun
 from spinlock_fast.training.observer import SilentObserver
 from spinlock_fast.training.step import learning_rates
@@ -137,57 +141,73 @@ def compare(data: Data, epochs: int, seed: int, settings: Mapping[str, Any] | No
     }
 
 
-def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Means and standard deviations over seeds, and the mean difference with its standard error."""
-    ours, theirs = [row["error"] for row in rows], [row["baseline_error"] for row in rows]
-    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
-    result: dict[str, Any] = {
-        "error": statistics.mean(ours),
-        "baseline_error": statistics.mean(theirs),
-        "difference": statistics.mean(differences),
-    }
-    if len(rows) > 1:
-        result["error_deviation"] = statistics.stdev(ours)
-        result["baseline_error_deviation"] = statistics.stdev(theirs)
-        result["standard_error"] = statistics.stdev(differences) / len(rows) ** 0.5
+    differences = [row["error"] - row["baseline_error"] for row in rows]
+    columns = {name: [row[name] for row in rows] for name in ("error", "baseline_error")} | {"difference": differences}
+    summaries = {name: found for name, values in columns.items() if (found := summarize(values)) is not None}
+    result: dict[str, Any] = {name: found.mean for name, found in summaries.items()}
+    if (spread := summaries["difference"].spread) is not None:
+        result |= {f"{name}_deviation": summaries[name].spread for name in ("error", "baseline_error")}
+        result["standard_error"] = spread / len(rows) ** 0.5
         result["equal"] = abs(result["difference"]) <= 2.0 * result["standard_error"]
     return result
 
 
-def main() -> None:
+def measure(seed: int, chosen: argparse.Namespace) -> list[dict[str, Any]]:
+    return [compare(load_data(chosen.data, chosen.frame, resolve_device(chosen.device)), chosen.epochs, seed)]
+
+
+def finished(output: Path | None, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows in a results file; those of other settings end the command."""
+    if output is None or not output.exists():
+        return []
+    found = json.loads(output.read_text(encoding="utf-8"))
+    for name in ("frame", "epochs", "device", "torch"):
+        if found[name] != facts[name]:
+            sys.exit(f"{output}: has {name} {found[name]}, not {facts[name]}: choose another --output")
+    return list(found["runs"])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--frame", type=int, default=42)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=200)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--output", type=Path)
-    chosen = parser.parse_args()
-    logging.basicConfig(level=logging.WARNING)
-    device = resolve_device(chosen.device)
-    data = load_data(chosen.data, chosen.frame, device)
-    rows = []
-    for seed in chosen.seeds:
-        row = compare(data, chosen.epochs, seed)
+    parser.add_argument("--jobs", type=int, default=1, help="number of processes")
+    parser.add_argument("--output", type=Path, help="JSON file, continued if it exists")
+    chosen = parser.parse_args(argv)
+    facts = {"frame": chosen.frame, "epochs": chosen.epochs, **environment(str(resolve_device(chosen.device)))}
+    rows = finished(chosen.output, facts)
+
+    def keep(row: dict[str, Any]) -> None:
         rows.append(row)
-        print(
-            f"seed {seed}: validation error {row['error']:.4f}, baseline {row['baseline_error']:.4f} "
-            f"(training rows {row['train_error']:.4f}, {row['baseline_train_error']:.4f}); "
-            f"{row['seconds']:.1f} s, {row['baseline_seconds']:.1f} s",
-            flush=True,
-        )
-    result = summary(rows)
-    print(f"mean {result['error']:.4f}, baseline {result['baseline_error']:.4f}")
-    if len(rows) > 1:
-        outcome = "equal within seed noise" if result["equal"] else "NOT EQUAL"
-        print(
-            f"deviation over seeds {result['error_deviation']:.4f}, {result['baseline_error_deviation']:.4f}; "
-            f"difference {result['difference']:+.4f} +- {result['standard_error']:.4f}: {outcome}"
-        )
-    if chosen.output:
-        facts = {"frame": chosen.frame, "epochs": chosen.epochs, **environment(str(device))}
-        chosen.output.write_text(json.dumps({**facts, "summary": result, "runs": rows}, indent=1) + "\n")
+        rows.sort(key=lambda row: row["seed"])
+        if chosen.output:
+            write_json(chosen.output, {**facts, "summary": summary(rows), "runs": rows})
+
+    present = {row["seed"] for row in rows}
+    failed = sweep(
+        {f"seed {seed}": seed for seed in chosen.seeds if seed not in present},
+        partial(measure, chosen=chosen),
+        keep,
+        ["error", "baseline_error", "train_error", "baseline_train_error", "seconds", "baseline_seconds"],
+        jobs=chosen.jobs,
+        threads=max(1, torch.get_num_threads() // chosen.jobs),
+    )
+    if rows:
+        result = summary(rows)
+        print(f"mean {result['error']:.4f}, baseline {result['baseline_error']:.4f}")
+        if len(rows) > 1:
+            outcome = "equal within seed noise" if result["equal"] else "NOT EQUAL"
+            print(
+                f"deviation over seeds {result['error_deviation']:.4f}, {result['baseline_error_deviation']:.4f}; "
+                f"difference {result['difference']:+.4f} +- {result['standard_error']:.4f}: {outcome}"
+            )
+    return min(failed, 1)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

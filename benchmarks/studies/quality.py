@@ -12,7 +12,8 @@ validation rows.
 limit), the choice of one by `choose`, then that one and the baseline in `report` with all seeds.
 
 Each finished run is a line of the output. Runs that have a line are skipped, so that an interrupted study can be
-continued. `--table` prints means over the finished runs.
+continued. `--table` prints, for each mode and frame, the tables of `ablate`: means over seeds of the finished runs, and
+differences to the baseline, paired by seed.
 """
 
 from __future__ import annotations
@@ -20,26 +21,24 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import logging
 import math
-import multiprocessing
-import os
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from functools import cache
-from multiprocessing.pool import Pool
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from benchmarks.studies.sweep import append, lines_of, sweep
 from benchmarks.studies.variants import COMBINATIONS, COMMON, VARIANTS
 from spinlock_fast import Trainer
+from spinlock_fast.ablation.records import Record
+from spinlock_fast.ablation.tables import markdown
 from spinlock_fast.config.schema import RunConfig
-from spinlock_fast.errors import SpinlockFastError
 from spinlock_fast.models.decoder_refit import refit_decoder
 from spinlock_fast.models.metrics import evaluate
 
@@ -50,6 +49,8 @@ SELECT_SEEDS = 3
 TARGETS = {"utilization": 0.86, "perplexity_over_k": 0.58, "topo_post": 0.975}
 PENALTY = 3.0
 COLUMNS = ["error", "error_over_original", "train_error", "utilization", "perplexity_over_k", "topo_pre", "topo_post"]
+TABLE = [*COLUMNS, "probe_ic_type", "probe_evolution_policy", "probe_theta", "probe_raw", "seconds"]
+BASE = "baseline"
 
 
 class EvaluationSplit(NamedTuple):
@@ -70,8 +71,12 @@ class Run(NamedTuple):
     seed: int
 
     @property
-    def key(self) -> str:
+    def name(self) -> str:
         return "/".join(map(str, self))
+
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> Run:
+        return cls(*(row[field] for field in cls._fields))
 
 
 @cache
@@ -90,10 +95,8 @@ def rows_of(frame: EvaluationSplit, mode: str) -> tuple[Array, Array]:
     return rows, np.sort(scored)
 
 
-def train(
-    run: Run, data: Path, device: str, epochs: int | None, levels: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    """Trains and scores one run; `levels` replaces the codebook sizes of the frame."""
+def train(run: Run, data: Path, device: str, epochs: int | None) -> list[dict[str, Any]]:
+    """Trains and scores one run; its line."""
     frame = load_split(data, run.frame)
     rows, scored = rows_of(frame, run.mode)
     settings = {**COMMON, **VARIANTS[run.variant], "random_seed": run.seed, "device": device}
@@ -102,7 +105,7 @@ def train(
     trainer = Trainer.from_config(RunConfig(), settings)
     x, meta = frame.x[rows], frame.meta
     started = time.perf_counter()
-    result = trainer.fit(x, meta["group_indices"], levels or meta["levels"], meta["feature_names"], scored)
+    result = trainer.fit(x, meta["group_indices"], meta["levels"], meta["feature_names"], scored)
     seconds = time.perf_counter() - started
     model = result.model
     model.load_state_dict(result.final_state["model_state_dict"])
@@ -120,7 +123,7 @@ def train(
     squared = (out["reconstruction"] - features).square().cpu().numpy()
     encoded = [i for members in meta["group_indices"].values() for i in members]
     parts = {**meta["group_indices"], "(in no category)": np.setdiff1d(np.arange(x.shape[1]), encoded)}
-    return {
+    row = {
         **run._asdict(),
         "error": metrics["reconstruction_error"],
         "error_over_original": metrics["reconstruction_error"] / meta["original"]["error_final"],
@@ -136,6 +139,7 @@ def train(
         "device": result.metrics["device"],
         "versions": result.metrics["versions"],
     }
+    return [row]
 
 
 @cache
@@ -202,28 +206,9 @@ def original_probes(data: Path, frames: Iterable[int], mode: str) -> dict[str, A
     return scores
 
 
-def finished(output: Path) -> dict[str, dict[str, Any]]:
-    """Finished runs by key; an incomplete last line of a killed process is ignored."""
-    rows = {}
-    for line in output.read_text(encoding="utf-8").splitlines() if output.exists() else ():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        rows[Run(row["mode"], row["variant"], row["frame"], row["seed"]).key] = row
-    return rows
-
-
-def append(output: Path, row: dict[str, Any]) -> None:
-    """Appends a line with a single write, so that lines of several processes do not mix."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    incomplete = output.exists() and not output.read_bytes().endswith(b"\n") and output.stat().st_size > 0
-    line = ("\n" if incomplete else "") + json.dumps(row) + "\n"
-    handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        os.write(handle, line.encode())
-    finally:
-        os.close(handle)
+def finished(output: Path) -> dict[Run, dict[str, Any]]:
+    """Lines of finished runs."""
+    return {Run.of(row): row for row in lines_of(output)}
 
 
 def choose(rows: Iterable[dict[str, Any]]) -> tuple[str, dict[str, float]]:
@@ -256,79 +241,48 @@ def _score(runs: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]]) -
 
 
 def print_table(rows: Iterable[dict[str, Any]]) -> None:
-    """Prints means over seeds (for the error also the standard deviation) per mode, variant and frame."""
+    """Prints the tables of `ablate` for each mode and frame."""
     groups = defaultdict(list)
-    for row in rows:
-        groups[row["mode"], row["variant"], row["frame"]].append(row)
-    columns = [*COLUMNS, "probe_ic_type", "probe_evolution_policy", "probe_theta", "probe_raw", "seconds"]
-    print("mode variant frame runs " + " ".join(columns), flush=True)
-    for (mode, variant, frame), runs in sorted(groups.items()):
-        cells = [
-            f"{np.mean([r[c] for r in runs]):.3g}" + (f"({np.std([r[c] for r in runs]):.2g})" if c == "error" else "")
-            for c in columns
-        ]
-        print(" ".join([mode, variant, str(frame), str(len(runs)), *cells]), flush=True)
+    for row in sorted(rows, key=lambda row: (row["variant"] != BASE, row["variant"], row["seed"])):
+        measures = {name: row[name] for name in TABLE}
+        record = Record(
+            variant=row["variant"], position=0, seed=row["seed"], identity="", measures=measures, counts={},
+            device=row["device"], date="",
+        )  # fmt: skip
+        groups[row["mode"], row["frame"]].append(record)
+    for (mode, frame), records in sorted(groups.items()):
+        print(f"{mode}, frame {frame}\n\n{markdown(records, dict(zip(TABLE, TABLE, strict=True)), BASE)}", flush=True)
 
 
-def _start_worker() -> None:
-    torch.set_num_threads(1)  # steps are small: processes use the cores better than threads
-    logging.getLogger("spinlock_fast").setLevel(logging.ERROR)
-
-
-def _job(arguments: tuple[Run, Path, str, int | None, float]) -> dict[str, Any] | None:
-    run, data, device, epochs, deadline = arguments
-    if time.time() > deadline:
-        return None
-    try:
-        return train(run, data, device, epochs)
-    except (SpinlockFastError, ValueError, RuntimeError) as error:  # a failing setting must not stop the study
-        return {**run._asdict(), "failed": f"{type(error).__name__}: {error}"}
-
-
-def pending_runs(
-    mode: str, variants: Iterable[str], frames: Sequence[int], seeds: Sequence[int], output: Path
-) -> list[Run]:
+def pending_runs(mode: str, variants: Iterable[str], seeds: Sequence[int], arguments: argparse.Namespace) -> list[Run]:
     """Runs without a line in the output; all variants run with the first seed before the second."""
-    present = finished(output)
-    order = itertools.product(seeds, variants, frames)
-    runs = [Run(mode, variant, frame, seed) for seed, variant, frame in order]
-    return [run for run in runs if run.key not in present]
+    present = finished(arguments.output)
+    runs = (Run(mode, *rest) for seed in seeds for rest in itertools.product(variants, arguments.frames, [seed]))
+    return [run for run in runs if run not in present]
 
 
-def run_all(runs: Sequence[Run], arguments: argparse.Namespace, pool: Pool, deadline: float = float("inf")) -> int:
-    """Runs the study; returns the number of failed runs."""
-    started = time.time()
-    jobs = [(run, arguments.data, arguments.device, arguments.epochs, deadline) for run in runs]
-    failed = done = 0
-    for row in pool.imap_unordered(_job, jobs):
-        if row is None:
-            continue
-        done += 1
-        name = Run(row["mode"], row["variant"], row["frame"], row["seed"]).key
-        prefix = f"[{done}/{len(jobs)}, {time.time() - started:.0f} s] {name}: "
-        if "failed" in row:
-            failed += 1
-            print(prefix + row["failed"], flush=True)
-            continue
-        append(arguments.output, row)
-        print(prefix + " ".join(f"{c}={row[c]:.3f}" for c in COLUMNS) + f" {row['seconds']:.1f}s", flush=True)
-    if done < len(jobs):
-        print(f"time limit: {len(jobs) - done} runs are left", flush=True)
-    return failed
-
-
-def choose_and_report(arguments: argparse.Namespace, pool: Pool, deadline: float) -> int:
-    """Runs the combinations, chooses one, and runs it and the baseline in mode `report`."""
-    output, frames, seeds = arguments.output, arguments.frames, arguments.seeds
-    candidates = ["baseline", *COMBINATIONS]
-    failed = run_all(
-        pending_runs("select", candidates, frames, seeds[:SELECT_SEEDS], output), arguments, pool, deadline
+def run_all(runs: Sequence[Run], arguments: argparse.Namespace, deadline: float = math.inf) -> int:
+    """Performs the runs; returns the number of failed ones."""
+    return sweep(
+        {run.name: run for run in runs},
+        partial(train, data=arguments.data, device=arguments.device, epochs=arguments.epochs),
+        partial(append, arguments.output),
+        [*COLUMNS, "seconds"],
+        jobs=arguments.jobs,
+        deadline=deadline,
     )
+
+
+def choose_and_report(arguments: argparse.Namespace, deadline: float) -> int:
+    """Runs the combinations, chooses one, and runs it and the baseline in mode `report`."""
+    output, seeds = arguments.output, arguments.seeds
+    candidates = pending_runs("select", [BASE, *COMBINATIONS], seeds[:SELECT_SEEDS], arguments)
+    failed = run_all(candidates, arguments, deadline)
     chosen, scores = choose(finished(output).values())
     for variant, score in sorted(scores.items(), key=lambda item: item[1]):
         print(f"score {score:.3f} {variant}", flush=True)
     print(f"chosen: {chosen}", flush=True)
-    failed += run_all(pending_runs("report", [chosen, "baseline"], frames, seeds, output), arguments, pool)
+    failed += run_all(pending_runs("report", [chosen, BASE], seeds, arguments), arguments)
     print_table(row for row in finished(output).values() if row["mode"] == "report")
     return failed
 
@@ -349,20 +303,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--table", action="store_true", help="only print the means over finished runs")
     parser.add_argument("--list", action="store_true", help="only print what would run")
     arguments = parser.parse_args(argv)
-    runs = pending_runs(arguments.mode, arguments.variants, arguments.frames, arguments.seeds, arguments.output)
+    runs = pending_runs(arguments.mode, arguments.variants, arguments.seeds, arguments)
     if arguments.list:
-        print("\n".join(run.key for run in runs), flush=True)
+        print("\n".join(run.name for run in runs), flush=True)
     elif arguments.table:
         print_table(finished(arguments.output).values())
         probes = original_probes(arguments.data, arguments.frames, "report")
         print("probes from the original's tokens: " + json.dumps(probes), flush=True)
     else:
         deadline = time.time() + arguments.time_limit
-        with multiprocessing.get_context("spawn").Pool(arguments.jobs, _start_worker) as pool:
-            if arguments.choose:
-                failed = choose_and_report(arguments, pool, deadline)
-            else:
-                failed = run_all(runs, arguments, pool, deadline)
+        failed = choose_and_report(arguments, deadline) if arguments.choose else run_all(runs, arguments, deadline)
         return min(failed, 1)
     return 0
 

@@ -14,18 +14,19 @@ error of the validation rows. With `--test` the chosen one is also scored on the
     one_category    the same with one category of all features, joint search: what the categories cost
     others          see `reference_quantizers.py`
 
-Fits that have a line in the output are skipped. The quantizers of faiss and `--plot` need the extra `study`.
+Fits that have a line in the output are skipped, so that an interrupted study can be continued. The quantizers of faiss
+and `--plot` need the extra `study`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import logging
 import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,8 +35,8 @@ import torch
 
 from benchmarks.common.commands import ROOT
 from benchmarks.common.timing import commit
-from benchmarks.studies.quality import append
 from benchmarks.studies.reference_quantizers import REFERENCES, Array, Coder, Training
+from benchmarks.studies.sweep import append, lines_of, sweep
 from spinlock_fast import CategoricalHierarchicalVQVAE, Trainer
 from spinlock_fast.config.loading import load_config
 from spinlock_fast.config.schema import LevelConfig
@@ -74,6 +75,7 @@ class Matrix(NamedTuple):
     test: Array
 
 
+@cache
 def load_matrix(path: Path) -> Matrix:
     with np.load(path) as file:
         x = np.ascontiguousarray(file["x"], dtype=np.float32)
@@ -172,15 +174,16 @@ def fitted(matrix: Matrix, kind: str, bits: int, chosen: argparse.Namespace) -> 
             yield name, option, bits_of(sizes), coder
 
 
-def measure(matrix: Matrix, kind: str, bits: int, chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def measure(run: tuple[str, int], chosen: argparse.Namespace) -> list[dict[str, Any]]:
     """A line per name of the kind: errors of the option with the lowest error of the validation rows."""
+    kind, bits = run
+    matrix = load_matrix(chosen.matrix)
     best: dict[str, tuple[dict[str, Any], Coder]] = {}
     validation = matrix.x[matrix.validation]
     started = time.process_time()
     for name, option, used, coder in fitted(matrix, kind, bits, chosen):
         error = mean_squared_error(validation, coder(validation))
         row = {"kind": name, "bits": bits, "bits_used": used, "option": option, "validation_error": error}
-        print(f"{name} {bits} bits, option {option}: validation {error:.4f}", flush=True)
         if name not in best or error < best[name][0]["validation_error"]:
             best[name] = row, coder
     seconds = time.process_time() - started
@@ -191,11 +194,7 @@ def measure(matrix: Matrix, kind: str, bits: int, chosen: argparse.Namespace) ->
         if chosen.test:
             test = matrix.x[matrix.test]
             row["test_error"] = mean_squared_error(test, coder(test))
-        yield row
-
-
-def lines_of(output: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()] if output.exists() else []
+    return [row for row, _ in best.values()]
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -256,24 +255,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--train-beam", type=int, default=32, help="beam width of the training of `residual`")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--jobs", type=int, default=1, help="number of processes")
     chosen = parser.parse_args(argv)
-    torch.set_num_threads(1)
-    logging.getLogger("spinlock_fast").setLevel(logging.ERROR)
-    matrix = load_matrix(chosen.matrix)
-    if matrix.groups is None and "model" in chosen.kinds:
+    if load_matrix(chosen.matrix).groups is None and "model" in chosen.kinds:
         parser.error(f"{chosen.matrix} has no group_indices: write it with benchmarks.studies.feature_matrix")
     load_config(chosen.config)
     present = {(row["kind"], row["bits"], row["seed"]) for row in lines_of(chosen.output)}
-    for bits in chosen.bits:
-        for kind in chosen.kinds:
-            name = MODELS.get(kind, (kind,))[-1]
-            if (name, bits, chosen.seed) in present or (kind in REFERENCES and bits > REFERENCES[kind].most_bits):
-                continue
-            for row in measure(matrix, kind, bits, chosen):
-                append(chosen.output, row)
+    runs = {
+        f"{kind}, {bits} bits": (kind, bits)
+        for bits in chosen.bits
+        for kind in chosen.kinds
+        if (MODELS.get(kind, (kind,))[-1], bits, chosen.seed) not in present
+        and (kind not in REFERENCES or bits <= REFERENCES[kind].most_bits)
+    }
+    failed = sweep(
+        runs,
+        partial(measure, chosen=chosen),
+        partial(append, chosen.output),
+        ["kind", "option", "validation_error"],
+        jobs=chosen.jobs,
+    )
     if chosen.plot:
         plot(lines_of(chosen.output), chosen.plot)
-    return 0
+    return min(failed, 1)
 
 
 if __name__ == "__main__":

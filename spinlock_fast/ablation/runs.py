@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import shutil
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 from spinlock_fast.ablation.plan import Run
-from spinlock_fast.ablation.records import Record
-from spinlock_fast.ablation.worker import Done, Failed, PrepareTask, Progress, RunTask, Warned, serve
+from spinlock_fast.ablation.worker import Done, Failed, PrepareTask, Progress, RunTask, Task, Warned, serve
 from spinlock_fast.errors import OutputError, SpinlockFastError, TrainingError
 from spinlock_fast.output.locks import locked_output_directory
 
@@ -27,45 +28,71 @@ _PRELOADED = [
 ]
 
 
-class Display(Protocol):
-    """Shows the progress of an ablation."""
+class Named(Hashable, Protocol):
+    """A run, which messages call by its name."""
 
-    def preparing(self, runs: Sequence[Run]) -> None: ...
+    @property
+    def name(self) -> str: ...
 
-    def started(self, run: Run) -> None: ...
 
-    def epoch(self, run: Run, epoch: int, epochs: int) -> None: ...
+RunT = TypeVar("RunT", bound=Named)
+_RunT = TypeVar("_RunT", bound=Named, contravariant=True)
 
-    def finished(self, run: Run, record: Record) -> None: ...
 
-    def failed(self, run: Run, error: SpinlockFastError) -> None: ...
+class Display(Protocol[_RunT]):
+    """Shows the progress of runs."""
+
+    def preparing(self, runs: Sequence[_RunT]) -> None: ...
+
+    def started(self, run: _RunT) -> None: ...
+
+    def epoch(self, run: _RunT, epoch: int, epochs: int) -> None: ...
+
+    def finished(self, run: _RunT, result: Any) -> None: ...
+
+    def failed(self, run: _RunT, error: SpinlockFastError) -> None: ...
 
     def warning(self, text: str) -> None: ...
 
 
 @dataclass
-class _Group:
-    """Runs that share their features."""
+class Group(Generic[RunT]):
+    """Runs that share what is prepared for them.
 
-    pending: list[Run]
-    matrix: Path
-    prepared: bytes | None = None
-    preparing: bool = False
-    active: int = 0  # runs in progress
+    Args:
+        pending: the runs, in order.
+        task: from a run and the result of `prepare`, the task of the run.
+        prepare: the task to be performed before those of the runs; None if there is nothing to prepare.
+        release: called when the last run has ended.
+    """
+
+    pending: list[RunT]
+    task: Callable[[RunT, Any], Task]
+    prepare: Task | None = None
+    release: Callable[[], object] = lambda: None
+    prepared: Any = field(default=None, init=False)
+    ready: bool = field(default=False, init=False)
+    preparing: bool = field(default=False, init=False)
+    active: int = field(default=0, init=False)  # runs in progress
 
 
 @dataclass
-class _Worker:
+class _Worker(Generic[RunT]):
     process: BaseProcess
     connection: Connection
-    group: _Group | None = field(default=None)
-    run: Run | None = None  # None while it prepares, or is idle
+    group: Group[RunT] | None = field(default=None)
+    run: RunT | None = None  # None while it prepares, or is idle
 
 
 def perform(
-    runs: Sequence[Run], devices: Sequence[str], threads: int, scratch: Path, keep_checkpoints: bool, display: Display
+    runs: Sequence[Run],
+    devices: Sequence[str],
+    threads: int,
+    scratch: Path,
+    keep_checkpoints: bool,
+    display: Display[Run],
 ) -> dict[Run, SpinlockFastError]:
-    """Trains every run; a run that fails does not end the others.
+    """Trains every run of an ablation; a run that fails does not end the others.
 
     Args:
         runs: the runs. They are started in order, those with the same features together.
@@ -82,27 +109,56 @@ def perform(
         OutputError: a result cannot be written.
         TrainingError: a worker process was ended from outside.
     """
+    alike: dict[str, list[Run]] = {}
+    for run in runs:
+        alike.setdefault(run.preparation, []).append(run)
+
+    def group(name: str, pending: list[Run]) -> Group[Run]:
+        matrix = scratch / f"{name}.npy"
+        return Group(
+            pending,
+            lambda run, prepared: RunTask(run, matrix, prepared, keep_checkpoints),
+            PrepareTask(pending[0].config, matrix),
+            lambda: matrix.unlink(missing_ok=True),
+        )
+
     if not runs:
         return {}
-    with _scratch_directory(scratch), _workers(devices, threads) as workers:
-        return _Scheduler(runs, scratch, keep_checkpoints, display).perform(workers)
+    with _scratch_directory(scratch):
+        return perform_groups([group(*item) for item in alike.items()], devices, threads, display)
 
 
-class _Scheduler:
-    """Distributes the tasks: features first, then the runs that use them."""
+def perform_groups(
+    groups: Sequence[Group[RunT]],
+    devices: Sequence[str],
+    threads: int,
+    display: Display[RunT],
+    deadline: float = math.inf,
+) -> dict[RunT, SpinlockFastError]:
+    """Performs the tasks of groups of runs in worker processes; see `perform`.
 
-    def __init__(self, runs: Sequence[Run], scratch: Path, keep_checkpoints: bool, display: Display) -> None:
-        self._groups: dict[str, _Group] = {}
-        for run in runs:
-            group = self._groups.setdefault(run.preparation, _Group([], scratch / f"{run.preparation}.npy"))
-            group.pending.append(run)
-        self._keep, self._display = keep_checkpoints, display
-        self._failures: dict[Run, SpinlockFastError] = {}
+    Args:
+        groups: started in order.
+        devices: device of each worker process.
+        threads: CPU threads of each worker.
+        display: shows progress.
+        deadline: `time.time()` after which no task is started.
+    """
+    with _workers(devices, threads) as workers:
+        return _Scheduler(groups, display, deadline).perform([_Worker(*worker) for worker in workers])
 
-    def perform(self, workers: Sequence[_Worker]) -> dict[Run, SpinlockFastError]:
+
+class _Scheduler(Generic[RunT]):
+    """Distributes the tasks: what is prepared first, then the runs that use it."""
+
+    def __init__(self, groups: Sequence[Group[RunT]], display: Display[RunT], deadline: float) -> None:
+        self._groups, self._display, self._deadline = groups, display, deadline
+        self._failures: dict[RunT, SpinlockFastError] = {}
+
+    def perform(self, workers: Sequence[_Worker[RunT]]) -> dict[RunT, SpinlockFastError]:
         while True:
             for worker in workers:
-                if worker.group is None:
+                if worker.group is None and time.time() < self._deadline:
                     self._assign(worker)
             busy = {worker.connection: worker for worker in workers if worker.group is not None}
             if not busy:
@@ -115,24 +171,24 @@ class _Scheduler:
                     raise _ended(worker) from None
                 self._receive(worker, message)
 
-    def _assign(self, worker: _Worker) -> None:
+    def _assign(self, worker: _Worker[RunT]) -> None:
         """Gives a worker the next task, if there is one."""
-        for group in self._groups.values():
-            if group.pending and group.prepared is not None:
+        for group in self._groups:
+            if group.pending and (group.ready or group.prepare is None):
                 run = group.pending.pop(0)
                 group.active += 1
                 self._display.started(run)
                 worker.group, worker.run = group, run
-                worker.connection.send(RunTask(run, group.matrix, group.prepared, self._keep))
+                worker.connection.send(group.task(run, group.prepared))
                 return
             if group.pending and not group.preparing:
                 group.preparing = True
                 self._display.preparing(group.pending)
                 worker.group, worker.run = group, None
-                worker.connection.send(PrepareTask(group.pending[0].config, group.matrix))
+                worker.connection.send(group.prepare)
                 return
 
-    def _receive(self, worker: _Worker, message: object) -> None:
+    def _receive(self, worker: _Worker[RunT], message: object) -> None:
         group, run = worker.group, worker.run
         assert group is not None
         if isinstance(message, Warned):
@@ -153,16 +209,16 @@ class _Scheduler:
                 group.pending.clear()
         elif isinstance(message, Done):
             if run is None:
-                group.prepared = message.value
+                group.prepared, group.ready = message.value, True
             else:
                 self._display.finished(run, message.value)
         group.active -= run is not None
         if not group.pending and not group.active:
             group.prepared = None
-            group.matrix.unlink(missing_ok=True)
+            group.release()
 
 
-def _ended(worker: _Worker) -> TrainingError:
+def _ended(worker: _Worker[RunT]) -> TrainingError:
     """The error of a worker that ended during a task."""
     worker.process.join(5.0)
     code = worker.process.exitcode
@@ -172,7 +228,7 @@ def _ended(worker: _Worker) -> TrainingError:
 
 
 @contextmanager
-def _workers(devices: Sequence[str], threads: int) -> Iterator[list[_Worker]]:
+def _workers(devices: Sequence[str], threads: int) -> Iterator[Sequence[tuple[BaseProcess, Connection]]]:
     """Starts a worker process per device; ends them on exit."""
     # A server that has imported the package, but has not used CUDA, forks the workers.
     context = multiprocessing.get_context("forkserver")
@@ -184,15 +240,15 @@ def _workers(devices: Sequence[str], threads: int) -> Iterator[list[_Worker]]:
             process = context.Process(target=serve, args=(there, device, threads), daemon=True)
             process.start()
             there.close()
-            workers.append(_Worker(process, here))
+            workers.append((process, here))
         yield workers
     finally:
-        for worker in workers:
-            worker.process.terminate()
-        for worker in workers:
-            worker.process.join(5.0)
-            worker.process.kill()
-            worker.connection.close()
+        for process, _ in workers:
+            process.terminate()
+        for process, connection in workers:
+            process.join(5.0)
+            process.kill()
+            connection.close()
 
 
 @contextmanager

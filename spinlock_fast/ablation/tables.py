@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,13 @@ from spinlock_fast.ablation.plan import BASE
 from spinlock_fast.ablation.records import MEASURES, Record
 from spinlock_fast.ablation.statistics import PairedDifference, Summary, paired_difference, summarize
 
-COMPARED = [name for name in MEASURES if name != "seconds"]  # seconds depend on what else the machine does
+
+def compared(measures: Iterable[str]) -> list[str]:
+    """The measures whose differences are shown: seconds depend on what else the machine does."""
+    return [name for name in measures if name != "seconds"]
+
+
+COMPARED = compared(MEASURES)
 
 
 @dataclass(frozen=True)
@@ -20,32 +26,34 @@ class Row:
 
     variant: str
     seeds: list[int]
-    features: float  # mean number over seeds
+    features: float | None  # mean number over seeds; None if it was not recorded
     summaries: dict[str, Summary]
     differences: dict[str, PairedDifference]  # to the base; empty for the base itself, or without common seeds
 
 
-def table_of(records: Sequence[Record]) -> list[Row]:
-    """One row per variant, in order of their positions.
+def table_of(records: Sequence[Record], measures: Iterable[str] = MEASURES, base: str = BASE) -> list[Row]:
+    """One row per variant, in order of their first records.
 
     Args:
-        records: at least one; those of the variant `base` are what others are compared with.
+        records: at least one.
+        measures: names of measures that every record has.
+        base: the variant that the others are compared with.
     """
     variants = dict.fromkeys(record.variant for record in records)
-    base = {record.seed: record for record in records if record.variant == BASE}
+    reference = {record.seed: record for record in records if record.variant == base}
     rows = []
     for variant in variants:
         own = {record.seed: record for record in records if record.variant == variant}
         summaries, differences = {}, {}
-        for name in MEASURES:
+        for name in measures:
             summary = summarize([record.measures[name] for record in own.values()])
             assert summary is not None  # every variant has a record
             summaries[name] = summary
-            difference = paired_difference(_by_seed(own, name), _by_seed(base, name))
-            if difference is not None and variant != BASE and name in COMPARED:
+            difference = paired_difference(_by_seed(own, name), _by_seed(reference, name))
+            if difference is not None and variant != base and name in compared(measures):
                 differences[name] = difference
-        features = float(np.mean([record.counts["features"] for record in own.values()]))
-        rows.append(Row(variant, sorted(own), features, summaries, differences))
+        counts = [record.counts["features"] for record in own.values() if "features" in record.counts]
+        rows.append(Row(variant, sorted(own), float(np.mean(counts)) if counts else None, summaries, differences))
     return rows
 
 
@@ -69,26 +77,28 @@ def difference_cell(difference: PairedDifference | None) -> str:
     return f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
 
 
-def markdown(records: Sequence[Record]) -> str:
-    """The two tables as Markdown: means, and differences to the base."""
-    rows = table_of(records)
-    devices = ", ".join(dict.fromkeys(record.device for record in records))
+def markdown(records: Sequence[Record], measures: Mapping[str, str] = MEASURES, base: str = BASE) -> str:
+    """The two tables as Markdown: means, and differences to the base; `measures` are names and headings."""
+    rows = table_of(records, measures, base)
     dates = sorted({record.date for record in records})
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    where = ", ".join(filter(None, [*dict.fromkeys(record.device for record in records), when]))
+    counted = [row.features for row in rows if row.features is not None]
     means = [
-        [f"`{row.variant}`", str(len(row.seeds)), f"{row.features:.0f}"]
-        + [summary_cell(name, row.summaries[name]) for name in MEASURES]
+        [f"`{row.variant}`", str(len(row.seeds)), *([f"{row.features:.0f}"] if row.features is not None else [])]
+        + [summary_cell(name, row.summaries[name]) for name in measures]
         for row in rows
     ]
     parts = [
-        f"Mean ± standard deviation over seeds, on the validation rows ({devices}, {when}).\n",
-        _markdown_table(["variant", "seeds", "features", *MEASURES.values()], means),
+        f"Mean ± standard deviation over seeds, on the validation rows ({where}).\n",
+        _markdown_table(["variant", "seeds", *(["features"] if counted else []), *measures.values()], means),
     ]
-    if len({row.features for row in rows}) > 1:
+    if len(set(counted)) > 1:
         parts.append("Variants with another number of features are measured on other features than the base.\n")
+    names = compared(measures)
     changes = [
         [f"`{row.variant}`", str(max(difference.pairs for difference in row.differences.values()))]
-        + [_emphasized(row.differences.get(name)) for name in COMPARED]
+        + [_emphasized(row.differences.get(name)) for name in names]
         for row in rows
         if row.differences
     ]
@@ -96,7 +106,7 @@ def markdown(records: Sequence[Record]) -> str:
         parts += [
             "Mean paired difference to the base, with its 95 % interval (Student's t over pairs of equal seeds); "
             "bold: the interval excludes 0.\n",
-            _markdown_table(["variant", "pairs", *(MEASURES[name] for name in COMPARED)], changes),
+            _markdown_table(["variant", "pairs", *(measures[name] for name in names)], changes),
         ]
     return "\n".join(parts)
 

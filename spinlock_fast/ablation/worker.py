@@ -1,4 +1,4 @@
-"""A worker process: encodes features, and trains on them."""
+"""A worker process, and its tasks: to encode features, and to train on them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -38,6 +38,13 @@ from spinlock_fast.training.run import write_result
 from spinlock_fast.training.trainer import Trainer
 
 
+class Task(Protocol):
+    """Work for a worker process; it is pickled."""
+
+    def perform(self, device: str, reply: Reply) -> object:
+        """The result, which is pickled; raises SpinlockFastError."""
+
+
 @dataclass(frozen=True)
 class PrepareTask:
     """Encode, clean and normalise features; the answer is the pickled `PreparedFeatures` without its matrix.
@@ -50,6 +57,19 @@ class PrepareTask:
     config: RunConfig
     matrix: Path
 
+    def perform(self, device: str, reply: Reply) -> bytes:
+        """Performs the task."""
+        with open_source(self.config) as source:
+            prepared = prepare(source, self.config, resolve_device(device), _Observer(reply), self.matrix.parent)
+        try:
+            np.save(self.matrix, prepared.x)
+        except OSError as error:
+            raise OutputError(f"{self.matrix}: cannot be written: {error.strerror or error}") from None
+        for family in prepared.encoders:
+            family.to(torch.device("cpu"))
+        empty = np.zeros((0, prepared.x.shape[1]), np.float32)
+        return pickle.dumps(replace(prepared, x=empty, on_disk=False))
+
 
 @dataclass(frozen=True)
 class RunTask:
@@ -59,6 +79,25 @@ class RunTask:
     matrix: Path
     prepared: bytes
     keep_checkpoint: bool
+
+    def perform(self, device: str, reply: Reply) -> Record:
+        """Performs the task."""
+        run = self.run
+        config = run.config.model_copy(update={"device": device})
+        # Private pages: torch refuses arrays that cannot be written.
+        prepared = replace(pickle.loads(self.prepared), x=np.load(self.matrix, mmap_mode="c"))
+        trainer = Trainer(config, _Observer(reply))
+        with RunDirectory(run.directory) as output:
+            result = trainer.fit(prepared.x, prepared.groups, feature_names=prepared.feature_names, normalize=False)
+            metrics = result.metrics
+            metrics |= {"missing_values": prepared.missing, "units": units(config.training)}
+            if self.keep_checkpoint:
+                _write_checkpoint(output, config, prepared, result)
+            else:
+                write_json(run.directory / METRICS, metrics)
+            record = Record.of(run, metrics, time.strftime("%Y-%m-%d"))
+            write_record(run.directory, record)
+        return record
 
 
 @dataclass(frozen=True)
@@ -101,7 +140,7 @@ def serve(connection: Connection, device: str, threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
-    reply = _Reply(connection)
+    reply = Reply(connection)
     logger = logging.getLogger("spinlock_fast")
     logger.addHandler(_WarningHandler(reply))
     logger.propagate = False
@@ -110,10 +149,9 @@ def serve(connection: Connection, device: str, threads: int) -> None:
             reply(_answer(connection.recv(), device, reply))
 
 
-def _answer(task: PrepareTask | RunTask, device: str, reply: _Reply) -> Done | Failed:
-    """Performs a task."""
+def _answer(task: Task, device: str, reply: Reply) -> Done | Failed:
     try:
-        return Done(_prepare(task, device, reply) if isinstance(task, PrepareTask) else _run(task, device, reply))
+        return Done(task.perform(device, reply))
     except SpinlockFastError as error:
         return Failed(error)
     except (MemoryError, RuntimeError) as error:
@@ -130,8 +168,8 @@ def _exit_with_parent() -> None:
         os._exit(1)
 
 
-class _Reply:
-    """Sends messages from any thread."""
+class Reply:
+    """Sends messages to the parent process, from any thread."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -143,7 +181,7 @@ class _Reply:
 
 
 class _WarningHandler(logging.Handler):
-    def __init__(self, reply: _Reply) -> None:
+    def __init__(self, reply: Reply) -> None:
         super().__init__(logging.WARNING)
         self._reply = reply
 
@@ -154,7 +192,7 @@ class _WarningHandler(logging.Handler):
 class _Observer(SilentObserver):
     """Sends the number of a finished epoch, at most twice a second."""
 
-    def __init__(self, reply: _Reply) -> None:
+    def __init__(self, reply: Reply) -> None:
         self._reply, self._epochs, self._sent = reply, 0, 0.0
 
     def training_started(self, epochs: int, first_epoch: int, rows: int) -> None:
@@ -173,38 +211,6 @@ class _Observer(SilentObserver):
 
     def training_finished(self) -> None:
         pass
-
-
-def _prepare(task: PrepareTask, device: str, reply: _Reply) -> bytes:
-    with open_source(task.config) as source:
-        prepared = prepare(source, task.config, resolve_device(device), _Observer(reply), task.matrix.parent)
-    try:
-        np.save(task.matrix, prepared.x)
-    except OSError as error:
-        raise OutputError(f"{task.matrix}: cannot be written: {error.strerror or error}") from None
-    for family in prepared.encoders:
-        family.to(torch.device("cpu"))
-    empty = np.zeros((0, prepared.x.shape[1]), np.float32)
-    return pickle.dumps(replace(prepared, x=empty, on_disk=False))
-
-
-def _run(task: RunTask, device: str, reply: _Reply) -> Record:
-    run = task.run
-    config = run.config.model_copy(update={"device": device})
-    # Private pages: torch refuses arrays that cannot be written.
-    prepared = replace(pickle.loads(task.prepared), x=np.load(task.matrix, mmap_mode="c"))
-    trainer = Trainer(config, _Observer(reply))
-    with RunDirectory(run.directory) as output:
-        result = trainer.fit(prepared.x, prepared.groups, feature_names=prepared.feature_names, normalize=False)
-        metrics = result.metrics
-        metrics |= {"missing_values": prepared.missing, "units": units(config.training)}
-        if task.keep_checkpoint:
-            _write_checkpoint(output, config, prepared, result)
-        else:
-            write_json(run.directory / METRICS, metrics)
-        record = Record.of(run, metrics, time.strftime("%Y-%m-%d"))
-        write_record(run.directory, record)
-    return record
 
 
 def _write_checkpoint(output: RunDirectory, config: RunConfig, prepared: PreparedFeatures, result: TrainResult) -> None:

@@ -95,12 +95,12 @@ class SweepDisplay:
         self._active[run] = f"seed {run.seed}: epoch {epoch}/{epochs}"
         self._show()
 
-    def finished(self, run: Run, record: Record) -> None:
+    def finished(self, run: Run, result: Record) -> None:
         """Shows the measures of a finished run."""
         self._active.pop(run, None)
-        self._records[run] = record
-        measures = "  ".join(f"{MEASURES[name]} {record.measures[name]:.4f}" for name in _LIVE)
-        self._show(f"{self._count()}  {run.name}: {measures}  {record.measures['seconds']:.1f} s")
+        self._records[run] = result
+        measures = "  ".join(f"{MEASURES[name]} {result.measures[name]:.4f}" for name in _LIVE)
+        self._show(f"{self._count()}  {run.name}: {measures}  {result.measures['seconds']:.1f} s")
 
     def failed(self, run: Run, error: SpinlockFastError) -> None:
         """Shows that a run failed."""

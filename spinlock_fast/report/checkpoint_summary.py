@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import torch
 
 from spinlock_fast.checkpoints.directory import CONFIG, HISTORY, METRICS, load_run_config
-from spinlock_fast.checkpoints.run_directory import find
+from spinlock_fast.checkpoints.run_directory import VOCABULARY, find
 from spinlock_fast.config.schema import RunConfig
 from spinlock_fast.errors import ConfigError, DataError
 from spinlock_fast.features.names import count_families, family_of
 from spinlock_fast.models.metrics import Metrics
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE
-from spinlock_fast.report.run_files import read_history, read_metrics
+from spinlock_fast.report.run_files import read_history, read_metrics, read_vocabulary
 from spinlock_fast.tokenizer import Tokenizer
 
 
@@ -40,6 +40,7 @@ class CheckpointSummary:
     measured_on: str  # the rows that `metrics` were measured on, as text
     epochs: list[dict[str, Any]]
     best_epoch: int | None
+    vocabulary: dict[str, Any]  # contents of vocabulary.json, empty without the file
     notes: list[str] = field(default_factory=list)  # omitted parts, with the reason
 
     @property
@@ -139,6 +140,7 @@ def read_checkpoint_summary(directory: str | Path, device: str | torch.device = 
         measured_on=_count(metrics.get("val_rows", 0), "row" if metrics.get("rows") == "all" else "validation row"),
         epochs=epochs,
         best_epoch=history.get("best_epoch"),
+        vocabulary=read_vocabulary(find(directory, VOCABULARY)),
         notes=notes,
     )
 

@@ -15,13 +15,11 @@ import torch
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from spinlock_fast.checkpoints.run_directory import VOCABULARY, find
 from spinlock_fast.errors import ConfigError, DataError
 from spinlock_fast.features.mutual_information import adjusted_mutual_information, contingency
 from spinlock_fast.messages import printable
 from spinlock_fast.report.checkpoint_summary import CheckpointSummary, read_checkpoint_summary
 from spinlock_fast.report.data_statistics import measure_data
-from spinlock_fast.report.run_files import read_vocabulary
 
 MAX_RUNS = 8
 ABSENT = "-"
@@ -62,7 +60,6 @@ class Comparison:
     metrics: list[MetricRow]
     matches: list[list[Match | None]]  # [R][C] the partner in each run of each category of the first run
     settings: list[tuple[str, list[str]]]  # key and values of the settings that differ
-    vocabularies: list[dict[str, Any]]  # contents of vocabulary.json, empty without one
     marked: bool  # whether best values are marked, which needs equal features and rows
     agreement: Agreement | None = None
     notes: list[str] = field(default_factory=list)
@@ -128,7 +125,6 @@ def compare_runs(
             raise ConfigError(f"compare: {path} is given twice")
     labels = run_labels(resolved)
     runs = [read_checkpoint_summary(path, device) for path in paths]
-    vocabularies = [read_vocabulary(find(path, VOCABULARY)) for path in paths]
     tokens = [_measure(label, run, data) for label, run in zip(labels, runs, strict=True)] if data is not None else []
     notes = [f"{label}: {note}" for label, run in zip(labels, runs, strict=True) for note in run.notes]
     incomparable = _incomparable(labels, runs, measured_alike=data is not None)
@@ -139,7 +135,6 @@ def compare_runs(
         metrics=[*_sizes(runs), *_metric_rows(runs, marked=not incomparable)],
         matches=[match_categories(runs[0], run) for run in runs],
         settings=differing_settings(runs),
-        vocabularies=vocabularies,
         marked=not incomparable,
         notes=notes,
     )

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from spinlock_fast.report.analysis_page import Block
 from spinlock_fast.report.comparison import ABSENT, Comparison, Match, number_text
+from spinlock_fast.report.vocabulary_changes import DATA, EXPLANATION, category_changes
 
 
 def comparison_blocks(comparison: Comparison, checkpoints: Sequence[str | Path]) -> list[Block]:
@@ -99,8 +101,9 @@ def _agreement(comparison: Comparison) -> list[Block]:
 
 
 def _vocabularies(comparison: Comparison) -> list[Block]:
-    lines = []
-    for label, vocabulary in zip(comparison.labels, comparison.vocabularies, strict=True):
+    blocks = []
+    for label, run in zip(comparison.labels, comparison.runs, strict=True):
+        vocabulary = run.vocabulary
         if not vocabulary:
             continue
         start, codes = vocabulary["init_from"], vocabulary["codes"]
@@ -112,5 +115,21 @@ def _vocabularies(comparison: Comparison) -> list[Block]:
                 line += f"; {name.replace('_', ' ')}: {equal:.1%} equal tokens"
                 before, after = (vocabulary[name].get(f"error_{when}") for when in ("before", "after"))
                 line += f", error {before:.4f} -> {after:.4f}" if None not in (before, after) else ""
-        lines.append(f"{line}.")
-    return [Block("h2", ["Vocabulary"]), Block("list", lines)] if lines else []
+        blocks += [Block("list", [f"{line}."]), *_changes_table(vocabulary)]
+    explanation = [Block("p", [EXPLANATION])] if any(block.kind == "table" for block in blocks) else []
+    return [Block("h2", ["Vocabulary"]), *explanation, *blocks] if blocks else []
+
+
+def _changes_table(vocabulary: dict[str, Any]) -> list[Block]:
+    """By category; empty without codebooks."""
+    changes = category_changes(vocabulary)
+    if not changes:
+        return []
+    compared = [data for data in DATA if all(data in row.equal_tokens for row in changes)]
+    heading = ["category", "codes", "kept", "of them moved", "replaced", "died", "newly used"]
+    rows = [(*heading, *(f"equal tokens, {DATA[data]}, %" for data in compared))]
+    for row in changes:
+        numbers = (row.codes, row.kept, row.moved, row.replaced, row.died, row.newly_used)
+        shares = (f"{100 * row.equal_tokens[data]:.1f}" for data in compared)
+        rows.append((row.category, *(f"{number:,}" for number in numbers), *shares))
+    return [Block("table", rows=rows)]

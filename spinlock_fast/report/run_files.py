@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from spinlock_fast.config.loading import read_text_file
 from spinlock_fast.errors import ConfigError, DataError
@@ -86,11 +86,33 @@ class _TokenChange(_JsonFile):
     error_after: Number | None = None
 
 
+class _CodebookTokens(_JsonFile):
+    died: list[Count]
+    newly_used: list[Count]
+    equal_tokens: Number
+
+
+class _CodebookChange(_JsonFile):
+    name: str
+    codes: Count
+    shift: list[Number]
+    replaced: list[Count]
+    new_data: _CodebookTokens
+    old_data: _CodebookTokens | None = None
+
+    @model_validator(mode="after")
+    def _codes_exist(self) -> Self:
+        if len(self.shift) != self.codes or not all(code < self.codes for code in self.replaced):
+            raise ValueError(f"{self.name} has {self.codes} codes, and a shift for each")
+        return self
+
+
 class _VocabularyFile(_JsonFile):
     init_from: _StartedFrom
     codes: _KeptCodes
     new_data: _TokenChange
     old_data: _TokenChange
+    codebooks: list[_CodebookChange] = []
 
 
 def read_metrics(path: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from itertools import groupby
+from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -32,13 +33,18 @@ from spinlock_fast.report.style import (
     unique_labels,
     write_table,
 )
+from spinlock_fast.report.vocabulary_changes import category_changes
+from spinlock_fast.report.vocabulary_panels import draw_codes, draw_tokens
 
 _NAMED_FEATURES = 32  # more names do not fit along an axis
 _STRIP = 0.16  # height of the family strip in inches
 
 
 def draw_semantic(summary: CheckpointSummary, statistics: DataStatistics | None) -> Figure:
-    """Categories and their members, what their tokens tell, correlations, and the information of the tokens."""
+    """Categories and their members, what their tokens tell, correlations, and the information of the tokens.
+
+    For a run from another checkpoint, also what has changed in its vocabulary.
+    """
     associations = None
     if statistics is not None and statistics.conditions:
         associations = associate(summary.tokenizer, statistics.tokens, statistics.conditions)
@@ -48,9 +54,10 @@ def draw_semantic(summary: CheckpointSummary, statistics: DataStatistics | None)
     side = min(max(1.5, 0.13 * count), 3.2)
     margin = 2.1 if named else 1.3
     widths = (2.0, 0.85 * max(side, 2.0) / 2.0, 1.35) if statistics is not None else (2.0, 1.2)
-    figure, grid = create_page(
-        "Semantics", summary, [Row(panels.height, panels.margin, panels.widths), Row(side, margin, widths)]
-    )
+    changes = category_changes(summary.vocabulary)
+    rows = [Row(panels.height, panels.margin, panels.widths), Row(side, margin, widths)]
+    rows += [Row(side, 1.4, (1.4, 1.0))] if changes else []
+    figure, grid = create_page("Semantics", summary, rows)
     panels.draw(figure, grid[0])
     order = [i for members in summary.groups for i in members]
     features = figure.add_subplot(grid[1][0])
@@ -60,6 +67,10 @@ def draw_semantic(summary: CheckpointSummary, statistics: DataStatistics | None)
     if statistics is not None:
         _draw_correlation(figure.add_subplot(grid[1][1]), summary, statistics, side)
     _write_capacity(figure.add_subplot(grid[1][-1]), summary, statistics, side)
+    if changes:
+        start = shorten(Path(summary.vocabulary["init_from"]["name"]).name, 30)
+        draw_codes(figure.add_subplot(grid[2][0]), changes, start, side)
+        draw_tokens(figure.add_subplot(grid[2][1]), changes, side)
     return fix_layout(figure)
 
 

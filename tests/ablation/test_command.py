@@ -68,6 +68,12 @@ def results(output: Path) -> list[dict[str, str]]:
     return [{key: value for key, value in line.items() if key not in ("seconds", "date")} for line in lines]
 
 
+def tables(output: Path) -> str:
+    """The tables of ablation.md, without the date and the seconds, which are the last column of the first table."""
+    text = re.sub(r"\d{4}-\d\d-\d\d", "", (output / "ablation.md").read_text(encoding="utf-8"))
+    return re.sub(r"\| [\d.]+(?: ± [\d.]+)? \|\n", "|\n", text)
+
+
 @pytest.fixture(scope="module")
 def swept(config: Path) -> Path:
     """An uninterrupted sweep of three variants and two seeds."""
@@ -170,6 +176,7 @@ def test_killed_and_started_again(
     time.sleep(0.2)  # the worker ends
     assert ablate(*command, "--quiet") == 0
     assert results(output) == results(swept)
+    assert tables(output) == tables(swept)
     assert {path: path.stat().st_mtime_ns for path in done} == done
     assert not (output / ".work").exists()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 
 SCRIPT = Path(__file__).parents[2] / "docs" / "make_ablation.py"
@@ -14,4 +15,6 @@ def test_the_page_is_current() -> None:
     assert spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    assert script.PAGE.read_text(encoding="utf-8") == script.page(), "run `python docs/make_ablation.py`"
+    text = script.PAGE.read_text(encoding="utf-8")
+    assert text == script.page(), "run `python docs/make_ablation.py`"
+    assert {path.name for path in script.RESULTS.glob("ablation_*.csv")} == set(re.findall(r"ablation_\w+\.csv", text))

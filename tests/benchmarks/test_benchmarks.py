@@ -269,7 +269,7 @@ def test_exponents_are_slopes_of_logarithms() -> None:
 
 
 def test_without_dropout_trainer_and_baseline_learn_the_same(tmp_path: Path) -> None:
-    from benchmarks.studies.equal_quality import compare, load_data, summary
+    from benchmarks.studies.equal_quality import compare, load_data, main, summary
 
     x = np.random.default_rng(0).normal(size=(80, 9)).astype(np.float32)
     x[:, 1::2] = x[:, 0:8:2] + 0.1 * x[:, 1::2]
@@ -289,3 +289,14 @@ def test_without_dropout_trainer_and_baseline_learn_the_same(tmp_path: Path) -> 
     assert found["error"] < 0.9 * found["error_at_start"]
     other = {**found, "error": found["error"] + 1.0}
     assert not summary([other, {**other, "error": other["error"] + 0.1}])["equal"]
+    output = tmp_path / "equal.json"
+    command = [str(tmp_path), "--frame", "7", "--epochs", "1", "--device", "cpu", "--output", str(output), "--seeds"]
+    assert main([*command, "1"]) == 0
+    before = json.loads(output.read_text())["runs"]
+    assert main([*command, "1", "0"]) == 0
+    after = json.loads(output.read_text())
+    assert [row["seed"] for row in after["runs"]] == [0, 1]
+    assert after["runs"][1:] == before  # not run again
+    assert after["summary"] == summary(after["runs"])
+    with pytest.raises(SystemExit, match="has epochs 1, not 2"):
+        main([*command, "1", "--epochs", "2"])

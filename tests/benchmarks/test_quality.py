@@ -12,7 +12,8 @@ import pytest
 from helpers import planted_matrix, write_dataset
 
 from benchmarks.studies import quality
-from benchmarks.studies.quality import Run, append, choose, finished, load_split, main, probe_scores, rows_of
+from benchmarks.studies.quality import choose, finished, load_split, main, probe_scores, rows_of
+from benchmarks.studies.sweep import append
 from benchmarks.studies.variants import COMBINATIONS, COMMON, VARIANTS
 from spinlock_fast.config.loading import apply_overrides
 from spinlock_fast.config.schema import RunConfig
@@ -79,8 +80,12 @@ def test_a_study_goes_on_where_it_was_stopped(
     assert len(finished(output)) == 2
     monkeypatch.setattr(quality, "run_all", lambda *_: pytest.fail("nothing is left to do"))
     assert main([*command, "--seeds", "0", "1", "--list"]) == 0
+    append(output, {**row, "variant": "settled", "error": row["error"] + 0.25})
     assert main([*command, "--table"]) == 0
-    assert "select baseline 42 2" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert "select, frame 42\n" in table
+    assert "| `baseline` | 2 |" in table
+    assert "| `settled` | 1 | +0.250 |" in table  # paired with the same seed of the baseline
 
 
 def row(variant: str, frame: int, seed: int, error: float, **more: Any) -> dict[str, Any]:
@@ -127,15 +132,13 @@ def test_the_choice_is_made_and_then_reported(
     assert len([r for r in runs if r[0] == "select"]) == 6
 
 
-def test_no_run_starts_after_the_time_limit(data: Path) -> None:
-    run = Run("select", "baseline", 42, 0)
-    assert quality._job((run, data, "cpu", 1, 0.0)) is None
-
-
-def test_a_failing_run_says_so_and_leaves_no_line(data: Path) -> None:
-    row = quality._job((Run("select", "baseline", 42, 0), data, "cuda:99", 1, float("inf")))
-    assert row is not None
-    assert "cuda:99" in row["failed"]
+def test_a_failing_run_says_so_and_leaves_no_line(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = data / "study.jsonl"
+    command = [str(data), "--output", str(output), "--frames", "42", "--epochs", "1", "--variants", "baseline"]
+    assert main([*command, "--device", "cuda:99", "--seeds", "0"]) == 1
+    assert "select/baseline/42/0: failed: " in (said := capsys.readouterr().out)
+    assert "cuda:99" in said
+    assert not output.exists()
 
 
 def test_probes_tell_useful_tokens_from_useless_ones() -> None:

@@ -84,10 +84,10 @@ def test_neural_residual_starts_as_a_residual_quantizer_and_learns() -> None:
 
 
 def test_lines_are_written_once_and_test_rows_only_on_demand(
-    matrix: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    matrix: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # those by faiss stay out: it need not be installed
-    monkeypatch.setattr(rate_distortion, "REFERENCES", {"finite_scalars": Reference(finite_scalars, (4, 8), 20)})
+    monkeypatch.setattr(rate_distortion, "REFERENCES", {"finite_scalars": Reference(finite_scalars, (), 20)})
     output = tmp_path / "rate.jsonl"
     command = [str(matrix), "--output", str(output), "--epochs", "1", "--bits", "16", "24", "--batch-size", "64"]
     command += ["--kinds", "model", "one_category", "finite_scalars", "--model-options", "4", "--config"]

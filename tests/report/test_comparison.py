@@ -15,10 +15,13 @@ from dashboards import assert_readable, synthetic_checkpoint
 
 from spinlock_fast.errors import ConfigError, DataError
 from spinlock_fast.features.mutual_information import adjusted_mutual_information, contingency
+from spinlock_fast.plot_style import figure_style
 from spinlock_fast.report.__main__ import main
+from spinlock_fast.report.checkpoint_summary import read_checkpoint_summary
 from spinlock_fast.report.comparison import compare_runs, run_labels
 from spinlock_fast.report.comparison_figure import draw_comparison
 from spinlock_fast.report.comparison_write import write_comparison
+from spinlock_fast.report.semantic_figure import draw_semantic
 from spinlock_fast.tokenizer import Tokenizer
 
 FILES = ["comparison.md", "comparison.png", "comparison.svg"]
@@ -122,6 +125,36 @@ def test_the_vocabulary_of_a_transferred_run_is_shown(first: Path, copy: Path, t
     edit(path, codes={"in_use": -1, "in_use_kept": 0})
     with pytest.raises(DataError, match=r"vocabulary.json: codes.in_use"):
         compare_runs([first, copy])
+
+
+def test_changes_of_the_vocabulary_are_shown_by_category(first: Path, copy: Path, tmp_path: Path) -> None:
+    names = Tokenizer.from_checkpoint(copy).model.codebook_names
+    tokens = {"died": [1], "newly_used": [2, 3], "equal_tokens": 0.5}
+    book = {"codes": 4, "shift": [0.0, 0.1, 0.2, 5.0], "replaced": [3], "new_data": tokens}
+    books = [{"name": name, **book, "old_data": {**tokens, "equal_tokens": 0.75}} for name in names]
+    start = {"init_from": {"name": "old", "freeze": "none"}, "codes": {"in_use": 4, "in_use_kept": 3}}
+    path = copy / "vocabulary.json"
+    path.write_text(json.dumps({**start, "new_data": {}, "old_data": {}, "codebooks": books}))
+    write_comparison([first, copy], tmp_path / "out")
+    page = (tmp_path / "out" / "comparison.md").read_text()
+    category = names[0].split("/")[0]
+    levels = sum(name.startswith(f"{category}/") for name in names)
+    counts = " | ".join(str(levels * count) for count in (4, 3, 2, 1, 1, 2))
+    assert f"| {category} | {counts} | 50.0 | 75.0 |" in page
+    with figure_style():
+        figure = draw_semantic(read_checkpoint_summary(copy), None)
+    titles = [ax.get_title(loc="left") for ax in figure.axes]
+    assert "Vocabulary, compared with old" in titles
+    bars = figure.axes[titles.index("Vocabulary, compared with old")].containers
+    assert [round(bar[0].get_width()) for bar in bars] == [levels, 2 * levels, levels]
+    assert_readable(figure)
+    for wrong in ({"replaced": [4]}, {"shift": [0.0]}, {"new_data": {}}, {"name": None}):
+        edit(path, codebooks=[{**books[0], **wrong}])
+        with pytest.raises(DataError, match=r"vocabulary.json: codebooks.0"):
+            read_checkpoint_summary(copy)
+    edit(path, codebooks=[{key: value for key, value in book.items() if key != "old_data"} for book in books])
+    write_comparison([first, copy], tmp_path / "out")
+    assert "old data, %" not in (tmp_path / "out" / "comparison.md").read_text()
 
 
 def test_equal_runs_are_drawn_alike_and_none_is_best(first: Path, copy: Path, tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ from spinlock_fast.config.loading import apply_overrides, make_config
 from spinlock_fast.config.schema import RunConfig
 from spinlock_fast.descriptors.describe import Families
 from spinlock_fast.errors import ConfigError, DataError, Interrupted
+from spinlock_fast.report.run_files import read_vocabulary
+from spinlock_fast.report.vocabulary_changes import category_changes
 from spinlock_fast.train import main as train_main
 from spinlock_fast.training.initial_model import InitialModel, sampled
 from spinlock_fast.training.observer import SilentObserver
@@ -132,6 +134,12 @@ def test_vocabulary_compares_both_data_sets(directory: Path, tuned: Path) -> Non
     card = (tuned / "README.md").read_text()
     assert "The model of `start`" in card
     assert f"| equal tokens | {vocabulary['new_data']['equal_tokens']:.1%} |" in card
+    changes = category_changes(read_vocabulary(tuned / VOCABULARY))
+    assert [row.category for row in changes] == new.model.categories
+    assert [row.kept + row.replaced for row in changes] == [row.codes for row in changes]
+    assert sum(row.kept for row in changes) == vocabulary["codes"]["kept"]
+    for name in ("died", "newly_used"):
+        assert sum(getattr(row, name) for row in changes) == vocabulary["new_data"][name]
     assert str(directory) not in card
 
 
