@@ -100,8 +100,8 @@ def test_lines_are_written_once_and_test_rows_only_on_demand(
     rows = lines_of(output)
     kinds = [(row["kind"], row["bits"]) for row in rows]
     assert kinds == [
-        *[(kind, 16) for kind in ("nearest", "joint", "one_category", "finite_scalars")],
-        *[(kind, 24) for kind in ("nearest", "joint", "one_category")],
+        *[(kind, 16) for kind in ("nearest", "joint", "perturbed", "one_category", "finite_scalars")],
+        *[(kind, 24) for kind in ("nearest", "joint", "perturbed", "one_category")],
     ]
     assert all(0.0 < row["validation_error"] < 2.0 and "test_error" not in row for row in rows)
     assert rows[1]["validation_error"] <= rows[0]["validation_error"]
@@ -109,7 +109,7 @@ def test_lines_are_written_once_and_test_rows_only_on_demand(
     assert lines_of(output) == rows
     tested = tmp_path / "tested.jsonl"
     assert main([*command, "--output", str(tested), "--bits", "16", "--kinds", "model", "--test"]) == 0
-    assert [row["test_error"] > 0.0 for row in lines_of(tested)] == [True, True]
+    assert [row["test_error"] > 0.0 for row in lines_of(tested)] == [True, True, True]
 
 
 def test_the_matrix_of_a_file_is_split_by_operator(
