@@ -27,7 +27,8 @@ log = logging.getLogger(__name__)
 
 _RATE = 1e-3  # of Adam, at the start; cosine decay to zero
 _PASSES = 3  # over the tokens of a search, before tokens are searched again
-_NEAREST = 0.5  # share of rows with their nearest tokens, so that these too are decoded well
+_NEAREST = 0.5  # share of rows with nearest tokens, which are to be decoded as by the shared decoder
+_EXCHANGED = 0.15  # share of these tokens that are another row's
 _SEARCH = TokenSearch("joint", sweeps=1)
 _ROWS = 1 << 16  # searched at once
 _AUTO_STEPS, _FEWEST_EPOCHS, _MOST_EPOCHS = 3000, 5, 60
@@ -74,7 +75,8 @@ def fit_token_decoder(
 
     Additive quantizers are trained by alternating search and fit (Babenko and Lempitsky 2014). Here the decoder has a
     hidden layer, and rows are augmented as in training (mixup and noise of the settings), with new tokens each epoch.
-    The decoder is kept if it lowers the error of the joint search on the validation rows.
+    Half of the steps' rows have nearest tokens, and what the shared decoder makes of them as targets: fitted to the rows
+    themselves, nearest tokens of other rows would be decoded worse. The decoder is kept if it lowers the error of the joint search on the validation rows.
 
     Args:
         model: a trained model, changed in place.
@@ -121,7 +123,7 @@ def _joint_error(model: CategoricalHierarchicalVQVAE, x: Rows) -> float:
 def _searched_blocks(
     model: CategoricalHierarchicalVQVAE, x: Rows, training: TrainingConfig, mixup_factor: float, random: torch.Generator
 ) -> Iterator[tuple[float, tuple[Tensor, Tensor]]]:
-    """Augmented rows [n, F] and tokens [n, G] of all rows in random order, in blocks; before each, the share done."""
+    """Targets [n, F] and tokens [n, G] for all rows in random order, in blocks; before each, the share done."""
     decoder = model.token_decoder
     assert decoder is not None
     scale = training.mixup_scale * (mixup_factor if training.mixup_decay else 1.0)
@@ -134,7 +136,10 @@ def _searched_blocks(
         latents = model.encode(target + training.input_noise * _normal(target, random))
         nearest = model.quantizer.assign(latents).codes
         joint = joint_codes(target, latents, nearest, model.quantizer, decoder, _SEARCH)
+        exchanged = torch.rand(nearest.shape, generator=random, device=x.device) < _EXCHANGED
+        nearest = torch.where(exchanged, nearest.roll(-1, 0), nearest)
         keeps = torch.rand(len(rows), 1, generator=random, device=x.device) < _NEAREST
+        target = torch.where(keeps, model.decode(model.quantizer.lookup(nearest)), target)
         yield done / len(x), (target, torch.where(keeps, nearest, joint))
         done += len(rows)
 
