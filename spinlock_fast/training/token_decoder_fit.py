@@ -75,8 +75,10 @@ def fit_token_decoder(
 
     Additive quantizers are trained by alternating search and fit (Babenko and Lempitsky 2014). Here the decoder has a
     hidden layer, and rows are augmented as in training (mixup and noise of the settings), with new tokens each epoch.
-    Half of the steps' rows have nearest tokens, and what the shared decoder makes of them as targets: fitted to the rows
-    themselves, nearest tokens of other rows would be decoded worse. The decoder is kept if it lowers the error of the joint search on the validation rows.
+    Half of the rows have nearest tokens, and as targets what the shared decoder makes of them: fitted to the rows
+    themselves, nearest tokens of other rows would be decoded worse.
+
+    The decoder is kept if it lowers the error of the joint search on the validation rows.
 
     Args:
         model: a trained model, changed in place.
