@@ -190,8 +190,7 @@ inline Results decoders(const Shape& s, int threads, bool with_rows) {
                                 s.num_codes, s.dims, B, F, H, address(hidden), address(decoded), address(error_sums),
                                 address(grad_quantized), address(grad_w1), address(grad_b1), address(grad_w2),
                                 address(grad_b2), threads);
-    return {
-        {static_cast<float>(loss)}, hidden, decoded, error_sums, grad_quantized, grad_w1, grad_b1, grad_w2, grad_b2};
+    return {{static_cast<float>(loss)}, grad_quantized, grad_w1, grad_b1, grad_w2, grad_b2};
 }
 
 inline Results joint_search(const Shape& s, int threads, bool with_cost) {
