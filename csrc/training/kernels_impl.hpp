@@ -2,7 +2,9 @@
 #pragma once
 
 #include "code_averages_impl.hpp"
+#include "code_cosines_impl.hpp"
 #include "code_decoders_impl.hpp"
+#include "code_mlp_impl.hpp"
 #include "distance_gradient_impl.hpp"
 #include "joint_search_impl.hpp"
 #include "layer_norm_impl.hpp"
@@ -43,6 +45,9 @@ constexpr training::Kernels kKernels = {
     .decoder_forward = decoder_forward,
     .decoder_backward = decoder_backward,
     .decoder_buffer_floats = decoder_buffer_floats,
+    .code_layer_rows = code_layer_rows,
+    .sum_rows_by_code = sum_rows_by_code,
+    .squared_cosines = squared_cosines,
     .joint_search_rows = joint_search_rows,
     .joint_search_buffer_floats = joint_search_buffer_floats,
     .pack_points = pack_points,
