@@ -206,6 +206,12 @@ struct Kernels {
     void (*weighted_column_sums)(const float* grad, const float* normalized, Index rows, Index total,
                                  float* grad_weight, float* grad_bias);
 
+    // Weights of a linear layer whose input is x gain + shift: sets scaled = row * gain, returns the sum of row * shift.
+    float (*fold_scale)(const float* row, const float* gain, const float* shift, Index n, float* scaled);
+    // Gradients: adds to those of gain and shift; replaces `grad_row`, the gradient of `scaled`, by that of `row`.
+    void (*fold_scale_backward)(const float* row, const float* gain, const float* shift, float grad_offset, Index n,
+                                float* grad_row, float* grad_gain, float* grad_shift);
+
     // vq_assign_impl.hpp
     void (*assign_nearest)(const AssignTask&, const Workspace&);
     Index (*assign_buffer_floats)(Index rows, Index K, Index D);

@@ -65,6 +65,27 @@ void segment_layer_norm_backward(const float* grad, const float* normalized, con
     }
 }
 
+float fold_scale(const float* row, const float* gain, const float* shift, Index n, float* scaled) {
+    for (Index i = 0; i < n; ++i) scaled[i] = row[i] * gain[i];
+    return dot(row, shift, n);
+}
+
+void fold_scale_backward(const float* row, const float* gain, const float* shift, float grad_offset, Index n,
+                         float* grad_row, float* grad_gain, float* grad_shift) {
+    const auto fold = [&](auto weight, auto factor, auto offset, auto& grad, auto& gain_sum, auto& shift_sum) {
+        gain_sum += grad * weight;
+        shift_sum += grad_offset * weight;
+        grad = grad * factor + grad_offset * offset;
+    };
+    const Index whole = n / kLanes * kLanes;
+    for (Index i = 0; i < whole; i += kLanes) {
+        Vector grad = load(grad_row + i), gain_sum = load(grad_gain + i), shift_sum = load(grad_shift + i);
+        fold(load(row + i), load(gain + i), load(shift + i), grad, gain_sum, shift_sum);
+        store(grad_row + i, grad), store(grad_gain + i, gain_sum), store(grad_shift + i, shift_sum);
+    }
+    for (Index i = whole; i < n; ++i) fold(row[i], gain[i], shift[i], grad_row[i], grad_gain[i], grad_shift[i]);
+}
+
 // grad_weight[c] = sum_b grad[b, c] normalized[b, c], grad_bias[c] = sum_b grad[b, c].
 void weighted_column_sums(const float* grad, const float* normalized, Index rows, Index width, float* grad_weight,
                           float* grad_bias) {

@@ -200,7 +200,7 @@ inline Results code_network(const Shape& s, int threads) {
     auto codes = random_codes<std::int64_t>(B, s.num_codes, 7, false);
     if (s.missing) codes.front() = -1;
     const std::uint64_t seed = 8;
-    const MatrixAddress first{address(w1), 1, D}, second{address(w2), 1, H};
+    const training::MatrixAddress first{address(w1), 1, D}, second{address(w2), 1, H};
     Floats tables = unwritten(K * H), hidden = unwritten(B * H), out = unwritten(B * E);
     training::code_mlp_forward(address(codes), address(codebook), first, address(b1), second, address(b2), s.num_codes,
                                s.dims, B, H, E, s.dropout, reinterpret_cast<training::Address>(&seed), address(tables),
