@@ -101,19 +101,21 @@ double decoder_forward(const DecoderTask& t, const Workspace& w) {
             const float* x = t.x + rows.order[rows.starts[u] + i] * F;
             for (Index f = 0; f < F; ++f) sum[f] += x[f];
         }
-        const auto add = [&](auto f, auto& error, auto& mean_norm, auto read, auto write) {
-            const auto mean = read(sum + f) * inverse, difference = read(code_decoded + f) - mean;
-            error += difference * difference;
-            mean_norm += mean * mean;
-            write(sum + f, difference * n);
-        };
         Vector errors = {}, mean_norms = {};
         float error = 0.0f, mean_norm = 0.0f;
         const Index whole = F / kLanes * kLanes;
-        for (Index f = 0; f < whole; f += kLanes)
-            add(f, errors, mean_norms, load, [](float* p, Vector v) { store(p, v); });
-        for (Index f = whole; f < F; ++f)
-            add(f, error, mean_norm, [](const float* p) { return *p; }, [](float* p, float v) { *p = v; });
+        for (Index f = 0; f < whole; f += kLanes) {
+            const Vector mean = load(sum + f) * inverse, difference = load(code_decoded + f) - mean;
+            errors += difference * difference;
+            mean_norms += mean * mean;
+            store(sum + f, difference * n);
+        }
+        for (Index f = whole; f < F; ++f) {
+            const float mean = sum[f] * inverse, difference = code_decoded[f] - mean;
+            error += difference * difference;
+            mean_norm += mean * mean;
+            sum[f] = difference * n;
+        }
         error += horizontal_sum(errors), mean_norm += horizontal_sum(mean_norms);
         loss += static_cast<double>(n) * (static_cast<double>(error) - static_cast<double>(mean_norm));
     }

@@ -72,18 +72,18 @@ float fold_scale(const float* row, const float* gain, const float* shift, Index 
 
 void fold_scale_backward(const float* row, const float* gain, const float* shift, float grad_offset, Index n,
                          float* grad_row, float* grad_gain, float* grad_shift) {
-    const auto fold = [&](auto weight, auto factor, auto offset, auto& grad, auto& gain_sum, auto& shift_sum) {
-        gain_sum += grad * weight;
-        shift_sum += grad_offset * weight;
-        grad = grad * factor + grad_offset * offset;
-    };
     const Index whole = n / kLanes * kLanes;
     for (Index i = 0; i < whole; i += kLanes) {
-        Vector grad = load(grad_row + i), gain_sum = load(grad_gain + i), shift_sum = load(grad_shift + i);
-        fold(load(row + i), load(gain + i), load(shift + i), grad, gain_sum, shift_sum);
-        store(grad_row + i, grad), store(grad_gain + i, gain_sum), store(grad_shift + i, shift_sum);
+        const Vector grad = load(grad_row + i), weight = load(row + i);
+        store(grad_gain + i, load(grad_gain + i) + grad * weight);
+        store(grad_shift + i, load(grad_shift + i) + grad_offset * weight);
+        store(grad_row + i, grad * load(gain + i) + grad_offset * load(shift + i));
     }
-    for (Index i = whole; i < n; ++i) fold(row[i], gain[i], shift[i], grad_row[i], grad_gain[i], grad_shift[i]);
+    for (Index i = whole; i < n; ++i) {
+        grad_gain[i] += grad_row[i] * row[i];
+        grad_shift[i] += grad_offset * row[i];
+        grad_row[i] = grad_row[i] * gain[i] + grad_offset * shift[i];
+    }
 }
 
 // grad_weight[c] = sum_b grad[b, c] normalized[b, c], grad_bias[c] = sum_b grad[b, c].
