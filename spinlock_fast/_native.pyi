@@ -175,6 +175,18 @@ def decoders_backward(
     rows: int, features: int, hidden_width: int, hidden: int, decoded: int, error_sums: int, grad_quantized: int,
     grad_w1: int, grad_b1: int, grad_w2: int, grad_b2: int, threads: int,
 ) -> None: ...  # fmt: skip
+def code_mlp_forward(
+    codes: int, codebook: int, w1: tuple[int, int, int], b1: int, w2: tuple[int, int, int], b2: int,
+    num_codes: list[int], dims: list[int], rows: int, hidden_width: int, out_width: int, rate: float, seed: int,
+    tables: int, hidden: int, out: int, threads: int,
+) -> None: ...  # fmt: skip
+def code_mlp_backward(
+    grad: int, codes: int, codebook: int, w1: tuple[int, int, int], w2: tuple[int, int, int], hidden: int,
+    num_codes: list[int], dims: list[int], rows: int, hidden_width: int, out_width: int, rate: float,
+    grad_hidden: int, sums: int, grad_quantized: int, grad_w1: int, grad_b1: int, grad_w2: int, grad_b2: int,
+    threads: int,
+) -> None: ...  # fmt: skip
+def code_cosines(codebook: int, num_codes: list[int], dims: list[int], threads: int) -> float: ...
 def joint_search(
     codes: int, sums: int, gradient: int, tolerance: int, cost: int, tables: int, filter: int, head: int, tail: int,
     gram: int, num_codes: list[int], rows: int, hidden_width: int, tail_columns: int, sweeps: int, threads: int,

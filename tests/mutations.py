@@ -100,10 +100,10 @@ MUTATIONS = [
     ),
     Mutation(
         "Loss: mean over all entries of the code similarity, the diagonal included",
-        "spinlock_fast/models/losses.py",
+        "kernels/code_cosines/reference.py",
         r"\(K \* \(K - 1\.0\)\)",
         "(K * K)",
-        "tests/models/test_losses.py",
+        "tests/kernels/test_code_mlp.py",
     ),
     Mutation(
         "Loss: a term of weight 0 is kept",

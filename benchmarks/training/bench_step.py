@@ -1,4 +1,4 @@
-"""The quantizer and a whole training step at the seed shape: 512 rows, 33 codebooks, 484 codes, 172 features.
+"""The quantizer at the seed shape (512 rows, 33 codebooks, 484 codes, 172 features), and steps of several shapes.
 
 pytest benchmarks/training/bench_step.py --benchmark-only
 """
@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.training.train_step import SHAPES
 from spinlock_fast import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
-from spinlock_fast.benchmark import SEED_FEATURES
-from spinlock_fast.config.schema import TrainingConfig
-from spinlock_fast.models.losses import LossWeights, loss_terms
+from spinlock_fast.benchmark import SEED_FEATURES, training_run
+from spinlock_fast.training.step import learning_rates
 
 ROWS = 512
 
@@ -47,22 +47,22 @@ def bench_quantizer_forward_and_update(benchmark: Any, model: CategoricalHierarc
     benchmark(quantizer, z)
 
 
-def bench_training_step(benchmark: Any, model: CategoricalHierarchicalVQVAE) -> None:
-    model.train()
-    training = TrainingConfig()
-    weights = LossWeights.of(training)
-    optimizer = torch.optim.Adam(model.parameters(), fused=True)
-    x = torch.randn(ROWS, sum(SEED_FEATURES))
+@pytest.mark.parametrize("batch", [64, 128, 512, 2048])
+@pytest.mark.parametrize("shape", list(SHAPES))
+def bench_training_step(benchmark: Any, shape: str, batch: int) -> None:
+    """The step of `Trainer.fit`."""
+    run = training_run(batch, SHAPES[shape], min(batch, 512))
+    step = run.training_step
 
-    def step() -> float:
-        total = loss_terms(model, x, model(x), training.topo_samples).total(weights)
-        optimizer.zero_grad(set_to_none=True)
-        total.backward()
-        optimizer.step()
-        return float(total.detach())
+    def one() -> None:
+        step.begin_epoch(torch.arange(step.rows), learning_rates(run.training, step.steps_per_epoch, 0), 0)
+        run.launcher.run(step.kind(0, reset=False), 1)
 
-    first = step()
+    one()
+    first = float(step.loss_values[0, 0])
     assert math.isfinite(first)
-    assert min(step() for _ in range(20)) < first
-    record_environment(benchmark)
-    benchmark.pedantic(step, rounds=15, warmup_rounds=2)
+    for _ in range(20):
+        one()
+    assert float(step.loss_values[0, 0]) < first
+    benchmark.extra_info |= {"rows": batch, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    benchmark.pedantic(one, rounds=15, warmup_rounds=2)

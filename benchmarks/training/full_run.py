@@ -1,11 +1,12 @@
 """Times the whole training command at full size.
 
     python -m benchmarks.training.full_run --output result.json
+    python -m benchmarks.training.full_run --output result.json --generate 100000     # real operators
 
 Expands a few hundred operators to --rows (see `benchmarks.data.expand_dataset`), then trains configs/100k.yaml on them
 in new processes: first with empty kernel caches, then with the caches of the first run. The data are in the page cache
 both times. Early stopping is off. Then an epoch is profiled with the shapes of the run (see `epoch_profile.py`).
-Quality on these rows is meaningless and only checked for plausible values.
+Quality on expanded rows is meaningless and only checked for plausible values; with --generate, it is that of real ones.
 """
 
 from __future__ import annotations
@@ -67,6 +68,8 @@ def timed_training(name: str, chosen: argparse.Namespace, data: str, caches: Pat
         "categories": len(metrics["categories"]),
         "total_codes": metrics["total_codes"],
         "val_loss": metrics["val_loss"],
+        "reconstruction_error": metrics["reconstruction_error"],
+        "utilization": metrics["utilization"],
         "log": (chosen.work / f"{name}.log").read_text()[-2000:],
     }
 
@@ -91,6 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options.add_argument("--operators", type=int, default=256, help="operators to simulate without --source")
     options.add_argument("--data", help="data set of --rows rows (path or glob) to use instead of expanding one")
     options.add_argument("--rows", type=int, default=100_000)
+    options.add_argument("--generate", type=int, metavar="N", help="simulate all N rows instead of expanding a few")
+    options.add_argument("--generate-config", type=Path, default=ROOT / "configs/data/100k.yaml")
     options.add_argument("--epochs", type=int, default=200)
     options.add_argument("--device", default="auto")
     options.add_argument("--config", type=Path, default=ROOT / "configs/100k.yaml")
@@ -110,13 +115,19 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "versions": {**versions(), "python": platform.python_version(), "cuda": torch.version.cuda},
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": chosen.commit or commit(),
-        "rows": chosen.rows,
+        "rows": chosen.generate or chosen.rows,
         "epochs": chosen.epochs,
         "overrides": chosen.overrides,
     }
     started = time.perf_counter()
     data = chosen.data
-    if data is None:
+    if chosen.generate:
+        chosen.rows, data = chosen.generate, str(chosen.work / "generated.h5")
+        command = ["-m", "spinlock_fast.generate", "--config", str(chosen.generate_config), "--output", data]
+        command += ["--operators", str(chosen.generate), "--device", chosen.device, "--overwrite", "--quiet"]
+        seconds = run_python(command, chosen.work / "generate.log")
+        result |= {"generated": chosen.generate_config.name, "operators_per_second": chosen.generate / seconds}
+    elif data is None:
         source = chosen.source or simulate_operators(chosen.work, chosen.operators)
         command = ["-m", "benchmarks.data.expand_dataset", str(source), str(chosen.work / "data")]
         run_python([*command, "--rows", str(chosen.rows)], chosen.work / "expand.log")
@@ -148,6 +159,8 @@ def _write(path: Path, result: dict[str, Any]) -> None:
 def summary(result: dict[str, Any]) -> str:
     """The main results as text."""
     lines = [f"{result['device']}, {result['rows']:,} rows x {result['epochs']} epochs"]
+    if "generated" in result:
+        lines.append(f"  simulated: {result['operators_per_second']:.1f} operators/s, {result['generated']}")
     for run in result["runs"]:
         stages = ", ".join(f"{name} {value:.2f}" for name, value in run["seconds"].items())
         lines.append(f"  {run['caches']}: {run['wall_seconds']:.2f} s ({stages}; steps {run['seconds_of_steps']:.2f})")

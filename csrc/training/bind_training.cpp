@@ -37,6 +37,9 @@ void register_training(py::module_& module) {
     add(module, "average_codes", training::average_codes);
     add(module, "decoders_forward", training::decoders_forward);
     add(module, "decoders_backward", training::decoders_backward);
+    add(module, "code_mlp_forward", training::code_mlp_forward);
+    add(module, "code_mlp_backward", training::code_mlp_backward);
+    add(module, "code_cosines", training::code_cosines);
     add(module, "joint_search", training::joint_search);
     add(module, "topo_forward", training::topo_forward);
     add(module, "topo_backward", training::topo_backward);

@@ -78,6 +78,18 @@ struct DecoderTask {
     float scale;  // gradient of the loss with respect to the squared error, times 2
 };
 
+// First layer of a network of the code vectors of all codebooks, by tables of its products with each code; see
+// code_mlp_impl.hpp.
+struct CodeLayerTask {
+    Index G, H;
+    const std::int64_t* codes;  // [B, G]
+    const Index* first_code;    // [G]
+    const float* tables;        // [sum K, H]
+    const float* bias;          // [H]
+    Dropout dropout;
+    float* hidden;  // [B, H]
+};
+
 // Nearest codes of codebook g for rows [first, last) of a batch; see kernels/vq_assign.
 struct AssignTask {
     const float* z;  // [N, z_row]
@@ -194,6 +206,12 @@ struct Kernels {
     void (*weighted_column_sums)(const float* grad, const float* normalized, Index rows, Index total,
                                  float* grad_weight, float* grad_bias);
 
+    // Weights of a linear layer whose input is x gain + shift: sets scaled = row * gain, returns the sum of row * shift.
+    float (*fold_scale)(const float* row, const float* gain, const float* shift, Index n, float* scaled);
+    // Gradients: adds to those of gain and shift; replaces `grad_row`, the gradient of `scaled`, by that of `row`.
+    void (*fold_scale_backward)(const float* row, const float* gain, const float* shift, float grad_offset, Index n,
+                                float* grad_row, float* grad_gain, float* grad_shift);
+
     // vq_assign_impl.hpp
     void (*assign_nearest)(const AssignTask&, const Workspace&);
     Index (*assign_buffer_floats)(Index rows, Index K, Index D);
@@ -216,6 +234,14 @@ struct Kernels {
     double (*decoder_forward)(const DecoderTask&, const Workspace&);
     void (*decoder_backward)(const DecoderTask&, const Workspace&);
     Index (*decoder_buffer_floats)(Index B, Index F, Index H, Index K, Index D);
+
+    // code_mlp_impl.hpp
+    void (*code_layer_rows)(const CodeLayerTask&, Index first, Index last);
+    void (*sum_rows_by_code)(const std::int64_t* codes, Index G, Index g, const float* rows, Index B, Index H, Index K,
+                             float* sums);
+
+    // code_cosines_impl.hpp
+    double (*squared_cosines)(const float* codes, Index K, Index D, const Workspace&);
 
     // joint_search_impl.hpp
     void (*joint_search_rows)(const JointSearchTask&, Index first, Index last, const Workspace&);

@@ -2,7 +2,9 @@
 #pragma once
 
 #include "code_averages_impl.hpp"
+#include "code_cosines_impl.hpp"
 #include "code_decoders_impl.hpp"
+#include "code_mlp_impl.hpp"
 #include "distance_gradient_impl.hpp"
 #include "joint_search_impl.hpp"
 #include "layer_norm_impl.hpp"
@@ -30,6 +32,8 @@ constexpr training::Kernels kKernels = {
     .segment_layer_norm = segment_layer_norm,
     .segment_layer_norm_backward = segment_layer_norm_backward,
     .weighted_column_sums = weighted_column_sums,
+    .fold_scale = fold_scale,
+    .fold_scale_backward = fold_scale_backward,
     .assign_nearest = assign_nearest,
     .assign_buffer_floats = assign_buffer_floats,
     .assign_statistics = assign_statistics,
@@ -43,6 +47,9 @@ constexpr training::Kernels kKernels = {
     .decoder_forward = decoder_forward,
     .decoder_backward = decoder_backward,
     .decoder_buffer_floats = decoder_buffer_floats,
+    .code_layer_rows = code_layer_rows,
+    .sum_rows_by_code = sum_rows_by_code,
+    .squared_cosines = squared_cosines,
     .joint_search_rows = joint_search_rows,
     .joint_search_buffer_floats = joint_search_buffer_floats,
     .pack_points = pack_points,

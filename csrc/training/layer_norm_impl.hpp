@@ -65,6 +65,27 @@ void segment_layer_norm_backward(const float* grad, const float* normalized, con
     }
 }
 
+float fold_scale(const float* row, const float* gain, const float* shift, Index n, float* scaled) {
+    for (Index i = 0; i < n; ++i) scaled[i] = row[i] * gain[i];
+    return dot(row, shift, n);
+}
+
+void fold_scale_backward(const float* row, const float* gain, const float* shift, float grad_offset, Index n,
+                         float* grad_row, float* grad_gain, float* grad_shift) {
+    const Index whole = n / kLanes * kLanes;
+    for (Index i = 0; i < whole; i += kLanes) {
+        const Vector grad = load(grad_row + i), weight = load(row + i);
+        store(grad_gain + i, load(grad_gain + i) + grad * weight);
+        store(grad_shift + i, load(grad_shift + i) + grad_offset * weight);
+        store(grad_row + i, grad * load(gain + i) + grad_offset * load(shift + i));
+    }
+    for (Index i = whole; i < n; ++i) {
+        grad_gain[i] += grad_row[i] * row[i];
+        grad_shift[i] += grad_offset * row[i];
+        grad_row[i] = grad_row[i] * gain[i] + grad_offset * shift[i];
+    }
+}
+
 // grad_weight[c] = sum_b grad[b, c] normalized[b, c], grad_bias[c] = sum_b grad[b, c].
 void weighted_column_sums(const float* grad, const float* normalized, Index rows, Index width, float* grad_weight,
                           float* grad_bias) {

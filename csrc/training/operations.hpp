@@ -56,6 +56,19 @@ void decoders_backward(double scale, Address x, Address codes, Address codebook,
                        Address hidden, Address decoded, Address error_sums, Address grad_quantized, Address grad_w1,
                        Address grad_b1, Address grad_w2, Address grad_b2, int threads);
 
+// code_mlp.cpp
+void code_mlp_forward(Address codes, Address codebook, const MatrixAddress& w1, Address b1, const MatrixAddress& w2,
+                      Address b2, const std::vector<Index>& num_codes, const std::vector<Index>& dims, Index B,
+                      Index H, Index E, double rate, Address seed, Address tables, Address hidden, Address out,
+                      int threads);
+void code_mlp_backward(Address grad, Address codes, Address codebook, const MatrixAddress& w1, const MatrixAddress& w2,
+                       Address hidden, const std::vector<Index>& num_codes, const std::vector<Index>& dims, Index B,
+                       Index H, Index E, double rate, Address grad_hidden, Address sums, Address grad_quantized,
+                       Address grad_w1, Address grad_b1, Address grad_w2, Address grad_b2, int threads);
+
+// code_cosines.cpp
+double code_cosines(Address codebook, const std::vector<Index>& num_codes, const std::vector<Index>& dims, int threads);
+
 // code_averages.cpp
 void average_codes(Address codes, Address cluster_size, Address code_sum, Address usage, Address counts, Address sums,
                    const std::vector<Index>& num_codes, const std::vector<Index>& dims, double rate, int smoothing,

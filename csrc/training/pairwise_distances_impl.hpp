@@ -119,15 +119,11 @@ void correlation_gradient(const training::CorrelationGradient& p, Index m) {
 
 // table[a, b] = |e_a - e_b|, [K, K].
 void code_distance_table(const float* codes, Index K, Index D, float* table) {
-    for (Index a = 0; a < K; ++a)
-        for (Index b = 0; b < K; ++b) {
-            float square = 0.0f;
-            for (Index d = 0; d < D; ++d) {
-                const float difference = codes[a * D + d] - codes[b * D + d];
-                square += difference * difference;
-            }
-            table[a * K + b] = __builtin_sqrtf(square);
-        }
+    for (Index a = 0; a < K; ++a) {
+        table[a * K + a] = 0.0f;
+        for (Index b = 0; b < a; ++b)
+            table[a * K + b] = table[b * K + a] = __builtin_sqrtf(squared_distance(codes + a * D, codes + b * D, D));
+    }
 }
 
 // out[j] += table_row[codes[j]] for j in [first, last).

@@ -1,5 +1,6 @@
 // Topographic loss: correlations of pairwise distances; called by kernels/topo_loss.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -44,23 +45,28 @@ struct Moments {
 };
 
 // The distances are [S, row_stride], valid above the diagonal.
-Moments moments_of(const float* const d[3], Index S, Index row_stride) {
+Moments moments_of(const float* const d[3], Index S, Index row_stride, int threads) {
     const Kernels& k = kernels();
     Moments m{};
     const double pairs = std::max(1.0, 0.5 * static_cast<double>(S) * static_cast<double>(S - 1));
-    for (Index i = 0; i < S; ++i) {
-        const float* const row[3] = {d[0] + i * row_stride, d[1] + i * row_stride, d[2] + i * row_stride};
-        double sums[3];
-        k.row_sums(row, i + 1, S, sums);
-        for (int c = 0; c < 3; ++c) m.mean[c] += sums[c] / pairs;
-    }
-    for (Index i = 0; i < S; ++i) {
-        const float* const row[3] = {d[0] + i * row_stride, d[1] + i * row_stride, d[2] + i * row_stride};
-        double sums[5];
-        k.row_moments(row, i + 1, S, m.mean, sums);
-        for (int c = 0; c < 3; ++c) m.variance[c] += sums[c] / pairs;
-        m.cov_xz += sums[3] / pairs;
-        m.cov_ze += sums[4] / pairs;
+    // Sums of the rows are added in order, whatever the number of threads.
+    std::vector<std::array<double, 5>> sums(static_cast<std::size_t>(S));
+    const auto for_rows = [&](const auto& reduce) {
+        parallel_for(divide_up(S, kPairBlock), threads, [&](Index task) {
+            for (Index i = task * kPairBlock; i < std::min(S, (task + 1) * kPairBlock); ++i) {
+                const float* const row[3] = {d[0] + i * row_stride, d[1] + i * row_stride, d[2] + i * row_stride};
+                reduce(row, i, sums[static_cast<std::size_t>(i)].data());
+            }
+        });
+    };
+    for_rows([&](const float* const* row, Index i, double* out) { k.row_sums(row, i + 1, S, out); });
+    for (const auto& row : sums)
+        for (std::size_t c = 0; c < 3; ++c) m.mean[c] += row[c] / pairs;
+    for_rows([&](const float* const* row, Index i, double* out) { k.row_moments(row, i + 1, S, m.mean, out); });
+    for (const auto& row : sums) {
+        for (std::size_t c = 0; c < 3; ++c) m.variance[c] += row[c] / pairs;
+        m.cov_xz += row[3] / pairs;
+        m.cov_ze += row[4] / pairs;
     }
     return m;
 }
@@ -162,7 +168,7 @@ std::tuple<double, double, std::vector<double>> topo_forward(Address x, Index F,
             code_distance_rows(pointer<const std::int32_t>(codes), pointer<const float>(tables), slices, S, row_stride,
                                first, std::min(S, first + k.rows), d[2]);
     });
-    const Moments m = moments_of(d, S, row_stride);
+    const Moments m = moments_of(d, S, row_stride, threads);
     const float* norms = latents.points.norms;
     const bool finite = std::all_of(norms, norms + G * row_stride, [](float norm) { return std::isfinite(norm); });
     bool varies[3];

@@ -88,4 +88,14 @@ inline float dot(const float* x, const float* y, Index n) {
     return sum;
 }
 
+inline float squared_distance(const float* x, const float* y, Index n) {
+    const Index whole = n / kLanes * kLanes;
+    float sum = vector_sum(whole, [&](Index i) {
+        const Vector difference = load(x + i) - load(y + i);
+        return difference * difference;
+    });
+    for (Index i = whole; i < n; ++i) sum += (x[i] - y[i]) * (x[i] - y[i]);
+    return sum;
+}
+
 }  // namespace spinlock_fast::SPINLOCK_SIMD

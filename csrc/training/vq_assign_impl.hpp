@@ -84,9 +84,7 @@ double assign_statistics(const AssignTask& t, float* counts, float* sums) {
         if (code < 0) continue;
         const float* z = t.z + i * t.z_row + t.slice.first_column;
         const float* e = t.quantized + i * t.total_dims + t.slice.first_column;
-        float part = 0.0f;
-        for (Index d = 0; d < D; ++d) part += (z[d] - e[d]) * (z[d] - e[d]);
-        error += static_cast<double>(part);
+        error += static_cast<double>(squared_distance(z, e, D));
         if (!counts) continue;
         counts[code] += 1.0f;
         for (Index d = 0; d < D; ++d) sums[code * D + d] += z[d];

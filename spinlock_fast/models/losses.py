@@ -12,6 +12,7 @@ from spinlock_fast.config.schema import TrainingConfig
 from spinlock_fast.kernels._common.dropout import BatchSlice
 from spinlock_fast.kernels._common.streams import defer, run_on_side_streams
 from spinlock_fast.kernels._common.table_cache import TableCache
+from spinlock_fast.kernels.code_cosines import mean_squared_cosine
 from spinlock_fast.kernels.code_decoders import partial_loss
 from spinlock_fast.kernels.topo_loss import topographic_loss
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE
@@ -142,12 +143,4 @@ def code_orthogonality(quantizer: GroupedVectorQuantizer) -> Tensor:
 
     Codes updated by moving average are buffers, so the term has no gradient then. A codebook of one code counts as 0.
     """
-    layout = quantizer.layout
-    codes = layout.pad_codebook(quantizer.embedding)  # [G, K_max, D_max]
-    unit = codes / codes.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(codes.dtype).tiny)
-    cosine = unit @ unit.transpose(1, 2)
-    off_diagonal = 1.0 - torch.eye(layout.max_codes, dtype=codes.dtype, device=codes.device)
-    K = layout.indices(codes.device).num_codes
-    pairs = (K * (K - 1.0)).clamp(min=1.0)
-    mean_square: Tensor = (cosine * off_diagonal).square().sum((1, 2)) / pairs
-    return mean_square.mean()
+    return mean_squared_cosine(quantizer.embedding, quantizer.layout)

@@ -208,7 +208,7 @@ class GroupedVectorQuantizer(TransientBuffers):
         """As `quantize`, with the detached codes [sum K D] before `apply_ema`, which are a view that it changes."""
         flat_mask = self._checked_mask(z, mask)
         quantized, codes, loss, embedding, assignment, rows = self._quantize(z, flat_mask)
-        update = partial(self._update, assignment, rows)
+        update = partial(self.update, assignment, rows)
         apply_ema = partial(once, self, update, self.usage) if self.training else _no_update
         return quantized, codes, loss, embedding.detach(), apply_ema
 
@@ -288,7 +288,8 @@ class GroupedVectorQuantizer(TransientBuffers):
         store_written(self, "embedding")
 
     @torch.no_grad()
-    def _update(self, assignment: Assignment, rows: Tensor | int) -> None:
+    def update(self, assignment: Assignment, rows: Tensor | int) -> None:
+        """Updates the codes by the assignment of a batch of `rows` rows."""
         if self.shared:
             self.apply_statistics(self.processes.sum_(pack_statistics(assignment, rows)))
         else:

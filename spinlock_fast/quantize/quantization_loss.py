@@ -23,6 +23,11 @@ def _factor_per_dim(layout: CodebookLayout, factor: float, dtype: torch.dtype, d
     return _factor_tables.get(key, device, lambda: factor / layout.indices(device).dims.to(dtype))
 
 
+def commitment_factors(errors: Tensor, rows: int, layout: CodebookLayout, commitment_weight: float) -> Tensor:
+    """[G] gradient of the commitment loss of `rows` rows with respect to the squared `errors` of the codebooks."""
+    return _factor_per_dim(layout, commitment_weight / max(rows, 1), errors.dtype, errors.device)
+
+
 def quantization_loss(
     assignment: Assignment,
     rows: Tensor | int,

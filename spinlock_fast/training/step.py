@@ -20,6 +20,7 @@ from spinlock_fast.kernels.augment import augmented_rows
 from spinlock_fast.models.losses import LossTerms, LossWeights, code_orthogonality, loss_terms
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE
 from spinlock_fast.quantize import dead_code_threshold
+from spinlock_fast.training import native_step
 from spinlock_fast.training.distributed import RowGather, Share, StepExchange, broadcast_codes
 from spinlock_fast.training.optimizer import FusedAdam
 from spinlock_fast.training.row_feed import make_row_feed
@@ -179,6 +180,12 @@ class TrainingStep:
 
     def _gradients(self, target: Tensor, x: Tensor) -> Tensor:
         """Computes the gradients, updates the codes and stores the losses; returns the latents of the batch."""
+        if not self.x.is_cuda and native_step.supports(self.model, self.optimizer.parameters):
+            self.optimizer.zero_grad()
+            samples = self.training.topo_samples
+            terms, latents = native_step.loss_and_gradients(self.model, target, x, samples, self.weights)
+            self._store_losses(terms)
+            return latents
         with self._precision(), deferred_scope(self.x.device):
             # The reconstruction is decoded in `loss_terms`, on a side stream.
             out, apply_ema = self.model.encode_and_quantize(x)

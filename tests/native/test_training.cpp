@@ -58,6 +58,7 @@ std::vector<Named> operations() {
         all.push_back({"step", [=](const Shape& s, int threads) { return quantize_step(s, threads, cosine); }});
     for (const bool with_rows : {false, true})
         all.push_back({"decoders", [=](const Shape& s, int threads) { return decoders(s, threads, with_rows); }});
+    all.push_back({"code network", code_network});
     for (const bool with_cost : {false, true})
         all.push_back(
             {"joint search", [=](const Shape& s, int threads) { return joint_search(s, threads, with_cost); }});

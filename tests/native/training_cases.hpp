@@ -190,8 +190,29 @@ inline Results decoders(const Shape& s, int threads, bool with_rows) {
                                 s.num_codes, s.dims, B, F, H, address(hidden), address(decoded), address(error_sums),
                                 address(grad_quantized), address(grad_w1), address(grad_b1), address(grad_w2),
                                 address(grad_b2), threads);
-    return {
-        {static_cast<float>(loss)}, hidden, decoded, error_sums, grad_quantized, grad_w1, grad_b1, grad_w2, grad_b2};
+    return {{static_cast<float>(loss)}, grad_quantized, grad_w1, grad_b1, grad_w2, grad_b2};
+}
+
+inline Results code_network(const Shape& s, int threads) {
+    const Index B = s.rows, E = s.features, H = s.hidden, D = sum(s.dims), K = sum(s.num_codes);
+    const Floats codebook = normal(entries(s.num_codes, s.dims), 1), w1 = normal(D * H, 2), b1 = normal(H, 3);
+    const Floats w2 = normal(H * E, 4), b2 = normal(E, 5), grad = normal(B * E, 6);
+    auto codes = random_codes<std::int64_t>(B, s.num_codes, 7, false);
+    if (s.missing) codes.front() = -1;
+    const std::uint64_t seed = 8;
+    const training::MatrixAddress first{address(w1), 1, D}, second{address(w2), 1, H};
+    Floats tables = unwritten(K * H), hidden = unwritten(B * H), out = unwritten(B * E);
+    training::code_mlp_forward(address(codes), address(codebook), first, address(b1), second, address(b2), s.num_codes,
+                               s.dims, B, H, E, s.dropout, reinterpret_cast<training::Address>(&seed), address(tables),
+                               address(hidden), address(out), threads);
+    Floats grad_hidden = unwritten(B * H), sums = unwritten(K * H), grad_quantized = unwritten(B * D);
+    Floats grad_w1 = unwritten(H * D), grad_b1 = unwritten(H), grad_w2 = unwritten(H * E), grad_b2 = unwritten(E);
+    training::code_mlp_backward(address(grad), address(codes), address(codebook), first, second, address(hidden),
+                                s.num_codes, s.dims, B, H, E, s.dropout, address(grad_hidden), address(sums),
+                                address(grad_quantized), address(grad_w1), address(grad_b1), address(grad_w2),
+                                address(grad_b2), threads);
+    const double cosine = training::code_cosines(address(codebook), s.num_codes, s.dims, threads);
+    return {hidden, out, grad_quantized, grad_w1, grad_b1, grad_w2, grad_b2, {static_cast<float>(cosine)}};
 }
 
 inline Results joint_search(const Shape& s, int threads, bool with_cost) {

@@ -534,9 +534,15 @@ def test_category_with_one_used_code_warns(x: np.ndarray[Any, Any], caplog: pyte
 
 
 def test_term_of_weight_zero_may_be_nonfinite(x: np.ndarray[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from spinlock_fast.models import losses
+    from spinlock_fast.kernels.topo_loss import cpu
 
-    monkeypatch.setattr(losses, "topographic_loss", lambda x, latents, *rest: latents.sum() * torch.nan)
+    forward = cpu.forward
+
+    def undefined(*arguments: Any) -> tuple[torch.Tensor, ...]:
+        pre, *others = forward(*arguments)
+        return pre * torch.nan, *others
+
+    monkeypatch.setattr(cpu, "forward", undefined)
     trainer(training__num_epochs=1, training__topo_weight=0.0).fit(x, GROUPS)
     with pytest.raises(TrainingError, match="topographic"):
         trainer(training__num_epochs=1).fit(x, GROUPS)

@@ -1,0 +1,1 @@
+"""A two-layer network of the code vectors of all codebooks, its first layer evaluated once per code, not per row."""
