@@ -247,7 +247,7 @@ MUTATIONS = [
     ),
     Mutation(
         "Explorer: components of the map swapped",
-        "spinlock_fast/report/explorer/data.py",
+        "spinlock_fast/report/explorer/rows.py",
         r"\[:, \[-1, -2\]\]",
         "[:, [-2, -1]]",
         "tests/report/test_explorer.py -k principal",

@@ -93,7 +93,7 @@ function nearestPoint(event) {
 function tokenButton(category, at) {
   const books = codebooksOf(category);
   const text = H.categories[category].short + "=" + books.map(g => tokens[g][at]).join("/");
-  const filter = () => addToFilter(...books.map(g => offsets[g] + tokens[g][at]));
+  const filter = () => addToFilter(books.map(g => ["tokens/" + g, tokens[g][at]]));
   return element("button", { type: "button", textContent: text, title: "Add to the filter", onclick: filter });
 }
 
@@ -101,6 +101,7 @@ function showRow(at) {
   const readout = byId("readout");
   if (at === null) readout.textContent = "Point at a row to see its number and tokens; click to keep it.";
   else readout.replaceChildren(`Row ${column("rows")[at]}: `, ...H.categories.map((_, c) => tokenButton(c, at)));
+  if (at !== null && at === pinned) readout.append(goButton("More about it", "row-panel"));
 }
 
 function markRow(at) {
@@ -111,6 +112,7 @@ function markRow(at) {
 function pinRow(at) {
   pinned = at;
   showRow(at);
+  showRowPanel(at);
   drawMap();
 }
 

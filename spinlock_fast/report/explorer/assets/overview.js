@@ -60,14 +60,17 @@ function countPaths(books, found) {
 
 const LEVEL_HEIGHT = 52;
 
+// The filter without the codes of some codebooks.
+const withoutBooks = books => new Map([...state.filter].filter(([key]) => !books.some(g => key === "tokens/" + g)));
+
 // Draws the rows of a category as nested boxes, from its coarsest level at the top to its finest.
 function showTree() {
   const category = Number(byId("category").value);
   const books = codebooksOf(category);
-  const others = new Map([...state.filter].filter(([g]) => !books.includes(g)));
+  const others = withoutBooks(books);
   const { counts, total } = countPaths(books, match(others));
   byId("tree-help").textContent =
-    `${integer(total)} rows${others.size ? " that match the filter of other categories" : ""}: the width is the number of rows, ` +
+    `${integer(total)} rows${others.size ? " that match the other terms of the filter" : ""}: the width is the number of rows, ` +
     `each level divides the one above (${books.map(g => "L" + H.codebooks[g].level).join(", ")}). Click to filter.`;
   const width = Math.max(240, byId("tree").clientWidth);
   const plot = svg("svg", { viewBox: `0 0 ${width} ${LEVEL_HEIGHT * books.length}`, height: LEVEL_HEIGHT * books.length });
@@ -100,9 +103,7 @@ function drawBox(plot, { path, left, depth, size, faint, category, books, count,
   if (codes.at(-1) === state.selected) box.classList.add("current");
   box.append(svg("title", {}, `${term}: ${integer(count)} rows, ${percent(count / total)}`));
   box.addEventListener("click", () => {
-    const filter = new Map([...state.filter].filter(([g]) => !books.includes(g)));
-    numbers.forEach((own, level) => filter.set(books[level], own));
-    update({ filter, selected: codes.at(-1) });
+    update({ filter: new Map([...withoutBooks(books), ...codes.map(codeTerm)]), selected: codes.at(-1) });
   });
   plot.append(box);
   const text = String(numbers.at(-1));
@@ -127,7 +128,7 @@ function showPairs() {
     : "There is only one category.";
   const body = rows.slice(0, TOP).map(({ code, count, expected }) => {
     const name = element("button", { type: "button", textContent: codeLabel(code), title: "Select", onclick: () => update({ selected: code }) });
-    const both = element("button", { type: "button", textContent: integer(count), title: "Filter by both codes", onclick: () => addToFilter(state.selected, code) });
+    const both = element("button", { type: "button", textContent: integer(count), title: "Filter by both codes", onclick: () => addToFilter([state.selected, code].map(codeTerm)) });
     const cells = [name, both, number(expected, 1), number(count / expected, count < 10 * expected ? 2 : 1) + " ×"].map(value => element("td", {}, value));
     return element("tr", {}, ...cells);
   });
