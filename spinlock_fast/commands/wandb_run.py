@@ -51,7 +51,7 @@ class WandbScalars:
             )
         except (wandb.errors.Error, OSError, ValueError) as error:
             raise ConfigError(
-                f"logging.wandb: {one_line(error)}; logging.wandb_mode=offline needs no account and no network"
+                f"logging.wandb: {one_line(error).rstrip('.')}; logging.wandb_mode=offline needs no account and no network"
             ) from None
         write_text(partial / WANDB / _IDENTIFIER, f"{self._run.id}\n")
 
