@@ -50,8 +50,9 @@ class WandbScalars:
                 settings=wandb.Settings(console="off"),
             )
         except (wandb.errors.Error, OSError, ValueError) as error:
+            reason = one_line(error).rstrip(".")
             raise ConfigError(
-                f"logging.wandb: {one_line(error).rstrip('.')}; logging.wandb_mode=offline needs no account and no network"
+                f"logging.wandb: {reason}; logging.wandb_mode=offline needs no account and no network"
             ) from None
         write_text(partial / WANDB / _IDENTIFIER, f"{self._run.id}\n")
 

@@ -62,5 +62,5 @@ function addCsvButton(where, name, rows) {
 }
 
 function tableHead(names) {
-  return element("thead", {}, element("tr", {}, ...names.map(name => element("th", { scope: "col", textContent: name }))));
+  return element("thead", {}, element("tr", {}, ...names.map(name => element("th", { scope: "col" }, ...breakable(name)))));
 }

@@ -21,7 +21,7 @@ function showAssociations() {
     });
     return element("tr", {}, element("th", { scope: "row", textContent: codebookLabel(g) }), ...cells);
   });
-  byId("associations").replaceChildren(tableHead(["", ...conditions]), element("tbody", {}, ...body));
+  byId("associations").replaceChildren(tableHead(["Codebook", ...conditions]), element("tbody", {}, ...body));
   addCsvButton(document.querySelector("#associations-panel h2"), "associations", () => [
     ["codebook", "condition", "ami", "null_q95", "q"],
     ...ami.map((value, i) => {
