@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from spinlock_fast.analysis.associations import associations_table, code_counts, cooccurrence_table, lifts_table
 from spinlock_fast.analysis.codes import codes_table, one_hot, samples_table
@@ -21,6 +22,7 @@ from spinlock_fast.analysis.tables import Table
 from spinlock_fast.config.random_streams import Stream, generator
 from spinlock_fast.errors import DataError
 from spinlock_fast.messages import printable
+from spinlock_fast.report.explorer.fields import FieldPictures
 from spinlock_fast.report.explorer.rows import Columns, condition_columns, neighbour_columns, row_columns
 
 MIN_ROWS = 20
@@ -40,6 +42,19 @@ class ExplorerData:
 
     header: dict[str, Any]
     columns: Columns
+
+    def examples(self) -> list[NDArray[np.uint32]]:
+        """Rows of the page that are examples of codes: nearest, random, boundary."""
+        rows, kinds = self.columns["sample/row"], self.columns["sample/kind"]
+        return [rows[kinds == kind] for kind in range(len(SAMPLE_KINDS))]
+
+    def add_pictures(self, pictures: FieldPictures) -> None:
+        """Adds pictures of fields to the page."""
+        self.header["fields"] = pictures.header()
+        self.columns.update(pictures.columns())
+        if len(pictures.rows) < self.header["rows"]:
+            text = f"fields are shown of {len(pictures.rows):,} rows, which are examples of the codes"
+            self.header["notes"].append(text)
 
 
 def explorer_data(observed: Observations, about: Mapping[str, Any]) -> ExplorerData:
@@ -80,6 +95,7 @@ def explorer_data(observed: Observations, about: Mapping[str, Any]) -> ExplorerD
         columns |= _pair_columns(observed.codebooks, cooccurrence_table(observed, members, counts, ALPHA, notes), notes)
     header = {
         **about,
+        "fields": None,
         "rows": N,
         "alpha": ALPHA,
         **_codebook_header(observed.codebooks),

@@ -13,8 +13,8 @@ from string import Template
 from spinlock_fast.report.explorer.data import ExplorerData
 
 SCRIPTS = (
-    *("data.js", "dom.js", "terms.js", "state.js", "codes.js", "profile.js", "examples.js"),
-    *("overview.js", "map.js", "main.js"),
+    *("data.js", "dom.js", "terms.js", "state.js", "codes.js", "profile.js", "fields.js"),
+    *("examples.js", "overview.js", "map.js", "main.js"),
 )
 
 

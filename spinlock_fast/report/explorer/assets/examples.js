@@ -32,14 +32,16 @@ function showExamples() {
     : rows.length
       ? "The rows that have the code and match the filter, the most typical first. Rows nearer: the share of all rows of the code that are nearer to it."
       : `No row has ${label} and matches the filter.`;
+  if (rows.length) byId("examples-help").append(fieldsHelp());
   const body = rows.map(({ kind, at, distance, margin, nearer }) => {
     const row = element("button", { type: "button", textContent: String(column("rows")[at]), title: "Show this row", onclick: () => pinRow(at) });
     const values = filtered ? [percent(nearer)] : [number(distance, 3), number(margin, 3)];
     const cells = [kind, row, ...values].map(value => element("td", {}, value));
+    if (H.fields) cells.push(element("td", { className: "fields" }, ...fieldsOf(at)));
     return element("tr", { onmouseenter: () => markRow(at), onmouseleave: () => markRow(null) }, ...cells);
   });
   byId("examples").hidden = !rows.length;
-  byId("examples").replaceChildren(tableHead(["Kind", "Row", ...(filtered ? ["Rows nearer"] : ["Distance", "Margin"])]), element("tbody", {}, ...body));
+  byId("examples").replaceChildren(tableHead(["Kind", "Row", ...(filtered ? ["Rows nearer"] : ["Distance", "Margin"]), ...(H.fields ? ["Fields"] : [])]), element("tbody", {}, ...body));
 }
 
 // Squared distances of the codes of codebook g to one of them.
@@ -79,6 +81,7 @@ function showRowPanel(at) {
     const value = element("button", { type: "button", textContent: levelOf(c, at), title: "Add to the filter", onclick: add });
     return [element("dt", {}, ...breakable(name)), element("dd", {}, value)];
   });
+  byId("row-fields").replaceChildren(...fieldsOf(at));
   byId("row-conditions").replaceChildren(...conditions);
   byId("row-tokens").replaceChildren(...H.categories.map((_, c) => tokenButton(c, at)));
   const body = nearestByTokens(at, NEAREST).map(each => {
