@@ -32,6 +32,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     initial = smooth_fields(ROWS, steps=2, extents=(30, 48))[:, 0]
     with h5py.File(directory / "data.h5", "a") as file:
         file["inputs/fields"] = initial
+        file["outputs/fields"] = -initial[:, :1, :8, :8]
     return directory
 
 
@@ -90,9 +91,12 @@ def test_initial_fields_of_the_data(run: Path, tmp_path: Path) -> None:
     status, header, columns = report(run, tmp_path / "initial", data="data.h5")
     assert status == 0
     assert header["fields"] is not None, header["notes"]
-    (kind,) = header["fields"]["kinds"]
+    kind, last = header["fields"]["kinds"]
+    assert (last["name"], last["height"], last["width"]) == ("last field", 8, 8)
     assert (kind["name"], kind["height"], kind["width"]) == ("initial field", 24, 24)
     initial = smooth_fields(ROWS, steps=2, extents=(30, 48))[:, 0, 0]
+    pixels = columns["field/1"].reshape(ROWS, 8, 8)[6]
+    assert np.corrcoef(pixels.ravel(), -initial[6, :8, :8].ravel())[0, 1] > 0.99
     expected = np.stack([shrunk(field) for field in initial])
     pixels = columns["field/0"].reshape(ROWS, 24, 24).astype(float)
     values = kind["low"] + pixels / 254 * (kind["high"] - kind["low"])
@@ -157,7 +161,7 @@ def test_the_page_draws_them(run: Path, tmp_path: Path) -> None:
     with browser_page() as page:
         page.open(tmp_path / "explorer.html")
         page.click("#examples td button")
-        assert page.evaluate("document.querySelectorAll('#examples canvas').length") == len(
+        assert page.evaluate("document.querySelectorAll('#examples canvas').length") == 2 * len(
             page.texts("#examples tbody tr")
         )
         row = int(page.texts("#row-heading")[0].removeprefix("Row "))

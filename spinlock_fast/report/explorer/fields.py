@@ -1,4 +1,4 @@
-"""Small pictures of fields on the explorer: of initial fields in the data, or of the states of trajectory files."""
+"""Small pictures of fields on the explorer: of fields in the data, or of the states of trajectory files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from spinlock_fast.messages import printable
 from spinlock_fast.report.explorer.rows import Columns
 from spinlock_fast.trajectories.samples import TrajectorySet
 
-INITIAL = "inputs/fields"
+DATASETS = {"inputs/fields": "initial field", "outputs/fields": "last field"}
 SIZE = 24  # largest height and width
 MAX_BYTES = 4_000_000  # of all pictures
 
@@ -85,10 +85,10 @@ def chosen_rows(rows: int, examples: Sequence[NDArray[Any]], row_bytes: int) -> 
     return np.sort(wanted[np.sort(unique)[:most]])
 
 
-def pictures_of_initial_fields(
+def pictures_of_datasets(
     source: FeatureSource, page_rows: NDArray[np.int64], examples: Sequence[NDArray[Any]]
 ) -> FieldPictures | None:
-    """Pictures of `inputs/fields` [N, C, *space] of the data; None without that dataset.
+    """Pictures of the initial and last fields [N, C, *space] that the data contain; None without any.
 
     Args:
         source: the data.
@@ -96,27 +96,29 @@ def pictures_of_initial_fields(
         examples: indices of example rows of the page by kind, for pages of many rows.
 
     Raises:
-        DataError: the dataset is damaged, or has another shape or number of rows.
+        DataError: a dataset is damaged, or has another shape or number of rows.
     """
-    policy = ExternalFilePolicy(source.allow_external)
-    with open_file(source.files[0]) as handle, reporting_damage(source.files[0], INITIAL):
-        if find_dataset(source.files[0], handle, INITIAL, policy) is None:
-            return None
-    stored = ShardedDatasets.open(source.files, [INITIAL], "fields", policy)
-    shape = stored.datasets[0].row_shape
-    if stored.rows != source.rows or not 2 <= len(shape) <= 4:
-        raise DataError(
-            f"{source.files[0]}: {INITIAL} is {[stored.rows, *shape]}, expected [N, C, *space] with N = {source.rows}"
-        )
-    rows = chosen_rows(len(page_rows), examples, _bytes(shape[1:], 1))
-    parts = []
+    file, policy = source.files[0], ExternalFilePolicy(source.allow_external)
+    with open_file(file) as handle, reporting_damage(file, ", ".join(DATASETS)):
+        kept = [path for path in DATASETS if find_dataset(file, handle, path, policy) is not None]
+    if not kept:
+        return None
+    stored = ShardedDatasets.open(source.files, kept, "fields", policy)
+    shapes = [dataset.row_shape for dataset in stored.datasets]
+    for path, shape in zip(kept, shapes, strict=True):
+        if stored.rows != source.rows or not 2 <= len(shape) <= 4:
+            found, expected = [stored.rows, *shape], f"[N, C, *space] with N = {source.rows}"
+            raise DataError(f"{file}: {path} is {found}, expected {expected}")
+    rows = chosen_rows(len(page_rows), examples, sum(_bytes(shape[1:], 1) for shape in shapes))
+    parts: dict[str, list[NDArray[np.float64]]] = {path: [] for path in kept}
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         wanted = page_rows[rows[start : start + _ROWS_AT_ONCE]]
         batches = LoaderPass(stored, SingleBatch(wanted), windows_ahead=1, threads=available_cpus())
         with closing(batches):
-            values = stored.unpack(next(iter(batches)))[INITIAL].numpy()
-        parts += [picture(field[0]) for field in values]
-    return FieldPictures(rows, {"initial field": np.stack(parts)}, "channel 0")
+            values = stored.unpack(next(iter(batches)))
+        for path in kept:
+            parts[path] += [picture(field[0]) for field in values[path].numpy()]
+    return FieldPictures(rows, {DATASETS[path]: np.stack(parts[path]) for path in kept}, "channel 0")
 
 
 def pictures_of_trajectories(
@@ -127,7 +129,7 @@ def pictures_of_trajectories(
     Args:
         trajectories: a sample for each row of the data, in their order.
         data_rows: number of rows of the data.
-        page_rows, examples: as for `pictures_of_initial_fields`.
+        page_rows, examples: as for `pictures_of_datasets`.
 
     Raises:
         DataError: there are more or fewer samples than rows, or a file is damaged.

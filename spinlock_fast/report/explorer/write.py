@@ -19,7 +19,7 @@ from spinlock_fast.output.atomic_files import check_writable, write_text
 from spinlock_fast.output.locks import locked_output_directory
 from spinlock_fast.report.checkpoint_summary import CheckpointSummary, read_checkpoint_summary
 from spinlock_fast.report.explorer.data import MIN_ROWS, ExplorerData, explorer_data
-from spinlock_fast.report.explorer.fields import pictures_of_initial_fields, pictures_of_trajectories
+from spinlock_fast.report.explorer.fields import pictures_of_datasets, pictures_of_trajectories
 from spinlock_fast.report.explorer.page import build_page
 from spinlock_fast.trajectories.samples import TrajectorySet
 
@@ -48,7 +48,7 @@ def write_explorer(
         device: auto, cpu, cuda or cuda:N, for encoding the data.
         conditions: further conditions, see `add_named_conditions`.
         trajectories: those that `extract` read, a sample for each row of the data; their states are shown as small
-            pictures. Without them, initial fields that the data contain are.
+            pictures. Without them, the initial and last fields in the data are.
 
     Returns:
         The file. Notes on omitted parts are on the page.
@@ -80,15 +80,15 @@ def write_explorer(
 def _add_pictures(
     contents: ExplorerData, source: FeatureSource, trajectories: TrajectorySet | None, rows: NDArray[np.int64]
 ) -> None:
-    """Adds pictures of trajectories, or of initial fields; a note on the page if the latter cannot be used."""
+    """Adds pictures of trajectories, or of fields in the data; a note on the page if the latter cannot be used."""
     examples = contents.examples()
     if trajectories is not None:
         contents.add_pictures(pictures_of_trajectories(trajectories, source.rows, rows, examples))
         return
     try:
-        pictures = pictures_of_initial_fields(source, rows, examples)
+        pictures = pictures_of_datasets(source, rows, examples)
     except DataError as error:
-        contents.header["notes"].append(printable(f"initial fields are not shown: {error}"))
+        contents.header["notes"].append(printable(f"fields are not shown: {error}"))
         return
     if pictures is not None:
         contents.add_pictures(pictures)
