@@ -31,10 +31,9 @@ function sortingColumn() {
 
 // All codes with their rows in the filter, in the order of the codes.
 function countedCodes() {
-  const inFilter = countCodes(matching);
   allCounts ??= countCodes(new Uint8Array(H.rows).fill(1));
   return [...allCounts].map((count, code) => ({
-    code, count, share: count / H.rows, inFilter: inFilter[code], overlap: inFilter[code] / (count + matches - inFilter[code]),
+    code, count, share: count / H.rows, inFilter: matchingCounts[code], overlap: matchingCounts[code] / (count + matches - matchingCounts[code]),
   }));
 }
 

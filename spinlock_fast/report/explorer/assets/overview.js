@@ -31,34 +31,43 @@ function showAssociations() {
   ]);
 }
 
+const MOST_LEAVES = 1 << 20; // counted in an array, more of them in a map
+
 // Number of the given rows with each path of codes such as "2", "2/1" and "2/1/4".
 function countPaths(books, found) {
-  const leaves = new Map(); // all codes of a path as one number -> rows
+  const possible = books.reduce((product, g) => product * H.codebooks[g].codes, 1);
+  const array = possible <= MOST_LEAVES ? new Uint32Array(possible) : null; // all codes of a path as one number -> rows
+  const map = new Map();
+  const own = books.map(g => tokens[g]);
+  const sizes = books.map(g => H.codebooks[g].codes);
   let total = 0;
   for (let i = 0; i < H.rows; i++) {
     if (!found[i]) continue;
     total++;
     let leaf = 0;
-    for (const g of books) leaf = leaf * H.codebooks[g].codes + tokens[g][i];
-    leaves.set(leaf, (leaves.get(leaf) ?? 0) + 1);
+    for (let level = 0; level < own.length; level++) leaf = leaf * sizes[level] + own[level][i];
+    if (array) array[leaf]++;
+    else map.set(leaf, (map.get(leaf) ?? 0) + 1);
   }
   const counts = new Map();
-  for (const [leaf, count] of leaves) {
+  const add = (count, leaf) => {
+    if (!count) return;
     const numbers = [];
-    let rest = leaf;
-    for (const g of [...books].reverse()) {
-      numbers.unshift(rest % H.codebooks[g].codes);
-      rest = Math.floor(rest / H.codebooks[g].codes);
+    for (let level = sizes.length - 1, rest = leaf; level >= 0; level--) {
+      numbers.unshift(rest % sizes[level]);
+      rest = Math.floor(rest / sizes[level]);
     }
     numbers.forEach((_, level) => {
       const path = numbers.slice(0, level + 1).join("/");
       counts.set(path, (counts.get(path) ?? 0) + count);
     });
-  }
+  };
+  (array ?? map).forEach(add);
   return { counts, total };
 }
 
 const LEVEL_HEIGHT = 52;
+let treeWidth = 240; // measured when the window changes: it forces a layout
 
 // The filter without the codes of some codebooks.
 const withoutBooks = books => new Map([...state.filter].filter(([key]) => !books.some(g => key === "tokens/" + g)));
@@ -72,7 +81,7 @@ function showTree() {
   byId("tree-help").textContent =
     `${integer(total)} rows${others.size ? " that match the other terms of the filter" : ""}: the width is the number of rows, ` +
     `each level divides the one above (${books.map(g => "L" + H.codebooks[g].level).join(", ")}). Click to filter.`;
-  const width = Math.max(240, byId("tree").clientWidth);
+  const width = treeWidth;
   const plot = svg("svg", { viewBox: `0 0 ${width} ${LEVEL_HEIGHT * books.length}`, height: LEVEL_HEIGHT * books.length });
   const children = new Map();
   for (const path of counts.keys()) {
@@ -151,7 +160,12 @@ function startOverview() {
     showTree();
     showPairs();
   });
-  window.addEventListener("resize", showTree);
+  const measure = () => (treeWidth = Math.max(240, byId("tree").clientWidth));
+  measure();
+  window.addEventListener("resize", () => {
+    measure();
+    showTree();
+  });
   addCsvButton(byId("pairs-heading"), "cooccurrence", () => [
     ["code", "with", "rows", "rows_by_chance", "ratio"],
     ...pairRows().map(row => [codeLabel(state.selected), codeLabel(row.code), row.count, row.expected, row.count / row.expected]),

@@ -3,6 +3,7 @@
 const state = { filter: new Map(), selected: 0, compared: null }; // filter: name of a column -> value, see terms.js
 let matching = new Uint8Array(0); // [rows] 1 where a row has all values of the filter
 let matches = 0;
+let matchingCounts = new Uint32Array(0); // [codes] number of those rows with each code
 const listeners = [];
 
 const onChange = listener => listeners.push(listener);
@@ -32,6 +33,7 @@ function update(change = {}) {
   Object.assign(state, change);
   matching = match(state.filter);
   matches = matching.reduce((sum, value) => sum + value, 0);
+  matchingCounts = countCodes(matching);
   const filtered = performance.now();
   for (const listener of listeners) listener();
   const parameters = [["f", filterText()], ["s", termOf(state.selected)]];
