@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import chain
 from pathlib import Path
 
@@ -56,6 +57,15 @@ def test_three_questions_are_answered_by_the_page(tmp_path: Path) -> None:
         assert planted.large_noise[row]
         shown = dict(zip(page.texts("#row-conditions dt"), page.texts("#row-conditions dd"), strict=True))
         assert shown["noise regime"] == "large"
+        assert page.texts("#neighbours td:first-child") == _nearest(planted.checkpoint, planted.data, row, tmp_path)
+
+
+def _nearest(checkpoint: Path, data: Path, row: int, directory: Path) -> list[str]:
+    """The five nearest rows by the command line."""
+    run_command("tokenize", checkpoint, data, "--output", directory / "tokens.h5", "--quiet")
+    found = ("--like", row, "--top", 5, "--quiet", "--json", directory / "nearest.json")
+    run_command("search", checkpoint, directory / "tokens.h5", *found)
+    return [str(each["row"]) for each in json.loads((directory / "nearest.json").read_text())["rows"]]
 
 
 def _two_codes(tokens: np.ndarray) -> tuple[int, int]:

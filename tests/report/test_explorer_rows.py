@@ -20,6 +20,7 @@ OBSERVED = operators(300, seed=4)
 OBSERVED.labels["state=end "] = np.where(
     OBSERVED.tokens[:, 0] == 1, "a b", np.where(OBSERVED.tokens[:, 0] == 2, "a+b", "c")
 )
+OBSERVED.labels["c1"] = np.where(np.arange(300) % 3 == 0, "1", "x y")  # as a category
 CONDITIONS, _ = make_conditions(OBSERVED, 5)
 
 
@@ -75,6 +76,11 @@ def test_a_condition_filters_and_ranks_the_codes(page: Page) -> None:
     page.evaluate("new Promise(done => setTimeout(done, 50))")
     both = (OBSERVED.labels["noise regime"] == "high") & (OBSERVED.tokens[:, 3] == 1)
     assert page.texts("#matches") == [f"{both.sum()} of 300 rows"]
+    page.choose("#condition", "c1: 1")
+    assert "+c1~=1" in page.evaluate("location.hash")
+    page.evaluate("location.hash = '#f=c1~=x_y+c1=1'")
+    page.evaluate("new Promise(done => setTimeout(done, 50))")
+    assert page.texts("#matches") == [f"{((np.arange(300) % 3 != 0) & (OBSERVED.tokens[:, 0] == 1)).sum()} of 300 rows"]
     page.write("#search", "noise_regime=none")
     assert page.texts("#search-error") == ["noise_regime=none: noise_regime is one of high, low"]
 

@@ -63,8 +63,8 @@ async function start() {
   byId("main").hidden = false;
   showFacts();
   showQuestions();
-  byId("go").replaceChildren("Go to: ", ...PANELS.map(each => goButton(...each)));
   for (const panel of [startFilter, startCodes, startProfile, startExamples, startOverview, startMap]) panel();
+  byId("go").replaceChildren("Go to: ", ...PANELS.filter(each => !byId(each[1]).hidden).map(each => goButton(...each)));
   layoutMap();
   update({ selected: mostDistinctCode(), ...readHash() });
   document.documentElement.dataset.ready = "yes";

@@ -21,8 +21,14 @@ function words(texts) {
   });
 }
 
+// The words of the conditions, none of them that of a category.
+function conditionWords() {
+  const taken = new Set(H.categories.flatMap(each => [each.name, each.short]));
+  return words(H.conditions.map(each => each.name)).map(word => (taken.has(word) ? word + "~" : word));
+}
+
 function parseCondition(name, value) {
-  const conditions = words(H.conditions.map(each => each.name));
+  const conditions = conditionWords();
   const c = conditions.findIndex(word => word.toLowerCase() === words([name])[0].toLowerCase() || word === name);
   if (c < 0) return null;
   const levels = words(H.conditions[c].levels);
@@ -88,7 +94,7 @@ function filterText() {
     while (parts.at(-1) === "*") parts.pop();
     return parts.length ? [category.short + "=" + parts.join("/")] : [];
   });
-  const names = words(H.conditions.map(each => each.name));
+  const names = conditionWords();
   const ofConditions = H.conditions.flatMap(({ levels }, c) => {
     const level = state.filter.get("condition/" + c);
     return level === undefined ? [] : [names[c] + "=" + words(levels)[level]];
