@@ -59,7 +59,9 @@ function drawHighlight() {
   const g = codebookOf(state.selected);
   const own = tokens[g];
   const selected = state.selected - offsets[g];
-  highlight = pointLayer(1.6 * pointSize(), "--accent", state.filter.size ? i => matching[i] === 1 : i => own[i] === selected);
+  const count = state.filter.size ? matches : column("code/count")[state.selected];
+  const size = count < 100 ? Math.max(5, 1.6 * pointSize()) : 1.6 * pointSize(); // a few must be seen among many
+  highlight = pointLayer(size, "--accent", state.filter.size ? i => matching[i] === 1 : i => own[i] === selected);
   drawMap();
 }
 
