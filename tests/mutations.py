@@ -257,7 +257,7 @@ MUTATIONS = [
         "spinlock_fast/report/explorer/rows.py",
         r"np\.lexsort\(\(distance, tokens\)\)",
         "np.lexsort((-distance, tokens))",
-        "tests/report/test_explorer_rows.py -k ranks",
+        "tests/report/test_explorer_rows.py -k ranks_of",
     ),
     Mutation(
         "Explorer: first and last states swapped",
@@ -269,7 +269,7 @@ MUTATIONS = [
     Mutation(
         "Training curves: epochs after the resumed state are kept",
         "spinlock_fast/commands/scalars.py",
-        r" and int\(row\[\"epoch\"\]\) <= last_epoch",
+        r" if epoch <= last_epoch",
         "",
         "tests/commands/test_scalars.py -k resumed_state",
     ),

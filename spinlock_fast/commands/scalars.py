@@ -98,7 +98,7 @@ class CsvScalars:
         first_epoch: rows of later epochs, of a run that is resumed, are dropped.
 
     Raises:
-        OutputError: the file cannot be written.
+        OutputError: the file cannot be written, or that of the resumed run cannot be read.
     """
 
     def __init__(self, directory: Path, first_epoch: int) -> None:
@@ -136,13 +136,20 @@ class CsvScalars:
     def _read(self, path: Path, last_epoch: int) -> None:
         try:
             with open(path, newline="", encoding="utf-8") as file:
-                reader = csv.DictReader(file, restval="")
-                self._names = list(reader.fieldnames or self._names)
-                self._rows = [row for row in reader if row["epoch"].isdigit() and int(row["epoch"]) <= last_epoch]
+                text = file.read()
+            reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]), restval="")  # without half a line
+            rows = list(reader)
+            epochs = [int(row["epoch"]) for row in rows]
+            if epochs != sorted(set(epochs)) or any(None in row for row in rows):
+                raise ValueError
         except FileNotFoundError:
             return
         except (OSError, ValueError, KeyError, csv.Error):
-            logging.getLogger(__name__).warning("%s: cannot be read; its epochs are left out", path)
+            raise OutputError(
+                f"{path}: is not a table of epochs that can be continued; move it away, or logging.csv=false"
+            ) from None
+        self._names = list(reader.fieldnames or self._names)
+        self._rows = [row for row, epoch in zip(rows, epochs, strict=True) if epoch <= last_epoch]
 
     def _write_all(self) -> None:
         self.close()

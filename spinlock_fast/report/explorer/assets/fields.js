@@ -34,6 +34,7 @@ function fieldsOf(at) {
 
 function fieldsHelp() {
   if (!H.fields) return "";
-  const kinds = H.fields.kinds.map(({ name, low, high }) => `${name} from ${+low.toPrecision(3)} (dark) to ${+high.toPrecision(3)} (light)`);
+  const minus = value => String(+value.toPrecision(3)).replace("-", "−");
+  const kinds = H.fields.kinds.map(({ name, low, high }) => `${name} from ${minus(low)} (dark) to ${minus(high)} (light)`);
   return ` Fields, ${H.fields.channel}: ${kinds.join("; ")}; red where not finite.`;
 }
