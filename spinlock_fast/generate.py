@@ -24,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     options.add_argument("--compression", choices=("none", "lzf", "gzip"), help="of the file, instead of the YAML's")
     options.add_argument("--operator-sensitivity", action="store_true", help="compute the ten Lipschitz features")
+    options.add_argument("--last-fields", action="store_true", help="keep the last state of each operator")
     options.add_argument("--overwrite", action="store_true", help="replace a finished or unfinished file")
     options.add_argument("--resume", action="store_true", help="continue an unfinished file")
     add_quiet(options, "errors and the last line only")
@@ -40,6 +41,7 @@ def _generate(chosen: argparse.Namespace) -> None:
         "device": chosen.device,
         "compression": chosen.compression,
         "operator_sensitivity": chosen.operator_sensitivity or None,
+        "last_fields": chosen.last_fields or None,
     }
     config = load_generator_config(chosen.config, {key: value for key, value in changes.items() if value is not None})
     from spinlock_fast.distributed import current_ranks

@@ -73,3 +73,36 @@ def format_bytes(size: float) -> str:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} TB"
+
+
+def shortened(text: str, most: int) -> str:
+    """The printable text in at most `most` characters.
+
+    Words are left out in its middle, or characters of a single long word.
+    """
+    text = printable(text)
+    if len(text) <= most:
+        return text
+    return _without_middle_words(text, most) or _without_middle(text, most)
+
+
+def _without_middle(text: str, most: int) -> str:
+    tail = (most - 1) // 2
+    return f"{text[: most - 1 - tail]}…{text[len(text) - tail :]}"
+
+
+def _without_middle_words(text: str, most: int) -> str | None:
+    """First and last words with an ellipsis between; None where the first and the last word are too long."""
+    words = re.findall(r"[^_ ./:-]*[_ ./:-]+|[^_ ./:-]+$", text)
+    first, last = 1, len(words) - 1
+    if last < first or len(words[0]) + len(words[-1]) + 1 > most:
+        return None
+
+    def fits(first: int, last: int) -> bool:
+        return first <= last and sum(map(len, words[:first] + words[last:])) + 1 <= most
+
+    while fits(first + 1, last) or fits(first, last - 1):
+        head, tail = (sum(map(len, part)) for part in (words[:first], words[last:]))
+        longer_head = fits(first + 1, last) and (head <= tail or not fits(first, last - 1))
+        first, last = (first + 1, last) if longer_head else (first, last - 1)
+    return f"{''.join(words[:first]).rstrip('_ ./:-')}…{''.join(words[last:])}"

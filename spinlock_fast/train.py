@@ -56,10 +56,13 @@ def _train(chosen: argparse.Namespace) -> None:
         print_plan(config)
         return
     from spinlock_fast.commands.console import RunDisplay, print_summary
+    from spinlock_fast.commands.scalars import check_writers
     from spinlock_fast.training.run import output_directory, run
 
+    ranks.on_main(lambda: check_writers(config.logging))
     quiet = chosen.quiet or not ranks.is_main
-    with RunDisplay(quiet, config.logging, output_directory(config) if ranks.is_main else None) as display:
+    directory = output_directory(config) if ranks.is_main else None
+    with RunDisplay(quiet, config.logging, directory, config.model_dump(mode="json")) as display:
         outcome = run(config, display, resume)
     if not quiet:
         print_summary(outcome.metrics)

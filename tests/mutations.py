@@ -247,10 +247,31 @@ MUTATIONS = [
     ),
     Mutation(
         "Explorer: components of the map swapped",
-        "spinlock_fast/report/explorer/data.py",
+        "spinlock_fast/report/explorer/rows.py",
         r"\[:, \[-1, -2\]\]",
         "[:, [-2, -1]]",
         "tests/report/test_explorer.py -k principal",
+    ),
+    Mutation(
+        "Explorer: the farthest rows count as typical of a code",
+        "spinlock_fast/report/explorer/rows.py",
+        r"np\.lexsort\(\(distance, tokens\)\)",
+        "np.lexsort((-distance, tokens))",
+        "tests/report/test_explorer_rows.py -k ranks_of",
+    ),
+    Mutation(
+        "Explorer: first and last states swapped",
+        "spinlock_fast/report/explorer/fields.py",
+        r"states\[0\], states\[-1\]",
+        "states[-1], states[0]",
+        "tests/report/test_explorer_fields.py -k states_of",
+    ),
+    Mutation(
+        "Training curves: epochs after the resumed state are kept",
+        "spinlock_fast/commands/scalars.py",
+        r" if epoch <= last_epoch",
+        "",
+        "tests/commands/test_scalars.py -k resumed_state",
     ),
     Mutation(
         "Explorer: examples by their row in the file",

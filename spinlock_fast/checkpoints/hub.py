@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from spinlock_fast.checkpoints.integrity import MANIFEST, STATES
-from spinlock_fast.checkpoints.run_directory import FILES, FINAL, TENSORBOARD
+from spinlock_fast.checkpoints.run_directory import FILES, FINAL, LOGS
 from spinlock_fast.errors import ConfigError, DataError
 from spinlock_fast.messages import one_line
 
@@ -40,7 +40,7 @@ def checkpoint_directory(name: str | Path, **options: Any) -> Path:
         raise ConfigError(
             f"{name}: no such directory; a repository of the Hugging Face Hub needs: pip install 'spinlock-fast[hub]'"
         ) from None
-    needed = [file for file in (*FILES, MANIFEST) if file not in (*STATES, FINAL, TENSORBOARD)]
+    needed = [file for file in (*FILES, MANIFEST) if file not in (*STATES, FINAL, *LOGS)]
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=needed, **options))
     except (OSError, ValueError, RuntimeError, getattr(huggingface_hub.errors, "HTTPError", OSError)) as error:

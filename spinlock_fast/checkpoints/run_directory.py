@@ -36,6 +36,9 @@ CARD = "README.md"
 VOCABULARY = "vocabulary.json"  # of a run from another checkpoint: what changed in its vocabulary
 REFERENCE = "reference_statistics.json"  # distributions of the run's rows, see `ReferenceStatistics`
 TENSORBOARD = "tensorboard"
+SCALARS = "scalars.csv"
+WANDB = "wandb"
+LOGS = (TENSORBOARD, SCALARS, WANDB)  # training curves, see `LoggingConfig`
 
 FILES = (
     *(
@@ -52,7 +55,7 @@ FILES = (
         CARD,
         MANIFEST,
     ),
-    TENSORBOARD,
+    *LOGS,
 )
 
 PARTIAL = ".partial"

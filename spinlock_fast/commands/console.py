@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,8 +23,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from spinlock_fast.checkpoints.run_directory import PARTIAL, TENSORBOARD
-from spinlock_fast.commands.tensorboard import ScalarFile
+from spinlock_fast.commands.scalars import ScalarWriter, epoch_scalars, open_writers
 from spinlock_fast.config.schema import LoggingConfig
 from spinlock_fast.models.metrics import Metrics
 from spinlock_fast.training.observer import EpochRecord
@@ -36,11 +36,18 @@ class RunDisplay:
 
     Args:
         quiet: show errors only.
-        logging_config: log level, and whether TensorBoard scalars are written.
-        directory: checkpoint directory for TensorBoard scalars; None: none are written.
+        logging_config: log level, and where the scalars of each epoch are written.
+        directory: checkpoint directory for the scalars; None: none are written.
+        settings: of the run, for writers of scalars that show them.
     """
 
-    def __init__(self, quiet: bool, logging_config: LoggingConfig, directory: Path | None = None) -> None:
+    def __init__(
+        self,
+        quiet: bool,
+        logging_config: LoggingConfig,
+        directory: Path | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         self.quiet = quiet
         self.console = Console(stderr=True, highlight=False)
         self._live = self.console.is_terminal and not quiet
@@ -52,7 +59,8 @@ class RunDisplay:
         self._latest: dict[str, float] = {}
         self._directory = directory
         self._logging = logging_config
-        self._writer: ScalarFile | None = None
+        self._settings = settings or {}
+        self._writers: list[ScalarWriter] = []
         self._logger = logging.getLogger("spinlock_fast")
         self._handler = RichHandler(console=self.console, show_time=False, show_path=False)
         self._logger_state = (self._logger.level, self._logger.propagate)
@@ -89,7 +97,8 @@ class RunDisplay:
     def training_started(self, epochs: int, first_epoch: int, rows: int) -> None:
         """Starts the display of training, from an epoch on."""
         self._rows, self._epochs = rows, epochs
-        self._writer = _open_scalar_file(self._directory, self._logging)
+        if self._directory is not None:
+            self._writers = open_writers(self._directory, self._logging, first_epoch, self._settings)
         if self._live:
             self._start_bar("epochs", epochs, "")
             self._update(first_epoch, "")
@@ -106,14 +115,14 @@ class RunDisplay:
             self._update(record.epoch, text)
         elif record.epoch == self._epochs or self._line_due():
             self._line(f"  epoch {record.epoch}/{self._epochs}  {text}")
-        if self._writer is not None:
-            self._write_scalars(self._writer, record)
+        for writer in self._writers:
+            writer.add(epoch_scalars(record), record.epoch)
 
     def training_finished(self) -> None:
-        """Ends the display of training and closes the TensorBoard file."""
+        """Ends the display of training and completes the scalars."""
         self._end_bar()
-        if self._writer is not None:
-            writer, self._writer = self._writer, None
+        writers, self._writers = self._writers, []
+        for writer in writers:
             writer.close()
 
     def save(self, state: dict[str, Any]) -> None:
@@ -148,25 +157,6 @@ class RunDisplay:
         self._last_line = time.monotonic()
         if not self.quiet:
             self.console.print(text, soft_wrap=True)
-
-    def _write_scalars(self, writer: ScalarFile, record: EpochRecord) -> None:
-        values = {"train/loss": record.train_loss, "train/utilization": record.utilization}
-        values |= {f"train/{name}": value for name, value in record.terms.items()}
-        values |= {f"validation/{name}": value for name, value in (record.validation or {}).items()}
-        writer.add(values, record.epoch)
-
-
-def _open_scalar_file(directory: Path | None, config: LoggingConfig) -> ScalarFile | None:
-    if directory is None or config.tensorboard is False:
-        return None
-    try:
-        return ScalarFile(directory / PARTIAL / TENSORBOARD)
-    except ImportError:
-        if config.tensorboard:
-            logging.getLogger(__name__).warning(
-                "logging.tensorboard is true, but it is not installed: pip install 'spinlock-fast[tensorboard]'"
-            )
-        return None
 
 
 def _joint_rows(joint: Metrics | None) -> list[tuple[str, str]]:

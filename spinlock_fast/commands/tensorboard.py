@@ -18,14 +18,15 @@ class ScalarFile:
 
     Args:
         directory: created where it does not exist.
+        first_epoch: finished epochs of a resumed run; TensorBoard ignores later steps of earlier files.
 
     Raises:
         ImportError: `tensorboard` is not installed.
         OutputError: the file cannot be written.
     """
 
-    def __init__(self, directory: Path) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
+    def __init__(self, directory: Path, first_epoch: int = 0) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -38,6 +39,9 @@ class ScalarFile:
             self._file = open(self.path, "ab")  # noqa: SIM115 - open during the run
             self._records = RecordWriter(self._file)
             self._write(Event(wall_time=now, file_version="brain.Event:2"))
+            if first_epoch:
+                start = SessionLog(status=SessionLog.START)
+                self._write(Event(wall_time=now, step=first_epoch + 1, session_log=start))
         except OSError as error:
             raise self._failed(error) from None
 

@@ -342,6 +342,14 @@ class LoggingConfig(Section):
     tensorboard: bool | None = Field(
         default=None, description="write TensorBoard scalars; null: where tensorboard is installed"
     )
+    csv: bool = Field(default=False, description="write the same scalars to scalars.csv, a row for each epoch")
+    wandb: bool = Field(default=False, description="log the same scalars to Weights & Biases (extra wandb)")
+    wandb_project: str | None = Field(
+        default=None, description="project of Weights & Biases; null: WANDB_PROJECT, else spinlock-fast"
+    )
+    wandb_mode: Literal["online", "offline"] | None = Field(
+        default=None, description="offline: local files, for `wandb sync`; null: WANDB_MODE, else online"
+    )
 
 
 class RunConfig(Section):

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from spinlock_fast.drift.verdict import PSI_LIMITS, STATUSES
-from spinlock_fast.messages import printable
+from spinlock_fast.messages import shortened
 from spinlock_fast.output.atomic_files import write_atomically
 
 _COLOURS = dict(zip(STATUSES, ("#8c96a0", "#e69f00", "#d55e00"), strict=True))
@@ -57,5 +57,4 @@ def _bars(ax: Axes, entries: list[Entry], key: str) -> None:
 
 
 def _label(name: str) -> str:
-    text = printable(name).replace("$", r"\$")  # no formulas
-    return text if len(text) <= _LABEL else f"{text[: _LABEL - 3]}..."
+    return shortened(name, _LABEL).replace("$", r"\$")  # no formulas

@@ -6,11 +6,15 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from spinlock_fast.commands.arguments import add_device, add_quiet, parser
 from spinlock_fast.commands.exit_status import exit_with
 from spinlock_fast.errors import DataError
 from spinlock_fast.report.write import KINDS
+
+if TYPE_CHECKING:
+    from spinlock_fast.trajectories import TrajectorySet
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -43,6 +47,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metavar="PATH",
         help="further conditions: datasets of the data with a value or a short vector a row, or FILE.csv:COLUMN",
     )
+    options.add_argument(
+        "--trajectories",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="the files that extract read: the explorer shows first and last states as small pictures",
+    )
+    options.add_argument("--dataset", metavar="PATH", help="trajectories in plain arrays: path of the array")
+    options.add_argument("--axes", help="trajectories in plain arrays: letters of the axes, e.g. 'n t c y x'")
     add_device(options)
     add_quiet(options)
     chosen = options.parse_args(arguments)
@@ -53,6 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if len(chosen.checkpoint) > 1:
         options.error(f"one checkpoint expected, got {len(chosen.checkpoint)} (--type compare takes several)")
     chosen.checkpoint = chosen.checkpoint[0]
+    if chosen.trajectories and chosen.type not in ("all", "html"):
+        options.error("--trajectories: shown by the explorer only, types html and all")
+    if (chosen.dataset or chosen.axes) and not chosen.trajectories:
+        options.error("--dataset and --axes: used with --trajectories only")
     exit_with(lambda: _report(chosen))
 
 
@@ -68,6 +85,7 @@ def _report(chosen: argparse.Namespace) -> None:
 
     files: list[Path] = []
     notes: list[str] = []
+    trajectories = _trajectories(chosen)
     if chosen.type != "html":
         kinds = KINDS if chosen.type == "all" else (chosen.type,)
         files, notes = write_report(
@@ -75,16 +93,22 @@ def _report(chosen: argparse.Namespace) -> None:
         )
     if chosen.type in ("all", "html"):
         try:
-            files.append(
-                write_explorer(
-                    chosen.checkpoint, chosen.output, chosen.data, chosen.rows, chosen.device, chosen.conditions
-                )
-            )
+            arguments = chosen.checkpoint, chosen.output, chosen.data, chosen.rows, chosen.device, chosen.conditions
+            files.append(write_explorer(*arguments, trajectories))
         except DataError as error:
-            if chosen.type == "html":
+            if chosen.type == "html" or trajectories is not None:
                 raise
             notes.append(f"explorer.html is omitted: {error}")
     _print(chosen, files, notes)
+
+
+def _trajectories(chosen: argparse.Namespace) -> TrajectorySet | None:
+    if not chosen.trajectories:
+        return None
+    from spinlock_fast.trajectories import open_trajectories
+    from spinlock_fast.trajectories.options import Options
+
+    return open_trajectories(chosen.trajectories, options=Options(dataset=chosen.dataset, axes=chosen.axes))
 
 
 def _print(chosen: argparse.Namespace, files: list[Path], notes: list[str]) -> None:

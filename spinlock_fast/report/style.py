@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import textwrap
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +13,7 @@ from matplotlib.collections import QuadMesh
 from matplotlib.image import AxesImage
 from numpy.typing import NDArray
 
-from spinlock_fast.messages import printable
+from spinlock_fast.messages import shortened
 from spinlock_fast.plot_style import FAINT, MISSING, PALETTE, SMALL, TEXT
 
 WIDTH = 11.7  # inches, A4 landscape; at this size no text is below 7 points
@@ -46,32 +45,7 @@ def shorten(text: str, most: int) -> str:
 
     Control characters are escaped, and so is $, which starts a formula in matplotlib.
     """
-    text = printable(text)
-    if len(text) > most:
-        text = _without_middle_words(text, most) or _without_middle(text, most)
-    return text.replace("$", r"\$")
-
-
-def _without_middle(text: str, most: int) -> str:
-    tail = (most - 1) // 2
-    return f"{text[: most - 1 - tail]}…{text[len(text) - tail :]}"
-
-
-def _without_middle_words(text: str, most: int) -> str | None:
-    """First and last words with an ellipsis between; None where the first and the last word are too long."""
-    words = re.findall(r"[^_ ./:-]*[_ ./:-]+|[^_ ./:-]+$", text)
-    first, last = 1, len(words) - 1
-    if last < first or len(words[0]) + len(words[-1]) + 1 > most:
-        return None
-
-    def fits(first: int, last: int) -> bool:
-        return first <= last and sum(map(len, words[:first] + words[last:])) + 1 <= most
-
-    while fits(first + 1, last) or fits(first, last - 1):
-        head, tail = (sum(map(len, part)) for part in (words[:first], words[last:]))
-        longer_head = fits(first + 1, last) and (head <= tail or not fits(first, last - 1))
-        first, last = (first + 1, last) if longer_head else (first, last - 1)
-    return f"{''.join(words[:first]).rstrip('_ ./:-')}…{''.join(words[last:])}"
+    return shortened(text, most).replace("$", r"\$")
 
 
 def unique_labels(names: Sequence[str], most: int) -> list[str]:

@@ -96,6 +96,9 @@ class GeneratorConfig(Section):
     operator_sensitivity: bool = Field(
         default=False, description="compute the ten operator-sensitivity features, else NaN"
     )
+    last_fields: bool = Field(
+        default=False, description="keep the last state of the first realization of each operator in outputs/fields"
+    )
     compression: Compression = Field(
         default="gzip", description="compression of the chunks; gzip is level 4 with shuffle"
     )
@@ -113,9 +116,12 @@ class GeneratorConfig(Section):
 
     def provenance(self) -> dict[str, Any]:
         """The settings that determine the data, as JSON values."""
-        return self.model_dump(
+        chosen = self.model_dump(
             mode="json", exclude={"operators", "device", "batch_operators", "workers", "compression"}
         )
+        if not self.last_fields:
+            del chosen["last_fields"]  # so that data sets of earlier versions can be resumed
+        return chosen
 
 
 def load_generator_config(path: str | Path | None, changes: Mapping[str, Any] | None = None) -> GeneratorConfig:

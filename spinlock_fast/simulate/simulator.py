@@ -47,6 +47,7 @@ class Rows:
     temporal: Array  # [n, T, 63]
     trajectories: Array  # [n, M, 120]
     diverged: NDArray[np.bool_]  # [n]
+    last_fields: Array  # [n, 3, G, G] of the first realization, or [n, 0, G, G] where they are not kept
 
     def __len__(self) -> int:
         return len(self.fields)
@@ -163,6 +164,7 @@ class Simulator:
             temporal=_array(temporal),
             trajectories=_array(torch.cat([features, sensitivity], 2).transpose(0, 1)),
             diverged=series.at_bound.view(-1, M, count).any(0).any(0).cpu().numpy(),
+            last_fields=_array(last[0] if config.last_fields else last[0, :, :0]),
         )
 
     def _direction(self, thetas: Sequence[Theta]) -> Tensor:

@@ -40,6 +40,7 @@ from spinlock_fast.simulate.parameters import PARAMETER_NAMES, ThetaSequence
 from spinlock_fast.simulate.simulator import Rows, aggregate
 
 CHUNK_ROWS = 8
+LAST_FIELDS = "outputs/fields"
 _FILTERS: dict[str, dict[str, Any]] = {
     "none": {},
     "lzf": {"compression": "lzf", "shuffle": True},
@@ -307,8 +308,10 @@ class Writer:
 def row_datasets(config: GeneratorConfig) -> dict[str, tuple[tuple[int, ...], dict[str, Any]]]:
     """Path of each simulated dataset: row shape, and type, filters and fill value."""
     options = {"dtype": "f4", "fillvalue": np.nan, **_FILTERS[config.compression]}
+    fields = (3, config.grid_size, config.grid_size), options
     return {
-        "inputs/fields": ((3, config.grid_size, config.grid_size), options),
+        "inputs/fields": fields,
+        **({LAST_FIELDS: fields} if config.last_fields else {}),
         DEFAULT_DATASETS["temporal"]: ((config.num_timesteps, len(temporal_names())), options),
         _TRAJECTORIES: ((config.num_realizations, len(trajectory_names())), options),
         DEFAULT_DATASETS["summary"]: ((len(aggregated_names()),), options),
@@ -320,6 +323,7 @@ def row_values(rows: Rows) -> dict[str, NDArray[Any]]:
     """The values of operators by dataset path."""
     return {
         "inputs/fields": rows.fields,
+        **({LAST_FIELDS: rows.last_fields} if rows.last_fields.shape[1] else {}),
         DEFAULT_DATASETS["temporal"]: rows.temporal,
         _TRAJECTORIES: rows.trajectories,
         DEFAULT_DATASETS["summary"]: aggregate(rows.trajectories),

@@ -36,7 +36,7 @@ from spinlock_fast import Tokenizer, load_checkpoint
 from spinlock_fast.analyze import main as analyze_main
 from spinlock_fast.checkpoints.directory import FILES, RESUME, load_run_config, load_torch
 from spinlock_fast.checkpoints.integrity import STATES
-from spinlock_fast.checkpoints.run_directory import PARTIAL, VOCABULARY
+from spinlock_fast.checkpoints.run_directory import LOGS, PARTIAL, VOCABULARY
 from spinlock_fast.commands.tokenize import write_tokens
 from spinlock_fast.config.loading import load_config
 from spinlock_fast.config.schema import DEFAULT_DATASETS
@@ -94,7 +94,7 @@ def run(command: Callable[[list[str]], None], *arguments: object) -> int:
 
 
 def test_run_writes_every_file(checkpoint: Path) -> None:
-    assert {path.name for path in checkpoint.iterdir()} == set(FILES) - {*STATES, "tensorboard", VOCABULARY}
+    assert {path.name for path in checkpoint.iterdir()} == set(FILES) - {*STATES, *LOGS, VOCABULARY}
 
 
 def test_model_files_have_every_entry(checkpoint: Path) -> None:

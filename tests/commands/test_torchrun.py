@@ -39,7 +39,7 @@ CONFIGURATION = {
         "save_every": 1,
         "orthogonality_target": 10.0,
     },
-    "logging": {"tensorboard": False},
+    "logging": {"tensorboard": False, "csv": True},
 }
 
 
@@ -96,6 +96,11 @@ def final_weights(directory: Path) -> dict[str, torch.Tensor]:
     return dict(load_torch(directory / FINAL)["model_state_dict"])
 
 
+def assert_every_epoch_once(directory: Path) -> None:
+    rows = (directory / "scalars.csv").read_text().splitlines()[1:]
+    assert [row.split(",")[0] for row in rows] == ["1", "2", "3", "4"]
+
+
 def assert_same_weights(one: Path, other: Path) -> None:
     weights, others = final_weights(one), final_weights(other)
     for name, value in weights.items():
@@ -124,6 +129,7 @@ def test_two_ranks_write_one_result(config: Path, alone: Path, tmp_path: Path) -
     assert ranks.stderr(1) == ""
     assert json.loads((tmp_path / "run" / METRICS).read_text())["ranks"] == 2
     assert_same_weights(alone, tmp_path / "run")
+    assert_every_epoch_once(tmp_path / "run")
 
 
 def test_rank_0_prints_the_plan_of_a_dry_run(config: Path, tmp_path: Path) -> None:
@@ -148,6 +154,7 @@ def test_signal_on_one_rank_stops_all_at_the_same_step(config: Path, alone: Path
     assert f"--resume {output}" in ranks.stderr(0)
     train_alone("--resume", output)
     assert_same_weights(alone, output)
+    assert_every_epoch_once(output)
 
 
 def test_killed_rank_ends_the_others_and_the_run_resumes_on_more_ranks(
@@ -163,6 +170,7 @@ def test_killed_rank_ends_the_others_and_the_run_resumes_on_more_ranks(
     ranks = Ranks([("train", (config, "--output", output, "--resume", "auto"))], 3, tmp_path / "outputs")
     assert ranks.join() == [0, 0, 0], ranks.stderr(0)
     assert_same_weights(alone, output)
+    assert_every_epoch_once(output)
 
 
 def test_rank_that_does_not_answer_ends_the_job(config: Path, tmp_path: Path) -> None:

@@ -29,8 +29,9 @@ from spinlock_fast.analysis.neighbours import code_coordinates
 from spinlock_fast.errors import DataError
 from spinlock_fast.report.__main__ import main
 from spinlock_fast.report.explorer import data as contents
-from spinlock_fast.report.explorer.data import ExplorerData, explorer_data, token_map
+from spinlock_fast.report.explorer.data import ExplorerData, explorer_data
 from spinlock_fast.report.explorer.page import build_page
+from spinlock_fast.report.explorer.rows import token_map
 from spinlock_fast.report.explorer.write import check_size
 
 HOSTILE = ["</script><img src=x onerror=alert(1)>", "\"'&lt;$title${script}", "Ω 漢字 \u2028\u202e", "=1+1", ""]
@@ -183,12 +184,6 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
         assert not [event for event in page.events if event["method"] in reported]
 
 
-def texts(page: Page, selector: str) -> list[str]:
-    """The text of each element."""
-    found: list[str] = page.evaluate(f"[...document.querySelectorAll({json.dumps(selector)})].map(e => e.textContent)")
-    return found
-
-
 def search(page: Page, text: str) -> None:
     page.evaluate(f"document.querySelector('#search').value = {json.dumps(text)}")
     page.evaluate("document.querySelector('#search-form button').click()")
@@ -208,21 +203,27 @@ def test_numbers_on_the_page_equal_those_of_numpy(page: Page) -> None:
 
     search(page, "c1=2 fast=*/*/1")
     found = (t[:, 0] == 2) & (t[:, 5] == 1)
-    assert texts(page, "#matches") == [f"{found.sum()} of 400 rows"]
+    assert page.texts("#matches") == [f"{found.sum()} of 400 rows"]
+    assert page.evaluate("location.hash") == "#f=c1=2+c2=*/*/1&s=c2=*/*/1"
+    page.click("tr[data-code='8'] button")
     assert page.evaluate("location.hash") == "#f=c1=2+c2=*/*/1&s=c1=*/2"
-    within = [int(text) for text in texts(page, "#codes tbody td:nth-child(5)")]
+    page.click("#codes th:first-child button")  # the order of the codes, not of their overlap
+    within = [int(text) for text in page.texts("#codes tbody td:nth-child(3)")]
     expected = [np.bincount(t[found, g], minlength=codes) for g, codes in enumerate(OBSERVED.codebooks.num_codes)]
     assert within == np.concatenate(expected).tolist()
     page.evaluate("{ const make = URL.createObjectURL; URL.createObjectURL = b => make(window.saved = b); }")
     page.evaluate("document.getElementById('rows-csv').click()")
     lines = page.evaluate("window.saved.text()").splitlines()
-    assert lines[0] == "row,slow/L0,slow/L1,slow/L2,fast/L0,fast/L1,fast/L2"
+    assert (
+        lines[0]
+        == "row,slow/L0,slow/L1,slow/L2,fast/L0,fast/L1,fast/L2,step,width,depth,initial condition,noise regime"
+    )
     assert [int(line.split(",")[0]) for line in lines[1:]] == OBSERVED.rows[found].tolist()
 
     members = one_hot(t, OBSERVED.codebooks.offsets)
     effects = code_effects(OBSERVED, members)
     u = effects.codes.tolist().index(8)
-    names, values = texts(page, "#profile .name:not(.axis)"), texts(page, "#profile .value")
+    names, values = page.texts("#profile .name:not(.axis)"), page.texts("#profile .value")
     assert len(names) == 9
     for name, value in zip(names, values, strict=True):
         f = effects.names.index(name.replace("\\u2028", "\u2028").replace("\\u202e", "\u202e"))
@@ -232,7 +233,7 @@ def test_numbers_on_the_page_equal_those_of_numpy(page: Page) -> None:
 
     conditions, _ = make_conditions(OBSERVED, 5)
     lifts = lifts_table(OBSERVED, conditions, counts)
-    for name, value in zip(texts(page, "#lifts .name:not(.axis)"), texts(page, "#lifts .value"), strict=True):
+    for name, value in zip(page.texts("#lifts .name:not(.axis)"), page.texts("#lifts .value"), strict=True):
         match = re.fullmatch(r"(.*?): (.*) \((\d+)\)", name)
         assert match
         (i,) = rows_where(lifts, codebook="slow/L1", code=2, condition=match[1], value=match[2])
@@ -251,15 +252,16 @@ def test_map_tree_and_heatmap(page: Page) -> None:
         " map.dispatchEvent(new MouseEvent('click', {clientX: box.left + x, clientY: box.top + y}));"
         " found = document.querySelectorAll('#readout button').length > 0; } }"
     )
-    (readout,) = texts(page, "#readout")
-    match = re.fullmatch(r"Row (\d+): c1=([\d/]+)c2=([\d/]+)", readout)
+    (readout,) = page.texts("#readout")
+    match = re.fullmatch(r"Row (\d+): c1=([\d/]+)c2=([\d/]+)More about it", readout)
     assert match
     shown = [int(code) for text in match.groups()[1:] for code in text.split("/")]
     assert shown == t[OBSERVED.rows.tolist().index(int(match[1]))].tolist()
 
     # The boxes of the tree count rows, here those that match the filter of the other category.
     search(page, "c2=3")
-    boxes = dict(text.split(": ") for text in texts(page, "#tree title"))
+    page.choose("#category", "c1")
+    boxes = dict(text.split(": ") for text in page.texts("#tree title"))
     for path, own in (("c1=2", t[:, 0] == 2), ("c1=2/1", (t[:, 0] == 2) & (t[:, 1] == 1))):
         assert boxes[path].startswith(f"{(own & (t[:, 3] == 3)).sum()} rows, ")
     page.press("Escape")
@@ -272,36 +274,36 @@ def test_map_tree_and_heatmap(page: Page) -> None:
 
 def test_keys_errors_and_links(page: Page) -> None:
     page.press("Escape")
-    assert texts(page, "#matches") == ["400 of 400 rows"]
+    assert page.texts("#matches") == ["400 of 400 rows"]
     page.evaluate("document.activeElement.blur()")
     page.press("/")
     assert page.evaluate("document.activeElement.id") == "search"
     for text, message in [
-        ("c9=1", "c9: no such category; they are c1 to c2"),
+        ("c9=1", "c9: no such category or condition; categories are c1 to c2"),
         ("c1=6", "c1=6: c1 L0 has codes 0 to 5"),
         ("c1=1/1/1/1", "c1=1/1/1/1: c1 has 3 levels"),
         ("<b>", "<b>: write c1=12 or c1=12/4/7"),
     ]:
         search(page, text)
-        assert texts(page, "#search-error") == [message]
+        assert page.texts("#search-error") == [message]
     search(page, "slow/L1=3")
-    assert texts(page, "#search-error") == [""]
-    assert texts(page, ".chip") == ["c1 L1 = 3 \N{MULTIPLICATION SIGN}"]
+    assert page.texts("#search-error") == [""]
+    assert page.texts(".chip") == ["c1 L1 = 3 \N{MULTIPLICATION SIGN}"]
     page.evaluate("location.hash = '#f=c1=1/*/2&s=c2=3&v=c2=4'")
     page.evaluate("new Promise(done => setTimeout(done, 50))")
     found = (OBSERVED.tokens[:, 0] == 1) & (OBSERVED.tokens[:, 2] == 2)
-    assert texts(page, "#matches") == [f"{found.sum()} of 400 rows"]
-    assert texts(page, "#selected") == ["c2 L0 = 3 compared with c2 L0 = 4"]
+    assert page.texts("#matches") == [f"{found.sum()} of 400 rows"]
+    assert page.texts("#selected") == ["c2 L0 = 3 compared with c2 L0 = 4"]
     page.evaluate("location.hash = '#f=%&s=c7=1'")
     page.evaluate("new Promise(done => setTimeout(done, 50))")
-    assert texts(page, "#search-error") == ["c7: no such category; they are c1 to c2"]
-    assert texts(page, "#matches") == ["400 of 400 rows"]
+    assert page.texts("#search-error") == ["c7: no such category or condition; categories are c1 to c2"]
+    assert page.texts("#matches") == ["400 of 400 rows"]
     page.press("Escape")
 
 
 def test_hostile_names_are_text_and_the_page_fits_a_phone(page: Page) -> None:
     assert page.evaluate("document.images.length") == 0
-    assert HOSTILE[0] in texts(page, "#profile .name")
+    assert HOSTILE[0] in page.texts("#profile .name")
     for width in (390, 1280):
         for dark in (True, False):
             page.resize(width, dark=dark)

@@ -29,6 +29,7 @@ from spinlock_fast.checkpoints.run_directory import (
     CONFIG,
     FILES,
     FINAL,
+    LOGS,
     METRICS,
     PARTIAL,
     PREVIOUS,
@@ -284,7 +285,7 @@ def flip_bit(path: Path, where: float) -> None:
 
 def test_a_manifest_has_every_file(finished_run: Path) -> None:
     files = json.loads((finished_run / MANIFEST).read_text())["files"]
-    assert files.keys() == set(FILES) - {*STATES, MANIFEST, VOCABULARY, "tensorboard"}
+    assert files.keys() == set(FILES) - {*STATES, MANIFEST, VOCABULARY, *LOGS}
 
 
 @pytest.mark.parametrize("where", [0.03, 0.4, 0.97])

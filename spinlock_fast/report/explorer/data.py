@@ -17,12 +17,13 @@ from spinlock_fast.analysis.associations import associations_table, code_counts,
 from spinlock_fast.analysis.codes import codes_table, one_hot, samples_table
 from spinlock_fast.analysis.conditions import Condition, make_conditions
 from spinlock_fast.analysis.effects import CodeEffects, code_effects
-from spinlock_fast.analysis.neighbours import code_coordinates
 from spinlock_fast.analysis.observations import Codebooks, Observations
 from spinlock_fast.analysis.tables import Table
 from spinlock_fast.config.random_streams import Stream, generator
 from spinlock_fast.errors import DataError
 from spinlock_fast.messages import printable
+from spinlock_fast.report.explorer.fields import FieldPictures
+from spinlock_fast.report.explorer.rows import Columns, condition_columns, neighbour_columns, row_columns
 
 MIN_ROWS = 20
 ALPHA = 0.05  # false discovery rate
@@ -33,9 +34,6 @@ _SAMPLES = 5  # of each kind and code
 _MAX_PROFILE_CELLS = 1_000_000
 _MAX_LIFT_CELLS = 500_000
 _MAX_PAIRS = 50_000
-_MAP_STEPS = 65_535
-
-Columns = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -44,6 +42,19 @@ class ExplorerData:
 
     header: dict[str, Any]
     columns: Columns
+
+    def examples(self) -> list[NDArray[np.uint32]]:
+        """Rows of the page that are examples of codes: nearest, random, boundary."""
+        rows, kinds = self.columns["sample/row"], self.columns["sample/kind"]
+        return [rows[kinds == kind] for kind in range(len(SAMPLE_KINDS))]
+
+    def add_pictures(self, pictures: FieldPictures) -> None:
+        """Adds pictures of fields to the page."""
+        self.header["fields"] = pictures.header()
+        self.columns.update(pictures.columns())
+        if len(pictures.rows) < self.header["rows"]:
+            text = f"fields are shown of {len(pictures.rows):,} rows, which are examples of the codes"
+            self.header["notes"].append(text)
 
 
 def explorer_data(observed: Observations, about: Mapping[str, Any]) -> ExplorerData:
@@ -72,7 +83,9 @@ def explorer_data(observed: Observations, about: Mapping[str, Any]) -> ExplorerD
     profile_header, profile_columns = _profiles(effects, notes)
     kept = _limit_conditions(conditions, associations, effects.codes.size, notes)
     columns: Columns = {
-        **_row_columns(observed),
+        **row_columns(observed),
+        **condition_columns(kept),
+        **neighbour_columns(observed),
         **_code_columns(codes_table(observed, counts)),
         **profile_columns,
         **_lift_columns(lifts_table(observed, kept, counts)),
@@ -82,6 +95,7 @@ def explorer_data(observed: Observations, about: Mapping[str, Any]) -> ExplorerD
         columns |= _pair_columns(observed.codebooks, cooccurrence_table(observed, members, counts, ALPHA, notes), notes)
     header = {
         **about,
+        "fields": None,
         "rows": N,
         "alpha": ALPHA,
         **_codebook_header(observed.codebooks),
@@ -103,46 +117,12 @@ def _codebook_header(codebooks: Codebooks) -> dict[str, Any]:
     return {
         "categories": [{"name": printable(name), "short": text} for name, text in zip(names, short, strict=True)],
         "codebooks": [
-            {"category": names.index(category), "level": level, "codes": codes}
-            for category, level, codes in zip(codebooks.categories, codebooks.levels, codebooks.num_codes, strict=True)
+            {"category": names.index(category), "level": level, "codes": codes, "dim": vectors.shape[1]}
+            for category, level, codes, vectors in zip(
+                codebooks.categories, codebooks.levels, codebooks.num_codes, codebooks.vectors, strict=True
+            )
         ],
     }
-
-
-def _row_columns(observed: Observations) -> Columns:
-    columns = {"rows": observed.rows.astype(np.uint32)}
-    for g, codes in enumerate(observed.codebooks.num_codes):
-        columns[f"tokens/{g}"] = observed.tokens[:, g].astype(np.uint8 if codes <= 256 else np.uint16)
-    position = token_map(observed.codebooks, observed.tokens)
-    low, high = position.min(0), position.max(0)
-    extent = float((high - low).max())  # one scale for both axes
-    steps = np.rint((position - low) / (extent if extent > 0 else 1.0) * _MAP_STEPS).astype(np.uint16)
-    return columns | {"map/x": steps[:, 0], "map/y": steps[:, 1]}
-
-
-def token_map(codebooks: Codebooks, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
-    """[N, 2] first two principal components of the code vectors of each row.
-
-    Code vectors are scaled as for the distance of tokens (`code_coordinates`). The sign of a component is chosen such
-    that its largest loading is positive.
-    """
-    coordinates = code_coordinates(codebooks, tokens)
-    ends = np.cumsum([codes.shape[1] for codes in coordinates])
-    width = max(int(ends[-1]), 2)
-    covariance = np.zeros((width, width))
-    parts = [slice(end - codes.shape[1], end) for end, codes in zip(ends.tolist(), coordinates, strict=True)]
-    for g, first in enumerate(parts):  # from counts of pairs of codes; coordinates have mean 0
-        for h, second in enumerate(parts[: g + 1]):
-            K = len(coordinates[h])
-            flat = np.bincount(tokens[:, g] * K + tokens[:, h], minlength=len(coordinates[g]) * K)
-            block = coordinates[g].T.astype(np.float64) @ flat.reshape(-1, K) @ coordinates[h]
-            covariance[first, second], covariance[second, first] = block, block.T
-    axes = np.linalg.eigh(covariance)[1][:, [-1, -2]]
-    axes *= np.sign(axes[np.abs(axes).argmax(0), [0, 1]])
-    position = np.zeros((len(tokens), 2))
-    for g, part in enumerate(parts):
-        position += (coordinates[g] @ axes[part])[tokens[:, g]]
-    return position
 
 
 def _code_columns(table: Table) -> Columns:

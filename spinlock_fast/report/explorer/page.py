@@ -12,7 +12,10 @@ from string import Template
 
 from spinlock_fast.report.explorer.data import ExplorerData
 
-SCRIPTS = ("data.js", "dom.js", "state.js", "codes.js", "profile.js", "overview.js", "map.js", "main.js")
+SCRIPTS = (
+    *("data.js", "dom.js", "terms.js", "state.js", "codes.js", "profile.js", "fields.js"),
+    *("examples.js", "overview.js", "map.js", "main.js"),
+)
 
 
 def build_page(data: ExplorerData, title: str) -> str:

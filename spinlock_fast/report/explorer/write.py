@@ -6,8 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from spinlock_fast.analysis.named_conditions import add_named_conditions
 from spinlock_fast.analysis.observations import collect_observations
+from spinlock_fast.data.feature_source import FeatureSource
 from spinlock_fast.device import resolve_device
 from spinlock_fast.errors import ConfigError, DataError
 from spinlock_fast.messages import format_bytes, printable
@@ -15,7 +19,9 @@ from spinlock_fast.output.atomic_files import check_writable, write_text
 from spinlock_fast.output.locks import locked_output_directory
 from spinlock_fast.report.checkpoint_summary import CheckpointSummary, read_checkpoint_summary
 from spinlock_fast.report.explorer.data import MIN_ROWS, ExplorerData, explorer_data
+from spinlock_fast.report.explorer.fields import pictures_of_datasets, pictures_of_trajectories
 from spinlock_fast.report.explorer.page import build_page
+from spinlock_fast.trajectories.samples import TrajectorySet
 
 FILE = "explorer.html"
 MAX_BYTES = 20_000_000
@@ -30,6 +36,7 @@ def write_explorer(
     rows: int = 100_000,
     device: str = "auto",
     conditions: Sequence[str] = (),
+    trajectories: TrajectorySet | None = None,
 ) -> Path:
     """Writes explorer.html, one page that works without a network.
 
@@ -40,6 +47,8 @@ def write_explorer(
         rows: maximum number of rows; evenly spaced rows are taken from larger data.
         device: auto, cpu, cuda or cuda:N, for encoding the data.
         conditions: further conditions, see `add_named_conditions`.
+        trajectories: those that `extract` read, a sample for each row of the data; their states are shown as small
+            pictures. Without them, the initial and last fields in the data are.
 
     Returns:
         The file. Notes on omitted parts are on the page.
@@ -56,16 +65,33 @@ def write_explorer(
     data = data if data is not None else _data_of_the_run(summary)
     observed = collect_observations(summary.tokenizer, data, rows, _MEMORY_BUDGET)
     assert observed is not None  # without other ranks
-    if conditions:
-        with summary.tokenizer.source(data) as source:
-            add_named_conditions(observed, source, conditions)
-    contents = explorer_data(observed, _about(summary, data))
+    with summary.tokenizer.source(data) as source:
+        add_named_conditions(observed, source, conditions)
+        contents = explorer_data(observed, _about(summary, data))
+        _add_pictures(contents, source, trajectories, observed.rows)
     page = build_page(contents, f"Tokens of {printable(summary.name)}")
     check_size(len(page.encode()), contents)
     path = Path(output) / FILE
     with locked_output_directory(Path(output)):
         write_text(path, page)
     return path
+
+
+def _add_pictures(
+    contents: ExplorerData, source: FeatureSource, trajectories: TrajectorySet | None, rows: NDArray[np.int64]
+) -> None:
+    """Adds pictures of trajectories, or of fields in the data; a note on the page if the latter cannot be used."""
+    examples = contents.examples()
+    if trajectories is not None:
+        contents.add_pictures(pictures_of_trajectories(trajectories, source.rows, rows, examples))
+        return
+    try:
+        pictures = pictures_of_datasets(source, rows, examples)
+    except DataError as error:
+        contents.header["notes"].append(printable(f"fields are not shown: {error}"))
+        return
+    if pictures is not None:
+        contents.add_pictures(pictures)
 
 
 def check_size(size: int, contents: ExplorerData) -> None:

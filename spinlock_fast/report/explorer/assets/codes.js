@@ -1,46 +1,80 @@
-// The table of codes, and the example rows of the selected one.
+// The table of codes: in the order of their numbers, or ranked by the filter or by a feature.
 
 const CODE_COLUMNS = [
-  { name: "Code", key: row => row.code },
-  { name: "Rows", key: row => -row.count, text: row => integer(row.count) },
+  { name: "Code", key: row => row.code, always: true },
+  { name: "Rows", key: row => -row.count, text: row => integer(row.count), always: true },
   { name: "Share", key: row => -row.count, text: row => percent(row.share) },
   { name: "Distance", key: row => row.distance, text: row => number(row.distance), title: "Median distance of the latents to the code" },
-  { name: "In filter", key: row => -row.inFilter, text: row => integer(row.inFilter) },
+  { name: "Effect", key: row => -row.effect, text: row => signed(row.effect), ranked: true, title: "Mean of the feature over the rows of the code, in standard deviations from the mean of all rows" },
+  { name: "In filter", key: row => -row.inFilter, text: row => integer(row.inFilter), filtered: true, title: "Rows of the code that match the filter" },
+  { name: "Of code", key: row => -row.inFilter / row.count, text: row => percent(row.inFilter / row.count), filtered: true, title: "Share of the rows of the code that match the filter" },
+  { name: "Overlap", key: row => -row.overlap, text: row => percent(row.overlap), filtered: true, title: "Rows with the code that match the filter, divided by the rows with either: 100 % if the code marks exactly these rows" },
 ];
 const MOST_ROWS = 200;
 let allCounts = null; // rows of each code, counted once
-let sorting = { column: 0, reverse: false, all: false };
+let sorting = { name: null, reverse: false, all: false };
+
+const rankingFeature = () => (byId("feature").value === "" ? null : Number(byId("feature").value));
+
+function shownColumns() {
+  const filtered = state.filter.size > 0;
+  const ranked = rankingFeature() !== null;
+  return CODE_COLUMNS.filter(each => each.always || (each.ranked ? ranked : each.filtered ? filtered : !filtered && !ranked));
+}
+
+// The column that the user chose to sort by, if it is shown; else that of the last question asked.
+function sortingColumn() {
+  const shown = shownColumns();
+  const byDefault = rankingFeature() !== null ? "Effect" : state.filter.size ? "Overlap" : "Code";
+  return shown.find(each => each.name === sorting.name) ?? shown.find(each => each.name === byDefault);
+}
+
+// All codes with their rows in the filter, in the order of the codes.
+function countedCodes() {
+  allCounts ??= countCodes(new Uint8Array(H.rows).fill(1));
+  return [...allCounts].map((count, code) => ({
+    code, count, share: count / H.rows, inFilter: matchingCounts[code], overlap: matchingCounts[code] / (count + matches - matchingCounts[code]),
+  }));
+}
 
 function codeRows() {
-  const inFilter = countCodes(matching);
-  allCounts ??= countCodes(new Uint8Array(H.rows).fill(1));
   const chosen = byId("codebook").value;
-  const rows = [];
-  for (let g = 0; g < H.codebooks.length; g++)
-    for (let code = offsets[g]; code < offsets[g + 1] && (chosen === "" || Number(chosen) === g); code++)
-      rows.push({
-        code, count: allCounts[code], share: allCounts[code] / H.rows, inFilter: inFilter[code],
-        distance: column("code/distance")[code], margin: column("code/margin")[code],
-      });
-  const key = CODE_COLUMNS[sorting.column].key;
-  const last = value => (Number.isNaN(value) ? Infinity : value);
-  rows.sort((a, b) => (last(key(a)) - last(key(b)) || a.code - b.code) * (sorting.reverse ? -1 : 1));
-  return rows;
+  const feature = rankingFeature();
+  const rows = countedCodes().filter(({ code }) => chosen === "" || codebookOf(code) === Number(chosen)).map(row => ({
+    ...row, distance: column("code/distance")[row.code], margin: column("code/margin")[row.code],
+    effect: feature === null || slots[row.code] < 0 ? NaN : column("profile/effect")[slots[row.code] * H.features.length + feature],
+  }));
+  const { key } = sortingColumn();
+  const sign = sorting.reverse ? -1 : 1;
+  const last = value => (Number.isNaN(value) ? Infinity : value * sign);
+  return rows.sort((a, b) => (last(key(a)) === last(key(b)) ? 0 : last(key(a)) - last(key(b))) || a.code - b.code);
+}
+
+// The code whose rows overlap most with those of the filter, of codebooks that the filter does not name.
+function showBest() {
+  const free = countedCodes().filter(row => row.inFilter && !state.filter.has("tokens/" + codebookOf(row.code)));
+  const best = free.reduce((a, b) => (b.overlap > (a?.overlap ?? 0) ? b : a), null);
+  byId("best").hidden = !best || ![...state.filter.keys()].some(isCondition);
+  if (!best) return;
+  const select = () => update({ selected: best.code, compared: null });
+  const name = element("button", { type: "button", textContent: codeLabel(best.code), title: "Show its profile", onclick: select });
+  const shares = `${percent(best.inFilter / matches)} of them have it, and ${percent(best.inFilter / best.count)} of its rows are among them`;
+  byId("best").replaceChildren("The code that marks these rows best is ", name, `: ${shares}.`);
+}
+
+function headCell(each) {
+  const isSorted = each === sortingColumn();
+  const sort = () => {
+    sorting = { ...sorting, name: each.name, reverse: isSorted && !sorting.reverse };
+    showCodes();
+  };
+  const arrow = isSorted ? (sorting.reverse ? " ▴" : " ▾") : "";
+  const button = element("button", { type: "button", textContent: each.name + arrow, title: each.title ?? "Sort", onclick: sort });
+  return element("th", { scope: "col", "aria-sort": isSorted ? (sorting.reverse ? "descending" : "ascending") : "none" }, button);
 }
 
 function showCodes() {
-  const filtered = state.filter.size > 0;
-  const shown = CODE_COLUMNS.filter((_, i) => filtered || i < 4);
-  const head = shown.map((each, i) => {
-    const sort = () => {
-      sorting = { ...sorting, column: i, reverse: sorting.column === i && !sorting.reverse };
-      showCodes();
-    };
-    const arrow = sorting.column === i ? (sorting.reverse ? " ▴" : " ▾") : "";
-    const button = element("button", { type: "button", textContent: each.name + arrow, title: each.title ?? "Sort", onclick: sort });
-    const order = sorting.column === i ? (sorting.reverse ? "descending" : "ascending") : "none";
-    return element("th", { scope: "col", "aria-sort": order }, button);
-  });
+  const shown = shownColumns();
   const rows = codeRows();
   const body = rows.slice(0, sorting.all ? rows.length : MOST_ROWS).map(row => {
     const className = "clickable" + (row.code === state.selected ? " current" : row.code === state.compared ? " second" : "");
@@ -58,7 +92,7 @@ function showCodes() {
     body.push(element("tr", {}, element("td", { colSpan: shown.length }, button)));
   }
   const focused = document.activeElement.closest("#codes tbody") !== null;
-  byId("codes").replaceChildren(element("thead", {}, element("tr", {}, ...head)), element("tbody", {}, ...body));
+  byId("codes").replaceChildren(element("thead", {}, element("tr", {}, ...shown.map(headCell))), element("tbody", {}, ...body));
   if (focused) document.querySelector("#codes tr.current button")?.focus({ preventScroll: true });
 }
 
@@ -69,8 +103,15 @@ function startCodes() {
     const name = H.categories[book.category].name;
     select.append(element("option", { value: String(g), textContent: `${codebookLabel(g)} (${name}, ${book.codes} codes)` }));
   });
+  const features = byId("feature");
+  const options = H.features.map((each, f) => [each.name, f]).sort((a, b) => a[0].localeCompare(b[0], "en", { numeric: true }));
+  features.append(element("option", { value: "", textContent: "none" }), ...options.map(([textContent, f]) => element("option", { value: String(f), textContent })));
   select.onchange = showCodes;
-  addCsvButton(document.querySelector("#codes-panel .controls"), "codes", () => [
+  features.onchange = () => {
+    sorting = { ...sorting, name: null, reverse: false };
+    showCodes();
+  };
+  addCsvButton(document.querySelector("#codes-panel h2"), "codes", () => [
     ["codebook", "code", "rows", "share", "distance_median", "margin_median", "rows_in_filter"],
     ...codeRows().map(row => {
       const g = codebookOf(row.code);
@@ -78,32 +119,5 @@ function startCodes() {
     }),
   ]);
   onChange(showCodes);
-}
-
-function sampleRows(code) {
-  const [codes, kinds, rows] = ["code", "kind", "row"].map(name => column("sample/" + name));
-  const found = [];
-  for (let i = 0; i < codes.length; i++)
-    if (codes[i] === code)
-      found.push({ kind: H.samples[kinds[i]], at: rows[i], distance: column("sample/distance")[i], margin: column("sample/margin")[i] });
-  return found;
-}
-
-function showExamples() {
-  const body = sampleRows(state.selected).map(({ kind, at, distance, margin }) => {
-    const row = element("button", { type: "button", textContent: String(column("rows")[at]), title: "Show its tokens", onclick: () => pinRow(at) });
-    const cells = [kind, row, number(distance, 3), number(margin, 3)].map(value => element("td", {}, value));
-    return element("tr", { onmouseenter: () => markRow(at), onmouseleave: () => markRow(null) }, ...cells);
-  });
-  byId("examples").replaceChildren(tableHead(["Kind", "Row", "Distance", "Margin"]), element("tbody", {}, ...body));
-}
-
-function startExamples() {
-  byId("examples-help").textContent =
-    "Rows nearest to the code, random ones, and those at the boundary to another code. The margin is the additional distance to the second-nearest code.";
-  addCsvButton(document.querySelector("#examples-panel h2"), "examples", () => [
-    ["kind", "row", "distance", "margin"],
-    ...sampleRows(state.selected).map(each => [each.kind, column("rows")[each.at], each.distance, each.margin]),
-  ]);
-  onChange(showExamples);
+  onChange(showBest);
 }

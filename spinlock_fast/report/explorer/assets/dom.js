@@ -19,7 +19,7 @@ function svg(name, attributes = {}, ...children) {
 }
 
 const integer = value => value.toLocaleString("en-US");
-const percent = value => (100 * value).toFixed(value < 0.0995 ? 2 : 1) + " %";
+const percent = value => (Number.isNaN(value) ? "–" : (100 * value).toFixed(value < 0.0995 ? 2 : 1) + " %");
 
 function number(value, digits = 2) {
   if (Number.isNaN(value)) return "–";
@@ -62,5 +62,5 @@ function addCsvButton(where, name, rows) {
 }
 
 function tableHead(names) {
-  return element("thead", {}, element("tr", {}, ...names.map(name => element("th", { scope: "col", textContent: name }))));
+  return element("thead", {}, element("tr", {}, ...names.map(name => element("th", { scope: "col" }, ...breakable(name)))));
 }

@@ -13,6 +13,35 @@ function showFacts() {
   byId("notes-panel").hidden = !H.notes.length;
 }
 
+const PANELS = [["Codes", "codes-panel"], ["Profile", "profile-panel"], ["Examples", "examples-panel"], ["Map", "map-panel"], ["Coarse to fine", "tree-panel"], ["Conditions", "associations-panel"]];
+
+function goButton(text, panel) {
+  return element("button", { type: "button", textContent: text, onclick: () => byId(panel).scrollIntoView() });
+}
+
+// The last value of the condition that the tokens tell best, as text.
+function exampleCondition() {
+  const { conditions, ami } = H.associations;
+  const best = H.conditions.map(({ name }) => Math.max(...ami.filter((_, i) => conditions[i % conditions.length] === name)));
+  const found = H.conditions[best.indexOf(Math.max(...best))];
+  return found ? `${found.name}: ${found.levels.at(-1)}` : "";
+}
+
+// What can be asked, each with how.
+function showQuestions() {
+  const [name, short] = [H.categories[0].name, H.categories[0].short];
+  const value = exampleCondition();
+  const questions = [
+    ["What does a code mean? ", "Choose it in the table, or search for ", `${short}=2`, name === short ? "." : ` (${short} is ${name}).`],
+    ["What distinguishes two codes? ", "Search for ", `${short}=2 vs 3`, ", or choose one and the other under Compare with."],
+    ...(value ? [["Which code marks a condition? ", "Choose a value under Condition, such as ", value, ": the codes are ranked by overlap."]] : []),
+    ["Which code has a high or low feature? ", "Choose the feature above the table of codes."],
+    ["What is a typical row of a code" + (value ? " and a condition? " : "? "), "Filter by " + (value ? "both" : "the code") + ", then see Example rows."],
+  ];
+  byId("questions").replaceChildren(...questions.map(([question, how, example, rest]) =>
+    element("li", {}, element("strong", { textContent: question }), how, ...(example ? [element("code", { textContent: example }), rest] : []))));
+}
+
 // The code, of those with at least 2 % of the rows, with the effect whose interval is farthest from 0.
 function mostDistinctCode() {
   const [effects, halves, codes] = ["effect", "half_width", "codes"].map(name => column("profile/" + name));
@@ -33,7 +62,9 @@ async function start() {
   byId("data").remove();
   byId("main").hidden = false;
   showFacts();
+  showQuestions();
   for (const panel of [startFilter, startCodes, startProfile, startExamples, startOverview, startMap]) panel();
+  byId("go").replaceChildren("Go to: ", ...PANELS.filter(each => !byId(each[1]).hidden).map(each => goButton(...each)));
   layoutMap();
   update({ selected: mostDistinctCode(), ...readHash() });
   document.documentElement.dataset.ready = "yes";

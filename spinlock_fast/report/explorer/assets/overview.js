@@ -21,7 +21,7 @@ function showAssociations() {
     });
     return element("tr", {}, element("th", { scope: "row", textContent: codebookLabel(g) }), ...cells);
   });
-  byId("associations").replaceChildren(tableHead(["", ...conditions]), element("tbody", {}, ...body));
+  byId("associations").replaceChildren(tableHead(["Codebook", ...conditions]), element("tbody", {}, ...body));
   addCsvButton(document.querySelector("#associations-panel h2"), "associations", () => [
     ["codebook", "condition", "ami", "null_q95", "q"],
     ...ami.map((value, i) => {
@@ -31,45 +31,57 @@ function showAssociations() {
   ]);
 }
 
+const MOST_LEAVES = 1 << 20; // counted in an array, more of them in a map
+
 // Number of the given rows with each path of codes such as "2", "2/1" and "2/1/4".
 function countPaths(books, found) {
-  const leaves = new Map(); // all codes of a path as one number -> rows
+  const possible = books.reduce((product, g) => product * H.codebooks[g].codes, 1);
+  const array = possible <= MOST_LEAVES ? new Uint32Array(possible) : null; // all codes of a path as one number -> rows
+  const map = new Map();
+  const own = books.map(g => tokens[g]);
+  const sizes = books.map(g => H.codebooks[g].codes);
   let total = 0;
   for (let i = 0; i < H.rows; i++) {
     if (!found[i]) continue;
     total++;
     let leaf = 0;
-    for (const g of books) leaf = leaf * H.codebooks[g].codes + tokens[g][i];
-    leaves.set(leaf, (leaves.get(leaf) ?? 0) + 1);
+    for (let level = 0; level < own.length; level++) leaf = leaf * sizes[level] + own[level][i];
+    if (array) array[leaf]++;
+    else map.set(leaf, (map.get(leaf) ?? 0) + 1);
   }
   const counts = new Map();
-  for (const [leaf, count] of leaves) {
+  const add = (count, leaf) => {
+    if (!count) return;
     const numbers = [];
-    let rest = leaf;
-    for (const g of [...books].reverse()) {
-      numbers.unshift(rest % H.codebooks[g].codes);
-      rest = Math.floor(rest / H.codebooks[g].codes);
+    for (let level = sizes.length - 1, rest = leaf; level >= 0; level--) {
+      numbers.unshift(rest % sizes[level]);
+      rest = Math.floor(rest / sizes[level]);
     }
     numbers.forEach((_, level) => {
       const path = numbers.slice(0, level + 1).join("/");
       counts.set(path, (counts.get(path) ?? 0) + count);
     });
-  }
+  };
+  (array ?? map).forEach(add);
   return { counts, total };
 }
 
 const LEVEL_HEIGHT = 52;
+let treeWidth = 240; // measured when the window changes: it forces a layout
+
+// The filter without the codes of some codebooks.
+const withoutBooks = books => new Map([...state.filter].filter(([key]) => !books.some(g => key === "tokens/" + g)));
 
 // Draws the rows of a category as nested boxes, from its coarsest level at the top to its finest.
 function showTree() {
   const category = Number(byId("category").value);
   const books = codebooksOf(category);
-  const others = new Map([...state.filter].filter(([g]) => !books.includes(g)));
+  const others = withoutBooks(books);
   const { counts, total } = countPaths(books, match(others));
   byId("tree-help").textContent =
-    `${integer(total)} rows${others.size ? " that match the filter of other categories" : ""}: the width is the number of rows, ` +
+    `${integer(total)} rows${others.size ? " that match the other terms of the filter" : ""}: the width is the number of rows, ` +
     `each level divides the one above (${books.map(g => "L" + H.codebooks[g].level).join(", ")}). Click to filter.`;
-  const width = Math.max(240, byId("tree").clientWidth);
+  const width = treeWidth;
   const plot = svg("svg", { viewBox: `0 0 ${width} ${LEVEL_HEIGHT * books.length}`, height: LEVEL_HEIGHT * books.length });
   const children = new Map();
   for (const path of counts.keys()) {
@@ -100,9 +112,7 @@ function drawBox(plot, { path, left, depth, size, faint, category, books, count,
   if (codes.at(-1) === state.selected) box.classList.add("current");
   box.append(svg("title", {}, `${term}: ${integer(count)} rows, ${percent(count / total)}`));
   box.addEventListener("click", () => {
-    const filter = new Map([...state.filter].filter(([g]) => !books.includes(g)));
-    numbers.forEach((own, level) => filter.set(books[level], own));
-    update({ filter, selected: codes.at(-1) });
+    update({ filter: new Map([...withoutBooks(books), ...codes.map(codeTerm)]), selected: codes.at(-1) });
   });
   plot.append(box);
   const text = String(numbers.at(-1));
@@ -127,7 +137,7 @@ function showPairs() {
     : "There is only one category.";
   const body = rows.slice(0, TOP).map(({ code, count, expected }) => {
     const name = element("button", { type: "button", textContent: codeLabel(code), title: "Select", onclick: () => update({ selected: code }) });
-    const both = element("button", { type: "button", textContent: integer(count), title: "Filter by both codes", onclick: () => addToFilter(state.selected, code) });
+    const both = element("button", { type: "button", textContent: integer(count), title: "Filter by both codes", onclick: () => addToFilter([state.selected, code].map(codeTerm)) });
     const cells = [name, both, number(expected, 1), number(count / expected, count < 10 * expected ? 2 : 1) + " ×"].map(value => element("td", {}, value));
     return element("tr", {}, ...cells);
   });
@@ -150,7 +160,12 @@ function startOverview() {
     showTree();
     showPairs();
   });
-  window.addEventListener("resize", showTree);
+  const measure = () => (treeWidth = Math.max(240, byId("tree").clientWidth));
+  measure();
+  window.addEventListener("resize", () => {
+    measure();
+    showTree();
+  });
   addCsvButton(byId("pairs-heading"), "cooccurrence", () => [
     ["code", "with", "rows", "rows_by_chance", "ratio"],
     ...pairRows().map(row => [codeLabel(state.selected), codeLabel(row.code), row.count, row.expected, row.count / row.expected]),

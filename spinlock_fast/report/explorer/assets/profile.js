@@ -53,6 +53,16 @@ function axis(...labels) {
 const interval = (low, high, digits = 2) =>
   Number.isFinite(low) && Number.isFinite(high) ? ` [${number(low, digits)}, ${number(high, digits)}]`.replaceAll("-", "−") : "";
 
+// The largest differences in words.
+function summary(rows) {
+  const clear = rows.filter(row => row.rank > 0 && (row.other || row.found)).slice(0, 3);
+  const rest = state.compared === null ? "all rows" : `those with ${codeLabel(state.compared)}`;
+  const subject = `Rows with ${codeLabel(state.selected)}`;
+  if (!clear.length) return `${subject} do not differ clearly from ${rest} in any feature.`;
+  const parts = clear.map(row => `${row.value > 0 ? "higher" : "lower"} ${row.name} (by ${number(Math.abs(row.value))} SD)`);
+  return `${subject} have ${parts.join(", ")} than ${rest}.`;
+}
+
 function showProfile() {
   byId("selected").replaceChildren(element("span", { className: "key-one", textContent: codeLabel(state.selected) }));
   if (state.compared !== null)
@@ -62,6 +72,8 @@ function showProfile() {
       `The ${TOP} whose interval is farthest from 0; muted: not significant at a false discovery rate of ${H.alpha}.`
     : "Both effects, and as the number their difference with its 95 % interval, which treats the rows of the two codes as independent.";
   const rows = profileRows().filter(row => !Number.isNaN(row.value)).slice(0, TOP);
+  byId("summary").hidden = !rows.length;
+  byId("summary").textContent = summary(rows);
   if (!rows.length) {
     byId("profile").replaceChildren(element("p", { className: "muted", textContent: "No row has this code." }));
     return;
@@ -90,34 +102,54 @@ function liftRows(code) {
   if (slot < 0 || !column("lift/value")) return [];
   const rows = [];
   let first = 0; // lifts are ordered by condition, code and level
-  for (const { name, levels } of H.conditions) {
+  H.conditions.forEach(({ name, levels }, c) => {
     levels.forEach((level, i) => {
       const at = first + slot * levels.length + i;
       const [count, value, low, high, found] = ["count", "value", "low", "high", "found"].map(key => column("lift/" + key)[at]);
       const rank = Math.abs(clearance(Math.log(low), Math.log(high), 0));
-      rows.push({ name, level, count, value, low, high, found: found === 1, rank: Math.min(rank, 9) });
+      rows.push({ name, level, key: "condition/" + c, place: i, count, value, low, high, found: found === 1, rank: Math.min(rank, 9) });
     });
     first += column("profile/codes").length * levels.length;
-  }
+  });
   return rows.map((row, i) => ({ ...row, i })).sort((a, b) => b.rank - a.rank || b.count - a.count || a.i - b.i);
 }
 
+// The conditions of the selected code, or of both codes, those that stand out most first.
+function shownLifts() {
+  const own = liftRows(state.selected);
+  if (state.compared === null) return own.slice(0, 8).map(row => ({ row, rank: row.rank }));
+  const other = new Map(liftRows(state.compared).map(row => [row.i, row]));
+  const both = own.map(row => ({ row, other: other.get(row.i) })).filter(each => each.other);
+  const rank = ({ row, other }) => Math.abs(clearance(Math.log(row.low / other.high), Math.log(row.high / other.low), 0));
+  return both.map(each => ({ ...each, rank: Math.min(rank(each) || 0, 9) })).sort((a, b) => b.rank - a.rank || a.row.i - b.row.i).slice(0, 8);
+}
+
+function liftsHelp() {
+  if (!H.conditions.length) return "The data have no parameters and no labels.";
+  const codes = [state.selected, state.compared].filter(code => code !== null).map(codeLabel).join(" and with ");
+  return (
+    `How much more frequent a condition is among the rows with ${codes} than among all rows, with its 95 % interval; in brackets, the ` +
+    "number of rows. 1 is no relation; muted: not significant. A click adds the condition to the filter."
+  );
+}
+
 function showLifts() {
-  byId("lifts-help").textContent = H.conditions.length
-    ? `How much more frequent a condition is among the rows with ${codeLabel(state.selected)} than among all rows, with its 95 % interval; ` +
-      "in brackets, the number of rows. " +
-      "1 is no relation; muted: not significant."
-    : "The data have no parameters and no labels.";
-  const rows = liftRows(state.selected).slice(0, 8);
-  const reach = Math.log(Math.max(2, ...rows.flatMap(row => [row.high, 1 / row.low]).filter(Number.isFinite).map(v => Math.min(v, 64))));
+  byId("lifts-help").textContent = liftsHelp();
+  const rows = shownLifts();
+  const all = rows.flatMap(({ row, other }) => (other ? [row, other] : [row]));
+  const reach = Math.log(Math.max(2, ...all.flatMap(row => [row.high, 1 / row.low]).filter(Number.isFinite).map(v => Math.min(v, 64))));
   const scale = value => 150 + (Math.max(-reach, Math.min(reach, Math.log(value))) / reach) * 146;
-  const cells = rows.flatMap(row => {
-    const muted = row.found ? "" : " muted";
-    const title = `${integer(row.count)} rows`;
+  const mark = (row, className, y) => ({ low: Math.max(row.low, 1e-9), high: row.high, at: Math.max(row.value, 1e-9), className, y });
+  const cells = rows.flatMap(({ row, other }) => {
+    const muted = row.found || other?.found ? "" : " muted";
+    const counts = [row, other].filter(Boolean).map(each => integer(each.count)).join(" and ");
+    const add = element("button", { type: "button", title: "Add to the filter", onclick: () => addToFilter([[row.key, row.place]]) });
+    add.append(...breakable(`${row.name}: ${row.level} (${counts})`));
     return [
-      element("div", { className: "name" + muted, title }, ...breakable(`${row.name}: ${row.level} (${integer(row.count)})`)),
-      dotPlot([{ low: Math.max(row.low, 1e-9), high: row.high, at: Math.max(row.value, 1e-9), className: "one", y: 11 }], scale, 1),
-      element("div", { className: "value" + muted, textContent: number(row.value) + " ×" + interval(row.low, row.high) }),
+      element("div", { className: "name" + muted }, add),
+      dotPlot(other ? [mark(row, "one", 6), mark(other, "two", 16)] : [mark(row, "one", 11)], scale, 1),
+      element("div", { className: "value" + muted, textContent: other
+        ? `${number(row.value)} × and ${number(other.value)} ×` : number(row.value) + " ×" + interval(row.low, row.high) }),
     ];
   });
   if (rows.length) cells.push(...axis(number(Math.exp(-reach)), "1", number(Math.exp(reach), 1)));
@@ -127,7 +159,7 @@ function showLifts() {
 function startProfile() {
   const tools = byId("selected-tools");
   const button = (text, onclick) => tools.append(element("button", { type: "button", textContent: text, onclick }));
-  button("Add to filter", () => addToFilter(state.selected));
+  button("Add to filter", () => addToFilter([codeTerm(state.selected)]));
   const choice = element("select", { id: "compare" }, element("option", { value: "", textContent: "no other code" }));
   tools.append(element("label", {}, "Compare with ", choice));
   choice.onchange = () => update({ compared: choice.value === "" ? null : Number(choice.value) });

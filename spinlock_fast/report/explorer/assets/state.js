@@ -1,57 +1,19 @@
-// What the user has chosen: filter (codebook -> number of the code), selected code, compared code. Kept in the URL's hash.
+// What the user has chosen: filter, selected code, compared code. Kept in the URL's hash.
 
-const state = { filter: new Map(), selected: 0, compared: null };
-let matching = new Uint8Array(0); // [rows] 1 where a row has all codes of the filter
+const state = { filter: new Map(), selected: 0, compared: null }; // filter: name of a column -> value, see terms.js
+let matching = new Uint8Array(0); // [rows] 1 where a row has all values of the filter
 let matches = 0;
+let matchingCounts = new Uint32Array(0); // [codes] number of those rows with each code
 const listeners = [];
 
 const onChange = listener => listeners.push(listener);
 
-// "c3=12/4/7": the codes of a category from coarse to fine, * for any; also the full name of a category or "name/L1=4".
-function parseTerm(text) {
-  const equals = text.lastIndexOf("=");
-  const name = text.slice(0, equals).trim();
-  const known = H.categories.map(category => category.short);
-  if (equals < 1) throw new Error(`${text}: write ${known[0]}=12 or ${known[0]}=12/4/7`);
-  const [, base, level] = name.match(/^(.*?)(?:\/L(\d+))?$/);
-  let category = H.categories.findIndex(each => each.name === base || each.name === name);
-  if (category < 0) category = known.indexOf(base);
-  if (category < 0) throw new Error(`${name}: no such category; they are ${known[0]} to ${known.at(-1)}`);
-  const books = codebooksOf(category);
-  const first = level !== undefined && H.categories[category].name !== name ? Number(level) : 0;
-  return text.slice(equals + 1).trim().split("/").flatMap((part, i) => {
-    const g = books[first + i];
-    if (g === undefined) throw new Error(`${text}: ${known[category]} has ${books.length} levels`);
-    if (part === "*") return [];
-    if (!/^\d+$/.test(part) || Number(part) >= H.codebooks[g].codes)
-      throw new Error(`${text}: ${codebookLabel(g)} has codes 0 to ${H.codebooks[g].codes - 1}`);
-    return [[g, Number(part)]];
-  });
-}
-
-const parseFilter = text => text.split(/[\s,;]+/).filter(Boolean).flatMap(parseTerm);
-
-function termOf(code) {
-  const g = codebookOf(code);
-  const book = H.codebooks[g];
-  return H.categories[book.category].short + "=" + "*/".repeat(book.level) + (code - offsets[g]);
-}
-
-// The filter as text, one term for each category.
-function filterText() {
-  return H.categories.flatMap((category, c) => {
-    const parts = codebooksOf(c).map(g => state.filter.get(g) ?? "*");
-    while (parts.at(-1) === "*") parts.pop();
-    return parts.length ? [category.short + "=" + parts.join("/")] : [];
-  }).join(" ");
-}
-
-// [rows] 1 where a row has all codes of a filter.
+// [rows] 1 where a row has all values of a filter.
 function match(filter) {
   const found = new Uint8Array(H.rows).fill(1);
-  for (const [g, code] of filter) {
-    const own = tokens[g];
-    for (let i = 0; i < found.length; i++) found[i] &= own[i] === code;
+  for (const [key, value] of filter) {
+    const own = column(key);
+    for (let i = 0; i < found.length; i++) found[i] &= own[i] === value;
   }
   return found;
 }
@@ -71,6 +33,7 @@ function update(change = {}) {
   Object.assign(state, change);
   matching = match(state.filter);
   matches = matching.reduce((sum, value) => sum + value, 0);
+  matchingCounts = countCodes(matching);
   const filtered = performance.now();
   for (const listener of listeners) listener();
   const parameters = [["f", filterText()], ["s", termOf(state.selected)]];
@@ -87,12 +50,10 @@ function readHash() {
   for (const encoded of location.hash.slice(1).split("&")) {
     try {
       const part = decodeURIComponent(encoded);
-      const text = part.slice(2).replaceAll("+", " ");
-      const terms = parseFilter(text);
-      const [code] = terms.map(([g, own]) => offsets[g] + own);
+      const terms = parseFilter(part.slice(2).replaceAll("+", " "));
       if (part.startsWith("f=")) change.filter = new Map(terms);
-      else if (part.startsWith("s=") && terms.length) change.selected = code;
-      else if (part.startsWith("v=") && terms.length) change.compared = code;
+      else if (part.startsWith("s=") && codesOf(terms).length) change.selected = codesOf(terms)[0];
+      else if (part.startsWith("v=") && codesOf(terms).length) change.compared = codesOf(terms)[0];
     } catch (error) {
       byId("search-error").textContent = error.message;
     }
@@ -100,30 +61,25 @@ function readHash() {
   return change;
 }
 
-function addToFilter(...codes) {
-  const filter = new Map(state.filter);
-  for (const code of codes) filter.set(codebookOf(code), code - offsets[codebookOf(code)]);
-  update({ filter });
+function addToFilter(terms, change = {}) {
+  update({ ...change, filter: new Map([...state.filter, ...terms]) });
 }
 
 function showFilter() {
   byId("matches").textContent = `${integer(matches)} of ${integer(H.rows)} rows`;
-  const chips = [...state.filter].map(([g, code]) => {
-    const label = codeLabel(offsets[g] + code);
-    const remove = () => {
-      const filter = new Map(state.filter);
-      filter.delete(g);
-      update({ filter });
-    };
-    return element("button", { type: "button", className: "chip", textContent: label + " ×", title: "Remove from the filter", onclick: remove });
+  const chips = [...state.filter].map(([key, value]) => {
+    const remove = () => update({ filter: new Map([...state.filter].filter(([other]) => other !== key)) });
+    return element("button", { type: "button", className: "chip", textContent: `${termLabel(key, value)} ×`, title: "Remove from the filter", onclick: remove });
   });
   byId("chips").replaceChildren(...chips);
   byId("clear").hidden = !chips.length;
 }
 
 function matchingRows() {
-  const rows = [["row", ...H.codebooks.map((book) => H.categories[book.category].name + "/L" + book.level)]];
-  for (let i = 0; i < H.rows; i++) if (matching[i]) rows.push([column("rows")[i], ...tokens.map(own => own[i])]);
+  const names = H.codebooks.map(book => H.categories[book.category].name + "/L" + book.level);
+  const rows = [["row", ...names, ...H.conditions.map(each => each.name)]];
+  for (let i = 0; i < H.rows; i++)
+    if (matching[i]) rows.push([column("rows")[i], ...tokens.map(own => own[i]), ...H.conditions.map((_, c) => levelOf(c, i))]);
   return rows;
 }
 
@@ -133,25 +89,47 @@ function clearFilter() {
   update({ filter: new Map() });
 }
 
+function search() {
+  const box = byId("search");
+  try {
+    const sides = box.value.split(/\s+vs\.?\s+/i);
+    if (sides.length === 2) update(parseComparison(...sides));
+    else {
+      const terms = parseFilter(box.value);
+      const codes = codesOf(terms);
+      if (terms.length) addToFilter(terms, codes.length ? { selected: codes.at(-1), compared: null } : {});
+    }
+    byId("search-error").textContent = "";
+    box.value = "";
+  } catch (error) {
+    byId("search-error").textContent = error.message;
+  }
+}
+
+// One list of all values of all conditions; a choice is added to the filter.
+function fillConditions(select) {
+  const groups = H.conditions.map(({ name, levels }, c) => {
+    const counts = new Uint32Array(levels.length);
+    for (const level of column("condition/" + c)) counts[level]++;
+    const options = levels.map((level, i) => element("option", { value: `${c}/${i}`, textContent: `${name}: ${level} (${integer(counts[i])})` }));
+    return element("optgroup", { label: name }, ...options);
+  });
+  select.append(element("option", { value: "", textContent: "choose a value" }), ...groups);
+  select.onchange = () => {
+    const [c, level] = select.value.split("/");
+    select.value = "";
+    addToFilter([["condition/" + c, Number(level)]]);
+  };
+}
+
 function startFilter() {
-  const search = byId("search");
-  const example = H.categories[0].short;
-  const isDeep = codebooksOf(0).length > 1;
-  search.placeholder = isDeep ? `${example}=2 or ${example}=2/1` : `${example}=2`;
-  byId("search-help").textContent =
-    `${example}=2 is code 2 of level L0` +
-    (isDeep ? `; ${example}=2/1 is L0 = 2 and L1 = 1; ${example}=*/1 is L1 = 1. ` : ". ") +
-    "Several, separated by spaces, must all match. Keys: / to search, Esc to clear.";
+  byId("search").placeholder = searchExample();
+  byId("search-help").textContent = searchHelp();
+  byId("condition-label").hidden = !H.conditions.length;
+  fillConditions(byId("condition"));
   byId("search-form").addEventListener("submit", event => {
     event.preventDefault();
-    try {
-      const terms = parseFilter(search.value);
-      byId("search-error").textContent = "";
-      search.value = "";
-      if (terms.length) addToFilter(...terms.map(([g, code]) => offsets[g] + code));
-    } catch (error) {
-      byId("search-error").textContent = error.message;
-    }
+    search();
   });
   byId("clear").onclick = clearFilter;
   byId("link").onclick = async () => {
@@ -163,7 +141,7 @@ function startFilter() {
   document.addEventListener("keydown", event => {
     if (event.key === "/" && !event.ctrlKey && !event.metaKey && !/^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName)) {
       event.preventDefault();
-      search.focus();
+      byId("search").focus();
     } else if (event.key === "Escape") clearFilter();
   });
   window.addEventListener("hashchange", () => update(readHash()));
