@@ -32,7 +32,7 @@ def launches(capability: int) -> list[KernelLaunch]:
             constants = {"COSINE": cosine, "GRADIENT": 2 if rotation else 1, "HAS_MASK": cosine, **block}
             num_bytes = 12 * N * D + codebook_bytes + 8 * N * Q
             launches.append(KernelLaunch(residual_vq_bwd_kernel, named, constants, num_bytes, 20 * N * Q * D, 0))
-        constants = {"HAS_MASK": True, **block}
+        constants = {"HAS_MASK": True, "COUNT": True, **block}
         launches.append(KernelLaunch(residual_gather_kernel, shape, constants, num_bytes, N * Q * D, 0))
         constants = {"COSINE": True, "BLOCK_R": 32, "BLOCK_D": 64}
         num_bytes = 4 * N * D + 2 * codebook_bytes + 28 * N * Q
