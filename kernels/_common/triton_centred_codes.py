@@ -59,7 +59,7 @@ def centre_codes_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """e' = e - centre and |e'|^2, padded with zeros and Inf; copies of what a training step changes, and zero counts."""
+    """e' = e - centre and |e'|^2, padded with zeros and Inf; copies of what a step changes, and zero counts."""
     g = tl.program_id(1)
     K = tl.load(offsets_ptr + g)
     D = tl.load(offsets_ptr + G + g)

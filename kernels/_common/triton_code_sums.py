@@ -18,7 +18,7 @@ from spinlock_fast.kernels._common.layout import CodebookLayout
 
 SEGMENT_ROWS = 32
 
-# Rows times codes up to which every program searches the codes of all rows for its own: one launch. Beyond, torch sorts.
+# Rows times codes up to which each program searches the codes of all rows for its own: one launch. Beyond, torch sorts.
 MAX_SEARCHED = 1 << 30
 
 
@@ -186,6 +186,7 @@ class Segments:
         (N, G), device = codes.shape, codes.device
         length = next_power_of_two(4 * N * G // layout.total_codes, 128)
         items = torch.empty(3, layout.total_codes + G * (N // length), dtype=torch.int32, device=device)
+        item_code, item_first, item_last = items.unbind(0)
         first_item = torch.empty(layout.total_codes, dtype=torch.int32, device=device)
         search = N * layout.max_codes <= MAX_SEARCHED
         if search:
@@ -195,10 +196,10 @@ class Segments:
             sorted_rows = order.sort(dim=1, stable=True).indices.to(torch.int32)
         block_k = 4 if layout.max_codes >= 256 else 1
         order_by_code_kernel[(triton.cdiv(layout.max_codes, block_k), G)](
-            codes, counts, codebook_offsets(layout, device), sorted_rows, *items.unbind(0), first_item, N, G,
-            codes.stride(0), codes.stride(1), length, SEARCH=search, BLOCK_K=block_k, BLOCK_N=1024, num_warps=4,
+            codes, counts, codebook_offsets(layout, device), sorted_rows, item_code, item_first, item_last, first_item,
+            N, G, codes.stride(0), codes.stride(1), length, SEARCH=search, BLOCK_K=block_k, BLOCK_N=1024, num_warps=4,
         )  # fmt: skip
-        return cls(layout, length, counts, sorted_rows, *items.unbind(0), first_item)
+        return cls(layout, length, counts, sorted_rows, item_code, item_first, item_last, first_item)
 
     @property
     def tables(self) -> tuple[Tensor, ...]:

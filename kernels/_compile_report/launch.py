@@ -27,7 +27,7 @@ _TYPES = {
     **dict.fromkeys(
         (
             "codes_ptr", "new_codes_ptr", "rows_ptr", "next_row_ptr", "seed_ptr", "codebook_of_code_ptr",
-            "addresses_ptr",
+            "addresses_ptr", "usage_ptr",
         ),
         "*i64",
     ),

@@ -61,8 +61,8 @@ def _streaming_launches(capability: int) -> list[KernelLaunch]:
         constants = {"CENTRED": centred, "COPY_CODES": True, "COPY_SIZES": True, "BLOCK_K": 32, "BLOCK_D": 32}
         launches.append(KernelLaunch(centre_codes_kernel, name, constants, 4 * (3 * K * D + 4 * K), 3 * K * D, 0))
         for aligned in (False, True):
-            options = {"CENTRED": centred, "COSINE": not centred, "ALIGNED": aligned}
-            options |= SearchConfig.of(capability).options
+            flags = {"CENTRED": centred, "COSINE": not centred, "ALIGNED": aligned}
+            options = {**flags, **SearchConfig.of(capability).options}
             launches.append(
                 KernelLaunch.of(
                     vq_search_fwd_kernel, name + (", aligned" if aligned else ""), options,
@@ -79,7 +79,5 @@ def _streaming_launches(capability: int) -> list[KernelLaunch]:
         name = f"{N:,} rows, K = {K:,}" + ("" if searched else ", sorted")
         constants = {"SEARCH": searched, "BLOCK_K": block_k, "BLOCK_N": 1024}
         operations = 3 * N * K if searched else 8 * K
-        launches.append(
-            KernelLaunch(order_by_code_kernel, name, constants, 12 * N * searched + 32 * K, operations, 0)
-        )
+        launches.append(KernelLaunch(order_by_code_kernel, name, constants, 12 * N * searched + 32 * K, operations, 0))
     return launches

@@ -236,9 +236,9 @@ def assign(x: Tensor, codebook: Tensor, stages: Stages, with_sums: bool) -> Resu
     errors = x.new_empty(tiles, Q)
     residual_vq_fwd_kernel[(tiles,)](
         x, codebook, offsets, centres, centred, norms, x if mask is None else mask, codes, residual_lengths, zero,
-        errors, N, Q, D, centred.shape[1], centred.shape[2], x.stride(0), COSINE=cosine, ROTATION=gradient == "rotation",
-        HAS_MASK=mask is not None, BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_D=config.block_d,
-        num_warps=config.num_warps, num_stages=1,
+        errors, N, Q, D, centred.shape[1], centred.shape[2], x.stride(0), COSINE=cosine,
+        ROTATION=gradient == "rotation", HAS_MASK=mask is not None, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+        BLOCK_D=config.block_d, num_warps=config.num_warps, num_stages=1,
     )  # fmt: skip
     block_n = row_block(config.block_d)
     residual_gather_kernel[(triton.cdiv(N, block_n),)](
@@ -252,7 +252,8 @@ def assign(x: Tensor, codebook: Tensor, stages: Stages, with_sums: bool) -> Resu
     parts = segments.new_sums()
     residual_sum_kernel[(segments.num_items, triton.cdiv(D, segments.block_d))](
         x, codebook, codes, residual_lengths, zero, *segments.tables, layout.indices(x.device).codebook_of_code,
-        offsets, parts, N, Q, D, x.stride(0), COSINE=cosine, BLOCK_R=SEGMENT_ROWS, BLOCK_D=segments.block_d, num_warps=4,
+        offsets, parts, N, Q, D, x.stride(0), COSINE=cosine, BLOCK_R=SEGMENT_ROWS, BLOCK_D=segments.block_d,
+        num_warps=4,
     )  # fmt: skip
     batch_counts, sums = segments.add(parts)
     return quantized, codes, errors, batch_counts, sums.view(-1, D)

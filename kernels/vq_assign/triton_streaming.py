@@ -71,7 +71,7 @@ def vq_search_fwd_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """code = argmin_k |e_k|^2 - 2 z.e_k (argmin_k -2 z.e_k where COSINE) over the share of the codes, and its minimum."""
+    """code = argmin_k |e_k|^2 - 2 z.e_k, or -2 z.e_k where COSINE, over the share of the codes, and its minimum."""
     g = tl.program_id(1)
     split = tl.program_id(2)
     K = tl.load(offsets_ptr + g)
