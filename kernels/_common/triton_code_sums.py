@@ -228,11 +228,19 @@ class Segments:
         )  # fmt: skip
         return sums
 
-    def add(self, segment_sums: Tensor) -> tuple[Tensor, Tensor]:
-        """Number of rows of each code [sum K] and their sums [sum K D], from the sums of segments."""
+    def add(self, segment_sums: Tensor, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Number of rows of each code [sum K] and their sums [sum K D], from the sums of segments.
+
+        Args:
+            segment_sums: [items, D_max].
+            out: contiguous float32 tensors that the results are written to.
+        """
         layout, device = self.layout, segment_sums.device
-        counts = torch.empty(layout.total_codes, dtype=torch.float32, device=device)
-        sums = torch.empty(layout.total_entries, dtype=torch.float32, device=device)
+        if out is None:
+            counts = torch.empty(layout.total_codes, dtype=torch.float32, device=device)
+            sums = torch.empty(layout.total_entries, dtype=torch.float32, device=device)
+        else:
+            counts, sums = out
         code_sum_kernel[(triton.cdiv(layout.max_codes, 16), layout.groups)](
             segment_sums, self.first_item, self.counts, codebook_offsets(layout, device), sums, counts, layout.groups,
             self.length, layout.max_dims, BLOCK_K=16, BLOCK_D=min(32, self.block_d), num_warps=4,

@@ -282,8 +282,8 @@ def forward(
         averages: updated with the batch, and then the codes; None for no update.
         decay: of the moving averages.
         epsilon: of their Laplace smoothing.
-        counts: [G, K] rows of each code in the batch, written unless None.
-        sums: [G, K, D] sums of y of these rows, written with `counts`.
+        counts: [G, K] contiguous float32, set to the rows of each code in the batch, unless None.
+        sums: [G, K, D] contiguous float32, set with `counts` to the sums of y of these rows.
     """
     (G, K, D), N, device = codebook.shape, z.shape[0], z.device
     layout = CodebookLayout.cached((K,) * G, (D,) * G)
@@ -316,8 +316,7 @@ def forward(
             BLOCK_D=block_d, num_warps=4,
         )  # fmt: skip
         if counts is not None and sums is not None:
-            for target, value in zip((counts, sums), segments.add(parts), strict=True):
-                target.copy_(value.view(target.shape))
+            segments.add(parts, out=(counts, sums))
     if averages is None or size_copy is None:
         total_loss(loss)
     else:

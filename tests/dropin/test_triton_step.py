@@ -1,0 +1,115 @@
+"""Eager training steps on the path of a GPU, in Triton's interpreter: launches, and equality with the path of a CPU."""
+
+import copy
+import os
+
+import pytest
+import torch
+
+from benchmarks.common.op_counts import count_launches
+from spinlock_fast import ResidualVQ, VectorQuantize
+from spinlock_fast.dropin import dead_codes
+
+pytest.importorskip("triton", reason="the package triton is not installed here")
+pytestmark = [
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET", "0") != "1" or "SPINLOCK_FAST_BACKEND" in os.environ,
+        reason="compares the interpreter with the native path",
+    ),
+    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),  # NaN in the interpreter
+]
+HEADS = {"heads": 2, "codebook_dim": 4}
+LAYERS = {
+    "one codebook": (VectorQuantize, {}),
+    "cosine": (VectorQuantize, {"use_cosine_sim": True}),
+    "heads": (VectorQuantize, HEADS),
+    "codebook per head": (VectorQuantize, {**HEADS, "separate_codebook_per_head": True}),
+    "frozen": (VectorQuantize, {"freeze_codebook": True}),
+    "resets": (VectorQuantize, {"threshold_ema_dead_code": 2}),
+    "stages": (ResidualVQ, {"num_quantizers": 4}),
+    "stages, resets": (ResidualVQ, {"num_quantizers": 4, "threshold_ema_dead_code": 2}),
+}
+# Kernels that the layer launches on a GPU in a forward and backward pass with the update.
+LAUNCHES = {"one codebook": 8, "cosine": 7, "heads": 8, "codebook per head": 8, "frozen": 6, "stages": 28}
+
+
+def make(kind, **more):
+    cls, options = LAYERS[kind]
+    torch.manual_seed(0)
+    return cls(dim=8, codebook_size=9, **options, **more)
+
+
+def step(layer, x):
+    """Forward and backward pass without operations besides those of the layer."""
+    leaf = x.detach().requires_grad_()
+    quantized, codes, loss = layer(leaf)
+    grad = torch.linspace(-1, 1, x.shape[-1], dtype=x.dtype).expand_as(quantized)
+    torch.autograd.backward([quantized, loss], [grad, torch.ones_like(loss)])
+    return quantized.detach(), codes, loss.detach(), leaf.grad
+
+
+@pytest.mark.parametrize("kind", LAUNCHES)
+def test_number_of_launches(kind, monkeypatch):
+    monkeypatch.setenv("SPINLOCK_FAST_BACKEND", "triton")
+    layer, leaf = make(kind), torch.randn(2, 10, 8).requires_grad_()
+    grad, one = torch.zeros(2, 10, 8), torch.ones(4 if isinstance(layer, ResidualVQ) else ())
+
+    def run():
+        quantized, _, loss = layer(leaf)
+        torch.autograd.grad([quantized, loss], leaf, [grad, one])
+
+    run()
+    counted = count_launches(run)
+    assert any(name.startswith("triton::") for name in counted)
+    assert counted.total() <= LAUNCHES[kind], counted
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_equals_the_native_path(kind, monkeypatch):
+    layer = make(kind)
+    other = copy.deepcopy(layer)
+    generator = torch.Generator().manual_seed(0)
+    for i in range(2):
+        x = torch.randn(2, 10, 8, generator=generator)
+        torch.manual_seed(i)
+        expected = step(other, x)
+        with monkeypatch.context() as patched:
+            patched.setenv("SPINLOCK_FAST_BACKEND", "triton")
+            patched.setattr(dead_codes, "slots_at_once", lambda device, slots: slots)
+            torch.manual_seed(i)
+            found = step(layer, x)
+        for one, two in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(layer.state_dict(), other.state_dict(), rtol=1e-4, atol=1e-5)
+    codebooks = [vq._codebook for vq in getattr(layer, "layers", [layer])]
+    others = [vq._codebook for vq in getattr(other, "layers", [other])]
+    assert all(torch.equal(one.usage, two.usage) for one, two in zip(codebooks, others, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("more", "shape"),
+    [({"accept_image_fmap": True}, (2, 8, 3, 4)), ({"channel_last": False}, (2, 8, 5)), ({"codebook_dim": 3}, (7, 8))],
+    ids=["image", "channels first", "projected tokens"],
+)
+def test_layouts_and_missing_rows(more, shape, monkeypatch):
+    layer = make("one codebook", **more)
+    other = copy.deepcopy(layer)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    expected = other(x)
+    monkeypatch.setenv("SPINLOCK_FAST_BACKEND", "triton")
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer.state_dict(), other.state_dict(), rtol=1e-4, atol=1e-5)
+    assert layer(x[:0])[0].shape == (0, *shape[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_inputs_keep_their_type(dtype, monkeypatch):
+    layer, x = make("heads"), torch.randn(2, 10, 8).to(dtype)
+    other = copy.deepcopy(layer)
+    expected = step(other, x)  # by the operator
+    monkeypatch.setenv("SPINLOCK_FAST_BACKEND", "triton")
+    found = step(layer, x)
+    assert [one.dtype for one in found] == [two.dtype for two in expected]
+    for one, two in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(layer.state_dict(), other.state_dict(), rtol=1e-4, atol=1e-5)
