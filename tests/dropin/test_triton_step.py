@@ -26,17 +26,31 @@ LAYERS = {
     "codebook per head": (VectorQuantize, {**HEADS, "separate_codebook_per_head": True}),
     "frozen": (VectorQuantize, {"freeze_codebook": True}),
     "resets": (VectorQuantize, {"threshold_ema_dead_code": 2}),
+    "resets per head": (VectorQuantize, {**HEADS, "separate_codebook_per_head": True, "threshold_ema_dead_code": 2}),
     "stages": (ResidualVQ, {"num_quantizers": 4}),
     "stages, resets": (ResidualVQ, {"num_quantizers": 4, "threshold_ema_dead_code": 2}),
 }
 # Kernels that the layer launches on a GPU in a forward and backward pass with the update.
-LAUNCHES = {"one codebook": 8, "cosine": 7, "heads": 8, "codebook per head": 8, "frozen": 6, "stages": 28}
+LAUNCHES = {
+    "one codebook": 8,
+    "cosine": 7,
+    "heads": 8,
+    "codebook per head": 8,
+    "frozen": 6,
+    "resets": 12,
+    "stages": 26,
+    "stages, resets": 41,
+}
 
 
 def make(kind, **more):
     cls, options = LAYERS[kind]
     torch.manual_seed(0)
     return cls(dim=8, codebook_size=9, **options, **more)
+
+
+def codebooks_of(layer):
+    return [quantizer._codebook for quantizer in getattr(layer, "layers", [layer])]
 
 
 def step(layer, x):
@@ -69,8 +83,9 @@ def test_equals_the_native_path(kind, monkeypatch):
     layer = make(kind)
     other = copy.deepcopy(layer)
     generator = torch.Generator().manual_seed(0)
+    rows = 4 if "resets" in kind else 10  # fewer than codes: both paths draw the same rows
     for i in range(2):
-        x = torch.randn(2, 10, 8, generator=generator)
+        x = torch.randn(2, rows, 8, generator=generator)
         torch.manual_seed(i)
         expected = step(other, x)
         with monkeypatch.context() as patched:
@@ -81,9 +96,38 @@ def test_equals_the_native_path(kind, monkeypatch):
         for one, two in zip(found, expected, strict=True):
             torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(layer.state_dict(), other.state_dict(), rtol=1e-4, atol=1e-5)
-    codebooks = [vq._codebook for vq in getattr(layer, "layers", [layer])]
-    others = [vq._codebook for vq in getattr(other, "layers", [other])]
-    assert all(torch.equal(one.usage, two.usage) for one, two in zip(codebooks, others, strict=True))
+    for one, two in zip(codebooks_of(layer), codebooks_of(other), strict=True):
+        assert torch.equal(one.usage, two.usage)
+
+
+@pytest.mark.parametrize("kind", ["resets", "resets per head", "stages, resets"])
+def test_dead_codes_become_rows_of_the_batch(kind, monkeypatch):
+    """Different finite rows, or their residuals, replace codes that few rows use; the others are averaged."""
+    layer = make(kind)
+    codebooks, initial = codebooks_of(layer), [codebook.embed.clone() for codebook in codebooks_of(layer)]
+    averaging = copy.deepcopy(layer)
+    for codebook in codebooks_of(averaging):
+        codebook.has_dead_code_replacement = False
+    x = torch.randn(2, 10, 8, generator=torch.Generator().manual_seed(3))
+    x[0, :3] = torch.nan
+    monkeypatch.setenv("SPINLOCK_FAST_BACKEND", "triton")
+    codes = layer(x)[1]
+    averaging(x)
+    residual = x
+    for q, (codebook, averaged) in enumerate(zip(codebooks, codebooks_of(averaging), strict=True)):
+        replaced = (codebook.embed != averaged.embed).any(-1)
+        assert (averaged.cluster_size[replaced] < 2).all()
+        assert replaced.sum() >= 2 * len(replaced)
+        assert (codebook.cluster_size[replaced] == 2).all()
+        assert torch.equal(codebook.embed_avg[replaced], 2.0 * codebook.embed[replaced])
+        assert torch.equal(codebook.cluster_size[~replaced], averaged.cluster_size[~replaced])
+        heads = residual.reshape(20, len(replaced), -1).transpose(0, 1).nan_to_num(1e6)
+        for rows, code, changed in zip(heads, codebook.embed, replaced, strict=True):
+            distance = (code[changed][:, None] - rows).norm(dim=-1)
+            assert distance.amin(1).max() < 1e-5
+            assert len(distance.argmin(1).unique()) == changed.sum()
+        if "stages" in kind:
+            residual = residual - initial[q][0][codes[..., q].clamp(min=0)]
 
 
 @pytest.mark.parametrize(
