@@ -1,9 +1,9 @@
 """Triton kernels of the replacement of dead codes by random rows, without host synchronisation.
 
-Code k of a codebook is dead if its moving count n_k is below a threshold. The i-th dead code becomes row pi(i) of the
-batch, where pi is a pseudo-random permutation of the rows: a Feistel network of four rounds on the smallest power of
-four that is at least the number of rows N, applied until the result is below N (cycle walking; Black and Rogaway 2002,
-"Ciphers with arbitrary finite domains").
+Code k of a codebook is dead if its moving count n_k is below a threshold. In a pseudo-random order of the codes, the
+i-th dead code becomes row pi(i) of the batch, where pi is a pseudo-random permutation. Both permutations are Feistel
+networks of four rounds on the smallest power of four that is at least their size n, applied until the result is below
+n (cycle walking: Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
 """
 
 from __future__ import annotations
@@ -35,33 +35,45 @@ def permute(i, key, half_bits):
     return (left << half_bits) | right
 
 
-@triton.jit(do_not_specialize=["K", "N", "half_bits"])
+@triton.jit
+def permute_below(i, limit, key, half_bits):
+    """A permutation of the numbers below `limit`, for uint32 i below it; 4^half_bits >= limit."""
+    inside = i < limit
+    j = permute(i, key, half_bits)
+    outside = inside & (j >= limit)
+    while tl.max(outside.to(tl.int32), axis=0) > 0:
+        j = tl.where(outside, permute(j, key, half_bits), j)
+        outside = inside & (j >= limit)
+    return j
+
+
+@triton.jit(do_not_specialize=["K", "N", "code_bits", "row_bits"])
 def choose_rows_kernel(
     cluster_size_ptr,  # [slots, K]
     seed_ptr,  # [1] int64
-    index_ptr,  # [slots, K] int64 row of each dead code, -1 for a live one
+    index_ptr,  # [slots, K] int64 row of a dead code, -1 for other codes
     threshold,
     K,
     N,
-    half_bits,  # 4^half_bits >= N
+    code_bits,  # 4^code_bits >= K
+    row_bits,  # 4^row_bits >= N
     BLOCK_K: tl.constexpr,
 ):
-    """index = pi(i) for the i-th dead code, n_k < threshold; one program for each codebook. N >= K."""
+    """index = pi(i) for the i-th dead code, n_k < threshold, in random order; one program for each codebook."""
     slot = tl.program_id(0).to(tl.int64)
     seed = tl.load(seed_ptr)
     key = mix(seed.to(tl.uint32) ^ mix((seed >> 32).to(tl.uint32) + slot.to(tl.uint32)))
     before = tl.zeros([1], dtype=tl.int32)
     for first in range(0, K, BLOCK_K):
-        k = first + tl.arange(0, BLOCK_K)
-        size = tl.load(cluster_size_ptr + slot * K + k, mask=k < K, other=float("inf"))
-        dead = size < threshold
-        row = permute((before + tl.cumsum(dead.to(tl.int32), axis=0) - 1).to(tl.uint32), key, half_bits)
-        outside = dead & (row >= N)
-        while tl.max(outside.to(tl.int32), axis=0) > 0:
-            row = tl.where(outside, permute(row, key, half_bits), row)
-            outside = dead & (row >= N)
-        tl.store(index_ptr + slot * K + k, tl.where(dead, row.to(tl.int64), -1), mask=k < K)
-        before += tl.sum(dead.to(tl.int32), axis=0)
+        position = first + tl.arange(0, BLOCK_K)
+        in_codes = position < K
+        k = permute_below(position.to(tl.uint32), K, mix(key + 1), code_bits).to(tl.int64)
+        size = tl.load(cluster_size_ptr + slot * K + k, mask=in_codes, other=float("inf"))
+        dead = (size < threshold).to(tl.int32)
+        rank = before + tl.cumsum(dead, axis=0) - dead
+        row = permute_below(rank.to(tl.uint32), N, key, row_bits).to(tl.int64)
+        tl.store(index_ptr + slot * K + k, tl.where((dead != 0) & (rank < N), row, -1), mask=in_codes)
+        before += tl.sum(dead, axis=0)
 
 
 @triton.jit(do_not_specialize=["K"])
@@ -98,19 +110,19 @@ def replace_codes_kernel(
 
 @launches
 def choose_rows(cluster_size: Tensor, threshold: float, num_rows: int) -> Tensor:
-    """[slots, K] int64 a random row of each dead code, different in each codebook; -1 for live codes.
+    """[slots, K] int64 a random row of each dead code, different ones in a codebook; -1 for other codes.
 
     Args:
         cluster_size: [slots, K] contiguous float32 moving counts.
         threshold: codes with a smaller count are dead.
-        num_rows: N, at least K.
+        num_rows: N, at least 1. With more dead codes than rows, random ones get a row.
     """
     slots, K = cluster_size.shape
     seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=cluster_size.device)
     index = torch.empty(slots, K, dtype=torch.int64, device=cluster_size.device)
-    half_bits = max(1, ((num_rows - 1).bit_length() + 1) // 2)
+    code_bits, row_bits = (max(1, ((limit - 1).bit_length() + 1) // 2) for limit in (K, num_rows))
     choose_rows_kernel[(slots,)](
-        cluster_size, seed, index, float(threshold), K, num_rows, half_bits,
+        cluster_size, seed, index, float(threshold), K, num_rows, code_bits, row_bits,
         BLOCK_K=min(1024, next_power_of_two(K, 32)), num_warps=4,
     )  # fmt: skip
     return index

@@ -45,18 +45,18 @@ def average_codes(
     state = codes, cluster_size, code_sum, counts, sums
     if torch.compiler.is_compiling() or not is_plain_call((*state, usage)):
         return False
+    if cpu.supports(*state, usage):
+        H, K, D = code_sum.shape
+        cpu.average_codes(
+            *state, usage, [K] * H, [D] * H, decay, "division", epsilon, unit=unit, keep_without_rows=False
+        )
+        return True
     if _fits_triton(cluster_size, usage, *state):
         from spinlock_fast.kernels._common import triton_average_codes
 
         size_copy = cluster_size.clone()
         triton_average_codes.average(
             codes, cluster_size, code_sum, usage, size_copy, (counts, sums), decay, epsilon, unit=unit
-        )
-        return True
-    if cpu.supports(*state, usage):
-        H, K, D = code_sum.shape
-        cpu.average_codes(
-            *state, usage, [K] * H, [D] * H, decay, "division", epsilon, unit=unit, keep_without_rows=False
         )
         return True
     return False

@@ -137,13 +137,15 @@ def replace_by_kernels(
     """`replace_dead_codes` in few launches on a GPU, by rows without a mask; other random rows than on a CPU.
 
     Returns:
-        False, without a change, where the kernels do not apply: on a CPU, in compiled code, with fewer rows than codes,
-        for other types than float32, and with the correction `reset_scale`.
+        False, without a change, where the kernels do not apply: on a CPU, in compiled code, without rows, for other
+        types than float32, and with the correction `reset_scale`.
     """
+    if torch.compiler.is_compiling():
+        return False
     first = codebooks[slots[0][0]]
     used = [codebooks[i] for i in dict.fromkeys(i for i, _ in slots)]
     state = [tensor for one in used for tensor in (one.embed.data, one.embed_avg, one.cluster_size)]
-    if num_rows < first.embed.shape[1] or "reset_scale" in first.corrections or not runs_by_kernels(state):
+    if num_rows == 0 or "reset_scale" in first.corrections or not runs_by_kernels(state):
         return False
     from spinlock_fast.kernels.dead_codes import triton_replace
 
@@ -164,8 +166,7 @@ def replace_by_kernels(
 def runs_by_kernels(state: Sequence[Tensor]) -> bool:
     """Whether Triton kernels can change these tensors in place."""
     return (
-        not torch.compiler.is_compiling()
-        and is_plain_call(state)
+        is_plain_call(state)
         and all(tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in state)
         and resolve_backend("auto", *state) == "triton"
     )

@@ -77,7 +77,9 @@ def wide(x, codebook, averages):
 @on_devices
 @pytest.mark.parametrize("gradient", ["none", "straight_through", "rotation"])
 @pytest.mark.parametrize("cosine", [False, True])
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    "size", [pytest.param(size, marks=pytest.mark.slow if size == "heads, wide" else ()) for size in SIZES]
+)
 def test_step_matches_float64(size, cosine, gradient, device):
     x, codebook, averages = inputs(SIZES[size], cosine, device)
     G, N = len(codebook), len(x)
