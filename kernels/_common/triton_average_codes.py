@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from spinlock_fast.kernels._common.guard import launches
 from spinlock_fast.kernels._common.launch_helpers import next_power_of_two
 from spinlock_fast.kernels._common.triton_code_sums import Segments, add_segments
 
@@ -110,7 +111,8 @@ def average_codes_kernel(
                 tl.store(codebook_ptr + entry, e, mask=in_tile)
     if SET_CODES and UNIT:
         norm = tl.maximum(tl.sqrt(squares), MIN_LENGTH)
-        for first in range(0, D, BLOCK_D):  # each thread reads the sums that it wrote
+        tl.debug_barrier()  # the sums that other threads of the program wrote
+        for first in range(0, D, BLOCK_D):
             d = first + tl.arange(0, BLOCK_D)
             in_tile = in_codes[:, None] & (d < D)[None, :]
             entry = (g * K + k)[:, None] * D + d[None, :]
@@ -126,6 +128,7 @@ class Loss(NamedTuple):
     scale: float
 
 
+@launches
 def average(
     codes: Tensor | None,
     cluster_size: Tensor,
