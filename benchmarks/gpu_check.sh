@@ -2,7 +2,7 @@
 # Runs everything that needs a GPU, without network access: installs the package, runs `pytest -m gpu`, times kernels,
 # layers, the training command and the simulation, and writes JSON files to ${OUT:-benchmarks/results}.
 #
-#   bash benchmarks/gpu_check.sh [tests] [kernels] [layers] [train] [operators]      (default: all five)
+#   bash benchmarks/gpu_check.sh [tests] [kernels] [layers] [eager] [train] [operators]      (default: all six)
 #   bash benchmarks/gpu_check.sh pipeline scaling streaming     (times against sizes; rows in host memory)
 #   FRAMES="A.npz ..." bash benchmarks/gpu_check.sh time_to_quality     (error against seconds; without FRAMES on
 #                                                                        generated rows)
@@ -26,7 +26,7 @@ COMMIT=${COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)}
 export COMMIT PYTHONUNBUFFERED=1
 mkdir -p "$OUT"
 stages=("$@")
-[ $# -gt 0 ] || stages=(tests kernels layers train operators)
+[ $# -gt 0 ] || stages=(tests kernels layers eager train operators)
 failed=()
 
 if compgen -G "$WHEELS/*.whl" >/dev/null; then
@@ -73,11 +73,20 @@ PY
   return "$status"
 }
 
+run_eager() {
+  if ! $PYTHON -c 'import vector_quantize_pytorch' 2>/dev/null; then
+    echo "eager layers are not timed: the package vector-quantize-pytorch is not installed"
+    return
+  fi
+  $PYTHON -m benchmarks.kernels.eager_steps --output "$OUT/eager.json"
+}
+
 small=()
 [ "$has_gpu" = 1 ] || small=(--rows 2000 --epochs 2 --device cpu)
 stage tests run_tests
 stage kernels $PYTHON -m benchmarks.kernels.kernel_times --output "$OUT/kernels.json"
 stage layers $PYTHON -m benchmarks.kernels.layer_times --output "$OUT/layers.json"
+stage eager run_eager
 stage train $PYTHON -m benchmarks.training.full_run --output "$OUT/train.json" --commit "$COMMIT" ${small[@]+"${small[@]}"}
 few=()
 [ "$has_gpu" = 1 ] || few=(--operators 1 --steps 64)

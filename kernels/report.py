@@ -26,6 +26,7 @@ OPERATIONS = (
     "vq_assign",
     "residual_vq",
     "ema_update",
+    "dead_codes",
     "augment",
     "adam",
     "topo_loss",

@@ -62,6 +62,9 @@ _METADATA = {
         "requires_grad_",
         "chunk",
         "numpy_T",
+        "mT",
+        "broadcast_tensors",
+        "promote_types",
         "record_stream",
     ]
 }
@@ -100,8 +103,9 @@ def count_ops(step: Callable[[], object]) -> Counter[str]:
 def count_launches(step: Callable[[], object]) -> Counter[str]:
     """Triton kernels, and aten operations that launch at least one kernel on a GPU, in a step on the CPU.
 
-    Run it with TRITON_INTERPRET=1 and SPINLOCK_FAST_BACKEND=triton, so that the step takes the path of a GPU. Sorting,
-    random permutations and cumulative sums launch several kernels on a GPU, and count as one here.
+    Run it with TRITON_INTERPRET=1 and SPINLOCK_FAST_BACKEND=triton, so that the step takes the path of a GPU. Views and
+    metadata are free; a Triton kernel, and an aten operation that calls no other operation, counts as one launch.
+    Sorting, random permutations and cumulative sums launch several kernels on a GPU, and count as one here.
     """
     from triton.runtime import interpreter
 

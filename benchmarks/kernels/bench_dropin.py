@@ -32,16 +32,16 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROWS = 65536 if DEVICE.type == "cuda" else 8192
 
 
-def pair(layer: str) -> tuple[torch.nn.Module, torch.nn.Module]:
+def pair(layer: str, dim: int = DIM) -> tuple[torch.nn.Module, torch.nn.Module]:
     """The layer of vector-quantize-pytorch and ours, with equal codes of the scale of the latents."""
     import vector_quantize_pytorch as peer
 
     name, options = LAYERS[layer]
     torch.manual_seed(0)
-    theirs = getattr(peer, name)(dim=DIM, codebook_size=CODES, **options).to(DEVICE)
-    ours = getattr(spinlock_fast, name)(dim=DIM, codebook_size=CODES, **options).to(DEVICE)
+    theirs = getattr(peer, name)(dim=dim, codebook_size=CODES, **options).to(DEVICE)
+    ours = getattr(spinlock_fast, name)(dim=dim, codebook_size=CODES, **options).to(DEVICE)
     for stage, module in enumerate(theirs.layers if layer == "rvq" else [theirs]):
-        codes = torch.randn(1, CODES, DIM, device=DEVICE) * 0.7**stage
+        codes = torch.randn(1, CODES, dim, device=DEVICE) * 0.7**stage
         codes = torch.nn.functional.normalize(codes, dim=-1) if options.get("use_cosine_sim") else codes
         module._codebook.embed.copy_(codes)
         module._codebook.embed_avg.copy_(codes)
@@ -60,19 +60,19 @@ def step(layer: torch.nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.T
     return quantized.detach(), codes, leaf.grad
 
 
-def latents() -> torch.Tensor:
-    return torch.randn(8, ROWS // 8, DIM, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(1))
+def latents(rows: int = ROWS, dim: int = DIM) -> torch.Tensor:
+    return torch.randn(8, rows // 8, dim, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(1))
 
 
-def checked_pair(layer: str) -> tuple[torch.nn.Module, torch.nn.Module, torch.Tensor]:
+def checked_pair(layer: str, rows: int = ROWS, dim: int = DIM) -> tuple[torch.nn.Module, torch.nn.Module, torch.Tensor]:
     """The pair and its input, after one step in which codes, outputs and gradients agreed."""
-    theirs, ours = pair(layer)
-    x = latents()
+    theirs, ours = pair(layer, dim)
+    x = latents(rows, dim)
     (expected, codes, grads), (actual, actual_codes, actual_grads) = step(theirs, x), step(ours, x)
-    same = (codes == actual_codes).view(ROWS, -1).all(1)  # they may differ where two codes are equally near
+    same = (codes == actual_codes).view(rows, -1).all(1)  # they may differ where two codes are equally near
     assert same.double().mean() > 0.999, "the codes differ"
     for one, other in ((expected, actual), (grads, actual_grads)):
-        one, other = one.view(ROWS, DIM)[same], other.view(ROWS, DIM)[same]
+        one, other = one.view(rows, dim)[same], other.view(rows, dim)[same]
         assert (one - other).norm() < 1e-3 * one.norm(), "the numbers differ"
     return theirs, ours, x
 

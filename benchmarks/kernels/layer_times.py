@@ -8,7 +8,6 @@ Codes are compared before anything is timed.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import warnings
 from functools import partial
 from typing import Any
@@ -25,7 +24,6 @@ from benchmarks.common.quantizer_layers import (
     random_inputs,
 )
 from benchmarks.common.timing import peak_memory, time_calls, write
-from benchmarks.kernels import bench_dropin
 
 warnings.filterwarnings("ignore")  # of other packages
 
@@ -56,22 +54,6 @@ def main() -> None:
                 line = f"{shape:6} {name:28} out of memory"
             print(line, flush=True)
             write(arguments.output, rows)
-    if importlib.util.find_spec("vector_quantize_pytorch") is not None:
-        rows += dropin_rows(device)
-        write(arguments.output, rows)
-
-
-def dropin_rows(device: torch.device) -> list[dict[str, Any]]:
-    """Results of the drop-in quantizers and of the classes that they replace."""
-    rows, repeats = [], 50 if device.type == "cuda" else 7
-    for layer in bench_dropin.LAYERS:
-        theirs, ours, z = bench_dropin.checked_pair(layer)
-        for name, module in (("spinlock-fast", ours), ("vector-quantize-pytorch", theirs)):
-            step = partial(bench_dropin.step, module, z)
-            rows.append({"shape": f"drop-in {layer}", "layer": name, **time_calls(step, device, repeats)})
-            rows[-1] |= {"peak_bytes": peak_memory(step)} if z.is_cuda else {}
-            print(f"drop-in {layer:8} {name:28} {rows[-1]['p50_us']:12.1f} us", flush=True)
-    return rows
 
 
 if __name__ == "__main__":

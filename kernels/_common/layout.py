@@ -38,7 +38,6 @@ class LayoutIndices:
     codebook_of_code: Tensor  # [sum K] codebook of a code
     code_of_entry: Tensor  # [sum K D] code (0 .. sum K) of a packed entry
     code_offsets: Tensor  # [G] first code of each codebook
-    first_entries: Tensor  # [sum K] first packed entry of a code
     num_codes: Tensor  # [G] K_g, float32
     dims: Tensor  # [G] D_g, float32
     hash_factors: Tensor  # [D_max] odd random int64 weights of the hash of a code
@@ -181,7 +180,6 @@ def _host_indices(layout: CodebookLayout) -> LayoutIndices:
         codebook_of_code=torch.repeat_interleave(torch.arange(G, **host), k),
         code_of_entry=code_ids[:, :, None].expand(G, K, D)[entry_mask],
         code_offsets=torch.cumsum(k, 0) - k,
-        first_entries=(torch.repeat_interleave(d, k).cumsum(0) - torch.repeat_interleave(d, k)),
         num_codes=k.to(torch.float32),
         dims=d.to(torch.float32),
         hash_factors=torch.randint(-(2**62), 2**62, (D,), generator=torch.Generator("cpu").manual_seed(0), **host) * 2

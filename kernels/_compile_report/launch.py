@@ -17,11 +17,17 @@ ROWS = 512
 # Types of kernel parameters by name. Other names that end in _ptr are float32 pointers, all others int32 numbers.
 _TYPES = {
     **dict.fromkeys(("mask_ptr",), "*i1"),
-    **dict.fromkeys(("offsets_ptr", "sets_ptr", "code_ptr", "zero_ptr", "splits_ptr"), "*i32"),
     **dict.fromkeys(
         (
-            "codes_ptr", "new_codes_ptr", "order_ptr", "rows_ptr", "next_row_ptr", "seed_ptr", "item_code_ptr",
-            "item_first_ptr", "item_last_ptr", "codebook_of_code_ptr", "first_entries_ptr", "addresses_ptr",
+            "offsets_ptr", "sets_ptr", "code_ptr", "zero_ptr", "splits_ptr", "counts32_ptr", "sorted_rows_ptr",
+            "item_code_ptr", "item_first_ptr", "item_last_ptr", "first_item_ptr",
+        ),
+        "*i32",
+    ),
+    **dict.fromkeys(
+        (
+            "codes_ptr", "new_codes_ptr", "rows_ptr", "next_row_ptr", "seed_ptr", "codebook_of_code_ptr",
+            "addresses_ptr", "usage_ptr",
         ),
         "*i64",
     ),

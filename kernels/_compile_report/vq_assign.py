@@ -6,7 +6,12 @@ from itertools import product
 
 from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels._common.triton_centred_codes import centre_codes_kernel, code_centres_kernel
-from spinlock_fast.kernels._common.triton_code_sums import SEGMENT_ROWS, segment_sum_kernel
+from spinlock_fast.kernels._common.triton_code_sums import (
+    SEGMENT_ROWS,
+    code_sum_kernel,
+    order_by_code_kernel,
+    segment_sum_kernel,
+)
 from spinlock_fast.kernels._compile_report.launch import LAYOUT, ROWS, KernelLaunch
 from spinlock_fast.kernels.vq_assign.triton_backward import vq_assign_bwd_kernel
 from spinlock_fast.kernels.vq_assign.triton_forward import AssignConfig, vq_assign_fwd_kernel
@@ -46,25 +51,33 @@ def _tile_launches(capability: int) -> list[KernelLaunch]:
 def _streaming_launches(capability: int) -> list[KernelLaunch]:
     N, K, D = 65536, 1024, 256
     shape = f"{N:,} x {D}, K = {K:,}"
-    finish = {"HAS_MASK": True, "BLOCK_N": 32, "BLOCK_D": 32}
+    finish = {"HAS_MASK": True, "COUNT": True, "BLOCK_N": 32, "BLOCK_D": 32}
     launches = [
         KernelLaunch(code_centres_kernel, shape, {"BLOCK_K": 32, "BLOCK_D": 32}, 4 * (K + 1) * D, 2 * K * D, 0),
         KernelLaunch(vq_finish_fwd_kernel, shape, finish, 4 * (2 * N * D + K * D + 2 * N) + 8 * N, 4 * N * D, 0),
     ]
     for centred in (False, True):
         name = shape + (", centred" if centred else "")
-        constants = {"CENTRED": centred, "BLOCK_K": 32, "BLOCK_D": 32}
-        launches.append(KernelLaunch(centre_codes_kernel, name, constants, 4 * (2 * K * D + K), 3 * K * D, 0))
+        constants = {"CENTRED": centred, "COPY_CODES": True, "COPY_SIZES": True, "BLOCK_K": 32, "BLOCK_D": 32}
+        launches.append(KernelLaunch(centre_codes_kernel, name, constants, 4 * (3 * K * D + 4 * K), 3 * K * D, 0))
         for aligned in (False, True):
-            options = {"CENTRED": centred, "ALIGNED": aligned, **SearchConfig.of(capability).options}
+            flags = {"CENTRED": centred, "COSINE": not centred, "ALIGNED": aligned}
+            options = {**flags, **SearchConfig.of(capability).options}
             launches.append(
                 KernelLaunch.of(
                     vq_search_fwd_kernel, name + (", aligned" if aligned else ""), options,
                     num_bytes=4 * (N * D + K * D + 2 * N), float_ops=2 * N * K, dot_ops=2 * N * K * D,
                 )
             )  # fmt: skip
-    for (level, rows), block_d in product(((0, N), (1, 2 * K)), (16, 64)):
-        constants = {"LEVEL": level, "BLOCK_R": SEGMENT_ROWS, "BLOCK_D": block_d}
-        entries = rows * block_d
-        launches.append(KernelLaunch(segment_sum_kernel, f"{rows:,} x {block_d}", constants, 4 * entries, entries, 0))
+    for block_d in (16, 64):
+        constants = {"BLOCK_R": SEGMENT_ROWS, "BLOCK_D": block_d}
+        entries = N * block_d
+        launches.append(KernelLaunch(segment_sum_kernel, f"{N:,} x {block_d}", constants, 4 * entries, entries, 0))
+        entries, constants = K * block_d, {"BLOCK_K": 16, "BLOCK_D": min(32, block_d)}
+        launches.append(KernelLaunch(code_sum_kernel, f"{K:,} x {block_d}", constants, 12 * entries, 2 * entries, 0))
+    for block_k, searched in product((1, 4), (False, True)):
+        name = f"{N:,} rows, K = {K:,}" + ("" if searched else ", sorted")
+        constants = {"SEARCH": searched, "BLOCK_K": block_k, "BLOCK_N": 1024}
+        operations = 3 * N * K if searched else 8 * K
+        launches.append(KernelLaunch(order_by_code_kernel, name, constants, 12 * N * searched + 32 * K, operations, 0))
     return launches

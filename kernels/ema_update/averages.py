@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spinlock_fast.kernels._common.backend import resolve_backend
 from spinlock_fast.kernels._common.operator import is_plain_call
 from spinlock_fast.kernels.ema_update import cpu
 
@@ -50,4 +51,24 @@ def average_codes(
             *state, usage, [K] * H, [D] * H, decay, "division", epsilon, unit=unit, keep_without_rows=False
         )
         return True
+    if _fits_triton(cluster_size, usage, *state):
+        from spinlock_fast.kernels._common import triton_average_codes
+
+        size_copy = cluster_size.clone()
+        triton_average_codes.average(
+            codes, cluster_size, code_sum, usage, size_copy, (counts, sums), decay, epsilon, unit=unit
+        )
+        return True
     return False
+
+
+def _fits_triton(cluster_size: Tensor, usage: Tensor, *floats: Tensor | None) -> bool:
+    """Whether the Triton kernel can update these tensors."""
+    held = [tensor for tensor in floats if tensor is not None]
+    return (
+        all(tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in held)
+        and usage.dtype == torch.int64
+        and usage.is_contiguous()
+        and all(tensor.device == cluster_size.device for tensor in (*held, usage))
+        and resolve_backend("auto", *held) == "triton"
+    )

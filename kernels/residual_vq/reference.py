@@ -35,6 +35,14 @@ class Stages(NamedTuple):
     gradient: str  # a key of GRADIENTS
 
 
+class Averages(NamedTuple):
+    """State of G codebooks that a training step updates together with the codes, see `ema_update.averages`."""
+
+    cluster_size: Tensor  # [G, K]
+    code_sum: Tensor  # [G, K, D]
+    usage: Tensor  # [G, K] int64
+
+
 def assign(x: Tensor, codebook: Tensor, stages: Stages, with_sums: bool) -> Result:
     """quantized [N, D], codes [N, Q], squared errors [Q], counts [sum K], sums [sum K, D].
 

@@ -18,7 +18,7 @@ from spinlock_fast.kernels._common.guard import launches, rows_of
 from spinlock_fast.kernels._common.launch_helpers import codebook_offsets, compute_capability, next_power_of_two
 from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels._common.triton_centred_codes import centred_codes
-from spinlock_fast.kernels._common.triton_code_sums import sum_by_code
+from spinlock_fast.kernels._common.triton_code_sums import SEGMENT_ROWS, Segments
 from spinlock_fast.kernels.residual_vq import triton_stagewise
 from spinlock_fast.kernels.residual_vq.reference import Result, Stages
 from spinlock_fast.kernels.residual_vq.triton_backward import MAX_DIMS, lengths, row_block
@@ -133,14 +133,16 @@ def residual_gather_kernel(
     codes_ptr,  # [N, Q] int64
     zero_ptr,  # [N] int32
     quantized_ptr,  # [N, D]
+    counts32_ptr,  # [sum K] int32, increased where COUNT
     N,
     Q,
     D,
     HAS_MASK: tl.constexpr,
+    COUNT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """quantized = sum_q e_q. A kernel of its own, since the search needs the registers."""
+    """quantized = sum_q e_q, and rows of each code. A kernel of its own, since the search needs the registers."""
     start = tl.program_id(0).to(tl.int64) * BLOCK_N
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
@@ -153,30 +155,32 @@ def residual_gather_kernel(
     for q in range(Q):
         code = tl.load(codes_ptr + (start + n) * Q + q, mask=valid, other=0)
         chosen = tl.load(offsets_ptr + 2 * Q + q).to(tl.int64) + tl.where(code < 0, 0, code)
+        if COUNT:  # integers: the same counts in any order
+            tl.atomic_add(counts32_ptr + chosen, 1, mask=valid & (code >= 0), sem="relaxed")
         in_tile = (valid & (q < zero))[:, None] & (d < D)[None, :]
         e = tl.load(codebook_ptr + chosen[:, None] * D + d[None, :], mask=in_tile, other=0.0)
         total += tl.where((code < 0)[:, None] & in_tile, float("nan"), e)
     tl.store(quantized_ptr + (start + n)[:, None] * D + d[None, :], total, mask=in_rows[:, None] & (d < D)[None, :])
 
 
-@triton.jit(do_not_specialize=["x_stride", "limit"])
+@triton.jit(do_not_specialize=["N", "x_stride"])
 def residual_sum_kernel(
     x_ptr,  # [N, D], row stride x_stride
     codebook_ptr,  # [sum K, D]
     codes_ptr,  # [N, Q] int64
     lengths_ptr,  # [N, Q]; read where COSINE
     zero_ptr,  # [N] int32
-    order_ptr,  # [N * Q] int64 positions in the flattened codes, sorted by code
-    item_code_ptr,  # [items] int64 code of a segment, `limit` for none
-    item_first_ptr,  # [items] int64 first sorted position of the segment
-    item_last_ptr,  # [items] int64 one past its last position
+    sorted_rows_ptr,  # [Q, N] int32 rows by ascending code
+    item_code_ptr,  # [items] int32 code of a segment, -1 for none
+    item_first_ptr,  # [items] int32 first sorted position of the segment
+    item_last_ptr,  # [items] int32 one past its last position
     codebook_of_code_ptr,  # [sum K] int64
     offsets_ptr,  # [5, Q] int32
     out_ptr,  # [items, D]
+    N,
     Q,
     D,
     x_stride,
-    limit,
     COSINE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -184,7 +188,7 @@ def residual_sum_kernel(
     """Sums of y_q over the rows of a segment, where y_q = x - e_0 - ... - e_{q-1}, normalised where COSINE."""
     item = tl.program_id(0).to(tl.int64)
     code = tl.load(item_code_ptr + item)
-    if code < limit:
+    if code >= 0:
         q = tl.load(codebook_of_code_ptr + code)
         d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         first = tl.load(item_first_ptr + item)
@@ -194,7 +198,7 @@ def residual_sum_kernel(
             at = position + tl.arange(0, BLOCK_R)
             in_segment = at < last
             in_tile = in_segment[:, None] & (d < D)[None, :]
-            row = tl.load(order_ptr + at, mask=in_segment, other=0) // Q
+            row = tl.load(sorted_rows_ptr + q * N + at, mask=in_segment, other=0).to(tl.int64)
             # value: [BLOCK_R, BLOCK_D]
             value = tl.load(x_ptr + (row * x_stride)[:, None] + d[None, :], mask=in_tile, other=0.0)
             zero = tl.load(zero_ptr + row, mask=in_segment, other=0)
@@ -224,33 +228,32 @@ def assign(x: Tensor, codebook: Tensor, stages: Stages, with_sums: bool) -> Resu
     if N == 0:
         return quantized, codes, x.new_zeros(Q), x.new_zeros(total), x.new_zeros(total, D)
     config = ResidualConfig.of(D, compute_capability(x.device))
-    centred, norms, centres = centred_codes(codebook, layout, not cosine, config.block_k)
+    offsets = codebook_offsets(layout, x.device)
+    centred, norms, centres, counts = centred_codes(codebook, layout, not cosine, config.block_k)
     residual_lengths = x.new_empty(N, Q if cosine else 0)
     zero = torch.empty(N, dtype=torch.int32, device=x.device)
     tiles = triton.cdiv(N, config.block_n)
     errors = x.new_empty(tiles, Q)
     residual_vq_fwd_kernel[(tiles,)](
-        x, codebook, codebook_offsets(layout, x.device), centres, centred, norms, x if mask is None else mask, codes,
-        residual_lengths, zero, errors, N, Q, D, centred.shape[1], centred.shape[2], x.stride(0), COSINE=cosine,
+        x, codebook, offsets, centres, centred, norms, x if mask is None else mask, codes, residual_lengths, zero,
+        errors, N, Q, D, centred.shape[1], centred.shape[2], x.stride(0), COSINE=cosine,
         ROTATION=gradient == "rotation", HAS_MASK=mask is not None, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         BLOCK_D=config.block_d, num_warps=config.num_warps, num_stages=1,
     )  # fmt: skip
     block_n = row_block(config.block_d)
     residual_gather_kernel[(triton.cdiv(N, block_n),)](
-        codebook, codebook_offsets(layout, x.device), x if mask is None else mask, codes, zero, quantized, N, Q, D,
-        HAS_MASK=mask is not None, BLOCK_N=block_n, BLOCK_D=config.block_d, num_warps=4,
+        codebook, offsets, x if mask is None else mask, codes, zero, quantized, counts, N, Q, D,
+        HAS_MASK=mask is not None, COUNT=with_sums, BLOCK_N=block_n, BLOCK_D=config.block_d, num_warps=4,
     )  # fmt: skip
     errors = errors.sum(0)
     if not with_sums:
         return quantized, codes, errors, x.new_empty(0), x.new_empty(0, D)
-
-    def sum_segments(segments: tuple[Tensor, ...], parts: Tensor, blocks: int, block_r: int, block_d: int) -> None:
-        index = layout.indices(x.device)
-        residual_sum_kernel[(len(parts), blocks)](
-            x, codebook, codes, residual_lengths, zero, *segments, index.codebook_of_code,
-            codebook_offsets(layout, x.device), parts, Q, D, x.stride(0), total, COSINE=cosine, BLOCK_R=block_r,
-            BLOCK_D=block_d, num_warps=4,
-        )  # fmt: skip
-
-    counts, sums = sum_by_code(codes, layout, sum_segments)
-    return quantized, codes, errors, counts, sums.view(-1, D)
+    segments = Segments.of(codes, counts, layout)
+    parts = segments.new_sums()
+    residual_sum_kernel[(segments.num_items, triton.cdiv(D, segments.block_d))](
+        x, codebook, codes, residual_lengths, zero, *segments.tables, layout.indices(x.device).codebook_of_code,
+        offsets, parts, N, Q, D, x.stride(0), COSINE=cosine, BLOCK_R=SEGMENT_ROWS, BLOCK_D=segments.block_d,
+        num_warps=4,
+    )  # fmt: skip
+    batch_counts, sums = segments.add(parts)
+    return quantized, codes, errors, batch_counts, sums.view(-1, D)

@@ -17,8 +17,8 @@ from torch import Tensor
 from spinlock_fast.kernels._common.guard import launches, rows_of
 from spinlock_fast.kernels._common.launch_helpers import codebook_offsets, compute_capability
 from spinlock_fast.kernels._common.layout import CodebookLayout
-from spinlock_fast.kernels._common.triton_centred_codes import centred_codes
-from spinlock_fast.kernels._common.triton_code_sums import segment_sum_kernel, sum_by_code
+from spinlock_fast.kernels._common.triton_centred_codes import CentredCodes, centred_codes
+from spinlock_fast.kernels._common.triton_code_sums import Segments
 from spinlock_fast.kernels.vq_assign.reference import Result
 
 # Programs that fill a large GPU. The number of shares depends on this constant alone, never on the device.
@@ -64,13 +64,14 @@ def vq_search_fwd_kernel(
     D_pad,
     z_stride,
     share,  # codes of a codebook that one program searches, a multiple of BLOCK_K
+    COSINE: tl.constexpr,  # the largest dot product in place of the smallest distance
     CENTRED: tl.constexpr,
     ALIGNED: tl.constexpr,  # every D_g and z_stride are multiples of 32
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """code = argmin_k |e_k|^2 - 2 z.e_k over the share of the codes, and its minimum."""
+    """code = argmin_k |e_k|^2 - 2 z.e_k, or -2 z.e_k where COSINE, over the share of the codes, and its minimum."""
     g = tl.program_id(1)
     split = tl.program_id(2)
     K = tl.load(offsets_ptr + g)
@@ -103,7 +104,7 @@ def vq_search_fwd_kernel(
             e = tl.load(e_tile + first + e_offsets)  # [BLOCK_K, BLOCK_D]
             products = tl.dot(z, tl.trans(e), products, input_precision="tf32x3")  # [BLOCK_N, BLOCK_K]
         norms = tl.load(norms_ptr + first_code + tl.arange(0, BLOCK_K))  # [BLOCK_K]
-        distance = norms[None, :] - 2.0 * products
+        distance = -2.0 * products if COSINE else norms[None, :] - 2.0 * products
         # NaN compares unequal to itself: a code that is not finite is never selected.
         distance = tl.where((norms < float("inf"))[None, :] & (distance == distance), distance, float("inf"))
         nearest, index = tl.min(distance, axis=1, return_indices=True)  # the lowest index on ties
@@ -126,12 +127,14 @@ def vq_finish_fwd_kernel(
     codes_ptr,  # [N, G] int64
     quantized_ptr,  # [N, sum D] float32
     error_ptr,  # [row tiles, G] float32
+    counts32_ptr,  # [sum K] int32, increased where COUNT
     N,
     G,
     total_dims,
     z_stride,
     splits,
     HAS_MASK: tl.constexpr,
+    COUNT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -165,6 +168,8 @@ def vq_finish_fwd_kernel(
         valid = valid & (tl.load(mask_ptr + start + r, mask=in_rows, other=0) != 0)
     code = tl.where(valid, code, -1)
     tl.store(codes_ptr + start * G + g + r * G, code.to(tl.int64), mask=in_rows)
+    if COUNT:  # integers: the same counts in any order
+        tl.atomic_add(counts32_ptr + tl.load(offsets_ptr + 2 * G + g) + code, 1, mask=valid, sem="relaxed")
     chosen = tl.where(valid, code, 0).to(tl.int64) * D
     out_tile = quantized_ptr + start * total_dims + first_column
     error = tl.zeros([BLOCK_N], dtype=tl.float32)
@@ -194,30 +199,37 @@ def assign(
         widths = G, layout.total_codes if with_sums else 0, layout.total_entries if with_sums else 0
         error, counts, sums = (z.new_zeros(1, width, dtype=torch.float32) for width in widths)
         return quantized, codes, error, counts, sums
-    best, code = _search(z, codebook, layout, centred)
+    prepared = centred_codes(codebook, layout, centred, SearchConfig.of(compute_capability(z.device)).block_k)
+    best, code = search(z, prepared, layout, centred=centred)
     block_n = 32
     tiles = triton.cdiv(N, block_n)
     error = torch.empty(tiles, G, dtype=torch.float32, device=z.device)
     vq_finish_fwd_kernel[(tiles, G)](
         z, codebook, mask if mask is not None else z, codebook_offsets(layout, z.device), best, code, codes, quantized,
-        error, N, G, layout.total_dims, z.stride(0), best.shape[0], HAS_MASK=mask is not None, BLOCK_N=block_n,
-        BLOCK_D=32, num_warps=4,
+        error, prepared.counts, N, G, layout.total_dims, z.stride(0), best.shape[0], HAS_MASK=mask is not None,
+        COUNT=with_sums, BLOCK_N=block_n, BLOCK_D=32, num_warps=4,
     )  # fmt: skip
     if with_sums:
-        counts, sums = _accumulate(z, codes, layout)
+        segments = Segments.of(codes, prepared.counts, layout)
+        counts, sums = segments.add(segments.sum_rows(z))
     else:
         counts, sums = codebook.new_empty(0), codebook.new_empty(0)
     return quantized, codes, error.sum(0, keepdim=True), counts[None], sums[None]
 
 
-def _search(z: Tensor, codebook: Tensor, layout: CodebookLayout, centred: bool) -> tuple[Tensor, Tensor]:
-    """Distances (without |z|^2) and indices [splits, G, N] of the nearest code in each share of the codes."""
+def search(
+    z: Tensor, prepared: CentredCodes, layout: CodebookLayout, *, centred: bool, cosine: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Distances (without |z|^2) and indices [splits, G, N] of the nearest code in each share of the codes.
+
+    With `cosine`, of the code with the largest dot product; z need not be of unit length.
+    """
     N, G = z.shape[0], layout.groups
     offsets = codebook_offsets(layout, z.device)
     config = SearchConfig.of(compute_capability(z.device))
     tiles = triton.cdiv(N, config.block_n)
     code_tiles = triton.cdiv(layout.max_codes, config.block_k)
-    codes, norms, centres = centred_codes(codebook, layout, centred, config.block_k)
+    codes, norms, centres, _ = prepared
     K_pad, D_pad = codes.shape[1:]
     splits = max(1, min(code_tiles, 16, _PROGRAMS // (tiles * G)))
     share = triton.cdiv(code_tiles, splits) * config.block_k
@@ -225,21 +237,7 @@ def _search(z: Tensor, codebook: Tensor, layout: CodebookLayout, centred: bool) 
     best = torch.empty(splits, G, N, dtype=torch.float32, device=z.device)
     code = torch.empty(splits, G, N, dtype=torch.int32, device=z.device)
     vq_search_fwd_kernel[(tiles, G, splits)](
-        z, codes, offsets, centres, norms, best, code, N, G, K_pad, D_pad, z.stride(0), share, CENTRED=centred,
-        ALIGNED=all(d % 32 == 0 for d in layout.dims) and z.stride(0) % 32 == 0, **config.options,
+        z, codes, offsets, centres, norms, best, code, N, G, K_pad, D_pad, z.stride(0), share, COSINE=cosine,
+        CENTRED=centred, ALIGNED=all(d % 32 == 0 for d in layout.dims) and z.stride(0) % 32 == 0, **config.options,
     )  # fmt: skip
     return best, code
-
-
-def _accumulate(z: Tensor, codes: Tensor, layout: CodebookLayout) -> tuple[Tensor, Tensor]:
-    """`reference.accumulate` in a fixed order."""
-    index, offsets = layout.indices(z.device), codebook_offsets(layout, z.device)
-
-    def sum_segments(segments: tuple[Tensor, ...], parts: Tensor, blocks: int, block_r: int, block_d: int) -> None:
-        order, code, first, last = segments
-        segment_sum_kernel[(len(parts), blocks)](
-            z, order, code, first, last, index.codebook_of_code, offsets, first, parts, layout.groups, z.stride(0),
-            parts.shape[1], len(parts), layout.total_codes, LEVEL=0, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=4,
-        )  # fmt: skip
-
-    return sum_by_code(codes, layout, sum_segments)

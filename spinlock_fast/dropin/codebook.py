@@ -338,6 +338,9 @@ def _replace_dead_codes(
 
     for slots in dead_codes.equal_options(codebooks):
         synced = candidates.get(slots[0][0]) is not None
+        plain = not synced and mask is None and all(codebook_active is None for codebook_active in active)
+        if plain and dead_codes.replace_by_kernels(codebooks, slots, num_rows, gather_rows):
+            continue
         if synced or num_rows:
             dead_codes.replace_dead_codes(codebooks, slots, active, replacements, read_on_host=not synced)
 

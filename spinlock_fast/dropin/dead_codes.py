@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spinlock_fast.kernels._common.backend import resolve_backend
 from spinlock_fast.kernels._common.guard import is_traced
+from spinlock_fast.kernels._common.operator import is_plain_call
 from spinlock_fast.quantize.buffers import TransientBuffers
 from spinlock_fast.quantize.sharded_parameters import store_written
 
@@ -39,6 +41,8 @@ def gather_from_heads(rows: Tensor, transform: Callable[[Tensor], Tensor]) -> Ga
     """Gathers `transform(rows)` for rows [H, N, D] of each head of one codebook."""
 
     def gather(slots: Sequence[Slot], index: Tensor) -> Tensor:
+        if len(slots) == 1:
+            return transform(rows[slots[0][1]][index])
         return transform(torch.stack([rows[h][i] for (_, h), i in zip(slots, index.unbind(0), strict=True)]))
 
     return gather
@@ -125,6 +129,47 @@ def replace_dead_codes(
         _overwrite_codes(codebooks, slots[p : p + size], dead[p : p + size], drawn.part(p, p + size))
     for i in dict.fromkeys(i for i, _ in slots):
         store_written(codebooks[i], "embed")
+
+
+def replace_by_kernels(
+    codebooks: Sequence[ReplaceableCodes], slots: Sequence[Slot], num_rows: int, gather: GatherRows
+) -> bool:
+    """`replace_dead_codes` in few launches on a GPU, by rows without a mask; other random rows than on a CPU.
+
+    Returns:
+        False, without a change, where the kernels do not apply: on a CPU, in compiled code, without rows, for other
+        types than float32, and with the correction `reset_scale`.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    first = codebooks[slots[0][0]]
+    used = [codebooks[i] for i in dict.fromkeys(i for i, _ in slots)]
+    state = [tensor for one in used for tensor in (one.embed.data, one.embed_avg, one.cluster_size)]
+    if num_rows == 0 or "reset_scale" in first.corrections or not runs_by_kernels(state):
+        return False
+    from spinlock_fast.kernels.dead_codes import triton_replace
+
+    sizes = used[0].cluster_size if len(used) == 1 else torch.cat([one.cluster_size for one in used])
+    index = triton_replace.choose_rows(sizes, first.threshold_ema_dead_code, num_rows)
+    rows = gather(slots, index)  # an index of -1 gathers some row
+    start = 0
+    for one in used:
+        part = slice(start, start + one.num_codebooks)
+        triton_replace.replace_codes(
+            rows[part], index[part], one.embed.data, one.embed_avg, one.cluster_size, one.reset_cluster_size
+        )
+        store_written(one, "embed")
+        start += one.num_codebooks
+    return True
+
+
+def runs_by_kernels(state: Sequence[Tensor]) -> bool:
+    """Whether Triton kernels can change these tensors in place."""
+    return (
+        is_plain_call(state)
+        and all(tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in state)
+        and resolve_backend("auto", *state) == "triton"
+    )
 
 
 def slots_at_once(device: torch.device, slots: int) -> int:

@@ -267,7 +267,8 @@ class ResidualVQ(ResidualStages):
             results = self._quantize_by_stage(layout, rows, mask, stages, sample_codebook_temp, freeze_codebook)
         quantized, codes, loss = results
         dropped = self.num_quantizers - stages
-        codes, loss = F.pad(codes, (0, dropped), value=-1), F.pad(loss, (0, dropped))
+        if dropped:
+            codes, loss = F.pad(codes, (0, dropped), value=-1), F.pad(loss, (0, dropped))
         loss = losses.ensure_backward(loss) if self.training else loss
         if self.diveq:
             quantized = directional_reparam(rows, quantized)
