@@ -166,7 +166,8 @@ std::vector<Task> RowReader::Pool::make_tasks(const std::shared_ptr<const Submis
             const ChunkLocation chunk = chunk_reader_.chunk_of(d, slots[begin].row);
             std::size_t end = begin + 1;
             while (end < slots.size() && slots[end].row < chunk.first_row + chunk.rows) ++end;
-            for (std::uint64_t column = 0; column < chunk_reader_.grid_columns(chunk); ++column) {
+            const std::uint64_t columns = chunk_reader_.read_by_caller(chunk) ? 0 : chunk_reader_.grid_columns(chunk);
+            for (std::uint64_t column = 0; column < columns; ++column) {
                 tasks.push_back({0, submission, begin, end, chunk});
                 tasks.back().chunk.column = column;
             }
@@ -230,7 +231,7 @@ std::optional<Failure> RowReader::Pool::run_task(const Task& task, DecodeState& 
         for (std::size_t i = task.begin; i < task.end; ++i) {
             const auto& [row, batch, slot] = submission.slots[i];
             const auto memory = submission.batches[batch]->memory[task.chunk.dataset];
-            state.rows.push_back({row - task.chunk.first_row, memory.data() + slot * row_bytes});
+            state.rows.push_back({row - task.chunk.first_row + task.chunk.skipped, memory.data() + slot * row_bytes});
         }
         chunk_reader_.read(task.chunk, state);
         return std::nullopt;

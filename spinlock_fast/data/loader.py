@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +29,7 @@ from spinlock_fast.data.uncompressed_copies import uncompressed_copies
 from spinlock_fast.data.window_sizes import WindowSizes, available_cpus, sequential_windows, shuffled_windows
 from spinlock_fast.distributed import SINGLE, Ranks
 from spinlock_fast.errors import ConfigError
+from spinlock_fast.interrupts import deferred_interrupts
 
 
 class HDF5Loader(IterableDataset[dict[str, Tensor]]):
@@ -290,10 +290,13 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
             memory=self._memory,
             stats=stats,
         )
-        with closing(batches):
+        try:
             for number, batch in enumerate(batches, start=first + 1):
                 self._epoch, self._batch = epoch, number
                 yield sharded.unpack(batch) if self.unpack else batch
+        finally:
+            with deferred_interrupts(finalizing=True):  # a caller that leaves its loop early drops the generator
+                batches.close()
 
     def state_dict(self) -> dict[str, Any]:
         """State from which a loader with the same data and settings resumes after the last delivered batch.
@@ -342,10 +345,7 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
             "threads": self.num_threads,
             "inflate": _native.inflate_library(),
             "codecs": _native.codec_libraries(),
-            "paths": {
-                dataset.path: f"h5py, because of {dataset.h5py_reason}" if dataset.h5py_reason else "native"
-                for dataset in self._sharded.datasets
-            },
+            "paths": {dataset.path: dataset.reading for dataset in self._sharded.datasets},
         }
 
 

@@ -16,16 +16,27 @@ import numpy as np
 
 from spinlock_fast.data.backing_files import BackingFile, linked_files, sources_of
 from spinlock_fast.data.hdf5_links import ExternalFilePolicy, LinkTrace, get_dataset
-from spinlock_fast.data.input_files import FileIdentity, identify, open_file, reporting_damage
+from spinlock_fast.data.input_files import FileIdentity, fetched, identify, open_file, reporting_damage
 from spinlock_fast.data.native_layout import NotNativeError, check_filters, native_layout
 from spinlock_fast.data.packing import Packing, read_packing
 from spinlock_fast.data.remote_files import remote_file
 from spinlock_fast.errors import DataError
+from spinlock_fast.interrupts import deferred_interrupts
 
 log = logging.getLogger(__name__)
 
 _ITEM_SIZES = {"f": (2, 4, 8), "i": (1, 2, 4, 8), "u": (1, 2, 4, 8), "b": (1,)}
 _CACHE_SIZE = 256
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """Consecutive rows of a shard, stored in one dataset of a file."""
+
+    rows: int
+    file: Path
+    identity: FileIdentity
+    layout: dict[str, Any] | None  # for `_native.RowReader`; None if h5py must read
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +58,11 @@ class ShardIndex:
     backing_files: tuple[BackingFile, ...]  # other files reached through links and virtual or external sources
     packing: Packing | None  # of packed numbers
     matlab: bool  # written by MATLAB, which reverses the axes
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """Its rows by the file that stores them."""
+        return (Segment(self.shape[0], self.storage_file, self.storage_identity, self.native_layout),)
 
     @property
     def identities(self) -> tuple[FileIdentity, ...]:
@@ -106,7 +122,7 @@ def index_copy(index: ShardIndex) -> ShardIndex:
 def _index_local(file: Path, paths: list[str], policy: ExternalFilePolicy) -> dict[str, ShardIndex]:
     identity = identify(file)
     indexes = {}
-    with open_file(file) as handle:
+    with fetched(file), deferred_interrupts(), open_file(file) as handle:
         for path in paths:
             with reporting_damage(file, path):
                 indexes[path] = _index(file, identity, handle, path, policy)
