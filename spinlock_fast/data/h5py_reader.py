@@ -23,7 +23,8 @@ _SPARE_DESCRIPTORS = 4  # libhdf5 opens a file before it detects that it is alre
 @dataclass
 class _OpenDataset:
     id: h5py.h5d.DatasetID
-    stored_type: h5py.h5t.TypeID  # the type of the dataset in native byte order
+    memory_type: h5py.h5t.TypeID  # its type in native byte order
+    space: h5py.h5s.SpaceID
 
 
 @dataclass
@@ -61,13 +62,13 @@ class H5pyReader:
         sources = sorted(
             {source.path for source in index.backing_files if source.opened_by_hdf5 and source.holds(low, high)}
         )
-        location = f"{index.file}: {index.path}: rows {low}..{high - 1}"
         if len(sources) > _MAX_OPEN_FILES and high - low > 1:  # in parts: not all sources may be open at a time
             middle = (low + high) // 2
             self.read(index, low, middle, out[: middle - low])
             self.read(index, middle, high, out[middle - low :])
             return
         error: BaseException | None = None
+        location = f"{index.file}: {index.path}: rows {low}..{high - 1}"
         try:
             self._read_with_sources(index, sources, low, high, out)
         except TooManyOpenFilesError as full:
@@ -104,17 +105,16 @@ class H5pyReader:
             for descriptor in spare:
                 os.close(descriptor)
         dataset = self._dataset(index)
-        selection = dataset.id.get_space()
-        rest = out.shape[1:]
-        selection.select_hyperslab((low,) + (0,) * len(rest), (high - low, *rest))
-        dataset.id.read(h5py.h5s.create_simple(out.shape), selection, out, dataset.stored_type)
+        dataset.space.select_hyperslab((low,) + (0,) * (out.ndim - 1), out.shape)
+        dataset.id.read(h5py.h5s.create_simple(out.shape), dataset.space, out, dataset.memory_type)
 
     def _dataset(self, index: ShardIndex) -> _OpenDataset:
         opened = self._files[index.file]
         dataset = opened.datasets.get(index.path)
         if dataset is None:
             node = opened.handle[index.path]
-            dataset = _OpenDataset(node.id, h5py.h5t.py_create(node.dtype.newbyteorder("=")))
+            memory_type = h5py.h5t.py_create(node.dtype.newbyteorder("="))
+            dataset = _OpenDataset(node.id, memory_type, node.id.get_space())
             if not index.backing_files:  # an open virtual dataset would keep its sources open
                 opened.datasets[index.path] = dataset
         return dataset

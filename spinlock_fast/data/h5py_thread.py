@@ -18,6 +18,7 @@ from spinlock_fast.data.sharded_dataset import ShardedDataset, ShardedDatasets
 from spinlock_fast.interrupts import deferred_interrupts
 
 _BLOCK_BYTES = 1 << 20  # read at a time if a dataset is not chunked
+_LARGE_ROW_BYTES = 2048  # copied one at a time, since NumPy gathers rows in a temporary array
 _MAX_BLOCK_BYTES = 4 << 20  # of several chunks: closing the thread waits for a block
 
 
@@ -134,13 +135,17 @@ def _run(
 def _read(reader: H5pyReader, sharded: ShardedDatasets, task: _Task, stop: _Stop) -> dict[int, Exception]:
     """Reads the rows of a task; returns the first error of each batch."""
     dataset, batches = task.dataset, task.batches
-    ends = np.cumsum(sharded.shard_rows)
-    order = np.argsort(task.rows, kind="stable")
-    rows, positions = task.rows[order], task.positions[order]
+    rows, positions = task.rows, task.positions
+    if (rows[1:] <= rows[:-1]).any():
+        order = np.argsort(rows, kind="stable")
+        rows, positions = rows[order], positions[order]
+    ends, starts = np.cumsum(sharded.shard_rows), np.array([batch.first for batch in batches])
     shards = np.searchsorted(ends, rows, side="right")
     local = rows - (ends - np.array(sharded.shard_rows))[shards]
-    owner = np.searchsorted([batch.first for batch in batches], positions, side="right") - 1
-    slots = positions - np.array([batch.first for batch in batches])[owner]
+    owner = np.searchsorted(starts, positions, side="right") - 1
+    slots = positions - starts[owner]
+    memory = [batch.memory for batch in batches]
+    scratch = np.empty((0, *dataset.row_shape), dataset.dtype)
     errors: dict[int, Exception] = {}
     for begin, end, consecutive in _blocks(dataset, shards, local, owner, slots):
         if stop.requested:
@@ -149,17 +154,33 @@ def _read(reader: H5pyReader, sharded: ShardedDatasets, task: _Task, stop: _Stop
         try:
             if consecutive:
                 slot = int(slots[begin])
-                reader.read(shard, low, high, batches[int(owner[begin])].memory[slot : slot + high - low])
+                reader.read(shard, low, high, memory[int(owner[begin])][slot : slot + high - low])
                 continue
-            values = np.empty((high - low, *dataset.row_shape), dataset.dtype)
-            reader.read(shard, low, high, values)
-            for i in np.unique(owner[begin:end]):
-                mine = begin + np.flatnonzero(owner[begin:end] == i)
-                batches[int(i)].memory[slots[mine]] = values[local[mine] - low]
+            if len(scratch) < high - low:
+                scratch = np.empty((high - low, *dataset.row_shape), dataset.dtype)
+            reader.read(shard, low, high, scratch[: high - low])
+            _scatter(scratch, local[begin:end] - low, memory, owner[begin:end], slots[begin:end])
         except Exception as error:  # noqa: BLE001 - raised again at the batch it belongs to
             for i in np.unique(owner[begin:end]):
                 errors.setdefault(batches[int(i)].first, error)
     return errors
+
+
+def _scatter(
+    values: NDArray[Any],
+    rows: NDArray[np.int64],
+    memory: list[NDArray[Any]],
+    owner: NDArray[np.int64],
+    slots: NDArray[np.int64],
+) -> None:
+    """Copies values[rows[i]] to memory[owner[i]][slots[i]]."""
+    if values[:1].nbytes >= _LARGE_ROW_BYTES:
+        for row, i, slot in zip(rows.tolist(), owner.tolist(), slots.tolist(), strict=True):
+            memory[i][slot] = values[row]
+        return
+    for i in np.unique(owner):
+        mine = owner == i
+        memory[int(i)][slots[mine]] = values[rows[mine]]
 
 
 def _blocks(
@@ -187,9 +208,10 @@ def _blocks(
     most = step * max(1, _MAX_BLOCK_BYTES // (step * dataset.row_bytes))
 
     def changes(*columns: NDArray[np.int64]) -> NDArray[np.bool_]:
-        changed = np.zeros(len(local), bool)
-        for column in columns:
-            changed |= np.diff(column, prepend=-1) != 0
+        changed = np.ones(len(local), bool)
+        changed[1:] = columns[0][1:] != columns[0][:-1]
+        for column in columns[1:]:
+            changed[1:] |= column[1:] != column[:-1]
         return changed
 
     place = np.arange(len(local))
