@@ -25,6 +25,7 @@ class _OpenDataset:
     id: h5py.h5d.DatasetID
     memory_type: h5py.h5t.TypeID  # its type in native byte order
     space: h5py.h5s.SpaceID
+    fill: Any = None  # of a virtual dataset
 
 
 @dataclass
@@ -105,6 +106,8 @@ class H5pyReader:
             for descriptor in spare:
                 os.close(descriptor)
         dataset = self._dataset(index)
+        if dataset.fill is not None:  # libhdf5 leaves rows without a source unset if others have two sources
+            out[...] = dataset.fill
         dataset.space.select_hyperslab((low,) + (0,) * (out.ndim - 1), out.shape)
         dataset.id.read(h5py.h5s.create_simple(out.shape), dataset.space, out, dataset.memory_type)
 
@@ -114,7 +117,8 @@ class H5pyReader:
         if dataset is None:
             node = opened.handle[index.path]
             memory_type = h5py.h5t.py_create(node.dtype.newbyteorder("="))
-            dataset = _OpenDataset(node.id, memory_type, node.id.get_space())
+            fill = node.fillvalue if node.is_virtual else None
+            dataset = _OpenDataset(node.id, memory_type, node.id.get_space(), fill)
             if not index.backing_files:  # an open virtual dataset would keep its sources open
                 opened.datasets[index.path] = dataset
         return dataset

@@ -7,6 +7,7 @@ import importlib
 import os
 from array import array
 from collections.abc import Iterator
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spinlock_fast import _native
-from spinlock_fast.data.input_files import H5PY_ERRORS
+from spinlock_fast.data.input_files import H5PY_ERRORS, FileIdentity
 from spinlock_fast.errors import DataError
 
 _UNWRITTEN = np.iinfo(np.uint64).max
@@ -39,6 +40,17 @@ _LISTED_CHUNKS = 1 << 16  # stored in the tables at a time
 _CONTIGUOUS_BYTES = 1 << 20  # per read task
 _COMPARED_CHUNKS = 4  # per dataset, compared with the chunks that libhdf5 finds
 _MAX_COMPARED_BYTES = 16 << 20  # larger chunks are not compared
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """Consecutive rows of a dataset, stored in one dataset of a file."""
+
+    rows: int
+    file: Path
+    identity: FileIdentity
+    layout: dict[str, Any] | None  # see `native_layout`; None if h5py must read
+    unmapped: bool = False  # no source of a virtual dataset holds the rows
 
 
 class NotNativeError(Exception):

@@ -17,9 +17,10 @@ import numpy as np
 from spinlock_fast.data.backing_files import BackingFile, linked_files, sources_of
 from spinlock_fast.data.hdf5_links import ExternalFilePolicy, LinkTrace, get_dataset
 from spinlock_fast.data.input_files import FileIdentity, fetched, identify, open_file, reporting_damage
-from spinlock_fast.data.native_layout import NotNativeError, check_filters, native_layout
+from spinlock_fast.data.native_layout import NotNativeError, Segment, check_filters, native_layout
 from spinlock_fast.data.packing import Packing, read_packing
 from spinlock_fast.data.remote_files import remote_file
+from spinlock_fast.data.virtual_segments import virtual_segments
 from spinlock_fast.errors import DataError
 from spinlock_fast.interrupts import deferred_interrupts
 
@@ -27,16 +28,6 @@ log = logging.getLogger(__name__)
 
 _ITEM_SIZES = {"f": (2, 4, 8), "i": (1, 2, 4, 8), "u": (1, 2, 4, 8), "b": (1,)}
 _CACHE_SIZE = 256
-
-
-@dataclass(frozen=True, eq=False)
-class Segment:
-    """Consecutive rows of a shard, stored in one dataset of a file."""
-
-    rows: int
-    file: Path
-    identity: FileIdentity
-    layout: dict[str, Any] | None  # for `_native.RowReader`; None if h5py must read
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,18 +42,21 @@ class ShardIndex:
     chunk_rows: int  # rows per chunk; 1 if not chunked
     chunk_bytes: int  # decoded size of a chunk; 0 if not chunked
     native_layout: dict[str, Any] | None  # for `_native.RowReader`; None if h5py must read
-    h5py_reason: str  # why h5py must read; empty otherwise
+    h5py_reason: str  # why h5py must read some rows; empty otherwise
     swmr: bool  # a writer has the file open in SWMR mode: it may change
     storage_file: Path  # the file that stores the dataset; differs from `file` behind an external link
     storage_identity: FileIdentity
     backing_files: tuple[BackingFile, ...]  # other files reached through links and virtual or external sources
     packing: Packing | None  # of packed numbers
     matlab: bool  # written by MATLAB, which reverses the axes
+    virtual_segments: tuple[Segment, ...] = ()  # of a virtual dataset that is read natively
 
     @property
     def segments(self) -> tuple[Segment, ...]:
         """Its rows by the file that stores them."""
-        return (Segment(self.shape[0], self.storage_file, self.storage_identity, self.native_layout),)
+        return self.virtual_segments or (
+            Segment(self.shape[0], self.storage_file, self.storage_identity, self.native_layout),
+        )
 
     @property
     def identities(self) -> tuple[FileIdentity, ...]:
@@ -168,9 +162,16 @@ def _index(file: Path, identity: FileIdentity, handle: h5py.File, path: str, pol
     if 0 in shape[1:]:
         raise DataError(f"{file}: {path}: no columns (shape {shape})")
     chunks = dataset.chunks
+    chunk_rows, chunk_bytes = chunks[0] if chunks else 1, prod(chunks) * dtype.itemsize if chunks else 0
     layout, h5py_reason = None, ""
+    segments: tuple[Segment, ...] = ()
     try:
-        layout = native_layout(dataset.file, dataset)
+        if dataset.is_virtual and shape[0]:
+            virtual = virtual_segments(storage_file, dataset, policy)
+            segments, h5py_reason = virtual.segments, virtual.h5py_reason
+            chunk_rows, chunk_bytes = virtual.chunk_rows, virtual.chunk_bytes
+        else:
+            layout = native_layout(dataset.file, dataset)
     except NotNativeError as error:
         h5py_reason = str(error)
         check_filters(file, dataset)
@@ -180,8 +181,8 @@ def _index(file: Path, identity: FileIdentity, handle: h5py.File, path: str, pol
         path,
         shape,
         np.dtype("u1" if dtype.kind == "b" else dtype.str).newbyteorder("="),  # drops the metadata of enumerations
-        chunks[0] if chunks else 1,
-        prod(chunks) * dtype.itemsize if chunks else 0,
+        chunk_rows,
+        chunk_bytes,
         layout,
         h5py_reason,
         dataset.file.swmr_mode,
@@ -190,6 +191,7 @@ def _index(file: Path, identity: FileIdentity, handle: h5py.File, path: str, pol
         tuple(backing_files),
         read_packing(dataset) if dtype.kind != "b" else None,
         "MATLAB_class" in dataset.attrs,
+        segments,
     )
 
 

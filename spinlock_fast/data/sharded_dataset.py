@@ -16,8 +16,9 @@ from torch import Tensor
 
 from spinlock_fast.data.hdf5_links import ExternalFilePolicy
 from spinlock_fast.data.input_files import FileIdentity
+from spinlock_fast.data.native_layout import Segment
 from spinlock_fast.data.remote_files import remote_file
-from spinlock_fast.data.shard_index import Segment, ShardIndex, file_description
+from spinlock_fast.data.shard_index import ShardIndex, file_description
 from spinlock_fast.data.shard_manifest import ShardManifest
 from spinlock_fast.errors import DataError
 
@@ -52,6 +53,8 @@ class ShardedDataset:
             return "native"
         count = sum(bool(shard.h5py_reason) for shard in self.shards)
         part = "" if count == len(self.shards) else f" for {count} of {len(self.shards)} files"
+        if any(shard.h5py_reason and shard.virtual_segments for shard in self.shards):
+            part = " for some rows"
         return f"h5py{part}, because of {self.h5py_reason}"
 
     @cached_property
