@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+from h5py._objects import phil
 from numpy.typing import NDArray
 
 from spinlock_fast.data.input_files import H5PY_ERRORS, TooManyOpenFilesError, open_file
@@ -24,7 +25,6 @@ _SPARE_DESCRIPTORS = 4  # libhdf5 opens a file before it detects that it is alre
 class _OpenDataset:
     id: h5py.h5d.DatasetID
     memory_type: h5py.h5t.TypeID  # its type in native byte order
-    space: h5py.h5s.SpaceID
     fill: Any = None  # of a virtual dataset
 
 
@@ -105,11 +105,16 @@ class H5pyReader:
         finally:
             for descriptor in spare:
                 os.close(descriptor)
+        with phil:  # a dataset that is open elsewhere in this process must not be refreshed in between
+            self._read_rows(index, low, high, out)
+
+    def _read_rows(self, index: ShardIndex, low: int, high: int, out: NDArray[Any]) -> None:
         dataset = self._dataset(index)
         if dataset.fill is not None:  # libhdf5 leaves rows without a source unset if others have two sources
             out[...] = dataset.fill
-        dataset.space.select_hyperslab((low,) + (0,) * (out.ndim - 1), out.shape)
-        dataset.id.read(h5py.h5s.create_simple(out.shape), dataset.space, out, dataset.memory_type)
+        space = dataset.id.get_space()
+        space.select_hyperslab((low,) + (0,) * (out.ndim - 1), out.shape)
+        dataset.id.read(h5py.h5s.create_simple(out.shape), space, out, dataset.memory_type)
 
     def _dataset(self, index: ShardIndex) -> _OpenDataset:
         opened = self._files[index.file]
@@ -118,8 +123,10 @@ class H5pyReader:
             node = opened.handle[index.path]
             memory_type = h5py.h5t.py_create(node.dtype.newbyteorder("="))
             fill = node.fillvalue if node.is_virtual else None
-            dataset = _OpenDataset(node.id, memory_type, node.id.get_space(), fill)
-            if not index.backing_files:  # an open virtual dataset would keep its sources open
+            dataset = _OpenDataset(node.id, memory_type, fill)
+            # An open virtual dataset would keep its sources open. An open dataset that grows would become invalid when
+            # another identifier of it is refreshed: libhdf5 would then read other rows.
+            if not index.backing_files and not index.swmr:
                 opened.datasets[index.path] = dataset
         return dataset
 

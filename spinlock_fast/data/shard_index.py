@@ -101,8 +101,9 @@ def index_file(file: Path, paths: list[str], policy: ExternalFilePolicy | None =
         indexes.update(_index_remote(file, missing, policy) or _index_local(file, missing, policy))
     with _cache_lock:
         for path, key in keys.items():
-            _cache[key] = indexes[path]
-            _cache.move_to_end(key)
+            if not indexes[path].swmr:  # a flush of its writer may change neither size nor modification time
+                _cache[key] = indexes[path]
+                _cache.move_to_end(key)
         while len(_cache) > _CACHE_SIZE:
             _cache.popitem(last=False)
     return {path: indexes[path] for path in paths}
@@ -150,6 +151,8 @@ def _is_current(index: ShardIndex) -> bool:
 def _index(file: Path, identity: FileIdentity, handle: h5py.File, path: str, policy: ExternalFilePolicy) -> ShardIndex:
     trace = LinkTrace()
     dataset = get_dataset(file, handle, path, policy, trace)
+    if dataset.file.swmr_mode:
+        dataset.refresh()  # the file may be open in this process, which then keeps the shape that it has read
     storage_file = trace.files[-1] if trace.files else file
     backing_files = linked_files(trace) + sources_of(storage_file, dataset, policy)
     dtype, shape = dataset.dtype, dataset.shape
