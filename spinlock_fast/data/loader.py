@@ -35,7 +35,7 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
     """Iterates over batches of rows of one or more datasets in HDF5 files.
 
     Native threads read and decode chunks without the GIL and without libhdf5, at least one window of rows ahead.
-    Datasets that the native reader does not support (other compression filters, virtual layouts, ...) are read through
+    Datasets that the native reader does not support (other compression filters, external files, ...) are read through
     h5py, with the same values but slower; `stats()["paths"]` shows how each dataset is read.
 
     In a distributed run whose ranks read one part each (rank and world_size are those of torch.distributed), rank 0
