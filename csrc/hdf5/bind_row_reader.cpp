@@ -26,13 +26,17 @@ Shard to_shard(const py::dict& description) {
     Shard shard;
     shard.file = py::cast<std::size_t>(description["file"]);
     shard.rows = py::cast<std::uint64_t>(description["rows"]);
+    shard.read_by_caller = !description.contains("chunk_rows");
+    if (shard.read_by_caller) return shard;
     shard.chunk_rows = py::cast<std::uint64_t>(description["chunk_rows"]);
     shard.byte_swapped = py::cast<bool>(description["swapped"]);
+    if (description.contains("preceding")) shard.preceding = py::cast<std::uint64_t>(description["preceding"]);
     shard.contiguous = description.contains("offset");
     if (shard.contiguous) {
         shard.offset = py::cast<std::uint64_t>(description["offset"]);
         return shard;
     }
+    if (description.contains("skipped")) shard.skipped = py::cast<std::uint64_t>(description["skipped"]);
     shard.chunk_shape = py::cast<std::vector<std::uint64_t>>(description["chunk_shape"]);
     shard.filters = to_filters(description["filters"]);
     const auto fill = py::cast<std::string>(description["fill"]);

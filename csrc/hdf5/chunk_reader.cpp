@@ -40,13 +40,15 @@ ChunkLocation ChunkReader::chunk_of(std::size_t dataset, std::uint64_t row) cons
     const auto index = static_cast<std::size_t>(end - layout.shard_ends.begin());
     const Shard& shard = layout.shards[index];
     const std::uint64_t start = *end - shard.rows;
-    const std::uint64_t chunk_row = (row - start) / shard.chunk_rows;
-    const std::uint64_t first = chunk_row * shard.chunk_rows;
+    const std::uint64_t chunk_row = (row - start + shard.skipped) / shard.chunk_rows;
+    const std::uint64_t skipped = chunk_row == 0 ? shard.skipped : 0;
+    const std::uint64_t first = chunk_row == 0 ? 0 : chunk_row * shard.chunk_rows - shard.skipped;
     return {.dataset = dataset,
             .shard = index,
             .chunk_row = chunk_row,
             .first_row = start + first,
-            .rows = std::min(shard.chunk_rows, shard.rows - first)};
+            .rows = std::min(shard.chunk_rows - skipped, shard.rows - first),
+            .skipped = skipped};
 }
 
 void ChunkReader::read(const ChunkLocation& location, DecodeState& state) {
@@ -145,16 +147,18 @@ void ChunkReader::read_chunk(const ChunkLocation& location, const File* file, De
 std::string ChunkReader::describe(const ChunkLocation& location) const {
     const Dataset& dataset = datasets_[location.dataset];
     const Shard& shard = this->shard(location);
-    const std::uint64_t first = location.chunk_row * shard.chunk_rows;
+    const std::uint64_t chunk_start = location.chunk_row * shard.chunk_rows;
+    const std::uint64_t first = shard.preceding + chunk_start + location.skipped;
     const std::string rows = "rows " + std::to_string(first) + ".." + std::to_string(first + location.rows - 1);
     std::string text = files_.info(shard.file).label + ": " + dataset.name + ": ";
-    std::uint64_t offset = shard.offset + first * dataset.row_bytes;
+    std::uint64_t offset = shard.offset + chunk_start * dataset.row_bytes;
     if (shard.contiguous) {
         text += rows;
     } else {
         text += "chunk [";
-        for (const std::uint64_t start : dataset.chunk_origin(shard, location.chunk_row, location.column))
-            text += std::to_string(start) + ", ";
+        std::vector<std::uint64_t> origin = dataset.chunk_origin(shard, location.chunk_row, location.column);
+        origin[0] += shard.preceding;
+        for (const std::uint64_t start : origin) text += std::to_string(start) + ", ";
         text.resize(text.size() - 2);
         text += "] (" + rows + ")";
         offset = shard.offsets[location.chunk_row * shard.grid_columns + location.column];

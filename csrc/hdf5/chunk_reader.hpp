@@ -19,6 +19,7 @@ struct ChunkLocation {
     std::size_t dataset = 0, shard = 0;
     std::uint64_t chunk_row = 0, column = 0;  // in the grid of the shard
     std::uint64_t first_row = 0, rows = 0;    // row numbers over all shards, clipped to the shard
+    std::uint64_t skipped = 0;                // rows of the chunk before first_row
 };
 
 // A row of a chunk and the memory of the full row.
@@ -53,6 +54,9 @@ public:
     ChunkLocation chunk_of(std::size_t dataset, std::uint64_t row) const;
 
     std::uint64_t grid_columns(const ChunkLocation& location) const { return shard(location).grid_columns; }
+
+    // Whether the caller reads the rows.
+    bool read_by_caller(const ChunkLocation& location) const { return shard(location).read_by_caller; }
 
     // Fills the destinations in `state.rows`. Throws ReadError, DecodeError or std::bad_alloc; the caller adds the
     // position to the message.

@@ -9,6 +9,9 @@ namespace {
 // Above any real chunk or row size; sums and products of a few such values do not overflow.
 constexpr std::uint64_t kMaxSize = std::uint64_t{1} << 40;
 
+// Of all shards. Files may declare any number of rows that were never written, which the caller reads.
+constexpr std::uint64_t kMaxRows = std::uint64_t{1} << 62;
+
 [[noreturn]] void fail(const std::string& name, const std::string& what) {
     throw std::invalid_argument(name + ": " + what);
 }
@@ -32,7 +35,8 @@ void validate_chunks(const Dataset& dataset, Shard& shard) {
     shard.grid_columns = 1;
     for (std::size_t d = 0; d < dataset.row_shape.size(); ++d)
         shard.grid_columns *= divide_up(dataset.row_shape[d], shard.chunk_shape[d]);
-    const std::uint64_t chunk_rows = divide_up(shard.rows, shard.chunk_rows);
+    if (shard.skipped >= shard.chunk_rows) fail(name, "more rows are skipped than a chunk holds");
+    const std::uint64_t chunk_rows = divide_up(shard.rows + shard.skipped, shard.chunk_rows);
     if (chunk_rows > kMaxSize / shard.grid_columns) fail(name, "sizes are impossibly large");
     const std::uint64_t chunks = chunk_rows * shard.grid_columns;
     if (shard.offsets.size() != chunks || shard.sizes.size() != chunks || shard.masks.size() != chunks)
@@ -75,10 +79,18 @@ void Dataset::validate(std::size_t files) {
     std::uint64_t end = 0;
     for (Shard& shard : shards) {
         if (shard.file >= files) fail(name, "a shard names no file");
+        if (shard.read_by_caller) {
+            if (shard.rows > kMaxRows - std::min(end, kMaxRows)) fail(name, "sizes are impossibly large");
+            shard.chunk_rows = std::max(shard.rows, std::uint64_t{1});
+            end += shard.rows;
+            shard_ends.push_back(end);
+            continue;
+        }
         if (shard.rows > kMaxSize || shard.chunk_rows == 0 || shard.chunk_rows > kMaxSize / row_bytes)
             fail(name, "sizes are impossibly large");
         if (shard.contiguous) {
             if (shard.offset > kMaxSize * 1024) fail(name, "sizes are impossibly large");
+            if (shard.skipped != 0) fail(name, "rows of contiguous data are skipped");
         } else {
             validate_chunks(*this, shard);
         }

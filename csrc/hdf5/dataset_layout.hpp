@@ -12,13 +12,16 @@
 
 namespace spinlock_fast {
 
-// The part of a dataset that is stored in one file.
+// Consecutive rows of a dataset that are stored in one dataset of a file, or that the caller reads.
 struct Shard {
     std::size_t file = 0;
     std::uint64_t rows = 0;
     std::uint64_t chunk_rows = 1;  // rows per chunk; contiguous: rows per read task
     bool byte_swapped = false;     // stored in the non-native byte order
+    std::uint64_t skipped = 0;     // rows of the first chunk that precede the first row
+    std::uint64_t preceding = 0;   // rows in the file before the first chunk, for messages
 
+    bool read_by_caller = false;  // has no layout, and the reader skips its rows
     bool contiguous = false;
     std::uint64_t offset = 0;  // contiguous: byte offset of the first row
 

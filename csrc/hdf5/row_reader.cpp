@@ -106,7 +106,7 @@ private:
     const ::pid_t owner_pid_ = ::getpid();
 
     mutable std::mutex mutex_;  // guards all members below
-    std::condition_variable task_queued_, task_done_;
+    std::condition_variable task_queued_, batch_done_;
     std::map<std::uint64_t, std::shared_ptr<Batch>> batches_;  // key: first position
     std::deque<Task> tasks_;
     std::uint64_t next_task_ = 0;
@@ -152,8 +152,8 @@ std::shared_ptr<const Submission> RowReader::Pool::assign_slots(std::uint64_t fi
         submission->slots.push_back({rows[i], static_cast<std::uint32_t>(submission->batches.size() - 1),
                                      static_cast<std::uint32_t>(position - batch->second->first)});
     }
-    std::ranges::sort(submission->slots, {},
-                      [](const Submission::RowSlot& slot) { return std::tuple(slot.row, slot.batch, slot.slot); });
+    const auto key = [](const Submission::RowSlot& slot) { return std::tuple(slot.row, slot.batch, slot.slot); };
+    if (!std::ranges::is_sorted(submission->slots, {}, key)) std::ranges::sort(submission->slots, {}, key);
     return submission;
 }
 
@@ -166,7 +166,8 @@ std::vector<Task> RowReader::Pool::make_tasks(const std::shared_ptr<const Submis
             const ChunkLocation chunk = chunk_reader_.chunk_of(d, slots[begin].row);
             std::size_t end = begin + 1;
             while (end < slots.size() && slots[end].row < chunk.first_row + chunk.rows) ++end;
-            for (std::uint64_t column = 0; column < chunk_reader_.grid_columns(chunk); ++column) {
+            const std::uint64_t columns = chunk_reader_.read_by_caller(chunk) ? 0 : chunk_reader_.grid_columns(chunk);
+            for (std::uint64_t column = 0; column < columns; ++column) {
                 tasks.push_back({0, submission, begin, end, chunk});
                 tasks.back().chunk.column = column;
             }
@@ -230,7 +231,7 @@ std::optional<Failure> RowReader::Pool::run_task(const Task& task, DecodeState& 
         for (std::size_t i = task.begin; i < task.end; ++i) {
             const auto& [row, batch, slot] = submission.slots[i];
             const auto memory = submission.batches[batch]->memory[task.chunk.dataset];
-            state.rows.push_back({row - task.chunk.first_row, memory.data() + slot * row_bytes});
+            state.rows.push_back({row - task.chunk.first_row + task.chunk.skipped, memory.data() + slot * row_bytes});
         }
         chunk_reader_.read(task.chunk, state);
         return std::nullopt;
@@ -247,6 +248,7 @@ std::optional<Failure> RowReader::Pool::run_task(const Task& task, DecodeState& 
 
 void RowReader::Pool::complete_task(const Task& task, std::optional<Failure> failure, const ReaderStats& before,
                                     const ReaderStats& now) {
+    bool batch_complete = false;
     {
         const std::scoped_lock lock(mutex_);
         stats_.chunks += now.chunks - before.chunks;
@@ -255,11 +257,11 @@ void RowReader::Pool::complete_task(const Task& task, std::optional<Failure> fai
         stats_.cpu_seconds += now.cpu_seconds - before.cpu_seconds;
         for (std::size_t i = task.begin; i < task.end; ++i) {
             Batch& batch = *task.submission->batches[task.submission->slots[i].batch];
-            --batch.pending;
+            batch_complete |= --batch.pending == 0;
             if (failure && (!batch.failure || failure->task < batch.failure->task)) batch.failure = failure;
         }
     }
-    task_done_.notify_all();
+    if (batch_complete) batch_done_.notify_all();
 }
 
 bool RowReader::Pool::wait(std::uint64_t first, std::chrono::milliseconds timeout) {
@@ -270,7 +272,7 @@ bool RowReader::Pool::wait(std::uint64_t first, std::chrono::milliseconds timeou
     if (batch->submitted != batch->count) throw std::logic_error("positions of the batch were not submitted");
     // Wait for all tasks even after a failure: the message then does not depend on timing, and no thread still writes
     // to the memory of the batch.
-    if (!task_done_.wait_for(lock, timeout, [&] { return batch->pending == 0; })) return false;
+    if (!batch_done_.wait_for(lock, timeout, [&] { return batch->pending == 0; })) return false;
     batches_.erase(first);
     if (batch->failure) throw ReadError(batch->failure->message);
     return true;

@@ -80,12 +80,11 @@ def _collect(
 def _virtual_files(
     file: Path, dataset: h5py.Dataset, policy: ExternalFilePolicy, rows: _Rows, parents: _Parents
 ) -> Iterator[BackingFile]:
-    prefix = dataset.id.get_access_plist().get_virtual_prefix()
     opened: dict[Path, h5py.File] = {}  # only the last one: mappings of one file are mostly consecutive
     with ExitStack() as stack:
         for mapping in dataset.virtual_sources():
             for block, (name, path) in enumerate(_named_sources(mapping)):
-                source = file if name == "." else _find(file, name, prefix, policy)
+                source = source_file(file, name, dataset, policy)
                 if source is None:
                     if block > 0:
                         break  # a series ends at the first missing file
@@ -108,7 +107,11 @@ def _virtual_files(
                 yield from _collect(storage_file, inner, policy, source_rows, parents)
 
 
-def _find(file: Path, name: str, prefix: bytes, policy: ExternalFilePolicy) -> Path | None:
+def source_file(file: Path, name: str, dataset: h5py.Dataset, policy: ExternalFilePolicy) -> Path | None:
+    """The file of a source of a virtual dataset by its stored name; None if there is no such HDF5 file."""
+    if name == ".":
+        return file
+    prefix = dataset.id.get_access_plist().get_virtual_prefix()
     return resolve_linked_file(file, os.fsencode(name), _VIRTUAL_PREFIX, prefix, policy)
 
 

@@ -47,7 +47,9 @@ def log_slow_reading(sharded: ShardedDatasets, window_rows: int | None) -> None:
     file = sharded.files[0]
     for dataset in sharded.datasets:
         if dataset.h5py_reason:
-            _warn_once(file, f"{dataset.path} is read through h5py, which is slower, because of {dataset.h5py_reason}")
+            _warn_once(
+                file, f"{dataset.path} is read through {dataset.reading.replace('h5py', 'h5py, which is slower', 1)}"
+            )
         if window_rows is not None and dataset.chunk_rows > window_rows:
             log.warning(
                 "%s: %s: chunks of %d rows are decoded again for each window of %d rows that overlaps them; a larger "

@@ -4,66 +4,74 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import h5py
-import numpy as np
+from h5py._objects import phil
 from numpy.typing import NDArray
 
 from spinlock_fast.data.input_files import H5PY_ERRORS, TooManyOpenFilesError, open_file
 from spinlock_fast.data.shard_index import ShardIndex
-from spinlock_fast.data.sharded_dataset import ShardedDataset, ShardedDatasets
 from spinlock_fast.errors import DataError
 from spinlock_fast.messages import one_line
 
 _MAX_OPEN_FILES = 16
 _SPARE_DESCRIPTORS = 4  # libhdf5 opens a file before it detects that it is already open
-_BLOCK_BYTES = 1 << 20
+
+
+@dataclass
+class _OpenDataset:
+    id: h5py.h5d.DatasetID
+    memory_type: h5py.h5t.TypeID  # its type in native byte order
+    fill: Any = None  # of a virtual dataset
+
+
+@dataclass
+class _OpenFile:
+    handle: h5py.File
+    datasets: dict[str, _OpenDataset] = field(default_factory=dict)
+
+    def close(self) -> None:
+        self.datasets.clear()
+        self.handle.close()
 
 
 class H5pyReader:
-    """Reads rows through h5py; keeps the most recently used files open."""
+    """Reads rows through h5py; keeps the most recently used files and their datasets open. For one thread."""
 
-    def __init__(self, sharded: ShardedDatasets) -> None:
-        self._sharded = sharded
-        self._ends = np.cumsum(sharded.shard_rows)
-        self._handles: OrderedDict[Path, h5py.File] = OrderedDict()  # least recently used first
+    def __init__(self) -> None:
+        self._files: OrderedDict[Path, _OpenFile] = OrderedDict()  # least recently used first
 
     def close(self) -> None:
-        while self._handles:
-            self._handles.popitem()[1].close()
+        while self._files:
+            self._files.popitem()[1].close()
 
-    def blocks(self, dataset: ShardedDataset, rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-        """Indexes into `rows`, sorted by row and grouped by the chunk that holds them."""
-        order = np.argsort(rows, kind="stable")
-        shard = np.searchsorted(self._ends, rows[order], side="right")
-        start = self._ends - np.array(self._sharded.shard_rows)
-        step = dataset.chunk_rows if dataset.chunk_rows > 1 else max(1, _BLOCK_BYTES // dataset.row_bytes)
-        group = np.stack([shard, (rows[order] - start[shard]) // step])
-        return np.split(order, np.flatnonzero((np.diff(group) != 0).any(0)) + 1)
+    def read(self, index: ShardIndex, low: int, high: int, out: NDArray[Any]) -> None:
+        """Reads rows [low, high) of a shard.
 
-    def read(self, dataset: ShardedDataset, rows: NDArray[np.int64]) -> NDArray[Any]:
-        """Reads rows of one block [len(rows), *row_shape]; raises DataError that names file, dataset and rows."""
-        shard = int(np.searchsorted(self._ends, rows[0], side="right"))
-        local = rows - (self._ends[shard] - self._sharded.shard_rows[shard])
-        low, high = int(local.min()), int(local.max()) + 1
-        values = self._read(dataset.shards[shard], low, high)
-        selected: NDArray[Any] = np.asarray(values, dataset.dtype)[local - low]
-        return selected
+        Args:
+            index: the shard.
+            low: first row within the shard.
+            high: end of the rows.
+            out: receives the rows [high - low, *row_shape]; C-contiguous, of the type of the shard.
 
-    def _read(self, index: ShardIndex, low: int, high: int) -> NDArray[Any]:
-        """Reads rows [low, high) of a shard, in parts if they are stored in more files than may be open."""
+        Raises:
+            DataError: the rows cannot be read; names file, dataset and rows.
+        """
         sources = sorted(
             {source.path for source in index.backing_files if source.opened_by_hdf5 and source.holds(low, high)}
         )
-        location = f"{index.file}: {index.path}: rows {low}..{high - 1}"
-        if len(sources) > _MAX_OPEN_FILES and high - low > 1:
+        if len(sources) > _MAX_OPEN_FILES and high - low > 1:  # in parts: not all sources may be open at a time
             middle = (low + high) // 2
-            return np.concatenate([self._read(index, low, middle), self._read(index, middle, high)])
-        values, error = None, None
+            self.read(index, low, middle, out[: middle - low])
+            self.read(index, middle, high, out[middle - low :])
+            return
+        error: BaseException | None = None
+        location = f"{index.file}: {index.path}: rows {low}..{high - 1}"
         try:
-            values = self._read_with_sources(index, sources, low, high)
+            self._read_with_sources(index, sources, low, high, out)
         except TooManyOpenFilesError as full:
             raise DataError(f"{location}: {full}") from None
         except H5PY_ERRORS as caught:
@@ -74,12 +82,12 @@ class H5pyReader:
             raise DataError(f"{location}: {changed}") from None
         if isinstance(error, DataError):
             raise error
-        if values is None:
-            reason = one_line(error) if error is not None else "no values"
-            raise DataError(f"{location} cannot be read, the file is damaged: {reason}")
-        return values
+        if error is not None:
+            raise DataError(f"{location} cannot be read, the file is damaged: {one_line(error)}")
 
-    def _read_with_sources(self, index: ShardIndex, sources: list[Path], low: int, high: int) -> NDArray[Any]:
+    def _read_with_sources(
+        self, index: ShardIndex, sources: list[Path], low: int, high: int, out: NDArray[Any]
+    ) -> None:
         """Reads rows through libhdf5, which returns fill values for a source that it cannot open.
 
         All sources of the rows are therefore opened first, and a few file descriptors are left free for libhdf5.
@@ -97,25 +105,47 @@ class H5pyReader:
         finally:
             for descriptor in spare:
                 os.close(descriptor)
-        values: NDArray[Any] = self._handles[index.file][index.path][low:high]
-        return values
+        with phil:  # a dataset that is open elsewhere in this process must not be refreshed in between
+            self._read_rows(index, low, high, out)
+
+    def _read_rows(self, index: ShardIndex, low: int, high: int, out: NDArray[Any]) -> None:
+        dataset = self._dataset(index)
+        if dataset.fill is not None:  # libhdf5 leaves rows without a source unset if others have two sources
+            out[...] = dataset.fill
+        space = dataset.id.get_space()
+        space.select_hyperslab((low,) + (0,) * (out.ndim - 1), out.shape)
+        dataset.id.read(h5py.h5s.create_simple(out.shape), space, out, dataset.memory_type)
+
+    def _dataset(self, index: ShardIndex) -> _OpenDataset:
+        opened = self._files[index.file]
+        dataset = opened.datasets.get(index.path)
+        if dataset is None:
+            node = opened.handle[index.path]
+            memory_type = h5py.h5t.py_create(node.dtype.newbyteorder("="))
+            fill = node.fillvalue if node.is_virtual else None
+            dataset = _OpenDataset(node.id, memory_type, fill)
+            # An open virtual dataset would keep its sources open. An open dataset that grows would become invalid when
+            # another identifier of it is refreshed: libhdf5 would then read other rows.
+            if not index.backing_files and not index.swmr:
+                opened.datasets[index.path] = dataset
+        return dataset
 
     def _open(self, file: Path, kept: list[Path]) -> None:
-        while file not in self._handles:
+        while file not in self._files:
             try:
-                if len(self._handles) >= max(_MAX_OPEN_FILES, len(kept)):
+                if len(self._files) >= max(_MAX_OPEN_FILES, len(kept)):
                     self._close_oldest(kept)
-                self._handles[file] = open_file(file)
+                self._files[file] = _OpenFile(open_file(file))
             except TooManyOpenFilesError:
                 self._close_oldest(kept)
-        self._handles.move_to_end(file)
+        self._files.move_to_end(file)
 
     def _close_oldest(self, kept: list[Path]) -> None:
         """Closes the least recently used file; raises TooManyOpenFilesError if all are sources."""
-        oldest = next((file for file in self._handles if file not in kept), None)
+        oldest = next((file for file in self._files if file not in kept), None)
         if oldest is None:
             raise TooManyOpenFilesError(
                 f"{kept[0]}: {len(kept) + _SPARE_DESCRIPTORS} files must be open at a time, but this process may not "
                 "open more; raise the limit with `ulimit -n`"
             )
-        self._handles.pop(oldest).close()
+        self._files.pop(oldest).close()

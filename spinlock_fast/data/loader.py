@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
-import h5py
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from spinlock_fast import _native
-from spinlock_fast.config.byte_sizes import parse_bytes
 from spinlock_fast.data.batch_memory import BatchMemory
 from spinlock_fast.data.dataset_warnings import log_slow_reading, log_unusual_datasets
 from spinlock_fast.data.hdf5_links import ExternalFilePolicy
 from spinlock_fast.data.input_files import FileIdentity, find_files
+from spinlock_fast.data.loader_arguments import checked_bytes, checked_int, names, path_strings
 from spinlock_fast.data.loader_pass import LoaderPass, PassStats, batch_memory
 from spinlock_fast.data.remote_files import RemoteCache
 from spinlock_fast.data.row_order import RowOrder
@@ -29,14 +27,15 @@ from spinlock_fast.data.shared_shards import open_once, ranks_of_share
 from spinlock_fast.data.uncompressed_copies import uncompressed_copies
 from spinlock_fast.data.window_sizes import WindowSizes, available_cpus, sequential_windows, shuffled_windows
 from spinlock_fast.distributed import SINGLE, Ranks
-from spinlock_fast.errors import ConfigError
+from spinlock_fast.errors import ConfigError, SpinlockFastError
+from spinlock_fast.interrupts import deferred_interrupts
 
 
 class HDF5Loader(IterableDataset[dict[str, Tensor]]):
     """Iterates over batches of rows of one or more datasets in HDF5 files.
 
     Native threads read and decode chunks without the GIL and without libhdf5, at least one window of rows ahead.
-    Datasets that the native reader does not support (other compression filters, virtual layouts, ...) are read through
+    Datasets that the native reader does not support (other compression filters, external files, ...) are read through
     h5py, with the same values but slower; `stats()["paths"]` shows how each dataset is read.
 
     In a distributed run whose ranks read one part each (rank and world_size are those of torch.distributed), rank 0
@@ -120,20 +119,20 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
         remote_cache_dir: str | os.PathLike[str] | None = None,
         remote_cache_size: str | int | None = None,
     ) -> None:
-        self.paths = _path_strings(paths)
-        self.datasets = _names(datasets)
-        self.batch_size = _checked_int("batch_size", batch_size)
+        self.paths = path_strings(paths)
+        self.datasets = names(datasets)
+        self.batch_size = checked_int("batch_size", batch_size)
         if shuffle not in (True, False, "exact"):
             raise ConfigError(f"shuffle: {shuffle!r}, expected True, False or 'exact'")
         self.shuffle: bool | Literal["exact"] = shuffle
-        self.seed = _checked_int("seed", seed, minimum=0)
-        self.num_threads = _checked_int("num_threads", num_threads, minimum=0) or available_cpus()
-        self.world_size = _checked_int("world_size", world_size)
-        self.rank = _checked_int("rank", rank, minimum=0)
+        self.seed = checked_int("seed", seed, minimum=0)
+        self.num_threads = checked_int("num_threads", num_threads, minimum=0) or available_cpus()
+        self.world_size = checked_int("world_size", world_size)
+        self.rank = checked_int("rank", rank, minimum=0)
         if self.rank >= self.world_size:
             raise ConfigError(f"rank: {rank}, but world_size is {world_size}")
-        self.window_rows = _checked_int("window_rows", window_rows)
-        self.memory_budget = _checked_bytes("memory_budget", memory_budget)
+        self.window_rows = checked_int("window_rows", window_rows)
+        self.memory_budget = checked_bytes("memory_budget", memory_budget)
         self.pin_memory = pin_memory
         self.drop_last = drop_last
         self.verify_checksums = verify_checksums
@@ -142,11 +141,11 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
             raise ConfigError(f"datasets: {self.datasets}, expected different names, none of them 'index'")
         self.unpack = unpack
         self.allow_external = allow_external
-        self.shard_group = None if shard_group is None else _checked_int("shard_group", shard_group)
+        self.shard_group = None if shard_group is None else checked_int("shard_group", shard_group)
         self.manifest_dir = None if manifest_dir is None else Path(manifest_dir)
         self._remote_cache = RemoteCache(
             None if remote_cache_dir is None else Path(remote_cache_dir),
-            None if remote_cache_size is None else _checked_bytes("remote_cache_size", remote_cache_size),
+            None if remote_cache_size is None else checked_bytes("remote_cache_size", remote_cache_size),
         )
         self._epoch = 0
         self._batch = 0  # batches delivered in this epoch
@@ -163,6 +162,30 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
         if self.unpack:
             log_unusual_datasets(self._sharded)
         log_slow_reading(self._sharded, self.window_rows if self.shuffle else None)
+
+    def refresh(self) -> int:
+        """Opens the files again, to follow a writer: rows appended since, files that a glob matches now.
+
+        The next iteration reads them; one that has begun continues with the rows that it had. Another process may
+        append to a file that it has opened in SWMR mode (single writer, multiple readers), if it flushes the datasets.
+        All datasets that the loader reads must have the same number of rows when this is called.
+
+        In a distributed run whose ranks read one part each, all ranks must call it together. DataLoader workers that
+        start afterwards follow, persistent ones do not. `load_state_dict` rejects a state from before rows were added.
+
+        Returns:
+            Number of rows of all ranks.
+
+        Raises:
+            ConfigError, DataError: as the constructor. The loader then continues with the rows that it had.
+        """
+        before = self._stats, self._memory, self._sharded
+        try:
+            self._open(ranks_of_share(self.rank, self.world_size))
+        except SpinlockFastError:
+            self._stats, self._memory, self._sharded = before
+            raise
+        return self.rows
 
     def _open_shards(self) -> ShardedDatasets:
         policy = ExternalFilePolicy(self.allow_external)
@@ -236,7 +259,7 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch of the next iteration, also in DataLoader workers."""
-        self._epoch, self._batch, self._resume_at = _checked_int("epoch", epoch, minimum=0), 0, None
+        self._epoch, self._batch, self._resume_at = checked_int("epoch", epoch, minimum=0), 0, None
         self._shared.set(self._epoch)
 
     def __len__(self) -> int:
@@ -290,10 +313,13 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
             memory=self._memory,
             stats=stats,
         )
-        with closing(batches):
+        try:
             for number, batch in enumerate(batches, start=first + 1):
                 self._epoch, self._batch = epoch, number
                 yield sharded.unpack(batch) if self.unpack else batch
+        finally:
+            with deferred_interrupts(finalizing=True):  # a caller that leaves its loop early drops the generator
+                batches.close()
 
     def state_dict(self) -> dict[str, Any]:
         """State from which a loader with the same data and settings resumes after the last delivered batch.
@@ -318,11 +344,11 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
             if (saved := state.get(name)) != value:
                 raise ConfigError(f"{name}: {value!r}, but the state to resume from has {saved!r}")
         epoch, batch = (
-            _checked_int("epoch", state["epoch"], minimum=0),
-            _checked_int("batch", state["batch"], minimum=0),
+            checked_int("epoch", state["epoch"], minimum=0),
+            checked_int("batch", state["batch"], minimum=0),
         )
         if (worker := get_worker_info()) is not None:
-            self._end = _checked_int("end", state["end"], minimum=0)
+            self._end = checked_int("end", state["end"], minimum=0)
             self._shared.resume(worker.id, worker.num_workers, epoch)
         elif batch >= len(self):
             epoch, batch = epoch + 1, 0
@@ -342,10 +368,7 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
             "threads": self.num_threads,
             "inflate": _native.inflate_library(),
             "codecs": _native.codec_libraries(),
-            "paths": {
-                dataset.path: f"h5py, because of {dataset.h5py_reason}" if dataset.h5py_reason else "native"
-                for dataset in self._sharded.datasets
-            },
+            "paths": {dataset.path: dataset.reading for dataset in self._sharded.datasets},
         }
 
 
@@ -353,34 +376,3 @@ def _worker_position() -> list[int] | None:
     """[worker number, number of workers] in a DataLoader worker; else None."""
     worker = get_worker_info()
     return None if worker is None else [worker.id, worker.num_workers]
-
-
-def _path_strings(paths: Any) -> list[str]:
-    """Converts paths to strings; raises ConfigError for other types."""
-    items = [paths] if isinstance(paths, (str, bytes, os.PathLike, h5py.HLObject)) else paths
-    strings = []
-    for path in items if isinstance(items, Sequence) else [items]:
-        if isinstance(path, h5py.HLObject):
-            name = path.file.filename if path else "the path of its file"
-            raise ConfigError(f"paths: got an open h5py {type(path).__name__}; close it and pass its path, {name!r}")
-        if not isinstance(path, (str, bytes, os.PathLike)):
-            raise ConfigError(f"paths: got {type(path).__name__}, expected a path, a glob, or a list of those")
-        strings.append(os.fsdecode(path))
-    return strings
-
-
-def _names(names: str | Sequence[str]) -> list[str]:
-    return [names] if isinstance(names, str) else [str(name) for name in names]
-
-
-def _checked_bytes(name: str, value: str | int) -> int:
-    try:
-        return parse_bytes(value)
-    except ValueError as error:
-        raise ConfigError(f"{name}: {error}, got {value!r}") from None
-
-
-def _checked_int(name: str, value: int, minimum: int = 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ConfigError(f"{name}: {value!r}, expected a whole number of at least {minimum}")
-    return value

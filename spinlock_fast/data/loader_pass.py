@@ -16,7 +16,7 @@ from torch import Tensor
 
 from spinlock_fast import _native
 from spinlock_fast.data.batch_memory import BatchMemory
-from spinlock_fast.data.h5py_reader import H5pyReader
+from spinlock_fast.data.h5py_thread import H5pyBatch, H5pyThread
 from spinlock_fast.data.row_order import RowSequence
 from spinlock_fast.data.shard_fetcher import ShardFetcher
 from spinlock_fast.data.sharded_dataset import ShardedDatasets
@@ -51,7 +51,7 @@ class _Batch:
     first: int
     tensors: list[Tensor]  # in the order of the datasets
     index: Tensor
-    error: DataError | None = None
+    h5py_tasks: int = 0  # tasks of the h5py thread that must be complete
     rows: NDArray[np.int64] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -105,7 +105,7 @@ class LoaderPass:
         self._windows_ahead = windows_ahead
         self._memory = batch_memory(sharded, order, windows_ahead, pin=False) if memory is None else memory
         self._reader = _native.RowReader(*sharded.native_descriptions(), threads, verify_checksums)
-        self._h5py_reader = H5pyReader(sharded)
+        self._h5py_thread = H5pyThread(sharded)
         self._submitted = self._start
         self._window_ends: deque[int] = deque()  # end position of each window not yet delivered
         self._pending: deque[_Batch] = deque()  # submitted, not yet delivered
@@ -117,7 +117,7 @@ class LoaderPass:
         """Joins the threads and closes the files; delivered batches stay valid."""
         self._reader.close()
         if os.getpid() == self._owner_pid:  # a forked process must not close the files of its parent
-            self._h5py_reader.close()
+            self._h5py_thread.close()
             self._fetcher.close()
         self._pending.clear()
 
@@ -145,8 +145,7 @@ class LoaderPass:
             self._reader.wait(batch.first)
         except _native.ReadError as error:
             raise DataError(str(error)) from None
-        if batch.error is not None:
-            raise batch.error
+        self._h5py_thread.wait(batch.h5py_tasks, batch.first)
         self._pending.popleft()
         names = (dataset.path for dataset in self._sharded.datasets)
         return {**dict(zip(names, batch.tensors, strict=True)), "index": batch.index}
@@ -173,7 +172,7 @@ class LoaderPass:
             self._reader.submit(first, rows)
             self._window_ends.append(end)
             self._submitted = end
-            self._read_with_h5py(first, rows)
+            self._submit_to_h5py(first, rows)
 
     def _add_batches(self, end: int) -> None:
         """Adds the batches that start before position `end`."""
@@ -183,30 +182,19 @@ class LoaderPass:
                 return
             count = self._batch_end(self._next_batch + 1) - first
             tensors = [memory.allocate(count) for memory in self._memory]
-            pairs = zip(self._sharded.datasets, tensors, strict=True)
-            native = [tensor.numpy() for dataset, tensor in pairs if not dataset.h5py_reason]
-            self._reader.add_batch(first, count, native)
+            self._reader.add_batch(first, count, [tensor.numpy() for tensor in tensors])
             self._pending.append(
                 _Batch(first, tensors, torch.empty(count, dtype=torch.int64, pin_memory=self._memory[0].pin))
             )
             self._next_batch += 1
 
-    def _read_with_h5py(self, first: int, rows: NDArray[np.int64]) -> None:
-        """Reads the rows of a window for the datasets that the native reader does not support."""
-        starts = np.array([batch.first for batch in self._pending])
+    def _submit_to_h5py(self, first: int, rows: NDArray[np.int64]) -> None:
+        """Submits the rows of a window that the native reader does not support."""
+        end = first + len(rows)
+        batches = [batch for batch in self._pending if batch.first < end and first < batch.first + len(batch.rows)]
         for t, dataset in enumerate(self._sharded.datasets):
-            if not dataset.h5py_reason:
-                continue
-            for block in self._h5py_reader.blocks(dataset, rows):
-                batch_of_row = np.searchsorted(starts, first + block, side="right") - 1
-                values, error = None, None
-                try:
-                    values = self._h5py_reader.read(dataset, rows[block])
-                except DataError as caught:
-                    error = caught
-                for b in np.unique(batch_of_row):
-                    batch, in_batch = self._pending[int(b)], batch_of_row == b
-                    if values is None:
-                        batch.error = batch.error or error
-                    else:
-                        batch.tensors[t].numpy()[first + block[in_batch] - batch.first] = values[in_batch]
+            if dataset.h5py_reason:
+                memory = [H5pyBatch(batch.first, batch.tensors[t].numpy()) for batch in batches]
+                self._h5py_thread.submit(dataset, first, rows, memory)
+        for batch in batches:
+            batch.h5py_tasks = self._h5py_thread.submitted

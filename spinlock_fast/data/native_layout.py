@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+from array import array
 from collections.abc import Iterator
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spinlock_fast import _native
-from spinlock_fast.data.input_files import H5PY_ERRORS
+from spinlock_fast.data.input_files import H5PY_ERRORS, FileIdentity
 from spinlock_fast.errors import DataError
 
 _UNWRITTEN = np.iinfo(np.uint64).max
@@ -34,9 +36,21 @@ _FILTER_NAMES = {
 }
 _BLOSC = (32001, 32026)
 _MAX_CHUNKS = 1 << 24
+_LISTED_CHUNKS = 1 << 16  # stored in the tables at a time
 _CONTIGUOUS_BYTES = 1 << 20  # per read task
 _COMPARED_CHUNKS = 4  # per dataset, compared with the chunks that libhdf5 finds
 _MAX_COMPARED_BYTES = 16 << 20  # larger chunks are not compared
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """Consecutive rows of a dataset, stored in one dataset of a file."""
+
+    rows: int
+    file: Path
+    identity: FileIdentity
+    layout: dict[str, Any] | None  # see `native_layout`; None if h5py must read
+    unmapped: bool = False  # no source of a virtual dataset holds the rows
 
 
 class NotNativeError(Exception):
@@ -202,28 +216,45 @@ def _list_chunks(
 ) -> tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint32], NDArray[np.bool_]]:
     """Offset, stored size and filter mask of each chunk of the grid, and which are partial (edge chunks)."""
     cells = prod(grid)
-    chunks: list[tuple[tuple[int, ...], int, int, int]] = []
-
-    def record(info: Any) -> bool | None:
-        chunks.append((info.chunk_offset, info.byte_offset, info.size, info.filter_mask))
-        return True if len(chunks) > cells else None  # the index of a damaged file may contain a cycle
-
     offsets = np.full(cells, _UNWRITTEN, np.uint64)
     sizes = np.zeros(cells, np.uint64)
     masks = np.zeros(cells, np.uint32)
     partial = np.zeros(cells, bool)
+    # A tuple for each of millions of chunks takes a lot of memory, and time of the garbage collector: the numbers of
+    # a block of chunks at a time are collected in arrays, and go to the tables.
+    block = [array("Q") for _ in range(4)]
+    add_origin, add_mask, add_offset, add_size = block[0].extend, block[1].append, block[2].append, block[3].append
+    count = 0
+
+    def record(info: Any) -> bool | None:
+        origin, mask, offset, size = info
+        add_origin(origin)
+        add_mask(mask)
+        add_offset(offset)
+        add_size(size)
+        if len(block[1]) < _LISTED_CHUNKS:
+            return None
+        store()
+        return True if count > cells else None  # the index of a damaged file may contain a cycle
+
+    def store() -> None:
+        nonlocal count
+        listed = [np.array(values, np.uint64) for values in block]
+        origin = listed[0].astype(np.int64).reshape(-1, len(grid))  # [chunks, dimensions]
+        if (origin % dataset.chunks).any() or (origin >= dataset.shape).any() or (origin < 0).any():
+            raise ValueError("its index names chunks outside the dataset")
+        cell = np.ravel_multi_index(tuple((origin // dataset.chunks).T), grid)
+        masks[cell], offsets[cell], sizes[cell] = listed[1:]
+        partial[cell] = (origin + dataset.chunks > dataset.shape).any(1)
+        count += len(cell)
+        for values in block:
+            del values[:]
+
     if cells:
         dataset.id.chunk_iter(record)
-    if not chunks:
-        return offsets, sizes, masks, partial
-    origin = np.array([entry[0] for entry in chunks], np.int64)  # [chunks, dimensions]
-    if len(chunks) > cells or (origin % dataset.chunks).any() or (origin >= dataset.shape).any() or (origin < 0).any():
+    store()
+    if count > cells:
         raise ValueError("its index names chunks outside the dataset")
-    cell = np.ravel_multi_index(tuple((origin // dataset.chunks).T), grid)
-    if len(np.unique(cell)) != len(cell):
+    if np.count_nonzero(offsets != _UNWRITTEN) < count:
         raise ValueError("its index names a chunk twice")
-    offsets[cell] = [entry[1] for entry in chunks]
-    sizes[cell] = [entry[2] for entry in chunks]
-    masks[cell] = [entry[3] for entry in chunks]
-    partial[cell] = (origin + dataset.chunks > dataset.shape).any(1)
     return offsets, sizes, masks, partial

@@ -110,12 +110,12 @@ class RowOrder:
     def max_rows(self) -> tuple[int, int]:
         return min(self.batch_size, self.rows), self.window_rows
 
-    @property
+    @cached_property
     def rank_range(self) -> tuple[int, int]:
         """Positions [start, stop) of this rank in the order of all ranks; sizes differ by at most one row."""
         return tuple(self.rows * r // self.world_size for r in (self.rank, self.rank + 1))  # type: ignore[return-value]
 
-    @property
+    @cached_property
     def batch_count(self) -> int:
         if self.drop_last:
             return self.rows // self.world_size // self.batch_size
@@ -149,7 +149,7 @@ class RowOrder:
             for window in units.windows(first, stop, self.window_rows) if first < stop else ():
                 position = group_start + window.start - low
                 if position + len(window) > after:
-                    rows = units.row_numbers(window)
+                    rows = units.row_numbers(window) if self.shuffle else np.arange(window.start, window.stop)
                     if self.shuffle:
                         key = [self.seed, _WINDOW, epoch, self.rank, number]
                         rows = rows[Table(len(rows), key).numbers]

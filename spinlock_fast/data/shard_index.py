@@ -16,11 +16,13 @@ import numpy as np
 
 from spinlock_fast.data.backing_files import BackingFile, linked_files, sources_of
 from spinlock_fast.data.hdf5_links import ExternalFilePolicy, LinkTrace, get_dataset
-from spinlock_fast.data.input_files import FileIdentity, identify, open_file, reporting_damage
-from spinlock_fast.data.native_layout import NotNativeError, check_filters, native_layout
+from spinlock_fast.data.input_files import FileIdentity, fetched, identify, open_file, reporting_damage
+from spinlock_fast.data.native_layout import NotNativeError, Segment, check_filters, native_layout
 from spinlock_fast.data.packing import Packing, read_packing
 from spinlock_fast.data.remote_files import remote_file
+from spinlock_fast.data.virtual_segments import virtual_segments
 from spinlock_fast.errors import DataError
+from spinlock_fast.interrupts import deferred_interrupts
 
 log = logging.getLogger(__name__)
 
@@ -40,13 +42,21 @@ class ShardIndex:
     chunk_rows: int  # rows per chunk; 1 if not chunked
     chunk_bytes: int  # decoded size of a chunk; 0 if not chunked
     native_layout: dict[str, Any] | None  # for `_native.RowReader`; None if h5py must read
-    h5py_reason: str  # why h5py must read; empty otherwise
+    h5py_reason: str  # why h5py must read some rows; empty otherwise
     swmr: bool  # a writer has the file open in SWMR mode: it may change
     storage_file: Path  # the file that stores the dataset; differs from `file` behind an external link
     storage_identity: FileIdentity
     backing_files: tuple[BackingFile, ...]  # other files reached through links and virtual or external sources
     packing: Packing | None  # of packed numbers
     matlab: bool  # written by MATLAB, which reverses the axes
+    virtual_segments: tuple[Segment, ...] = ()  # of a virtual dataset that is read natively
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """Its rows by the file that stores them."""
+        return self.virtual_segments or (
+            Segment(self.shape[0], self.storage_file, self.storage_identity, self.native_layout),
+        )
 
     @property
     def identities(self) -> tuple[FileIdentity, ...]:
@@ -91,8 +101,9 @@ def index_file(file: Path, paths: list[str], policy: ExternalFilePolicy | None =
         indexes.update(_index_remote(file, missing, policy) or _index_local(file, missing, policy))
     with _cache_lock:
         for path, key in keys.items():
-            _cache[key] = indexes[path]
-            _cache.move_to_end(key)
+            if not indexes[path].swmr:  # a flush of its writer may change neither size nor modification time
+                _cache[key] = indexes[path]
+                _cache.move_to_end(key)
         while len(_cache) > _CACHE_SIZE:
             _cache.popitem(last=False)
     return {path: indexes[path] for path in paths}
@@ -106,7 +117,7 @@ def index_copy(index: ShardIndex) -> ShardIndex:
 def _index_local(file: Path, paths: list[str], policy: ExternalFilePolicy) -> dict[str, ShardIndex]:
     identity = identify(file)
     indexes = {}
-    with open_file(file) as handle:
+    with fetched(file), deferred_interrupts(), open_file(file) as handle:
         for path in paths:
             with reporting_damage(file, path):
                 indexes[path] = _index(file, identity, handle, path, policy)
@@ -140,6 +151,8 @@ def _is_current(index: ShardIndex) -> bool:
 def _index(file: Path, identity: FileIdentity, handle: h5py.File, path: str, policy: ExternalFilePolicy) -> ShardIndex:
     trace = LinkTrace()
     dataset = get_dataset(file, handle, path, policy, trace)
+    if dataset.file.swmr_mode:
+        dataset.refresh()  # the file may be open in this process, which then keeps the shape that it has read
     storage_file = trace.files[-1] if trace.files else file
     backing_files = linked_files(trace) + sources_of(storage_file, dataset, policy)
     dtype, shape = dataset.dtype, dataset.shape
@@ -152,9 +165,16 @@ def _index(file: Path, identity: FileIdentity, handle: h5py.File, path: str, pol
     if 0 in shape[1:]:
         raise DataError(f"{file}: {path}: no columns (shape {shape})")
     chunks = dataset.chunks
+    chunk_rows, chunk_bytes = chunks[0] if chunks else 1, prod(chunks) * dtype.itemsize if chunks else 0
     layout, h5py_reason = None, ""
+    segments: tuple[Segment, ...] = ()
     try:
-        layout = native_layout(dataset.file, dataset)
+        if dataset.is_virtual and shape[0]:
+            virtual = virtual_segments(storage_file, dataset, policy)
+            segments, h5py_reason = virtual.segments, virtual.h5py_reason
+            chunk_rows, chunk_bytes = virtual.chunk_rows, virtual.chunk_bytes
+        else:
+            layout = native_layout(dataset.file, dataset)
     except NotNativeError as error:
         h5py_reason = str(error)
         check_filters(file, dataset)
@@ -164,8 +184,8 @@ def _index(file: Path, identity: FileIdentity, handle: h5py.File, path: str, pol
         path,
         shape,
         np.dtype("u1" if dtype.kind == "b" else dtype.str).newbyteorder("="),  # drops the metadata of enumerations
-        chunks[0] if chunks else 1,
-        prod(chunks) * dtype.itemsize if chunks else 0,
+        chunk_rows,
+        chunk_bytes,
         layout,
         h5py_reason,
         dataset.file.swmr_mode,
@@ -174,6 +194,7 @@ def _index(file: Path, identity: FileIdentity, handle: h5py.File, path: str, pol
         tuple(backing_files),
         read_packing(dataset) if dtype.kind != "b" else None,
         "MATLAB_class" in dataset.attrs,
+        segments,
     )
 
 

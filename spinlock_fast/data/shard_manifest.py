@@ -72,7 +72,7 @@ class ShardManifest:
             return index_file(file, self._paths, self._policy)
         indexes = index_file(file, self._paths, self._policy)
         self._changed |= self._entries.pop(name, None) is not None
-        if all(not index.backing_files and not index.swmr for index in indexes.values()):
+        if not any(index.backing_files or index.swmr or index.virtual_segments for index in indexes.values()):
             version = [indexes[self._paths[0]].identity.size, indexes[self._paths[0]].identity.mtime_ns]
             datasets = {path: _stored(index) for path, index in indexes.items()}
             self._entries[name] = {"version": version, "datasets": datasets}

@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from spinlock_fast.data.hdf5_links import ExternalFilePolicy
 from spinlock_fast.data.input_files import FileIdentity
+from spinlock_fast.data.native_layout import Segment
 from spinlock_fast.data.remote_files import remote_file
 from spinlock_fast.data.shard_index import ShardIndex, file_description
 from spinlock_fast.data.shard_manifest import ShardManifest
@@ -41,8 +43,38 @@ class ShardedDataset:
 
     @cached_property
     def h5py_reason(self) -> str:
-        """Why h5py reads it; empty if the native reader does."""
-        return next((shard.h5py_reason for shard in self.shards if shard.native_layout is None), "")
+        """Why h5py reads some of its rows; empty if the native reader reads all."""
+        return next((shard.h5py_reason for shard in self.shards if shard.h5py_reason), "")
+
+    @cached_property
+    def reading(self) -> str:
+        """Which rows h5py reads, and why."""
+        if not self.h5py_reason:
+            return "native"
+        count = sum(bool(shard.h5py_reason) for shard in self.shards)
+        part = "" if count == len(self.shards) else f" for {count} of {len(self.shards)} files"
+        if any(shard.h5py_reason and shard.virtual_segments for shard in self.shards):
+            part = " for some rows"
+        return f"h5py{part}, because of {self.h5py_reason}"
+
+    @cached_property
+    def _segments(self) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """End of the rows of each segment, over all shards, and whether h5py reads it."""
+        segments = [segment for shard in self.shards for segment in shard.segments]
+        return (
+            np.cumsum([segment.rows for segment in segments], dtype=np.int64),
+            np.array([segment.layout is None for segment in segments]),
+        )
+
+    @property
+    def read_natively(self) -> bool:
+        """Whether the native reader reads some of its rows."""
+        return not self._segments[1].all()
+
+    def read_by_h5py(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Whether h5py reads each of the rows [n], numbered over all shards."""
+        ends, by_h5py = self._segments
+        return by_h5py[np.searchsorted(ends, rows, side="right")]
 
     @cached_property
     def has_packing(self) -> bool:
@@ -136,11 +168,6 @@ class ShardedDatasets:
     def rows(self) -> int:
         return sum(self.shard_rows)
 
-    @property
-    def native_datasets(self) -> tuple[ShardedDataset, ...]:
-        """The datasets that the native reader supports, in order."""
-        return tuple(dataset for dataset in self.datasets if not dataset.h5py_reason)
-
     def unpack(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Replaces the stored numbers of packed datasets in a batch by their values; see `Packing`.
 
@@ -195,25 +222,27 @@ class ShardedDatasets:
 
     def native_descriptions(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Arguments `files` and `datasets` of `_native.RowReader`."""
-        files = list(dict.fromkeys(_storage(shard) for dataset in self.native_datasets for shard in dataset.shards))
-        numbers = {file: i for i, file in enumerate(files)}
+        numbers: dict[tuple[Path, FileIdentity, str], int] = {}
         datasets = [
             {
                 "name": dataset.path,
                 "item_size": dataset.dtype.itemsize,
                 "row_shape": list(dataset.row_shape),
                 "shards": [
-                    {"file": numbers[_storage(shard)], **(shard.native_layout or {})} for shard in dataset.shards
+                    {"file": numbers.setdefault(_storage(shard, segment), len(numbers))}
+                    | (segment.layout or {"rows": segment.rows})
+                    for shard in dataset.shards
+                    for segment in shard.segments
                 ],
             }
-            for dataset in self.native_datasets
+            for dataset in self.datasets
         ]
-        return [file_description(*file) for file in files], datasets
+        return [file_description(*file) for file in numbers], datasets
 
 
-def _storage(shard: ShardIndex) -> tuple[Path, FileIdentity, str]:
-    """The file that stores a dataset, its identity, and its name in error messages."""
-    label = str(shard.file) if shard.storage_file == shard.file else f"{shard.file} (values in {shard.storage_file})"
+def _storage(shard: ShardIndex, segment: Segment) -> tuple[Path, FileIdentity, str]:
+    """The file that stores a segment, its identity, and its name in error messages."""
+    label = str(shard.file) if segment.file == shard.file else f"{shard.file} (values in {segment.file})"
     if (remote := remote_file(shard.file)) is not None:
         label = f"{remote.name} (copy in {shard.file})"
-    return shard.storage_file, shard.storage_identity, label
+    return segment.file, segment.identity, label

@@ -51,7 +51,9 @@ def _on_this_host(sharded: ShardedDatasets) -> ShardedDatasets | None:
     for dataset in sharded.datasets:
         for shard in dataset.shards:
             places = [(shard.file, shard.identity), (shard.storage_file, shard.storage_identity)]
-            for path, identity in places + [(backing.path, backing.identity) for backing in shard.backing_files]:
+            places += [(backing.path, backing.identity) for backing in shard.backing_files]
+            places += [(segment.file, segment.identity) for segment in shard.virtual_segments]
+            for path, identity in places:
                 if identity.device in devices:
                     continue
                 try:
@@ -74,6 +76,9 @@ def _on_this_host(sharded: ShardedDatasets) -> ShardedDatasets | None:
             identity=moved(shard.identity),
             storage_identity=moved(shard.storage_identity),
             backing_files=backing,
+            virtual_segments=tuple(
+                replace(segment, identity=moved(segment.identity)) for segment in shard.virtual_segments
+            ),
         )
 
     datasets = tuple(replace(dataset, shards=tuple(map(moved_shard, dataset.shards))) for dataset in sharded.datasets)

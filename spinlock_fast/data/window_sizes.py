@@ -122,7 +122,7 @@ def _scratch(sharded: ShardedDatasets, threads: int) -> int:
     def per_thread(dataset: ShardedDataset) -> int:
         return max(0, _COPIES * dataset.chunk_bytes - _FREE_SCRATCH)
 
-    native = max((per_thread(dataset) for dataset in sharded.native_datasets), default=0)
+    native = max((per_thread(dataset) for dataset in sharded.datasets if dataset.read_natively), default=0)
     return threads * native + max(
         (per_thread(dataset) for dataset in sharded.datasets if dataset.h5py_reason), default=0
     )

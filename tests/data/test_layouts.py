@@ -177,17 +177,6 @@ def test_user_block_is_read(tmp_path: Path) -> None:
     check([str(tmp_path / "a.h5")], ["x", "y"])
 
 
-def test_virtual_dataset_is_read_through_h5py(tmp_path: Path) -> None:
-    layout = h5py.VirtualLayout((20, 3), "<f4")
-    for i in range(2):
-        with h5py.File(tmp_path / f"part_{i}.h5", "w") as file:
-            file["x"] = random_values((10, 3), "<f4", seed=i)
-        layout[10 * i : 10 * i + 10] = h5py.VirtualSource(str(tmp_path / f"part_{i}.h5"), "x", (10, 3))
-    with h5py.File(tmp_path / "a.h5", "w") as file:
-        file.create_virtual_dataset("x", layout)
-    check([str(tmp_path / "a.h5")], ["x"], "h5py, because of its virtual layout")
-
-
 def test_external_files_are_read_through_h5py(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "a.h5", "w") as file:
         size = h5py.h5f.UNLIMITED

@@ -147,6 +147,43 @@ void batches_hold_the_submitted_rows() {
     }
 }
 
+// Rows 100..112 of the chunked dataset, 20 rows of the caller, then rows 3..8 of the contiguous one.
+void segments_hold_ranges_of_rows() {
+    const Stored stored = store();
+    const TemporaryFile file(stored.file);
+    Dataset dataset{.name = "virtual", .item_size = 4, .row_shape = {kWidth}, .shards = {}};
+    Shard chunked = stored.datasets[1].shards[0];
+    chunked.rows = 13;
+    chunked.skipped = 100 % kChunkRows;
+    chunked.preceding = 100 / kChunkRows * kChunkRows;
+    const std::size_t first = 100 / kChunkRows, last = 112 / kChunkRows;
+    const auto part = [&](auto& table) {
+        table = {table.begin() + static_cast<std::ptrdiff_t>(first), table.begin() + static_cast<std::ptrdiff_t>(last + 1)};
+    };
+    part(chunked.offsets);
+    part(chunked.sizes);
+    part(chunked.masks);
+    dataset.shards.push_back(std::move(chunked));
+    dataset.shards.push_back({.rows = 20, .read_by_caller = true});
+    dataset.shards.push_back({.rows = 6, .chunk_rows = 4, .contiguous = true, .offset = 3 * kWidth * 4});
+    RowReader reader({file.info()}, {dataset}, {.threads = 2});
+    std::vector<std::uint32_t> memory(39 * kWidth, ~0U);
+    reader.add_batch(0, 39, {std::as_writable_bytes(std::span(memory))});
+    std::vector<std::uint64_t> rows(39);
+    std::iota(rows.begin(), rows.end(), 0U);
+    reader.submit(0, rows);
+    wait(reader, 0);
+    for (std::uint64_t row = 0; row < 39; ++row) {
+        const std::uint64_t source = row < 13 ? 100 + row : row - 33 + 3;
+        const std::uint32_t expected = row >= 13 && row < 33 ? ~0U : static_cast<std::uint32_t>(source * kWidth);
+        CHECK(memory[row * kWidth] == expected);
+    }
+    dataset.shards[0].skipped = kChunkRows;
+    CHECK_THROWS(std::invalid_argument, "more rows are skipped", RowReader({file.info()}, {dataset}, {.threads = 1}));
+    dataset.shards = {{.rows = std::uint64_t{1} << 62, .read_by_caller = true}, {.rows = 1, .read_by_caller = true}};
+    CHECK_THROWS(std::invalid_argument, "impossibly large", RowReader({file.info()}, {dataset}, {.threads = 1}));
+}
+
 void reader_can_be_destroyed_at_any_time() {
     const Stored stored = store();
     const TemporaryFile file(stored.file);
@@ -240,6 +277,7 @@ void invalid_calls_are_rejected() {
 
 int main() {
     batches_hold_the_submitted_rows();
+    segments_hold_ranges_of_rows();
     reader_can_be_destroyed_at_any_time();
     errors_are_reported_for_their_batches();
     changed_files_are_rejected();
