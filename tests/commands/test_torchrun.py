@@ -102,9 +102,11 @@ def assert_every_epoch_once(directory: Path) -> None:
 
 
 def assert_same_weights(one: Path, other: Path) -> None:
+    """Equal within rounding, relative to the norm: single values with a tiny gradient differ more after Adam."""
     weights, others = final_weights(one), final_weights(other)
     for name, value in weights.items():
-        torch.testing.assert_close(others[name], value, rtol=1e-4, atol=1e-5)
+        difference = float((others[name].double() - value.double()).norm() / value.double().norm().clamp(min=1e-3))
+        assert difference <= 1e-5, f"{name}: {difference:.2g}"
 
 
 @pytest.fixture(scope="module")

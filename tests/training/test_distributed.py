@@ -175,8 +175,10 @@ def test_ranks_train_what_one_process_trains(world: int, tmp_path: Path) -> None
             for key, value in ranks[0]["weights"].items():
                 assert torch.equal(rank["weights"][key], value), key
         # Adam divides by the root of mean squares: where a gradient nearly vanishes, its rounding error shows. With
-        # learned codes one bias has such gradients; the gradients of a step agree within 3e-7.
-        assert_equal(alone, ranks[0], name, 1e-4 if "learned codes" in name else 1e-5)
+        # learned codes one bias has such gradients; the gradients of a step agree within 3e-7. The token decoder
+        # is fitted by many more steps.
+        tolerance = {"learned codes": 1e-4, "token decoder": 1e-3}
+        assert_equal(alone, ranks[0], name, next((t for part, t in tolerance.items() if part in name), 1e-5))
     for rank in range(world):
         outcome = torch.load(f"{file}.misuse.{rank}", weights_only=True)
         assert outcome["different rows"].startswith(

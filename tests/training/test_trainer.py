@@ -671,7 +671,7 @@ def test_refit_and_evaluation_run_on_the_device_of_the_data(x: np.ndarray[Any, A
         yield
         depth[0] -= 1
 
-    for name in ("refit_decoder", "evaluate_with_counts", "evaluate"):
+    for name in ("fit_decoders", "evaluate_with_counts", "evaluate"):
         plain = getattr(module, name)
 
         def called(*args: Any, name: str = name, plain: Any = plain) -> Any:
@@ -682,7 +682,7 @@ def test_refit_and_evaluation_run_on_the_device_of_the_data(x: np.ndarray[Any, A
     monkeypatch.setattr(module, "device_guard", guard)
     monkeypatch.setattr(metrics, "device_guard", guard)
     trainer(training__num_epochs=2, training__decoder_refit=0.1, training__test_fraction=0.1).fit(x, GROUPS)
-    assert [name for name, _ in seen] == ["refit_decoder", "evaluate_with_counts", "evaluate"]
+    assert [name for name, _ in seen] == ["fit_decoders", "evaluate_with_counts", "evaluate"]
     assert all(inside for _, inside in seen)
     assert depth == [0]
 

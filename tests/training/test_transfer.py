@@ -512,7 +512,7 @@ def test_tables_of_the_page_are_current() -> None:
 def test_token_decoder_is_saved_and_fitted_anew(directory: Path, tmp_path: Path) -> None:
     fit = ("--set", "training.joint_search_epochs=3")
     assert train(directory / "run.yaml", *fit, "--output", tmp_path / "start") == 0
-    tokenizer = Tokenizer(tmp_path / "start")
+    tokenizer = Tokenizer.from_checkpoint(tmp_path / "start")
     metrics = json.loads((tmp_path / "start" / METRICS).read_text())
     assert metrics["joint"]["reconstruction_error"] < metrics["reconstruction_error"]
     assert tokenizer.model.token_decoder is not None
@@ -520,4 +520,4 @@ def test_token_decoder_is_saved_and_fitted_anew(directory: Path, tmp_path: Path)
         output = tmp_path / f"further{fitted}"
         data = ("--set", f"dataset_path={directory / 'new.h5'}", "--init-from", tmp_path / "start")
         assert train(directory / "run.yaml", *data, *arguments, "--output", output) == 0
-        assert (Tokenizer(output).model.token_decoder is not None) == fitted
+        assert (Tokenizer.from_checkpoint(output).model.token_decoder is not None) == fitted
