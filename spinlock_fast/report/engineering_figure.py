@@ -193,6 +193,7 @@ def _headline_rows(summary: CheckpointSummary) -> list[tuple[str, str]]:
 def _write_headline(ax: Axes, summary: CheckpointSummary, rows: list[tuple[str, str]], room: float) -> None:
     write_table(ax, rows, (0.0, 1.0))
     refitted = summary.config is not None and summary.config.training.decoder_refit > 0.0
+    refitted = refitted or summary.model.token_decoder is not None
     after = "; decoder refitted after the last epoch" if refitted else ""
     add_heading(ax, "Summary", f"on {summary.measured_on}{after}", 3.0, room=room)
 
