@@ -17,6 +17,7 @@ def test_each_schedule_has_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[
     output = tmp_path / "runs.jsonl"
     command = [str(tmp_path / "set_*.h5"), "--output", str(output), "--schedules", "1", "2", "--seeds", "0"]
     command += ["--set", "training.batch_size=64", "--set", "training.topo_samples=64", "--set", "device=cpu"]
+    command += ["--set", "training.joint_search_epochs=1"]
     assert main([*command, "--families", "summary"]) == 0
     assert main(command) == 0  # the runs on summary are not repeated
     rows = [json.loads(line) for line in output.read_text().splitlines()]
