@@ -123,6 +123,32 @@ def test_fit_is_repeatable_whatever_the_memory(fitted: Any, x: Any) -> None:
     assert not torch.equal(other.model.token_decoder.tables, fitted.model.token_decoder.tables)
 
 
+def test_targets_and_tokens_of_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = small_model(), torch.randn(300, 10)
+    model.add_token_decoder()
+
+    def epoch(nearest: float, **settings: float) -> tuple[torch.Tensor, torch.Tensor]:
+        monkeypatch.setattr(token_decoder_fit, "_NEAREST", nearest)
+        training = RunConfig().training.model_copy(update=settings)
+        random = torch.Generator().manual_seed(0)
+        (block,) = token_decoder_fit._searched_blocks(model, x, training, 0.5, random)
+        return block[1]
+
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(0))
+    rows, joint = epoch(0.0)
+    assert torch.equal(rows, x[order])
+    assert torch.equal(joint, model.get_tokens(rows, "joint", 1))
+    clean, noisy = epoch(0.0, input_noise=0.5)  # the noise is not in the targets
+    assert torch.equal(clean, rows)
+    assert not torch.equal(noisy, joint)
+    mixed, _ = epoch(0.0, mixup_scale=0.4)
+    assert not torch.equal(mixed, rows)
+    decoded, nearest = epoch(1.0)  # nearest tokens, some of them of other rows, as the shared decoder decodes them
+    torch.testing.assert_close(decoded, model.decode(model.quantizer.lookup(nearest)))
+    exchanged = (nearest != model.get_tokens(rows)).double().mean()
+    assert 0.05 < exchanged < 0.2
+
+
 def test_blocks_of_rows(fitted: Any, x: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """More rows than are searched at once."""
     monkeypatch.setattr(token_decoder_fit, "_ROWS", 96)
