@@ -23,28 +23,17 @@ from spinlock_fast.config.schema import RunConfig
 from spinlock_fast.data.split import Split, split_rows
 from spinlock_fast.device import resolve_device
 from spinlock_fast.features.family_layout import resolve_families
-from spinlock_fast.training.observer import SilentObserver
+from spinlock_fast.training.observer import SilentDisplay
 from spinlock_fast.training.preparation import PreparedFeatures, open_source, prepare
 
 SHARES = ["training.val_fraction=0.15", "training.test_fraction=0.15"]
-
-
-class _SilentDisplay(SilentObserver):
-    def stage(self, text: str) -> None:
-        pass
-
-    def encoded(self, family: str, done: int, rows: int) -> None:
-        pass
-
-    def training_finished(self) -> None:
-        pass
 
 
 def prepared_features(config: RunConfig) -> tuple[PreparedFeatures, Split]:
     """The features of the configured data, and the split of their rows, as `train` has them."""
     config = resolve_families(config)
     with open_source(config) as source, streams_of(VERSION):
-        prepared = prepare(source, config, resolve_device(config.device), _SilentDisplay())
+        prepared = prepare(source, config, resolve_device(config.device), SilentDisplay())
         return prepared, split_rows(source.rows, config.training, config.random_seed)
 
 

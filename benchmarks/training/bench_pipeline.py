@@ -46,7 +46,7 @@ from spinlock_fast.models.metrics import Validation
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
 from spinlock_fast.tokenizer import Tokenizer
 from spinlock_fast.training.cuda_graphs import WARM_UP_STEPS, dedicated_stream
-from spinlock_fast.training.observer import SilentObserver
+from spinlock_fast.training.observer import SilentDisplay
 from spinlock_fast.training.preparation import open_source, prepare
 
 COLUMNS, COPIES = 268, 60  # raw columns; linear copies of others among them
@@ -81,16 +81,6 @@ class Stopwatch:
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-
-class Silent(SilentObserver):
-    """An observer without output."""
-
-    def stage(self, text: str) -> None:
-        pass
-
-    def encoded(self, family: str, done: int, rows: int) -> None:
-        pass
 
 
 def raw_columns(rows: int, seed: int = 0) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -194,7 +184,7 @@ def from_file(data: str, config: RunConfig, watch: Stopwatch, emit: Emit) -> Non
         columns, took = watch(lambda: encode(source, encoders, config.memory_budget, device))
         check_columns(source.files[0], encoders, columns, 1e-2 if device.type == "cuda" else 1e-4)
         emit("load_encode", source.rows, took, bytes=sum(d.rows * d.row_bytes for d in source.datasets.values()))
-        prepared = prepare(source, config, device, Silent())
+        prepared = prepare(source, config, device, SilentDisplay())
     model = CategoricalHierarchicalVQVAE(
         CategoricalVQVAEConfig(
             **{

@@ -31,7 +31,7 @@ from spinlock_fast.features.normalize import units
 from spinlock_fast.messages import one_line
 from spinlock_fast.output.atomic_files import write_json, write_text
 from spinlock_fast.training.async_checkpointer import AsyncCheckpointer
-from spinlock_fast.training.observer import EpochRecord, SilentObserver
+from spinlock_fast.training.observer import EpochRecord, SilentDisplay, SilentObserver
 from spinlock_fast.training.preparation import PreparedFeatures, open_source, prepare
 from spinlock_fast.training.result import TrainResult
 from spinlock_fast.training.run import write_result
@@ -189,7 +189,7 @@ class _WarningHandler(logging.Handler):
         self._reply(Warned(record.getMessage()))
 
 
-class _Observer(SilentObserver):
+class _Observer(SilentDisplay):
     """Sends the number of a finished epoch, at most twice a second."""
 
     def __init__(self, reply: Reply) -> None:
@@ -202,15 +202,6 @@ class _Observer(SilentObserver):
         if time.monotonic() - self._sent > 0.5:
             self._sent = time.monotonic()
             self._reply(Progress(record.epoch, self._epochs))
-
-    def stage(self, text: str) -> None:
-        pass
-
-    def encoded(self, family: str, done: int, rows: int) -> None:
-        pass
-
-    def training_finished(self) -> None:
-        pass
 
 
 def _write_checkpoint(output: RunDirectory, config: RunConfig, prepared: PreparedFeatures, result: TrainResult) -> None:

@@ -54,3 +54,16 @@ class SilentObserver:
 
     def save(self, state: dict[str, Any]) -> None:
         pass
+
+
+class SilentDisplay(SilentObserver):
+    """A display that shows nothing."""
+
+    def stage(self, text: str) -> None:
+        pass
+
+    def encoded(self, family: str, done: int, rows: int) -> None:
+        pass
+
+    def training_finished(self) -> None:
+        pass
