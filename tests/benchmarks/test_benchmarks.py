@@ -130,7 +130,7 @@ def test_the_timed_stages_are_the_pipelines(tmp_path: Path, monkeypatch: pytest.
     family = {"architecture": {"encoder": "IdentityEncoder", "encoder_params": {}}}
     config = RunConfig.model_validate({"dataset_path": str(path), "families": family})
     with open_source(config) as source:
-        expected = prepare(source, config, torch.device("cpu"), bench_pipeline.Silent())
+        expected = prepare(source, config, torch.device("cpu"), bench_pipeline.SilentDisplay())
     x, split = bench_pipeline.set_up(600, config, stopwatch(), nothing)
     np.testing.assert_array_equal(x, expected.x)
     assert split.train.size == 540
