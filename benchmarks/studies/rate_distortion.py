@@ -26,7 +26,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +36,7 @@ import torch
 from benchmarks.common.commands import ROOT
 from benchmarks.common.timing import commit
 from benchmarks.studies.reference_quantizers import REFERENCES, Array, Coder, Training
-from benchmarks.studies.sweep import append, lines_of, sweep
+from benchmarks.studies.sweep import Row, lines_of, perform, study_parser
 from spinlock_fast import CategoricalHierarchicalVQVAE, Trainer
 from spinlock_fast.config.loading import load_config
 from spinlock_fast.config.schema import LevelConfig
@@ -174,22 +174,30 @@ def fitted(matrix: Matrix, kind: str, bits: int, chosen: argparse.Namespace) -> 
             yield name, option, bits_of(sizes), coder
 
 
-def measure(run: tuple[str, int], chosen: argparse.Namespace) -> list[dict[str, Any]]:
+class Run(NamedTuple):
+    """The fits of a kind at a bit rate; a kind of several lines has the name of the last one."""
+
+    kind: str
+    bits: int
+    seed: int
+
+
+def measure(run: Run, chosen: argparse.Namespace) -> list[Row]:
     """A line per name of the kind: errors of the option with the lowest error of the validation rows."""
-    kind, bits = run
+    kind = next((kind for kind, names in MODELS.items() if run.kind in names), run.kind)
     matrix = load_matrix(chosen.matrix)
-    best: dict[str, tuple[dict[str, Any], Coder]] = {}
+    best: dict[str, tuple[Row, Coder]] = {}
     validation = matrix.x[matrix.validation]
     started = time.process_time()
-    for name, option, used, coder in fitted(matrix, kind, bits, chosen):
+    for name, option, used, coder in fitted(matrix, kind, run.bits, chosen):
         error = mean_squared_error(validation, coder(validation))
-        row = {"kind": name, "bits": bits, "bits_used": used, "option": option, "validation_error": error}
+        row = {"kind": name, "bits_used": used, "option": option, "validation_error": error}
         if name not in best or error < best[name][0]["validation_error"]:
             best[name] = row, coder
     seconds = time.process_time() - started
     for row, coder in best.values():
         train = matrix.x[matrix.train]
-        row |= {"matrix": matrix.name, "seed": chosen.seed, "rows": len(train), "seconds": seconds, "commit": commit()}
+        row |= {"matrix": matrix.name, "rows": len(train), "seconds": seconds, "commit": commit()}
         row["train_error"] = mean_squared_error(train, coder(train))
         if chosen.test:
             test = matrix.x[matrix.test]
@@ -241,9 +249,8 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     kinds = [*MODELS, *REFERENCES]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = study_parser(__doc__)
     parser.add_argument("matrix", type=Path, metavar="MATRIX.npz")
-    parser.add_argument("--output", type=Path, required=True, help="JSON lines file, continued if it exists")
     parser.add_argument("--test", action="store_true", help="also score the test rows")
     parser.add_argument("--plot", type=Path, help="image file to write")
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "100k.yaml", help="settings of the model")
@@ -255,29 +262,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--train-beam", type=int, default=32, help="beam width of the training of `residual`")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--jobs", type=int, default=1, help="number of processes")
     chosen = parser.parse_args(argv)
     if load_matrix(chosen.matrix).groups is None and "model" in chosen.kinds:
         parser.error(f"{chosen.matrix} has no group_indices: write it with benchmarks.studies.feature_matrix")
     load_config(chosen.config)
-    present = {(row["kind"], row["bits"], row["seed"]) for row in lines_of(chosen.output)}
-    runs = {
-        f"{kind}, {bits} bits": (kind, bits)
+    runs = [
+        Run(MODELS.get(kind, (kind,))[-1], bits, chosen.seed)
         for bits in chosen.bits
         for kind in chosen.kinds
-        if (MODELS.get(kind, (kind,))[-1], bits, chosen.seed) not in present
-        and (kind not in REFERENCES or bits <= REFERENCES[kind].most_bits)
-    }
-    failed = sweep(
-        runs,
-        partial(measure, chosen=chosen),
-        partial(append, chosen.output),
-        ["kind", "option", "validation_error"],
-        jobs=chosen.jobs,
-    )
+        if kind not in REFERENCES or bits <= REFERENCES[kind].most_bits
+    ]
+    status = perform(chosen, runs, measure, ["kind", "option", "validation_error"])
     if chosen.plot:
         plot(lines_of(chosen.output), chosen.plot)
-    return min(failed, 1)
+    return status
 
 
 if __name__ == "__main__":
