@@ -61,7 +61,7 @@ def test_encoders_are_compared_with_paired_seeds(
     first, last = rows = lines_of(output)
     assert (first["summary"], last["summary"]) == ("MLPEncoder", "IdentityEncoder")
     assert all(row["seed"] == 42 and 0.0 <= row["probe_evolution_policy"] <= 1.0 for row in rows)
-    assert first.keys() == json.loads((RESULTS / "study" / "encoders_cpu.json").read_text())[0].keys()
+    assert first.keys() == lines_of(RESULTS / "study" / "encoders_cpu.jsonl")[0].keys()
     said = capsys.readouterr().out
     assert "over seeds, on half of the unseen operators.\n" in said
     assert "| `IdentityEncoder, StatisticsEncoder` | 1 | " in said
