@@ -25,7 +25,7 @@ import math
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -212,10 +212,10 @@ def choose(rows: Iterable[dict[str, Any]]) -> tuple[str, dict[str, float]]:
     Score: mean over frames of log(mean error / mean error of the baseline) + PENALTY x the sum of the shortfalls of the
     mean metrics from `TARGETS`. Combinations without two seeds in each frame of the baseline are ignored.
     """
-    runs = defaultdict(list)
+    runs: defaultdict[tuple[str, int], dict[int, Row]] = defaultdict(dict)
     for row in rows:
         if row["mode"] == "select":
-            runs[row["variant"], row["frame"]].append(row)
+            runs[row["variant"], row["frame"]][row["seed"]] = row
     frames = sorted(frame for variant, frame in runs if variant == "baseline")
     scores = {}
     for variant in COMBINATIONS:
@@ -227,9 +227,9 @@ def choose(rows: Iterable[dict[str, Any]]) -> tuple[str, dict[str, float]]:
     return min(scores, key=scores.__getitem__), scores
 
 
-def _score(runs: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]]) -> float:
-    def mean(rows: Sequence[dict[str, Any]], column: str) -> float:
-        return float(np.mean([row[column] for row in rows]))
+def _score(runs: Mapping[int, Row], baseline: Mapping[int, Row]) -> float:
+    def mean(rows: Mapping[int, Row], column: str) -> float:
+        return float(np.mean([row[column] for row in rows.values()]))
 
     shortfall = sum(max(0.0, target - mean(runs, column)) for column, target in TARGETS.items())
     return math.log(mean(runs, "error") / mean(baseline, "error")) + PENALTY * shortfall

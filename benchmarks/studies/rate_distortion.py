@@ -50,17 +50,19 @@ _RATIOS = ("0.5", "1", "1.5")  # latent dimensions per feature; 1 from the fourt
 _MOST_DIMS = 64
 _PERTURBATIONS = 8
 
-LABELS = {
-    "perturbed": "model, joint search, 8 perturbations",
-    "joint": "model, joint search",
-    "nearest": "model, nearest codes",
-    "one_category": "model, one category, joint search",
-    "residual": "residual (beam 32)",
-    "neural_residual": "neural residual",
-    "local_search": "local search (LSQ++)",
-    "rotated_product": "optimised product",
-    "product": "product",
-    "finite_scalars": "finite scalars (FSQ)",
+_MODEL, _RESIDUAL, _HOLLOW = {"color": "#1f6fb4"}, {"color": "#c4571a"}, {"ls": "--", "mfc": "white"}
+# Label and style of each curve.
+CURVES: dict[str, tuple[str, dict[str, Any]]] = {
+    "perturbed": ("model, joint search, 8 perturbations", {**_MODEL, "marker": "s", "ms": 4, "ls": "-."}),
+    "joint": ("model, joint search", {**_MODEL, "marker": "o", "lw": 2.2}),
+    "nearest": ("model, nearest codes", {**_MODEL, "marker": "o", **_HOLLOW}),
+    "one_category": ("model, one category, joint search", {"color": "#6aa84f", "marker": "s", "ms": 4}),
+    "residual": ("residual (beam 32)", {**_RESIDUAL, "marker": "^", "lw": 2.2}),
+    "neural_residual": ("neural residual", {**_RESIDUAL, "marker": "v", **_HOLLOW}),
+    "local_search": ("local search (LSQ++)", {"color": "#8e5ea2", "marker": "D", "ms": 4}),
+    "rotated_product": ("optimised product", {"color": "0.25", "ls": "-"}),
+    "product": ("product", {"color": "0.25", "ls": ":"}),
+    "finite_scalars": ("finite scalars (FSQ)", {"color": "0.55", "ls": "-."}),
 }
 
 
@@ -215,19 +217,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
     split = "test" if all("test_error" in row for row in rows) else "validation"
     figure, axes = plt.subplots(figsize=(7.5, 4.8), dpi=120, layout="constrained")
-    styles = {
-        "perturbed": {"color": "#1f6fb4", "marker": "s", "ms": 4, "ls": "-."},
-        "joint": {"color": "#1f6fb4", "marker": "o", "lw": 2.2},
-        "nearest": {"color": "#1f6fb4", "marker": "o", "ls": "--", "mfc": "white"},
-        "one_category": {"color": "#6aa84f", "marker": "s", "ms": 4},
-        "residual": {"color": "#c4571a", "marker": "^", "lw": 2.2},
-        "neural_residual": {"color": "#c4571a", "marker": "v", "ls": "--", "mfc": "white"},
-        "local_search": {"color": "#8e5ea2", "marker": "D", "ms": 4},
-        "rotated_product": {"color": "0.25", "ls": "-"},
-        "product": {"color": "0.25", "ls": ":"},
-        "finite_scalars": {"color": "0.55", "ls": "-."},
-    }
-    for kind, label in LABELS.items():
+    for kind, (label, style) in CURVES.items():
         own = [row for row in rows if row["kind"] == kind]
         points = [
             (np.mean([r["bits_used"] for r in own if r["bits"] == bits]),
@@ -235,7 +225,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
             for bits in sorted({row["bits"] for row in own})
         ]  # fmt: skip
         if points:
-            axes.plot(*zip(*points, strict=True), label=label, **styles[kind])
+            axes.plot(*zip(*points, strict=True), label=label, **style)
     axes.set(xscale="log", yscale="log", xlabel="bits per row", ylabel=f"mean squared error, {split} rows")
     for axis, ticks in ((axes.xaxis, BITS), (axes.yaxis, (0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5))):
         axis.set_major_locator(FixedLocator(ticks))

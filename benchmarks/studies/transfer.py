@@ -151,15 +151,18 @@ def finished(output: Path, shares: Sequence[float]) -> list[Row]:
     if not output.exists():
         return []
     with output.open(newline="", encoding="utf-8") as file:
-        rows: list[Row] = [{**row, "seed": int(row["seed"])} for row in csv.DictReader(file)]
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            sys.exit(f"{output}: has other columns than {', '.join(COLUMNS)}: choose another --output")
+        rows: list[Row] = [{**row, "seed": int(row["seed"])} for row in reader]
     for seed in {row["seed"] for row in rows}:
-        found = {float(row["share"]) for row in rows if row["seed"] == seed} - {0.0}
-        if found != {float(shown(share)) for share in shares}:
+        found = {row["share"] for row in rows if row["seed"] == seed} - {"0"}
+        if found != set(map(text_of, shares)):
             sys.exit(f"{output}: has shares {sorted(found)}, not {sorted(shares)}: choose another --output")
     return rows
 
 
-def shown(value: Any) -> str:
+def text_of(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -181,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         writer.writeheader()
         for row in sorted(rows, key=lambda row: row["seed"]):
-            writer.writerow({name: shown(value) for name, value in row.items()})
+            writer.writerow({name: text_of(value) for name, value in row.items()})
         write_text(chosen.output, text.getvalue())
 
     present = {row["seed"] for row in rows}

@@ -130,8 +130,12 @@ def test_transfer_measures_every_start_on_the_same_rows(tmp_path: Path, monkeypa
     assert kept == ["1"] * 3
     committed = (RESULTS / "transfer_operators_cpu.csv").read_text().splitlines()[0]
     assert text.splitlines()[0] == ",".join(transfer.COLUMNS) == committed
-    with pytest.raises(SystemExit, match=r"has shares \[0.0501, 1.0\], not \[1.0\]: choose another --output"):
+    with pytest.raises(SystemExit, match=r"has shares \['0.0501', '1'\], not \[1.0\]: choose another --output"):
         transfer.main([*command, "--shares", "1"])
+    other = tmp_path / "other.csv"
+    other.write_text("variant,seed\n")
+    with pytest.raises(SystemExit, match=r"other.csv: has other columns than method, share"):
+        transfer.main([*command, "--output", str(other)])
     monkeypatch.setattr(transfer, "study", lambda *_: [{**rows[0], "seed": 41}])
     assert transfer.main([*command, *shares, "--first-seed", "41", "--seeds", "2"]) == 0
     lines = text.splitlines(keepends=True)
