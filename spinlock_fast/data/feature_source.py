@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spinlock_fast.data.backing_files import sources_of
-from spinlock_fast.data.dataset_warnings import log_unusual_datasets
+from spinlock_fast.data.dataset_warnings import log_unusual_datasets, warn_once
 from spinlock_fast.data.hdf5_links import ExternalFilePolicy, LinkTrace, find_dataset, get_dataset
 from spinlock_fast.data.input_files import find_files, open_file, reporting_damage
 from spinlock_fast.data.loader import HDF5Loader
@@ -256,6 +256,8 @@ def _check_shapes(file: Path, datasets: Mapping[str, str], policy: ExternalFileP
 def column_names(file: Path, path: str, shape: tuple[int, ...], groups: int) -> list[str] | None:
     """The attribute `feature_names` of a dataset or a parent group, if it has the expected shape; else None.
 
+    Names of another shape on the dataset itself, and names that repeat, are logged.
+
     Args:
         file: HDF5 file.
         path: dataset path within the file.
@@ -271,7 +273,14 @@ def column_names(file: Path, path: str, shape: tuple[int, ...], groups: int) -> 
         for node in nodes:
             names = node.attrs.get("feature_names")
             if isinstance(names, np.ndarray) and names.shape == shape:
-                return [decode_text(name) for name in names]
+                texts = [decode_text(name) for name in names]
+                if len(set(texts)) < len(texts):
+                    warn_once(file, f"{path}: attribute feature_names repeats names: tables cannot tell them apart")
+                return texts
+        names = nodes[0].attrs.get("feature_names")
+        if names is not None and len(shape) == 1:
+            found = f"shape {list(names.shape)}" if isinstance(names, np.ndarray) else "one value"
+            warn_once(file, f"{path}: attribute feature_names is ignored: it has {found}, expected {list(shape)}")
     return None
 
 

@@ -53,7 +53,7 @@ def monitor(
         statistics = reference_from_data(tokenizer, reference, memory_budget, ranks)
     result = judge(count_rows(tokenizer, statistics, data, memory_budget, ranks), statistics)
     if result["rows"] < FEW_ROWS:
-        log.warning("%d rows: only large changes are significant", result["rows"])
+        log.warning("few rows (%d): only large changes are significant", result["rows"])
     return {"checkpoint_sha256": tokenizer.checkpoint_hash, **result}
 
 

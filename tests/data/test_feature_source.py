@@ -153,14 +153,28 @@ def test_feature_names_are_read(tmp_path, on_group):
         assert source.feature_names("family") == ["a", "b", "ü"]
 
 
-@pytest.mark.parametrize("names", [None, ["a", "b"]])
-def test_feature_names_of_wrong_shape_are_ignored(tmp_path, names):
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [(None, ""), (["a", "b"], "is ignored: it has shape [2], expected [3]"), ("a,b,c", "is ignored: it has one value")],
+)
+def test_feature_names_of_wrong_shape_are_ignored(tmp_path, names, message, caplog):
     file = write(tmp_path / "a.h5", dataset())
     if names:
         with h5py.File(file, "a") as handle:
             handle[PATH].attrs["feature_names"] = names
     with open_family(file) as source:
         assert source.feature_names("family") is None
+        assert source.feature_names("family") is None
+    assert [message in record.getMessage() for record in caplog.records] == [True] * bool(names)
+
+
+def test_feature_names_that_repeat_are_reported(tmp_path, caplog):
+    file = write(tmp_path / "a.h5", dataset())
+    with h5py.File(file, "a") as handle:
+        handle[PATH].attrs["feature_names"] = ["a", "b", "a"]
+    with open_family(file) as source:
+        assert source.feature_names("family") == ["a", "b", "a"]
+    assert "feature_names repeats names" in caplog.text
 
 
 def test_missing_file_is_an_error(tmp_path):
