@@ -230,8 +230,8 @@ class Tokenizer(Estimator):
         given = families_of(raw, self.families, self.feature_names)
         arrays = family_tensors(given, self.families)
         check = InputCheck(self.training_range, len(arrays[self.families[0].name]))
-        check.add_raw(arrays)
         tokens = self._tokens(self._features(arrays, check), check, search=token_search)
+        check.add_raw(arrays)
         check.log_warnings()
         return torch.from_numpy(tokens) if any(isinstance(array, Tensor) for array in given.values()) else tokens
 

@@ -50,7 +50,9 @@ class DataStatistics:
         return self.counts > 0
 
 
-def measure_data(summary: CheckpointSummary, data: str | list[str], conditions: Sequence[str] = ()) -> DataStatistics:
+def measure_data(
+    summary: CheckpointSummary, data: str | Path | list[str], conditions: Sequence[str] = ()
+) -> DataStatistics:
     """Encodes a file with the checkpoint's tokenizer; sets `summary.metrics` where the checkpoint has no measured ones.
 
     Holds the cleaned features [N, F] in memory; raw values are read block by block.
@@ -103,8 +105,8 @@ def measure_data(summary: CheckpointSummary, data: str | list[str], conditions: 
     return result
 
 
-def _name(data: str | list[str]) -> str:
-    return Path(data).name if isinstance(data, str) else f"{len(data)} files"
+def _name(data: str | Path | list[str]) -> str:
+    return Path(data).name if isinstance(data, (str, Path)) else f"{len(data)} files"
 
 
 def _code_centroids(
