@@ -82,7 +82,7 @@ def _dataset_columns(source: FeatureSource, path: str) -> dict[str, Values]:
         )
     if width == 1:
         return {path: _typed(values[:, 0])}
-    names = column_names(source.files[0], path, (width,), groups=1) or [str(i) for i in range(width)]
+    names = column_names(source.files, path, (width,), groups=1) or [str(i) for i in range(width)]
     return {f"{path}[{name}]": _typed(values[:, i]) for i, name in enumerate(names)}
 
 

@@ -203,7 +203,7 @@ def measured_names(source: FeatureSource, family: str) -> list[str]:
     info = source.datasets[family]
     width = info.row_shape[-1]
     prefix = f"{family} mean over time" if len(info.row_shape) > 1 else family
-    if (names := column_names(source.files[0], info.path, (width,), groups=2)) is not None:
+    if (names := column_names(source.files, info.path, (width,), groups=2)) is not None:
         return [f"{prefix}: {name}" for name in names]
     return [f"{prefix}: column {i}" for i in range(width)]
 
@@ -234,7 +234,7 @@ def _wrong_shape(source: FeatureSource, path: str, expected: str, values: NDArra
 
 
 def _parameter_names(source: FeatureSource, width: int) -> list[str]:
-    if (names := column_names(source.files[0], PARAMETERS, (width,), groups=1)) is not None:
+    if (names := column_names(source.files, PARAMETERS, (width,), groups=1)) is not None:
         return names
     return [f"theta[{i}]" for i in range(width)]
 

@@ -81,7 +81,7 @@ class Inputs:
         parameters, field = first.theta.shape[1], first.field
         self.names: list[str] | None = None  # of the parameters; None where the file has none
         if config.parameters is not None:
-            self.names = column_names(file, config.parameters, (parameters,), groups=1)
+            self.names = column_names(files, config.parameters, (parameters,), groups=1)
         if field is None:
             self.shape = InputShape(parameters, 0, 0)
         else:

@@ -168,6 +168,20 @@ def test_feature_names_of_wrong_shape_are_ignored(tmp_path, names, message, capl
     assert [message in record.getMessage() for record in caplog.records] == [True] * bool(names)
 
 
+def test_shards_with_other_names_are_refused(tmp_path):
+    for i, names in enumerate((["a", "b", "c"], None, ["a", "c", "b"])):
+        with h5py.File(write(tmp_path / f"{i}.h5", dataset()), "a") as handle:
+            if names:
+                handle[PATH].attrs["feature_names"] = names
+    with open_family([str(tmp_path / f"{i}.h5") for i in range(2)]) as source:
+        assert source.feature_names("family") == ["a", "b", "c"]
+    with (
+        open_family(str(tmp_path / "*.h5")) as source,
+        helpers.raises_one_line(DataError, "2.h5", PATH, "0.h5", "'c' instead of 'b'"),
+    ):
+        source.feature_names("family")
+
+
 def test_feature_names_that_repeat_are_reported(tmp_path, caplog):
     file = write(tmp_path / "a.h5", dataset())
     with h5py.File(file, "a") as handle:
