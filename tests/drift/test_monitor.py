@@ -19,7 +19,7 @@ from spinlock_fast.checkpoints.run_directory import REFERENCE
 from spinlock_fast.drift import monitor
 from spinlock_fast.drift.compare import read_reference
 from spinlock_fast.drift.counts import DriftCounts, _count_block, count_rows
-from spinlock_fast.drift.verdict import judge, population_stability, share_increase
+from spinlock_fast.drift.verdict import distance_increase, judge, population_stability, share_increase
 from spinlock_fast.models.reference_statistics import normalized_bounds
 from spinlock_fast.monitor import main as monitor_main
 from spinlock_fast.train import main as train_main
@@ -226,6 +226,16 @@ def test_stability_index_of_known_counts() -> None:
     assert population_stability(np.array([1, 0]), np.array([5, 5]), ordered=True)[2].p_value == 1.0
     rare = population_stability(np.array([0, 40, 0, 0]), np.array([5, 4000, 3, 0]), ordered=False)
     assert rare[2].p_value == 1.0  # the rare codes are merged
+
+
+def test_only_larger_distances_count() -> None:
+    reference = np.full(10, 20)
+    nearer, farther = np.arange(100, 0, -10), np.arange(10, 110, 10)
+    psi, _, change = distance_increase(nearer, reference)
+    assert (psi > 0.25, change.p_value) == (True, 1.0)
+    psi, _, change = distance_increase(farther, reference)
+    assert (psi > 0.25, change.p_value < 1e-10, change.status(1e-5)) == (True, True, "drifted")
+    assert distance_increase(np.zeros(10, np.int64), reference)[2].p_value == 1.0
 
 
 def test_increase_of_a_share() -> None:
