@@ -16,6 +16,7 @@ from torch import Tensor
 from spinlock_fast.config.schema import RunConfig, TrainingConfig
 from spinlock_fast.data.host_rows import Rows
 from spinlock_fast.distributed import Ranks
+from spinlock_fast.kernels._common.single_thread import single_thread
 from spinlock_fast.models.code_search import TokenSearch, joint_codes
 from spinlock_fast.models.decoder_refit import refit_decoder
 from spinlock_fast.models.eval_mode import eval_mode
@@ -103,7 +104,8 @@ def fit_token_decoder(
                         return
                     for group in optimizer.param_groups:
                         group["lr"] = _RATE * 0.5 * (1.0 + math.cos(math.pi * (epoch + done) / epochs))
-                    _fit_block(model, target, tokens, optimizer, training.batch_size, random)
+                    with single_thread(x.device):  # a result does not depend on the number of threads
+                        _fit_block(model, target, tokens, optimizer, training.batch_size, random)
     finally:
         for parameter in parameters:
             parameter.requires_grad_(False)
