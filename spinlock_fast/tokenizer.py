@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -33,8 +32,6 @@ from spinlock_fast.kernels._common.guard import device_guard
 from spinlock_fast.models.code_search import NEAREST, Search, TokenSearch
 from spinlock_fast.models.input_check import InputCheck, KnownRows, TrainingRange
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE
-
-log = logging.getLogger(__name__)
 
 DEFAULT_BUDGET = 1_250_000_000
 _ROWS_AT_ONCE = 4096
@@ -212,7 +209,8 @@ class Tokenizer(Estimator):
         """Tokens [N, G] int64 of raw families or of an HDF5 file.
 
         Missing values (NaN, or masked in a numpy.ma array) are replaced as in training, by default with the median of
-        the training rows. Rows far outside the range of training are reported through `logging`.
+        the training rows. Rows without any value of a family, and rows far outside the range of training, are reported
+        through `logging`.
 
         Args:
             raw: {family: [N, ...]} numpy or torch, or a path, a glob or a list of paths; a single array where the
@@ -233,7 +231,8 @@ class Tokenizer(Estimator):
         arrays = family_tensors(given, self.families)
         check = InputCheck(self.training_range, len(arrays[self.families[0].name]))
         tokens = self._tokens(self._features(arrays, check), check, search=token_search)
-        self._warn(check)
+        check.add_raw(arrays)
+        check.log_warnings()
         return torch.from_numpy(tokens) if any(isinstance(array, Tensor) for array in given.values()) else tokens
 
     def _features(self, arrays: Mapping[str, Tensor], check: InputCheck | None) -> NDArray[np.float32]:
@@ -275,7 +274,7 @@ class Tokenizer(Estimator):
             for start, _, x in self.raw_and_features(source, memory_budget, check, ranks):
                 yield start, self._tokens(x, check, start, search), x
         check.merge(ranks)
-        self._warn(check)
+        check.log_warnings()
 
     def features_file(
         self, path: str | Path | list[str], memory_budget: int = DEFAULT_BUDGET, check: InputCheck | None = None
@@ -317,6 +316,8 @@ class Tokenizer(Estimator):
             with device_guard(self.device):
                 columns = [family(raw[family.name], source.row_locator(family.name, start)) for family in self.families]
                 encoded = torch.cat(columns, 1).cpu().numpy()
+            if check is not None:
+                check.add_raw(raw)
             place = source.row_locator(self.families[0].name, start)
             yield start, raw, self._prepare(encoded, place, check)
 
@@ -394,7 +395,3 @@ class Tokenizer(Estimator):
             decoded = self.model.decode_from_tokens(torch.from_numpy(tokens[sampled]).to(self.device)).cpu().numpy()
             check.add_errors(np.square(decoded - x[sampled]).mean(1))
         return tokens
-
-    def _warn(self, check: InputCheck) -> None:
-        if (warning := check.warning()) is not None:
-            log.warning("%s", warning)

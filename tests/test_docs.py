@@ -48,6 +48,8 @@ REPLACED = {
     "--output checkpoints/behaviour": "--output checkpoints/behaviour --set training.num_epochs=2",
     "N, T, G = 200, 40, 32": "N, T, G = 80, 12, 16",
     "--output checkpoints/lorenz": "--output checkpoints/lorenz --set training.num_epochs=2",
+    "--output checkpoints/table": "--output checkpoints/table --set training.num_epochs=2 "
+    "--set training.joint_search_epochs=0",
     "--output checkpoints/mine": "--output checkpoints/mine --set training.num_epochs=2",
 }
 _BLOCK = re.compile(r"(?:<!-- (?P<marker>[^>]*?) -->\n)?```(?P<language>bash|python)\n(?P<text>.*?)```", re.DOTALL)

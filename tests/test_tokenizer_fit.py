@@ -59,6 +59,18 @@ def test_every_column_of_a_matrix_comes_back(fitted: Tokenizer, rows: np.ndarray
     assert np.array_equal(as_torch.numpy(), restored)
 
 
+def test_one_array_in_place_of_families(
+    fitted: Tokenizer, rows: np.ndarray[Any, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    tokens = fitted.encode(rows)
+    assert np.array_equal(fitted.encode(rows.astype(object)), tokens)
+    with raises_one_line(DataError, "[N, D]", f"got [{rows.shape[1]}]", ".reshape(1, -1)"):
+        fitted.encode(rows[0])
+    caplog.clear()
+    fitted.encode(np.where(np.arange(len(rows))[:, None] == 3, np.nan, rows))
+    assert f"1 of {len(rows)} rows have no value in family x" in caplog.text
+
+
 def test_families_in_memory_and_in_a_file_give_one_tokenizer(tmp_path: Path) -> None:
     path = write_dataset(tmp_path / "data.h5", 160, seed=3)
     arrays = synthetic_arrays(160, seed=3)

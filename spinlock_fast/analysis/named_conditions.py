@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spinlock_fast.analysis.observations import LABELS, PARAMETERS, Observations
+from spinlock_fast.data.csv_table import read_csv
 from spinlock_fast.data.feature_source import FeatureSource, column_names, decode_text
 from spinlock_fast.data.hdf5_links import ExternalFilePolicy, find_dataset, get_dataset
 from spinlock_fast.data.input_files import open_file, reporting_damage
 from spinlock_fast.errors import DataError
-from spinlock_fast.messages import one_line, printable
+from spinlock_fast.messages import printable
 
 _MAX_WIDTH = 64  # values of a row of a condition
-_MAX_LISTED = 6
 
 Values = NDArray[Any]
 
@@ -43,9 +41,8 @@ def add_named_conditions(observed: Observations, source: FeatureSource, names: S
         if file.lower().endswith(".csv") and not _in_file(source, name):
             columns = {f"{Path(file).name}:{column}": _csv_column(Path(file), column)}
         elif name.lower().endswith(".csv") and not _in_file(source, name):
-            raise DataError(
-                f"{name}: name a column: {name}:COLUMN, where COLUMN is one of {_listed(_header(Path(name)))}"
-            )
+            listed = read_csv(Path(name)).listed_names()
+            raise DataError(f"{name}: name a column: {name}:COLUMN, where COLUMN is one of {listed}")
         else:
             columns = _dataset_columns(source, name)
         rows = {len(values) for values in columns.values()}
@@ -85,7 +82,7 @@ def _dataset_columns(source: FeatureSource, path: str) -> dict[str, Values]:
         )
     if width == 1:
         return {path: _typed(values[:, 0])}
-    names = column_names(source.files[0], path, (width,), groups=1) or [str(i) for i in range(width)]
+    names = column_names(source.files, path, (width,), groups=1) or [str(i) for i in range(width)]
     return {f"{path}[{name}]": _typed(values[:, i]) for i, name in enumerate(names)}
 
 
@@ -100,47 +97,13 @@ def _in_file(source: FeatureSource, path: str) -> bool:
         return find_dataset(source.files[0], handle, path, ExternalFilePolicy(source.allow_external)) is not None
 
 
-def _header(file: Path) -> list[str]:
-    return _read_csv(file)[0]
-
-
 def _csv_column(file: Path, column: str) -> Values:
     """A column as numbers if all of its values are, with NaN for empty ones; else as texts."""
-    header, lines = _read_csv(file)
-    if column not in header:
-        close = difflib.get_close_matches(column, header, 1, cutoff=0.4)
-        hint = f"; nearest is {close[0]}" if close else f"; it has {_listed(header)}"
-        raise DataError(f"{file}: no column {column}{hint}")
-    place = header.index(column)
-    short = next((number for number, line in enumerate(lines, 2) if len(line) != len(header)), None)
-    if short is not None:
-        raise DataError(f"{file}: line {short} has {len(lines[short - 2])} values, the first line has {len(header)}")
-    texts = [line[place].strip() for line in lines]
+    texts = read_csv(file).column(column)
     try:
         return np.array([float(text) if text else np.nan for text in texts])
     except ValueError:
         return np.array([printable(text) for text in texts], dtype=str)
-
-
-def _read_csv(file: Path) -> tuple[list[str], list[list[str]]]:
-    """The first line, and all others that are not empty; raises DataError."""
-    try:
-        with open(file, newline="", encoding="utf-8-sig") as handle:
-            lines = [line for line in csv.reader(handle) if line]
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error.strerror}") from None
-    except (csv.Error, ValueError) as error:
-        raise DataError(f"{file}: not a CSV file in UTF-8: {one_line(error)}") from None
-    if not lines:
-        raise DataError(f"{file}: is empty; expected a line of column names")
-    return [name.strip() for name in lines[0]], lines[1:]
-
-
-def _listed(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:_MAX_LISTED]) + (
-        f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
-    )
 
 
 def _varies(values: Values) -> bool:

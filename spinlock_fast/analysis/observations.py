@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +18,6 @@ from spinlock_fast.errors import DataError
 from spinlock_fast.models.code_search import code_distances
 from spinlock_fast.models.input_check import InputCheck
 from spinlock_fast.tokenizer import Tokenizer
-
-log = logging.getLogger(__name__)
 
 PARAMETERS = "parameters/params"
 LABELS = {
@@ -133,10 +130,7 @@ def collect_observations(
         if not ranks.is_main:
             return None
         parameters, labels = read_conditions(source, rows, notes)
-    warning = check.warning()
-    if warning is not None:
-        notes.insert(0, warning)
-        log.warning("%s", warning)
+    notes[:0] = check.log_warnings()
     tokens, distance, margin, features, measured = (np.concatenate(part) for part in zip(*parts, strict=True))
     return Observations(
         codebooks,
@@ -209,7 +203,7 @@ def measured_names(source: FeatureSource, family: str) -> list[str]:
     info = source.datasets[family]
     width = info.row_shape[-1]
     prefix = f"{family} mean over time" if len(info.row_shape) > 1 else family
-    if (names := column_names(source.files[0], info.path, (width,), groups=2)) is not None:
+    if (names := column_names(source.files, info.path, (width,), groups=2)) is not None:
         return [f"{prefix}: {name}" for name in names]
     return [f"{prefix}: column {i}" for i in range(width)]
 
@@ -240,7 +234,7 @@ def _wrong_shape(source: FeatureSource, path: str, expected: str, values: NDArra
 
 
 def _parameter_names(source: FeatureSource, width: int) -> list[str]:
-    if (names := column_names(source.files[0], PARAMETERS, (width,), groups=1)) is not None:
+    if (names := column_names(source.files, PARAMETERS, (width,), groups=1)) is not None:
         return names
     return [f"theta[{i}]" for i in range(width)]
 

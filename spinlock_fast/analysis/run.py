@@ -32,7 +32,7 @@ OnStage = Callable[[str], None]
 
 
 class AnalysisConfig(BaseModel):
-    """Settings of an analysis."""
+    """Settings of an analysis; raises `pydantic.ValidationError`, a ValueError, for a value out of range."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import operator
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ def nearest(
     tokenizer: Tokenizer,
     index: str | Path,
     like: int | tuple[str | Path, int] | None = None,
-    tokens: Sequence[str] | None = None,
+    tokens: Sequence[str] | str | None = None,
     *,
     by: By = "tokens",
     top: int = 10,
@@ -51,18 +52,24 @@ def nearest(
         like: a row of the index, which is left out of the result, or (file, row) of a file of tokens or of features.
         tokens: codes instead of a row, such as "cluster_3=12/4/7", see `parse_codes`; other codebooks do not count.
         by: "tokens" or "latents".
-        top: number of rows.
+        top: number of rows, at least 1.
         memory_budget: maximum bytes of raw features in memory.
 
     Returns:
         Nearest first: {"row", "distance"}, and by tokens "tokens" and "equal_tokens", of the codebooks that count.
 
     Raises:
-        ConfigError: there is no such row or code, or not exactly one of `like` and `tokens`.
+        ConfigError: there is no such row or code, not exactly one of `like` and `tokens`, or another `by` or `top`.
         DataError: a file cannot be read, or was made by another checkpoint.
     """
     if (like is None) == (tokens is None):
         raise ConfigError("give either a row (like) or codes (tokens)")
+    if by not in get_args(By):
+        raise ConfigError(f"by: expected tokens or latents, got {shown(by)}")
+    if top < 1:
+        raise ConfigError(f"top: expected a number of at least 1, got {top}")
+    like = like if like is None or isinstance(like, tuple) else operator.index(like)
+    tokens = [tokens] if isinstance(tokens, str) else tokens
     if by == "latents":
         if like is None:
             raise ConfigError("codes have no latents: search by tokens")
@@ -171,6 +178,8 @@ def _nearest_latents(
         return found
 
     query = latents(_features(tokenizer, path, np.array([row])))[0]
+    if not np.isfinite(query).all():
+        raise DataError(f"{path}: row {row} overflows in the encoder")
     spread = latents(_features(tokenizer, index, None)).var(0)
     weights = np.zeros(len(query))
     for g in range(layout.groups):

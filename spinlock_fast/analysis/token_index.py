@@ -32,6 +32,8 @@ class TokenIndex:
 
     def __init__(self, path: str | Path, tokenizer: Tokenizer) -> None:
         self.path = Path(path)
+        if self.path.suffix.lower() in (".csv", ".npy", ".parquet"):
+            raise DataError(f"{path}: tokens are searched in HDF5 files only: `tokenize` with --output FILE.h5")
         self._num_codes = np.array(tokenizer.model.quantizer.num_codes)
         with ExitStack() as stack:
             handle = stack.enter_context(open_file(self.path))

@@ -24,6 +24,7 @@ from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE, Categorical
 from spinlock_fast.training.initial_model import initial_model
 from spinlock_fast.training.preparation import open_source
 from spinlock_fast.training.run import output_directory
+from spinlock_fast.training.token_decoder_fit import joint_search_epochs
 
 # Measured, see docs/scale.md.
 _PROCESS_BYTES = 350_000_000  # Python, torch and buffers
@@ -74,6 +75,7 @@ def print_plan(config: RunConfig) -> None:
     training = config.training
     batch = min(training.batch_size, split.train.size)
     steps = -(-split.train.size // batch)
+    joint_epochs = joint_search_epochs(training, split.train.size)
     step_seconds = probe_step(config, columns, -(-batch // ranks.size), device)
     encoding, stepping = seconds / ranks.size, training.num_epochs * steps * step_seconds
     on_disk = is_kept_on_disk(rows, columns, config.data.feature_matrix, config.memory_budget, ranks)
@@ -85,11 +87,12 @@ def print_plan(config: RunConfig) -> None:
         f"split: {split.train.size:,} training, {split.val.size:,} validation, {split.test.size:,} test samples",
         f"training: {training.num_epochs} epochs of {steps} steps, batch {batch}, on {device}"
         + (f", by {ranks.size} ranks" if ranks.size > 1 else ""),
+        *([f"token decoder: fitted in {joint_epochs} epochs after training"] if joint_epochs else []),
         f"memory: about {format_bytes(memory)}{' per rank' if ranks.size > 1 else ''}, of which "
         f"{format_bytes(block_bytes)} for raw features (memory_budget {format_bytes(config.memory_budget)})",
         _disk_text(directory, 4 * rows * columns, on_disk, columns),
         f"time: about {encoding:.0f} s to encode, {stepping:.0f} s to train, "
-        "extrapolated from one block and four steps",
+        "extrapolated from one block and four steps" + ", without the token decoder" * bool(joint_epochs),
         f"output: {directory}",
     ]
     sys.stdout.write("\n".join(text) + "\n")

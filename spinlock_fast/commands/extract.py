@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import re
 import sys
 from pathlib import Path
+
+import h5py
 
 from spinlock_fast.commands.console import RunDisplay
 from spinlock_fast.config.byte_sizes import parse_bytes
@@ -17,6 +20,8 @@ from spinlock_fast.errors import ConfigError
 from spinlock_fast.trajectories.extraction import extract
 from spinlock_fast.trajectories.options import Options
 from spinlock_fast.trajectories.samples import TrajectorySet
+
+log = logging.getLogger(__name__)
 
 
 def run_extract(chosen: argparse.Namespace) -> Path:
@@ -43,7 +48,7 @@ def run_extract(chosen: argparse.Namespace) -> Path:
                 for note in trajectories.notes:
                     sys.stderr.write(f"note: {note}\n")
 
-        return extract(
+        output = extract(
             chosen.files,
             Path(chosen.output),
             chosen.layout,
@@ -55,6 +60,20 @@ def run_extract(chosen: argparse.Namespace) -> Path:
             opened,
             lambda done, total: display.encoded("trajectories", done, total),
             ranks,
+        )
+        if ranks.is_main:
+            _warn_of_diverged(output)
+    return output
+
+
+def _warn_of_diverged(output: Path) -> None:
+    with h5py.File(output, "r") as file:
+        diverged, count = int(file["metadata/diverged"][:].sum()), len(file["metadata/diverged"])
+    if diverged:
+        log.warning(
+            "%d of %d trajectories diverged: their features are missing values, and metadata/diverged is 1",
+            diverged,
+            count,
         )
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from spinlock_fast.checkpoints.run_directory import can_resume, config_to_resume, run_to_resume
 from spinlock_fast.config.loading import load_config, load_written_config
 from spinlock_fast.config.schema import RunConfig
+from spinlock_fast.errors import DataError
 
 
 def run_settings(
@@ -39,6 +41,9 @@ def run_settings(
     if directory := output or resumed:
         changes += [f"output_dir={json.dumps(str(directory))}", "training.checkpoint_dir=null"]
     if resumed and not config:
-        return load_written_config(config_to_resume(resumed), changes), resumed
+        written = config_to_resume(resumed)
+        if not os.path.exists(written):
+            raise DataError(f"--resume {resumed}: holds no run; name the output directory of one")
+        return load_written_config(written, changes), resumed
     assert config is not None
     return load_config(config, changes), resumed

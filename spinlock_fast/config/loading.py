@@ -126,9 +126,13 @@ def read_text_file(path: Path, what: str = "file") -> str:
         if mode.st_size > _MAX_BYTES:
             raise ConfigError(f"{path}: has {mode.st_size:,} bytes; at most {_MAX_BYTES:,} are read")
         return path.read_text(encoding="utf-8")
+    except ConfigError:
+        raise
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such {what}") from None
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a path with a null character
+    except UnicodeDecodeError:
+        raise ConfigError(f"{one_line(path)}: is not a text file; expected a {what} in UTF-8") from None
+    except (OSError, ValueError) as error:  # ValueError: a path with a null character
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else one_line(error)
         raise ConfigError(f"{one_line(path)}: cannot be read: {reason}") from None
 

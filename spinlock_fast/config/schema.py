@@ -326,7 +326,7 @@ class TrainingConfig(Section):
 class DataConfig(Section):
     allow_external: bool = Field(default=True, description="false: refuse values outside the directory of a data file")
     manifest_dir: str | None = Field(default=None, description="directory for the manifest of the shards; null: none")
-    remote_cache_dir: str | None = Field(default=None, description="directory for copies of remote files; null: user's")
+    remote_cache_dir: str | None = Field(default=None, description="copies of remote files; null: in ~/.cache")
     remote_cache_size: ByteSize | None = Field(default=None, description="size limit of that directory; null: 20GB")
     feature_matrix: Literal["auto", "memory", "disk"] = Field(
         default="auto",

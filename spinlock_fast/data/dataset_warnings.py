@@ -34,7 +34,7 @@ def log_unusual_datasets(sharded: ShardedDatasets) -> None:
             # Most shards have the same properties: log the first one and those that differ.
             if shard is dataset.shards[0] or shard.packing != dataset.shards[0].packing:
                 for message in messages:
-                    _warn_once(shard.file, f"{dataset.path}: {message}")
+                    warn_once(shard.file, f"{dataset.path}: {message}")
 
 
 def log_slow_reading(sharded: ShardedDatasets, window_rows: int | None) -> None:
@@ -47,7 +47,7 @@ def log_slow_reading(sharded: ShardedDatasets, window_rows: int | None) -> None:
     file = sharded.files[0]
     for dataset in sharded.datasets:
         if dataset.h5py_reason:
-            _warn_once(
+            warn_once(
                 file, f"{dataset.path} is read through {dataset.reading.replace('h5py', 'h5py, which is slower', 1)}"
             )
         if window_rows is not None and dataset.chunk_rows > window_rows:
@@ -61,7 +61,8 @@ def log_slow_reading(sharded: ShardedDatasets, window_rows: int | None) -> None:
             )
 
 
-def _warn_once(file: Path, message: str) -> None:
+def warn_once(file: Path, message: str) -> None:
+    """Logs a warning about a file, once per process."""
     if (file, message) not in _logged:
         _logged.add((file, message))
         log.warning("%s: %s", file, message)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spinlock_fast.data.backing_files import sources_of
-from spinlock_fast.data.dataset_warnings import log_unusual_datasets
+from spinlock_fast.data.dataset_warnings import log_unusual_datasets, warn_once
 from spinlock_fast.data.hdf5_links import ExternalFilePolicy, LinkTrace, find_dataset, get_dataset
 from spinlock_fast.data.input_files import find_files, open_file, reporting_damage
 from spinlock_fast.data.loader import HDF5Loader
@@ -29,7 +29,9 @@ from spinlock_fast.data.shared_shards import open_once
 from spinlock_fast.data.window_sizes import available_cpus
 from spinlock_fast.distributed import SINGLE, Ranks
 from spinlock_fast.errors import DataError
-from spinlock_fast.messages import printable
+from spinlock_fast.messages import printable, shown
+
+_COMPARED_FILES = 64
 
 
 @dataclass(frozen=True)
@@ -200,12 +202,12 @@ class FeatureSource:
     def feature_names(self, family: str) -> list[str] | None:
         """Column names of a family, if the dataset or its group has an attribute `feature_names`."""
         path = self.datasets[family].path
-        return column_names(self.files[0], path, self.datasets[family].row_shape, groups=1)
+        return column_names(self.files, path, self.datasets[family].row_shape, groups=1)
 
     def series_names(self, family: str) -> list[str] | None:
         """As `feature_names`, for the last axis of a family of time series [N, T, D]."""
         info = self.datasets[family]
-        return column_names(self.files[0], info.path, info.row_shape[-1:], groups=1)
+        return column_names(self.files, info.path, info.row_shape[-1:], groups=1)
 
     def read_whole(self, path: str) -> NDArray[Any] | None:
         """Reads another dataset of any type from all files; None if a file lacks it. Packed numbers are unpacked.
@@ -253,15 +255,35 @@ def _check_shapes(file: Path, datasets: Mapping[str, str], policy: ExternalFileP
                 raise DataError(f"{file}: {path}: family {family!r} needs a 2-D or 3-D dataset, got shape {shape}")
 
 
-def column_names(file: Path, path: str, shape: tuple[int, ...], groups: int) -> list[str] | None:
+def column_names(files: Sequence[Path], path: str, shape: tuple[int, ...], groups: int) -> list[str] | None:
     """The attribute `feature_names` of a dataset or a parent group, if it has the expected shape; else None.
 
+    Names of another shape on the dataset itself, and names that repeat, are logged.
+
     Args:
-        file: HDF5 file.
-        path: dataset path within the file.
+        files: HDF5 files of one data set. The names are those of the first; up to 64 others, evenly spaced, are
+            compared with it. Files without names, and remote ones, are not compared.
+        path: dataset path within the files.
         shape: expected shape of the attribute.
         groups: number of parent groups to search.
+
+    Raises:
+        DataError: files have different names, or one is damaged.
     """
+    names = _names_in(files[0], path, shape, groups)
+    others = [file for file in files[1:] if remote_file(file) is None] if names is not None else []
+    for file in others[:: -(-len(others) // _COMPARED_FILES) or 1]:
+        found = _names_in(file, path, shape, groups)
+        if names is not None and found is not None and found != names:
+            other, name = next((a, b) for a, b in zip(found, names, strict=True) if a != b)
+            raise DataError(
+                f"{file}: {path}: the columns differ from those of {files[0]}, in name or order: "
+                f"{shown(other)} instead of {shown(name)}"
+            )
+    return names
+
+
+def _names_in(file: Path, path: str, shape: tuple[int, ...], groups: int) -> list[str] | None:
     with open_file(file) as handle, reporting_damage(file, path):
         nodes = [get_dataset(file, handle, path)]
         parent = path.strip("/")
@@ -271,7 +293,14 @@ def column_names(file: Path, path: str, shape: tuple[int, ...], groups: int) -> 
         for node in nodes:
             names = node.attrs.get("feature_names")
             if isinstance(names, np.ndarray) and names.shape == shape:
-                return [decode_text(name) for name in names]
+                texts = [decode_text(name) for name in names]
+                if len(set(texts)) < len(texts):
+                    warn_once(file, f"{path}: attribute feature_names repeats names: tables cannot tell them apart")
+                return texts
+        names = nodes[0].attrs.get("feature_names")
+        if names is not None and len(shape) == 1:
+            found = f"shape {list(names.shape)}" if isinstance(names, np.ndarray) else "one value"
+            warn_once(file, f"{path}: attribute feature_names is ignored: it has {found}, expected {list(shape)}")
     return None
 
 

@@ -140,8 +140,8 @@ _KINDS = (
     (stat.S_ISBLK, "a block device"),
 )
 
-_ARRAYS = "`extract` reads fields from .npy (--axes names its axes), and Tokenizer.fit takes a matrix [N, F]"
-_TABLES = "Tokenizer.fit takes its columns as a matrix [N, F]"
+_TABLES = "h5py writes its columns as a dataset features/NAME [N, D], or Tokenizer.fit and encode take them as an array"
+_ARRAYS = f"`extract` reads fields from .npy (--axes names its axes); of features, {_TABLES}"
 # What to do with a file of another format, by its ending.
 _OTHER_FORMATS = {
     ".npy": _ARRAYS,

@@ -28,7 +28,7 @@ def monitor(
     allow_external: bool = True,
     ranks: Ranks = SINGLE,
 ) -> dict[str, Any]:
-    """Whether rows are still those that the vocabulary of a checkpoint was made for.
+    """Measures how far the rows of a file have drifted from the training rows of a checkpoint; see docs/drift.md.
 
     Args:
         checkpoint: checkpoint directory.
@@ -40,7 +40,8 @@ def monitor(
         ranks: if there are several, each encodes a share of the rows; all return the same result.
 
     Returns:
-        The contents of the JSON file: see `judge`, and `checkpoint_sha256`.
+        The contents of drift.json: verdict ("stable", "watch" or "drifted"), reasons (texts), rows, the measures of
+        features, codebooks and families (see `judge`), and checkpoint_sha256.
 
     Raises:
         DataError: the checkpoint or the data cannot be read, or the checkpoint has no reference statistics.
@@ -53,7 +54,7 @@ def monitor(
         statistics = reference_from_data(tokenizer, reference, memory_budget, ranks)
     result = judge(count_rows(tokenizer, statistics, data, memory_budget, ranks), statistics)
     if result["rows"] < FEW_ROWS:
-        log.warning("%d rows: only large changes are significant", result["rows"])
+        log.warning("few rows (%d): only large changes are significant", result["rows"])
     return {"checkpoint_sha256": tokenizer.checkpoint_hash, **result}
 
 

@@ -144,7 +144,7 @@ def families_of(raw: Any, families: Sequence[FamilyEncoder], feature_names: Sequ
             f"expected raw families {{{expected}}} or the path of an HDF5 file, "
             f"got one array of shape {list(raw.shape)}{hint}"
         )
-    return {families[0].name: raw}
+    return named_rows({families[0].name: raw}, families)
 
 
 def family_tensors(raw: Mapping[str, Any], families: Sequence[FamilyEncoder]) -> dict[str, Tensor]:

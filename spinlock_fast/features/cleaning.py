@@ -87,7 +87,7 @@ def fit_cleaner(x: Blocks, config: FeatureCleaningConfig, ranks: Ranks = SINGLE)
     if not keep.any():
         raise DataError(
             f"all {values.shape[1]} columns are constant (standard deviation below {config.variance_threshold:g}) "
-            "or without values"
+            "or without values; of columns on a small scale, families.NAME.standardize: true"
         )
     keep[_duplicates(values, np.flatnonzero(keep), config.deduplicate_threshold, ranks)] = False
     low, high = clip_bounds(TransformedRows(values, lambda block: block[:, keep], int(keep.sum())), config, ranks)

@@ -85,13 +85,22 @@ def _family_names(file: Path, handle: h5py.File) -> list[str]:
         names = list(group) if isinstance(group, h5py.Group) else []
         found = [name for name in names if _candidates(handle, name)]
         if not found:
-            holds = [path for path in _matrices(handle, "") if not path.startswith("metadata/")][:6]
-            example = f"; families.NAME.dataset names one of {', '.join(holds)}" if holds else ""
-            raise DataError(f"{file}: families: auto finds none in the group {GROUP}{example}")
+            raise DataError(f"{file}: families: auto finds none in the group {GROUP}; {_advice(handle)}")
     unsafe = next((name for name in found if not _SAFE_NAME.fullmatch(name)), None)
     if unsafe is not None:
         raise DataError(f"{file}: {GROUP}/{unsafe}: names of families have letters, digits, '_', '.', '-'")
     return [name for name in found if name != _PARAMETERS] or found
+
+
+def _advice(handle: h5py.File) -> str:
+    """What to do with a file without a family in the group `features`."""
+    holds = [path for path in _matrices(handle, "") if not path.startswith("metadata/")][:6]
+    if holds:
+        return f"families.NAME.dataset names one of {', '.join(holds)}"
+    others: list[str] = []
+    handle.visititems(lambda name, item: others.append(name) if isinstance(item, h5py.Dataset) else None)
+    found = ", ".join(f"{name} is {handle[name].dtype} {list(handle[name].shape or ())}" for name in others[:3])
+    return f"a family is a dataset features/NAME of real numbers [N, D] or [N, T, D]{f', but {found}' if found else ''}"
 
 
 def _dataset_path(file: Path, handle: h5py.File, name: str, policy: ExternalFilePolicy) -> str:

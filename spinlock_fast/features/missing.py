@@ -29,7 +29,7 @@ def column_medians(source: FeatureSource, family: str, training_rows: Rows, memo
     values = _sampled(source, family, training_rows, _MAX_ROWS, min(_MAX_BYTES, memory_budget // 8))
     flat = values.reshape(len(values), -1)
     by_position = nan_median(flat[:: -(-len(flat) // _ROWS_WITHOUT_GAPS)])
-    gaps = np.flatnonzero(np.isnan(flat.sum(0)))
+    gaps = np.flatnonzero(np.isnan(flat).any(0))
     if len(flat) > _ROWS_WITHOUT_GAPS and gaps.size:
         by_position[gaps] = nan_median(flat[:, gaps])
     by_position = by_position.reshape(info.row_shape)

@@ -70,12 +70,13 @@ def joint_codes(
 
 
 def code_distances(latents: Tensor, codebook: Tensor, tokens: Tensor, layout: CodebookLayout) -> tuple[Tensor, Tensor]:
-    """Euclidean distances [N, G] of latents to the chosen codes, and how much farther the nearest other code is.
+    """Euclidean distances of latents [N, sum D] to the codes of tokens [N, G], and margins, both [N, G].
 
-    The margin is negative where another code is nearer, as after a joint search, and Inf in a codebook of one code.
-    Computed from differences: |z|^2 + |e|^2 - 2 z.e would lose small margins.
+    A margin is the distance to the nearest other code minus that to the chosen one. It is negative where another code
+    is nearer, as after a joint search, and Inf in a codebook of one code. Distances are computed from differences:
+    |z|^2 + |e|^2 - 2 z.e would lose small margins.
     """
-    chosen, further = [], []
+    chosen, margins = [], []
     for g in range(layout.groups):
         codes = codebook[layout.entry_slice(g)].view(layout.num_codes[g], layout.dims[g])
         part = latents[:, layout.column_slice(g)]
@@ -83,5 +84,5 @@ def code_distances(latents: Tensor, codebook: Tensor, tokens: Tensor, layout: Co
         own = distance.gather(1, tokens[:, g : g + 1])
         others = distance.scatter(1, tokens[:, g : g + 1], float("inf"))
         chosen.append(own[:, 0])
-        further.append(others.min(1).values - own[:, 0])
-    return torch.stack(chosen, 1), torch.stack(further, 1)
+        margins.append(others.min(1).values - own[:, 0])
+    return torch.stack(chosen, 1), torch.stack(margins, 1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,11 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from spinlock_fast.data.payload_checks import checked_array
 from spinlock_fast.data.row_view import RowView
 from spinlock_fast.distributed import Ranks
 from spinlock_fast.models.vqvae import CategoricalHierarchicalVQVAE
+
+log = logging.getLogger(__name__)
 
 Floats = NDArray[np.floating]
 
@@ -157,8 +162,17 @@ class InputCheck:
     def __init__(self, reference: TrainingRange | None, rows: int) -> None:
         self.reference = reference
         self.stride = max(1, rows // _SAMPLED_ROWS)
+        self.rows = rows
         self._outside: list[NDArray[np.float64]] = []
         self._errors: list[Floats] = []
+        self._without_values: Counter[str] = Counter()
+
+    def add_raw(self, raw: Mapping[str, Tensor]) -> None:
+        """Counts the rows of raw families {name: [n, ...]} that have no value in a family."""
+        for name, values in raw.items():
+            flat = values.flatten(1)
+            flat = flat[flat[:, 0].isnan()]  # few rows, unless the first column is missing everywhere
+            self._without_values[name] += int(flat.isnan().all(1).sum())
 
     def add_features(self, features: NDArray[np.float32]) -> None:
         """Adds cleaned features [n, F] before clipping."""
@@ -174,6 +188,7 @@ class InputCheck:
         for values in (self._outside, self._errors):
             mine = np.concatenate(values) if values else np.zeros(0)
             values[:] = [part for part in ranks.gather_objects(mine) if len(part)]
+        self._without_values = sum(ranks.gather_objects(self._without_values), Counter())
 
     def restrict_to(self, rows: NDArray[np.int64]) -> None:
         """Keeps only the features of the given row numbers; call before `add_errors`."""
@@ -196,8 +211,25 @@ class InputCheck:
             summary["far_outside"] |= self.reference.error.is_exceeded_by(errors)
         return summary
 
-    def warning(self) -> str | None:
-        """A one-line warning if the rows are out of distribution, else None."""
+    def warnings(self) -> list[str]:
+        """One line for each family that rows have no value of, and one if the rows are out of distribution."""
+        lines = [
+            f"{count:,} of {self.rows:,} rows have no value in family {name}: the replacements of missing "
+            "values are encoded instead, so their tokens carry no information about it"
+            for name, count in self._without_values.items()
+            if count
+        ]
+        far_outside = self._far_outside()
+        return lines if far_outside is None else [*lines, far_outside]
+
+    def log_warnings(self) -> list[str]:
+        """Logs the warnings, and returns them."""
+        warnings = self.warnings()
+        for text in warnings:
+            log.warning("%s", text)
+        return warnings
+
+    def _far_outside(self) -> str | None:
         summary = self.summary()
         if summary is None or not summary["far_outside"]:
             return None

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spinlock_fast.kernels._common.layout import CodebookLayout
+from spinlock_fast.kernels._common.single_thread import single_thread
 from spinlock_fast.kernels.joint_search.reference import code_tables
 
 TOKEN_DECODER = "token_decoder."  # prefix of its entries in the state dict of a model
@@ -43,7 +44,8 @@ class TokenDecoder(nn.Module):
         first, last = shared_decoder[0], shared_decoder[-1]
         assert isinstance(first, nn.Linear)
         assert isinstance(last, nn.Linear)
-        self.tables.copy_(code_tables(codebook, first.weight.t(), self.layout))
+        with single_thread(codebook.device):  # the fit starts from the same numbers with any number of threads
+            self.tables.copy_(code_tables(codebook, first.weight.t(), self.layout))
         self.b1.copy_(first.bias)
         self.w2.copy_(last.weight.t())
         self.b2.copy_(last.bias)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, cast
 
-import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from spinlock_fast.data.input_arrays import to_real_tensor
+from spinlock_fast.errors import DataError
 from spinlock_fast.kernels._common.dropout import BatchSlice
 from spinlock_fast.kernels._common.guard import check_dense
 from spinlock_fast.kernels._common.ragged import Ragged
@@ -322,9 +322,12 @@ class CategoricalHierarchicalVQVAE(TransientBuffers):
         """Tokens [B, G], torch or numpy -> features [B, F], without dropout.
 
         Raises:
+            DataError: the tokens are not integers.
             IndexError: a token is out of range.
         """
-        index = tokens if isinstance(tokens, Tensor) else torch.from_numpy(np.array(tokens, np.int64, order="C"))
+        index = to_real_tensor(tokens, "tokens")
+        if index.is_floating_point():
+            raise DataError(f"tokens: expected integers, got {index.dtype}")
         with eval_mode(self):
             index = index.to(self.feature_order)
             return self.reconstruct(self.quantizer.lookup(index), index)

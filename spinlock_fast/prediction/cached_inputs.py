@@ -30,7 +30,7 @@ class CachedInputs:
     """
 
     def __init__(self, inputs: Inputs, directory: Path) -> None:
-        self.rows, self.shape = inputs.rows, inputs.shape
+        self.rows, self.shape, self.names = inputs.rows, inputs.shape, inputs.names
         self._batch_size = inputs.config.batch_size
         theta, row_shape = [], None
         try:

@@ -28,8 +28,8 @@ def evaluate(predictor: Predictor, batches: Iterable[Batch], targets: Targets) -
     Returns:
         accuracy and log_loss (nats) by method, as means over codebooks and for each codebook: of the predictor
         ("predicted"), of the most frequent code of the training rows ("majority"), and of the 16 training rows nearest
-        in the inputs ("nearest"). The log-loss of a level is given the true tokens of the levels before it, so that
-        the sum over codebooks is that of the whole row. calibration: a row for each tenth of confidence.
+        in the inputs ("nearest"). The log-loss of a level is conditional on the true tokens of the levels before it,
+        so the sum over codebooks is the log-loss of the row. calibration: a row for each tenth of confidence.
         features_error: mean squared error of features, in the units of `Tokenizer.features`, decoded from tokens by
         each method, from the true tokens ("true_tokens"), by direct regression from the same inputs ("regression") and
         of the mean ("mean").

@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from spinlock_fast.data.feature_source import column_names
 from spinlock_fast.data.hdf5_links import get_dataset
 from spinlock_fast.data.input_files import find_files, open_file
 from spinlock_fast.data.loader import HDF5Loader
 from spinlock_fast.descriptors.geometry import AXIS_NAMES
 from spinlock_fast.errors import ConfigError, DataError
-from spinlock_fast.models.input_check import TEST, TRAIN, VALIDATION, KnownRows
+from spinlock_fast.models.input_check import TEST, TRAIN, VALIDATION, InputCheck, KnownRows
 from spinlock_fast.prediction.network import InputShape
 from spinlock_fast.prediction.settings import PredictorConfig
 from spinlock_fast.tokenizer import Tokenizer
@@ -78,6 +79,9 @@ class Inputs:
         )
         first = next(iter(self.batches()))
         parameters, field = first.theta.shape[1], first.field
+        self.names: list[str] | None = None  # of the parameters; None where the file has none
+        if config.parameters is not None:
+            self.names = column_names(files, config.parameters, (parameters,), groups=1)
         if field is None:
             self.shape = InputShape(parameters, 0, 0)
         else:
@@ -169,15 +173,17 @@ def signature(theta: Tensor, field: Tensor | None) -> Tensor:
 
 
 def read_targets(tokenizer: Tokenizer, paths: str | list[str], progress: Any = None) -> Targets:
-    """Encodes all rows of a file."""
+    """Encodes all rows of a file; logs how many have no value in a family, and whether they are out of distribution."""
     tokens, features, keys = [], [], []
     with tokenizer.source(paths) as source:
-        for start, raw, x in tokenizer.raw_and_features(source):
+        check = InputCheck(tokenizer.training_range, source.rows)
+        for start, raw, x in tokenizer.raw_and_features(source, check=check):
             keys.append(tokenizer.row_keys(raw))
             features.append(torch.from_numpy(x))
             tokens.append(tokenizer.model.get_tokens(features[-1].to(tokenizer.device)).cpu())
             if progress is not None:
                 progress("tokens", start + len(x), source.rows)
+    check.log_warnings()
     found = torch.cat(tokens)
     if bool((found < 0).any()):
         raise DataError(f"row {int((found < 0).any(1).nonzero()[0])}: overflow in the encoder of the tokenizer")

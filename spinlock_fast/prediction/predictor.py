@@ -12,9 +12,10 @@ from torch import Tensor
 
 from spinlock_fast.checkpoints.directory import load_torch, save_torch
 from spinlock_fast.checkpoints.host_copies import to_cpu
-from spinlock_fast.data.payload_checks import payload_errors
+from spinlock_fast.data.payload_checks import checked_strings, payload_errors
 from spinlock_fast.descriptors.geometry import AXIS_NAMES
 from spinlock_fast.errors import DataError
+from spinlock_fast.messages import shown
 from spinlock_fast.models.input_check import KnownRows
 from spinlock_fast.prediction.inputs import Batch, Inputs, Standardizer, earlier_levels
 from spinlock_fast.prediction.network import InputNetwork, InputShape, TokenNetwork
@@ -48,6 +49,7 @@ class Predictor:
         counts: [G] of [K_g] how often each code occurs in the training rows.
         neighbours: a sample of the training rows.
         known_rows: which rows it was trained on.
+        names: [P] of the parameters; None if the training data had none.
     """
 
     config: PredictorConfig
@@ -60,6 +62,7 @@ class Predictor:
     counts: list[Tensor]
     neighbours: Neighbours
     known_rows: KnownRows
+    names: list[str] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -73,13 +76,18 @@ class Predictor:
         return self
 
     def inputs(self, paths: str | list[str]) -> Inputs:
-        """The inputs of a file; raises DataError where their shapes are not those of training."""
+        """The inputs of a file; raises DataError where shapes or names of parameters are not those of training."""
         inputs = Inputs(paths, self.config)
         found, trained = inputs.shape, self.shape
         if not found.periodic or not trained.periodic:  # not known of one of them
             found, trained = found._replace(periodic=()), trained._replace(periodic=())
         if found != trained:
             raise DataError(f"{paths}: {_in_words(found)}, but the predictor was trained on {_in_words(trained)}")
+        if None not in (inputs.names, self.names) and inputs.names != self.names:
+            raise DataError(
+                f"{paths}: {self.config.parameters}: the columns differ from those of training, in name or order: "
+                f"{shown(inputs.names)} instead of {shown(self.names)}"
+            )
         return inputs
 
     @torch.no_grad()
@@ -103,6 +111,7 @@ class Predictor:
             "counts": self.counts,
             "neighbours": vars(self.neighbours),
             "known_rows": self.known_rows.state(),
+            "names": self.names,
         }
         save_torch(path, to_cpu(payload))
 
@@ -136,6 +145,7 @@ class Predictor:
                 list(payload["counts"]),
                 Neighbours(**payload["neighbours"]),
                 KnownRows.from_state(payload["known_rows"]),
+                names if (names := payload.get("names")) is None else checked_strings(names, "names", parameters),
             ).to(device)
 
 

@@ -151,7 +151,16 @@ def _new_predictor(
     known = KnownRows(targets.keys, splits)
     neighbours = Neighbours(torch.cat(signatures), targets.tokens[torch.cat(places)])
     return Predictor(
-        config, tokenizer, inputs.shape, tokenizer.checkpoint_hash, *networks, standardizer, counts, neighbours, known
+        config,
+        tokenizer,
+        inputs.shape,
+        tokenizer.checkpoint_hash,
+        *networks,
+        standardizer,
+        counts,
+        neighbours,
+        known,
+        inputs.names,
     )
 
 

@@ -104,7 +104,7 @@ _METRICS = (
 
 
 def compare_runs(
-    checkpoints: Sequence[str | Path], data: str | list[str] | None = None, device: str | torch.device = "cpu"
+    checkpoints: Sequence[str | Path], data: str | Path | list[str] | None = None, device: str | torch.device = "cpu"
 ) -> Comparison:
     """Reads two to eight checkpoints; the first is the one that the others are matched to.
 
@@ -199,7 +199,7 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
     return result
 
 
-def _measure(label: str, run: CheckpointSummary, data: str | list[str]) -> NDArray[np.int64]:
+def _measure(label: str, run: CheckpointSummary, data: str | Path | list[str]) -> NDArray[np.int64]:
     """The tokens [N, G] of the data; replaces the measured metrics of the run by those of all rows of the data."""
     recorded, notes = run.metrics, list(run.notes)
     run.metrics = {}

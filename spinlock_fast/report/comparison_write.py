@@ -12,7 +12,7 @@ from spinlock_fast.output.atomic_files import check_writable, write_text
 def write_comparison(
     checkpoints: Sequence[str | Path],
     output: str | Path,
-    data: str | list[str] | None = None,
+    data: str | Path | list[str] | None = None,
     device: str = "auto",
 ) -> tuple[list[Path], list[str]]:
     """Writes comparison.png, comparison.svg and comparison.md of two to eight checkpoint directories.

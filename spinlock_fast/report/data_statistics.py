@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,8 +23,6 @@ from spinlock_fast.models.input_check import InputCheck, row_errors
 from spinlock_fast.models.metrics import add_model_metrics, evaluate
 from spinlock_fast.report.checkpoint_summary import CheckpointSummary
 from spinlock_fast.report.condition_associations import observed_conditions
-
-log = logging.getLogger(__name__)
 
 # Tolerance of a correlation: normalised features are stored in float32.
 _ROUNDING = 1e-4
@@ -53,7 +50,9 @@ class DataStatistics:
         return self.counts > 0
 
 
-def measure_data(summary: CheckpointSummary, data: str | list[str], conditions: Sequence[str] = ()) -> DataStatistics:
+def measure_data(
+    summary: CheckpointSummary, data: str | Path | list[str], conditions: Sequence[str] = ()
+) -> DataStatistics:
     """Encodes a file with the checkpoint's tokenizer; sets `summary.metrics` where the checkpoint has no measured ones.
 
     Holds the cleaned features [N, F] in memory; raw values are read block by block.
@@ -72,9 +71,7 @@ def measure_data(summary: CheckpointSummary, data: str | list[str], conditions: 
     if not len(x):
         raise DataError(f"{_name(data)}: no rows")
     check.add_errors(row_errors(tokenizer.model, x, np.arange(len(x))))
-    warning = check.warning()
-    if warning is not None:
-        log.warning("%s", warning)
+    check.log_warnings()
     tokens = np.concatenate(
         [
             tokenizer.model.get_tokens(part.to(tokenizer.device)).cpu().numpy()
@@ -108,8 +105,8 @@ def measure_data(summary: CheckpointSummary, data: str | list[str], conditions: 
     return result
 
 
-def _name(data: str | list[str]) -> str:
-    return Path(data).name if isinstance(data, str) else f"{len(data)} files"
+def _name(data: str | Path | list[str]) -> str:
+    return Path(data).name if isinstance(data, (str, Path)) else f"{len(data)} files"
 
 
 def _code_centroids(

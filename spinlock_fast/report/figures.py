@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def engineering(checkpoint: str | Path, data: str | list[str] | None = None, *, device: str = "auto") -> Figure:
+def engineering(checkpoint: str | Path, data: str | Path | list[str] | None = None, *, device: str = "auto") -> Figure:
     """Draws sizes of the model, training curves, and the quality of each category.
 
     The figure is that of `report --type engineering`, 11.7 inches wide. It can be changed and saved like any figure of
@@ -38,7 +38,7 @@ def engineering(checkpoint: str | Path, data: str | list[str] | None = None, *, 
     return _figure("engineering", checkpoint, data, (), device)
 
 
-def topological(checkpoint: str | Path, data: str | list[str] | None = None, *, device: str = "auto") -> Figure:
+def topological(checkpoint: str | Path, data: str | Path | list[str] | None = None, *, device: str = "auto") -> Figure:
     """Draws the codes and codebooks in feature space, t-SNE of the code vectors, and tables by level.
 
     Args, returns and raises: as `engineering`. Without data, the panels in feature space are omitted.
@@ -48,7 +48,7 @@ def topological(checkpoint: str | Path, data: str | list[str] | None = None, *, 
 
 def semantic(
     checkpoint: str | Path,
-    data: str | list[str] | None = None,
+    data: str | Path | list[str] | None = None,
     *,
     conditions: Sequence[str] = (),
     device: str = "auto",
@@ -65,7 +65,7 @@ def semantic(
 
 
 def _figure(
-    kind: str, checkpoint: str | Path, data: str | list[str] | None, conditions: Sequence[str], device: str
+    kind: str, checkpoint: str | Path, data: str | Path | list[str] | None, conditions: Sequence[str], device: str
 ) -> Figure:
     ((_, figure),), notes = draw_reports(checkpoint, data, (kind,), device, conditions)
     for note in notes:

@@ -10,9 +10,9 @@ import numpy as np
 
 MOVED = 0.1  # shift of a moved code, in distances between neighbouring codes
 EXPLANATION = (
-    "The nearest old code of a kept code is itself, that of a replaced one another code. Moved: kept codes that have "
-    f"moved by at least {MOVED:g} of the distance between neighbouring codes. Died and newly used codes are those that "
-    "only the old and only the new model assigns to rows of the new data."
+    "A kept code is nearest to its own old position, a replaced code to that of another code. Moved: kept codes whose "
+    f"position changed by at least {MOVED:g} of the distance between neighbouring codes. Of the rows of the new data, "
+    "the old model alone assigns the codes that died, the new model alone those that are newly used."
 )
 DATA = {"new_data": "new data", "old_data": "old data"}
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spinlock_fast.errors import ConfigError, DataError, SpinlockFastError
+from spinlock_fast.messages import shown
 from spinlock_fast.output.atomic_files import check_writable, write_atomically
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ KINDS = ("engineering", "topological", "semantic")
 def write_report(
     checkpoint: str | Path,
     output: str | Path,
-    data: str | list[str] | None = None,
+    data: str | Path | list[str] | None = None,
     kinds: Sequence[str] = KINDS,
     device: str = "auto",
     conditions: Sequence[str] = (),
@@ -33,7 +34,7 @@ def write_report(
             config.yaml may be missing.
         output: directory, created where it does not exist.
         data: HDF5 file, glob or list; by default the data of the run, where they still exist.
-        kinds: dashboards to draw.
+        kinds: dashboards to draw: engineering, topological, semantic.
         device: auto, cpu, cuda or cuda:N, for encoding the data.
         conditions: further conditions of the semantic dashboard, see `add_named_conditions`.
 
@@ -41,7 +42,7 @@ def write_report(
         The files, and a line for each omitted part.
 
     Raises:
-        ConfigError: the device is not available, or no dashboard of `kinds` shows conditions.
+        ConfigError: an unknown kind, a device that is not available, or conditions that none of `kinds` shows.
         DataError: the checkpoint, `data` or a condition cannot be used.
         OutputError: a file cannot be written.
         SpinlockFastError: matplotlib or scikit-learn is not installed.
@@ -55,7 +56,7 @@ def write_report(
 
 def draw_reports(
     checkpoint: str | Path,
-    data: str | list[str] | None,
+    data: str | Path | list[str] | None,
     kinds: Sequence[str],
     device: str,
     conditions: Sequence[str] = (),
@@ -67,6 +68,8 @@ def draw_reports(
         import sklearn  # noqa: F401
     except ImportError as error:
         raise SpinlockFastError(f"{error.name} is not installed: pip install 'spinlock-fast[report]'") from None
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        raise ConfigError(f"kinds: expected some of {', '.join(KINDS)}, got {shown(unknown[0])}")
     if conditions and "semantic" not in kinds:
         raise ConfigError("--conditions: shown by the types semantic, html and all only")
     from spinlock_fast.device import resolve_device
@@ -84,7 +87,7 @@ def draw_reports(
 
 
 def _measure_run_data(
-    summary: CheckpointSummary, data: str | list[str] | None, kinds: Sequence[str], conditions: Sequence[str]
+    summary: CheckpointSummary, data: str | Path | list[str] | None, kinds: Sequence[str], conditions: Sequence[str]
 ) -> DataStatistics | None:
     from spinlock_fast.report.data_statistics import measure_data
 

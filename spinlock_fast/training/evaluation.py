@@ -102,9 +102,7 @@ def evaluate_file(
         "trained_rows": None if splits is None else int((splits == TRAIN).sum()),
         "compared_with_training": check.summary(),
     }
-    warning = check.warning()
-    if warning is not None:
-        log.warning("%s", warning)
+    check.log_warnings()
     return metrics
 
 

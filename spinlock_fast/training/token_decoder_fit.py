@@ -1,6 +1,6 @@
 """Fits of the decoder after training.
 
-The token decoder is fitted by turns: joint tokens of the training rows, steps of Adam on the decoder of these tokens.
+The fit of the token decoder alternates: search of the joint tokens of the training rows, then steps of Adam on these.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from spinlock_fast.config.schema import RunConfig, TrainingConfig
 from spinlock_fast.data.host_rows import Rows
 from spinlock_fast.distributed import Ranks
+from spinlock_fast.kernels._common.single_thread import single_thread
 from spinlock_fast.models.code_search import TokenSearch, joint_codes
 from spinlock_fast.models.decoder_refit import refit_decoder
 from spinlock_fast.models.eval_mode import eval_mode
@@ -27,8 +28,8 @@ log = logging.getLogger(__name__)
 
 _RATE = 1e-3  # of Adam, at the start; cosine decay to zero
 _PASSES = 3  # over the tokens of a search, before tokens are searched again
-_NEAREST = 0.5  # share of rows with nearest tokens, which are to be decoded as by the shared decoder
-_EXCHANGED = 0.15  # share of these tokens that are another row's
+_NEAREST = 0.5  # share of rows that have nearest tokens, with the shared decoder's output as target
+_EXCHANGED = 0.15  # share of these tokens that are taken from another row
 _SEARCH = TokenSearch("joint", sweeps=1)
 _ROWS = 1 << 16  # searched at once
 _AUTO_STEPS, _FEWEST_EPOCHS, _MOST_EPOCHS = 3000, 5, 60
@@ -75,8 +76,8 @@ def fit_token_decoder(
 
     Additive quantizers are trained by alternating search and fit (Babenko and Lempitsky 2014). Here the decoder has a
     hidden layer, and rows are augmented as in training (mixup and noise of the settings), with new tokens each epoch.
-    Half of the rows have nearest tokens, and as targets what the shared decoder makes of them: fitted to the rows
-    themselves, nearest tokens of other rows would be decoded worse.
+    Half of the rows have nearest tokens, with the output of the shared decoder as target: with the rows themselves as
+    target, the error of held-out rows with nearest tokens grows more.
 
     The decoder is kept if it lowers the error of the joint search on the validation rows.
 
@@ -103,7 +104,8 @@ def fit_token_decoder(
                         return
                     for group in optimizer.param_groups:
                         group["lr"] = _RATE * 0.5 * (1.0 + math.cos(math.pi * (epoch + done) / epochs))
-                    _fit_block(model, target, tokens, optimizer, training.batch_size, random)
+                    with single_thread(x.device):  # a result does not depend on the number of threads
+                        _fit_block(model, target, tokens, optimizer, training.batch_size, random)
     finally:
         for parameter in parameters:
             parameter.requires_grad_(False)
@@ -125,7 +127,7 @@ def _joint_error(model: CategoricalHierarchicalVQVAE, x: Rows) -> float:
 def _searched_blocks(
     model: CategoricalHierarchicalVQVAE, x: Rows, training: TrainingConfig, mixup_factor: float, random: torch.Generator
 ) -> Iterator[tuple[float, tuple[Tensor, Tensor]]]:
-    """Targets [n, F] and tokens [n, G] for all rows in random order, in blocks; before each, the share done."""
+    """Blocks of all rows in random order: (share of the rows before the block, (targets [n, F], tokens [n, G]))."""
     decoder = model.token_decoder
     assert decoder is not None
     scale = training.mixup_scale * (mixup_factor if training.mixup_decay else 1.0)

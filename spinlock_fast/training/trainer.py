@@ -257,7 +257,8 @@ class Trainer:
             largest = max(model.quantizer.num_codes)
             if split.train.size < largest and initial is None:
                 raise DataError(
-                    f"{split.train.size} training rows are fewer than the {largest} codes of the largest codebook"
+                    f"{split.train.size} training rows are fewer than the {largest} codes of the largest codebook; "
+                    "model.levels sets smaller ones, such as [{num_tokens: 16, latent_dim: 4}]"
                 )
             run = TrainingRun(
                 config,

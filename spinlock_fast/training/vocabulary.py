@@ -42,7 +42,7 @@ class CodeMoves:
         spacing: median distance of a code of the old codebook to its nearest other one; of a single code, or where
             codes coincide, the root mean square length of the codes.
         shift: [K] distance of each code to its old place, divided by the spacing.
-        kept: [K] whether the nearest old code of a code is itself; otherwise it was replaced.
+        kept: [K] whether a code is nearest to its own old position; otherwise it was replaced.
     """
 
     spacing: float
@@ -89,7 +89,7 @@ class TokenChange:
         }
 
     def total(self, codebooks: list[Row]) -> Row:
-        """The entry of all codebooks, from those of each; codebooks of a constant token have no information."""
+        """The entry of all codebooks, from that of each; a codebook with one token for all rows has no information."""
         information = [ami for row in codebooks if (ami := row["adjusted_mutual_information"]) is not None]
         return {
             "rows": len(self.before),

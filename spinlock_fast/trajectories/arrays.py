@@ -134,7 +134,7 @@ def array_file(
 
 
 def _only_array(path: Path, file: h5py.File) -> str:
-    """The largest dataset where it is the only one with at least three axes."""
+    """The only dataset with three or more axes; raises ConfigError if there are several or none."""
     found: list[str] = []
 
     def visit(name: str, node: object) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from spinlock_fast.data.csv_table import read_csv
 from spinlock_fast.data.input_files import fetched, open_file
 from spinlock_fast.errors import DataError
 from spinlock_fast.messages import one_line, printable
@@ -53,24 +53,15 @@ def read_given_parameters(name: str, files: Sequence[Path], samples: Sequence[in
 
 
 def _of_csv(path: Path) -> Columns:
+    table = read_csv(path)
+    if "" in table.names:
+        number = table.names.index("") + 1
+        raise DataError(f"{path}: column {number} has no name; an index of pandas? to_csv(..., index=False) omits it")
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            lines = [line for line in csv.reader(file) if line]
-    except (OSError, UnicodeError, csv.Error) as error:
-        raise DataError(f"{path}: cannot be read: {one_line(error)}") from None
-    if len(lines) < 2 or len(set(lines[0])) < len(lines[0]):
-        raise DataError(f"{path}: expected different column names in the first line, and a line for each trajectory")
-    for number, line in enumerate(lines[1:]):
-        if len(line) != len(lines[0]):
-            raise DataError(f"{path}: row {number} has {len(line)} values for {len(lines[0])} columns")
-    columns = {}
-    for i, name in enumerate(lines[0]):
-        try:
-            columns[printable(name.strip())] = np.array([float(line[i]) for line in lines[1:]])
-        except ValueError as error:
-            hint = "`analyze --conditions` takes texts"
-            raise DataError(f"{path}: {printable(name)}: expected numbers: {one_line(error)}; {hint}") from None
-    return columns
+        return {printable(name): np.array(table.numbers(name)) for name in table.names}
+    except DataError as error:
+        hint = "; `analyze --conditions` takes texts" if "expected a number" in str(error) else ""
+        raise DataError(f"{error}{hint}") from None
 
 
 def _of_npy(path: Path) -> Columns:

@@ -108,6 +108,9 @@ def test_csv_columns(data: Path, tmp_path: Path) -> None:
     path.write_bytes(b"x\n\xff\xfe\n")
     with raises_one_line(DataError, str(path), "UTF-8"):
         observed(data, [f"{path}:x"])
+    path.write_text("x,x\n\n1,2\n")
+    with raises_one_line(DataError, "2 columns are named x"):
+        observed(data, [f"{path}:x"])
     path.write_text("")
     with raises_one_line(DataError, str(path), "empty"):
         observed(data, [f"{path}:x"])

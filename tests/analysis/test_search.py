@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import write_dataset
+from helpers import raises_one_line, write_dataset
 
 from spinlock_fast import Tokenizer
 from spinlock_fast.analysis import token_index
 from spinlock_fast.analysis.neighbours import nearest_operators
 from spinlock_fast.analysis.observations import read_codebooks
 from spinlock_fast.analysis.search import nearest, parse_codes
+from spinlock_fast.errors import ConfigError
 from spinlock_fast.search import main as search_main
 from spinlock_fast.tokenize import main as tokenize_main
 from spinlock_fast.train import main as train_main
@@ -134,6 +135,7 @@ def test_command(directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         (["tokens", "--token", "c1=*"], 2, "no code is given"),
         (["tokens", "--token", "c1"], 2, "no category or codebook"),
         (["data", "--like", "1"], 3, "no tokens there"),
+        (["tables", "--like", "1"], 3, "tokens are searched in HDF5 files only"),
         (["tokens", "--like", "1", "--by", "latents"], 2, "holds tokens"),
         (["data", "--token", "c1=1", "--by", "latents"], 2, "search by tokens"),
     ],
@@ -141,12 +143,23 @@ def test_command(directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_wrong_queries(
     arguments: list[str], status: int, text: str, directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    index = {"tokens": directory / "data_tokens.h5", "data": directory / "data.h5"}[arguments[0]]
+    index = directory / {"tokens": "data_tokens.h5", "data": "data.h5", "tables": "tokens.csv"}[arguments[0]]
     assert run(search_main, directory / "checkpoint", index, *arguments[1:]) == status
     error = capsys.readouterr().err
     assert text in error
     assert error.startswith("error: ")
     assert error.count("\n") == 1
+
+
+def test_arguments_from_python(directory: Path, tokenizer: Tokenizer) -> None:
+    index = directory / "data_tokens.h5"
+    expected = nearest(tokenizer, index, 5, top=2)
+    assert nearest(tokenizer, index, np.int64(5), top=2) == expected  # type: ignore[arg-type]
+    assert nearest(tokenizer, index, tokens="c1=0", top=2) == nearest(tokenizer, index, tokens=["c1=0"], top=2)
+    wrong: dict[str, dict[str, Any]] = {"by: expected tokens or latents": {"by": "latent"}, "top: expected": {"top": 0}}
+    for text, arguments in wrong.items():
+        with raises_one_line(ConfigError, text):
+            nearest(tokenizer, index, 5, **arguments)
 
 
 def test_an_index_of_another_checkpoint_is_refused(

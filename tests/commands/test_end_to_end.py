@@ -622,6 +622,16 @@ def test_resuming_on_other_data_is_rejected(
     assert "not those of the interrupted run" in capsys.readouterr().err
 
 
+def test_resuming_without_a_run_is_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "data.h5").touch()
+    for name in ("missing", "data.h5", "."):
+        assert run(train_main, "--resume", tmp_path / name) == 3
+        assert (
+            capsys.readouterr().err
+            == f"error: --resume {tmp_path / name}: holds no run; name the output directory of one\n"
+        )
+
+
 def test_a_finished_run_can_be_trained_longer(config: Path, data: Path, checkpoint: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     shutil.copytree(checkpoint, output)

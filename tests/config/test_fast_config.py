@@ -28,5 +28,7 @@ def test_it_plans(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         command_of("train")([*command, "--output", str(tmp_path / "run")])
     assert ended.value.code == 0
-    assert "120" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "120 samples" in text
+    assert "token decoder: fitted in 60 epochs after training" in text
     assert not (tmp_path / "run").exists()

@@ -293,10 +293,10 @@ def test_a_key_of_another_section_is_named_with_its_section(load, override, hint
 def test_files_that_cannot_be_read(tmp_path):
     with helpers.raises_one_line(ConfigError, "none.yaml", "no such configuration file"):
         load_config(tmp_path / "none.yaml")
-    with helpers.raises_one_line(ConfigError, str(tmp_path), "cannot be read"):
+    with helpers.raises_one_line(ConfigError, f"{tmp_path}: is a directory, not a file"):
         load_config(tmp_path)
     (tmp_path / "latin.yaml").write_bytes(b"output_dir: \xff\xfe\xfa")
-    with helpers.raises_one_line(ConfigError, "latin.yaml", "cannot be read"):
+    with helpers.raises_one_line(ConfigError, "latin.yaml", "is not a text file; expected a configuration file"):
         load_config(tmp_path / "latin.yaml")
 
 
@@ -558,9 +558,6 @@ def test_a_pipe_a_folder_or_an_impossible_path_is_no_configuration(tmp_path):
         load_config("a\0b.yaml")
     with helpers.raises_one_line(ConfigError, "File name too long"):
         load_config("x" * 300 + ".yaml")
-    (tmp_path / "latin.yaml").write_bytes(b"dataset_path: \xe9.h5\n")
-    with helpers.raises_one_line(ConfigError, "latin.yaml", "cannot be read"):
-        load_config(tmp_path / "latin.yaml")
 
 
 @pytest.mark.parametrize("text", ["training: {mixing: 0.4, mixing_decays: true}", "training: {mixup_scale: 0.1}"])

@@ -153,14 +153,42 @@ def test_feature_names_are_read(tmp_path, on_group):
         assert source.feature_names("family") == ["a", "b", "ü"]
 
 
-@pytest.mark.parametrize("names", [None, ["a", "b"]])
-def test_feature_names_of_wrong_shape_are_ignored(tmp_path, names):
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [(None, ""), (["a", "b"], "is ignored: it has shape [2], expected [3]"), ("a,b,c", "is ignored: it has one value")],
+)
+def test_feature_names_of_wrong_shape_are_ignored(tmp_path, names, message, caplog):
     file = write(tmp_path / "a.h5", dataset())
     if names:
         with h5py.File(file, "a") as handle:
             handle[PATH].attrs["feature_names"] = names
     with open_family(file) as source:
         assert source.feature_names("family") is None
+        assert source.feature_names("family") is None
+    assert [message in record.getMessage() for record in caplog.records] == [True] * bool(names)
+
+
+def test_shards_with_other_names_are_refused(tmp_path):
+    for i, names in enumerate((["a", "b", "c"], None, ["a", "c", "b"])):
+        with h5py.File(write(tmp_path / f"{i}.h5", dataset()), "a") as handle:
+            if names:
+                handle[PATH].attrs["feature_names"] = names
+    with open_family([str(tmp_path / f"{i}.h5") for i in range(2)]) as source:
+        assert source.feature_names("family") == ["a", "b", "c"]
+    with (
+        open_family(str(tmp_path / "*.h5")) as source,
+        helpers.raises_one_line(DataError, "2.h5", PATH, "0.h5", "'c' instead of 'b'"),
+    ):
+        source.feature_names("family")
+
+
+def test_feature_names_that_repeat_are_reported(tmp_path, caplog):
+    file = write(tmp_path / "a.h5", dataset())
+    with h5py.File(file, "a") as handle:
+        handle[PATH].attrs["feature_names"] = ["a", "b", "a"]
+    with open_family(file) as source:
+        assert source.feature_names("family") == ["a", "b", "a"]
+    assert "feature_names repeats names" in caplog.text
 
 
 def test_missing_file_is_an_error(tmp_path):

@@ -77,6 +77,12 @@ def test_only_parameters_are_a_family(tmp_path: Path) -> None:
     ("shapes", "families", "texts"),
     [
         ({"a/b": (3,)}, "auto", ["families: auto", "families.NAME.dataset", "a/b"]),
+        (
+            {"features/a": (2, 2, 2)},
+            "auto",
+            ["dataset features/NAME", "but features/a is float", "[40, 2, 2, 2]"],
+        ),
+        ({}, "auto", ["dataset features/NAME of real numbers [N, D] or [N, T, D]"]),
         ({"features/a b": (3,)}, "auto", ["features/a b", "letters"]),
         ({"features/a/x": (3,), "features/a/y": (3,)}, "auto", ["'a'", "several", "features/a/x, features/a/y"]),
         ({"features/speed": (3,)}, {"sped": {}}, ["no dataset features/sped", "nearest is features/speed"]),

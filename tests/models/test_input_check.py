@@ -65,7 +65,18 @@ def test_no_reference_gives_no_warning() -> None:
     check = InputCheck(None, 10)
     check.add_features(np.zeros((10, 2), np.float32))
     assert check.summary() is None
-    assert check.warning() is None
+    assert check.warnings() == []
+
+
+def test_rows_without_values_are_counted_by_family() -> None:
+    check = InputCheck(None, 6)
+    gaps = torch.full((3, 4), float("nan"))
+    gaps[1, 2] = 0.0  # one value
+    gaps[2, 0] = 0.0
+    check.add_raw({"summary": gaps, "series": torch.zeros(3, 2, 2), "kinds": torch.ones(3, 1, dtype=torch.int64)})
+    check.add_raw({"summary": gaps[:1].repeat(3, 1), "series": torch.zeros(3, 2, 2)})
+    (line,) = check.warnings()
+    assert line.startswith("4 of 6 rows have no value in family summary: ")
 
 
 def test_training_range_round_trips() -> None:

@@ -6,6 +6,7 @@ import torch
 
 from spinlock_fast import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig
 from spinlock_fast.config.schema import LevelConfig
+from spinlock_fast.errors import DataError
 
 GOLDEN = [4, 16, 15, 13, 32, 28, 20, 10, 11, 14, 9]
 
@@ -221,6 +222,11 @@ def test_tokens_out_of_range_are_rejected(row, g, token):
     tokens[row, g] = token
     with pytest.raises(IndexError, match=f"{token} of row {row} is outside codebook {g}"):
         make().decode_from_tokens(tokens)
+
+
+def test_tokens_that_are_no_integers_are_refused():
+    with helpers.raises_one_line(DataError, "tokens: expected integers, got torch.float32"):
+        make().decode_from_tokens(torch.zeros(2, 9))
 
 
 def test_tokens_of_a_category():

@@ -40,6 +40,7 @@ def write_data(path: Path, seed: int, rows: int = ROWS, features: bool = True) -
     columns = np.repeat(causes, 5, axis=1) + 0.2 * rng.standard_normal((rows, 20))
     with h5py.File(path, "w") as file:
         file["parameters/params"] = 5.0 + 3.0 * theta
+        file["parameters/params"].attrs["feature_names"] = ["a", "b", "c"]
         file["inputs/fields"] = field.astype(np.float32)
         if features:
             file["features/summary/aggregated/features"] = columns.astype(np.float32)
@@ -94,6 +95,20 @@ def test_a_predictor_is_better_than_its_references(predictor: Path, capsys: pyte
     best = metrics["history"][metrics["best_epoch"] - 1]
     assert loss["predicted"] == pytest.approx(best["val_tokens"], rel=0.05)  # both given the true tokens
     assert metrics["history"][-1]["train_loss"] < metrics["history"][0]["train_loss"]
+
+
+def test_parameters_in_another_order_are_refused(
+    predictor: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_data(tmp_path / "new.h5", seed=1, rows=20, features=False)
+    apply = ("apply", predictor, path, "--device", "cpu", "--quiet", "--output", tmp_path / "tokens.h5")
+    with h5py.File(path, "r+") as file:
+        file["parameters/params"].attrs["feature_names"] = ["b", "a", "c"]
+    assert run(*apply) == 3
+    assert "differ from those of training, in name or order: ['b', 'a', 'c'] instead of ['a'" in capsys.readouterr().err
+    with h5py.File(path, "r+") as file:
+        del file["parameters/params"].attrs["feature_names"]
+    assert run(*apply) == 0
 
 
 def test_eval_repeats_the_metrics_of_the_training_rows_apart(

@@ -12,9 +12,10 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from dashboards import synthetic_checkpoint
-from helpers import write_dataset
+from helpers import raises_one_line, write_dataset
 
 from spinlock_fast.commands.main import main as spinlock_fast_main
+from spinlock_fast.errors import ConfigError
 from spinlock_fast.report import KINDS, write_report
 from spinlock_fast.report.__main__ import main
 from spinlock_fast.report.checkpoint_summary import read_checkpoint_summary
@@ -49,11 +50,17 @@ def test_all_dashboards_are_written_from_the_data_of_the_run_alike_each_time(
     assert (status, err) == (0, "")
     assert {path.name for path in (tmp_path / "new" / "pictures").iterdir()} == ALL
     assert {Path(line).name for line in out.splitlines()} == ALL
-    files, notes = write_report(small, tmp_path / "again", str(small.parent / "data.h5"), ["topological"])
+    files, notes = write_report(small, tmp_path / "again", small.parent / "data.h5", ["topological"])
     assert not notes
     for file in files:
         assert file.read_bytes() == (tmp_path / "new" / "pictures" / file.name).read_bytes(), file.name
     assert b"<dc:date>" not in (tmp_path / "again" / "topological.svg").read_bytes()
+
+
+def test_an_unknown_dashboard_is_refused(small: Path, tmp_path: Path) -> None:
+    with raises_one_line(ConfigError, "kinds: expected some of engineering, topological, semantic, got 'semantics'"):
+        write_report(small, tmp_path / "out", kinds=["engineering", "semantics"])
+    assert not (tmp_path / "out").exists()
 
 
 def test_one_dashboard_by_type(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -556,6 +556,12 @@ def test_unavailable_backend_is_rejected_before_any_work(monkeypatch: pytest.Mon
         resolve_device("cpu")
 
 
+@pytest.mark.parametrize("name", ["gpu", "mps", "cuda:x", "cuda:-1", "", "meta"])
+def test_unknown_device_is_one_line(name: str) -> None:
+    with raises_one_line(ConfigError, f"device: expected auto, cpu, cuda or cuda:N, got {name!r}"):
+        resolve_device(name)
+
+
 class CallbackRecorder(SilentObserver):
     """Records callbacks, and stops a run after some epochs."""
 

@@ -111,11 +111,13 @@ def test_shards_follow_each_other_to_the_whole(tmp_path: Path, array: Path) -> N
         assert np.array_equal(np.concatenate([part[family] for part in parts]), values)
 
 
-def test_a_sample_that_is_not_finite_is_kept_and_flagged(tmp_path: Path) -> None:
+def test_a_sample_that_is_not_finite_is_kept_and_flagged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fields = FIELDS.copy()
     fields[2, 3, 0, 1, 1] = np.nan
     np.save(tmp_path / "a.npy", fields)
-    command(tmp_path / "a.npy", *ARRAY, "--output", tmp_path / "f.h5")
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "a.npy"), *ARRAY, "--output", str(tmp_path / "f.h5"), "--device", "cpu"])
+    assert "1 of 7 trajectories diverged" in " ".join(capsys.readouterr().err.split())
     with h5py.File(tmp_path / "f.h5") as file:
         assert file["metadata/diverged"][:].tolist() == [0, 0, 1, 0, 0, 0, 0]
     for values in features(tmp_path / "f.h5").values():

@@ -32,7 +32,7 @@ _MEMORY_BUDGET = 1_250_000_000  # bytes of raw values held at a time
 def write_explorer(
     checkpoint: str | Path,
     output: str | Path,
-    data: str | list[str] | None = None,
+    data: str | Path | list[str] | None = None,
     rows: int = 100_000,
     device: str = "auto",
     conditions: Sequence[str] = (),
@@ -112,12 +112,12 @@ def _data_of_the_run(summary: CheckpointSummary) -> str | list[str]:
     return summary.config.dataset_path
 
 
-def _about(summary: CheckpointSummary, data: str | list[str]) -> dict[str, Any]:
+def _about(summary: CheckpointSummary, data: str | Path | list[str]) -> dict[str, Any]:
     metrics = summary.metrics
     return {
         "checkpoint": printable(summary.name),
         "sha256": summary.tokenizer.checkpoint_hash,
-        "data": printable(Path(data).name) if isinstance(data, str) else f"{len(data)} files",
+        "data": printable(Path(data).name) if isinstance(data, (str, Path)) else f"{len(data)} files",
         "quality": metrics.get("quality"),
         "measured_on": summary.measured_on if metrics else "",
     }
