@@ -175,7 +175,7 @@ def test_masks_may_be_strided(layout):
     assert torch.equal((actual.codes[:, 0] < 0).cpu(), ~mask)
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(st.integers(2, 90), st.integers(1, 20), st.data())
 def test_equal_codes_give_the_lowest_index(K, D, data):
     layout = CodebookLayout.of([K], [D])
