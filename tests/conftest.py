@@ -1,3 +1,4 @@
+import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -15,8 +16,17 @@ if not torch.cuda.is_available():
 from hypothesis import settings
 
 torch.set_num_threads(1)
+gc.disable()  # until tests are collected: imports make no garbage, and searching for it is a third of their time
 settings.register_profile("plain", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("plain")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _without_flushes() -> Iterator[None]:
+    """Flushes to disk take a part of the time, and no test loses power. Processes that tests start do flush."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +41,15 @@ def _log_level() -> Iterator[None]:
     level = logger.level
     yield
     logger.setLevel(level)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what was imported is not searched again during the tests
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # else Triton's bindings report leaks when the process ends
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

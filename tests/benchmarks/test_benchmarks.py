@@ -182,7 +182,7 @@ def test_the_pipeline_benchmark_writes_what_it_measured(tmp_path: Path) -> None:
     from benchmarks.training.bench_pipeline import main
 
     output = tmp_path / "pipeline.json"
-    main(["--rows", "600", "900", "--file-rows", "--repeats", "3", "--budget", "1", "--output", str(output)])
+    main(["--rows", "600", "900", "--file-rows", "--repeats", "2", "--budget", "1", "--output", str(output)])
     result = json.loads(output.read_text())
     stages = ["clean", "discover", "normalise", "train_epoch", "validate", "tokenize"]
     assert [(row["stage"], row["rows"]) for row in result["rows"]] == [(s, N) for N in (600, 900) for s in stages]

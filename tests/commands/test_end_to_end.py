@@ -7,8 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +29,7 @@ from helpers import (
     write_dataset,
     write_shards,
 )
+from processes import forkserver
 
 from spinlock_fast import Tokenizer, load_checkpoint
 from spinlock_fast.analyze import main as analyze_main
@@ -558,10 +557,9 @@ def test_help_config_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None
         assert key in text
 
 
-def train_process(*arguments: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "spinlock_fast.train", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+def train_with_errors_in(file: Path, arguments: list[str]) -> None:
+    os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), 2)
+    train_main(arguments)
 
 
 @pytest.mark.parametrize(
@@ -578,15 +576,18 @@ def test_signalled_run_resumes_to_the_same_weights(
     common = [config, "--set", f"dataset_path={data}", "--set", "training.num_epochs=400"]
     common += ["--set", "training.val_every_n_epochs=50", "--set", "training.save_every=5"]
     broken = tmp_path / "broken"
-    process = train_process(*common, "--output", broken)
+    arguments = [str(argument) for argument in (*common, "--output", broken)]
+    process = forkserver().Process(target=train_with_errors_in, args=(tmp_path / "errors", arguments))
+    process.start()
     deadline = time.monotonic() + 300
     while not (broken / PARTIAL / RESUME).exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     for number in numbers:
-        process.send_signal(number)
+        os.kill(process.pid or 0, number)
         time.sleep(0.01)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == status
+    process.join(300)
+    errors = (tmp_path / "errors").read_text()
+    assert process.exitcode == status, errors
     assert errors.strip().splitlines()[-1].startswith("error: stopped in epoch")
     assert f"--resume {broken}" in errors.replace("\n", "")
     reached = load_torch(broken / PARTIAL / RESUME)["run"]["epoch"]

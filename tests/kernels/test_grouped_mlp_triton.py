@@ -83,7 +83,7 @@ def assert_agrees(function, expected, inputs):
         assert (a - t).norm() <= CLOSE * t.norm() + 4.0 * (b - t).norm() + _ONE_COLUMN, place
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(WIDTHS, st.integers(1, 70), st.integers(1, 70), st.integers(1, 70), st.integers(0, 2**31))
 def test_networks_of_any_shape(sizes, rows, hidden, out, seed):
     assert_agrees(
@@ -132,7 +132,7 @@ def test_strided_rows():
         assert torch.equal(grouped_mlp(view, *inputs[1:], Ragged.of(sizes), backend="triton"), expected)
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(
     st.lists(st.lists(st.integers(1, 20), min_size=1, max_size=3), min_size=1, max_size=3),
     st.integers(1, 70),

@@ -18,8 +18,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
 ]
 RAGGED = CodebookLayout.of([15, 7, 6, 28, 1, 13], [4, 16, 24, 8, 5, 1])
-LARGE = CodebookLayout.of([66, 7, 3], [5, 40, 1])  # streamed from 65 codes on; the interpreter runs a program per code
-BOTH = pytest.mark.parametrize("layout", [RAGGED, LARGE], ids=["tile", "streamed"])
+STREAMED = CodebookLayout.of([18, 7, 3], [5, 40, 1])
 SIZES = st.lists(st.tuples(st.integers(1, 70), st.integers(1, 40)), min_size=1, max_size=4)
 NAN, INF = float("nan"), float("inf")
 
@@ -28,6 +27,20 @@ def by_kernel(z, codebook, layout, **options):
     """`vq_assign` with backend "triton"."""
     options = {name: value.to(DEVICE) if torch.is_tensor(value) else value for name, value in options.items()}
     return vq_assign(z.to(DEVICE), codebook.to(DEVICE), layout, backend="triton", **options)
+
+
+@pytest.fixture(params=["tile", "streamed"])
+def layout(request, monkeypatch):
+    """A layout for each of the two kernels. The interpreter runs a program per code, so that few codes are streamed."""
+    if request.param == "tile":
+        return RAGGED
+    from spinlock_fast.kernels.ema_update import triton_update
+    from spinlock_fast.kernels.vq_assign import reference, triton_forward
+
+    monkeypatch.setattr(triton_update, "MAX_FUSED", 16)
+    for module in (reference, triton_forward):
+        monkeypatch.setattr(module, "MAX_TILE_CODES", 16)
+    return STREAMED
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +88,7 @@ def assert_agrees(actual, z, codebook, layout, mask=None):
     torch.testing.assert_close(actual.squared_error.cpu().double(), torch.stack(errors), rtol=2e-6, atol=1e-30)
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(SIZES, st.integers(0, 150), st.booleans(), st.integers(0, 2**31))
 def test_assignment_of_any_shape(sizes, rows, centred, seed):
     layout = CodebookLayout.of(*zip(*sizes, strict=True))
@@ -91,7 +104,6 @@ def test_assignment_at_tile_boundaries(K, D, rows):
     assert_agrees(by_kernel(z, codebook, layout), z, codebook, layout)
 
 
-@BOTH
 def test_many_rows_give_partial_sums(layout, monkeypatch):
     from spinlock_fast.kernels.vq_assign import reference
 
@@ -99,18 +111,15 @@ def test_many_rows_give_partial_sums(layout, monkeypatch):
     z, codebook = helpers.random_group(layout, 200, seed=1)
     actual = by_kernel(z, codebook, layout)
     assert_agrees(actual, z, codebook, layout)
-    if layout is RAGGED:
-        assert actual.count_parts.shape == (2, layout.total_codes)
+    assert actual.count_parts.shape == (2 if layout is RAGGED else 1, layout.total_codes)
 
 
-@BOTH
 def test_codes_with_many_rows_are_summed_in_segments(layout):
     z, codebook = helpers.random_group(layout, 400, seed=2)
     z[50:] = z[0]
     assert_agrees(by_kernel(z, codebook, layout), z, codebook, layout)
 
 
-@BOTH
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 def test_nonfinite_rows(layout, bad):
     z, codebook = helpers.random_group(layout, 12, seed=0)
@@ -120,7 +129,6 @@ def test_nonfinite_rows(layout, bad):
     assert_agrees(by_kernel(z, codebook, layout), z, codebook, layout)
 
 
-@BOTH
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 def test_nonfinite_codes_are_never_selected(layout, bad):
     z, codebook = helpers.random_group(layout, 40, seed=0)
@@ -133,7 +141,6 @@ def test_nonfinite_codes_are_never_selected(layout, bad):
     assert (by_kernel(z, codebook, layout).codes[:, 1] == -1).all()
 
 
-@BOTH
 def test_masked_rows_are_excluded(layout):
     z, codebook = helpers.random_group(layout, 90, seed=0)
     mask = torch.arange(90) % 3 != 0
@@ -141,7 +148,6 @@ def test_masked_rows_are_excluded(layout):
     assert_agrees(by_kernel(z, codebook, layout, mask=mask), z, codebook, layout, mask)
 
 
-@BOTH
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_latents_in_half_precision(layout, dtype):
     z, codebook = helpers.random_group(layout, 70, seed=0)
@@ -151,7 +157,6 @@ def test_latents_in_half_precision(layout, dtype):
     assert_agrees(actual, z, codebook, layout)
 
 
-@BOTH
 def test_latents_may_be_strided(layout):
     z, codebook = helpers.random_group(layout, 20, seed=0)
     wide = torch.full((20, layout.total_dims + 3), NAN)
@@ -160,7 +165,6 @@ def test_latents_may_be_strided(layout):
         assert_agrees(by_kernel(view, codebook, layout), z, codebook, layout)
 
 
-@BOTH
 def test_masks_may_be_strided(layout):
     z, codebook = helpers.random_group(layout, 40, seed=0)
     mask = torch.rand(40, generator=torch.Generator().manual_seed(0)) < 0.7
@@ -171,7 +175,7 @@ def test_masks_may_be_strided(layout):
     assert torch.equal((actual.codes[:, 0] < 0).cpu(), ~mask)
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(st.integers(2, 90), st.integers(1, 20), st.data())
 def test_equal_codes_give_the_lowest_index(K, D, data):
     layout = CodebookLayout.of([K], [D])
@@ -184,7 +188,6 @@ def test_equal_codes_give_the_lowest_index(K, D, data):
     assert torch.equal(actual, first[actual])
 
 
-@BOTH
 @pytest.mark.parametrize(("offset", "spread"), [(5.0, 0.1), (100.0, 0.1), (-3e4, 10.0)])
 def test_data_far_from_the_origin(layout, offset, spread):
     # Both |e|^2 - 2 z.e without centring and plain TF32 products fail here.
@@ -197,7 +200,6 @@ def test_data_far_from_the_origin(layout, offset, spread):
         assert ((chosen == best) | (second - best < 1e-5 * second)).all()
 
 
-@BOTH
 def test_results_are_bitwise_reproducible(layout):
     z, codebook = helpers.random_group(layout, 140, seed=5)
     first, again = by_kernel(z, codebook, layout), by_kernel(z, codebook, layout)
@@ -205,7 +207,6 @@ def test_results_are_bitwise_reproducible(layout):
         assert torch.equal(getattr(first, name), getattr(again, name)), name
 
 
-@BOTH
 @pytest.mark.parametrize("gradient", ["straight_through", "rotation"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_match_the_reference(layout, gradient, dtype):
@@ -239,7 +240,6 @@ def random_state(layout, seed):
     return codebook, n, s, torch.full((layout.total_codes,), 1 << 24), counts, sums
 
 
-@BOTH
 @pytest.mark.parametrize("smoothing", ["none", "laplace"])
 @pytest.mark.parametrize("decay", [0.99, 0.0])
 def test_ema_update_matches_the_reference(layout, smoothing, decay):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from spinlock_fast import Tokenizer
 from spinlock_fast.errors import Interrupted
 from spinlock_fast.extract import main as extract_main
 from spinlock_fast.predict import main
+from spinlock_fast.prediction import training
 from spinlock_fast.prediction.cached_inputs import CachedInputs
 from spinlock_fast.prediction.inputs import Inputs
 from spinlock_fast.prediction.network import InputShape, TokenNetwork
@@ -193,33 +192,25 @@ def test_inputs_are_decoded_once(tmp_path: Path) -> None:
 
 
 # Training that gets SIGTERM after its second epoch is saved.
-STOPPED = """
-import os, signal
-from spinlock_fast.commands.main import command_of
-from spinlock_fast.prediction import training
-
-def save_and_stop(run, save=training._Run._save):
-    save(run)
-    if len(run.history) == 2:
-        os.kill(os.getpid(), signal.SIGTERM)
-
-training._Run._save = save_and_stop
-command_of("predict")(None)
-"""
-
-
-@pytest.mark.slow  # a process
-def test_an_interrupted_training_goes_on_to_the_same_result(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+def test_an_interrupted_training_goes_on_to_the_same_result(
+    checkpoint: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert train(checkpoint, data, tmp_path / "whole", "num_epochs=6") == 0
-    changes = [part for setting in (*SMALL, "num_epochs=6") for part in ("--set", setting)]
-    command = [sys.executable, "-c", STOPPED, "train", str(checkpoint), str(data), *changes]
-    command += ["--output", str(tmp_path / "part"), "--device", "cpu", "--quiet"]
-    process = subprocess.run(
-        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
-    )
-    error = process.stderr
-    assert process.returncode == 143, error
-    assert "--resume" in error.splitlines()[-1]
+    save = training._Run._save
+
+    def save_and_stop(run: training._Run) -> None:
+        save(run)
+        if len(run.history) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Run, "_save", save_and_stop)
+        assert train(checkpoint, data, tmp_path / "part", "num_epochs=6") == 143
+    assert "--resume" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "part" / "predictor.pt").exists()
     assert train(checkpoint, data, tmp_path / "part", "num_epochs=6") == 4
     assert train(checkpoint, data, tmp_path / "part", "num_epochs=6", "hidden_dim=16", extra=("--resume",)) == 2

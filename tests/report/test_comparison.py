@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import h5py
@@ -47,13 +45,17 @@ def edit(path: Path, **values: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def test_runs_are_compared_on_the_same_data(first: Path, second: Path, tmp_path: Path) -> None:
+def test_runs_are_compared_on_the_same_data(
+    first: Path, second: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = first.parent / "data.h5"
     arguments = [first, second, "--type", "compare", "--data", data, "--output", tmp_path / "out"]
-    command = [sys.executable, "-m", "spinlock_fast.report", *map(str, arguments)]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (ended.returncode, ended.stderr) == (0, "")
-    assert [Path(line).name for line in ended.stdout.splitlines()] == [*FILES[1:], FILES[0]]
+    with pytest.raises(SystemExit) as end:
+        main([str(argument) for argument in arguments])
+    assert end.value.code == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert [Path(line).name for line in out.splitlines()] == [*FILES[1:], FILES[0]]
     comparison = compare_runs([first, second], str(data))
     assert comparison.labels == ["first", "second"]
 

@@ -283,8 +283,10 @@ def test_memory_map_is_not_loaded_into_memory(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(row_feed, "_HALF_BUFFER_BYTES", 1 << 22)
     shape, sizes = (400_000, 120), [40, 40, 40]
     matrix: np.memmap[Any, Any] = np.memmap(tmp_path / "x", np.float32, "w+", shape=shape)
-    for start in range(0, shape[0], 40_000):
-        matrix[start : start + 40_000] = planted_matrix(40_000, sizes, seed=start)
+    block = planted_matrix(40_000, sizes, seed=0)
+    for start in range(0, shape[0], len(block)):
+        matrix[start : start + len(block)] = block
+    del block
     level = [{"num_tokens": 4, "latent_dim": 4}]
     settings = {
         "training__num_epochs": 1,
