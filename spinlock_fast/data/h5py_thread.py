@@ -158,8 +158,11 @@ def _run(
     reported = 0.0
     try:
         while (task := tasks.get()) is not None:
-            read = _read_consecutive if isinstance(task, _ConsecutiveRows) else _read
-            errors = read(reader, ends, task, stop) | errors  # the first one of each batch
+            if isinstance(task, _ConsecutiveRows):
+                found = _read_consecutive(reader, ends, task, stop)
+            else:
+                found = _read(reader, ends, task, stop)
+            errors = found | errors  # keeps the first one of each batch
             number = task.number
             del task  # refers to the memory of batches
             if tasks.empty() or time.monotonic() > reported + _REPORT_SECONDS:
@@ -182,7 +185,7 @@ def _read_consecutive(
     try:
         while done < count and not stop.requested:
             row = task.first_row + done
-            number = bisect_right(ends, row)  # type: ignore[arg-type]
+            number = bisect_right(ends, row)
             shard = task.dataset.shards[number]
             low = row - int(ends[number]) + shard.shape[0]
             high = min(low + count - done, shard.shape[0], (low + most) // step * step)
