@@ -24,6 +24,7 @@ _SPARE_DESCRIPTORS = 4  # libhdf5 opens a file before it detects that it is alre
 @dataclass
 class _OpenDataset:
     id: h5py.h5d.DatasetID
+    space: h5py.h5s.SpaceID
     memory_type: h5py.h5t.TypeID  # its type in native byte order
     fill: Any = None  # of a virtual dataset
 
@@ -69,21 +70,20 @@ class H5pyReader:
             self.read(index, middle, high, out[middle - low :])
             return
         error: BaseException | None = None
-        location = f"{index.file}: {index.path}: rows {low}..{high - 1}"
         try:
             self._read_with_sources(index, sources, low, high, out)
         except TooManyOpenFilesError as full:
-            raise DataError(f"{location}: {full}") from None
+            raise DataError(f"{_location(index, low, high)}: {full}") from None
         except H5PY_ERRORS as caught:
             error = caught
         try:
             index.check_unchanged(low, high)
         except DataError as changed:
-            raise DataError(f"{location}: {changed}") from None
+            raise DataError(f"{_location(index, low, high)}: {changed}") from None
         if isinstance(error, DataError):
             raise error
         if error is not None:
-            raise DataError(f"{location} cannot be read, the file is damaged: {one_line(error)}")
+            raise DataError(f"{_location(index, low, high)} cannot be read, the file is damaged: {one_line(error)}")
 
     def _read_with_sources(
         self, index: ShardIndex, sources: list[Path], low: int, high: int, out: NDArray[Any]
@@ -112,21 +112,19 @@ class H5pyReader:
         dataset = self._dataset(index)
         if dataset.fill is not None:  # libhdf5 leaves rows without a source unset if others have two sources
             out[...] = dataset.fill
-        space = dataset.id.get_space()
-        space.select_hyperslab((low,) + (0,) * (out.ndim - 1), out.shape)
-        dataset.id.read(h5py.h5s.create_simple(out.shape), space, out, dataset.memory_type)
+        dataset.space.select_hyperslab((low,) + (0,) * (out.ndim - 1), out.shape)
+        dataset.id.read(h5py.h5s.create_simple(out.shape), dataset.space, out, dataset.memory_type)
 
     def _dataset(self, index: ShardIndex) -> _OpenDataset:
         opened = self._files[index.file]
         dataset = opened.datasets.get(index.path)
         if dataset is None:
-            node = opened.handle[index.path]
+            id = h5py.h5d.open(opened.handle.id, index.path.encode(errors="surrogateescape"), _access(index))
+            node = h5py.Dataset(id)
             memory_type = h5py.h5t.py_create(node.dtype.newbyteorder("="))
             fill = node.fillvalue if node.is_virtual else None
-            dataset = _OpenDataset(node.id, memory_type, fill)
-            # An open virtual dataset would keep its sources open. An open dataset that grows would become invalid when
-            # another identifier of it is refreshed: libhdf5 would then read other rows.
-            if not index.backing_files and not index.swmr:
+            dataset = _OpenDataset(id, id.get_space(), memory_type, fill)
+            if index.stays_open:
                 opened.datasets[index.path] = dataset
         return dataset
 
@@ -149,3 +147,19 @@ class H5pyReader:
                 "open more; raise the limit with `ulimit -n`"
             )
         self._files.pop(oldest).close()
+
+
+def _access(index: ShardIndex) -> h5py.h5p.PropDAID:
+    """Access properties: a cache of one decoded chunk if chunks hold whole rows.
+
+    Consecutive chunks in the larger cache of libhdf5 would each occupy other memory, which is not in that of the CPU.
+    """
+    properties = h5py.h5p.create(h5py.h5p.DATASET_ACCESS)
+    if index.chunk_bytes and index.stays_open and index.chunks_hold_rows:
+        slots, _, _ = properties.get_chunk_cache()
+        properties.set_chunk_cache(slots, index.chunk_bytes, 1.0)
+    return properties
+
+
+def _location(index: ShardIndex, low: int, high: int) -> str:
+    return f"{index.file}: {index.path}: rows {low}..{high - 1}"

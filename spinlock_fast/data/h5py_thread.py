@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import atexit
 import signal
+import time
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -19,6 +21,7 @@ from spinlock_fast.interrupts import deferred_interrupts
 
 _BLOCK_BYTES = 1 << 20  # read at a time if a dataset is not chunked
 _LARGE_ROW_BYTES = 2048  # copied one at a time, since NumPy gathers rows in a temporary array
+_REPORT_SECONDS = 0.04  # complete tasks are reported together: each report switches to another thread and back
 _MAX_BLOCK_BYTES = 4 << 20  # of several chunks: closing the thread waits for a block
 
 
@@ -40,13 +43,24 @@ class _Task:
 
 
 @dataclass
+class _ConsecutiveRows:
+    """Task of rows that are consecutive in the shards and in one batch."""
+
+    number: int
+    dataset: ShardedDataset
+    first_row: int
+    batch: int  # position of the first row of the batch
+    memory: NDArray[Any]  # of the rows
+
+
+@dataclass
 class _Stop:
     requested: bool = False
 
 
 @dataclass
 class _Result:
-    number: int
+    number: int  # of the last complete task
     errors: dict[int, Exception]  # by the position of the first row of a batch
 
 
@@ -62,14 +76,16 @@ class H5pyThread:
 
     def __init__(self, sharded: ShardedDatasets) -> None:
         self._sharded = sharded
-        self._tasks: SimpleQueue[_Task | None] = SimpleQueue()
+        self._tasks: SimpleQueue[_Task | _ConsecutiveRows | None] = SimpleQueue()
         self._results: SimpleQueue[_Result] = SimpleQueue()
         self._stop = _Stop()
         self._thread: Thread | None = None
         self._submitted = self._completed = 0
         self._errors: dict[int, Exception] = {}
 
-    def submit(self, dataset: ShardedDataset, first: int, rows: NDArray[np.int64], batches: list[H5pyBatch]) -> None:
+    def submit(
+        self, dataset: ShardedDataset, first: int, rows: NDArray[np.int64], batches: list[H5pyBatch]
+    ) -> list[int]:
         """Queues those of the rows at positions first, first + 1, ... that h5py must read, if there are any.
 
         Args:
@@ -77,10 +93,26 @@ class H5pyThread:
             first: position of the first row.
             rows: row numbers over all shards.
             batches: consecutive batches that cover the positions.
+
+        Returns:
+            For each batch, the number of tasks that must be complete before it is.
         """
+        if dataset.read_in_parts and _consecutive(rows):
+            tasks = []
+            for batch in batches:
+                low, high = max(first, batch.first), min(first + len(rows), batch.first + len(batch.memory))
+                memory = batch.memory[low - batch.first : high - batch.first]
+                row = int(rows[0]) + low - first
+                self._put(_ConsecutiveRows(self._submitted + 1, dataset, row, batch.first, memory))
+                tasks.append(self._submitted)
+            return tasks
         selected = np.flatnonzero(dataset.read_by_h5py(rows))
         if not len(selected):
-            return
+            return [0] * len(batches)
+        self._put(_Task(self._submitted + 1, dataset, rows[selected], first + selected, batches))
+        return [self._submitted] * len(batches)
+
+    def _put(self, task: _Task | _ConsecutiveRows) -> None:
         if self._thread is None:
             with deferred_interrupts():
                 self._thread = Thread(
@@ -88,13 +120,8 @@ class H5pyThread:
                 )
                 self._thread.start()
                 atexit.register(self.close)  # the interpreter must not end while the thread is inside libhdf5
-        self._submitted += 1
-        self._tasks.put(_Task(self._submitted, dataset, rows[selected], first + selected, batches))
-
-    @property
-    def submitted(self) -> int:
-        """Number of tasks submitted so far."""
-        return self._submitted
+        self._submitted = task.number
+        self._tasks.put(task)
 
     def wait(self, tasks: int, first: int) -> None:
         """Waits until the first `tasks` tasks are complete; raises the error of the batch that starts at `first`."""
@@ -119,29 +146,66 @@ class H5pyThread:
 
 
 def _run(
-    sharded: ShardedDatasets, tasks: SimpleQueue[_Task | None], results: SimpleQueue[_Result], stop: _Stop
+    sharded: ShardedDatasets,
+    tasks: SimpleQueue[_Task | _ConsecutiveRows | None],
+    results: SimpleQueue[_Result],
+    stop: _Stop,
 ) -> None:
     # The operating system then delivers signals to the main thread, and interrupts its waiting.
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-    reader = H5pyReader()
+    reader, ends = H5pyReader(), np.cumsum(sharded.shard_rows)
+    errors: dict[int, Exception] = {}
+    reported = 0.0
     try:
         while (task := tasks.get()) is not None:
-            results.put(_Result(task.number, _read(reader, sharded, task, stop)))
+            if isinstance(task, _ConsecutiveRows):
+                found = _read_consecutive(reader, ends, task, stop)
+            else:
+                found = _read(reader, ends, task, stop)
+            errors = found | errors  # keeps the first one of each batch
+            number = task.number
             del task  # refers to the memory of batches
+            if tasks.empty() or time.monotonic() > reported + _REPORT_SECONDS:
+                results.put(_Result(number, errors))
+                errors, reported = {}, time.monotonic()
     finally:
         reader.close()
 
 
-def _read(reader: H5pyReader, sharded: ShardedDatasets, task: _Task, stop: _Stop) -> dict[int, Exception]:
+def _consecutive(rows: NDArray[np.int64]) -> bool:
+    return int(rows[-1] - rows[0]) == len(rows) - 1 and bool((rows[1:] > rows[:-1]).all())
+
+
+def _read_consecutive(
+    reader: H5pyReader, ends: NDArray[np.int64], task: _ConsecutiveRows, stop: _Stop
+) -> dict[int, Exception]:
+    """Reads the rows of a task; returns the error of its batch, if there is one."""
+    step, most = _block_rows(task.dataset)
+    done, count = 0, len(task.memory)
+    try:
+        while done < count and not stop.requested:
+            row = task.first_row + done
+            number = bisect_right(ends, row)
+            shard = task.dataset.shards[number]
+            low = row - int(ends[number]) + shard.shape[0]
+            high = min(low + count - done, shard.shape[0], (low + most) // step * step)
+            reader.read(shard, low, high, task.memory[done : done + high - low])
+            done += high - low
+    except Exception as error:  # noqa: BLE001 - raised again at the batch
+        return {task.batch: error}
+    return {}
+
+
+def _read(reader: H5pyReader, ends: NDArray[np.int64], task: _Task, stop: _Stop) -> dict[int, Exception]:
     """Reads the rows of a task; returns the first error of each batch."""
     dataset, batches = task.dataset, task.batches
     rows, positions = task.rows, task.positions
     if (rows[1:] <= rows[:-1]).any():
         order = np.argsort(rows, kind="stable")
         rows, positions = rows[order], positions[order]
-    ends, starts = np.cumsum(sharded.shard_rows), np.array([batch.first for batch in batches])
+    starts = np.array([batch.first for batch in batches])
     shards = np.searchsorted(ends, rows, side="right")
-    local = rows - (ends - np.array(sharded.shard_rows))[shards]
+    local = rows - np.append(0, ends)[shards]
     owner = np.searchsorted(starts, positions, side="right") - 1
     slots = positions - starts[owner]
     memory = [batch.memory for batch in batches]
@@ -204,8 +268,7 @@ def _blocks(
     Yields:
         (first, end, whether the rows are consecutive in the file and in one batch).
     """
-    step = dataset.chunk_rows if dataset.chunk_rows > 1 else max(1, _BLOCK_BYTES // dataset.row_bytes)
-    most = step * max(1, _MAX_BLOCK_BYTES // (step * dataset.row_bytes))
+    step, most = _block_rows(dataset)
 
     def changes(*columns: NDArray[np.int64]) -> NDArray[np.bool_]:
         changed = np.ones(len(local), bool)
@@ -224,3 +287,9 @@ def _blocks(
     begin = first[np.append(True, ~joined)]
     for low, high in zip(begin.tolist(), [*begin[1:].tolist(), len(local)], strict=True):
         yield low, high, bool(run[low] == run[high - 1])
+
+
+def _block_rows(dataset: ShardedDataset) -> tuple[int, int]:
+    """Smallest and largest number of rows to read at a time."""
+    step = dataset.chunk_rows if dataset.chunk_rows > 1 else max(1, _BLOCK_BYTES // dataset.row_bytes)
+    return step, step * max(1, _MAX_BLOCK_BYTES // (step * dataset.row_bytes))

@@ -178,14 +178,6 @@ def fetched(file: Path) -> Iterator[None]:
 def _open_local(file: Path) -> h5py.File:
     check_regular(file)
     try:
-        with open(file, "rb"):
-            pass
-    except OSError as error:
-        raise _os_error(file, error) from None
-    if not h5py.is_hdf5(file):
-        advice = _OTHER_FORMATS.get(file.suffix.lower())
-        raise DataError(f"{file}: not an HDF5 file" + (f"; {advice}" if advice else ""))
-    try:
         try:
             return h5py.File(file, "r")
         except OSError as error:
@@ -197,7 +189,20 @@ def _open_local(file: Path) -> h5py.File:
     except DataError:
         raise
     except H5PY_ERRORS as error:
+        _check_format(file)
         raise _open_error(file, error) from None
+
+
+def _check_format(file: Path) -> None:
+    """Raises DataError if a file cannot be read or is not an HDF5 file."""
+    try:
+        with open(file, "rb"):
+            pass
+    except OSError as error:
+        raise _os_error(file, error) from None
+    if not h5py.is_hdf5(file):
+        advice = _OTHER_FORMATS.get(file.suffix.lower())
+        raise DataError(f"{file}: not an HDF5 file" + (f"; {advice}" if advice else ""))
 
 
 def _open_without_locks(file: Path, lock_error: OSError) -> h5py.File:

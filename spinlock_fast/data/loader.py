@@ -279,7 +279,7 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
         return self._main_pass(epoch, first)
 
     def _main_pass(self, epoch: int, first: int) -> Iterator[dict[str, Tensor]]:
-        yield from self._pass(epoch, first, len(self))
+        yield from self._pass(epoch, first, None)
         self._epoch, self._batch = epoch + 1, 0
         self._shared.set(self._epoch)
 
@@ -293,7 +293,7 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
         self._epoch, self._batch, self._end, self._resume_at = epoch, first, stop, None
         return self._pass(epoch, first, stop)
 
-    def _pass(self, epoch: int, first: int, stop: int) -> Iterator[dict[str, Tensor]]:
+    def _pass(self, epoch: int, first: int, stop: int | None) -> Iterator[dict[str, Tensor]]:
         order, windows = self._plan()
         sharded = self._sharded
         if self.cache_dir is not None:  # the order is still that of the original files

@@ -6,7 +6,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -49,13 +49,12 @@ class PassStats:
 @dataclass
 class _Batch:
     first: int
+    end: int
     tensors: list[Tensor]  # in the order of the datasets
+    arrays: list[NDArray[Any]]  # the same memory
     index: Tensor
+    rows: NDArray[np.int64]  # the same memory
     h5py_tasks: int = 0  # tasks of the h5py thread that must be complete
-    rows: NDArray[np.int64] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.rows = self.index.numpy()
 
 
 def batch_memory(sharded: ShardedDatasets, order: RowSequence, windows_ahead: int, pin: bool) -> list[BatchMemory]:
@@ -106,7 +105,10 @@ class LoaderPass:
         self._memory = batch_memory(sharded, order, windows_ahead, pin=False) if memory is None else memory
         self._reader = _native.RowReader(*sharded.native_descriptions(), threads, verify_checksums)
         self._h5py_thread = H5pyThread(sharded)
-        self._submitted = self._start
+        self._names = [*(dataset.path for dataset in sharded.datasets), "index"]
+        self._native = any(dataset.read_natively for dataset in sharded.datasets)
+        self._h5py_datasets = [(t, dataset) for t, dataset in enumerate(sharded.datasets) if dataset.h5py_reason]
+        self._submitted = self._delivered = self._start
         self._window_ends: deque[int] = deque()  # end position of each window not yet delivered
         self._pending: deque[_Batch] = deque()  # submitted, not yet delivered
         self._stats = PassStats() if stats is None else stats
@@ -131,9 +133,11 @@ class LoaderPass:
             while self._window_ends and self._window_ends[0] <= end:
                 self._window_ends.popleft()
             self._fetcher.release(end)
-            self._submit(end)  # keeps the threads busy while the caller processes the batch
+            if len(self._window_ends) <= self._windows_ahead // 2:  # several windows at a time: code stays in the cache
+                self._submit(end)  # keeps the threads busy while the caller processes the batch
             self._stats.batches += 1
-            self._stats.rows += len(batch["index"])
+            self._stats.rows += end - self._delivered
+            self._delivered = end
             now = time.perf_counter()
             self._stats.seconds_waited += now - requested
             self._stats.seconds = now - started
@@ -141,38 +145,46 @@ class LoaderPass:
 
     def _deliver(self) -> dict[str, Tensor]:
         batch = self._pending[0]
-        try:
-            self._reader.wait(batch.first)
-        except _native.ReadError as error:
-            raise DataError(str(error)) from None
+        if self._native:
+            try:
+                self._reader.wait(batch.first)
+            except _native.ReadError as error:
+                raise DataError(str(error)) from None
         self._h5py_thread.wait(batch.h5py_tasks, batch.first)
         self._pending.popleft()
-        names = (dataset.path for dataset in self._sharded.datasets)
-        return {**dict(zip(names, batch.tensors, strict=True)), "index": batch.index}
+        return dict(zip(self._names, (*batch.tensors, batch.index), strict=True))
 
     def _submit(self, needed: int) -> None:
         """Submits windows ahead, at least all windows before position `needed`."""
-        while len(self._window_ends) < self._windows_ahead or self._submitted < needed:
-            if self._submitted >= self._stop:
-                return
+        while self._submitted < self._stop and (
+            len(self._window_ends) < self._windows_ahead or self._submitted < needed
+        ):
             if (window := next(self._windows, None)) is None:
                 return
             first, rows = window
-            rows = rows[max(0, self._start - first) : max(0, self._stop - first)]
-            first = max(first, self._start)
-            if not len(rows):
-                continue
-            end = first + len(rows)
-            self._fetcher.require(end, rows)
-            self._add_batches(end)
-            for batch in self._pending:
-                low, high = max(batch.first, first), min(batch.first + len(batch.rows), end)
-                if low < high:
-                    batch.rows[low - batch.first : high - batch.first] = rows[low - first : high - first]
+            if first < self._start or first + len(rows) > self._stop:
+                rows = rows[max(0, self._start - first) : max(0, self._stop - first)]
+                first = max(first, self._start)
+            if len(rows):
+                self._submit_window(first, rows)
+
+    def _submit_window(self, first: int, rows: NDArray[np.int64]) -> None:
+        end = first + len(rows)
+        self._fetcher.require(end, rows)
+        self._add_batches(end)
+        batches = [batch for batch in self._pending if first < batch.end]
+        for batch in batches:
+            low, high = max(batch.first, first), min(batch.end, end)
+            batch.rows[low - batch.first : high - batch.first] = rows[low - first : high - first]
+        if self._native:
             self._reader.submit(first, rows)
-            self._window_ends.append(end)
-            self._submitted = end
-            self._submit_to_h5py(first, rows)
+        self._window_ends.append(end)
+        self._submitted = end
+        for t, dataset in self._h5py_datasets:
+            memory = [H5pyBatch(batch.first, batch.arrays[t]) for batch in batches]
+            tasks = self._h5py_thread.submit(dataset, first, rows, memory)
+            for batch, needed in zip(batches, tasks, strict=True):
+                batch.h5py_tasks = max(batch.h5py_tasks, needed)
 
     def _add_batches(self, end: int) -> None:
         """Adds the batches that start before position `end`."""
@@ -180,21 +192,11 @@ class LoaderPass:
             first = self._batch_end(self._next_batch)
             if first >= end:
                 return
-            count = self._batch_end(self._next_batch + 1) - first
-            tensors = [memory.allocate(count) for memory in self._memory]
-            self._reader.add_batch(first, count, [tensor.numpy() for tensor in tensors])
-            self._pending.append(
-                _Batch(first, tensors, torch.empty(count, dtype=torch.int64, pin_memory=self._memory[0].pin))
-            )
             self._next_batch += 1
-
-    def _submit_to_h5py(self, first: int, rows: NDArray[np.int64]) -> None:
-        """Submits the rows of a window that the native reader does not support."""
-        end = first + len(rows)
-        batches = [batch for batch in self._pending if batch.first < end and first < batch.first + len(batch.rows)]
-        for t, dataset in enumerate(self._sharded.datasets):
-            if dataset.h5py_reason:
-                memory = [H5pyBatch(batch.first, batch.tensors[t].numpy()) for batch in batches]
-                self._h5py_thread.submit(dataset, first, rows, memory)
-        for batch in batches:
-            batch.h5py_tasks = self._h5py_thread.submitted
+            stop = self._batch_end(self._next_batch)
+            tensors = [memory.allocate(stop - first) for memory in self._memory]
+            arrays = [tensor.numpy() for tensor in tensors]
+            if self._native:
+                self._reader.add_batch(first, stop - first, arrays)
+            index = torch.empty(stop - first, dtype=torch.int64, pin_memory=self._memory[0].pin)
+            self._pending.append(_Batch(first, stop, tensors, arrays, index, index.numpy()))

@@ -63,6 +63,21 @@ class ShardIndex:
         """Identities of all files that hold its values."""
         return (self.identity, *(backing.identity for backing in self.backing_files))
 
+    @property
+    def stays_open(self) -> bool:
+        """Whether h5py may keep the dataset open between reads.
+
+        An open virtual dataset would keep its sources open. An open dataset that grows would become invalid when
+        another identifier of it is refreshed: libhdf5 would then read other rows.
+        """
+        return not self.backing_files and not self.swmr
+
+    @property
+    def chunks_hold_rows(self) -> bool:
+        """Whether chunks, if there are any, hold whole rows."""
+        row_bytes = prod(self.shape[1:]) * self.dtype.itemsize
+        return not self.chunk_bytes or self.chunk_bytes >= self.chunk_rows * row_bytes
+
     def check_unchanged(self, low: int = 0, high: int | None = None) -> None:
         """Raises DataError if a file that holds values of rows [low, high) has changed since it was indexed."""
         if self.swmr:

@@ -71,6 +71,11 @@ class ShardedDataset:
         """Whether the native reader reads some of its rows."""
         return not self._segments[1].all()
 
+    @cached_property
+    def read_in_parts(self) -> bool:
+        """Whether h5py reads all rows, and consecutive ones in any parts without decoding a chunk twice."""
+        return not self.read_natively and all(shard.stays_open and shard.chunks_hold_rows for shard in self.shards)
+
     def read_by_h5py(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Whether h5py reads each of the rows [n], numbered over all shards."""
         ends, by_h5py = self._segments

@@ -12,6 +12,7 @@ from spinlock_fast.errors import ConfigError
 _CONTIGUOUS_UNIT = (8, 4096)  # minimal rows and bytes of a unit of contiguous data
 _MIN_UNITS = 8  # per window, for sufficient shuffling
 _TASKS_PER_THREAD = 8  # queued chunks per thread; sequential windows may hold few chunks
+_GROUPED_WINDOWS = 8  # read through h5py or from contiguous data: those that are complete are delivered together
 _CONTIGUOUS_BYTES = 1 << 20  # per read task
 _FREE_SCRATCH = 4 << 20  # scratch memory of a thread that the budget does not count
 _COPIES = 3  # of a chunk in scratch memory: stored, inflated, unshuffled
@@ -88,7 +89,10 @@ def sequential_windows(
         -(-rows // dataset.chunk_rows) if dataset.chunk_bytes else 1 + _bytes(sharded, rows) // _CONTIGUOUS_BYTES
         for dataset in sharded.datasets
     )
-    return WindowSizes(unit, max(rows, unit), min(fit, 1 + -(-_TASKS_PER_THREAD * threads // tasks)), threads)
+    ahead = 1 + -(-_TASKS_PER_THREAD * threads // tasks)
+    if any(dataset.h5py_reason or not dataset.chunk_bytes for dataset in sharded.datasets):
+        ahead = max(ahead, _GROUPED_WINDOWS)
+    return WindowSizes(unit, max(rows, unit), min(fit, ahead), threads)
 
 
 def _unit(sharded: ShardedDatasets, window_rows: int) -> int:
