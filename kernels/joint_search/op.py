@@ -97,7 +97,7 @@ def joint_search(
     x, codebook = x.to(wide), codebook.to(wide)
     w1 = None if decoder.w1 is None else decoder.w1.to(wide)
     linear = None if decoder.linear is None else decoder.linear.to(wide).contiguous()
-    decoder = Decoder(w1, *(t.to(wide) for t in (decoder.b1, decoder.w2, decoder.b2)), linear)
+    decoder = Decoder(w1, decoder.b1.to(wide), decoder.w2.to(wide), decoder.b2.to(wide), linear)
     if not sweeps or not x.shape[0]:
         return codes.clone()
     with no_autocast(x.device), full_float32(x.device):
