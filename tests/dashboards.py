@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -94,6 +98,20 @@ def synthetic_checkpoint(
     config = load_config(directory / "run.yaml")
     with RunDisplay(True, config.logging) as display:
         return run(config, display).directory
+
+
+def explorer_contents(page: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Header and columns of an explorer's page."""
+    found = re.search(r'id="data">([^<]*)</script>', page)
+    assert found
+    data = gzip.decompress(base64.b64decode(found[1]))
+    length = int.from_bytes(data[:4], "little")
+    header = json.loads(data[4 : 4 + length])
+    columns = {
+        name: np.frombuffer(data, f"<{kind}", count, 4 + length + offset)
+        for name, (kind, offset, count) in header["columns"].items()
+    }
+    return header, columns
 
 
 def assert_readable(figure: Figure) -> None:

@@ -36,6 +36,20 @@ SMALL_RUN = {
     "training.val_every_n_epochs": 2,
     "training.orthogonality_target": 1.0,
 }
+# The same in a configuration file, with the dataset x as the only family.
+SMALL_SETTINGS: dict[str, Any] = {
+    "device": "cpu",
+    "families": {"mine": {"encoder": "IdentityEncoder", "dataset": "x"}},
+    "training": {
+        "batch_size": 64,
+        "topo_samples": 64,
+        "num_epochs": 4,
+        "val_every_n_epochs": 2,
+        "save_every": 1,
+        "orthogonality_target": 10.0,
+    },
+    "logging": {"tensorboard": False},
+}
 FAMILIES = {"summary": SUMMARY, "temporal": TEMPORAL, "architecture": ARCHITECTURE}
 
 
@@ -217,6 +231,33 @@ def random_group(
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn(rows, layout.total_dims, generator=generator, dtype=dtype)
     return z, torch.randn(layout.total_entries, generator=generator, dtype=dtype)
+
+
+def distances(points: torch.Tensor) -> torch.Tensor:
+    """[S, S] of points [S, D], from differences."""
+    return (points[:, None] - points[None]).square().sum(-1).sqrt()
+
+
+def pearson(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Correlation of two matrices [S, S] over the pairs i < j."""
+    upper = np.triu_indices(a.shape[0], 1)
+    return float(np.corrcoef(a.detach().numpy()[upper], b.detach().numpy()[upper])[0, 1])
+
+
+def mean_distances(z: torch.Tensor, layout: CodebookLayout) -> torch.Tensor:
+    """[S, S] of latents [S, sum D]: mean over the codebooks."""
+    return torch.stack([distances(part) for part in split_columns(z, layout)]).mean(0)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Runs PyTorch with this number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

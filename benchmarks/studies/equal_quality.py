@@ -30,7 +30,7 @@ from benchmarks.common.baseline_model import BaselineModel, baseline_of
 from benchmarks.common.commands import ROOT
 from benchmarks.common.timing import environment
 from benchmarks.studies.quality import load_split
-from benchmarks.studies.sweep import sweep
+from benchmarks.studies.sweep import study_parser, sweep
 from spinlock_fast.ablation.statistics import summarize
 from spinlock_fast.config.loading import load_config
 from spinlock_fast.config.random_streams import Stream, generator
@@ -170,14 +170,12 @@ def finished(output: Path | None, facts: Mapping[str, Any]) -> list[dict[str, An
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = study_parser(__doc__, required=False)
     parser.add_argument("data", type=Path)
     parser.add_argument("--frame", type=int, default=42)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=200)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--jobs", type=int, default=1, help="number of processes")
-    parser.add_argument("--output", type=Path, help="JSON file, continued if it exists")
     chosen = parser.parse_args(argv)
     facts = {"frame": chosen.frame, "epochs": chosen.epochs, **environment(str(resolve_device(chosen.device)))}
     rows = finished(chosen.output, facts)

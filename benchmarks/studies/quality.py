@@ -25,22 +25,21 @@ import math
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from functools import cache, partial
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from benchmarks.studies.sweep import append, lines_of, sweep
+from benchmarks.studies.sweep import Row, lines_of, pending, perform, study_parser, tables
 from benchmarks.studies.variants import COMBINATIONS, COMMON, VARIANTS
 from spinlock_fast import Trainer
-from spinlock_fast.ablation.records import Record
-from spinlock_fast.ablation.tables import markdown
 from spinlock_fast.config.schema import RunConfig
 from spinlock_fast.models.decoder_refit import refit_decoder
 from spinlock_fast.models.metrics import evaluate
+from spinlock_fast.training.result import TrainResult
 
 Array = np.ndarray[Any, np.dtype[Any]]
 SELECT_SHARE = 0.1
@@ -50,6 +49,7 @@ TARGETS = {"utilization": 0.86, "perplexity_over_k": 0.58, "topo_post": 0.975}
 PENALTY = 3.0
 COLUMNS = ["error", "error_over_original", "train_error", "utilization", "perplexity_over_k", "topo_pre", "topo_post"]
 TABLE = [*COLUMNS, "probe_ic_type", "probe_evolution_policy", "probe_theta", "probe_raw", "seconds"]
+SHOWN = [*COLUMNS, "seconds"]
 BASE = "baseline"
 
 
@@ -70,19 +70,16 @@ class Run(NamedTuple):
     frame: int
     seed: int
 
-    @property
-    def name(self) -> str:
-        return "/".join(map(str, self))
-
-    @classmethod
-    def of(cls, row: dict[str, Any]) -> Run:
-        return cls(*(row[field] for field in cls._fields))
-
 
 @cache
+def load_frame(path: Path) -> tuple[Array, Array, dict[str, Any]]:
+    """Features [N, F], validation rows and metadata in a file of `original_frames`."""
+    with np.load(path) as file:
+        return file["x"], file["val_rows"], json.loads(str(file["meta"]))
+
+
 def load_split(data: Path, seed: int) -> EvaluationSplit:
-    with np.load(data / "original_frames" / f"seed{seed}.npz") as file:
-        return EvaluationSplit(seed, file["x"], file["val_rows"], json.loads(str(file["meta"])))
+    return EvaluationSplit(seed, *load_frame(data / "original_frames" / f"seed{seed}.npz"))
 
 
 def rows_of(frame: EvaluationSplit, mode: str) -> tuple[Array, Array]:
@@ -95,21 +92,26 @@ def rows_of(frame: EvaluationSplit, mode: str) -> tuple[Array, Array]:
     return rows, np.sort(scored)
 
 
-def train(run: Run, data: Path, device: str, epochs: int | None) -> list[dict[str, Any]]:
-    """Trains and scores one run; its line."""
-    frame = load_split(data, run.frame)
+def fit_last(trainer: Trainer, x: Array, meta: dict[str, Any], scored: Array) -> TrainResult:
+    """Trains without the scored rows; the model of the result is that of the last epoch."""
+    result = trainer.fit(x, meta["group_indices"], meta["levels"], meta["feature_names"], scored)
+    result.model.load_state_dict(result.final_state["model_state_dict"])
+    result.model.eval()
+    return result
+
+
+def measure(run: Run, chosen: argparse.Namespace) -> Row:
+    """Trains and scores one run."""
+    frame = load_split(chosen.data, run.frame)
     rows, scored = rows_of(frame, run.mode)
-    settings = {**COMMON, **VARIANTS[run.variant], "random_seed": run.seed, "device": device}
-    if epochs is not None:
-        settings["training.num_epochs"] = epochs
+    settings = {**COMMON, **VARIANTS[run.variant], "random_seed": run.seed, "device": chosen.device}
+    if chosen.epochs is not None:
+        settings["training.num_epochs"] = chosen.epochs
     trainer = Trainer.from_config(RunConfig(), settings)
     x, meta = frame.x[rows], frame.meta
     started = time.perf_counter()
-    result = trainer.fit(x, meta["group_indices"], meta["levels"], meta["feature_names"], scored)
-    seconds = time.perf_counter() - started
-    model = result.model
-    model.load_state_dict(result.final_state["model_state_dict"])
-    model.eval()
+    result = fit_last(trainer, x, meta, scored)
+    seconds, model = time.perf_counter() - started, result.model
     features = torch.from_numpy(x).to(model.feature_order.device)
     trained = np.setdiff1d(np.arange(len(x)), scored)
     training = trainer.config.training
@@ -123,8 +125,7 @@ def train(run: Run, data: Path, device: str, epochs: int | None) -> list[dict[st
     squared = (out["reconstruction"] - features).square().cpu().numpy()
     encoded = [i for members in meta["group_indices"].values() for i in members]
     parts = {**meta["group_indices"], "(in no category)": np.setdiff1d(np.arange(x.shape[1]), encoded)}
-    row = {
-        **run._asdict(),
+    return {
         "error": metrics["reconstruction_error"],
         "error_over_original": metrics["reconstruction_error"] / meta["original"]["error_final"],
         "train_error": float(squared[trained].mean()),
@@ -132,14 +133,13 @@ def train(run: Run, data: Path, device: str, epochs: int | None) -> list[dict[st
         "error_before_refit": error_before_refit,
         **{name: metrics[name] for name in ("utilization", "perplexity_over_k", "topo_pre", "topo_post", "val_loss")},
         "category_error": {k: float(squared[scored][:, i].mean()) for k, i in parts.items() if len(i)},
-        **probe_scores(out["tokens"].cpu().numpy(), trained, scored, targets_of(data, tuple(rows.tolist()))),
+        **probe_scores(out["tokens"].cpu().numpy(), trained, scored, targets_of(chosen.data, tuple(rows.tolist()))),
         "epochs": len(result.history),
         "rows": [len(trained), len(scored)],
         "seconds": seconds,
         "device": result.metrics["device"],
         "versions": result.metrics["versions"],
     }
-    return [row]
 
 
 @cache
@@ -206,21 +206,16 @@ def original_probes(data: Path, frames: Iterable[int], mode: str) -> dict[str, A
     return scores
 
 
-def finished(output: Path) -> dict[Run, dict[str, Any]]:
-    """Lines of finished runs."""
-    return {Run.of(row): row for row in lines_of(output)}
-
-
 def choose(rows: Iterable[dict[str, Any]]) -> tuple[str, dict[str, float]]:
     """The combination with the lowest score, and all scores, from runs of mode `select`.
 
     Score: mean over frames of log(mean error / mean error of the baseline) + PENALTY x the sum of the shortfalls of the
     mean metrics from `TARGETS`. Combinations without two seeds in each frame of the baseline are ignored.
     """
-    runs = defaultdict(list)
+    runs: defaultdict[tuple[str, int], dict[int, Row]] = defaultdict(dict)
     for row in rows:
         if row["mode"] == "select":
-            runs[row["variant"], row["frame"]].append(row)
+            runs[row["variant"], row["frame"]][row["seed"]] = row
     frames = sorted(frame for variant, frame in runs if variant == "baseline")
     scores = {}
     for variant in COMBINATIONS:
@@ -232,9 +227,9 @@ def choose(rows: Iterable[dict[str, Any]]) -> tuple[str, dict[str, float]]:
     return min(scores, key=scores.__getitem__), scores
 
 
-def _score(runs: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]]) -> float:
-    def mean(rows: Sequence[dict[str, Any]], column: str) -> float:
-        return float(np.mean([row[column] for row in rows]))
+def _score(runs: Mapping[int, Row], baseline: Mapping[int, Row]) -> float:
+    def mean(rows: Mapping[int, Row], column: str) -> float:
+        return float(np.mean([row[column] for row in rows.values()]))
 
     shortfall = sum(max(0.0, target - mean(runs, column)) for column, target in TARGETS.items())
     return math.log(mean(runs, "error") / mean(baseline, "error")) + PENALTY * shortfall
@@ -243,77 +238,57 @@ def _score(runs: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]]) -
 def print_table(rows: Iterable[dict[str, Any]]) -> None:
     """Prints the tables of `ablate` for each mode and frame."""
     groups = defaultdict(list)
-    for row in sorted(rows, key=lambda row: (row["variant"] != BASE, row["variant"], row["seed"])):
-        measures = {name: row[name] for name in TABLE}
-        record = Record(
-            variant=row["variant"], position=0, seed=row["seed"], identity="", measures=measures, counts={},
-            device=row["device"], date="",
-        )  # fmt: skip
-        groups[row["mode"], row["frame"]].append(record)
-    for (mode, frame), records in sorted(groups.items()):
-        print(f"{mode}, frame {frame}\n\n{markdown(records, dict(zip(TABLE, TABLE, strict=True)), BASE)}", flush=True)
+    for row in rows:
+        groups[row["mode"], row["frame"]].append(row)
+    for (mode, frame), own in sorted(groups.items()):
+        print(f"{mode}, frame {frame}\n\n{tables(own, TABLE, BASE)}", flush=True)
 
 
-def pending_runs(mode: str, variants: Iterable[str], seeds: Sequence[int], arguments: argparse.Namespace) -> list[Run]:
-    """Runs without a line in the output; all variants run with the first seed before the second."""
-    present = finished(arguments.output)
-    runs = (Run(mode, *rest) for seed in seeds for rest in itertools.product(variants, arguments.frames, [seed]))
-    return [run for run in runs if run not in present]
-
-
-def run_all(runs: Sequence[Run], arguments: argparse.Namespace, deadline: float = math.inf) -> int:
-    """Performs the runs; returns the number of failed ones."""
-    return sweep(
-        {run.name: run for run in runs},
-        partial(train, data=arguments.data, device=arguments.device, epochs=arguments.epochs),
-        partial(append, arguments.output),
-        [*COLUMNS, "seconds"],
-        jobs=arguments.jobs,
-        deadline=deadline,
-    )
+def runs_of(mode: str, variants: Iterable[str], seeds: Sequence[int], chosen: argparse.Namespace) -> list[Run]:
+    """All variants with the first seed, then with the second."""
+    return [Run(mode, *rest) for seed in seeds for rest in itertools.product(variants, chosen.frames, [seed])]
 
 
 def choose_and_report(arguments: argparse.Namespace, deadline: float) -> int:
     """Runs the combinations, chooses one, and runs it and the baseline in mode `report`."""
     output, seeds = arguments.output, arguments.seeds
-    candidates = pending_runs("select", [BASE, *COMBINATIONS], seeds[:SELECT_SEEDS], arguments)
-    failed = run_all(candidates, arguments, deadline)
-    chosen, scores = choose(finished(output).values())
+    candidates = runs_of("select", [BASE, *COMBINATIONS], seeds[:SELECT_SEEDS], arguments)
+    status = perform(arguments, candidates, measure, SHOWN, deadline=deadline)
+    chosen, scores = choose(lines_of(output))
     for variant, score in sorted(scores.items(), key=lambda item: item[1]):
         print(f"score {score:.3f} {variant}", flush=True)
     print(f"chosen: {chosen}", flush=True)
-    failed += run_all(pending_runs("report", [chosen, BASE], seeds, arguments), arguments)
-    print_table(row for row in finished(output).values() if row["mode"] == "report")
-    return failed
+    status |= perform(arguments, runs_of("report", [chosen, BASE], seeds, arguments), measure, SHOWN)
+    print_table(row for row in lines_of(output) if row["mode"] == "report")
+    return status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = study_parser(__doc__)
     parser.add_argument("data", type=Path, help="directory of the data, see above")
-    parser.add_argument("--output", type=Path, required=True, help="JSON lines file, continued if it exists")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME")
     parser.add_argument("--frames", nargs="+", type=int, default=[42, 43, 44])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--mode", choices=["select", "report"], default="select")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--epochs", type=int, help="overrides the epochs of the settings, for a trial")
-    parser.add_argument("--jobs", type=int, default=1, help="number of processes")
     parser.add_argument("--time-limit", type=float, default=float("inf"), help="seconds after which no run is started")
     parser.add_argument("--choose", action="store_true", help="select among the combinations, then report one")
     parser.add_argument("--table", action="store_true", help="only print the means over finished runs")
     parser.add_argument("--list", action="store_true", help="only print what would run")
     arguments = parser.parse_args(argv)
-    runs = pending_runs(arguments.mode, arguments.variants, arguments.seeds, arguments)
+    runs = runs_of(arguments.mode, arguments.variants, arguments.seeds, arguments)
     if arguments.list:
-        print("\n".join(run.name for run in runs), flush=True)
+        print("\n".join("/".join(map(str, run)) for run in pending(arguments.output, runs)), flush=True)
     elif arguments.table:
-        print_table(finished(arguments.output).values())
+        print_table(lines_of(arguments.output))
         probes = original_probes(arguments.data, arguments.frames, "report")
         print("probes from the original's tokens: " + json.dumps(probes), flush=True)
     else:
         deadline = time.time() + arguments.time_limit
-        failed = choose_and_report(arguments, deadline) if arguments.choose else run_all(runs, arguments, deadline)
-        return min(failed, 1)
+        if arguments.choose:
+            return choose_and_report(arguments, deadline)
+        return perform(arguments, runs, measure, SHOWN, deadline=deadline)
     return 0
 
 

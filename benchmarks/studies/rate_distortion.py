@@ -26,7 +26,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +36,7 @@ import torch
 from benchmarks.common.commands import ROOT
 from benchmarks.common.timing import commit
 from benchmarks.studies.reference_quantizers import REFERENCES, Array, Coder, Training
-from benchmarks.studies.sweep import append, lines_of, sweep
+from benchmarks.studies.sweep import Row, lines_of, perform, study_parser
 from spinlock_fast import CategoricalHierarchicalVQVAE, Trainer
 from spinlock_fast.config.loading import load_config
 from spinlock_fast.config.schema import LevelConfig
@@ -50,17 +50,19 @@ _RATIOS = ("0.5", "1", "1.5")  # latent dimensions per feature; 1 from the fourt
 _MOST_DIMS = 64
 _PERTURBATIONS = 8
 
-LABELS = {
-    "perturbed": "model, joint search, 8 perturbations",
-    "joint": "model, joint search",
-    "nearest": "model, nearest codes",
-    "one_category": "model, one category, joint search",
-    "residual": "residual (beam 32)",
-    "neural_residual": "neural residual",
-    "local_search": "local search (LSQ++)",
-    "rotated_product": "optimised product",
-    "product": "product",
-    "finite_scalars": "finite scalars (FSQ)",
+_MODEL, _RESIDUAL, _HOLLOW = {"color": "#1f6fb4"}, {"color": "#c4571a"}, {"ls": "--", "mfc": "white"}
+# Label and style of each curve.
+CURVES: dict[str, tuple[str, dict[str, Any]]] = {
+    "perturbed": ("model, joint search, 8 perturbations", {**_MODEL, "marker": "s", "ms": 4, "ls": "-."}),
+    "joint": ("model, joint search", {**_MODEL, "marker": "o", "lw": 2.2}),
+    "nearest": ("model, nearest codes", {**_MODEL, "marker": "o", **_HOLLOW}),
+    "one_category": ("model, one category, joint search", {"color": "#6aa84f", "marker": "s", "ms": 4}),
+    "residual": ("residual (beam 32)", {**_RESIDUAL, "marker": "^", "lw": 2.2}),
+    "neural_residual": ("neural residual", {**_RESIDUAL, "marker": "v", **_HOLLOW}),
+    "local_search": ("local search (LSQ++)", {"color": "#8e5ea2", "marker": "D", "ms": 4}),
+    "rotated_product": ("optimised product", {"color": "0.25", "ls": "-"}),
+    "product": ("product", {"color": "0.25", "ls": ":"}),
+    "finite_scalars": ("finite scalars (FSQ)", {"color": "0.55", "ls": "-."}),
 }
 
 
@@ -199,22 +201,30 @@ def fitted(matrix: Matrix, kind: str, bits: int, chosen: argparse.Namespace) -> 
             yield name, option, bits_of(sizes), coder
 
 
-def measure(run: tuple[str, int], chosen: argparse.Namespace) -> list[dict[str, Any]]:
+class Run(NamedTuple):
+    """The fits of a kind at a bit rate; a kind of several lines has the name of the last one."""
+
+    kind: str
+    bits: int
+    seed: int
+
+
+def measure(run: Run, chosen: argparse.Namespace) -> list[Row]:
     """A line per name of the kind: errors of the option with the lowest error of the validation rows."""
-    kind, bits = run
+    kind = next((kind for kind, names in MODELS.items() if run.kind in names), run.kind)
     matrix = load_matrix(chosen.matrix)
-    best: dict[str, tuple[dict[str, Any], Coder]] = {}
+    best: dict[str, tuple[Row, Coder]] = {}
     validation = matrix.x[matrix.validation]
     started = time.process_time()
-    for name, option, used, coder in fitted(matrix, kind, bits, chosen):
+    for name, option, used, coder in fitted(matrix, kind, run.bits, chosen):
         error = mean_squared_error(validation, coder(validation))
-        row = {"kind": name, "bits": bits, "bits_used": used, "option": option, "validation_error": error}
+        row = {"kind": name, "bits_used": used, "option": option, "validation_error": error}
         if name not in best or error < best[name][0]["validation_error"]:
             best[name] = row, coder
     seconds = time.process_time() - started
     for row, coder in best.values():
         train = matrix.x[matrix.train]
-        row |= {"matrix": matrix.name, "seed": chosen.seed, "rows": len(train), "seconds": seconds, "commit": commit()}
+        row |= {"matrix": matrix.name, "rows": len(train), "seconds": seconds, "commit": commit()}
         row["train_error"] = mean_squared_error(train, coder(train))
         if chosen.test:
             test = matrix.x[matrix.test]
@@ -232,19 +242,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
     split = "test" if all("test_error" in row for row in rows) else "validation"
     figure, axes = plt.subplots(figsize=(7.5, 4.8), dpi=120, layout="constrained")
-    styles = {
-        "perturbed": {"color": "#1f6fb4", "marker": "s", "ms": 4, "ls": "-."},
-        "joint": {"color": "#1f6fb4", "marker": "o", "lw": 2.2},
-        "nearest": {"color": "#1f6fb4", "marker": "o", "ls": "--", "mfc": "white"},
-        "one_category": {"color": "#6aa84f", "marker": "s", "ms": 4},
-        "residual": {"color": "#c4571a", "marker": "^", "lw": 2.2},
-        "neural_residual": {"color": "#c4571a", "marker": "v", "ls": "--", "mfc": "white"},
-        "local_search": {"color": "#8e5ea2", "marker": "D", "ms": 4},
-        "rotated_product": {"color": "0.25", "ls": "-"},
-        "product": {"color": "0.25", "ls": ":"},
-        "finite_scalars": {"color": "0.55", "ls": "-."},
-    }
-    for kind, label in LABELS.items():
+    for kind, (label, style) in CURVES.items():
         own = [row for row in rows if row["kind"] == kind]
         points = [
             (np.mean([r["bits_used"] for r in own if r["bits"] == bits]),
@@ -252,7 +250,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
             for bits in sorted({row["bits"] for row in own})
         ]  # fmt: skip
         if points:
-            axes.plot(*zip(*points, strict=True), label=label, **styles[kind])
+            axes.plot(*zip(*points, strict=True), label=label, **style)
     axes.set(xscale="log", yscale="log", xlabel="bits per row", ylabel=f"mean squared error, {split} rows")
     for axis, ticks in ((axes.xaxis, BITS), (axes.yaxis, (0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5))):
         axis.set_major_locator(FixedLocator(ticks))
@@ -266,9 +264,8 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     kinds = [*MODELS, *REFERENCES]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = study_parser(__doc__)
     parser.add_argument("matrix", type=Path, metavar="MATRIX.npz")
-    parser.add_argument("--output", type=Path, required=True, help="JSON lines file, continued if it exists")
     parser.add_argument("--test", action="store_true", help="also score the test rows")
     parser.add_argument("--plot", type=Path, help="image file to write")
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "100k.yaml", help="settings of the model")
@@ -283,29 +280,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--train-beam", type=int, default=32, help="beam width of the training of `residual`")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--jobs", type=int, default=1, help="number of processes")
     chosen = parser.parse_args(argv)
     if load_matrix(chosen.matrix).groups is None and "model" in chosen.kinds:
         parser.error(f"{chosen.matrix} has no group_indices: write it with benchmarks.studies.feature_matrix")
     load_config(chosen.config)
-    present = {(row["kind"], row["bits"], row["seed"]) for row in lines_of(chosen.output)}
-    runs = {
-        f"{kind}, {bits} bits": (kind, bits)
+    runs = [
+        Run(MODELS.get(kind, (kind,))[-1], bits, chosen.seed)
         for bits in chosen.bits
         for kind in chosen.kinds
-        if (MODELS.get(kind, (kind,))[-1], bits, chosen.seed) not in present
-        and (kind not in REFERENCES or bits <= REFERENCES[kind].most_bits)
-    }
-    failed = sweep(
-        runs,
-        partial(measure, chosen=chosen),
-        partial(append, chosen.output),
-        ["kind", "option", "validation_error"],
-        jobs=chosen.jobs,
-    )
+        if kind not in REFERENCES or bits <= REFERENCES[kind].most_bits
+    ]
+    status = perform(chosen, runs, measure, ["kind", "option", "validation_error"])
     if chosen.plot:
         plot(lines_of(chosen.output), chosen.plot)
-    return min(failed, 1)
+    return status
 
 
 if __name__ == "__main__":

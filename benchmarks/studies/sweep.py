@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
+import pickle
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from spinlock_fast.ablation.records import Record
 from spinlock_fast.ablation.runs import Display, Group, perform_groups
+from spinlock_fast.ablation.tables import markdown
 from spinlock_fast.ablation.worker import Reply
 from spinlock_fast.errors import SpinlockFastError, TrainingError
 
 Row = dict[str, Any]
 ArgumentT = TypeVar("ArgumentT")
+
+
+def study_parser(text: str | None, *, required: bool = True) -> argparse.ArgumentParser:
+    """A parser with `--output` and `--jobs`."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=required, help="file of results, continued if it exists")
+    parser.add_argument("--jobs", type=int, default=1, help="number of processes")
+    return parser
 
 
 def lines_of(output: Path) -> list[Row]:
@@ -39,12 +52,61 @@ def append(output: Path, *rows: Row) -> None:
         file.write(("\n" * incomplete + "".join(f"{json.dumps(row)}\n" for row in rows)).encode())
 
 
+def pending(output: Path, runs: Iterable[Any]) -> list[Any]:
+    """The runs without a line in a file; a field that a line does not have is the default of the named tuple."""
+    rows = lines_of(output)
+    try:
+        return [
+            run
+            for run in runs
+            if not any(run == tuple({**run._field_defaults, **row}[name] for name in run._fields) for row in rows)
+        ]
+    except KeyError as error:
+        raise SystemExit(f"{output}: has a line without {error}: choose another --output") from None
+
+
+def perform(
+    chosen: argparse.Namespace,
+    runs: Iterable[Any],
+    measure: Callable[..., Row | list[Row]],
+    shown: Sequence[str],
+    *,
+    prepare: Callable[..., Any] | None = None,
+    **more: Any,
+) -> int:
+    """Performs the runs that have no line in `--output`, and appends their lines; the exit status.
+
+    Args:
+        chosen: options, with those of `study_parser`; the last argument of `measure` and `prepare`.
+        runs: named tuples, whose fields are entries of the lines.
+        measure: the other entries of the line, or of each line, of a run.
+        shown, prepare, more: see `sweep`.
+    """
+    failed = sweep(
+        {"/".join(map(str, run)): run for run in pending(chosen.output, runs)},
+        partial(_lines, measure, chosen),
+        partial(append, chosen.output),
+        shown,
+        prepare=prepare and partial(prepare, chosen=chosen),
+        jobs=chosen.jobs,
+        **more,
+    )
+    return min(failed, 1)
+
+
+def _lines(measure: Callable[..., Any], chosen: argparse.Namespace, run: Any, *prepared: Any) -> list[Row]:
+    measured = measure(run, *prepared, chosen)
+    return [{**run._asdict(), **row} for row in ([measured] if isinstance(measured, dict) else measured)]
+
+
 def sweep(
     runs: Mapping[str, ArgumentT],
-    measure: Callable[[ArgumentT], Sequence[Row]],
+    measure: Callable[..., Sequence[Row]],
     keep: Callable[..., object],
     shown: Sequence[str],
     *,
+    prepare: Callable[[ArgumentT], Any] | None = None,
+    alike: Callable[[ArgumentT], Hashable] = lambda _: None,
     jobs: int = 1,
     threads: int = 1,
     deadline: float = math.inf,
@@ -53,9 +115,12 @@ def sweep(
 
     Args:
         runs: argument of `measure` by the name of the run, started in order.
-        measure: trains and measures a run in a worker process; pickled. Returns the rows of the run.
+        measure: trains and measures a run in a worker process; pickled. Returns the rows of the run. With `prepare`,
+            its second argument is what that returned.
         keep: called with the rows of a finished run.
         shown: printed entries of the rows.
+        prepare: called in a worker process with the argument of the first of the runs that are alike; pickled.
+        alike: runs with equal values share what is prepared.
         jobs: number of worker processes.
         threads: CPU threads of each.
         deadline: `time.time()` after which no run is started.
@@ -65,28 +130,67 @@ def sweep(
     """
     if not runs:
         return 0
-    group = Group([_Run(*item, measure) for item in runs.items()], lambda run, _: run)
+    members: dict[Hashable, list[_Run[ArgumentT]]] = {}
+    for name, argument in runs.items():
+        members.setdefault(alike(argument), []).append(_Run(name, argument))
+
+    def task(run: _Run[ArgumentT], prepared: bytes | None) -> _Task:
+        return _Task(measure, (run.argument,), prepared)
+
+    call = prepare and partial(_pickled, prepare)
+    groups = [Group(own, task, call and _Task(call, (own[0].argument,))) for own in members.values()]
     workers = [""] * min(jobs, len(runs))  # `measure` knows its device
     try:
-        failures = perform_groups([group], workers, threads, _Lines(len(runs), keep, shown), deadline)
+        failures = perform_groups(groups, workers, threads, _Lines(len(runs), keep, shown), deadline)
     except SpinlockFastError as error:  # a worker process was killed
         raise SystemExit(f"error: {error}") from None
-    if group.pending:
-        print(f"time limit: {len(group.pending)} runs are left", flush=True)
+    if left := sum(len(group.pending) for group in groups):
+        print(f"time limit: {left} runs are left", flush=True)
     return len(failures)
+
+
+def tables(rows: Sequence[Row], measures: Sequence[str], base: str, scored: str = "the validation rows") -> str:
+    """The tables of `ablate` as Markdown: means of each variant over seeds, and paired differences to the base.
+
+    Args:
+        rows: with `variant`, `seed`, the measures, and `device` where it is known.
+        measures: names of the entries to compare.
+        base: the variant that the others are compared with.
+        scored: what the measures are of.
+    """
+    records = [
+        Record(
+            variant=row["variant"], position=0, seed=row["seed"], identity="", counts={}, date="",
+            measures={name: row[name] for name in measures}, device=row.get("device", ""),
+        )
+        for row in sorted(rows, key=lambda row: (row["variant"] != base, row["variant"], row["seed"]))
+    ]  # fmt: skip
+    return markdown(records, dict(zip(measures, measures, strict=True)), base, scored)
 
 
 @dataclass(frozen=True)
 class _Run(Generic[ArgumentT]):
-    """A run, and the task that performs it."""
-
     name: str
     argument: ArgumentT = field(compare=False)
-    measure: Callable[[ArgumentT], Sequence[Row]] = field(compare=False)
 
-    def perform(self, device: str, reply: Reply) -> Sequence[Row]:
+
+def _pickled(prepare: Callable[[Any], Any], argument: object) -> bytes:
+    """What is prepared, as bytes: a connection would send its tensors as memory that all runs share."""
+    return pickle.dumps(prepare(argument))
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A call in a worker process, with what was prepared as its last argument."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    prepared: bytes | None = None
+
+    def perform(self, device: str, reply: Reply) -> Any:
+        prepared = () if self.prepared is None else (pickle.loads(self.prepared),)
         try:
-            return self.measure(self.argument)
+            return self.function(*self.arguments, *prepared)
         except SpinlockFastError:
             raise
         except (AssertionError, ImportError, RuntimeError, ValueError) as error:

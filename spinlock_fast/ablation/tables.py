@@ -77,8 +77,20 @@ def difference_cell(difference: PairedDifference | None) -> str:
     return f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
 
 
-def markdown(records: Sequence[Record], measures: Mapping[str, str] = MEASURES, base: str = BASE) -> str:
-    """The two tables as Markdown: means, and differences to the base; `measures` are names and headings."""
+def markdown(
+    records: Sequence[Record],
+    measures: Mapping[str, str] = MEASURES,
+    base: str = BASE,
+    scored: str = "the validation rows",
+) -> str:
+    """The two tables as Markdown: means, and differences to the base.
+
+    Args:
+        records: at least one.
+        measures: names and headings of measures that every record has.
+        base: the variant that the others are compared with.
+        scored: what the measures are of.
+    """
     rows = table_of(records, measures, base)
     dates = sorted({record.date for record in records})
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
@@ -90,7 +102,7 @@ def markdown(records: Sequence[Record], measures: Mapping[str, str] = MEASURES, 
         for row in rows
     ]
     parts = [
-        f"Mean ± standard deviation over seeds, on the validation rows ({where}).\n",
+        f"Mean ± standard deviation over seeds, on {scored}{f' ({where})' * bool(where)}.\n",
         _markdown_table(["variant", "seeds", *(["features"] if counted else []), *measures.values()], means),
     ]
     if len(set(counted)) > 1:

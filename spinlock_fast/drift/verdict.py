@@ -66,6 +66,18 @@ def population_stability(counts: Ints, reference: Ints, *, ordered: bool) -> tup
     return psi, expected, Change(psi - expected, float(chi2.sf(statistic, len(a) - 1)), PSI_LIMITS)
 
 
+def distance_growth(counts: Ints, reference: Ints) -> tuple[float, float, Change]:
+    """`population_stability` of distances in ordered bins [B]; no change unless their mean bin has grown.
+
+    Smaller distances are no drift: rows that the model was trained on are closer to their codes than the held-out rows
+    of the reference.
+    """
+    psi, expected, change = population_stability(counts, reference, ordered=True)
+    place = np.arange(len(counts))
+    grown = counts @ place * reference.sum() > reference @ place * counts.sum()
+    return psi, expected, change if grown else Change(0.0, 1.0, PSI_LIMITS)
+
+
 def _merged(counts: Ints, reference: Ints) -> tuple[Ints, Ints]:
     """Counts of consecutive bins, merged until at least 5 rows are expected in each bin of both samples."""
     n, m = counts.sum(), reference.sum()
@@ -154,7 +166,7 @@ def _codebook(counts: DriftCounts, reference: ReferenceStatistics, g: int) -> _J
     bins = np.array(entry.distance.counts)
     distances = counts.distances[g, : len(bins)]
     usage_psi, usage_expected, usage_change = population_stability(usage, used, ordered=False)
-    psi, expected, change = population_stability(distances, bins, ordered=True)
+    psi, expected, change = distance_growth(distances, bins)
     beyond, unused = int(counts.distances_beyond[g]), int(usage[used == 0].sum())
     measures = {
         "name": entry.name,

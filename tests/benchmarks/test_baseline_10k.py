@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from helpers import write_dataset
 
+from benchmarks.common.commands import ROOT
 from benchmarks.studies.baseline_10k import main
+from benchmarks.studies.sweep import lines_of
 
 
 def test_each_schedule_has_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -30,4 +32,7 @@ def test_each_schedule_has_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert all(row["rows"] == 120 and row["val_rows"] == 12 for row in rows)
     assert rows[0]["columns"] < rows[2]["columns"]
     assert all(row["joint_error"] <= row["reconstruction_error"] for row in rows)
-    assert capsys.readouterr().out.count("epochs: error") == 4
+    assert capsys.readouterr().out.count(": features=") == 4
+    assert rows[2]["prepare_seconds"] == rows[3]["prepare_seconds"]  # once for both
+    committed = lines_of(ROOT / "benchmarks" / "results" / "study" / "baseline_5000_operators.jsonl")
+    assert all(rows[0].keys() == row.keys() for row in committed)

@@ -12,8 +12,8 @@ import pytest
 from helpers import planted_matrix, write_dataset
 
 from benchmarks.studies import quality
-from benchmarks.studies.quality import choose, finished, load_split, main, probe_scores, rows_of
-from benchmarks.studies.sweep import append
+from benchmarks.studies.quality import choose, load_split, main, probe_scores, rows_of
+from benchmarks.studies.sweep import append, lines_of
 from benchmarks.studies.variants import COMBINATIONS, COMMON, VARIANTS
 from spinlock_fast.config.loading import apply_overrides
 from spinlock_fast.config.schema import RunConfig
@@ -65,7 +65,7 @@ def test_a_study_goes_on_where_it_was_stopped(
     output = data / "out" / "study.jsonl"
     command = [str(data), "--output", str(output), "--frames", "42", "--epochs", "2", "--variants", "baseline"]
     assert main([*command, "--seeds", "0"]) == 0
-    (row,) = finished(output).values()
+    (row,) = lines_of(output)
     assert row["error"] > 0.0
     assert row["error_over_original"] == pytest.approx(row["error"] / 0.5)
     assert row["epochs"] == 2
@@ -77,8 +77,8 @@ def test_a_study_goes_on_where_it_was_stopped(
     assert main([*command, "--seeds", "0", "1", "--list"]) == 0
     assert capsys.readouterr().out.split() == ["select/baseline/42/1"]
     append(output, {**row, "seed": 1})
-    assert len(finished(output)) == 2
-    monkeypatch.setattr(quality, "run_all", lambda *_: pytest.fail("nothing is left to do"))
+    assert len(lines_of(output)) == 2
+    monkeypatch.setattr(quality, "perform", lambda *_: pytest.fail("nothing is left to do"))
     assert main([*command, "--seeds", "0", "1", "--list"]) == 0
     append(output, {**row, "variant": "settled", "error": row["error"] + 0.25})
     assert main([*command, "--table"]) == 0
@@ -125,7 +125,7 @@ def test_the_choice_is_made_and_then_reported(
     said = capsys.readouterr().out
     chosen = said.split("chosen: ")[1].split()[0]
     assert chosen in two
-    runs = [(r["mode"], r["variant"], r["seed"]) for r in finished(output).values()]
+    runs = [(r["mode"], r["variant"], r["seed"]) for r in lines_of(output)]
     assert sorted(r for r in runs if r[0] == "report") == [
         ("report", name, seed) for name in sorted(["baseline", chosen]) for seed in (0, 1)
     ]

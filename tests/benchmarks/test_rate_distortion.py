@@ -153,7 +153,7 @@ def test_the_picture_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="pictures need matplotlib, which no other part of the project does")
     rows = [
         {"kind": kind, "bits": bits, "bits_used": bits + 0.5, "validation_error": 1.0 / bits, "test_error": 2.0 / bits}
-        for kind in rate_distortion.LABELS
+        for kind in rate_distortion.CURVES
         for bits in (40, 80)
     ]
     plot(rows, tmp_path / "rate.png")

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import importlib
 import json
+import operator
 import os
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
-from benchmarks.studies.sweep import append, lines_of, sweep
+from benchmarks.studies.sweep import append, lines_of, pending, sweep
+
+
+class Run(NamedTuple):
+    name: str
+    seed: int
+    mode: str = "report"
 
 
 @pytest.mark.parametrize("jobs", [1, 3])
@@ -52,6 +59,30 @@ def test_no_run_starts_after_the_deadline(capfd: pytest.CaptureFixture[str]) -> 
     assert sweep({"run": "[{}]"}, json.loads, pytest.fail, [], deadline=time.time() - 1.0) == 0
     assert "time limit: 1 runs are left" in capfd.readouterr().out
     assert sweep({}, json.loads, pytest.fail, []) == 0
+
+
+def test_runs_that_are_alike_share_what_is_prepared(tmp_path: Path) -> None:
+    output = tmp_path / "lines.jsonl"
+    runs = {
+        "first": {"y": [{"a": 1}], "x": [{"a": 2}]},
+        "second": {"b": [{"a": 3}], "x": [{"a": 4}]},  # "x" was prepared for the first one, not "b"
+        "other": {"b": [{"a": 5}]},
+    }
+    assert sweep(runs, operator.getitem, partial(append, output), ["a"], prepare=min, alike=len) == 0
+    assert [row["a"] for row in lines_of(output)] == [2, 4, 5]
+    wrong = {"first": "[", "second": "{", "other": "1.5 "}
+    assert sweep(wrong, operator.getitem, pytest.fail, [], prepare=json.loads, alike=str.isspace) == 3
+
+
+def test_runs_with_a_line_are_left_out(tmp_path: Path) -> None:
+    output = tmp_path / "lines.jsonl"
+    runs = [Run("a", 0), Run("a", 1), Run("a", 1, "select"), Run("b", 1)]
+    assert pending(output, runs) == runs
+    append(output, {"seed": 1, "name": "a", "error": 0.5}, {"seed": 1, "name": "b", "mode": "select"})
+    assert pending(output, runs) == [runs[0], *runs[2:]]
+    append(output, {"seed": 1})
+    with pytest.raises(SystemExit, match=r"lines.jsonl: has a line without 'name': choose another --output"):
+        pending(output, runs)
 
 
 def test_an_incomplete_line_is_ignored_and_ended(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
-from helpers import write_arrays
+from helpers import SMALL_SETTINGS, write_arrays
 from processes import Ranks
 
 from spinlock_fast.checkpoints.directory import load_torch
@@ -28,20 +28,6 @@ from spinlock_fast.train import main as train_main
 
 pytestmark = pytest.mark.dist
 
-CONFIGURATION = {
-    "device": "cpu",
-    "families": {"mine": {"encoder": "IdentityEncoder", "dataset": "x"}},
-    "training": {
-        "batch_size": 64,
-        "topo_samples": 64,
-        "num_epochs": 4,
-        "val_every_n_epochs": 2,
-        "save_every": 1,
-        "orthogonality_target": 10.0,
-    },
-    "logging": {"tensorboard": False, "csv": True},
-}
-
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -50,7 +36,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     x += 0.3 * np.random.default_rng(2).standard_normal(x.shape)
     data = write_arrays(directory / "x.h5", {"x": x.astype(np.float32)})
     path = directory / "run.yaml"
-    path.write_text(yaml.safe_dump({"dataset_path": str(data), **CONFIGURATION}))
+    logging = {"tensorboard": False, "csv": True}
+    path.write_text(yaml.safe_dump({**SMALL_SETTINGS, "dataset_path": str(data), "logging": logging}))
     return path
 
 

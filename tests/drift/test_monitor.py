@@ -19,7 +19,7 @@ from spinlock_fast.checkpoints.run_directory import REFERENCE
 from spinlock_fast.drift import monitor
 from spinlock_fast.drift.compare import read_reference
 from spinlock_fast.drift.counts import DriftCounts, _count_block, count_rows
-from spinlock_fast.drift.verdict import judge, population_stability, share_increase
+from spinlock_fast.drift.verdict import distance_growth, judge, population_stability, share_increase
 from spinlock_fast.models.reference_statistics import normalized_bounds
 from spinlock_fast.monitor import main as monitor_main
 from spinlock_fast.train import main as train_main
@@ -226,6 +226,17 @@ def test_stability_index_of_known_counts() -> None:
     assert population_stability(np.array([1, 0]), np.array([5, 5]), ordered=True)[2].p_value == 1.0
     rare = population_stability(np.array([0, 40, 0, 0]), np.array([5, 4000, 3, 0]), ordered=False)
     assert rare[2].p_value == 1.0  # the rare codes are merged
+
+
+def test_smaller_distances_are_no_drift(directory: Path) -> None:
+    assert monitor(directory / "checkpoint", directory / "old.h5", device="cpu")["verdict"] == "stable"
+    reference, near = np.full(10, 5), np.array([300, 90, 40, 20, 15, 15, 10, 10, 6, 6])
+    psi, _, change = distance_growth(near, reference)
+    assert psi > 1.0
+    assert change.status(0.01) == "stable"
+    far, _, change = distance_growth(near[::-1], reference)
+    assert far > 1.0
+    assert change.status(0.01) == "drifted"
 
 
 def test_increase_of_a_share() -> None:

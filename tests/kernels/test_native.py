@@ -1,6 +1,5 @@
 """Native CPU kernels against float64, for every instruction set of this processor and several numbers of threads."""
 
-import contextlib
 import multiprocessing
 import subprocess
 import sys
@@ -9,6 +8,7 @@ import helpers
 import numpy as np
 import pytest
 import torch
+from helpers import threads
 
 from spinlock_fast import _native
 from spinlock_fast.kernels._common import native
@@ -28,16 +28,6 @@ def level(request):
     _native.use_instruction_set(request.param)
     yield request.param
     _native.use_instruction_set(_native.instruction_sets()[0])
-
-
-@contextlib.contextmanager
-def threads(count):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def normal(*shape, seed):

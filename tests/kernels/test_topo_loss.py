@@ -1,9 +1,9 @@
 import dataclasses
 
 import helpers
-import numpy as np
 import pytest
 import torch
+from helpers import distances, mean_distances, pearson
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,21 +14,6 @@ from spinlock_fast.kernels.vq_assign import vq_assign
 
 LAYOUT = CodebookLayout.of([5, 3, 8], [3, 2, 4])
 GROUPS = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 12)), min_size=1, max_size=5)
-
-
-def distances(points: torch.Tensor) -> torch.Tensor:
-    """[S, S] from differences."""
-    return (points[:, None] - points[None]).square().sum(-1).sqrt()
-
-
-def pearson(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Over the pairs i < j."""
-    upper = np.triu_indices(a.shape[0], 1)
-    return float(np.corrcoef(a.detach().numpy()[upper], b.detach().numpy()[upper])[0, 1])
-
-
-def mean_distances(z: torch.Tensor, layout: CodebookLayout) -> torch.Tensor:
-    return torch.stack([distances(part) for part in helpers.split_columns(z, layout)]).mean(0)
 
 
 @given(st.integers(1, 12), st.integers(1, 9), st.integers(0, 2**31))

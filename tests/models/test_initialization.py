@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import helpers
 import pytest
 import torch
+from helpers import threads
 from torch import Tensor
 
 from spinlock_fast.config.schema import LevelConfig
@@ -167,16 +167,6 @@ def test_few_rows_and_constant_features_give_finite_weights(rows: int) -> None:
     model = make_model()
     product_quantization_init(model, x)
     assert all(bool(torch.isfinite(value).all()) for value in model.state_dict().values())
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_weights_do_not_depend_on_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:

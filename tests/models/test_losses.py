@@ -1,11 +1,10 @@
 import helpers
-import numpy as np
 import pytest
 import torch
+from helpers import distances, mean_distances, pearson
 
 from spinlock_fast import CategoricalHierarchicalVQVAE, CategoricalVQVAEConfig, GroupedVectorQuantizer
 from spinlock_fast.config.schema import TrainingConfig
-from spinlock_fast.kernels._common.layout import CodebookLayout
 from spinlock_fast.kernels.topo_loss import topographic_correlations, topographic_loss
 from spinlock_fast.models.losses import (
     TOPO_PRE_WEIGHT,
@@ -14,21 +13,6 @@ from spinlock_fast.models.losses import (
     code_orthogonality,
     loss_terms,
 )
-
-
-def distances(points: torch.Tensor) -> torch.Tensor:
-    """[S, S] from differences."""
-    return (points[:, None] - points[None]).square().sum(-1).sqrt()
-
-
-def pearson(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Over the pairs i < j."""
-    upper = np.triu_indices(a.shape[0], 1)
-    return float(np.corrcoef(a.detach().numpy()[upper], b.detach().numpy()[upper])[0, 1])
-
-
-def mean_distances(z: torch.Tensor, layout: CodebookLayout) -> torch.Tensor:
-    return torch.stack([distances(part) for part in helpers.split_columns(z, layout)]).mean(0)
 
 
 def make_model(**options):

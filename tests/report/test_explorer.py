@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import base64
-import gzip
 import hashlib
 import json
 import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
 import pytest
 from browser import PROGRAM, Page, browser_page
-from dashboards import synthetic_checkpoint
+from dashboards import explorer_contents, synthetic_checkpoint
 from planted import operators, rows_where
 from sklearn.metrics import adjusted_mutual_info_score
 
@@ -45,24 +43,10 @@ def make_page() -> str:
     return build_page(explorer_data(OBSERVED, ABOUT), "Tokens of <b>x</b>")
 
 
-def unpack(page: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Header and columns of a page."""
-    found = re.search(r'id="data">([^<]*)</script>', page)
-    assert found
-    data = gzip.decompress(base64.b64decode(found[1]))
-    length = int.from_bytes(data[:4], "little")
-    header = json.loads(data[4 : 4 + length])
-    columns = {
-        name: np.frombuffer(data, f"<{kind}", count, 4 + length + offset)
-        for name, (kind, offset, count) in header["columns"].items()
-    }
-    return header, columns
-
-
 def test_a_page_is_reproducible_and_loads_nothing() -> None:
     page = make_page()
     assert page == make_page()
-    header, columns = unpack(page)
+    header, columns = explorer_contents(page)
     assert header["rows"] == 400
     for g in range(6):
         np.testing.assert_array_equal(columns[f"tokens/{g}"], OBSERVED.tokens[:, g])
@@ -144,7 +128,7 @@ def test_the_command_writes_one_file_or_one_line(tmp_path: Path, capsys: pytest.
     html = ("--type", "html", "--output", tmp_path / "out")
     assert run(capsys, checkpoint, *html, "--rows", 30) == (0, f"{tmp_path / 'out' / 'explorer.html'}\n", "")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["explorer.html"]
-    header, columns = unpack((tmp_path / "out" / "explorer.html").read_text(encoding="utf-8"))
+    header, columns = explorer_contents((tmp_path / "out" / "explorer.html").read_text(encoding="utf-8"))
     assert header["notes"][0] == "30 of 60 operators, evenly spaced, were analysed"
     assert columns["rows"][[0, -1]].tolist() == [0, 59]
 

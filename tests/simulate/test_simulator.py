@@ -8,6 +8,7 @@ import multiprocessing
 import numpy as np
 import pytest
 import torch
+from helpers import threads
 from processes import forkserver
 
 from spinlock_fast.descriptors.registry import temporal_names, trajectory_names
@@ -97,13 +98,9 @@ def test_a_stopped_stream_ends_early(workers: int, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_callers_thread_count_neither_changes_the_data_nor_is_changed(sensitivity: Rows) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
+    with threads(2):
         assert_same(Simulator(SMALL, CPU).simulate(0, 2), Rows(*(value[:2] for value in vars(sensitivity).values())))
         assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_a_tile_wider_than_the_range_is_cut_to_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import planted_matrix, raises_one_line, write_arrays
+from helpers import SMALL_SETTINGS, planted_matrix, raises_one_line, write_arrays
 
 from spinlock_fast.config.schema import RunConfig
 from spinlock_fast.errors import TrainingError
@@ -108,66 +109,43 @@ def test_features_of_1e30(action: str) -> None:
         trainer(on_divergence=action).fit(x, GROUPS, val_rows=np.arange(20, 40), normalize=False)
 
 
-def test_a_learning_rate_of_1e6(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The command prints one line; a saved state resumes with another rate."""
+@pytest.fixture
+def train(tmp_path: Path) -> Callable[..., int]:
+    """The command on a small file; its exit status."""
     data = write_arrays(tmp_path / "x.h5", {"x": X})
-    config = {
-        "dataset_path": str(data),
-        "device": "cpu",
-        "families": {"mine": {"encoder": "IdentityEncoder", "dataset": "x"}},
-        "training": {"batch_size": 64, "topo_samples": 64, "num_epochs": 4, "orthogonality_target": 10.0},
-        "logging": {"tensorboard": False},
-    }
     path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(config))
+    path.write_text(yaml.safe_dump({"dataset_path": str(data), **SMALL_SETTINGS}))
 
-    def train(*arguments: str) -> int:
+    def command(*arguments: object) -> int:
         with pytest.raises(SystemExit) as end:
-            train_main([str(path), "--quiet", *arguments])
+            train_main([str(path), "--quiet", "--set", "training.val_every_n_epochs=1", *map(str, arguments)])
         return int(end.value.code or 0)
 
-    output = str(tmp_path / "out")
-    changes = ["--set", "training.val_every_n_epochs=1", "--set", "training.warmup_epochs=0"]
+    return command
+
+
+def test_a_learning_rate_of_1e6(tmp_path: Path, train: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    """The command prints one line; a saved state resumes with another rate."""
+    output = tmp_path / "out"
+    changes = ["--set", "training.warmup_epochs=0", "--set", "training.learning_rate=1e6"]
     assert train("--output", output, "--set", "training.num_epochs=1") == 0
     # One epoch with a good rate, then another rate: the state of a run that did not diverge refuses it.
-    assert train("--resume", output, *changes, "--set", "training.learning_rate=1e6") == 2
+    assert train("--resume", output, *changes) == 2
     capsys.readouterr()
-    status = train("--output", str(tmp_path / "large"), *changes, "--set", "training.learning_rate=1e6")
+    status = train("--output", tmp_path / "large", *changes)
     message = capsys.readouterr().err
     assert "Traceback" not in message
     assert status == 0 or (status == 1 and message.count("\n") == 1 and "not finite from step " in message)
 
 
 def test_diverged_run_resumes_with_another_rate(
-    tmp_path: Path, broken_at: list[int], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, train: Callable[..., int], broken_at: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = write_arrays(tmp_path / "x.h5", {"x": X})
-    config = {
-        "dataset_path": str(data),
-        "device": "cpu",
-        "families": {"mine": {"encoder": "IdentityEncoder", "dataset": "x"}},
-        "training": {
-            "batch_size": 64,
-            "topo_samples": 64,
-            "num_epochs": 4,
-            "val_every_n_epochs": 1,
-            "orthogonality_target": 10.0,
-        },
-        "logging": {"tensorboard": False},
-    }
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(config))
     output = tmp_path / "out"
-
-    def train(*arguments: str) -> int:
-        with pytest.raises(SystemExit) as end:
-            train_main([str(path), "--quiet", *arguments])
-        return int(end.value.code or 0)
-
     broken_at.append(2 * STEPS)
-    assert train("--output", str(output)) == 1
+    assert train("--output", output) == 1
     assert capsys.readouterr().err.count("\n") == 1
-    assert train("--resume", str(output), "--set", "training.batch_size=32") == 2
-    assert train("--resume", str(output), "--set", "training.learning_rate=1e-4") == 0
+    assert train("--resume", output, "--set", "training.batch_size=32") == 2
+    assert train("--resume", output, "--set", "training.learning_rate=1e-4") == 0
     history = json.loads((output / "training_history.json").read_text())["epochs"]
     assert [record["learning_rate"] for record in history] == [1e-3, 1e-3, 1e-4, 1e-4]

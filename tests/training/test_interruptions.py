@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import write_arrays
+from helpers import SMALL_SETTINGS, write_arrays
 
 from spinlock_fast.checkpoints.directory import checkpoint_hash, load_checkpoint, load_torch, save_torch
 from spinlock_fast.checkpoints.integrity import MANIFEST, PREVIOUS_RESUME, RESUME, STATES
@@ -42,20 +42,6 @@ from spinlock_fast.train import main as train_main
 from spinlock_fast.training import run as pipeline
 from spinlock_fast.training import trainer as trainer_module
 
-CONFIGURATION: dict[str, Any] = {
-    "device": "cpu",
-    "families": {"mine": {"encoder": "IdentityEncoder", "dataset": "x"}},
-    "training": {
-        "batch_size": 64,
-        "topo_samples": 64,
-        "num_epochs": 4,
-        "val_every_n_epochs": 2,
-        "save_every": 1,
-        "orthogonality_target": 10.0,
-    },
-    "logging": {"tensorboard": False},
-}
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -67,7 +53,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def config(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("config") / "run.yaml"
-    path.write_text(yaml.safe_dump({"dataset_path": str(data), **CONFIGURATION}))
+    path.write_text(yaml.safe_dump({"dataset_path": str(data), **SMALL_SETTINGS}))
     return path
 
 
