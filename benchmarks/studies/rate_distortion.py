@@ -110,6 +110,31 @@ def codebook_sizes(groups: dict[str, list[int]], bits: float, code_bits: int) ->
     }
 
 
+def equal_codebooks(groups: dict[str, list[int]], bits: float, code_bits: int) -> dict[str, list[LevelConfig]]:
+    """About `bits` / `code_bits` codebooks of equal sizes; one after the other for the category of most features each.
+
+    Each category has at least one codebook.
+    """
+    levels = dict.fromkeys(groups, 1)
+    for _ in range(round(bits / code_bits) - len(groups)):
+        levels[max(groups, key=lambda name: len(groups[name]) / (levels[name] + 1))] += 1
+    size = max(2, round(2 ** (bits / sum(levels.values()))))
+    ratios = [float(ratio) for ratio in _RATIOS]
+    return {
+        name: [
+            LevelConfig(
+                num_tokens=size, latent_dim=_multiple_of_four(ratios[level] if level < 3 else 1.0, len(members))
+            )
+            for level in range(levels[name])
+        ]
+        for name, members in groups.items()
+    }
+
+
+def _multiple_of_four(ratio: float, features: int) -> int:
+    return min(_MOST_DIMS, max(4, round(ratio * features / 4) * 4))
+
+
 def bits_of(sizes: dict[str, list[LevelConfig]]) -> float:
     """Bits per row."""
     return sum(math.log2(size.num_tokens) for category in sizes.values() for size in category)
@@ -168,7 +193,7 @@ def fitted(matrix: Matrix, kind: str, bits: int, chosen: argparse.Namespace) -> 
         groups = {"all": list(range(matrix.x.shape[1]))}
     assert groups is not None
     for option in chosen.model_options:
-        sizes = codebook_sizes(groups, bits, option)
+        sizes = (equal_codebooks if chosen.equal_codebooks else codebook_sizes)(groups, bits, option)
         model = fit_model(matrix, groups, sizes, chosen)
         for name in MODELS[kind]:
             search: Search = "nearest" if name == "nearest" else "joint"
@@ -247,6 +272,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--bits", type=int, nargs="+", default=list(BITS))
     parser.add_argument("--kinds", nargs="+", choices=kinds, default=kinds)
     parser.add_argument("--model-options", type=int, nargs="+", default=list(MODEL_OPTIONS), metavar="CODE_BITS")
+    parser.add_argument(
+        "--equal-codebooks", action="store_true", help="of the model, instead of sizes in the default proportions"
+    )
     parser.add_argument("--epochs", type=int, default=200, help="of the model and the neural quantizers")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--train-beam", type=int, default=32, help="beam width of the training of `residual`")

@@ -13,10 +13,13 @@ namespace spinlock_fast::training {
 
 void joint_search(Address codes, Address sums, Address gradient, Address tolerance, Address cost, Address tables,
                   Address filter, Address head, Address tail, Address gram, const std::vector<Index>& num_codes,
-                  Index B, Index H, Index tail_columns, Index sweeps, int threads) {
+                  Index B, Index H, Index linear_units, Index tail_columns, Index sweeps, int threads) {
     const Kernels& k = kernels();
-    check_sizes(B, {H, tail_columns, sweeps});
-    if (H % 16 || tail_columns % 16) throw std::invalid_argument("joint_search: widths must be multiples of 16");
+    check_sizes(B, {H, linear_units, tail_columns, sweeps});
+    if (H % 16 || linear_units % 16 || tail_columns % 16)
+        throw std::invalid_argument("joint_search: widths must be multiples of 16");
+    if (linear_units > H || (linear_units && linear_units != kHeadComponents + tail_columns))
+        throw std::invalid_argument("joint_search: linear_units must be 0 or the number of components");
     if (num_codes.empty() || *std::min_element(num_codes.begin(), num_codes.end()) < 1)
         throw std::invalid_argument("joint_search: num_codes must be at least 1");
     if (check_codes(pointer<const std::int64_t>(codes), B, num_codes, "joint_search"))
@@ -28,7 +31,7 @@ void joint_search(Address codes, Address sums, Address gradient, Address toleran
         total += n;
     }
     JointSearchTask task{};
-    task.H = H, task.G = static_cast<Index>(num_codes.size()), task.sweeps = sweeps, task.tail_columns = tail_columns;
+    task.H = H, task.R = H - linear_units, task.G = static_cast<Index>(num_codes.size()), task.sweeps = sweeps, task.tail_columns = tail_columns;
     task.total_codes = total, task.max_codes = *std::max_element(num_codes.begin(), num_codes.end());
     task.first_code = first_code.data(), task.num_codes = num_codes.data();
     task.tables = pointer<const float>(tables), task.filter = pointer<const float>(filter);

@@ -5,6 +5,7 @@
 // The columns of P are principal components of the decoder's output. A sum over the first of them is a lower bound of
 // |d P|^2 that rejects most codes: the first kFilter for all codes, with one row per lane; kHead for those that remain,
 // and all for the few that still do, both row by row over the nonzeros of d. The result is that of the full search.
+// Linear units, after the R hidden units, add what a code contributes to each component: no relu, an identity in P.
 #pragma once
 
 #include "product_impl.hpp"
@@ -33,10 +34,10 @@ inline Vector relu(Vector v) {
 
 // Filter values of kCodes codes in kLanes rows. base, gradient: [H, kLanes]; out: [kCodes, kFilterValues, kLanes].
 template <int kCodes>
-inline void filter_codes(const float* base, const float* gradient, Index H, const float* table, const float* filter,
-                         float* out) {
+inline void filter_codes(const float* base, const float* gradient, Index R, Index H, const float* table,
+                         const float* filter, float* out) {
     Vector sums[kCodes][kFilterValues] = {};
-    for (Index h = 0; h < H; ++h) {
+    for (Index h = 0; h < R; ++h) {
         const Vector s = load(base + h * kLanes), c = load(gradient + h * kLanes);
         const float* components = filter + h * kFilter;
 #pragma GCC unroll 4
@@ -47,6 +48,14 @@ inline void filter_codes(const float* base, const float* gradient, Index H, cons
             for (int j = 1; j < kFilterValues; ++j) sums[i][j] += components[j - 1] * hidden;
         }
     }
+    for (Index h = R; h < H; ++h) {
+        const Vector c = load(gradient + h * kLanes);
+#pragma GCC unroll 4
+        for (int i = 0; i < kCodes; ++i) sums[i][0] += c * table[i * H + h];
+    }
+    if (H > R)
+        for (int i = 0; i < kCodes; ++i)
+            for (int j = 1; j < kFilterValues; ++j) sums[i][j] += table[i * H + R + j - 1];
     for (int i = 0; i < kCodes; ++i)
         for (int j = 0; j < kFilterValues; ++j) store(out + (i * kFilterValues + j) * kLanes, sums[i][j]);
 }
@@ -71,27 +80,33 @@ inline void sparse_product(const float* d, Index H, const float* m, Index row, S
     for (int v = 0; v < kPanel; ++v) store_panel(v * kLanes, sum[0][v] + sum[1][v]);
 }
 
-// The same for all columns, a multiple of 16.
+// The same for `columns` columns, a multiple of 16.
 template <class Store>
-inline void sparse_product(const float* d, Index H, const float* m, Index columns, Store store_panel) {
+inline void sparse_product(const float* d, Index H, const float* m, Index row, Index columns, Store store_panel) {
     constexpr int kWide = 4, kNarrow = 16 / kLanes;
     Index j = 0;
     const auto shifted = [&](Index first) { return [=](Index c, Vector v) { store_panel(first + c, v); }; };
-    for (; j + kWide * kLanes <= columns; j += kWide * kLanes) sparse_product<kWide>(d, H, m + j, columns, shifted(j));
-    for (; j < columns; j += kNarrow * kLanes) sparse_product<kNarrow>(d, H, m + j, columns, shifted(j));
+    for (; j + kWide * kLanes <= columns; j += kWide * kLanes) sparse_product<kWide>(d, H, m + j, row, shifted(j));
+    for (; j < columns; j += kNarrow * kLanes) sparse_product<kNarrow>(d, H, m + j, row, shifted(j));
 }
 
-// Squared norm of d m.
-inline float sparse_norm(const float* d, Index H, const float* m, Index columns) {
+// Squared norm of d m + linear, without the second term if that is null.
+inline float sparse_norm(const float* d, Index R, const float* m, Index columns, const float* linear) {
     Vector squares = {};
-    sparse_product(d, H, m, columns, [&](Index, Vector v) { squares += v * v; });
+    sparse_product(d, R, m, columns, columns, [&](Index j, Vector v) {
+        if (linear) v += load(linear + j);
+        squares += v * v;
+    });
     return horizontal_sum(squares);
 }
 
 // The same with kHead columns.
-inline float sparse_head_norm(const float* d, Index H, const float* m) {
+inline float sparse_head_norm(const float* d, Index R, const float* m, const float* linear) {
     Vector squares = {};
-    sparse_product<kHead / kLanes>(d, H, m, kHead, [&](Index, Vector v) { squares += v * v; });
+    sparse_product<kHead / kLanes>(d, R, m, kHead, [&](Index j, Vector v) {
+        if (linear) v += load(linear + j);
+        squares += v * v;
+    });
     return horizontal_sum(squares);
 }
 
@@ -145,8 +160,8 @@ private:
         constexpr int kCodes = kLanes == 16 ? 4 : 2;
         Index k = 0;
         for (; k + kCodes <= K; k += kCodes)
-            filter_codes<kCodes>(base_t, gradient_t, H, table(g, k), t.filter, values(k));
-        for (; k < K; ++k) filter_codes<1>(base_t, gradient_t, H, table(g, k), t.filter, values(k));
+            filter_codes<kCodes>(base_t, gradient_t, t.R, H, table(g, k), t.filter, values(k));
+        for (; k < K; ++k) filter_codes<1>(base_t, gradient_t, t.R, H, table(g, k), t.filter, values(k));
         Vector own[kFilterValues];
         for (int j = 0; j < kFilterValues; ++j)
             for (Index i = 0; i < kLanes; ++i) own[j][i] = values(code(g, i < rows_ ? i : 0))[j * kLanes + i];
@@ -194,24 +209,36 @@ private:
         if (best < 0) return false;
         const float *from = table(g, own), *to = table(g, best);
         float *s = sums(i), *c = row_gradient(i);
-        for (Index h = 0; h < H; h += kLanes) store(s + h, load(s + h) - load(from + h) + load(to + h));
-        sparse_product(best_change, H, t.gram, H, [&](Index j, Vector v) { store(c + j, load(c + j) + v); });
+        for (Index h = 0; h < t.R; h += kLanes) store(s + h, load(s + h) - load(from + h) + load(to + h));
+        const auto add = [&](Index j, Vector v) { store(c + j, load(c + j) + v); };
+        sparse_product(best_change, t.R, t.gram, H, H, add);
+        if (H > t.R) {
+            sparse_product(best_change + t.R, H - t.R, t.gram + t.R * H, H, t.R, add);
+            for (Index h = t.R; h < H; h += kLanes) add(h, load(best_change + h));
+        }
         code(g, i) = best;
         return true;
     }
 
     // Change of the error and cost of row i with code k, or a lower bound that is not below `least`; sets `change`.
     float error_change(Index g, Index i, Index k, float added_cost, float least) {
-        const Index H = t.H;
+        const Index H = t.H, R = t.R;
         const float *s = sums(i), *c = row_gradient(i), *from = base + i * H, *to = table(g, k);
         Vector product = {};
-        for (Index h = 0; h < H; h += kLanes) {
+        for (Index h = 0; h < R; h += kLanes) {
             const Vector d = relu(load(from + h) + load(to + h)) - relu(load(s + h));
             store(change + h, d);
             product += d * load(c + h);
         }
-        const float bound = added_cost + 2.0f * horizontal_sum(product) + sparse_head_norm(change, H, t.head);
-        return bound < least ? bound + sparse_norm(change, H, t.tail, t.tail_columns) : bound;
+        for (Index h = R; h < H; h += kLanes) {  // the sums of linear units are zero
+            const Vector d = load(from + h) + load(to + h);
+            store(change + h, d);
+            product += d * load(c + h);
+        }
+        const float* linear = H > R ? change + R : nullptr;
+        const float bound = added_cost + 2.0f * horizontal_sum(product) + sparse_head_norm(change, R, t.head, linear);
+        if (!(bound < least)) return bound;
+        return bound + sparse_norm(change, R, t.tail, t.tail_columns, linear ? linear + kHead : nullptr);
     }
 
     const JointSearchTask& t;

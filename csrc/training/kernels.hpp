@@ -143,19 +143,20 @@ struct AverageTask {
 // Numbers of principal components in the two lower bounds of `JointSearchTask`.
 constexpr Index kFilterComponents = 4, kHeadComponents = 32;
 
-// Joint search of the codes of a batch; see kernels/joint_search and joint_search_impl.hpp. H and tail_columns are
-// multiples of 16.
+// Joint search of the codes of a batch; see kernels/joint_search and joint_search_impl.hpp. H, R and tail_columns are
+// multiples of 16. Of the H units, the first R are hidden units with a relu, and the others, none or one per component,
+// are linear.
 struct JointSearchTask {
-    Index H, G, sweeps, tail_columns, total_codes, max_codes;
+    Index H, R, G, sweeps, tail_columns, total_codes, max_codes;
     const Index *first_code, *num_codes;  // [G]
-    const float* tables;                  // [sum K, H] contribution of each code to the hidden sums
-    const float* filter;                  // [H, kFilterComponents] first columns of P
-    const float* head;                    // [H, kHeadComponents] first columns of P
-    const float* tail;                    // [H, tail_columns] the others
-    const float* gram;                    // [H, H] P P^T
+    const float* tables;                  // [sum K, H] contribution of each code to the sums
+    const float* filter;                  // [R, kFilterComponents] first columns of P
+    const float* head;                    // [R, kHeadComponents] first columns of P
+    const float* tail;                    // [R, tail_columns] the others
+    const float* gram;                    // [H, H] P P^T, where P has an identity in the rows of the linear units
     const float* tolerance;               // [B] smallest accepted change of the error
     const float* cost;                    // [B, sum K] added to the error by each code, or null
-    float *sums, *gradient;               // [B, H] updated with the codes
+    float *sums, *gradient;               // [B, H] updated with the codes; the sums of linear units stay zero
     std::int64_t* codes;                  // [B, G]
 };
 

@@ -17,44 +17,66 @@ _MULTIPLE = 16  # of the widths of all matrices
 
 
 class ErrorComponents(NamedTuple):
-    """The second layer as the search reads it; `gram` is empty if it is not finite."""
+    """The decoder as the search reads it; `gram` is empty if its weights are not finite.
 
-    gram: Tensor  # [H, H] w2 w2^T, padded
+    With linear contributions of the codes to the output there are C more units, a linear one per component: widths H
+    below are those of the hidden units, padded, and N = H + C, or N = H without.
+    """
+
+    tables: Tensor  # [sum K, N]: what each code adds to the hidden units, and to the components of the output
     w2: Tensor  # [H, F]
-    first: Tensor  # [H, _FILTER] leading components of `gram`, padded rows
+    directions: Tensor | None  # [F, C] the components; None without linear contributions
+    gram: Tensor  # [N, N] products of the rows of P
+    first: Tensor  # [H, _FILTER] leading columns of P
     head: Tensor  # [H, _HEAD]
-    tail: Tensor  # [H, other components]
+    tail: Tensor  # [H, other columns]
 
 
-def error_components(w2: Tensor) -> ErrorComponents:
-    """The components of w2 [H, F], for several searches with the same decoder."""
+def error_components(tables: Tensor, w2: Tensor, linear: Tensor | None) -> ErrorComponents:
+    """The components of tables [sum K, H], w2 [H, F] and linear [sum K, F], for several searches."""
     gram = w2.double() @ w2.double().t()
     if not bool(torch.isfinite(gram).all()):
-        return ErrorComponents(gram[:0], w2, *[w2[:0]] * 3)
-    shares, vectors = torch.linalg.eigh(gram)
-    components = (vectors * shares.clamp(min=0.0).sqrt()).flip(1)[:, : max(min(w2.shape), _HEAD)].float()
-    head, tail = components[:, :_HEAD], components[:, _HEAD:]
-    head = F.pad(head, (0, _HEAD - head.shape[1]))
-    gram, first, head, tail = map(_rows_padded, (_padded(gram.float()), head[:, :_FILTER], head, _padded(tail)))
-    return ErrorComponents(gram, w2, first, head, tail)
+        return ErrorComponents(tables, w2, None, gram[:0], *[w2[:0]] * 3)
+    if linear is None:
+        shares, vectors = torch.linalg.eigh(gram)
+        components = (vectors * shares.clamp(min=0.0).sqrt()).flip(1)[:, : max(min(w2.shape), _HEAD)].float()
+        head, tail = components[:, :_HEAD], components[:, _HEAD:]
+        head = F.pad(head, (0, _HEAD - head.shape[1]))
+        gram, first, head, tail = map(_rows_padded, (_padded(gram.float()), head[:, :_FILTER], head, _padded(tail)))
+        return ErrorComponents(_padded(tables), w2, None, gram, first, head, tail)
+    # Any rotation of the output will do: these directions have most of what codes add to it.
+    added = torch.nan_to_num(tables.relu() @ w2 + linear, posinf=0.0, neginf=0.0).double()
+    added = added - added.mean(0)
+    rotation = torch.linalg.eigh(added.t() @ added)[1].flip(1).float()
+    columns = _HEAD + max(0, -(-(len(rotation) - _HEAD) // _MULTIPLE)) * _MULTIPLE
+    directions = F.pad(rotation, (0, columns - len(rotation)))
+    components = _rows_padded(w2 @ directions)  # P
+    head, tail = components[:, :_HEAD].contiguous(), components[:, _HEAD:].contiguous()
+    top = torch.cat([components @ components.t(), components], 1)
+    bottom = torch.cat([components.t(), torch.eye(columns)], 1)
+    tables = torch.cat([_padded(tables), linear @ directions], 1)
+    return ErrorComponents(tables, w2, directions, torch.cat([top, bottom]), head[:, :_FILTER].contiguous(), head, tail)
 
 
 def joint_search(
-    second: ErrorComponents, tables: Tensor, layout: CodebookLayout, sweeps: int, cost: Tensor | None, begin: Start
+    components: ErrorComponents, layout: CodebookLayout, sweeps: int, cost: Tensor | None, begin: Start
 ) -> Tensor:
     """Codes [B, G] after `sweeps` sweeps; see `reference.joint_search`."""
-    if not len(second.gram):
+    if not len(components.gram):
         return begin.codes
-    hidden = len(second.w2)
-    gradient = (
-        begin.sums.relu() @ second.gram[:hidden, :hidden] - begin.target @ second.w2.t()
-    )  # half the gradient of the squared error
-    codes, sums, gradient, tables = begin.codes.clone(), _padded(begin.sums), _padded(gradient), _padded(tables)
+    residual = begin.sums.relu() @ components.w2 - begin.target
+    codes, sums = begin.codes.clone(), _padded(begin.sums)
+    gradient = _padded(residual @ components.w2.t())  # half that of the squared error
+    linear_units = 0
+    if components.directions is not None:
+        linear_units = components.directions.shape[1]
+        sums = F.pad(sums, (0, linear_units))
+        gradient = torch.cat([gradient, residual @ components.directions], 1)
     library.joint_search(
         address(codes), address(sums), address(gradient), address(begin.tolerance.contiguous()), address(cost),
-        address(tables), address(second.first), address(second.head), address(second.tail),
-        address(second.gram), list(layout.num_codes), len(codes), sums.shape[1], second.tail.shape[1], sweeps,
-        torch.get_num_threads(),
+        address(components.tables), address(components.first), address(components.head), address(components.tail),
+        address(components.gram), list(layout.num_codes), len(codes), sums.shape[1], linear_units,
+        components.tail.shape[1], sweeps, torch.get_num_threads(),
     )  # fmt: skip
     return codes
 

@@ -75,6 +75,7 @@ def joint_search(
         ("decoder.b1", decoder.b1, ("H",), SAME),
         ("decoder.w2", decoder.w2, ("H", "F"), SAME),
         ("decoder.b2", decoder.b2, ("F",), SAME),
+        ("decoder.linear", decoder.linear, (layout.total_codes, "F"), SAME),
     )
     check_codes("joint_search", codes, layout)
     if sweeps < 0:
@@ -95,7 +96,8 @@ def joint_search(
     wide = functools.reduce(torch.promote_types, [t.dtype for t in given], torch.float32)
     x, codebook = x.to(wide), codebook.to(wide)
     w1 = None if decoder.w1 is None else decoder.w1.to(wide)
-    decoder = Decoder(w1, *(t.to(wide) for t in (decoder.b1, decoder.w2, decoder.b2)))
+    linear = None if decoder.linear is None else decoder.linear.to(wide).contiguous()
+    decoder = Decoder(w1, decoder.b1.to(wide), decoder.w2.to(wide), decoder.b2.to(wide), linear)
     if not sweeps or not x.shape[0]:
         return codes.clone()
     with no_autocast(x.device), full_float32(x.device):
@@ -115,7 +117,7 @@ def joint_search(
             begin = reference.start(rows, codes, tables, decoder, layout)
             return begin if cost is None else _with_cost(cost, begin, layout)
 
-        search = _implementation(backend, tables, decoder.w2, layout, sweeps, cost, x, codebook, *decoder[1:])
+        search = _implementation(backend, tables, decoder, layout, sweeps, cost, x, codebook)
         found = search(at(first))
         if perturbations:
             best = at(found)
@@ -128,21 +130,24 @@ def joint_search(
 def _implementation(
     backend: Backend,
     tables: Tensor,
-    w2: Tensor,
+    decoder: Decoder,
     layout: CodebookLayout,
     sweeps: int,
     cost: Tensor | None,
-    *tensors: Tensor,
+    x: Tensor,
+    codebook: Tensor,
 ) -> Callable[[Start], Tensor]:
     """The search of the backend that suits the tensors: from a start to codes [B, G]."""
-    implementation = choose_implementation(backend, *tensors)
+    w2, linear = decoder.w2, decoder.linear
+    given = [t for t in (x, codebook, tables, *decoder[1:]) if t is not None]
+    implementation = choose_implementation(backend, *given)
     if implementation == "cpu":
-        return partial(cpu.joint_search, cpu.error_components(w2), tables, layout, sweeps, cost)
+        return partial(cpu.joint_search, cpu.error_components(tables, w2, linear), layout, sweeps, cost)
     if implementation == "triton":
         from spinlock_fast.kernels.joint_search import triton_forward
 
-        return lambda begin: triton_forward.joint_search(begin, tables, w2, layout, sweeps, cost)
-    return lambda begin: _by_blocks(begin, tables, w2, layout, sweeps, cost)
+        return lambda begin: triton_forward.joint_search(begin, tables, w2, layout, sweeps, cost, linear)
+    return lambda begin: _by_blocks(begin, tables, w2, layout, sweeps, cost, linear)
 
 
 def _lower(tried: Start, best: Start) -> Start:
@@ -155,14 +160,21 @@ def _lower(tried: Start, best: Start) -> Start:
 
 
 def _by_blocks(
-    begin: Start, tables: Tensor, w2: Tensor, layout: CodebookLayout, sweeps: int, cost: Tensor | None
+    begin: Start,
+    tables: Tensor,
+    w2: Tensor,
+    layout: CodebookLayout,
+    sweeps: int,
+    cost: Tensor | None,
+    linear: Tensor | None,
 ) -> Tensor:
     """`reference.joint_search` of blocks of rows, which bounds its memory."""
     rows = max(1, _CANDIDATE_ENTRIES // (layout.max_codes * max(w2.shape)))
     blocks = [Start(*parts) for parts in zip(*(part.split(rows) for part in begin), strict=True)]
     costs = [None] * len(blocks) if cost is None else cost.split(rows)
-    found = [reference.joint_search(b, tables, w2, layout, sweeps, c) for b, c in zip(blocks, costs, strict=True)]
-    return torch.cat(found)
+    return torch.cat(
+        [reference.joint_search(b, tables, w2, layout, sweeps, c, linear) for b, c in zip(blocks, costs, strict=True)]
+    )
 
 
 def _costs(

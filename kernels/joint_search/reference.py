@@ -4,7 +4,8 @@ The decoder reconstructs a row x from the codes k_1, ..., k_G of all codebooks:
 
     R(k) = relu(b1 + sum_g T_g[k_g]) W2 + b2,   T_g = E_g W1_g  [K_g, H], one row per code,
 
-with the code vectors E_g [K_g, D_g] and the rows W1_g of the first weights that read codebook g. The search minimises
+with the code vectors E_g [K_g, D_g] and the rows W1_g of the first weights that read codebook g. A decoder may add
+sum_g L_g[k_g] to this, with L_g [K_g, F]. The search minimises
 
     |R(k) - x|^2 + w sum_g |z_g - E_g[k_g]|^2
 
@@ -41,6 +42,7 @@ class Decoder(NamedTuple):
     b1: Tensor  # [H]
     w2: Tensor  # [H, F]
     b2: Tensor  # [F]
+    linear: Tensor | None = None  # [sum K, F] L of all codebooks
 
 
 class Start(NamedTuple):
@@ -48,7 +50,7 @@ class Start(NamedTuple):
 
     codes: Tensor  # [B, G] int64, none of them -1
     sums: Tensor  # [B, H] b1 + sum_g T_g[k_g]
-    target: Tensor  # [B, F] x - b2
+    target: Tensor  # [B, F] x - b2 - sum_g L_g[k_g]
     tolerance: Tensor  # [B] smallest accepted change of the squared error
     error: Tensor  # [B] what the search minimises, at these codes
 
@@ -61,10 +63,14 @@ def code_tables(codebook: Tensor, w1: Tensor, layout: CodebookLayout) -> Tensor:
 
 def start(x: Tensor, codes: Tensor, tables: Tensor, decoder: Decoder, layout: CodebookLayout) -> Start:
     """The start of a search from codes [B, G] for rows x [B, F]."""
-    sums = decoder.b1 + F.embedding_bag(codes + layout.indices(x.device).code_offsets, tables, mode="sum")
+    rows = codes + layout.indices(x.device).code_offsets
+    sums = decoder.b1 + F.embedding_bag(rows, tables, mode="sum")
     target = x - decoder.b2
+    length = target.norm(dim=1)
+    if decoder.linear is not None:
+        target = target - F.embedding_bag(rows, decoder.linear, mode="sum")
     size = (target - sums.relu() @ decoder.w2).norm(dim=1)
-    tolerance = ROUNDING * torch.finfo(x.dtype).eps * size * (size + target.norm(dim=1))
+    tolerance = ROUNDING * torch.finfo(x.dtype).eps * size * (size + length)
     return Start(codes, sums, target, tolerance, size.square())
 
 
@@ -83,22 +89,34 @@ def perturbations(layout: CodebookLayout, count: int) -> list[list[int]]:
 
 
 def joint_search(
-    begin: Start, tables: Tensor, w2: Tensor, layout: CodebookLayout, sweeps: int, cost: Tensor | None
+    begin: Start,
+    tables: Tensor,
+    w2: Tensor,
+    layout: CodebookLayout,
+    sweeps: int,
+    cost: Tensor | None,
+    linear: Tensor | None = None,
 ) -> Tensor:
     """Codes [B, G] after `sweeps` sweeps; `cost` [B, sum K] is added to the error by each code."""
-    codes, sums = begin.codes.clone(), begin.sums
+    codes, sums, target = begin.codes.clone(), begin.sums, begin.target
     rows = torch.arange(len(codes), device=codes.device)
     for _ in range(sweeps):
         for g in range(layout.groups):
             of_codebook = layout.code_slice(g)
             table = tables[of_codebook]  # [K, H]
             candidates = (sums - table[codes[:, g]])[:, None] + table  # [B, K, H]
-            errors = (begin.target[:, None] - candidates.relu() @ w2).square().sum(-1)  # [B, K]
+            residuals = candidates.relu() @ w2 - target[:, None]  # [B, K, F]
+            if linear is not None:
+                residuals += linear[of_codebook] - linear[of_codebook][codes[:, g], None]
+            errors = residuals.square().sum(-1)  # [B, K]
             if cost is not None:
                 errors = errors + cost[:, of_codebook]
             current = errors[rows, codes[:, g]]
             best = torch.where(errors.isfinite(), errors, torch.inf).argmin(1)
             lower = errors[rows, best] < current - begin.tolerance
-            codes[:, g] = torch.where(lower, best, codes[:, g])
+            best = torch.where(lower, best, codes[:, g])
             sums = torch.where(lower[:, None], candidates[rows, best], sums)
+            if linear is not None:
+                target = target + linear[of_codebook][codes[:, g]] - linear[of_codebook][best]
+            codes[:, g] = best
     return codes

@@ -1,8 +1,8 @@
 """Triton kernel of the joint search: one launch per codebook and sweep.
 
-A program holds a tile of rows and evaluates |relu(s_b - T[k_b] + T[k]) W2 - y_b|^2 for all codes k of the codebook, as
-matrix products of (rows x codes) hidden values with tiles of W2. It writes the new codes and hidden sums to other
-buffers than it reads.
+A program holds a tile of rows and evaluates |relu(s_b - T[k_b] + T[k]) W2 - L[k_b] + L[k] - y_b|^2 for all codes k of
+the codebook, as matrix products of (rows x codes) hidden values with tiles of W2; L is 0 without linear contributions.
+It writes the new codes, hidden sums and targets to other buffers than it reads.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def joint_search_fwd_kernel(
     cost_ptr,  # [B, sum K] added to the error by each code
     table_ptr,  # [sum K, H]
     w2_ptr,  # [H, F]
+    linear_ptr,  # [sum K, F]
     new_sums_ptr,  # [B, H]
+    new_target_ptr,  # [B, F]; written with linear contributions
     new_codes_ptr,  # [G, B]
     B,
     F,
@@ -61,6 +63,7 @@ def joint_search_fwd_kernel(
     first_code,
     total_codes,
     HAS_COST: tl.constexpr,
+    HAS_LINEAR: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -94,7 +97,13 @@ def joint_search_fwd_kernel(
                 decoded = tl.dot(hidden, w2, decoded, input_precision="tf32x3")
             in_target = inside[:, None] & (f < F)[None, :]
             target = tl.load(target_ptr + rows[:, None] * F + f[None, :], mask=in_target, other=0.0)
+            if HAS_LINEAR:
+                target += tl.load(linear_ptr + (first_code + own)[:, None] * F + f[None, :], mask=in_target, other=0.0)
             residual = tl.reshape(decoded, [BLOCK_B, BLOCK_K, BLOCK_F]) - target[:, None, :]
+            if HAS_LINEAR:
+                in_linear = (k < K)[:, None] & (f < F)[None, :]
+                linear = tl.load(linear_ptr + (first_code + k)[:, None] * F + f[None, :], mask=in_linear, other=0.0)
+                residual += linear[None, :, :]
             errors += tl.sum(residual * residual, axis=2)
         if HAS_COST:
             place = rows[:, None] * total_codes + (first_code + k)[None, :]
@@ -119,11 +128,26 @@ def joint_search_fwd_kernel(
         after = tl.load(table_ptr + (first_code + best)[:, None] * H + h[None, :], mask=in_rows, other=0.0)
         sums = tl.where(lower[:, None], sums - before + after, sums)
         tl.store(new_sums_ptr + rows[:, None] * H + h[None, :], sums, mask=in_rows)
+    if HAS_LINEAR:
+        for f0 in range(0, F, BLOCK_F):
+            f = f0 + tl.arange(0, BLOCK_F)
+            in_target = inside[:, None] & (f < F)[None, :]
+            target = tl.load(target_ptr + rows[:, None] * F + f[None, :], mask=in_target, other=0.0)
+            before = tl.load(linear_ptr + (first_code + own)[:, None] * F + f[None, :], mask=in_target, other=0.0)
+            after = tl.load(linear_ptr + (first_code + best)[:, None] * F + f[None, :], mask=in_target, other=0.0)
+            target = tl.where(lower[:, None], target + before - after, target)
+            tl.store(new_target_ptr + rows[:, None] * F + f[None, :], target, mask=in_target)
 
 
 @launches
 def joint_search(
-    begin: Start, tables: Tensor, w2: Tensor, layout: CodebookLayout, sweeps: int, cost: Tensor | None
+    begin: Start,
+    tables: Tensor,
+    w2: Tensor,
+    layout: CodebookLayout,
+    sweeps: int,
+    cost: Tensor | None,
+    linear: Tensor | None = None,
 ) -> Tensor:
     """Codes [B, G] after `sweeps` sweeps; see `reference.joint_search`."""
     codes, sums = begin.codes.t().contiguous(), begin.sums.contiguous()
@@ -132,14 +156,19 @@ def joint_search(
     config = SearchConfig.of(H, F)
     check_int32_offsets("the contributions of all codes to the first layer", tables.numel())
     check_int32_offsets("the weights of the decoder", w2.numel())
+    if linear is not None:
+        check_int32_offsets("the linear contributions of all codes", linear.numel())
     costs = target if cost is None else cost
     new_codes, new_sums = torch.empty_like(codes), torch.empty_like(sums)
+    new_target = target if linear is None else torch.empty_like(target)
     for _ in range(sweeps):
         for g, K in enumerate(layout.num_codes):
             joint_search_fwd_kernel[(triton.cdiv(B, config.block_b),)](
-                target, sums, codes, tolerance, costs, tables, w2, new_sums, new_codes, B, F, H, K, g,
-                layout.code_slice(g).start, layout.total_codes, HAS_COST=cost is not None, **config.options,
+                target, sums, codes, tolerance, costs, tables, w2, target if linear is None else linear, new_sums,
+                new_target, new_codes, B, F, H, K, g, layout.code_slice(g).start, layout.total_codes,
+                HAS_COST=cost is not None, HAS_LINEAR=linear is not None, **config.options,
             )  # fmt: skip
             sums, new_sums = new_sums, sums
+            target, new_target = new_target, target
         codes, new_codes = new_codes, codes
     return codes.t().contiguous()

@@ -177,7 +177,9 @@ def model_from_payload(payload: Mapping[str, Any]) -> CategoricalHierarchicalVQV
         )
     model = CategoricalHierarchicalVQVAE(config)
     if any(name.startswith(TOKEN_DECODER) for name in sizes):
-        model.add_token_decoder()
+        linear = model.add_token_decoder().linear
+        weights = {f"{TOKEN_DECODER}linear": linear, **weights}  # missing in files of earlier versions
+        sizes = tensor_shapes(weights)
     if problem := shape_difference(sizes, {name: tuple(value.shape) for name, value in model.state_dict().items()}):
         raise DataError(f"model_state_dict: {problem}{writer_note(payload)}")
     with payload_errors(payload, "model_state_dict"):

@@ -51,7 +51,7 @@ def joint_codes(
     """`joint_search` for rows x [B, F] with latents [B, sum D], from the nearest codes [B, G]."""
     tables = None
     if isinstance(decoder, TokenDecoder):
-        tables, weights = decoder.tables, Decoder(None, decoder.b1, decoder.w2, decoder.b2)
+        tables, weights = decoder.tables, decoder.weights
     else:
         first, *_, last = cast(list[nn.Linear], list(decoder))
         weights = Decoder(first.weight.t(), first.bias, last.weight.t(), last.bias)

@@ -12,7 +12,15 @@ import torch
 from helpers import planted_matrix, write_dataset
 
 from benchmarks.studies import feature_matrix, rate_distortion
-from benchmarks.studies.rate_distortion import bits_of, codebook_sizes, lines_of, load_matrix, main, plot
+from benchmarks.studies.rate_distortion import (
+    bits_of,
+    codebook_sizes,
+    equal_codebooks,
+    lines_of,
+    load_matrix,
+    main,
+    plot,
+)
 from benchmarks.studies.reference_quantizers import (
     NeuralResidual,
     Reference,
@@ -41,6 +49,15 @@ def test_sizes_hold_the_bits(bits: int, code_bits: int) -> None:
     assert bits_of(sizes) == pytest.approx(bits, rel=0.1)
     assert {len(own) for own in sizes.values()} == {math.ceil(bits / 2 / code_bits)}
     assert max(size.num_tokens for own in sizes.values() for size in own) <= 2 * 2**code_bits
+
+
+def test_equal_codebooks_are_shared_out_by_features() -> None:
+    groups = {"a": list(range(20)), "b": list(range(20, 29)), "c": [29]}
+    sizes = equal_codebooks(groups, 60, 6)
+    assert [len(own) for own in sizes.values()] == [6, 3, 1]
+    assert {size.num_tokens for own in sizes.values() for size in own} == {64}
+    few = equal_codebooks(groups, 12, 8)  # one codebook per category at least
+    assert [size.num_tokens for own in few.values() for size in own] == [16, 16, 16]
 
 
 def test_bits_of_references() -> None:

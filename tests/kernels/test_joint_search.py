@@ -29,8 +29,11 @@ def backend(request):
     _native.use_instruction_set(_native.instruction_sets()[0])
 
 
-def problem(layout, rows, features, hidden, dtype=torch.float32, seed=0):
-    """Rows x that some codes nearly reconstruct, other codes where the search starts, the codebook and a decoder."""
+def problem(layout, rows, features, hidden, dtype=torch.float32, seed=0, linear=False):
+    """Rows x that some codes nearly reconstruct, other codes where the search starts, the codebook and a decoder.
+
+    With `linear`, the codes also add to the output.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -38,16 +41,22 @@ def problem(layout, rows, features, hidden, dtype=torch.float32, seed=0):
 
     codebook = normal(layout.total_entries)
     decoder = Decoder(normal(layout.total_dims, hidden), normal(hidden), normal(hidden, features), normal(features))
+    if linear:
+        decoder = decoder._replace(linear=2.0 * hidden**0.5 * normal(layout.total_codes, features))
     codes = [torch.stack([torch.randint(k, (rows,), generator=generator) for k in layout.num_codes], 1) for _ in "ab"]
     x = decoded(codes[0], codebook, decoder, layout) + 0.5 * normal(rows, features)
-    return x.to(dtype), codes[1], codebook.to(dtype), Decoder(*(part.to(dtype) for part in decoder))
+    cast = Decoder(*(None if part is None else part.to(dtype) for part in decoder))
+    return x.to(dtype), codes[1], codebook.to(dtype), cast
 
 
 def decoded(codes, codebook, decoder, layout):
     """The reconstruction of codes [B, G], in float64."""
     vectors = [codebook[layout.entry_slice(g)].view(layout.num_codes[g], -1)[codes[:, g]] for g in range(layout.groups)]
-    w1, b1, w2, b2 = (part.double() for part in decoder)
-    return (torch.cat(vectors, 1).double() @ w1 + b1).relu() @ w2 + b2
+    w1, b1, w2, b2 = (part.double() for part in decoder[:4])
+    features = (torch.cat(vectors, 1).double() @ w1 + b1).relu() @ w2 + b2
+    if decoder.linear is None:
+        return features
+    return features + decoder.linear[codes + layout.indices(codes.device).code_offsets].double().sum(1)
 
 
 def errors(x, codes, codebook, decoder, layout):
@@ -68,10 +77,11 @@ def coordinate_descent(x, codes, codebook, decoder, layout, sweeps, latents=None
     return found
 
 
+@pytest.mark.parametrize("linear", [False, True])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_is_coordinate_descent(backend, layout, size):
-    x, codes, codebook, decoder = problem(layout, *size)
+def test_is_coordinate_descent(backend, layout, size, linear):
+    x, codes, codebook, decoder = problem(layout, *size, linear=linear)
     assert (errors(x, codes, codebook, decoder, layout) > 1.0).all()  # far from any tolerance
     for sweeps in (1, 2):
         expected = coordinate_descent(x, codes, codebook, decoder, layout, sweeps)
@@ -80,11 +90,14 @@ def test_is_coordinate_descent(backend, layout, size):
     assert not torch.equal(found, codes) or layout.total_codes < 10
 
 
-def test_error_does_not_increase(backend):
+@pytest.mark.parametrize("linear", [False, True])
+def test_error_does_not_increase(backend, linear):
     # Latents of many nearly equal codes: most changes of the error are rounding errors.
     layout = CodebookLayout.of([32, 16, 8, 32], [4, 4, 8, 8])
-    x, codes, codebook, decoder = problem(layout, 200, 48, 64, seed=3)
+    x, codes, codebook, decoder = problem(layout, 200, 48, 64, seed=3, linear=linear)
     codebook = codebook[0] + 1e-4 * codebook
+    if linear:
+        decoder = decoder._replace(linear=decoder.linear[0] + 1e-4 * decoder.linear)
     x = decoded(codes, codebook, decoder, layout).float() + 1e-3 * x
     error = errors(x, codes, codebook, decoder, layout)
     first = error
@@ -111,9 +124,10 @@ def test_equal_codes(backend):
     assert (again[:, 0] >= 3).all()  # no better code: stays
 
 
-def test_rows_that_cannot_be_searched(backend):
+@pytest.mark.parametrize("linear", [False, True])
+def test_rows_that_cannot_be_searched(backend, linear):
     layout = LAYOUTS["wide"]
-    x, codes, codebook, decoder = problem(layout, 30, 20, 16)
+    x, codes, codebook, decoder = problem(layout, 30, 20, 16, linear=linear)
     expected = joint_search(x, codes, codebook, decoder, layout, backend=backend)
     codes[3, 1], x[7, 2], x[8, 0] = -1, torch.nan, torch.inf
     found = joint_search(x, codes, codebook, decoder, layout, backend=backend)
@@ -124,13 +138,17 @@ def test_rows_that_cannot_be_searched(backend):
     assert torch.equal(joint_search(x, codes, codebook, decoder, layout, backend=backend), codes)
 
 
-def test_bad_code_is_not_taken(backend):
+@pytest.mark.parametrize("linear", [False, True])
+def test_bad_code_is_not_taken(backend, linear):
     layout = LAYOUTS["wide"]
-    x, codes, codebook, decoder = problem(layout, 60, 20, 16)
+    x, codes, codebook, decoder = problem(layout, 60, 20, 16, linear=linear)
     codes[:, 0] = codes[:, 0].clamp(min=1)
     codebook[0] = torch.inf
+    if linear:
+        decoder.linear[1] = torch.nan
+        codes[:, 0] = codes[:, 0].clamp(min=2)
     found = joint_search(x, codes, codebook, decoder, layout, backend=backend)
-    assert (found[:, 0] > 0).all()
+    assert (found[:, 0] > (1 if linear else 0)).all()
     assert not torch.equal(found, codes)
 
 
@@ -196,6 +214,8 @@ def test_arguments():
             joint_search(x, codes, codebook, decoder, layout, **change)
     with helpers.raises_one_line(IndexError, "joint_search", "codebook 1"):
         joint_search(x, codes + 1, codebook, decoder, layout)
+    with helpers.raises_one_line(ValueError, "decoder.linear"):
+        joint_search(x, codes, codebook, decoder._replace(linear=tables[:, :3][1:]), layout)
     with helpers.raises_one_line(ValueError, "decoder.b2"):
         joint_search(x, codes, codebook, decoder._replace(b2=decoder.b1), layout)
     assert torch.equal(joint_search(x, codes, codebook, decoder, layout, 0), codes)
@@ -206,9 +226,10 @@ def test_arguments():
     assert wide.dtype == torch.int64
 
 
-def test_perturbations(backend):
+@pytest.mark.parametrize("linear", [False, True])
+def test_perturbations(backend, linear):
     layout = LAYOUTS["wide"]
-    x, codes, codebook, decoder = problem(layout, 60, 20, 16)
+    x, codes, codebook, decoder = problem(layout, 60, 20, 16, linear=linear)
     latents, _ = helpers.random_group(layout, 60, seed=1)
     for weight in (0.0, 1.0):
 

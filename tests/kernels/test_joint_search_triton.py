@@ -15,7 +15,7 @@ pytestmark = [
 ]
 
 
-def problem(sizes, rows, features, hidden, seed=0):
+def problem(sizes, rows, features, hidden, seed=0, linear=False):
     """Rows that some codes nearly reconstruct, other codes, and the codebook and decoder."""
     layout = CodebookLayout.of(*zip(*sizes, strict=True))
     generator = torch.Generator().manual_seed(seed)
@@ -24,6 +24,8 @@ def problem(sizes, rows, features, hidden, seed=0):
         return torch.randn(*shape, generator=generator)
 
     decoder = Decoder(normal(layout.total_dims, hidden), normal(hidden), normal(hidden, features), normal(features))
+    if linear:
+        decoder = decoder._replace(linear=6.0 * normal(layout.total_codes, features))
     codes = torch.stack([torch.randint(k, (rows,), generator=generator) for k in layout.num_codes], 1)
     return (
         layout,
@@ -33,14 +35,21 @@ def problem(sizes, rows, features, hidden, seed=0):
     )
 
 
-@pytest.mark.parametrize(("candidates", "weight", "perturbations"), [(None, 0.0, 0), (3, 0.5, 0), (None, 0.5, 2)])
+def cast(decoder, *to):
+    return Decoder(*(None if part is None else part.to(*to) for part in decoder))
+
+
+@pytest.mark.parametrize(
+    ("candidates", "weight", "perturbations", "linear"),
+    [(None, 0.0, 0, False), (3, 0.5, 0, True), (None, 0.5, 2, False), (None, 0.0, 1, True)],
+)
 @pytest.mark.parametrize(
     ("sizes", "rows", "features", "hidden"),
     [([(5, 3)], 1, 3, 5), ([(9, 4), (1, 2), (17, 5)], 21, 70, 40)],
     ids=["small", "tiles"],
 )
-def test_matches_the_reference(monkeypatch, sizes, rows, features, hidden, candidates, weight, perturbations):
-    layout, arguments, decoder, latents = problem(sizes, rows, features, hidden)
+def test_matches_the_reference(monkeypatch, sizes, rows, features, hidden, candidates, weight, perturbations, linear):
+    layout, arguments, decoder, latents = problem(sizes, rows, features, hidden, linear=linear)
     x, codes, codebook = arguments
     if rows > 5:
         x[4, 1], codes[5, 0] = torch.nan, -1
@@ -48,7 +57,7 @@ def test_matches_the_reference(monkeypatch, sizes, rows, features, hidden, candi
         x.double(),
         codes,
         codebook.double(),
-        Decoder(*(p.double() for p in decoder)),
+        cast(decoder, torch.float64),
         layout,
         2,
         weight,
@@ -59,7 +68,7 @@ def test_matches_the_reference(monkeypatch, sizes, rows, features, hidden, candi
     empty_like = torch.empty_like
     monkeypatch.setattr(torch, "empty_like", lambda t: empty_like(t).fill_(torch.nan if t.is_floating_point() else -9))
     found = joint_search(
-        *(t.to(DEVICE) for t in (x, codes, codebook)), Decoder(*(p.to(DEVICE) for p in decoder)), layout, 2,
+        *(t.to(DEVICE) for t in (x, codes, codebook)), cast(decoder, DEVICE), layout, 2,
         weight, latents.to(DEVICE), candidates, "triton", perturbations,
     ).cpu()  # fmt: skip
     assert torch.equal(found, expected)
@@ -72,7 +81,7 @@ def test_equal_codes_and_codes_that_are_not_finite():
     codebook[0] = torch.inf
     codes[:, 0] = 7
     on_device = [t.to(DEVICE) for t in (x, codes, codebook)]
-    found = joint_search(*on_device, Decoder(*(p.to(DEVICE) for p in decoder)), layout, backend="triton").cpu()
+    found = joint_search(*on_device, cast(decoder, DEVICE), layout, backend="triton").cpu()
     assert ((found[:, 0] < 6) | (found[:, 0] == 6) | (found[:, 0] == 7)).all()
     assert (found[:, 0] != 0).all()
     assert torch.equal(found, joint_search(x, codes, codebook, decoder, layout, backend="reference"))

@@ -88,6 +88,22 @@ def test_tables_of_its_own_decide_tokens_and_features() -> None:
     torch.testing.assert_close(out["reconstruction"], model.decode(out["quantized"]))
 
 
+def test_linear_part_of_the_tables() -> None:
+    """It is added to the features, and the search takes it into account."""
+    model, x = small_model().double(), torch.randn(20, 10, dtype=torch.float64)
+    decoder = model.add_token_decoder()
+    decoder.linear += torch.randn(decoder.linear.shape, dtype=torch.float64)
+    tokens = model.get_tokens(x)
+    codes = tokens + model.quantizer.layout.indices(x.device).code_offsets
+    without = model.decode(model.quantizer.lookup(tokens))
+    torch.testing.assert_close(decoder(tokens), without + decoder.linear[codes].sum(1), rtol=0, atol=1e-12)
+    for g, size in enumerate(model.quantizer.layout.num_codes):
+        tried = torch.stack([tokens.index_fill(1, torch.tensor(g), k) for k in range(size)], 1)
+        errors = (decoder(tried.flatten(0, 1)).view(20, size, 10) - x[:, None]).square().sum(-1)
+        tokens[:, g] = errors.argmin(1)
+    assert torch.equal(model.get_tokens(x, "joint", 1), tokens)
+
+
 def test_rows_without_tokens_are_nan() -> None:
     model, x = small_model(), torch.randn(4, 10)
     x[1, 3] = torch.nan
@@ -192,6 +208,9 @@ def test_checkpoint(fitted: Any, plain: Any, x: Any) -> None:
     tokens = loaded.get_tokens(rows, "joint")
     assert torch.equal(tokens, fitted.model.get_tokens(rows, "joint"))
     assert torch.equal(loaded.decode_from_tokens(tokens), fitted.model.decode_from_tokens(tokens))
+    linear = payload["model_state_dict"].pop("token_decoder.linear")  # as in files of earlier versions
+    assert linear.abs().max() > 0.01
+    assert not model_from_payload(payload).token_decoder.linear.any()
     copied = copy.deepcopy(fitted.model)
     assert torch.equal(copied.decode_from_tokens(tokens), fitted.model.decode_from_tokens(tokens))
     del payload["model_state_dict"]["token_decoder.w2"]

@@ -60,8 +60,10 @@ std::vector<Named> operations() {
         all.push_back({"decoders", [=](const Shape& s, int threads) { return decoders(s, threads, with_rows); }});
     all.push_back({"code network", code_network});
     for (const bool with_cost : {false, true})
-        all.push_back(
-            {"joint search", [=](const Shape& s, int threads) { return joint_search(s, threads, with_cost); }});
+        for (const bool with_linear : {false, true})
+            all.push_back({"joint search", [=](const Shape& s, int threads) {
+                               return joint_search(s, threads, with_cost, with_linear);
+                           }});
     all.push_back({"topographic", topographic});
     return all;
 }

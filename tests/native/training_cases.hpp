@@ -215,12 +215,18 @@ inline Results code_network(const Shape& s, int threads) {
     return {hidden, out, grad_quantized, grad_w1, grad_b1, grad_w2, grad_b2, {static_cast<float>(cosine)}};
 }
 
-inline Results joint_search(const Shape& s, int threads, bool with_cost) {
-    const Index B = s.rows, H = (s.hidden + 15) / 16 * 16, K = sum(s.num_codes), columns = training::kHeadComponents;
-    const Index tail_columns = 16;
-    const Floats tables = normal(K * H, 1), head = normal(H * columns, 2), tail = normal(H * tail_columns, 3);
+inline Results joint_search(const Shape& s, int threads, bool with_cost, bool with_linear = false) {
+    const Index B = s.rows, R = (s.hidden + 15) / 16 * 16, K = sum(s.num_codes), columns = training::kHeadComponents;
+    const Index tail_columns = 16, linear_units = with_linear ? columns + tail_columns : 0, H = R + linear_units;
+    Floats head = normal(R * columns, 2), tail = normal(R * tail_columns, 3);
+    const Floats tables = normal(K * H, 1);
     const Floats cost = normal(with_cost ? B * K : 0, 4), tolerance(static_cast<std::size_t>(B), 1e-3f);
     Floats sums = normal(B * H, 5), gradient = normal(B * H, 6), filter, gram;
+    for (Index unit = 0; unit < linear_units; ++unit) {
+        for (Index j = 0; j < columns; ++j) head.push_back(j == unit ? 1.0f : 0.0f);
+        for (Index j = 0; j < tail_columns; ++j) tail.push_back(j == unit - columns ? 1.0f : 0.0f);
+        for (Index b = 0; b < B; ++b) sums[static_cast<std::size_t>(b * H + R + unit)] = 0.0f;
+    }
     const auto dot = [](const float* a, const float* b, Index n) {
         float total = 0.0f;
         for (Index j = 0; j < n; ++j) total += a[j] * b[j];
@@ -237,7 +243,7 @@ inline Results joint_search(const Shape& s, int threads, bool with_cost) {
     auto codes = random_codes<std::int64_t>(B, s.num_codes, 7, false);
     training::joint_search(address(codes), address(sums), address(gradient), address(tolerance), address(cost),
                            address(tables), address(filter), address(head), address(tail), address(gram), s.num_codes,
-                           B, H, tail_columns, 2, threads);
+                           B, H, linear_units, tail_columns, 2, threads);
     return {as_floats(codes), sums, gradient};
 }
 
