@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import base64
-import gzip
 import hashlib
 import json
 import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
 import pytest
 from browser import PROGRAM, Page, browser_page
 from dashboards import synthetic_checkpoint
+from explorer_pages import unpack
 from planted import operators, rows_where
 from sklearn.metrics import adjusted_mutual_info_score
 
@@ -43,20 +42,6 @@ OBSERVED.labels["initial condition"] = np.where(OBSERVED.tokens[:, 0] < 2, HOSTI
 
 def make_page() -> str:
     return build_page(explorer_data(OBSERVED, ABOUT), "Tokens of <b>x</b>")
-
-
-def unpack(page: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Header and columns of a page."""
-    found = re.search(r'id="data">([^<]*)</script>', page)
-    assert found
-    data = gzip.decompress(base64.b64decode(found[1]))
-    length = int.from_bytes(data[:4], "little")
-    header = json.loads(data[4 : 4 + length])
-    columns = {
-        name: np.frombuffer(data, f"<{kind}", count, 4 + length + offset)
-        for name, (kind, offset, count) in header["columns"].items()
-    }
-    return header, columns
 
 
 def test_a_page_is_reproducible_and_loads_nothing() -> None:
@@ -240,6 +225,28 @@ def test_numbers_on_the_page_equal_those_of_numpy(page: Page) -> None:
         assert int(match[3]) == lifts["count"][i]
         shown = [float(number) for number in re.findall(r"\d+\.\d+", value)]
         np.testing.assert_allclose(shown, [lifts[key][i] for key in ("lift", "lift_low", "lift_high")], atol=0.0052)
+
+
+def test_what_differs_is_said_in_words(page: Page) -> None:
+    page.press("Escape")
+    assert page.texts("#series-help") == ["The features have no value per time step, so there are none."]
+    t, labels = OBSERVED.tokens, OBSERVED.labels["initial condition"]
+    search(page, "c1=0 vs 5")
+    (text,) = page.texts("#lifts-summary")
+    assert text.startswith("Shares of the rows with c1 L0 = 0 against c1 L0 = 5: ")
+    assert f"initial condition: {HOSTILE[0]} (100.0 % against 0.00 %)" in text
+    search(page, "c1=1")
+    share = 100 * (labels == HOSTILE[0]).mean()
+    assert f"initial condition: {HOSTILE[0]} (100.0 % against {share:.1f} %)" in page.texts("#lifts-summary")[0]
+    page.choose("#condition", "initial condition: waves")
+    assert page.texts("#matches") == ["0 of 400 rows"]
+    assert page.texts("#best") == ["No row has all of these; remove one of them."]
+    page.press("Escape")
+    search(page, "c2=2 vs 3")
+    assert page.texts("#lifts-summary") == ["No condition differs clearly between the two codes."]
+    ami = {c.name: adjusted_mutual_info_score(t[:, 0], c.codes) for c in make_conditions(OBSERVED, 5)[0]}
+    assert f"initial condition by c1 L0 ({ami['initial condition']:.2f})" in page.texts("#associations-summary")[0]
+    page.press("Escape")
 
 
 def test_map_tree_and_heatmap(page: Page) -> None:

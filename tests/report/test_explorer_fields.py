@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import gzip
-import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +10,7 @@ import numpy as np
 import pytest
 from browser import PROGRAM, browser_page
 from dashboards import synthetic_checkpoint
+from explorer_pages import unpack
 from trajectory_files import smooth_fields, write_well
 
 from spinlock_fast.report.__main__ import main
@@ -43,16 +40,7 @@ def report(run: Path, output: Path, *arguments: object, data: str = "plain.h5") 
         main([str(argument) for argument in given])
     if end.value.code:
         return int(end.value.code), {}, {}
-    found = re.search(r'id="data">([^<]*)</script>', (output / "explorer.html").read_text(encoding="utf-8"))
-    assert found
-    content = gzip.decompress(base64.b64decode(found[1]))
-    length = int.from_bytes(content[:4], "little")
-    header = json.loads(content[4 : 4 + length])
-    columns = {
-        name: np.frombuffer(content, f"<{kind}", count, 4 + length + offset)
-        for name, (kind, offset, count) in header["columns"].items()
-    }
-    return 0, header, columns
+    return 0, *unpack((output / "explorer.html").read_text(encoding="utf-8"))
 
 
 def test_blocks_of_a_field_are_averaged() -> None:

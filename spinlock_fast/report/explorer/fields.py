@@ -20,14 +20,13 @@ from spinlock_fast.data.sharded_dataset import ShardedDatasets
 from spinlock_fast.data.window_sizes import available_cpus
 from spinlock_fast.errors import DataError
 from spinlock_fast.messages import printable
-from spinlock_fast.report.explorer.rows import Columns
+from spinlock_fast.report.explorer.rows import Columns, quantised
 from spinlock_fast.trajectories.samples import TrajectorySet
 
 DATASETS = {"inputs/fields": "initial field", "outputs/fields": "last field"}
 SIZE = 24  # largest height and width
 MAX_BYTES = 4_000_000  # of all pictures
 
-_NOT_FINITE = 255  # other values are in 0..254
 _ROWS_AT_ONCE = 64
 _QUANTILES = (0.005, 0.995)  # the range of the colours, over all pictures of a kind
 
@@ -61,10 +60,7 @@ class FieldPictures:
         """Rows, and the pixels of each kind from 0 to 254; 255 where a value is not finite."""
         columns: Columns = {"field/rows": self.rows.astype(np.uint32)}
         for kind, values in enumerate(self.pictures.values()):
-            low, high = colour_range(values)
-            scaled = (np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) / ((high - low) or 1.0)
-            pixels = np.rint(np.clip(scaled, 0.0, 1.0) * (_NOT_FINITE - 1)).astype(np.uint8)
-            columns[f"field/{kind}"] = np.where(np.isfinite(values), pixels, np.uint8(_NOT_FINITE)).ravel()
+            columns[f"field/{kind}"] = quantised(values, *colour_range(values)).ravel()
         return columns
 
 
