@@ -14,7 +14,6 @@ from planted import operators
 
 from spinlock_fast.data.feature_source import FeatureSource
 from spinlock_fast.report.__main__ import main
-from spinlock_fast.report.explorer import fields
 from spinlock_fast.report.explorer import series as series_module
 from spinlock_fast.report.explorer.data import explorer_data
 from spinlock_fast.report.explorer.page import build_page
@@ -66,10 +65,10 @@ def test_bands_and_series_equal_those_of_numpy(data: str, monkeypatch: pytest.Mo
     assert [s.name for s in plots.series] == NAMES
     for d, series in enumerate(plots.series):
         steps = series.steps
-        assert (len(steps), steps[0], steps[-1], series.length) == (48, 0, 99, 100)
+        assert (len(steps), steps[0], steps[-1], series.length) == (32, 0, 99, 100)
         own = VALUES[:, steps, d].astype(np.float64)
         known = ~np.isnan(own).all(0)
-        expected = np.full((3, 48), np.nan)
+        expected = np.full((3, 32), np.nan)
         expected[:, known] = np.nanquantile(own[:, known], [0.1, 0.5, 0.9], axis=0)
         np.testing.assert_allclose(series.band, expected, rtol=1e-6)
         finite = np.isfinite(own)
@@ -103,27 +102,27 @@ def test_series_are_ranked_by_the_difference_of_the_code(data: str) -> None:
 def test_pages_of_many_rows_keep_examples_and_the_series_that_differ_most(
     data: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for limit, rows, names in [
-        (48 * 4 * 3, [3, 7, 250], NAMES),  # the nearest first
-        (48 * 4 * 4, [3, 7, 250, 399], NAMES),
-    ]:
-        monkeypatch.setattr(fields, "MAX_BYTES", limit)
-        monkeypatch.setattr(series_module, "MAX_BYTES", limit)
-        monkeypatch.setattr(series_module, "BAND_ROWS", 100)
-        plots = time_series(FeatureSource(data, {"temporal": "features/temporal"}), OBSERVED, EXAMPLES)
-        assert plots is not None
-        assert (plots.rows.tolist(), [s.name for s in plots.series]) == (rows, names)
+    source = FeatureSource(data, {"temporal": "features/temporal"})
+    monkeypatch.setattr(series_module, "BAND_ROWS", 100)
+    monkeypatch.setattr(series_module, "MAX_BYTES", 32 * 4 * 4)
+    plots = time_series(source, OBSERVED, EXAMPLES)
+    assert plots is not None
+    assert (plots.rows.tolist(), [s.name for s in plots.series]) == ([3, 7, 250, 399], NAMES)
     assert plots.band_rows == 100
     sampled = VALUES[evenly_spaced(400, 100)][:, plots.series[1].steps, 1]
     np.testing.assert_allclose(plots.series[1].band, np.quantile(sampled, [0.1, 0.5, 0.9], axis=0), rtol=1e-5)
+    monkeypatch.setattr(series_module, "MAX_BYTES", 32 * 4 * 3)
+    plots = time_series(source, OBSERVED, EXAMPLES)
+    assert plots is not None
+    assert (plots.rows.tolist(), [s.name for s in plots.series]) == ([3, 7, 250], NAMES)  # the nearest first
     monkeypatch.setattr(series_module, "_MIN_SERIES", 1)
-    plots = time_series(FeatureSource(data, {"temporal": "features/temporal"}), OBSERVED, EXAMPLES)
+    plots = time_series(source, OBSERVED, EXAMPLES)
     assert plots is not None
-    assert (len(plots.rows), [s.name for s in plots.series]) == (4, NAMES)
-    monkeypatch.setattr(series_module, "MAX_BYTES", 48 * 4)
-    plots = time_series(FeatureSource(data, {"temporal": "features/temporal"}), OBSERVED, EXAMPLES)
+    assert (plots.rows.tolist(), [s.name for s in plots.series]) == ([3, 7, 250, 399], NAMES[1:])
+    monkeypatch.setattr(series_module, "MAX_BYTES", 32 * 4)
+    plots = time_series(source, OBSERVED, EXAMPLES)
     assert plots is not None
-    assert [s.name for s in plots.series] == ["level"]
+    assert (plots.rows.tolist(), [s.name for s in plots.series]) == ([3, 7, 250, 399], ["level"])
 
 
 def test_families_without_steps_have_no_series(data: str) -> None:
@@ -196,7 +195,7 @@ def test_the_page_draws_them(data: str, tmp_path: Path) -> None:
         np.testing.assert_allclose(table[:, 2:].T, level.band, rtol=1e-5)
         drawn = page.evaluate("document.querySelector('#series path.one').getAttribute('d')")
         heights = [float(point.split(" ")[1]) for point in drawn[1:].split("L")]
-        assert len(heights) == 48
+        assert len(heights) == 32
         assert np.corrcoef(heights, clipped)[0, 1] < -0.999
 
         # Another row by a click, and a second code. Missing values are gaps.
@@ -209,5 +208,5 @@ def test_the_page_draws_them(data: str, tmp_path: Path) -> None:
         page.choose("#one-series", "missing")
         bands = page.evaluate("document.querySelector('#series path.median').getAttribute('d')")
         assert bands.count("M") == 1
-        assert bands.count("L") == 46
+        assert bands.count("L") == 30
         assert not [e for e in page.events if e["method"] in ("Runtime.exceptionThrown", "Log.entryAdded")]

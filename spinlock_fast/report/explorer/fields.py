@@ -71,9 +71,9 @@ def colour_range(values: NDArray[np.float64]) -> tuple[float, float]:
     return low, high
 
 
-def chosen_rows(rows: int, examples: Sequence[NDArray[Any]], row_bytes: int) -> NDArray[np.int64]:
-    """All rows of the page if their pictures fit, else those of examples, the first kind of them first."""
-    most = max(1, MAX_BYTES // row_bytes)
+def chosen_rows(rows: int, examples: Sequence[NDArray[Any]], row_bytes: int, most_bytes: int) -> NDArray[np.int64]:
+    """All rows of the page if they fit, else those of examples, the first kind of them first."""
+    most = max(1, most_bytes // row_bytes)
     if rows <= most:
         return np.arange(rows)
     wanted = np.concatenate([np.asarray(part, np.int64) for part in examples])
@@ -105,7 +105,7 @@ def pictures_of_datasets(
         if stored.rows != source.rows or not 2 <= len(shape) <= 4:
             found, expected = [stored.rows, *shape], f"[N, C, *space] with N = {source.rows}"
             raise DataError(f"{file}: {path} is {found}, expected {expected}")
-    rows = chosen_rows(len(page_rows), examples, sum(_bytes(shape[1:], 1) for shape in shapes))
+    rows = chosen_rows(len(page_rows), examples, sum(_bytes(shape[1:], 1) for shape in shapes), MAX_BYTES)
     parts: dict[str, list[NDArray[np.float64]]] = {path: [] for path in kept}
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         wanted = page_rows[rows[start : start + _ROWS_AT_ONCE]]
@@ -137,7 +137,7 @@ def pictures_of_trajectories(
     one_dimension = len(extents) == 1
     names = ("all states, time downwards",) if one_dimension else ("first state", "last state")
     size = _bytes((trajectories.shape.steps, *extents) if one_dimension else extents, len(names))
-    rows = chosen_rows(len(page_rows), examples, size)
+    rows = chosen_rows(len(page_rows), examples, size, MAX_BYTES)
     found: dict[str, list[NDArray[np.float64]]] = {name: [] for name in names}
     for states in _samples(trajectories, page_rows[rows]):
         parts = (states,) if one_dimension else (states[0], states[-1])

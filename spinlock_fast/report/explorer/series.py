@@ -14,15 +14,16 @@ from spinlock_fast.analysis.codes import one_hot
 from spinlock_fast.analysis.observations import Observations
 from spinlock_fast.data.feature_source import FeatureSource
 from spinlock_fast.messages import printable
-from spinlock_fast.report.explorer.fields import MAX_BYTES, chosen_rows
+from spinlock_fast.report.explorer.fields import chosen_rows
 from spinlock_fast.report.explorer.rows import Columns, quantised
 
 QUANTILES = (0.1, 0.5, 0.9)  # of the rows, at each step
-STEPS = 48  # largest number of steps
+STEPS = 32  # largest number of steps
+MAX_BYTES = 3_000_000  # of the values of all series and rows
 BAND_ROWS = 2000  # largest number of rows for the quantiles: the error of a share of 10 % is 0.7 %
 
 _MIN_STEPS = 4
-_MIN_SERIES = 16  # as many series before more rows than those of examples
+_MIN_SERIES = 12  # as many series before more rows than those of examples
 _MIN_CODE_ROWS = 20  # of codes that decide which series are kept
 _BYTES_AT_ONCE = 128_000_000
 
@@ -86,7 +87,7 @@ class SeriesPlots:
 
 
 def time_series(source: FeatureSource, observed: Observations, examples: Sequence[NDArray[Any]]) -> SeriesPlots | None:
-    """Series of all rows if they fit in 4 MB, else of examples and of the series that differ most between codes.
+    """Series of all rows if they fit in 3 MB, else of examples and of the series that differ most between codes.
 
     Args:
         source: the data.
@@ -103,7 +104,7 @@ def time_series(source: FeatureSource, observed: Observations, examples: Sequenc
     N = len(observed.rows)
     steps = {name: evenly_spaced(T, STEPS) for name, (T, _) in families.items()}
     row_bytes = sum(len(steps[name]) * min(D, _MIN_SERIES) for name, (_, D) in families.items())
-    rows = chosen_rows(N, examples, row_bytes)
+    rows = chosen_rows(N, examples, row_bytes, MAX_BYTES)
     sampled = evenly_spaced(N, BAND_ROWS)
     members = one_hot(observed.tokens[sampled], observed.codebooks.offsets)
     members = members[np.flatnonzero(np.bincount(_all_codes(observed), minlength=members.shape[0]))]

@@ -7,7 +7,7 @@ const CODE_COLUMNS = [
   { name: "Distance", key: row => row.distance, text: row => number(row.distance), title: "Median distance of the latents to the code" },
   { name: "Effect", key: row => -row.effect, text: row => signed(row.effect), ranked: true, title: "Mean of the feature over the rows of the code, in standard deviations from the mean of all rows" },
   { name: "In filter", key: row => -row.inFilter, text: row => integer(row.inFilter), filtered: true, title: "Rows of the code that match the filter" },
-  { name: "% in filter", key: row => -row.inFilter / row.count, text: row => percent(row.inFilter / row.count), filtered: true, title: "Share of the rows of the code that match the filter" },
+  { name: "Share", key: row => -row.inFilter / row.count, text: row => percent(row.inFilter / row.count), filtered: true, title: "Share of the rows of the code that match the filter" },
   { name: "Overlap", key: row => -row.overlap, text: row => percent(row.overlap), filtered: true, title: "Rows with the code that match the filter, divided by the rows with either: 100 % if the code marks exactly these rows" },
 ];
 const MOST_ROWS = 200;

@@ -3,7 +3,8 @@
 const MOST_SERIES = 6;
 const MOST_LINES = 5; // of other rows
 let seriesPlace = null; // row -> its place among those with series
-let shownSeries = []; // what the panel shows: row, other rows, row of the compared code, indices of series
+let shownSeries = []; // indices of the series on the panel
+let seriesExamples = { nearest: [] };
 
 const hasSeries = at => {
   seriesPlace ??= new Map([...column("series/rows")].map((row, i) => [row, i]));
@@ -78,13 +79,18 @@ function seriesHelp({ at, others, second, chosen }) {
 
 // The row to show: the one that the pointer is on, the chosen one, or the first example with series.
 function seriesRows() {
-  const known = code => exampleRows(code).map(each => each.at).filter(hasSeries);
-  const examples = known(state.selected);
+  const { nearest, first, second } = seriesExamples;
   const chosen = [marked, pinned].find(row => row !== null && hasSeries(row));
-  const at = chosen ?? examples[0];
-  const nearest = exampleRows(state.selected).filter(each => each.kind === "nearest" && each.at !== at && hasSeries(each.at));
-  const second = state.compared === null ? undefined : known(state.compared)[0];
-  return { at, chosen: chosen !== undefined, others: nearest.slice(0, MOST_LINES - 1).map(each => each.at), second };
+  const at = chosen ?? first;
+  return { at, chosen: chosen !== undefined, others: nearest.filter(row => row !== at).slice(0, MOST_LINES - 1), second };
+}
+
+// Examples with series: nearest ones and the first one of the selected code, and the first one of the compared code.
+function findSeriesExamples() {
+  const known = code => exampleRows(code).filter(each => hasSeries(each.at));
+  const own = known(state.selected);
+  const nearest = own.filter(each => each.kind === "nearest").map(each => each.at);
+  seriesExamples = { nearest, first: own[0]?.at, second: state.compared === null ? undefined : known(state.compared)[0]?.at };
 }
 
 function showSeries() {
@@ -123,5 +129,8 @@ function startSeries() {
   select.append(element("option", { value: "", textContent: "those that differ most" }), ...options.map(([textContent, i]) => element("option", { value: String(i), textContent })));
   select.onchange = showSeries;
   addCsvButton(byId("series-heading"), "series", seriesTable);
-  onChange(showSeries);
+  onChange(() => {
+    findSeriesExamples();
+    showSeries();
+  });
 }
