@@ -267,6 +267,20 @@ MUTATIONS = [
         "tests/report/test_explorer_fields.py -k states_of",
     ),
     Mutation(
+        "Explorer: series of the wrong rows of the page",
+        "spinlock_fast/report/explorer/series.py",
+        r"observed\.rows\[rows\]",
+        "rows",
+        "tests/report/test_explorer_series.py -k equal_those",
+    ),
+    Mutation(
+        "Explorer: the series that differ least are kept",
+        "spinlock_fast/report/explorer/series.py",
+        r"argsort\(-largest",
+        "argsort(largest",
+        "tests/report/test_explorer_series.py -k many_rows",
+    ),
+    Mutation(
         "Training curves: epochs after the resumed state are kept",
         "spinlock_fast/commands/scalars.py",
         r" if epoch <= last_epoch",

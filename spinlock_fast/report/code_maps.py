@@ -26,6 +26,8 @@ from spinlock_fast.report.style import (
     unique_labels,
 )
 
+_MAX_VECTOR_POINTS = 20_000  # in an SVG; more are drawn as an image
+
 
 def facet_grid(count: int) -> tuple[int, int]:
     """(columns, rows) of the maps of many categories."""
@@ -128,10 +130,12 @@ def _draw_facets(
     most = int(width / columns / 0.062)
     numbers = [str(c + 1) for c in range(len(summary.categories))]
     labels = unique_labels(summary.categories, most) if most >= 12 else numbers
-    for c, label in enumerate(labels):
+    places = [unit * (0.9, 0.74) + (c % columns + 0.05, -(c // columns)) for c in range(len(labels))]
+    every = np.concatenate(places)
+    many = len(every) > _MAX_VECTOR_POINTS
+    ax.scatter(every[:, 0], every[:, 1], s=0.4 * width, color=BACKGROUND, linewidths=0, rasterized=many)
+    for c, (label, place) in enumerate(zip(labels, places, strict=True)):
         line, column = divmod(c, columns)
-        place = unit * (0.9, 0.74) + (column + 0.05, -line)
-        ax.scatter(place[:, 0], place[:, 1], s=0.4 * width, color=BACKGROUND, linewidths=0)
         for number in np.unique(level)[::-1]:
             chosen = (category == c) & (level == number)
             _scatter(ax, place, chosen, int(number), FOCUS, np.minimum(area, 4.0 * width))

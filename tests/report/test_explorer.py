@@ -226,6 +226,28 @@ def test_numbers_on_the_page_equal_those_of_numpy(page: Page) -> None:
         np.testing.assert_allclose(shown, [lifts[key][i] for key in ("lift", "lift_low", "lift_high")], atol=0.0052)
 
 
+def test_what_differs_is_said_in_words(page: Page) -> None:
+    page.press("Escape")
+    assert page.texts("#series-help") == ["The features have no value per time step, so there are none."]
+    t, labels = OBSERVED.tokens, OBSERVED.labels["initial condition"]
+    search(page, "c1=0 vs 5")
+    (text,) = page.texts("#lifts-summary")
+    assert text.startswith("Shares of the rows with c1 L0 = 0 against c1 L0 = 5: ")
+    assert f"initial condition: {HOSTILE[0]} (100.0 % against 0.00 %)" in text
+    search(page, "c1=1")
+    share = 100 * (labels == HOSTILE[0]).mean()
+    assert f"initial condition: {HOSTILE[0]} (100.0 % against {share:.1f} %)" in page.texts("#lifts-summary")[0]
+    page.choose("#condition", "initial condition: waves")
+    assert page.texts("#matches") == ["0 of 400 rows"]
+    assert page.texts("#best") == ["No row has all of these; remove one of them."]
+    page.press("Escape")
+    search(page, "c2=2 vs 3")
+    assert page.texts("#lifts-summary") == ["No condition differs clearly between the two codes."]
+    ami = {c.name: adjusted_mutual_info_score(t[:, 0], c.codes) for c in make_conditions(OBSERVED, 5)[0]}
+    assert f"initial condition by c1 L0 ({ami['initial condition']:.2f})" in page.texts("#associations-summary")[0]
+    page.press("Escape")
+
+
 def test_map_tree_and_heatmap(page: Page) -> None:
     page.press("Escape")
     t = OBSERVED.tokens

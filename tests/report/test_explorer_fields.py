@@ -13,7 +13,6 @@ from dashboards import explorer_contents, synthetic_checkpoint
 from trajectory_files import smooth_fields, write_well
 
 from spinlock_fast.report.__main__ import main
-from spinlock_fast.report.explorer import fields as fields_module
 from spinlock_fast.report.explorer.fields import FieldPictures, chosen_rows, picture, shrunk
 
 ROWS = 40
@@ -65,12 +64,11 @@ def test_values_that_are_not_finite_have_a_colour_of_their_own() -> None:
     assert nothing.columns()["field/0"].tolist() == [255] * 4
 
 
-def test_pages_of_many_rows_show_the_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pages_of_many_rows_show_the_examples() -> None:
     examples = [np.array([9, 2, 5]), np.array([2, 7, 1])]
-    assert chosen_rows(10, examples, 576).tolist() == list(range(10))
-    monkeypatch.setattr(fields_module, "MAX_BYTES", 5 * 576)
-    assert chosen_rows(10, examples, 576).tolist() == [1, 2, 5, 7, 9]
-    assert chosen_rows(10, examples, 2 * 576).tolist() == [2, 9]  # the nearest first
+    assert chosen_rows(10, examples, 576, 10 * 576).tolist() == list(range(10))
+    assert chosen_rows(10, examples, 576, 5 * 576).tolist() == [1, 2, 5, 7, 9]
+    assert chosen_rows(10, examples, 2 * 576, 5 * 576).tolist() == [2, 9]  # the nearest first
 
 
 def test_initial_fields_of_the_data(run: Path, tmp_path: Path) -> None:

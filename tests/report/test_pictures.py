@@ -25,7 +25,7 @@ from spinlock_fast.analysis import analyze
 from spinlock_fast.errors import ConfigError
 from spinlock_fast.features.categories import category_correlation
 from spinlock_fast.plot_style import BACKGROUND, FOCUS, MAGNITUDE, NEUTRAL, PALETTE, figure_style
-from spinlock_fast.report import KINDS, write_report
+from spinlock_fast.report import KINDS, code_maps, write_report
 from spinlock_fast.report.checkpoint_summary import CheckpointSummary, read_checkpoint_summary
 from spinlock_fast.report.data_statistics import DataStatistics, measure_data
 from spinlock_fast.report.write import draw
@@ -329,6 +329,21 @@ def test_no_global_state_is_left(checkpoint: Path) -> None:
     assert dict(matplotlib.rcParams) == before
     assert isinstance(figure.canvas, FigureCanvasAgg)
     assert figure.canvas.manager is None
+
+
+@pytest.mark.slow
+def test_points_of_many_maps_are_an_image_in_an_svg(
+    directory_of: Callable[[int], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+    for limit in (20_000, 10):
+        monkeypatch.setattr(code_maps, "_MAX_VECTOR_POINTS", limit)
+        write_report(directory_of(25), tmp_path, kinds=("topological",))
+        svg = (tmp_path / "topological.svg").read_text()
+        sizes.append((svg.count("<use"), svg.count("<image")))
+    (points, images), (fewer_points, more_images) = sizes
+    assert fewer_points < points / 3
+    assert more_images > images
 
 
 def test_assert_readable_finds_what_a_reader_would() -> None:

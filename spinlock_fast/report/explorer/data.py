@@ -24,6 +24,7 @@ from spinlock_fast.errors import DataError
 from spinlock_fast.messages import printable
 from spinlock_fast.report.explorer.fields import FieldPictures
 from spinlock_fast.report.explorer.rows import Columns, condition_columns, neighbour_columns, row_columns
+from spinlock_fast.report.explorer.series import SeriesPlots
 
 MIN_ROWS = 20
 ALPHA = 0.05  # false discovery rate
@@ -55,6 +56,11 @@ class ExplorerData:
         if len(pictures.rows) < self.header["rows"]:
             text = f"fields are shown of {len(pictures.rows):,} rows, which are examples of the codes"
             self.header["notes"].append(text)
+
+    def add_series(self, plots: SeriesPlots) -> None:
+        """Adds time series to the page."""
+        self.header["series"] = plots.header()
+        self.columns.update(plots.columns())
 
 
 def explorer_data(observed: Observations, about: Mapping[str, Any]) -> ExplorerData:
@@ -96,6 +102,7 @@ def explorer_data(observed: Observations, about: Mapping[str, Any]) -> ExplorerD
     header = {
         **about,
         "fields": None,
+        "series": None,
         "rows": N,
         "alpha": ALPHA,
         **_codebook_header(observed.codebooks),

@@ -20,14 +20,13 @@ from spinlock_fast.data.sharded_dataset import ShardedDatasets
 from spinlock_fast.data.window_sizes import available_cpus
 from spinlock_fast.errors import DataError
 from spinlock_fast.messages import printable
-from spinlock_fast.report.explorer.rows import Columns
+from spinlock_fast.report.explorer.rows import Columns, quantised
 from spinlock_fast.trajectories.samples import TrajectorySet
 
 DATASETS = {"inputs/fields": "initial field", "outputs/fields": "last field"}
 SIZE = 24  # largest height and width
 MAX_BYTES = 4_000_000  # of all pictures
 
-_NOT_FINITE = 255  # other values are in 0..254
 _ROWS_AT_ONCE = 64
 _QUANTILES = (0.005, 0.995)  # the range of the colours, over all pictures of a kind
 
@@ -61,10 +60,7 @@ class FieldPictures:
         """Rows, and the pixels of each kind from 0 to 254; 255 where a value is not finite."""
         columns: Columns = {"field/rows": self.rows.astype(np.uint32)}
         for kind, values in enumerate(self.pictures.values()):
-            low, high = colour_range(values)
-            scaled = (np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) / ((high - low) or 1.0)
-            pixels = np.rint(np.clip(scaled, 0.0, 1.0) * (_NOT_FINITE - 1)).astype(np.uint8)
-            columns[f"field/{kind}"] = np.where(np.isfinite(values), pixels, np.uint8(_NOT_FINITE)).ravel()
+            columns[f"field/{kind}"] = quantised(values, *colour_range(values)).ravel()
         return columns
 
 
@@ -75,9 +71,9 @@ def colour_range(values: NDArray[np.float64]) -> tuple[float, float]:
     return low, high
 
 
-def chosen_rows(rows: int, examples: Sequence[NDArray[Any]], row_bytes: int) -> NDArray[np.int64]:
-    """All rows of the page if their pictures fit, else those of examples, the first kind of them first."""
-    most = max(1, MAX_BYTES // row_bytes)
+def chosen_rows(rows: int, examples: Sequence[NDArray[Any]], row_bytes: int, most_bytes: int) -> NDArray[np.int64]:
+    """All rows of the page if they fit, else those of examples, the first kind of them first."""
+    most = max(1, most_bytes // row_bytes)
     if rows <= most:
         return np.arange(rows)
     wanted = np.concatenate([np.asarray(part, np.int64) for part in examples])
@@ -109,7 +105,7 @@ def pictures_of_datasets(
         if stored.rows != source.rows or not 2 <= len(shape) <= 4:
             found, expected = [stored.rows, *shape], f"[N, C, *space] with N = {source.rows}"
             raise DataError(f"{file}: {path} is {found}, expected {expected}")
-    rows = chosen_rows(len(page_rows), examples, sum(_bytes(shape[1:], 1) for shape in shapes))
+    rows = chosen_rows(len(page_rows), examples, sum(_bytes(shape[1:], 1) for shape in shapes), MAX_BYTES)
     parts: dict[str, list[NDArray[np.float64]]] = {path: [] for path in kept}
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         wanted = page_rows[rows[start : start + _ROWS_AT_ONCE]]
@@ -141,7 +137,7 @@ def pictures_of_trajectories(
     one_dimension = len(extents) == 1
     names = ("all states, time downwards",) if one_dimension else ("first state", "last state")
     size = _bytes((trajectories.shape.steps, *extents) if one_dimension else extents, len(names))
-    rows = chosen_rows(len(page_rows), examples, size)
+    rows = chosen_rows(len(page_rows), examples, size, MAX_BYTES)
     found: dict[str, list[NDArray[np.float64]]] = {name: [] for name in names}
     for states in _samples(trajectories, page_rows[rows]):
         parts = (states,) if one_dimension else (states[0], states[-1])

@@ -14,7 +14,7 @@ from spinlock_fast.report.explorer.data import ExplorerData
 
 SCRIPTS = (
     *("data.js", "dom.js", "terms.js", "state.js", "codes.js", "profile.js", "fields.js"),
-    *("examples.js", "overview.js", "map.js", "main.js"),
+    *("examples.js", "series.js", "overview.js", "map.js", "main.js"),
 )
 
 

@@ -14,6 +14,7 @@ from spinlock_fast.analysis.observations import Codebooks, Floats, Observations
 
 _MAP_STEPS = 65_535
 _RANK_STEPS = 255
+_NOT_FINITE = 255  # of quantised values, which are in 0..254
 
 Columns = dict[str, NDArray[Any]]
 
@@ -80,3 +81,10 @@ def neighbour_columns(observed: Observations) -> Columns:
     """Scaled code vectors, K x D values of each codebook, whose Euclidean distance is that of `search`."""
     coordinates = code_coordinates(observed.codebooks, observed.tokens)
     return {f"vectors/{g}": codes.ravel() for g, codes in enumerate(coordinates)}
+
+
+def quantised(values: NDArray[np.floating], low: float, high: float) -> NDArray[np.uint8]:
+    """Values as 0 (at or below `low`) to 254 (at or above `high`); 255 where they are not finite."""
+    scaled = (np.nan_to_num(values.astype(np.float64), nan=low, posinf=high, neginf=low) - low) / ((high - low) or 1.0)
+    steps = np.rint(np.clip(scaled, 0.0, 1.0) * (_NOT_FINITE - 1)).astype(np.uint8)
+    return np.where(np.isfinite(values), steps, np.uint8(_NOT_FINITE))

@@ -21,6 +21,7 @@ from spinlock_fast.report.checkpoint_summary import CheckpointSummary, read_chec
 from spinlock_fast.report.explorer.data import MIN_ROWS, ExplorerData, explorer_data
 from spinlock_fast.report.explorer.fields import pictures_of_datasets, pictures_of_trajectories
 from spinlock_fast.report.explorer.page import build_page
+from spinlock_fast.report.explorer.series import time_series
 from spinlock_fast.trajectories.samples import TrajectorySet
 
 FILE = "explorer.html"
@@ -69,6 +70,9 @@ def write_explorer(
         add_named_conditions(observed, source, conditions)
         contents = explorer_data(observed, _about(summary, data))
         _add_pictures(contents, source, trajectories, observed.rows)
+        series = time_series(source, observed, contents.examples())
+        if series is not None:
+            contents.add_series(series)
     page = build_page(contents, f"Tokens of {printable(summary.name)}")
     check_size(len(page.encode()), contents)
     path = Path(output) / FILE

@@ -7,7 +7,7 @@ const CODE_COLUMNS = [
   { name: "Distance", key: row => row.distance, text: row => number(row.distance), title: "Median distance of the latents to the code" },
   { name: "Effect", key: row => -row.effect, text: row => signed(row.effect), ranked: true, title: "Mean of the feature over the rows of the code, in standard deviations from the mean of all rows" },
   { name: "In filter", key: row => -row.inFilter, text: row => integer(row.inFilter), filtered: true, title: "Rows of the code that match the filter" },
-  { name: "Of code", key: row => -row.inFilter / row.count, text: row => percent(row.inFilter / row.count), filtered: true, title: "Share of the rows of the code that match the filter" },
+  { name: "Share", key: row => -row.inFilter / row.count, text: row => percent(row.inFilter / row.count), filtered: true, title: "Share of the rows of the code that match the filter" },
   { name: "Overlap", key: row => -row.overlap, text: row => percent(row.overlap), filtered: true, title: "Rows with the code that match the filter, divided by the rows with either: 100 % if the code marks exactly these rows" },
 ];
 const MOST_ROWS = 200;
@@ -54,7 +54,8 @@ function codeRows() {
 function showBest() {
   const free = countedCodes().filter(row => row.inFilter && !state.filter.has("tokens/" + codebookOf(row.code)));
   const best = free.reduce((a, b) => (b.overlap > (a?.overlap ?? 0) ? b : a), null);
-  byId("best").hidden = !best || ![...state.filter.keys()].some(isCondition);
+  byId("best").hidden = matches > 0 && (!best || ![...state.filter.keys()].some(isCondition));
+  if (!matches) byId("best").replaceChildren("No row has all of these; remove one of them.");
   if (!best) return;
   const select = () => update({ selected: best.code, compared: null });
   const name = element("button", { type: "button", textContent: codeLabel(best.code), title: "Show its profile", onclick: select });
@@ -75,20 +76,23 @@ function headCell(each) {
 
 function showCodes() {
   const shown = shownColumns();
-  const rows = codeRows();
-  const body = rows.slice(0, sorting.all ? rows.length : MOST_ROWS).map(row => {
+  const every = codeRows();
+  const used = every.filter(row => row.count || row.code === state.selected || row.code === state.compared);
+  const rows = sorting.all ? every : used.slice(0, MOST_ROWS);
+  const body = rows.map(row => {
     const className = "clickable" + (row.code === state.selected ? " current" : row.code === state.compared ? " second" : "");
     const name = element("button", { type: "button", textContent: codeLabel(row.code) });
     const cells = shown.slice(1).map(each => element("td", { textContent: each.text(row) }));
     const select = () => update({ selected: row.code });
     return element("tr", { className, onclick: select, "data-code": row.code }, element("td", {}, name), ...cells);
   });
-  if (rows.length > MOST_ROWS && !sorting.all) {
+  if (rows.length < every.length) {
     const more = () => {
       sorting.all = true;
       showCodes();
     };
-    const button = element("button", { type: "button", textContent: `Show all ${integer(rows.length)} codes`, onclick: more });
+    const unused = used.length < every.length ? `, ${integer(every.length - used.length)} of them without a row` : "";
+    const button = element("button", { type: "button", textContent: `Show all ${integer(every.length)} codes${unused}`, onclick: more });
     body.push(element("tr", {}, element("td", { colSpan: shown.length }, button)));
   }
   const focused = document.activeElement.closest("#codes tbody") !== null;

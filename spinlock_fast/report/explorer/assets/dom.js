@@ -26,6 +26,9 @@ function number(value, digits = 2) {
   return Number.isFinite(value) ? value.toFixed(digits) : "∞";
 }
 
+// Three significant digits.
+const short = value => String(+value.toPrecision(3)).replace("-", "−");
+
 const counted = (value, one, many = one + "s") => `${integer(value)} ${value === 1 ? one : many}`;
 
 // A long name, which may be broken after "_", ":" and "/".

@@ -34,7 +34,6 @@ function fieldsOf(at) {
 
 function fieldsHelp() {
   if (!H.fields) return "";
-  const minus = value => String(+value.toPrecision(3)).replace("-", "−");
-  const kinds = H.fields.kinds.map(({ name, low, high }) => `${name} from ${minus(low)} (dark) to ${minus(high)} (light)`);
+  const kinds = H.fields.kinds.map(({ name, low, high }) => `${name} from ${short(low)} (dark) to ${short(high)} (light)`);
   return ` Fields, ${H.fields.channel}: ${kinds.join("; ")}; red where not finite.`;
 }

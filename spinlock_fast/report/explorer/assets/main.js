@@ -63,7 +63,7 @@ async function start() {
   byId("main").hidden = false;
   showFacts();
   showQuestions();
-  for (const panel of [startFilter, startCodes, startProfile, startExamples, startOverview, startMap]) panel();
+  for (const panel of [startFilter, startCodes, startProfile, startExamples, startSeries, startOverview, startMap]) panel();
   byId("go").replaceChildren("Go to: ", ...PANELS.filter(each => !byId(each[1]).hidden).map(each => goButton(...each)));
   layoutMap();
   update({ selected: mostDistinctCode(), ...readHash() });

@@ -112,6 +112,7 @@ function showRow(at) {
 function markRow(at) {
   marked = at;
   drawMap();
+  showSeries();
 }
 
 function pinRow(at) {
@@ -119,6 +120,7 @@ function pinRow(at) {
   showRow(at);
   showRowPanel(at);
   drawMap();
+  showSeries();
 }
 
 function startMap() {

@@ -50,6 +50,8 @@ function axis(...labels) {
   return [element("div", { className: "name axis" }), element("div", { className: "axis muted" }, ...texts), element("div", { className: "axis" })];
 }
 
+const plotClass = () => (state.compared === null ? "plot" : "plot pairs");
+
 const interval = (low, high, digits = 2) =>
   Number.isFinite(low) && Number.isFinite(high) ? ` [${number(low, digits)}, ${number(high, digits)}]`.replaceAll("-", "−") : "";
 
@@ -70,7 +72,8 @@ function showProfile() {
   byId("profile-help").textContent = state.compared === null
     ? "Mean of the feature over the rows of the code, in standard deviations from the mean of all rows, with its 95 % interval. " +
       `The ${TOP} whose interval is farthest from 0; muted: not significant at a false discovery rate of ${H.alpha}.`
-    : "Both effects, and as the number their difference with its 95 % interval, which treats the rows of the two codes as independent.";
+    : "Both effects, and as the number their difference with its 95 % interval, which treats the rows of the two codes as independent. " +
+      "The largest differences first; muted: the interval contains 0.";
   const rows = profileRows().filter(row => !Number.isNaN(row.value)).slice(0, TOP);
   byId("summary").hidden = !rows.length;
   byId("summary").textContent = summary(rows);
@@ -83,9 +86,9 @@ function showProfile() {
   const scale = value => 150 + (Math.max(-reach, Math.min(reach, value)) / reach) * 146;
   const cells = rows.flatMap(row => {
     const mark = (each, className, y) => ({ low: each.effect - each.half, high: each.effect + each.half, at: each.effect, className, y });
-    const marks = row.other ? [mark(row, "one", 6), mark(row.other, "two", 16)] : [mark(row, "one", 11)];
+    const marks = row.other ? [mark(row, "one", 7), mark(row.other, "two", 15)] : [mark(row, "one", 11)];
     const title = `${row.kind} feature; AUC ${number(row.auc, 3)}`;
-    const muted = row.other || row.found ? "" : " muted";
+    const muted = (row.other ? row.rank > 0 : row.found) ? "" : " muted";
     return [
       element("div", { className: "name" + muted, title }, ...breakable(row.name)),
       dotPlot(marks, scale, 0),
@@ -93,7 +96,7 @@ function showProfile() {
     ];
   });
   cells.push(...axis(signed(-reach), "0", signed(reach)));
-  byId("profile").replaceChildren(element("div", { className: "plot" }, ...cells));
+  byId("profile").replaceChildren(element("div", { className: plotClass() }, ...cells));
 }
 
 // Rows of the lifts of a code; those whose interval is farthest from 1 first.
@@ -127,33 +130,51 @@ function shownLifts() {
 function liftsHelp() {
   if (!H.conditions.length) return "The data have no parameters and no labels.";
   const codes = [state.selected, state.compared].filter(code => code !== null).map(codeLabel).join(" and with ");
+  const muted = state.compared === null ? "not significant" : "the intervals overlap, or neither is significant";
   return (
     `How much more frequent a condition is among the rows with ${codes} than among all rows, with its 95 % interval; in brackets, the ` +
-    "number of rows. 1 is no relation; muted: not significant. A click adds the condition to the filter."
+    `number of rows. 1 is no relation; muted: ${muted}. A click adds the condition to the filter.`
   );
+}
+
+const isClear = ({ row, other, rank }) => (other ? rank > 0 && (row.found || other.found) : row.found);
+
+// The conditions that stand out most in words, at most three, with the most frequent value of each that does.
+function liftsSummary(rows) {
+  const clear = rows.filter(isClear);
+  if (!clear.length) return state.compared === null ? "" : "No condition differs clearly between the two codes.";
+  const [count, second] = [state.selected, state.compared].map(code => column("code/count")[code ?? 0]);
+  const most = new Map();
+  for (const each of clear) if (!(most.get(each.row.key)?.row.count >= each.row.count)) most.set(each.row.key, each);
+  const parts = [...most.values()].slice(0, 3).map(({ row, other }) => {
+    const rest = other ? percent(other.count / second) : percent(levelCounts(Number(row.key.slice(10)))[row.place] / H.rows);
+    return `${row.name}: ${row.level} (${percent(row.count / count)} against ${rest})`;
+  });
+  return `Shares of the rows with ${codeLabel(state.selected)} against ${state.compared === null ? "all rows" : codeLabel(state.compared)}: ${parts.join("; ")}.`;
 }
 
 function showLifts() {
   byId("lifts-help").textContent = liftsHelp();
   const rows = shownLifts();
+  byId("lifts-summary").textContent = liftsSummary(rows);
   const all = rows.flatMap(({ row, other }) => (other ? [row, other] : [row]));
   const reach = Math.log(Math.max(2, ...all.flatMap(row => [row.high, 1 / row.low]).filter(Number.isFinite).map(v => Math.min(v, 64))));
   const scale = value => 150 + (Math.max(-reach, Math.min(reach, Math.log(value))) / reach) * 146;
   const mark = (row, className, y) => ({ low: Math.max(row.low, 1e-9), high: row.high, at: Math.max(row.value, 1e-9), className, y });
-  const cells = rows.flatMap(({ row, other }) => {
-    const muted = row.found || other?.found ? "" : " muted";
+  const cells = rows.flatMap(({ row, other, rank }) => {
+    const muted = isClear({ row, other, rank }) ? "" : " muted";
     const counts = [row, other].filter(Boolean).map(each => integer(each.count)).join(" and ");
     const add = element("button", { type: "button", title: "Add to the filter", onclick: () => addToFilter([[row.key, row.place]]) });
     add.append(...breakable(`${row.name}: ${row.level} (${counts})`));
     return [
       element("div", { className: "name" + muted }, add),
-      dotPlot(other ? [mark(row, "one", 6), mark(other, "two", 16)] : [mark(row, "one", 11)], scale, 1),
+      dotPlot(other ? [mark(row, "one", 7), mark(other, "two", 15)] : [mark(row, "one", 11)], scale, 1),
       element("div", { className: "value" + muted, textContent: other
         ? `${number(row.value)} × and ${number(other.value)} ×` : number(row.value) + " ×" + interval(row.low, row.high) }),
     ];
   });
   if (rows.length) cells.push(...axis(number(Math.exp(-reach)), "1", number(Math.exp(reach), 1)));
-  byId("lifts").replaceChildren(element("div", { className: "plot" }, ...cells));
+  byId("lifts").replaceChildren(element("div", { className: plotClass() }, ...cells));
 }
 
 function startProfile() {

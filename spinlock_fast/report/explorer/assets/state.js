@@ -106,11 +106,20 @@ function search() {
   }
 }
 
+// [levels] number of rows with each value of a condition; kept, as it is asked for at each update.
+const countsOfLevels = [];
+function levelCounts(c) {
+  if (!countsOfLevels[c]) {
+    countsOfLevels[c] = new Uint32Array(H.conditions[c].levels.length);
+    for (const level of column("condition/" + c)) countsOfLevels[c][level]++;
+  }
+  return countsOfLevels[c];
+}
+
 // One list of all values of all conditions; a choice is added to the filter.
 function fillConditions(select) {
   const groups = H.conditions.map(({ name, levels }, c) => {
-    const counts = new Uint32Array(levels.length);
-    for (const level of column("condition/" + c)) counts[level]++;
+    const counts = levelCounts(c);
     const options = levels.map((level, i) => element("option", { value: `${c}/${i}`, textContent: `${name}: ${level} (${integer(counts[i])})` }));
     return element("optgroup", { label: name }, ...options);
   });
