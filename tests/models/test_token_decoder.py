@@ -170,7 +170,7 @@ def test_blocks_of_rows(fitted: Any, x: Any, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(token_decoder_fit, "_ROWS", 96)
     blocks = fit(12, x)
     errors = [run.metrics["joint"]["reconstruction_error"] for run in (fitted, blocks)]
-    assert errors[1] == pytest.approx(errors[0], rel=0.15)
+    assert 0.5 * errors[0] < errors[1] < 1.15 * errors[0]
 
 
 def test_fit_that_does_not_help_is_not_kept(
