@@ -189,8 +189,8 @@ def code_mlp_backward(
 def code_cosines(codebook: int, num_codes: list[int], dims: list[int], threads: int) -> float: ...
 def joint_search(
     codes: int, sums: int, gradient: int, tolerance: int, cost: int, tables: int, filter: int, head: int, tail: int,
-    gram: int, num_codes: list[int], rows: int, hidden_width: int, linear_units: int, tail_columns: int, sweeps: int,
-    threads: int,
+    gram: int, linear_head: int, linear_gradient: int, num_codes: list[int], rows: int, hidden_width: int,
+    linear_units: int, tail_columns: int, sweeps: int, threads: int,
 ) -> None: ...  # fmt: skip
 def check_codes(codes: int, rows: int, num_codes: list[int], name: str) -> bool:
     """Whether any of int64 codes [rows, G] is -1 (no code); raises IndexError if one is outside its codebook."""

@@ -12,14 +12,16 @@
 namespace spinlock_fast::training {
 
 void joint_search(Address codes, Address sums, Address gradient, Address tolerance, Address cost, Address tables,
-                  Address filter, Address head, Address tail, Address gram, const std::vector<Index>& num_codes,
+                  Address filter, Address head, Address tail, Address gram, Address linear_head,
+                  Address linear_gradient, const std::vector<Index>& num_codes,
                   Index B, Index H, Index linear_units, Index tail_columns, Index sweeps, int threads) {
     const Kernels& k = kernels();
     check_sizes(B, {H, linear_units, tail_columns, sweeps});
     if (H % 16 || linear_units % 16 || tail_columns % 16)
         throw std::invalid_argument("joint_search: widths must be multiples of 16");
-    if (linear_units > H || (linear_units && linear_units != kHeadComponents + tail_columns))
-        throw std::invalid_argument("joint_search: linear_units must be 0 or the number of components");
+    if (linear_units > H) throw std::invalid_argument("joint_search: linear_units must be at most the width");
+    if (linear_units && (!linear_head || !linear_gradient))
+        throw std::invalid_argument("joint_search: linear units need linear_head and linear_gradient");
     if (num_codes.empty() || *std::min_element(num_codes.begin(), num_codes.end()) < 1)
         throw std::invalid_argument("joint_search: num_codes must be at least 1");
     if (check_codes(pointer<const std::int64_t>(codes), B, num_codes, "joint_search"))
@@ -36,6 +38,8 @@ void joint_search(Address codes, Address sums, Address gradient, Address toleran
     task.first_code = first_code.data(), task.num_codes = num_codes.data();
     task.tables = pointer<const float>(tables), task.filter = pointer<const float>(filter);
     task.head = pointer<const float>(head), task.tail = pointer<const float>(tail);
+    task.linear_head = linear_units ? pointer<const float>(linear_head) : nullptr;
+    task.linear_gradient = linear_units ? pointer<const float>(linear_gradient) : nullptr;
     task.gram = pointer<const float>(gram), task.tolerance = pointer<const float>(tolerance);
     task.cost = pointer<const float>(cost);
     task.sums = pointer<float>(sums), task.gradient = pointer<float>(gradient);

@@ -5,7 +5,8 @@
 // The columns of P are principal components of the decoder's output. A sum over the first of them is a lower bound of
 // |d P|^2 that rejects most codes: the first kFilter for all codes, with one row per lane; kHead for those that remain,
 // and all for the few that still do, both row by row over the nonzeros of d. The result is that of the full search.
-// Linear units, after the R hidden units, add what a code contributes to each component: no relu, an identity in P.
+// Linear units, after the R hidden units, are what a code adds to the output: change l, without relu. Then the error
+// changes by |d W2 + l|^2 + 2 c . (d, l), with |d W2 + l|^2 = d^T G d + 2 d . (l W2^T) + |l|^2 for codes that remain.
 #pragma once
 
 #include "product_impl.hpp"
@@ -32,10 +33,11 @@ inline Vector relu(Vector v) {
 #endif
 }
 
-// Filter values of kCodes codes in kLanes rows. base, gradient: [H, kLanes]; out: [kCodes, kFilterValues, kLanes].
+// Filter values of kCodes codes in kLanes rows. base, gradient: [H, kLanes]; linear_head: [kCodes, kHead] or null;
+// out: [kCodes, kFilterValues, kLanes].
 template <int kCodes>
 inline void filter_codes(const float* base, const float* gradient, Index R, Index H, const float* table,
-                         const float* filter, float* out) {
+                         const float* filter, const float* linear_head, float* out) {
     Vector sums[kCodes][kFilterValues] = {};
     for (Index h = 0; h < R; ++h) {
         const Vector s = load(base + h * kLanes), c = load(gradient + h * kLanes);
@@ -53,9 +55,9 @@ inline void filter_codes(const float* base, const float* gradient, Index R, Inde
 #pragma GCC unroll 4
         for (int i = 0; i < kCodes; ++i) sums[i][0] += c * table[i * H + h];
     }
-    if (H > R)
+    if (linear_head)
         for (int i = 0; i < kCodes; ++i)
-            for (int j = 1; j < kFilterValues; ++j) sums[i][j] += table[i * H + R + j - 1];
+            for (int j = 1; j < kFilterValues; ++j) sums[i][j] += linear_head[i * kHead + j - 1];
     for (int i = 0; i < kCodes; ++i)
         for (int j = 0; j < kFilterValues; ++j) store(out + (i * kFilterValues + j) * kLanes, sums[i][j]);
 }
@@ -90,21 +92,18 @@ inline void sparse_product(const float* d, Index H, const float* m, Index row, I
     for (; j < columns; j += kNarrow * kLanes) sparse_product<kNarrow>(d, H, m + j, row, shifted(j));
 }
 
-// Squared norm of d m + linear, without the second term if that is null.
-inline float sparse_norm(const float* d, Index R, const float* m, Index columns, const float* linear) {
+// Squared norm of d m.
+inline float sparse_norm(const float* d, Index R, const float* m, Index columns) {
     Vector squares = {};
-    sparse_product(d, R, m, columns, columns, [&](Index j, Vector v) {
-        if (linear) v += load(linear + j);
-        squares += v * v;
-    });
+    sparse_product(d, R, m, columns, columns, [&](Index, Vector v) { squares += v * v; });
     return horizontal_sum(squares);
 }
 
-// The same with kHead columns.
-inline float sparse_head_norm(const float* d, Index R, const float* m, const float* linear) {
+// The same with kHead columns, of d m + to - from; without the last two if they are null.
+inline float sparse_head_norm(const float* d, Index R, const float* m, const float* from, const float* to) {
     Vector squares = {};
     sparse_product<kHead / kLanes>(d, R, m, kHead, [&](Index j, Vector v) {
-        if (linear) v += load(linear + j);
+        if (to) v += load(to + j) - load(from + j);
         squares += v * v;
     });
     return horizontal_sum(squares);
@@ -144,6 +143,10 @@ private:
     float* row_gradient(Index i) const { return t.gradient + (first_ + i) * t.H; }
     std::int64_t& code(Index g, Index i) const { return t.codes[(first_ + i) * t.G + g]; }
     const float* table(Index g, Index k) const { return t.tables + (t.first_code[g] + k) * t.H; }
+    const float* linear_head(Index g, Index k) const {
+        return t.linear_head ? t.linear_head + (t.first_code[g] + k) * kHead : nullptr;
+    }
+    const float* linear_gradient(Index g, Index k) const { return t.linear_gradient + (t.first_code[g] + k) * t.R; }
 
     // Lower bounds [K, kLanes] of the changes of the error for all codes of codebook g. Missing rows repeat row 0.
     void filter(Index g, bool moved) {
@@ -160,8 +163,10 @@ private:
         constexpr int kCodes = kLanes == 16 ? 4 : 2;
         Index k = 0;
         for (; k + kCodes <= K; k += kCodes)
-            filter_codes<kCodes>(base_t, gradient_t, t.R, H, table(g, k), t.filter, values(k));
-        for (; k < K; ++k) filter_codes<1>(base_t, gradient_t, t.R, H, table(g, k), t.filter, values(k));
+            filter_codes<kCodes>(base_t, gradient_t, t.R, H, table(g, k), t.filter, linear_head(g, k),
+                                 values(k));
+        for (; k < K; ++k)
+            filter_codes<1>(base_t, gradient_t, t.R, H, table(g, k), t.filter, linear_head(g, k), values(k));
         Vector own[kFilterValues];
         for (int j = 0; j < kFilterValues; ++j)
             for (Index i = 0; i < kLanes; ++i) own[j][i] = values(code(g, i < rows_ ? i : 0))[j * kLanes + i];
@@ -212,10 +217,11 @@ private:
         for (Index h = 0; h < t.R; h += kLanes) store(s + h, load(s + h) - load(from + h) + load(to + h));
         const auto add = [&](Index j, Vector v) { store(c + j, load(c + j) + v); };
         sparse_product(best_change, t.R, t.gram, H, H, add);
-        if (H > t.R) {
-            sparse_product(best_change + t.R, H - t.R, t.gram + t.R * H, H, t.R, add);
-            for (Index h = t.R; h < H; h += kLanes) add(h, load(best_change + h));
+        if (t.linear_gradient) {
+            const float *before = linear_gradient(g, own), *after = linear_gradient(g, best);
+            for (Index h = 0; h < t.R; h += kLanes) add(h, load(after + h) - load(before + h));
         }
+        for (Index h = t.R; h < H; h += kLanes) add(h, load(best_change + h));
         code(g, i) = best;
         return true;
     }
@@ -235,10 +241,18 @@ private:
             store(change + h, d);
             product += d * load(c + h);
         }
-        const float* linear = H > R ? change + R : nullptr;
-        const float bound = added_cost + 2.0f * horizontal_sum(product) + sparse_head_norm(change, R, t.head, linear);
+        const Index own = code(g, i);
+        const float offset = added_cost + 2.0f * horizontal_sum(product);
+        const float bound = offset + sparse_head_norm(change, R, t.head, linear_head(g, own), linear_head(g, k));
         if (!(bound < least)) return bound;
-        return bound + sparse_norm(change, R, t.tail, t.tail_columns, linear ? linear + kHead : nullptr);
+        if (!t.linear_gradient) return bound + sparse_norm(change, R, t.tail, t.tail_columns);
+        const float *before = linear_gradient(g, own), *after = linear_gradient(g, k);
+        Vector norm = {};
+        sparse_product(change, R, t.gram, H, R, [&](Index j, Vector v) {
+            norm += load(change + j) * (v + 2.0f * (load(after + j) - load(before + j)));
+        });
+        for (Index h = R; h < H; h += kLanes) norm += load(change + h) * load(change + h);
+        return offset + horizontal_sum(norm);
     }
 
     const JointSearchTask& t;

@@ -144,16 +144,18 @@ struct AverageTask {
 constexpr Index kFilterComponents = 4, kHeadComponents = 32;
 
 // Joint search of the codes of a batch; see kernels/joint_search and joint_search_impl.hpp. H, R and tail_columns are
-// multiples of 16. Of the H units, the first R are hidden units with a relu, and the others, none or one per component,
-// are linear.
+// multiples of 16. Of the H units, the first R are hidden units with a relu; the others, if any, are linear: one per
+// column of the output.
 struct JointSearchTask {
     Index H, R, G, sweeps, tail_columns, total_codes, max_codes;
     const Index *first_code, *num_codes;  // [G]
     const float* tables;                  // [sum K, H] contribution of each code to the sums
     const float* filter;                  // [R, kFilterComponents] first columns of P
     const float* head;                    // [R, kHeadComponents] first columns of P
-    const float* tail;                    // [R, tail_columns] the others
-    const float* gram;                    // [H, H] P P^T, where P has an identity in the rows of the linear units
+    const float* tail;                    // [R, tail_columns] the others; not used with linear units
+    const float* gram;                    // [R, H] P P^T, then, for the linear units, W2
+    const float* linear_head;             // [sum K, kHeadComponents] linear units in the first components, or null
+    const float* linear_gradient;         // [sum K, R] products of the linear units with W2, or null
     const float* tolerance;               // [B] smallest accepted change of the error
     const float* cost;                    // [B, sum K] added to the error by each code, or null
     float *sums, *gradient;               // [B, H] updated with the codes; the sums of linear units stay zero

@@ -76,8 +76,9 @@ void average_codes(Address codes, Address cluster_size, Address code_sum, Addres
 
 // joint_search.cpp
 void joint_search(Address codes, Address sums, Address gradient, Address tolerance, Address cost, Address tables,
-                  Address filter, Address head, Address tail, Address gram, const std::vector<Index>& num_codes,
-                  Index B, Index H, Index linear_units, Index tail_columns, Index sweeps, int threads);
+                  Address filter, Address head, Address tail, Address gram, Address linear_head,
+                  Address linear_gradient, const std::vector<Index>& num_codes, Index B, Index H, Index linear_units,
+                  Index tail_columns, Index sweeps, int threads);
 
 // topo_loss.cpp
 std::tuple<double, double, std::vector<double>> topo_forward(Address x, Index F, Address z, Address codes,

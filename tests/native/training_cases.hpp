@@ -1,6 +1,7 @@
 // Calls of every operation of `operations.hpp` with random inputs in memory of exactly their sizes.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -217,33 +218,33 @@ inline Results code_network(const Shape& s, int threads) {
 
 inline Results joint_search(const Shape& s, int threads, bool with_cost, bool with_linear = false) {
     const Index B = s.rows, R = (s.hidden + 15) / 16 * 16, K = sum(s.num_codes), columns = training::kHeadComponents;
-    const Index tail_columns = 16, linear_units = with_linear ? columns + tail_columns : 0, H = R + linear_units;
-    Floats head = normal(R * columns, 2), tail = normal(R * tail_columns, 3);
-    const Floats tables = normal(K * H, 1);
+    const Index linear_units = with_linear ? (s.features + 15) / 16 * 16 : 0, H = R + linear_units;
+    const Index tail_columns = 16;
+    const Floats tables = normal(K * H, 1), head = normal(R * columns, 2), tail = normal(R * tail_columns, 3);
     const Floats cost = normal(with_cost ? B * K : 0, 4), tolerance(static_cast<std::size_t>(B), 1e-3f);
+    const Floats linear_head = normal(K * columns, 8), linear_gradient = normal(K * R, 9), w2 = normal(R * linear_units, 10);
     Floats sums = normal(B * H, 5), gradient = normal(B * H, 6), filter, gram;
-    for (Index unit = 0; unit < linear_units; ++unit) {
-        for (Index j = 0; j < columns; ++j) head.push_back(j == unit ? 1.0f : 0.0f);
-        for (Index j = 0; j < tail_columns; ++j) tail.push_back(j == unit - columns ? 1.0f : 0.0f);
-        for (Index b = 0; b < B; ++b) sums[static_cast<std::size_t>(b * H + R + unit)] = 0.0f;
-    }
     const auto dot = [](const float* a, const float* b, Index n) {
         float total = 0.0f;
         for (Index j = 0; j < n; ++j) total += a[j] * b[j];
         return total;
     };
     for (float& value : gradient) value *= 50.0f;  // so that some codes change
-    for (Index h = 0; h < H; ++h) {
+    for (Index b = 0; b < B; ++b)
+        std::fill_n(sums.begin() + b * H + R, linear_units, 0.0f);
+    for (Index h = 0; h < R; ++h) {
         for (Index j = 0; j < training::kFilterComponents; ++j)
             filter.push_back(head[static_cast<std::size_t>(h * columns + j)]);
-        for (Index other = 0; other < H; ++other)
+        for (Index other = 0; other < R; ++other)
             gram.push_back(dot(head.data() + h * columns, head.data() + other * columns, columns) +
                            dot(tail.data() + h * tail_columns, tail.data() + other * tail_columns, tail_columns));
+        gram.insert(gram.end(), w2.begin() + h * linear_units, w2.begin() + (h + 1) * linear_units);
     }
     auto codes = random_codes<std::int64_t>(B, s.num_codes, 7, false);
     training::joint_search(address(codes), address(sums), address(gradient), address(tolerance), address(cost),
-                           address(tables), address(filter), address(head), address(tail), address(gram), s.num_codes,
-                           B, H, linear_units, tail_columns, 2, threads);
+                           address(tables), address(filter), address(head), address(tail), address(gram),
+                           address(linear_head), address(linear_gradient), s.num_codes, B, H, linear_units,
+                           tail_columns, 2, threads);
     return {as_floats(codes), sums, gradient};
 }
 
