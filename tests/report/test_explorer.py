@@ -228,7 +228,8 @@ def test_numbers_on_the_page_equal_those_of_numpy(page: Page) -> None:
 
 def test_what_differs_is_said_in_words(page: Page) -> None:
     page.press("Escape")
-    assert page.texts("#series-help") == ["The features have no value per time step, so there are none."]
+    assert page.texts("#series-help") == ["No time series: the features have no value per time step."]
+    assert page.evaluate("getComputedStyle(document.getElementById('series-controls')).display") == "none"
     t, labels = OBSERVED.tokens, OBSERVED.labels["initial condition"]
     search(page, "c1=0 vs 5")
     (text,) = page.texts("#lifts-summary")
@@ -244,7 +245,9 @@ def test_what_differs_is_said_in_words(page: Page) -> None:
     search(page, "c2=2 vs 3")
     assert page.texts("#lifts-summary") == ["No condition differs clearly between the two codes."]
     ami = {c.name: adjusted_mutual_info_score(t[:, 0], c.codes) for c in make_conditions(OBSERVED, 5)[0]}
-    assert f"initial condition by c1 L0 ({ami['initial condition']:.2f})" in page.texts("#associations-summary")[0]
+    assert (
+        f"initial condition by codebook c1 L0 ({ami['initial condition']:.2f}" in page.texts("#associations-summary")[0]
+    )
     page.press("Escape")
 
 
@@ -288,7 +291,9 @@ def test_keys_errors_and_links(page: Page) -> None:
         ("c9=1", "c9: no such category or condition; categories are c1 to c2"),
         ("c1=6", "c1=6: c1 L0 has codes 0 to 5"),
         ("c1=1/1/1/1", "c1=1/1/1/1: c1 has 3 levels"),
-        ("<b>", "<b>: write c1=12 or c1=12/4/7"),
+        ("<b>", "<b>: write c1=12 or c1=12/4/7; choose conditions under Condition"),
+        ("c1=1 c1=2", "c1 can have one code here: write c1=1 vs 2 to compare"),
+        ("c1=1/2 slow/L1=3", "c1 L1 can have one code here: write c1=*/2 vs 3 to compare"),
     ]:
         search(page, text)
         assert page.texts("#search-error") == [message]

@@ -209,4 +209,11 @@ def test_the_page_draws_them(data: str, tmp_path: Path) -> None:
         bands = page.evaluate("document.querySelector('#series path.median').getAttribute('d')")
         assert bands.count("M") == 1
         assert bands.count("L") == 30
+        page.click("#row-close")
+        page.write("#search", "c1=1")
+        assert page.evaluate("document.getElementById('series-heading').getBoundingClientRect().height") > 0
+        page.write("#search", "c1=*/3")  # no row has both
+        assert page.texts("#matches") == ["0 of 400 rows"]
+        for part in ("series-heading", "series-controls", "series", "series-help"):
+            assert page.evaluate(f"document.getElementById('{part}').getBoundingClientRect().height") == 0
         assert not [e for e in page.events if e["method"] in ("Runtime.exceptionThrown", "Log.entryAdded")]

@@ -50,17 +50,49 @@ function codeRows() {
   return rows.sort((a, b) => (last(key(a)) === last(key(b)) ? 0 : last(key(a)) - last(key(b))) || a.code - b.code);
 }
 
-// The code whose rows overlap most with those of the filter, of codebooks that the filter does not name.
+const MOST_TIES = 3;
+
+// The codes whose rows overlap most with those of a filter that has a condition; none if the filter has a code of their
+// category, whose rows they share by construction.
+function bestCodes() {
+  if (![...state.filter.keys()].some(isCondition)) return [];
+  const rows = countedCodes().filter(row => row.inFilter && !state.filter.has("tokens/" + codebookOf(row.code)));
+  const most = rows.reduce((largest, row) => Math.max(largest, row.overlap), 0);
+  const named = new Set(codesOf([...state.filter]).map(code => H.codebooks[codebookOf(code)].category));
+  const best = rows.filter(row => row.overlap === most);
+  return best.some(row => named.has(H.codebooks[codebookOf(row.code)].category)) ? [] : best;
+}
+
+function bestSentence([best, ...ties]) {
+  const profile = ({ code }) => {
+    const select = () => update({ selected: code, compared: null });
+    return element("button", { type: "button", className: "code", textContent: codeLabel(code), title: "Show its profile", onclick: select });
+  };
+  const shares = `${percent(best.inFilter / matches)} of them have it, and ${percent(best.inFilter / best.count)} of its rows are among them. `;
+  const others = ties.slice(0, MOST_TIES).flatMap((row, i) => [i ? ", " : " (and ", profile(row)]);
+  if (ties.length > MOST_TIES) others.push(` and ${integer(ties.length - MOST_TIES)} more`);
+  return ["The code that marks these rows best is ", profile(best), ...others, ties.length ? ", equally well): " : ": ", shares];
+}
+
+// The row of the filter that is nearest to a code of the filter, or to the code that marks the filter best.
+function typicalRow(best) {
+  const codes = codesOf([...state.filter]);
+  const code = codes.includes(state.selected) ? state.selected : codes.at(-1) ?? best[0]?.code;
+  const at = code === undefined || !state.filter.size ? undefined : exampleRows(code)[0]?.at;
+  if (at === undefined) return [];
+  const open = () => {
+    pinRow(at);
+    byId("row-panel").scrollIntoView();
+  };
+  const title = `Show this row: of those that match the filter, the nearest to ${codeLabel(code)}`;
+  return [element("button", { type: "button", className: "row", textContent: `Most typical row: ${column("rows")[at]}`, title, onclick: open })];
+}
+
 function showBest() {
-  const free = countedCodes().filter(row => row.inFilter && !state.filter.has("tokens/" + codebookOf(row.code)));
-  const best = free.reduce((a, b) => (b.overlap > (a?.overlap ?? 0) ? b : a), null);
-  byId("best").hidden = matches > 0 && (!best || ![...state.filter.keys()].some(isCondition));
-  if (!matches) byId("best").replaceChildren("No row has all of these; remove one of them.");
-  if (!best) return;
-  const select = () => update({ selected: best.code, compared: null });
-  const name = element("button", { type: "button", textContent: codeLabel(best.code), title: "Show its profile", onclick: select });
-  const shares = `${percent(best.inFilter / matches)} of them have it, and ${percent(best.inFilter / best.count)} of its rows are among them`;
-  byId("best").replaceChildren("The code that marks these rows best is ", name, `: ${shares}.`);
+  const best = bestCodes();
+  const parts = matches ? [...(best.length ? bestSentence(best) : []), ...typicalRow(best)] : ["No row has all of these; remove one of them."];
+  byId("best").hidden = !parts.length;
+  byId("best").replaceChildren(...parts);
 }
 
 function headCell(each) {

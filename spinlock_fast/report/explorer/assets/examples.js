@@ -21,6 +21,14 @@ function exampleRows(code) {
   return found.slice(0, MOST_EXAMPLES).map(at => ({ kind: "nearest", at, nearer: rankOf(g, at) }));
 }
 
+// The place of a row among all rows of its code by distance, from 1; rows in the same of the 256 steps share a place.
+function placeInCode(g, at) {
+  const [own, ranks] = [tokens[g], column("rank/" + g)];
+  let place = 1;
+  for (let i = 0; i < H.rows; i++) place += own[i] === own[at] && ranks[i] < ranks[at];
+  return place;
+}
+
 function showExamples() {
   const filtered = state.filter.size > 0;
   const rows = exampleRows(state.selected);
@@ -30,18 +38,21 @@ function showExamples() {
     ? "Rows nearest to the code, which are typical of it, random ones, and those at the boundary to another code. The margin is the " +
       "additional distance to the second-nearest code. Rows that match a filter are listed instead when there is one."
     : rows.length
-      ? "The rows that have the code and match the filter, the most typical first. Rows nearer: the share of all rows of the code that are nearer to it."
+      ? `The rows that have the code and match the filter, the most typical first. Rank 1 is the most typical of all ${counted(column("code/count")[state.selected], "row")} of the code.`
       : `No row has ${label} and matches the filter.`;
   if (rows.length) byId("examples-help").append(fieldsHelp());
-  const body = rows.map(({ kind, at, distance, margin, nearer }) => {
+  const kinds = rows.some(({ kind }) => kind !== "nearest");
+  const g = codebookOf(state.selected);
+  const body = rows.map(({ kind, at, distance, margin }) => {
     const row = element("button", { type: "button", textContent: String(column("rows")[at]), title: "Show this row", onclick: () => pinRow(at) });
-    const values = filtered ? [percent(nearer)] : [number(distance, 3), number(margin, 3)];
-    const cells = [kind, row, ...values].map(value => element("td", {}, value));
+    const values = filtered ? [integer(placeInCode(g, at))] : [number(distance, 3), number(margin, 3)];
+    const cells = [...(kinds ? [kind] : []), row, ...values].map(value => element("td", {}, value));
     if (H.fields) cells.push(element("td", { className: "fields" }, ...fieldsOf(at)));
     return element("tr", { onmouseenter: () => markRow(at), onmouseleave: () => markRow(null) }, ...cells);
   });
   byId("examples").hidden = !rows.length;
-  byId("examples").replaceChildren(tableHead(["Kind", "Row", ...(filtered ? ["Rows nearer"] : ["Distance", "Margin"]), ...(H.fields ? ["Fields"] : [])]), element("tbody", {}, ...body));
+  const names = [...(kinds ? ["Kind"] : []), "Row", ...(filtered ? ["Rank"] : ["Distance", "Margin"]), ...(H.fields ? ["Fields"] : [])];
+  byId("examples").replaceChildren(tableHead(names), element("tbody", {}, ...body));
 }
 
 // Squared distances of the codes of codebook g to one of them.

@@ -36,7 +36,7 @@ function showQuestions() {
     ["What distinguishes two codes? ", "Search for ", `${short}=2 vs 3`, ", or choose one and the other under Compare with."],
     ...(value ? [["Which code marks a condition? ", "Choose a value under Condition, such as ", value, ": the codes are ranked by overlap."]] : []),
     ["Which code has a high or low feature? ", "Choose the feature above the table of codes."],
-    ["What is a typical row of a code" + (value ? " and a condition? " : "? "), "Filter by " + (value ? "both" : "the code") + ", then see Example rows."],
+    ["What is a typical row of a code" + (value ? " and a condition? " : "? "), "Search for ", value ? `${short}=2 ${value}` : `${short}=2`, "; Most typical row opens it."],
   ];
   byId("questions").replaceChildren(...questions.map(([question, how, example, rest]) =>
     element("li", {}, element("strong", { textContent: question }), how, ...(example ? [element("code", { textContent: example }), rest] : []))));
@@ -66,7 +66,8 @@ async function start() {
   for (const panel of [startFilter, startCodes, startProfile, startExamples, startSeries, startOverview, startMap]) panel();
   byId("go").replaceChildren("Go to: ", ...PANELS.filter(each => !byId(each[1]).hidden).map(each => goButton(...each)));
   layoutMap();
-  update({ selected: mostDistinctCode(), ...readHash() });
+  const linked = readHash();
+  update({ selected: mostDistinctCode(), unchosen: linked.selected === undefined, ...linked });
   document.documentElement.dataset.ready = "yes";
 }
 

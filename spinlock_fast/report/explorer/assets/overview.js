@@ -7,7 +7,7 @@ function showAssociations() {
     return;
   }
   byId("associations-help").textContent =
-    "Adjusted mutual information, and below it the 95 % quantile for shuffled conditions. 0: independent, 1: one determines the other. " +
+    "Adjusted mutual information over all rows, and below it the 95 % quantile for shuffled conditions. 0: independent, 1: one determines the other. " +
     `Bold: significant at a false discovery rate of ${H.alpha}. The colour is relative to the largest value.`;
   byId("associations-summary").textContent = bestTold();
   const largest = Math.max(1e-9, ...ami.filter(value => value !== null));
@@ -41,7 +41,7 @@ function bestTold() {
     return { name, g, value: of(g), q: q[g * conditions.length + c] };
   }).filter(each => each.q !== null && each.q <= H.alpha).sort((a, b) => b.value - a.value).slice(0, 4);
   if (!best.length) return "No codebook tells a condition better than by chance.";
-  return "Told best: " + best.map(each => `${each.name} by ${codebookLabel(each.g)} (${number(each.value)})`).join(", ") + ".";
+  return "Told best: " + best.map((each, i) => `${each.name} by codebook ${codebookLabel(each.g)} (${number(each.value)}${i ? "" : " over all its codes"})`).join(", ") + ".";
 }
 
 const MOST_LEAVES = 1 << 20; // counted in an array, more of them in a map
@@ -145,7 +145,7 @@ function pairRows() {
 function showPairs() {
   const rows = pairRows();
   byId("pairs-help").textContent = column("pair/a")
-    ? `${counted(rows.length, "code")} of other categories ${rows.length === 1 ? "occurs" : "occur"} together with ${codeLabel(state.selected)} more or less often than by chance` +
+    ? `${counted(rows.length, "code")} of other categories ${rows.length === 1 ? "occurs" : "occur"} together with ${codeLabel(state.selected)} more or less often than by chance${state.filter.size ? " among all rows, whatever the filter" : ""}` +
       (rows.length > TOP ? `; the ${TOP} with the smallest p:` : rows.length ? ":" : ".")
     : "There is only one category.";
   const body = rows.slice(0, TOP).map(({ code, count, expected }) => {

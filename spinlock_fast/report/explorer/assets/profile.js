@@ -55,20 +55,35 @@ const plotClass = () => (state.compared === null ? "plot" : "plot pairs");
 const interval = (low, high, digits = 2) =>
   Number.isFinite(low) && Number.isFinite(high) ? ` [${number(low, digits)}, ${number(high, digits)}]`.replaceAll("-", "−") : "";
 
-// The largest differences in words.
+// The three largest differences in words: the largest first, and after "also" those of less than half its size.
 function summary(rows) {
-  const clear = rows.filter(row => row.rank > 0 && (row.other || row.found)).slice(0, 3);
+  const clear = rows.filter(row => row.rank > 0 && (row.other || row.found)).sort((a, b) => Math.abs(b.value) - Math.abs(a.value)).slice(0, 3);
   const rest = state.compared === null ? "all rows" : `those with ${codeLabel(state.compared)}`;
   const subject = `Rows with ${codeLabel(state.selected)}`;
   if (!clear.length) return `${subject} do not differ clearly from ${rest} in any feature.`;
-  const parts = clear.map(row => `${row.value > 0 ? "higher" : "lower"} ${row.name} (by ${number(Math.abs(row.value))} SD)`);
-  return `${subject} have ${parts.join(", ")} than ${rest}.`;
+  const isLarge = row => 2 * Math.abs(row.value) >= Math.abs(clear[0].value);
+  const texts = which => clear.filter(which).map(row => `${row.value > 0 ? "higher" : "lower"} ${row.name} (by ${number(Math.abs(row.value))} SD)`);
+  const also = texts(row => !isLarge(row));
+  return `${subject} have ${texts(isLarge).join(", ")} than ${rest}${also.length ? `; also ${also.join(", ")}` : ""}.`;
+}
+
+// Which rows the profile describes where that may be mistaken, and why a code is shown that nobody has chosen.
+function profileNote() {
+  const parts = [];
+  if (state.unchosen) parts.push("Opened first: of the codes with at least 2 % of the rows, the one that differs most clearly from all rows in a feature.");
+  if (state.filter.size) {
+    const counts = [state.selected, state.compared].filter(code => code !== null).map(code => integer(column("code/count")[code]));
+    const rows = counts.length > 1 ? `${counts.join(" and ")} rows of the two codes` : `${counts[0]} rows of the code`;
+    parts.push(`Describes all ${rows}, whatever the filter: it is not applied here.`);
+  }
+  return parts.join(" ");
 }
 
 function showProfile() {
   byId("selected").replaceChildren(element("span", { className: "key-one", textContent: codeLabel(state.selected) }));
   if (state.compared !== null)
     byId("selected").append(" compared with ", element("span", { className: "key-two", textContent: codeLabel(state.compared) }));
+  byId("profile-note").textContent = profileNote();
   byId("profile-help").textContent = state.compared === null
     ? "Mean of the feature over the rows of the code, in standard deviations from the mean of all rows, with its 95 % interval. " +
       `The ${TOP} whose interval is farthest from 0; muted: not significant at a false discovery rate of ${H.alpha}.`

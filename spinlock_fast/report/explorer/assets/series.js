@@ -99,6 +99,7 @@ function showSeries() {
   const choice = byId("one-series").value;
   const indices = choice === "" ? rankedSeries().slice(0, MOST_SERIES) : [Number(choice)];
   byId("series-help").textContent = seriesHelp(rows);
+  for (const id of ["series-heading", "series-controls"]) byId(id).hidden = rows.at === undefined;
   shownSeries = rows.at === undefined ? [] : indices;
   byId("series").className = choice === "" ? "" : "single";
   byId("series").replaceChildren(...shownSeries.map(index => seriesPlot(index, rows)));
@@ -120,8 +121,8 @@ function seriesTable() {
 
 function startSeries() {
   if (!H.series) {
-    byId("series-help").textContent = "The features have no value per time step, so there are none.";
-    byId("series-controls").hidden = true;
+    byId("series-help").textContent = "No time series: the features have no value per time step.";
+    for (const id of ["series-heading", "series-controls"]) byId(id).hidden = true;
     return;
   }
   const select = byId("one-series");

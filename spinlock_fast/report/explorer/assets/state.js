@@ -1,6 +1,7 @@
 // What the user has chosen: filter, selected code, compared code. Kept in the URL's hash.
 
-const state = { filter: new Map(), selected: 0, compared: null }; // filter: name of a column -> value, see terms.js
+// filter: name of a column -> value, see terms.js; unchosen: the selected code was opened with the page
+const state = { filter: new Map(), selected: 0, compared: null, unchosen: false };
 let matching = new Uint8Array(0); // [rows] 1 where a row has all values of the filter
 let matches = 0;
 let matchingCounts = new Uint32Array(0); // [codes] number of those rows with each code
@@ -30,7 +31,7 @@ function countCodes(found) {
 
 function update(change = {}) {
   const began = performance.now();
-  Object.assign(state, change);
+  Object.assign(state, { unchosen: state.unchosen && !("selected" in change) }, change);
   matching = match(state.filter);
   matches = matching.reduce((sum, value) => sum + value, 0);
   matchingCounts = countCodes(matching);
