@@ -26,7 +26,7 @@ from spinlock_fast.training.distributed import broadcast_model
 
 log = logging.getLogger(__name__)
 
-_RATE = 2e-3  # of Adam, at the start; cosine decay to zero
+_RATE = 1e-3  # of Adam, at the start; cosine decay to zero
 _PASSES = 3  # over the tokens of a search, before tokens are searched again
 _NEAREST = 0.5  # share of rows that have nearest tokens, with the shared decoder's output as target
 _EXCHANGED = 0.15  # share of these tokens that are taken from another row
