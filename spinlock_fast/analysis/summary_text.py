@@ -87,8 +87,8 @@ def _print_associations(analysis: Analysis, console: Console) -> None:
     tests = analysis.summary["found"]["associations"]
     significant, others = association_grid(analysis.tables["associations"], alpha)
     console.print(
-        f"\n[bold]Associations[/bold]  {tests['found']} of {tests['tests']} pairs of codebook and condition are "
-        f"significant at a false discovery rate of {alpha:.0%}"
+        f"\n[bold]Associations[/bold]  {tests['found']} of {tests['tests']} pairs of codebook and condition "
+        f"(false discovery rate {alpha:.0%})"
     )
     if significant["ami"].size:
         grid = Grid(box=None, padding=(0, 2, 0, 2), pad_edge=True)
