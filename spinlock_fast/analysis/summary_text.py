@@ -240,8 +240,8 @@ def agreement_lines(table: Table) -> list[str]:
         return []
     return [
         "",
-        f"The operator nearest in tokens has the same {table['condition'][i]} in {table['same_as_nearest'][i]:.0%} of "
-        f"cases; any other one in {table['same_as_any'][i]:.0%}",
+        f"The operator nearest in tokens has the same {table['condition'][i]} in {table['same_as_nearest'][i]:.0%}; "
+        f"any other one in {table['same_as_any'][i]:.0%}",
     ]
 
 
