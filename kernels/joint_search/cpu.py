@@ -56,15 +56,16 @@ def error_components(tables: Tensor, w2: Tensor, linear: Tensor | None) -> Error
 def _leading_directions(added: Tensor) -> Tensor:
     """Orthonormal columns [F, _HEAD] that hold most of the variance of rows [n, F], in falling order.
 
-    By subspace iteration. Any orthonormal columns give lower bounds; these give large ones. Zeros fill up a small F.
+    By subspace iteration. Any orthonormal columns give valid lower bounds; these give large ones, which reject more
+    codes. If F is smaller than _HEAD, the other columns are zero.
     """
     added = torch.nan_to_num(added, posinf=0.0, neginf=0.0)
     added = added - added.mean(0)
     features = added.shape[1]
-    basis = torch.eye(features, device="cpu")
+    basis = torch.eye(features, dtype=added.dtype, device="cpu")
     if features > _HEAD:
         random = torch.Generator("cpu").manual_seed(0)
-        basis = torch.randn(features, _HEAD + 8, generator=random, device="cpu")
+        basis = torch.randn(features, _HEAD + 8, generator=random, dtype=added.dtype, device="cpu")
         for _ in range(3):
             basis = torch.linalg.qr(added.t() @ (added @ basis)).Q
     projected = added @ basis

@@ -124,6 +124,29 @@ def test_equal_codes(backend):
     assert (again[:, 0] >= 3).all()  # no better code: stays
 
 
+def test_linear_contributions_that_cancel_the_hidden_layer(backend):
+    """Bounds of the hidden layer's part alone would reject the best codes."""
+    layout = LAYOUTS["wide"]
+    x, codes, codebook, decoder = problem(layout, 40, 70, 16, linear=True)
+    decoder = decoder._replace(b1=decoder.b1 + 40.0)  # all hidden units are positive
+    decoder = decoder._replace(linear=0.1 * decoder.linear - code_tables(codebook, decoder.w1, layout) @ decoder.w2)
+    x = decoded(codes.roll(1, 0), codebook, decoder, layout).float() + 0.5 * x / x.std()
+    expected = coordinate_descent(x, codes, codebook, decoder, layout, 2)
+    assert torch.equal(joint_search(x, codes, codebook, decoder, layout, backend=backend), expected)
+    assert not torch.equal(expected, codes)
+
+
+def test_linear_contributions_with_another_default_dtype():
+    layout = LAYOUTS["wide"]
+    x, codes, codebook, decoder = problem(layout, 30, 70, 16, linear=True)
+    expected = joint_search(x, codes, codebook, decoder, layout)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(joint_search(x, codes, codebook, decoder, layout), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("linear", [False, True])
 def test_rows_that_cannot_be_searched(backend, linear):
     layout = LAYOUTS["wide"]
