@@ -111,9 +111,9 @@ def codebook_sizes(groups: dict[str, list[int]], bits: float, code_bits: int) ->
 
 
 def equal_codebooks(groups: dict[str, list[int]], bits: float, code_bits: int) -> dict[str, list[LevelConfig]]:
-    """About `bits` / `code_bits` codebooks of equal sizes; one after the other for the category of most features each.
+    """About `bits` / `code_bits` codebooks of equal sizes, at least one per category.
 
-    Each category has at least one codebook.
+    Each further codebook goes to the category with the most features per codebook.
     """
     levels = dict.fromkeys(groups, 1)
     for _ in range(round(bits / code_bits) - len(groups)):

@@ -212,7 +212,7 @@ class InputCheck:
         return summary
 
     def warnings(self) -> list[str]:
-        """One line for each family that rows have no value of, and one if the rows are out of distribution."""
+        """One line per family without values in some rows, and one if the rows are out of distribution."""
         lines = [
             f"{count:,} of {self.rows:,} rows have no value in family {name}: the replacements of missing "
             "values are encoded instead, so their tokens carry no information about it"

@@ -48,6 +48,11 @@ def test_three_questions_are_answered_by_the_page(tmp_path: Path) -> None:
         assert stated in summary  # the largest is named first
         assert "energy" not in summary
         assert "residual" not in summary
+        # A code without rows has no conditions to compare.
+        unused = int(np.flatnonzero(np.bincount(tokens[:, 2], minlength=14) == 0)[0])
+        page.write("#search", f"c2={unused} vs {second}")
+        assert page.texts("#profile p") == ["No row has this code."]
+        assert page.texts("#lifts-summary") == [""]
 
         # Show a typical operator of a code of c1 with large noise. Two actions.
         code = int(np.bincount(tokens[~planted.diverged, 0]).argmax())

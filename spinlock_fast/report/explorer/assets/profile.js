@@ -156,9 +156,10 @@ const isClear = ({ row, other, rank }) => (other ? rank > 0 && (row.found || oth
 
 // The conditions that stand out most in words, at most three, with the most frequent value of each that does.
 function liftsSummary(rows) {
+  const [count, second] = [state.selected, state.compared].map(code => column("code/count")[code ?? 0]);
+  if (!count || (state.compared !== null && !second)) return "";  // no row to compare
   const clear = rows.filter(isClear);
   if (!clear.length) return state.compared === null ? "" : "No condition differs clearly between the two codes.";
-  const [count, second] = [state.selected, state.compared].map(code => column("code/count")[code ?? 0]);
   const most = new Map();
   for (const each of clear) if (!(most.get(each.row.key)?.row.count >= each.row.count)) most.set(each.row.key, each);
   const parts = [...most.values()].slice(0, 3).map(({ row, other }) => {
