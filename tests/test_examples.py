@@ -67,6 +67,7 @@ def test_the_surrogate_trains_with_the_loss_on_its_behaviour(
         np.save(tmp_path / f"{name}_nu.npy", speed[rows])
     extraction = ["extract", f"{tmp_path}/train.npy", "--axes", "n t c y x", "--output", f"{tmp_path}/features.h5"]
     settings = [f"dataset_path={tmp_path}/features.h5", "training.num_epochs=2", "logging.tensorboard=false"]
+    settings += ["training.joint_search_epochs=2"]
     training = ["train", str(ROOT / "configs" / "trajectories.yaml"), "--output", f"{tmp_path}/checkpoint", "--quiet"]
     for command in (extraction, [*training, *(part for setting in settings for part in ("--set", setting))]):
         subprocess.run([sys.executable, "-m", "spinlock_fast", *command], check=True, capture_output=True)

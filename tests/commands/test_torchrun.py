@@ -89,11 +89,15 @@ def assert_every_epoch_once(directory: Path) -> None:
 
 
 def assert_same_weights(one: Path, other: Path) -> None:
-    """Equal within rounding, relative to the norm: single values with a tiny gradient differ more after Adam."""
+    """Equal within rounding, relative to the norm.
+
+    Where a gradient nearly vanishes, Adam turns its rounding into a part of a step of size `lr`: biases differ by up to
+    2e-5, depending on the processor. One of the twelve steps left out changes each tensor by 2.6e-4 to 0.12.
+    """
     weights, others = final_weights(one), final_weights(other)
     for name, value in weights.items():
         difference = float((others[name].double() - value.double()).norm() / value.double().norm().clamp(min=1e-3))
-        assert difference <= 1e-5, f"{name}: {difference:.2g}"
+        assert difference <= 1e-4, f"{name}: {difference:.2g}"
 
 
 @pytest.fixture(scope="module")

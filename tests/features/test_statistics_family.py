@@ -44,6 +44,7 @@ def test_tokens_decode_to_statistics_in_their_units(tmp_path: Path) -> None:
         f"dataset_path={tmp_path}/a.h5",
         "families={mine: {encoder: StatisticsEncoder, dataset: group/series}}",
         "training.num_epochs=30",
+        "training.joint_search_epochs=5",
         "training.batch_size=32",
         "training.topo_samples=32",
         "training.num_categories_auto=3",

@@ -279,9 +279,9 @@ def peak_of_own_memory() -> Iterator[list[int]]:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells the memory of a process")
 def test_memory_map_is_not_loaded_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """192 MB of rows, all read by checks, category discovery, training and validation."""
+    """96 MB of rows, all read by checks, category discovery, training and validation."""
     monkeypatch.setattr(row_feed, "_HALF_BUFFER_BYTES", 1 << 22)
-    shape, sizes = (400_000, 120), [40, 40, 40]
+    shape, sizes = (200_000, 120), [40, 40, 40]
     matrix: np.memmap[Any, Any] = np.memmap(tmp_path / "x", np.float32, "w+", shape=shape)
     block = planted_matrix(40_000, sizes, seed=0)
     for start in range(0, shape[0], len(block)):
@@ -296,7 +296,7 @@ def test_memory_map_is_not_loaded_into_memory(tmp_path: Path, monkeypatch: pytes
         "model__group_hidden_dim": 16,
         "model__group_embedding_dim": 8,
     }
-    trainer_with("never", **settings).fit(matrix[:40_000])  # libraries have their memory
+    trainer_with("never", **settings).fit(matrix[:20_000])  # libraries have their memory
     with peak_of_own_memory() as peak:
         trainer_with("never", **settings).fit(matrix)
     assert peak[0] < 0.5 * matrix.nbytes  # the order of rows, what is checked at once, the steps

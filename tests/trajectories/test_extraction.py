@@ -296,7 +296,8 @@ def test_a_tokenizer_is_trained_on_the_features(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     fields = np.concatenate([smooth_fields(40), 3.0 * rng.standard_normal((40, 6, 2, 8, 12)).astype(np.float32)])
     command(write_well(tmp_path / "w.h5", fields), "--output", tmp_path / "f.h5")
-    settings = ["training.num_epochs=3", "training.batch_size=32", "logging.tensorboard=false", "device=cpu"]
+    settings = ["training.num_epochs=3", "training.batch_size=32", "training.joint_search_epochs=2"]
+    settings += ["logging.tensorboard=false", "device=cpu"]
     arguments = [part for setting in settings for part in ("--set", setting)]
     for verb, given in (
         (
