@@ -62,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_device(options)
     add_quiet(options)
     chosen = options.parse_args(arguments)
+    if chosen.search == "nearest" and (chosen.sweeps, chosen.search_weight, chosen.perturbations) != (2, 0.0, 0):
+        options.error("--sweeps, --search-weight and --perturbations are settings of --search joint")
     exit_with(lambda: _tokenize(chosen), distributed=True)
 
 

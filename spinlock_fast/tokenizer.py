@@ -16,7 +16,7 @@ from spinlock_fast.checkpoints.directory import checkpoint_hash, load_payload, m
 from spinlock_fast.checkpoints.hub import checkpoint_directory
 from spinlock_fast.checkpoints.tokenizer_files import Origin, write_tokenizer
 from spinlock_fast.data.feature_source import FeatureSource
-from spinlock_fast.data.input_arrays import to_real_tensor
+from spinlock_fast.data.input_arrays import to_token_tensor
 from spinlock_fast.data.payload_checks import checked_strings, payload_errors
 from spinlock_fast.descriptors.field_grid import FieldGrid
 from spinlock_fast.distributed import SINGLE, Ranks
@@ -334,12 +334,7 @@ class Tokenizer(Estimator):
             IndexError: a token is outside of its codebook.
         """
         as_torch = isinstance(tokens, Tensor)
-        given = to_real_tensor(tokens, "tokens")
-        if given.ndim != 2 or given.shape[1] != len(self.model.codebook_names):
-            raise DataError(f"tokens: expected [N, {len(self.model.codebook_names)}], got {list(given.shape)}")
-        index = given.to(self.device, torch.int64)
-        if given.is_floating_point() and not torch.equal(index.to(given.dtype), given.to(self.device)):
-            raise DataError("tokens: expected whole numbers")
+        index = to_token_tensor(tokens, len(self.model.codebook_names)).to(self.device)
         with device_guard(self.device):
             blocks = [self.model.decode_from_tokens(part).cpu().numpy() for part in index.split(_ROWS_AT_ONCE)]
         features = self.normalizer.inverse(np.concatenate(blocks))

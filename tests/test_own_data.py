@@ -143,6 +143,8 @@ def test_tokens_of_another_shape(rows: Fields) -> None:
     for wrong in (tokens[0], tokens[:, :1], tokens[:, :0], tokens[None]):
         with raises_one_line(DataError, "tokens: expected [N, "):
             tokenizer.decode(wrong)
+    with raises_one_line(DataError, "tokens: expected a dense tensor"):
+        tokenizer.decode(torch.from_numpy(tokens).to_sparse())
 
 
 def test_a_loaded_tokenizer_checks_the_columns_of_a_frame(rows: Fields, tmp_path: Path) -> None:

@@ -55,8 +55,10 @@ def backward(
     grad_hidden = torch.empty_like(hidden) if needs_x else None
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_x else None
     grad_b1 = x.new_empty(G, H)
-    # With the strides of w1 where the kernel supports it: a transposed w1 has zeros that can be skipped.
-    grad_w1 = torch.empty_like(w1) if needs_x and w1.stride(0) == 1 else x.new_empty(w1.shape)
+    # With the strides of w1 where the kernel supports it: a transposed w1 has zeros that can be skipped. Without rows,
+    # grad_x has no address, and the kernel takes it for one that is not needed.
+    transposed = needs_x and B > 0 and w1.stride(0) == 1
+    grad_w1 = torch.empty_like(w1) if transposed else x.new_empty(w1.shape)
     grad_w2, grad_b2 = x.new_empty(w2.shape), x.new_empty(G, E)
     library.mlp_backward(
         address(grad), operand(x), operand(w1), operand(w2[0]), w2.stride(0), address(hidden), list(inputs.sizes),

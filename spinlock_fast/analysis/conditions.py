@@ -38,20 +38,37 @@ def make_conditions(observed: Observations, bins: int) -> tuple[list[Condition],
 
 
 def bin_parameter(name: str, values: NDArray[np.float64], bins: int) -> Condition:
-    """A parameter [N] as a condition: one level per value up to 12 distinct values, else quantile bins."""
+    """A parameter [N] as a condition: one level per value up to 12 distinct values, else quantile bins.
+
+    A value that several quantiles have in common has a level of its own.
+    """
     known = np.isfinite(values)
     distinct = np.unique(values[known])
     if distinct.size <= _MAX_DISTINCT_VALUES:
         codes = np.searchsorted(distinct, values)
         levels = [f"{value:g}" for value in distinct]
     else:
-        edges = np.unique(np.quantile(values[known], np.linspace(0, 1, bins + 1)))
-        codes = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, edges.size - 2)
-        levels = [f"{low:.3g} to {high:.3g}" for low, high in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)]
+        codes = np.zeros(values.size, np.int64)
+        codes[known], levels = _quantile_bins(values[known], bins)
     if not known.all():
         codes = np.where(known, codes, len(levels))
         levels.append("not finite")
     return Condition(name, "theta", codes.astype(np.int64), levels)
+
+
+def _quantile_bins(values: NDArray[np.float64], bins: int) -> tuple[NDArray[np.intp], list[str]]:
+    """The bin of each finite value between quantiles, and the texts of the bins; those without a value are left out."""
+    edges, repeats = np.unique(np.quantile(values, np.linspace(0, 1, bins + 1)), return_counts=True)
+    common = edges[repeats > 1]
+    # The last bin contains its upper edge, unless that is a common value.
+    bounds = np.union1d(edges if edges[-1] in common else edges[:-1], np.nextafter(common, np.inf))
+    used, codes = np.unique(np.searchsorted(bounds, values, side="right") - 1, return_inverse=True)
+    levels = []
+    for bound in bounds[used]:
+        above = int(np.searchsorted(edges, bound, side="right"))
+        low = edges[above - 1]
+        levels.append(f"{low:.3g}" if bound in common else f"{low:.3g} to {edges[above]:.3g}")
+    return codes, levels
 
 
 def label_condition(name: str, values: NDArray[Any]) -> Condition:

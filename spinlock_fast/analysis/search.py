@@ -50,6 +50,7 @@ def nearest(
         tokenizer: of a checkpoint directory.
         index: by tokens, the HDF5 file that `tokenize` wrote with this checkpoint; by latents, a file of features.
         like: a row of the index, which is left out of the result, or (file, row) of a file of tokens or of features.
+            Features are searched for tokens as those of the index were.
         tokens: codes instead of a row, such as "cluster_3=12/4/7", see `parse_codes`; other codebooks do not count.
         by: "tokens" or "latents".
         top: number of rows, at least 1.
@@ -60,7 +61,7 @@ def nearest(
 
     Raises:
         ConfigError: there is no such row or code, not exactly one of `like` and `tokens`, or another `by` or `top`.
-        DataError: a file cannot be read, or was made by another checkpoint.
+        DataError: a file cannot be read, or was made by another checkpoint or with another search of tokens.
     """
     if (like is None) == (tokens is None):
         raise ConfigError("give either a row (like) or codes (tokens)")
@@ -85,7 +86,7 @@ def parse_codes(tokenizer: Tokenizer, texts: Iterable[str]) -> Ints:
     `*` leaves a level out. "c3" is short for "cluster_3".
 
     Raises:
-        ConfigError: no such category, level or code.
+        ConfigError: no such category, level or code, or two codes of one codebook.
     """
     model = tokenizer.model
     names, codes = model.codebook_names, np.full(model.num_codebooks, _ANY, np.int64)
@@ -110,6 +111,8 @@ def parse_codes(tokenizer: Tokenizer, texts: Iterable[str]) -> Ints:
                 continue
             if not re.fullmatch(r"\d{1,9}", value, re.ASCII) or int(value) >= count:
                 raise ConfigError(f"{shown(text)}: {names[g]} has the codes 0 to {count - 1}, got {shown(value)}")
+            if codes[g] not in (_ANY, int(value)):
+                raise ConfigError(f"{shown(text)}: {names[g]} already has the code {codes[g]}; a query has one of each")
             codes[g] = int(value)
     if (codes == _ANY).all():
         raise ConfigError("no code is given")
@@ -123,9 +126,14 @@ def _query_tokens(tokenizer: Tokenizer, index: TokenIndex, like: int | tuple[str
     path, row = like
     if has_tokens(path):
         with TokenIndex(path, tokenizer) as other:
+            if other.search != index.search:
+                raise DataError(
+                    f"{path}: made by `tokenize` with {other.search.options}, but {index.path} with "
+                    f"{index.search.options}: tokenize one of them again"
+                )
             return _tokens_of(other, row)
     x = torch.from_numpy(_features(tokenizer, path, np.array([row]))).to(tokenizer.device)
-    tokens: Ints = tokenizer.model.get_tokens(x)[0].cpu().numpy()
+    tokens: Ints = tokenizer.model.get_tokens(x, *index.search)[0].cpu().numpy()
     if (tokens < 0).any():
         raise DataError(f"{path}: row {row} overflows in the encoder")
     return tokens

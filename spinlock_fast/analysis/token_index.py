@@ -14,6 +14,8 @@ from spinlock_fast.data.backing_files import sources_of
 from spinlock_fast.data.hdf5_links import ExternalFilePolicy, LinkTrace, find_dataset
 from spinlock_fast.data.input_files import open_file, reporting_damage
 from spinlock_fast.errors import DataError
+from spinlock_fast.messages import shown
+from spinlock_fast.models.code_search import TokenSearch
 from spinlock_fast.tokenizer import Tokenizer
 
 TOKENS = "tokens"
@@ -61,7 +63,17 @@ class TokenIndex:
             raise DataError(
                 f"{self.path}: {TOKENS}: expected whole numbers [N, {G}], got {dataset.dtype} {list(dataset.shape)}"
             )
+        self.search = self._search_of(dataset)
         return dataset
+
+    def _search_of(self, dataset: h5py.Dataset) -> TokenSearch:
+        """How the tokens were searched; nearest codes in files of earlier versions, which do not record it."""
+        given = {name: dataset.attrs[name] for name in TokenSearch._fields if name in dataset.attrs}
+        try:
+            kinds = {"search": str, "sweeps": int, "search_weight": float, "perturbations": int}
+            return TokenSearch(**{name: kinds[name](value) for name, value in given.items()}).check()
+        except (TypeError, ValueError):
+            raise DataError(f"{self.path}: {TOKENS}: wrong attributes of the search, {shown(given)}") from None
 
     def __enter__(self) -> TokenIndex:
         return self

@@ -60,7 +60,8 @@ def write_tokens(
             raise OutputError(f"{output}: is the input file")
     if os.path.isdir(output):
         raise OutputError(f"{output}: is a directory; name a file")
-    table = TokenTable(rows, model.codebook_names, model.quantizer.num_codes, tokenizer.checkpoint_hash, scores)
+    sizes, made_by = model.quantizer.num_codes, tokenizer.checkpoint_hash
+    table = TokenTable(rows, model.codebook_names, sizes, made_by, scores, search.settings)
     blocks = (
         _with_scores(model, tokens, x) if scores else tokens
         for _, tokens, x in tokenizer.tokens_and_features(data, memory_budget, ranks, search)

@@ -45,3 +45,20 @@ def to_real_tensor(array: Any, name: str) -> Tensor:
         values = values.astype(np.float64)  # PyTorch has no wider floating-point type
     native = np.asarray(values, values.dtype.newbyteorder("="), order="C")
     return torch.from_numpy(native if native.flags.writeable else native.copy())
+
+
+def to_token_tensor(array: Any, codebooks: int) -> Tensor:
+    """Converts tokens [N, codebooks] of any real dtype to an int64 tensor.
+
+    Raises:
+        DataError: the tokens have another shape, or one is not a whole number.
+    """
+    given = to_real_tensor(array, "tokens")
+    if given.layout is not torch.strided:
+        raise DataError(f"tokens: expected a dense tensor, got {given.layout}")
+    if given.ndim != 2 or given.shape[1] != codebooks:
+        raise DataError(f"tokens: expected [N, {codebooks}], got {list(given.shape)}")
+    index = given.to(torch.int64)
+    if given.is_floating_point() and not torch.equal(index.to(given.dtype), given):
+        raise DataError("tokens: expected whole numbers")
+    return index

@@ -54,6 +54,8 @@ class StatisticsEncoder(nn.Module):
         return [f"{column}::{statistic}" for column in columns for statistic in STATISTICS]
 
     def forward(self, x: Tensor) -> Tensor:
+        if not len(x):  # FFT libraries refuse an empty batch
+            return x.new_empty(0, self.output_dim)
         # In float64, as a series may change little about a large mean; a few rows at a time, as that takes memory.
         rows = max(1, _VALUES_AT_ONCE // max(x[:1].numel(), 1))
         parts = [series_statistics(part.transpose(1, 2).contiguous().double()).flatten(1) for part in x.split(rows)]

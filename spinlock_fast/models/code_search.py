@@ -34,7 +34,20 @@ class TokenSearch(NamedTuple):
             raise ValueError(f"perturbations must be a whole number of at least 0, got {self.perturbations!r}")
         if not 0.0 <= self.search_weight < math.inf:
             raise ValueError(f"search_weight must be a finite number of at least 0, got {self.search_weight!r}")
+        for name, value, unset in zip(self._fields, self, TokenSearch(), strict=True):
+            if self.search == "nearest" and value != unset:
+                raise ValueError(f"{name} is a setting of the joint search: use it with search='joint', got {value!r}")
         return self
+
+    @property
+    def options(self) -> str:
+        """The options of the command `tokenize` for this search."""
+        return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in self.settings.items())
+
+    @property
+    def settings(self) -> dict[str, str | int | float]:
+        """The settings by name; those that the search does not use are left out."""
+        return {"search": self.search} if self.search == "nearest" else self._asdict()
 
 
 NEAREST = TokenSearch()

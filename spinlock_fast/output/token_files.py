@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class TokenTable:
         codebook_names: [G] column names.
         codebook_sizes: [G] codes of each codebook.
         checkpoint_sha256: hash of the model file that made the tokens.
+        search: how the tokens were searched, by setting; the attributes of the same names in HDF5 and Parquet.
         scores: whether a table has the distances and margins of its tokens. Its blocks are then [B, 3 G] float64:
             tokens, distances, margins.
     """
@@ -42,6 +43,7 @@ class TokenTable:
     codebook_sizes: Sequence[int]
     checkpoint_sha256: str
     scores: bool = False
+    search: Mapping[str, str | int | float] = field(default_factory=dict)
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -75,7 +77,8 @@ def token_file(path: Path, table: TokenTable) -> AbstractContextManager[WriteBlo
     """A function that appends blocks of tokens to a new file, which replaces `path` when the block ends without error.
 
     `.csv`: a header of codebook names, one line per row. `.npy`: the array. `.parquet`: one column per codebook.
-    Any other ending: HDF5, dataset `tokens` with attributes codebook_names, codebook_sizes, checkpoint_sha256. Scores
+    Any other ending: HDF5, dataset `tokens` with attributes codebook_names, codebook_sizes, checkpoint_sha256 and those
+    of `TokenTable.search`. Scores
     are columns "<codebook>/distance" and "<codebook>/margin", or the HDF5 datasets `distance` and `margin`.
 
     Raises:
@@ -115,6 +118,7 @@ def _hdf5(path: Path, table: TokenTable) -> Iterator[WriteBlock]:
         out.attrs["codebook_names"] = list(table.codebook_names)
         out.attrs["codebook_sizes"] = np.array(table.codebook_sizes)
         out.attrs["checkpoint_sha256"] = table.checkpoint_sha256
+        out.attrs.update(table.search)
 
         def write(block: NDArray[Any]) -> None:
             nonlocal start
@@ -159,9 +163,10 @@ def _parquet(path: Path, table: TokenTable) -> Iterator[WriteBlock]:
     import pyarrow.parquet as pq
 
     sizes = ",".join(map(str, table.codebook_sizes))
+    searched = {name: str(value) for name, value in table.search.items()}
     schema = pa.schema(
         [(name, pa.from_numpy_dtype(dtype)) for name, dtype in table.columns.items()],
-        {"codebook_sizes": sizes, "checkpoint_sha256": table.checkpoint_sha256},
+        {"codebook_sizes": sizes, "checkpoint_sha256": table.checkpoint_sha256, **searched},
     )
     pending: list[NDArray[Any]] = []
 

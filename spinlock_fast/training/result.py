@@ -14,7 +14,7 @@ from torch import Tensor
 from spinlock_fast.checkpoints.tokenizer_files import Origin
 from spinlock_fast.config.schema import FamilyConfig, RunConfig
 from spinlock_fast.data.feature_source import DatasetInfo
-from spinlock_fast.data.input_arrays import masked_to_nan
+from spinlock_fast.data.input_arrays import masked_to_nan, to_token_tensor
 from spinlock_fast.data.mapped_pages import MappedPages
 from spinlock_fast.data.split import Split
 from spinlock_fast.errors import DataError
@@ -80,8 +80,13 @@ class TrainResult:
         return tokens if isinstance(x, Tensor) else tokens.numpy()
 
     def decode(self, tokens: Any) -> Any:
-        """Tokens [N, G] -> rows [N, F] in the units of the fitted x; raises IndexError for a token out of range."""
-        index = tokens if isinstance(tokens, Tensor) else torch.from_numpy(np.array(tokens, np.int64))
+        """Tokens [N, G] -> rows [N, F] in the units of the fitted x.
+
+        Raises:
+            DataError: the tokens have another shape, or one is not a whole number.
+            IndexError: a token is outside of its codebook.
+        """
+        index = to_token_tensor(tokens, len(self.model.codebook_names))
         blocks = [self.model.decode_from_tokens(block).cpu() for block in index.split(_ROWS_PER_BLOCK)]
         rows = torch.cat(blocks).numpy()
         rows = self.normalizer.inverse(rows) if self.normalizer is not None else rows

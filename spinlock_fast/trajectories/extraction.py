@@ -262,7 +262,9 @@ def _described(samples: Iterator[NDArray[np.floating]], describer: Describer, wo
 
     def describe(sample: NDArray[np.floating]) -> _Described:
         state, trajectories = describer(torch.from_numpy(sample).to(describer.device))
-        return state.cpu().numpy(), trajectories.cpu().numpy(), sample[0, 0].astype(np.float32)
+        with np.errstate(over="ignore"):  # of a trajectory that is reported as diverged
+            initial = sample[0, 0].astype(np.float32)
+        return state.cpu().numpy(), trajectories.cpu().numpy(), initial
 
     if describer.device.type != "cpu":
         yield from map(describe, samples)

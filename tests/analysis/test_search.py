@@ -18,7 +18,7 @@ from spinlock_fast.analysis import token_index
 from spinlock_fast.analysis.neighbours import nearest_operators
 from spinlock_fast.analysis.observations import read_codebooks
 from spinlock_fast.analysis.search import nearest, parse_codes
-from spinlock_fast.errors import ConfigError
+from spinlock_fast.errors import ConfigError, DataError
 from spinlock_fast.search import main as search_main
 from spinlock_fast.tokenize import main as tokenize_main
 from spinlock_fast.train import main as train_main
@@ -78,6 +78,28 @@ def test_a_row_of_another_file(directory: Path, tokenizer: Tokenizer) -> None:
     assert {"row": 7, "distance": 0.0}.items() <= next(entry for entry in itself if entry["row"] == 7).items()
 
 
+def test_a_row_of_features_is_searched_as_the_index_was(
+    directory: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index, checkpoint, data = directory / "joint.h5", directory / "checkpoint", directory / "data.h5"
+    joint = ("--search", "joint", "--sweeps", "3", "--search-weight", "0.01", "--perturbations", "2")
+    assert run(tokenize_main, checkpoint, data, "--output", index, "--quiet", *joint) == 0
+    with h5py.File(index) as file:
+        assert (file["tokens"][:] != tokenizer.encode(data)).any()
+        assert file["tokens"].attrs["search"] == "joint"
+    itself = nearest(tokenizer, index, (data, 7), top=300)
+    own = next(entry for entry in itself if entry["row"] == 7)
+    assert (own["distance"], own["equal_tokens"]) == (0.0, tokenizer.model.num_codebooks)
+    assert run(search_main, checkpoint, index, "--like", f"{directory / 'data_tokens.h5'}:7") == 3
+    error = capsys.readouterr().err
+    assert "--search nearest, but" in error
+    assert "--search joint --sweeps 3 --search-weight 0.01 --perturbations 2: tokenize one of them again" in error
+    with h5py.File(index, "r+") as file:
+        file["tokens"].attrs["search"] = "best"
+    with raises_one_line(DataError, "wrong attributes of the search"):
+        nearest(tokenizer, index, 7)
+
+
 def test_by_latents(directory: Path, tokenizer: Tokenizer) -> None:
     with torch.no_grad():
         latents = tokenizer.model.encode(torch.from_numpy(tokenizer.features(directory / "data.h5"))).double().numpy()
@@ -133,6 +155,7 @@ def test_command(directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         (["tokens", "--token", "c1=999"], 2, "has the codes 0 to"),
         (["tokens", "--token", "c1=1/1/1/1/1/1/1"], 2, "levels"),
         (["tokens", "--token", "c1=*"], 2, "no code is given"),
+        (["tokens", "--token", "c1=1", "c1/L0=2"], 2, "'c1/L0=2': cluster_1/L0 already has the code 1"),
         (["tokens", "--token", "c1"], 2, "no category or codebook"),
         (["data", "--like", "1"], 3, "no tokens there"),
         (["tables", "--like", "1"], 3, "tokens are searched in HDF5 files only"),

@@ -7,6 +7,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from planted import NUM_CODES, SIZES, operators, planted_codebooks, rows_where
 from scipy.stats import hypergeom, mannwhitneyu, rankdata
 from sklearn.metrics import adjusted_mutual_info_score, roc_auc_score
@@ -274,3 +275,23 @@ def test_stability_is_one_for_the_same_categories_in_another_order() -> None:
     (i,) = rows_where(table, category_a="slow", level_a=0, level_b=1)
     expected = adjusted_mutual_info_score(OBSERVED.tokens[:, 0], OBSERVED.tokens[:, 1])
     assert table["ami"][i] == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("common", "others", "levels", "counts"),
+    [
+        (0.0, np.linspace(1.0, 2.0, 15), ["0", "0 to 2"], [85, 15]),  # four of six quantiles are 0
+        (3.0, np.linspace(1.0, 2.0, 15), ["1 to 3", "3"], [15, 85]),
+        (1.5, np.linspace(1.0, 2.0, 16), ["1 to 1.5", "1.5", "1.5 to 2"], [8, 85, 8]),
+    ],
+)
+def test_a_value_of_most_operators_is_a_level_of_its_own(
+    common: float, others: NDArray[np.float64], levels: list[str], counts: list[int]
+) -> None:
+    values = np.concatenate([np.full(85, common), others])
+    condition = bin_parameter("rate", values, 5)
+    assert condition.levels == levels
+    assert condition.counts.tolist() == counts
+    unknown = bin_parameter("rate", np.append(values, [np.nan, np.inf]), 5)
+    assert unknown.levels == [*levels, "not finite"]
+    assert unknown.counts.tolist() == [*counts, 2]

@@ -255,7 +255,7 @@ def test_tokenize_by_joint_search(
     perturbed = metrics["joint"]["perturbed"]
     assert perturbed["reconstruction_error"] <= metrics["joint"]["reconstruction_error"]
     assert metrics["joint"]["reconstruction_error"] < metrics["reconstruction_error"]
-    for options in (("--search", "best"), ("--sweeps", "0"), ("--perturbations", "-1")):
+    for options in (("--search", "best"), ("--sweeps", "0"), ("--perturbations", "-1"), ("--perturbations", "8")):
         assert run(tokenize_main, checkpoint, data, "--output", output, *options) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
 

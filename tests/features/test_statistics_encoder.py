@@ -37,6 +37,11 @@ def test_values_are_those_of_numpy() -> None:
         np.testing.assert_allclose(found[name], values, rtol=1e-12, atol=1e-12, err_msg=name)
 
 
+def test_no_rows() -> None:
+    encoder = StatisticsEncoder((16, 3))
+    assert encoder(torch.zeros(0, 16, 3)).shape == (0, encoder.output_dim)
+
+
 @pytest.mark.parametrize("T", [60, 61])
 def test_a_sine_has_its_frequency(T: int) -> None:
     t = torch.arange(T, dtype=torch.float64)

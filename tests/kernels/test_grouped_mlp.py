@@ -75,6 +75,27 @@ def test_gradcheck(function, inputs):
     torch.autograd.gradcheck(lambda *a: function(*a, groups), inputs(SIZES, 3))
 
 
+def poisoned(original):
+    """`original` with NaN in what it leaves undefined."""
+    return lambda *args, **kwargs: original(*args, **kwargs).fill_(torch.nan)
+
+
+@pytest.mark.parametrize("needs_x", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gradients_of_no_rows_are_zero(monkeypatch, transposed, needs_x):
+    inputs = [t.detach() for t in mlp_inputs(SIZES, 0, dtype=torch.float32)]
+    if transposed:
+        inputs[1] = inputs[1].t().contiguous().t()
+    for t in inputs[not needs_x :]:
+        t.requires_grad_()
+    out = grouped_mlp(*inputs, Ragged.of(SIZES))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+    found = torch.autograd.grad(out, inputs[not needs_x :], torch.zeros_like(out))
+    for gradient, t in zip(found, inputs[not needs_x :], strict=True):
+        torch.testing.assert_close(gradient, torch.zeros_like(t))
+
+
 def test_dropout_equals_a_mask_of_the_reference():
     """The second layer is the identity, so the output determines the mask; gradients must use the same mask."""
     p, rows, hidden = 0.3, 50, 6

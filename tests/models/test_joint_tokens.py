@@ -98,3 +98,10 @@ def test_perturbations_lower_the_error(fitted):
 def test_unknown_search(fitted, search, sweeps):
     with helpers.raises_one_line(ValueError, "search" if search == "best" else "sweeps"):
         fitted[0].model.get_tokens(torch.zeros(1, 10), search, sweeps)
+
+
+@pytest.mark.parametrize("setting", [{"sweeps": 3}, {"search_weight": 1.0}, {"perturbations": 8}], ids=str)
+def test_settings_of_the_joint_search_need_it(fitted, setting):
+    """They would be ignored in silence."""
+    with helpers.raises_one_line(ValueError, next(iter(setting)), "search='joint'"):
+        fitted[0].model.get_tokens(torch.zeros(1, 10), **setting)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,15 @@ def test_columns_carry_the_names_of_codebooks(tmp_path: Path) -> None:
     assert schema.names == ["a/L0", "=cmd", "b/L0"]
     assert schema.metadata == {b"codebook_sizes": b"7,7,300", b"checkpoint_sha256": b"f" * 64}
     assert pq.ParquetFile(tmp_path / "t.parquet").num_row_groups == 1
+
+
+def test_files_record_the_search(tmp_path: Path) -> None:
+    table = replace(TABLE, search={"search": "joint", "sweeps": 3})
+    write(tmp_path / "t.h5", table)
+    with h5py.File(tmp_path / "t.h5") as file:
+        assert (file["tokens"].attrs["search"], file["tokens"].attrs["sweeps"]) == ("joint", 3)
+    write(tmp_path / "t.parquet", table)
+    assert {b"search": b"joint", b"sweeps": b"3"}.items() <= pq.read_schema(tmp_path / "t.parquet").metadata.items()
 
 
 def failing() -> Iterator[NDArray[Any]]:

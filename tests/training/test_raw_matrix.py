@@ -11,6 +11,7 @@ import torch
 from helpers import planted_matrix
 
 from spinlock_fast.config.schema import FeatureCleaningConfig, RunConfig
+from spinlock_fast.errors import DataError
 from spinlock_fast.features.matrix import fit_matrix_normalizer
 from spinlock_fast.training.result import TrainResult
 from spinlock_fast.training.trainer import Trainer
@@ -81,6 +82,10 @@ def test_result_encodes_and_decodes_raw_rows(raw: np.ndarray[Any, Any], result: 
     assert np.delete(error, 4, 1).mean() < 0.6
     np.testing.assert_allclose(decoded[:, 4], 17.0, rtol=0.2)
     assert isinstance(result.decode(as_torch), torch.Tensor)
+    np.testing.assert_array_equal(result.decode(tokens.astype(np.float32)), decoded)
+    for wrong in (tokens + 0.5, np.full(tokens.shape, np.nan), tokens[:, :1], as_torch.float() + 0.5):
+        with pytest.raises(DataError, match="tokens: expected"):
+            result.decode(wrong)
     with pytest.raises(ValueError, match=r"x must be \[N, 20\]"):
         result.encode(raw[:, :3])
 

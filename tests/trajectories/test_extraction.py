@@ -111,9 +111,12 @@ def test_shards_follow_each_other_to_the_whole(tmp_path: Path, array: Path) -> N
         assert np.array_equal(np.concatenate([part[family] for part in parts]), values)
 
 
-def test_a_sample_that_is_not_finite_is_kept_and_flagged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    fields = FIELDS.copy()
-    fields[2, 3, 0, 1, 1] = np.nan
+@pytest.mark.parametrize(("step", "value"), [(3, np.nan), (0, 1e300)])  # the latter overflows in float32
+def test_a_sample_that_is_not_finite_is_kept_and_flagged(
+    step: int, value: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fields = FIELDS.astype(np.float64)
+    fields[2, step, 0, 1, 1] = value
     np.save(tmp_path / "a.npy", fields)
     with pytest.raises(SystemExit):
         main([str(tmp_path / "a.npy"), *ARRAY, "--output", str(tmp_path / "f.h5"), "--device", "cpu"])
