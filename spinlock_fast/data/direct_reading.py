@@ -31,7 +31,7 @@ class CallerTime:
 
 
 def direct_reading_seconds(sharded: ShardedDatasets, order: RowSequence, threads: int) -> float:
-    """Time per batch below which the caller reads the batches of a pass itself; 0 if threads must read them."""
+    """Time per batch below which the caller reads the batches of a pass itself; 0 if threads read all."""
     if (
         threads > _MAX_THREADS  # they copy faster than one
         or order.first_row is None

@@ -177,7 +177,7 @@ class LoaderPass:
             self._window_ends.popleft()
         self._fetcher.release(end)
         # Several windows at a time: code stays in the cache.
-        if len(self._window_ends) <= self._windows_ahead // 2 and not self._caller_is_short():
+        if len(self._window_ends) <= self._windows_ahead // 2:
             self._submit(end)  # keeps the threads busy while the caller processes the batch
         return batch
 
@@ -193,15 +193,12 @@ class LoaderPass:
         return dict(zip(self._names, (*batch.tensors, batch.index), strict=True))
 
     def _submit(self, needed: int) -> None:
-        """Submits windows ahead, at least all windows before position `needed`."""
-        while self._submitted < self._stop and (
-            len(self._window_ends) < self._windows_ahead or self._submitted < needed
-        ):
+        """Submits windows ahead, unless the caller reads directly; at least all windows before position `needed`."""
+        ahead = 0 if self._caller_is_short() else self._windows_ahead
+        while self._submitted < self._stop and (len(self._window_ends) < ahead or self._submitted < needed):
             if (window := next(self._windows, None)) is None:
                 return
             first, rows = window
-            if first + len(rows) <= self._start:
-                continue  # read directly
             if first < self._start or first + len(rows) > self._stop:
                 rows = rows[max(0, self._start - first) : max(0, self._stop - first)]
                 first = max(first, self._start)

@@ -117,7 +117,31 @@ def test_callers_that_become_slower_and_faster(
     assert len(set(direct)) == 2
 
 
-def test_slow_callers_are_read_ahead() -> None:
+def test_caller_that_becomes_faster_reads_directly_again(
+    shards: list[str], direct: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast = [False]
+    monkeypatch.setattr(CallerTime, "shorter_than", lambda self, seconds: seconds > 0 and fast[0])
+    batches = []
+    for number, batch in enumerate(HDF5Loader(shards, ["x", "y"], 2, shuffle=False, num_threads=1)):
+        batches.append(batch)
+        fast[0] = number >= 4
+    check(batches, list(range(87)))
+    assert direct == sorted(direct)
+    assert 5 <= direct.index(True) < 5 + 10  # after the windows that were submitted
+
+
+def test_data_contiguous_in_some_shards(tmp_path: Path, direct: list[bool]) -> None:
+    x = np.arange(80 * 60, dtype="f4").reshape(80, 60)
+    for number, storage in enumerate(({}, {"chunks": True, "compression": "gzip"})):
+        with h5py.File(tmp_path / f"{number}.h5", "w") as file:
+            file.create_dataset("x", data=x[40 * number :][:40], **storage)
+            file.create_dataset("y", data=x[40 * number :][:40, :3].astype("i8"), **storage)
+    check(list(load(str(tmp_path / "*.h5"))), list(range(80)))
+    assert not any(direct)
+
+
+def test_times_of_the_last_batches_decide() -> None:
     caller = CallerTime()
     for seconds in (1.0, 1e-6, 1.0):
         assert not caller.shorter_than(1e-3)  # too few
