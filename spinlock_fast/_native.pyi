@@ -251,6 +251,12 @@ class RowReader:
     def wait(self, first: int) -> None:
         """Wait until the batch that starts at `first` is complete; raises ReadError if it cannot be read."""
 
+    def read_cached(self, first_row: int, count: int, memory: Sequence[Buffer]) -> bool:
+        """Read consecutive rows in the calling thread if they are contiguous in the files and in the page cache.
+
+        Returns False, with `memory` partly overwritten, if they are not, or cannot be read; no batch is needed.
+        """
+
     def stats(self) -> ReaderStats:
         """Totals since construction; also valid after `close`."""
 

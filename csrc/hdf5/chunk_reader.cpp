@@ -79,6 +79,38 @@ void ChunkReader::read(const ChunkLocation& location, DecodeState& state) {
     state.stats.cpu_seconds += thread_seconds() - started;
 }
 
+bool ChunkReader::read_cached(std::uint64_t first_row, std::uint64_t count,
+                              std::span<const std::span<std::byte>> memory, ReaderStats& stats) {
+    const double started = thread_seconds();
+    for (std::size_t d = 0; d < datasets_.size(); ++d) {
+        const Dataset& dataset = datasets_[d];
+        std::byte* out = memory[d].data();
+        for (std::uint64_t row = first_row; row < first_row + count;) {
+            const auto end = std::ranges::upper_bound(dataset.shard_ends, row);
+            const Shard& shard = dataset.shards[static_cast<std::size_t>(end - dataset.shard_ends.begin())];
+            if (!shard.contiguous) return false;
+            const std::uint64_t rows = std::min(first_row + count, *end) - row;
+            const std::span<std::byte> part(out, rows * dataset.row_bytes);
+            try {
+                const auto file = files_.get(shard.file);
+                const std::uint64_t row_in_shard = row - (*end - shard.rows);
+                if (!file->read_cached(part, shard.offset + row_in_shard * dataset.row_bytes)) return false;
+                file->check_unchanged();
+            } catch (const ReadError&) {
+                return false;
+            }
+            if (shard.byte_swapped) swap_bytes(part, dataset.item_size);
+            ++stats.chunks;
+            stats.stored_bytes += part.size();
+            stats.decoded_bytes += part.size();
+            row += rows;
+            out += part.size();
+        }
+    }
+    stats.cpu_seconds += thread_seconds() - started;
+    return true;
+}
+
 // Reads unfiltered whole rows that start at byte `offset`.
 void ChunkReader::read_rows(const ChunkLocation& location, const File& file, std::uint64_t offset,
                             DecodeState& state) const {

@@ -62,6 +62,12 @@ public:
     // position to the message.
     void read(const ChunkLocation& location, DecodeState& state);
 
+    // Reads consecutive rows of all datasets, memory[d] for dataset d, if all of them are contiguous in their files and
+    // in the page cache. Otherwise returns false, with memory partly overwritten; also if the files cannot be read, so
+    // that `read` reports the reason.
+    bool read_cached(std::uint64_t first_row, std::uint64_t count, std::span<const std::span<std::byte>> memory,
+                     ReaderStats& stats);
+
     // "file: dataset: chunk [8, 0] (rows 8..15) at byte 4096"; rows are numbered within the file.
     std::string describe(const ChunkLocation& location) const;
 

@@ -10,6 +10,7 @@
 
 #include <fcntl.h>
 #include <sys/stat.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 namespace spinlock_fast {
@@ -74,6 +75,24 @@ void File::read(std::span<std::byte> out, std::uint64_t offset) const {
         out = out.subspan(static_cast<std::size_t>(got));
         offset += static_cast<std::uint64_t>(got);
     }
+}
+
+bool File::read_cached([[maybe_unused]] std::span<std::byte> out,
+                       [[maybe_unused]] std::uint64_t offset) const noexcept {
+#if defined(RWF_NOWAIT)
+    if (offset > identity_.size || out.size() > identity_.size - offset) return false;
+    while (!out.empty()) {
+        const struct iovec rest{.iov_base = out.data(), .iov_len = out.size()};
+        const ::ssize_t got = ::preadv2(descriptor_, &rest, 1, static_cast<::off_t>(offset), RWF_NOWAIT);
+        if (got < 0 && errno == EINTR) continue;
+        if (got <= 0) return false;
+        out = out.subspan(static_cast<std::size_t>(got));
+        offset += static_cast<std::uint64_t>(got);
+    }
+    return true;
+#else
+    return false;
+#endif
 }
 
 void File::check_unchanged() const {

@@ -41,6 +41,10 @@ public:
     // Fills `out` from byte `offset` on. Throws ReadError if the file is shorter.
     void read(std::span<std::byte> out, std::uint64_t offset) const;
 
+    // As `read`, but never waits for the disk. Returns false, with part of `out` overwritten, if not all bytes are in
+    // the page cache or cannot be read, and on systems without such reads.
+    bool read_cached(std::span<std::byte> out, std::uint64_t offset) const noexcept;
+
     // Throws ReadError if the file was modified since it was indexed; bytes read before are then invalid.
     void check_unchanged() const;
 

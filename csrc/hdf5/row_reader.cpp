@@ -90,9 +90,11 @@ public:
     void add_batch(std::uint64_t first, std::uint64_t count, std::vector<std::span<std::byte>> memory);
     void submit(std::uint64_t first, std::span<const std::uint64_t> rows);
     bool wait(std::uint64_t first, std::chrono::milliseconds timeout);
+    bool read_cached(std::uint64_t first_row, std::uint64_t count, std::span<const std::span<std::byte>> memory);
     ReaderStats stats() const;
 
 private:
+    void check_memory(std::uint64_t count, std::span<const std::span<std::byte>> memory) const;
     std::shared_ptr<const Submission> assign_slots(std::uint64_t first, std::span<const std::uint64_t> rows);
     std::vector<Task> make_tasks(const std::shared_ptr<const Submission>& submission) const;
     void start_threads();
@@ -115,7 +117,7 @@ private:
     std::vector<std::thread> threads_;
 };
 
-void RowReader::Pool::add_batch(std::uint64_t first, std::uint64_t count, std::vector<std::span<std::byte>> memory) {
+void RowReader::Pool::check_memory(std::uint64_t count, std::span<const std::span<std::byte>> memory) const {
     const auto& datasets = chunk_reader_.datasets();
     if (count == 0 || count > std::numeric_limits<std::uint32_t>::max())
         throw std::invalid_argument("count: " + std::to_string(count) + ", expected 1..2^32 - 1 rows");
@@ -123,6 +125,10 @@ void RowReader::Pool::add_batch(std::uint64_t first, std::uint64_t count, std::v
     for (std::size_t d = 0; d < datasets.size(); ++d)
         if (memory[d].size() / datasets[d].row_bytes < count)
             throw std::invalid_argument(datasets[d].name + ": the memory is too small for the batch");
+}
+
+void RowReader::Pool::add_batch(std::uint64_t first, std::uint64_t count, std::vector<std::span<std::byte>> memory) {
+    check_memory(count, memory);
     const std::scoped_lock lock(mutex_);
     if (!batches_.empty()) {
         const Batch& last = *batches_.rbegin()->second;
@@ -278,6 +284,22 @@ bool RowReader::Pool::wait(std::uint64_t first, std::chrono::milliseconds timeou
     return true;
 }
 
+bool RowReader::Pool::read_cached(std::uint64_t first_row, std::uint64_t count,
+                                  std::span<const std::span<std::byte>> memory) {
+    check_memory(count, memory);
+    for (const auto& dataset : chunk_reader_.datasets())
+        if (count > dataset.rows() || first_row > dataset.rows() - count)
+            throw std::invalid_argument("row " + std::to_string(first_row + count - 1) + " is out of range");
+    ReaderStats read;
+    if (!chunk_reader_.read_cached(first_row, count, memory, read)) return false;
+    const std::scoped_lock lock(mutex_);
+    stats_.chunks += read.chunks;
+    stats_.stored_bytes += read.stored_bytes;
+    stats_.decoded_bytes += read.decoded_bytes;
+    stats_.cpu_seconds += read.cpu_seconds;
+    return true;
+}
+
 ReaderStats RowReader::Pool::stats() const {
     const std::scoped_lock lock(mutex_);
     return stats_;
@@ -303,6 +325,11 @@ void RowReader::add_batch(std::uint64_t first, std::uint64_t count, std::vector<
 void RowReader::submit(std::uint64_t first, std::span<const std::uint64_t> rows) { pool().submit(first, rows); }
 
 bool RowReader::wait(std::uint64_t first, std::chrono::milliseconds timeout) { return pool().wait(first, timeout); }
+
+bool RowReader::read_cached(std::uint64_t first_row, std::uint64_t count,
+                            std::span<const std::span<std::byte>> memory) {
+    return pool().read_cached(first_row, count, memory);
+}
 
 ReaderStats RowReader::stats() const { return pool_->in_forked_process() ? ReaderStats{} : pool_->stats(); }
 

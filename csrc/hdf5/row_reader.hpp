@@ -14,7 +14,7 @@ namespace spinlock_fast {
 
 // Rows are numbered over all shards. A position is a place in the caller's order of rows, and a batch is a range of
 // positions with memory. The caller adds batches, submits the row numbers of ranges of positions, and waits for
-// batches. Each chunk is decoded once per submission. Only `wait` blocks. In a forked process, which has no copy of the
+// batches. Each chunk is decoded once per submission. Only `wait` blocks. `read_cached` needs no batch. In a forked process, which has no copy of the
 // threads, every call throws std::logic_error, except `stats`, which returns zeros.
 class RowReader {
 public:
@@ -40,6 +40,10 @@ public:
     // removed. Throws ReadError if one of its rows cannot be read, std::logic_error if the batch was not added or not
     // all of its positions were submitted.
     bool wait(std::uint64_t first, std::chrono::milliseconds timeout);
+
+    // Reads rows [first_row, first_row + count) in the calling thread, without waiting for the disk. Returns false, with
+    // memory partly overwritten, unless all datasets store them contiguously and they are in the page cache.
+    bool read_cached(std::uint64_t first_row, std::uint64_t count, std::span<const std::span<std::byte>> memory);
 
     ReaderStats stats() const;
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,11 @@ from torch import Tensor
 
 def _reference_count(blocks: list[NDArray[Any]], i: int) -> int:
     return sys.getrefcount(blocks[i])
+
+
+# Processors may copy several times slower if the destination lies 1 to 31 bytes after the source, modulo the page size.
+# Large NumPy arrays often begin 16 bytes after a page boundary, and datasets of aligned files at one.
+_ALIGNMENT = 4096
 
 
 # Reference count of a block that only the list refers to; depends on the interpreter version.
@@ -38,27 +44,32 @@ class BatchMemory:
     ) -> None:
         self._row_shape = row_shape
         self._dtype = dtype
-        self._most_rows = max_rows
+        self._max_rows = max_rows
         self._max_blocks = max_blocks
         self.pin = pin
-        self._blocks: list[NDArray[Any]] = []
+        self._blocks: list[NDArray[np.uint8]] = []  # NumPy's views keep a reference to the array that owns the memory
+        self._offsets: list[int] = []  # of the first row in each block
 
-    def allocate(self, rows: int) -> Tensor:
-        """Returns an uninitialised tensor [rows, *row_shape]."""
-        shape = (rows, *self._row_shape)
+    def allocate(self, rows: int) -> tuple[Tensor, NDArray[Any]]:
+        """Returns an uninitialised tensor [rows, *row_shape], and an array with the same memory."""
         if self.pin:
-            return torch.empty(shape, dtype=_TORCH[self._dtype.str[1:]], pin_memory=True)
-        return torch.from_numpy(self._unused_block()[:rows])
+            tensor = torch.empty((rows, *self._row_shape), dtype=_TORCH[self._dtype.str[1:]], pin_memory=True)
+            return tensor, tensor.numpy()
+        i = self._unused_block()
+        array = np.ndarray((rows, *self._row_shape), self._dtype, self._blocks[i], self._offsets[i])
+        return torch.from_numpy(array), array
 
-    def _unused_block(self) -> NDArray[Any]:
+    def _unused_block(self) -> int:
+        """Number of a block to which only the list refers."""
         for i in range(len(self._blocks)):
             if _reference_count(self._blocks, i) == _UNUSED_COUNT:
-                return self._blocks[i]
+                return i
         # NumPy requests huge pages, torch.empty does not.
-        block = np.empty((self._most_rows, *self._row_shape), self._dtype)
+        block = np.empty(self._max_rows * prod(self._row_shape) * self._dtype.itemsize + _ALIGNMENT, np.uint8)
         self._blocks.append(block)
-        del self._blocks[: -self._max_blocks]
-        return block
+        self._offsets.append(-block.ctypes.data % _ALIGNMENT)
+        del self._blocks[: -self._max_blocks], self._offsets[: -self._max_blocks]
+        return len(self._blocks) - 1
 
 
 _TORCH = {

@@ -14,6 +14,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from spinlock_fast import _native
 from spinlock_fast.data.batch_memory import BatchMemory
 from spinlock_fast.data.dataset_warnings import log_slow_reading, log_unusual_datasets
+from spinlock_fast.data.direct_reading import CallerTime
 from spinlock_fast.data.hdf5_links import ExternalFilePolicy
 from spinlock_fast.data.input_files import FileIdentity, find_files
 from spinlock_fast.data.loader_arguments import checked_bytes, checked_int, names, path_strings
@@ -151,6 +152,7 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
         self._batch = 0  # batches delivered in this epoch
         self._resume_at: int | None = None
         self._shared = SharedPosition()
+        self._caller = CallerTime()
         self._end: int | None = None  # in a DataLoader worker: end of its range of batches
         self._open(ranks_of_share(self.rank, self.world_size))
 
@@ -312,6 +314,7 @@ class HDF5Loader(IterableDataset[dict[str, Tensor]]):
             verify_checksums=self.verify_checksums,
             memory=self._memory,
             stats=stats,
+            caller=self._caller,
         )
         try:
             for number, batch in enumerate(batches, start=first + 1):

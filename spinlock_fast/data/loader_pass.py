@@ -16,6 +16,7 @@ from torch import Tensor
 
 from spinlock_fast import _native
 from spinlock_fast.data.batch_memory import BatchMemory
+from spinlock_fast.data.direct_reading import CallerTime, direct_reading_seconds
 from spinlock_fast.data.h5py_thread import H5pyBatch, H5pyThread
 from spinlock_fast.data.row_order import RowSequence
 from spinlock_fast.data.shard_fetcher import ShardFetcher
@@ -78,6 +79,7 @@ class LoaderPass:
         verify_checksums: verify fletcher32 checksums.
         memory: result of `batch_memory`, to share memory between consecutive passes.
         stats: updated during the pass.
+        caller: time that the caller took for batches of earlier passes, updated during this one.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class LoaderPass:
         verify_checksums: bool = True,
         memory: list[BatchMemory] | None = None,
         stats: PassStats | None = None,
+        caller: CallerTime | None = None,
     ) -> None:
         self._sharded = sharded
         self._batch_end = order.batch_end
@@ -108,6 +111,9 @@ class LoaderPass:
         self._names = [*(dataset.path for dataset in sharded.datasets), "index"]
         self._native = any(dataset.read_natively for dataset in sharded.datasets)
         self._h5py_datasets = [(t, dataset) for t, dataset in enumerate(sharded.datasets) if dataset.h5py_reason]
+        self._first_row = order.first_row
+        self._caller = CallerTime() if caller is None else caller
+        self._direct_seconds = direct_reading_seconds(sharded, order, threads)
         self._submitted = self._delivered = self._start
         self._window_ends: deque[int] = deque()  # end position of each window not yet delivered
         self._pending: deque[_Batch] = deque()  # submitted, not yet delivered
@@ -128,13 +134,7 @@ class LoaderPass:
         for number in self._batches:
             end = self._batch_end(number + 1)
             requested = time.perf_counter()
-            self._submit(end)
-            batch = self._deliver()
-            while self._window_ends and self._window_ends[0] <= end:
-                self._window_ends.popleft()
-            self._fetcher.release(end)
-            if len(self._window_ends) <= self._windows_ahead // 2:  # several windows at a time: code stays in the cache
-                self._submit(end)  # keeps the threads busy while the caller processes the batch
+            batch = self._read_directly(end) or self._read_ahead(end)
             self._stats.batches += 1
             self._stats.rows += end - self._delivered
             self._delivered = end
@@ -142,6 +142,44 @@ class LoaderPass:
             self._stats.seconds_waited += now - requested
             self._stats.seconds = now - started
             yield batch
+            self._caller.add(time.perf_counter() - now)
+
+    def _read_directly(self, end: int) -> dict[str, Tensor] | None:
+        """Reads the batch up to position `end` in this thread; None if it is to be read by the threads."""
+        first = self._delivered
+        if self._first_row is None or self._submitted != first or not self._caller_is_short():
+            return None
+        row = self._first_row + first
+        tensors, arrays = self._allocate(end - first)
+        if not self._reader.read_cached(row, end - first, arrays):
+            self._direct_seconds = 0.0  # not in the page cache: the threads read the rest, and report errors
+            return None
+        self._start = self._submitted = end
+        self._next_batch += 1
+        index = torch.from_numpy(np.arange(row, row + end - first))
+        if self._memory[0].pin:
+            index = index.pin_memory()
+        return dict(zip(self._names, (*tensors, index), strict=True))
+
+    def _caller_is_short(self) -> bool:
+        return self._caller.shorter_than(self._direct_seconds)
+
+    def _allocate(self, rows: int) -> tuple[list[Tensor], list[NDArray[Any]]]:
+        """Memory of a batch for each dataset, as tensors and as arrays."""
+        memory = [memory.allocate(rows) for memory in self._memory]
+        return [tensor for tensor, _ in memory], [array for _, array in memory]
+
+    def _read_ahead(self, end: int) -> dict[str, Tensor]:
+        """Waits for the batch up to position `end`, and submits the next windows."""
+        self._submit(end)
+        batch = self._deliver()
+        while self._window_ends and self._window_ends[0] <= end:
+            self._window_ends.popleft()
+        self._fetcher.release(end)
+        # Several windows at a time: code stays in the cache.
+        if len(self._window_ends) <= self._windows_ahead // 2:
+            self._submit(end)  # keeps the threads busy while the caller processes the batch
+        return batch
 
     def _deliver(self) -> dict[str, Tensor]:
         batch = self._pending[0]
@@ -155,10 +193,9 @@ class LoaderPass:
         return dict(zip(self._names, (*batch.tensors, batch.index), strict=True))
 
     def _submit(self, needed: int) -> None:
-        """Submits windows ahead, at least all windows before position `needed`."""
-        while self._submitted < self._stop and (
-            len(self._window_ends) < self._windows_ahead or self._submitted < needed
-        ):
+        """Submits windows ahead, unless the caller reads directly; at least all windows before position `needed`."""
+        ahead = 0 if self._caller_is_short() else self._windows_ahead
+        while self._submitted < self._stop and (len(self._window_ends) < ahead or self._submitted < needed):
             if (window := next(self._windows, None)) is None:
                 return
             first, rows = window
@@ -194,8 +231,7 @@ class LoaderPass:
                 return
             self._next_batch += 1
             stop = self._batch_end(self._next_batch)
-            tensors = [memory.allocate(stop - first) for memory in self._memory]
-            arrays = [tensor.numpy() for tensor in tensors]
+            tensors, arrays = self._allocate(stop - first)
             if self._native:
                 self._reader.add_batch(first, stop - first, arrays)
             index = torch.empty(stop - first, dtype=torch.int64, pin_memory=self._memory[0].pin)

@@ -29,6 +29,10 @@ class RowSequence(Protocol):
     def batch_count(self) -> int:
         """Number of batches."""
 
+    @property
+    def first_row(self) -> int | None:
+        """Row at position 0 if the rows are consecutive at all positions, else None."""
+
     def batch_end(self, number: int) -> int:
         """End position of the first `number` batches."""
 
@@ -55,6 +59,10 @@ class SingleBatch:
     @property
     def batch_count(self) -> int:
         return 1
+
+    @property
+    def first_row(self) -> None:
+        return None
 
     def batch_end(self, number: int) -> int:
         return number * len(self.rows)
@@ -122,6 +130,10 @@ class RowOrder:
         low, high = self.rank_range
         largest = -(-self.rows // self.world_size)
         return min(-(-largest // self.batch_size), high - low)
+
+    @property
+    def first_row(self) -> int | None:
+        return None if self.shuffle else self.rank_range[0]
 
     def batch_end(self, number: int) -> int:
         """End position of the first `number` batches.

@@ -68,6 +68,8 @@ def interrupted(tmp_path: Path, layout: str, shuffle: bool, use: str, count: int
     """Number of interrupts that reached the caller, exceptions that Python ignored, whether the loader works after."""
     file = tmp_path / "a.h5"
     storage = {"chunks": (4, 1000), **(NOT_NATIVE if layout == "h5py" else {"compression": "gzip"})}
+    if layout == "contiguous":
+        storage = {}
     with h5py.File(file, "w") as handle:
         handle.create_dataset("x", data=np.arange(256_000, dtype="f4").reshape(256, 1000), **storage)
     output = run_code(CODE, [str(file), str(shuffle), use, str(count)], tmp_path)
@@ -83,6 +85,6 @@ def test_some_interrupts_reach_the_caller(tmp_path: Path, layout: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("use", ["complete", "leave", "open"])
 @pytest.mark.parametrize("shuffle", [True, False])
-@pytest.mark.parametrize("layout", ["h5py", "native"])
+@pytest.mark.parametrize("layout", ["h5py", "native", "contiguous"])
 def test_no_interrupt_is_lost(tmp_path: Path, layout: str, shuffle: bool, use: str) -> None:
     assert interrupted(tmp_path, layout, shuffle, use, INTERRUPTS) == (INTERRUPTS, [], True)

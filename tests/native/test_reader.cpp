@@ -3,6 +3,7 @@
 #include "row_reader.hpp"
 
 #include <algorithm>
+#include <cerrno>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
@@ -10,11 +11,35 @@
 #include <thread>
 
 #include <sys/stat.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 using namespace spinlock_fast;
 using namespace spinlock_fast::testing;
 using namespace std::chrono_literals;
+
+#if defined(RWF_NOWAIT)
+namespace {
+enum class Reads { complete, interrupted, in_parts, not_cached } reads = Reads::complete;
+int read_count = 0;
+}  // namespace
+
+// Replaces the function of the C library.
+extern "C" ::ssize_t preadv2(int descriptor, const struct iovec* parts, int count, ::off_t offset, int flags) {
+    ++read_count;
+    CHECK(count == 1 && (flags & RWF_NOWAIT) != 0);
+    if (reads == Reads::interrupted && read_count % 2 == 1) {
+        errno = EINTR;
+        return -1;
+    }
+    if (reads == Reads::not_cached && read_count > 3) {
+        errno = EAGAIN;
+        return -1;
+    }
+    const bool whole = reads == Reads::complete || reads == Reads::interrupted;
+    return ::pread(descriptor, parts->iov_base, whole ? parts->iov_len : std::min<std::size_t>(parts->iov_len, 100), offset);
+}
+#endif
 
 namespace {
 
@@ -184,6 +209,54 @@ void segments_hold_ranges_of_rows() {
     CHECK_THROWS(std::invalid_argument, "impossibly large", RowReader({file.info()}, {dataset}, {.threads = 1}));
 }
 
+#if defined(RWF_NOWAIT)
+void cached_rows_are_read_without_threads() {
+    const Stored stored = store();
+    const TemporaryFile file(stored.file);
+    Dataset swapped = stored.datasets[0];  // rows 3..8 in the other byte order, an empty shard, rows 20..
+    swapped.shards = {{.rows = 6, .byte_swapped = true, .contiguous = true, .offset = 3 * kWidth * 4},
+                      {.rows = 0, .contiguous = true},
+                      {.rows = kRows - 20, .contiguous = true, .offset = 20 * kWidth * 4}};
+    RowReader reader({file.info()}, {stored.datasets[0], swapped}, {.threads = 1});
+    std::vector<std::uint32_t> plain(9 * kWidth), other(9 * kWidth);
+    const std::vector memory = {std::as_writable_bytes(std::span(plain)), std::as_writable_bytes(std::span(other))};
+    for (const Reads kind : {Reads::complete, Reads::interrupted, Reads::in_parts}) {
+        reads = kind;
+        std::ranges::fill(plain, ~0U);
+        std::ranges::fill(other, ~0U);
+        read_count = 0;
+        CHECK(reader.read_cached(2, 9, memory));
+        CHECK(read_count == (kind == Reads::complete ? 3 : kind == Reads::interrupted ? 6 : 18 + 8 + 10));
+        for (std::uint32_t i = 0; i < 9 * kWidth; ++i) {
+            CHECK(plain[i] == 2 * kWidth + i);
+            const std::uint32_t value = static_cast<std::uint32_t>(i < 4 * kWidth ? 5 * kWidth + i : 16 * kWidth + i);
+            CHECK(other[i] == (i < 4 * kWidth ? __builtin_bswap32(value) : value));
+        }
+    }
+    CHECK(reader.stats().chunks == 9);
+    CHECK(reader.stats().stored_bytes == 3 * 2 * 9 * kWidth * 4);
+    reads = Reads::not_cached;
+    read_count = 0;
+    CHECK(!reader.read_cached(2, 9, memory));
+    CHECK(reader.stats().chunks == 9);
+    reads = Reads::complete;
+    CHECK_THROWS(std::invalid_argument, "out of range", reader.read_cached(kRows - 20, 7, memory));
+    CHECK_THROWS(std::invalid_argument, "too small", reader.read_cached(0, 10, memory));
+    CHECK_THROWS(std::invalid_argument, "count: 0", reader.read_cached(0, 0, memory));
+    RowReader chunked({file.info()}, stored.datasets, {.threads = 1});
+    CHECK(!chunked.read_cached(2, 9, memory));
+    CHECK(reader.read_cached(2, 9, memory));
+    file.write(Bytes(stored.file.begin(), stored.file.begin() + 1000));
+    CHECK(!reader.read_cached(2, 9, memory));
+    CHECK(!reader.read_cached(500, 9, memory));
+    reader.add_batch(0, 9, memory);
+    std::vector<std::uint64_t> rows(9);
+    std::iota(rows.begin(), rows.end(), 2U);
+    reader.submit(0, rows);
+    CHECK_THROWS(ReadError, "file: plain: rows 0..15 at byte 0: the file has changed", wait(reader, 0));
+}
+#endif
+
 void reader_can_be_destroyed_at_any_time() {
     const Stored stored = store();
     const TemporaryFile file(stored.file);
@@ -278,6 +351,9 @@ void invalid_calls_are_rejected() {
 int main() {
     batches_hold_the_submitted_rows();
     segments_hold_ranges_of_rows();
+#if defined(RWF_NOWAIT)
+    cached_rows_are_read_without_threads();
+#endif
     reader_can_be_destroyed_at_any_time();
     errors_are_reported_for_their_batches();
     changed_files_are_rejected();
