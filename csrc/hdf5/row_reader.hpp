@@ -14,8 +14,8 @@ namespace spinlock_fast {
 
 // Rows are numbered over all shards. A position is a place in the caller's order of rows, and a batch is a range of
 // positions with memory. The caller adds batches, submits the row numbers of ranges of positions, and waits for
-// batches. Each chunk is decoded once per submission. Only `wait` blocks. `read_cached` needs no batch. In a forked process, which has no copy of the
-// threads, every call throws std::logic_error, except `stats`, which returns zeros.
+// batches. Each chunk is decoded once per submission. Only `wait` blocks. `read_cached` needs no batch. In a forked
+// process, which has no copy of the threads, every call throws std::logic_error, except `stats`, which returns zeros.
 class RowReader {
 public:
     struct Options {
