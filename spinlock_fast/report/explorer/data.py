@@ -23,7 +23,7 @@ from spinlock_fast.config.random_streams import Stream, generator
 from spinlock_fast.errors import DataError
 from spinlock_fast.messages import printable
 from spinlock_fast.report.explorer.fields import FieldPictures
-from spinlock_fast.report.explorer.rows import Columns, condition_columns, neighbour_columns, row_columns
+from spinlock_fast.report.explorer.rows import RANK_STEPS, Columns, condition_columns, neighbour_columns, row_columns
 from spinlock_fast.report.explorer.series import SeriesPlots
 
 MIN_ROWS = 20
@@ -105,6 +105,7 @@ def explorer_data(observed: Observations, about: Mapping[str, Any]) -> ExplorerD
         "series": None,
         "rows": N,
         "alpha": ALPHA,
+        "rank_limit": RANK_STEPS,
         **_codebook_header(observed.codebooks),
         **profile_header,
         "conditions": [{"name": printable(c.name), "levels": [printable(text) for text in c.levels]} for c in kept],
