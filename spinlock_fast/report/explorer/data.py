@@ -28,6 +28,7 @@ from spinlock_fast.report.explorer.series import SeriesPlots
 
 MIN_ROWS = 20
 ALPHA = 0.05  # false discovery rate
+FIELDS_NOTE = "fields are shown of"  # start of the note on rows without pictures
 SAMPLE_KINDS = ("nearest", "random", "boundary")
 
 _BINS = 5  # of a parameter
@@ -54,7 +55,7 @@ class ExplorerData:
         self.header["fields"] = pictures.header()
         self.columns.update(pictures.columns())
         if len(pictures.rows) < self.header["rows"]:
-            text = f"fields are shown of {len(pictures.rows):,} rows, which are examples of the codes"
+            text = f"{FIELDS_NOTE} {len(pictures.rows):,} rows, which are examples of the codes"
             self.header["notes"].append(text)
 
     def add_series(self, plots: SeriesPlots) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from spinlock_fast.errors import DataError
 from spinlock_fast.messages import format_bytes
-from spinlock_fast.report.explorer.data import MIN_ROWS, ExplorerData
+from spinlock_fast.report.explorer.data import FIELDS_NOTE, MIN_ROWS, ExplorerData
 from spinlock_fast.report.explorer.page import build_page
 from spinlock_fast.report.explorer.rows import RANK_STEPS
 
@@ -27,19 +27,25 @@ def fitting_page(contents: ExplorerData, title: str) -> str:
         DataError: the page exceeds 20 MB nevertheless.
     """
     page = build_page(contents, title)
-    for reduce in _REDUCTIONS:
-        size = len(page.encode())
-        if size <= MAX_BYTES:
-            return page
+    full = len(page.encode())
+    notes: dict[str, str] = {}  # by the part that is reduced
+    for part, reduce in _REDUCTIONS:
+        if len(page.encode()) <= MAX_BYTES:
+            break
         note = reduce(contents)
         if note is None:
             continue
-        sizes = f"{format_bytes(size)}, at most {format_bytes(MAX_BYTES)}"
-        text = f"{note}, as the page would have {sizes}; fewer rows (--rows) keep more"
-        contents.header["notes"].append(text)
-        log.warning("%s: %s", FILE, text)
+        notes[part] = note
         page = build_page(contents, title)
+    if not notes:
+        check_size(full, contents)
+        return page
+    text = f"the page would have {format_bytes(full)}, at most {format_bytes(MAX_BYTES)}: {'; '.join(notes.values())}"
+    kept = [note for note in contents.header["notes"] if not ("field" in notes and note.startswith(FIELDS_NOTE))]
+    contents.header["notes"] = [*kept, f"{text}; fewer rows (--rows) keep more"]
+    page = build_page(contents, title)
     check_size(len(page.encode()), contents)
+    log.warning("%s: %s; fewer rows (--rows) keep more", FILE, text)
     return page
 
 
@@ -62,7 +68,7 @@ def _limit_ranks(contents: ExplorerData, share: float, text: str) -> str:
         if name.startswith("rank/"):
             contents.columns[name] = np.minimum(column, np.uint8(limit))
     contents.header["rank_limit"] = limit
-    return f"the ranks of rows by their distance are kept of the nearest {text} of the rows of a code"
+    return f"ranks by distance are kept of the nearest {text} of the rows of each code"
 
 
 def _limit_to_nearest(contents: ExplorerData, part: str, names: list[str], text: str) -> str | None:
@@ -99,10 +105,10 @@ def _remove_fields(contents: ExplorerData) -> str | None:
 
 
 # In this order, until the page is small enough.
-_REDUCTIONS: tuple[Callable[[ExplorerData], str | None], ...] = (
-    lambda contents: _limit_ranks(contents, 1 / 4, "quarter"),
-    _limit_fields,
-    _limit_series,
-    lambda contents: _limit_ranks(contents, 1 / 16, "sixteenth"),
-    _remove_fields,
+_REDUCTIONS: tuple[tuple[str, Callable[[ExplorerData], str | None]], ...] = (
+    ("rank", lambda contents: _limit_ranks(contents, 1 / 4, "quarter")),
+    ("field", _limit_fields),
+    ("series", _limit_series),
+    ("rank", lambda contents: _limit_ranks(contents, 1 / 16, "sixteenth")),
+    ("field", _remove_fields),
 )
