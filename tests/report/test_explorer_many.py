@@ -37,7 +37,7 @@ OBSERVED = replace(
     features=np.concatenate([TOKENS[:, :1] + 0.1, PLANTED.features[:, 1:]], 1).astype(np.float32),
     feature_names=[LONG, *PLANTED.feature_names[1:]],
     groups={name: [c % 7] for c, name in enumerate(NAMES)},
-    labels={"solver": np.where(TOKENS[:, 8] < 4, "explicit", "implicit")},
+    labels={"solver": np.where(TOKENS[:, 8] < 6, "explicit", "implicit")},
 )
 
 
