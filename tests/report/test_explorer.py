@@ -24,13 +24,11 @@ from spinlock_fast.analysis.codes import one_hot
 from spinlock_fast.analysis.conditions import make_conditions
 from spinlock_fast.analysis.effects import code_effects
 from spinlock_fast.analysis.neighbours import code_coordinates
-from spinlock_fast.errors import DataError
 from spinlock_fast.report.__main__ import main
 from spinlock_fast.report.explorer import data as contents
-from spinlock_fast.report.explorer.data import ExplorerData, explorer_data
+from spinlock_fast.report.explorer.data import explorer_data
 from spinlock_fast.report.explorer.page import build_page
 from spinlock_fast.report.explorer.rows import token_map
-from spinlock_fast.report.explorer.write import check_size
 
 HOSTILE = ["</script><img src=x onerror=alert(1)>", "\"'&lt;$title${script}", "Ω 漢字 \u2028\u202e", "=1+1", ""]
 HOSTILE += ["a" * 300, "b"]
@@ -88,15 +86,6 @@ def test_the_map_is_the_principal_component_analysis_of_the_code_vectors() -> No
     expected = x @ axes[:2].T
     expected *= np.sign(axes[:2][[0, 1], np.abs(axes[:2]).argmax(1)])
     np.testing.assert_allclose(token_map(OBSERVED.codebooks, OBSERVED.tokens), expected, atol=1e-5)
-
-
-def test_a_page_above_20_mb_names_the_rows_that_fit() -> None:
-    columns = {"tokens/0": np.zeros(1000, np.uint8), "profile/auc": np.zeros(1, np.float32)}
-    data = ExplorerData({"rows": 1000}, columns)
-    check_size(20_000_000, data)
-    with pytest.raises(DataError, match=r"explorer.html would have 40 MB, at most 20 MB: use --rows \d+$") as raised:
-        check_size(40_000_000, data)
-    assert 350 < int(str(raised.value).rsplit(" ", 1)[1]) < 500
 
 
 def test_large_parts_are_limited_and_noted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,11 +23,12 @@ from spinlock_fast.config.random_streams import Stream, generator
 from spinlock_fast.errors import DataError
 from spinlock_fast.messages import printable
 from spinlock_fast.report.explorer.fields import FieldPictures
-from spinlock_fast.report.explorer.rows import Columns, condition_columns, neighbour_columns, row_columns
+from spinlock_fast.report.explorer.rows import RANK_STEPS, Columns, condition_columns, neighbour_columns, row_columns
 from spinlock_fast.report.explorer.series import SeriesPlots
 
 MIN_ROWS = 20
 ALPHA = 0.05  # false discovery rate
+FIELDS_NOTE = "fields are shown of"  # start of the note on rows without pictures
 SAMPLE_KINDS = ("nearest", "random", "boundary")
 
 _BINS = 5  # of a parameter
@@ -54,7 +55,7 @@ class ExplorerData:
         self.header["fields"] = pictures.header()
         self.columns.update(pictures.columns())
         if len(pictures.rows) < self.header["rows"]:
-            text = f"fields are shown of {len(pictures.rows):,} rows, which are examples of the codes"
+            text = f"{FIELDS_NOTE} {len(pictures.rows):,} rows, which are examples of the codes"
             self.header["notes"].append(text)
 
     def add_series(self, plots: SeriesPlots) -> None:
@@ -105,6 +106,7 @@ def explorer_data(observed: Observations, about: Mapping[str, Any]) -> ExplorerD
         "series": None,
         "rows": N,
         "alpha": ALPHA,
+        "rank_limit": RANK_STEPS,
         **_codebook_header(observed.codebooks),
         **profile_header,
         "conditions": [{"name": printable(c.name), "levels": [printable(text) for text in c.levels]} for c in kept],

@@ -54,7 +54,8 @@ def pack(data: ExplorerData) -> bytes:
         offset += len(block)
     header = json.dumps({**data.header, "columns": directory}, allow_nan=False, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 4)
-    return gzip.compress(len(header).to_bytes(4, "little") + header + b"".join(blocks), mtime=0)
+    contents = len(header).to_bytes(4, "little") + header + b"".join(blocks)
+    return gzip.compress(contents, compresslevel=6, mtime=0)  # level 9 takes up to 8 times as long for 3 % less
 
 
 def _asset(name: str) -> str:

@@ -13,7 +13,7 @@ from spinlock_fast.analysis.neighbours import code_coordinates
 from spinlock_fast.analysis.observations import Codebooks, Floats, Observations
 
 _MAP_STEPS = 65_535
-_RANK_STEPS = 255
+RANK_STEPS = 255
 _NOT_FINITE = 255  # of quantised values, which are in 0..254
 
 Columns = dict[str, NDArray[Any]]
@@ -68,7 +68,7 @@ def distance_ranks(tokens: NDArray[np.int64], distance: Floats) -> NDArray[np.ui
     ordered = tokens[order]
     nearer = (np.arange(len(tokens)) - starts[ordered]) / counts[ordered]
     ranks = np.empty(len(tokens), np.uint8)
-    ranks[order] = np.floor(_RANK_STEPS * np.sqrt(nearer))
+    ranks[order] = np.floor(RANK_STEPS * np.sqrt(nearer))
     return ranks
 
 

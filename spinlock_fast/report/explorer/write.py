@@ -14,18 +14,15 @@ from spinlock_fast.analysis.observations import collect_observations
 from spinlock_fast.data.feature_source import FeatureSource
 from spinlock_fast.device import resolve_device
 from spinlock_fast.errors import ConfigError, DataError
-from spinlock_fast.messages import format_bytes, printable
+from spinlock_fast.messages import printable
 from spinlock_fast.output.atomic_files import check_writable, write_text
 from spinlock_fast.output.locks import locked_output_directory
 from spinlock_fast.report.checkpoint_summary import CheckpointSummary, read_checkpoint_summary
 from spinlock_fast.report.explorer.data import MIN_ROWS, ExplorerData, explorer_data
 from spinlock_fast.report.explorer.fields import pictures_of_datasets, pictures_of_trajectories
-from spinlock_fast.report.explorer.page import build_page
+from spinlock_fast.report.explorer.page_size import FILE, fitting_page
 from spinlock_fast.report.explorer.series import time_series
 from spinlock_fast.trajectories.samples import TrajectorySet
-
-FILE = "explorer.html"
-MAX_BYTES = 20_000_000
 
 _MEMORY_BUDGET = 1_250_000_000  # bytes of raw values held at a time
 
@@ -56,7 +53,8 @@ def write_explorer(
 
     Raises:
         ConfigError: `rows` is less than 20, or the device is not available.
-        DataError: the checkpoint or the data cannot be used, no data are known, or the page would exceed 20 MB.
+        DataError: the checkpoint or the data cannot be used, no data are known, or the page would exceed 20 MB even
+            with fewer pictures, series and ranks.
         OutputError: the file cannot be written.
     """
     if rows < MIN_ROWS:
@@ -73,8 +71,7 @@ def write_explorer(
         series = time_series(source, observed, contents.examples())
         if series is not None:
             contents.add_series(series)
-    page = build_page(contents, f"Tokens of {printable(summary.name)}")
-    check_size(len(page.encode()), contents)
+    page = fitting_page(contents, f"Tokens of {printable(summary.name)}")
     path = Path(output) / FILE
     with locked_output_directory(Path(output)):
         write_text(path, page)
@@ -96,18 +93,6 @@ def _add_pictures(
         return
     if pictures is not None:
         contents.add_pictures(pictures)
-
-
-def check_size(size: int, contents: ExplorerData) -> None:
-    """Raises DataError for a page above 20 MB, with the number of rows that would fit."""
-    if size <= MAX_BYTES:
-        return
-    N = contents.header["rows"]
-    of_rows = sum(column.nbytes for column in contents.columns.values() if len(column) == N)
-    share = of_rows / sum(column.nbytes for column in contents.columns.values())
-    fitting = int(N * (1 - (size - 0.9 * MAX_BYTES) / (size * share)))
-    advice = f"use --rows {fitting // 1000 * 1000 or fitting}" if fitting >= MIN_ROWS else "use a smaller model"
-    raise DataError(f"{FILE} would have {format_bytes(size)}, at most {format_bytes(MAX_BYTES)}: {advice}")
 
 
 def _data_of_the_run(summary: CheckpointSummary) -> str | list[str]:

@@ -10,8 +10,10 @@ const CODE_COLUMNS = [
   { name: "Share", key: row => -row.inFilter / row.count, text: row => percent(row.inFilter / row.count), filtered: true, title: "Share of the rows of the code that match the filter" },
   { name: "Overlap", key: row => -row.overlap, text: row => percent(row.overlap), filtered: true, title: "Rows with the code that match the filter, divided by the rows with either: 100 % if the code marks exactly these rows" },
 ];
-const MOST_ROWS = 200;
-let allCounts = null; // rows of each code, counted once
+const ROWS_AT_ONCE = 40; // more are added when the end of the table comes into view
+let shownCodes = { rows: [], next: 0, unused: 0 };
+let scrolled = false; // whether the table is scrolled: then as many rows as before are drawn again
+let endObserver = null;
 let sorting = { name: null, reverse: false, all: false };
 
 const rankingFeature = () => (byId("feature").value === "" ? null : Number(byId("feature").value));
@@ -31,8 +33,7 @@ function sortingColumn() {
 
 // All codes with their rows in the filter, in the order of the codes.
 function countedCodes() {
-  allCounts ??= countCodes(new Uint8Array(H.rows).fill(1));
-  return [...allCounts].map((count, code) => ({
+  return [...column("code/count")].map((count, code) => ({
     code, count, share: count / H.rows, inFilter: matchingCounts[code], overlap: matchingCounts[code] / (count + matches - matchingCounts[code]),
   }));
 }
@@ -80,12 +81,14 @@ function typicalRow(best) {
   const code = codes.includes(state.selected) ? state.selected : codes.at(-1) ?? best[0]?.code;
   const at = code === undefined || !state.filter.size ? undefined : exampleRows(code)[0]?.at;
   if (at === undefined) return [];
+  const ranked = column("rank/" + codebookOf(code))[at] < H.rank_limit;
   const open = () => {
     pinRow(at);
     byId("row-panel").scrollIntoView();
   };
-  const title = `Show this row: of those that match the filter, the nearest to ${codeLabel(code)}`;
-  return [element("button", { type: "button", className: "row", textContent: `Most typical row: ${column("rows")[at]}`, title, onclick: open })];
+  const title = ranked ? `Show this row: of those that match the filter, the nearest to ${codeLabel(code)}` : "Show this row";
+  const textContent = `${ranked ? "Most typical row" : "One of the rows, none of them typical"}: ${column("rows")[at]}`;
+  return [element("button", { type: "button", className: "row", textContent, title, onclick: open })];
 }
 
 function showBest() {
@@ -106,29 +109,51 @@ function headCell(each) {
   return element("th", { scope: "col", "aria-sort": isSorted ? (sorting.reverse ? "descending" : "ascending") : "none" }, button);
 }
 
+function codeRow(row) {
+  const className = "clickable" + (row.code === state.selected ? " current" : row.code === state.compared ? " second" : "");
+  const name = element("button", { type: "button", textContent: codeLabel(row.code) });
+  const cells = shownColumns().slice(1).map(each => element("td", { textContent: each.text(row) }));
+  const select = () => update({ selected: row.code });
+  return element("tr", { className, onclick: select, "data-code": row.code }, element("td", {}, name), ...cells);
+}
+
+// The next rows of the table, and what follows the last one.
+function nextCodes(count) {
+  const { rows, next, unused } = shownCodes;
+  shownCodes.next = Math.min(rows.length, next + count);
+  const body = rows.slice(next, shownCodes.next).map(codeRow);
+  if (shownCodes.next < rows.length || !unused) return body;
+  const more = () => {
+    sorting.all = true;
+    showCodes();
+  };
+  const text = `Show all codes, also ${integer(unused)} without a row`;
+  const button = element("button", { type: "button", textContent: text, onclick: more });
+  return [...body, element("tr", {}, element("td", { colSpan: shownColumns().length }, button))];
+}
+
+function watchEnd() {
+  endObserver.disconnect();
+  if (shownCodes.next < shownCodes.rows.length) endObserver.observe(byId("codes").tBodies[0].lastChild);
+}
+
+function addCodes(entries) {
+  if (!entries.some(entry => entry.isIntersecting)) return;
+  byId("codes").tBodies[0].append(...nextCodes(ROWS_AT_ONCE));
+  watchEnd();
+}
+
 function showCodes() {
   const shown = shownColumns();
   const every = codeRows();
   const used = every.filter(row => row.count || row.code === state.selected || row.code === state.compared);
-  const rows = sorting.all ? every : used.slice(0, MOST_ROWS);
-  const body = rows.map(row => {
-    const className = "clickable" + (row.code === state.selected ? " current" : row.code === state.compared ? " second" : "");
-    const name = element("button", { type: "button", textContent: codeLabel(row.code) });
-    const cells = shown.slice(1).map(each => element("td", { textContent: each.text(row) }));
-    const select = () => update({ selected: row.code });
-    return element("tr", { className, onclick: select, "data-code": row.code }, element("td", {}, name), ...cells);
-  });
-  if (rows.length < every.length) {
-    const more = () => {
-      sorting.all = true;
-      showCodes();
-    };
-    const unused = used.length < every.length ? `, ${integer(every.length - used.length)} of them without a row` : "";
-    const button = element("button", { type: "button", textContent: `Show all ${integer(every.length)} codes${unused}`, onclick: more });
-    body.push(element("tr", {}, element("td", { colSpan: shown.length }, button)));
-  }
+  const rows = sorting.all ? every : used;
+  const count = scrolled ? Math.max(ROWS_AT_ONCE, shownCodes.next) : ROWS_AT_ONCE;
+  shownCodes = { rows, next: 0, unused: every.length - rows.length };
+  const body = nextCodes(count);
   const focused = document.activeElement.closest("#codes tbody") !== null;
   byId("codes").replaceChildren(element("thead", {}, element("tr", {}, ...shown.map(headCell))), element("tbody", {}, ...body));
+  watchEnd();
   if (focused) document.querySelector("#codes tr.current button")?.focus({ preventScroll: true });
 }
 
@@ -140,7 +165,7 @@ function startCodes() {
     select.append(element("option", { value: String(g), textContent: `${codebookLabel(g)} (${name}, ${book.codes} codes)` }));
   });
   const features = byId("feature");
-  const options = H.features.map((each, f) => [each.name, f]).sort((a, b) => a[0].localeCompare(b[0], "en", { numeric: true }));
+  const options = H.features.map((each, f) => [each.name, f]).sort((a, b) => NAMES.compare(a[0], b[0]));
   features.append(element("option", { value: "", textContent: "none" }), ...options.map(([textContent, f]) => element("option", { value: String(f), textContent })));
   select.onchange = showCodes;
   features.onchange = () => {
@@ -154,6 +179,9 @@ function startCodes() {
       return [codebookLabel(g), row.code - offsets[g], row.count, row.share, row.distance, row.margin, row.inFilter];
     }),
   ]);
+  const root = byId("codes").parentElement;
+  endObserver = new IntersectionObserver(addCodes, { root, rootMargin: "300px" });
+  root.addEventListener("scroll", () => (scrolled = root.scrollTop > 0));
   onChange(showCodes);
   onChange(showBest);
 }

@@ -20,6 +20,7 @@ let H; // header
 let column; // name -> typed array, undefined for a missing one
 let tokens; // one array [rows] per codebook
 let offsets; // index of the first code of each codebook among all codes
+let bookOfCode; // [codes] number of the codebook
 let slots; // code -> row of the profile, -1 for an unused code
 
 function setData(data) {
@@ -28,16 +29,13 @@ function setData(data) {
   tokens = H.codebooks.map((_, g) => column("tokens/" + g));
   offsets = [0];
   for (const book of H.codebooks) offsets.push(offsets.at(-1) + book.codes);
+  bookOfCode = Uint16Array.from(H.codebooks.flatMap((book, g) => Array(book.codes).fill(g)));
   slots = new Int32Array(offsets.at(-1)).fill(-1);
   column("profile/codes").forEach((code, slot) => (slots[code] = slot));
 }
 
 // A code is an index into all codes; it belongs to codebook g and has a number within it.
-function codebookOf(code) {
-  let g = 0;
-  while (offsets[g + 1] <= code) g++;
-  return g;
-}
+const codebookOf = code => bookOfCode[code];
 
 function codebookLabel(g) {
   const book = H.codebooks[g];

@@ -18,7 +18,9 @@ function svg(name, attributes = {}, ...children) {
   return node;
 }
 
-const integer = value => value.toLocaleString("en-US");
+const INTEGERS = new Intl.NumberFormat("en-US"); // made once: toLocaleString makes one for each call
+const integer = value => INTEGERS.format(value);
+const NAMES = new Intl.Collator("en", { numeric: true });
 const percent = value => (Number.isNaN(value) ? "–" : (100 * value).toFixed(value < 0.0995 ? 2 : 1) + " %");
 
 function number(value, digits = 2) {

@@ -5,12 +5,22 @@ const NEAREST = 5;
 
 const rankOf = (g, at) => (column("rank/" + g)[at] / 255) ** 2; // share of the rows of its code that are nearer, see rows.py
 
+let samplesOfCode = null; // [codes] indices of the examples that analyze chose
+
+function samplesOf(code) {
+  if (!samplesOfCode) {
+    samplesOfCode = Array.from({ length: offsets.at(-1) }, () => []);
+    column("sample/code").forEach((own, i) => samplesOfCode[own].push(i));
+  }
+  return samplesOfCode[code];
+}
+
 // Without a filter, the examples that analyze chose; else the rows of the filter that are nearest to the code.
 function exampleRows(code) {
   const g = codebookOf(code);
   if (!state.filter.size) {
-    const [codes, kinds, rows] = ["code", "kind", "row"].map(name => column("sample/" + name));
-    return [...codes.keys()].filter(i => codes[i] === code).map(i => ({
+    const [kinds, rows] = ["kind", "row"].map(name => column("sample/" + name));
+    return samplesOf(code).map(i => ({
       kind: H.samples[kinds[i]], at: rows[i], distance: column("sample/distance")[i], margin: column("sample/margin")[i],
     }));
   }
@@ -21,12 +31,13 @@ function exampleRows(code) {
   return found.slice(0, MOST_EXAMPLES).map(at => ({ kind: "nearest", at, nearer: rankOf(g, at) }));
 }
 
-// The place of a row among all rows of its code by distance, from 1; rows in the same of the 256 steps share a place.
+// The place of a row among all rows of its code by distance, from 1; rows in the same of the 256 steps share a place. Large
+// pages have the places of the nearest rows only.
 function placeInCode(g, at) {
   const [own, ranks] = [tokens[g], column("rank/" + g)];
-  let place = 1;
-  for (let i = 0; i < H.rows; i++) place += own[i] === own[at] && ranks[i] < ranks[at];
-  return place;
+  let nearer = 0;
+  for (let i = 0; i < H.rows; i++) nearer += own[i] === own[at] && ranks[i] < ranks[at];
+  return ranks[at] === H.rank_limit ? `over ${integer(nearer)}` : integer(nearer + 1);
 }
 
 function showExamples() {
@@ -45,7 +56,7 @@ function showExamples() {
   const g = codebookOf(state.selected);
   const body = rows.map(({ kind, at, distance, margin }) => {
     const row = element("button", { type: "button", textContent: String(column("rows")[at]), title: "Show this row", onclick: () => pinRow(at) });
-    const values = filtered ? [integer(placeInCode(g, at))] : [number(distance, 3), number(margin, 3)];
+    const values = filtered ? [placeInCode(g, at)] : [number(distance, 3), number(margin, 3)];
     const cells = [...(kinds ? [kind] : []), row, ...values].map(value => element("td", {}, value));
     if (H.fields) cells.push(element("td", { className: "fields" }, ...fieldsOf(at)));
     return element("tr", { onmouseenter: () => markRow(at), onmouseleave: () => markRow(null) }, ...cells);

@@ -22,7 +22,11 @@ function layoutMap() {
   drawBackground();
 }
 
-const colour = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+const colours = new Map(); // kept, as reading one computes the style of the whole page; forgotten when the scheme changes
+const colour = name => {
+  if (!colours.has(name)) colours.set(name, getComputedStyle(document.documentElement).getPropertyValue(name).trim());
+  return colours.get(name);
+};
 
 // A canvas of the size of the map with squares at the wanted rows, written as pixels: many calls of fillRect are slower.
 function pointLayer(size, colourName, wanted) {
@@ -135,7 +139,10 @@ function startMap() {
   canvas.addEventListener("pointerleave", () => markRow(null));
   canvas.addEventListener("click", event => pinRow(nearestPoint(event)));
   window.addEventListener("resize", layoutMap);
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawBackground);
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
+    colours.clear();
+    drawBackground();
+  });
   showRow(null);
   onChange(() => {
     byId("map-help").textContent =

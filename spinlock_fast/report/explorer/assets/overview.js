@@ -1,5 +1,7 @@
 // Associations of codebooks with conditions, the tree of codes of a category, and codes that co-occur.
 
+const MOST_IN_ORDER = 12; // with more categories, the table is ordered by association
+
 function showAssociations() {
   const { conditions, ami, null_q95: shuffled, q } = H.associations;
   if (!conditions.length) {
@@ -8,10 +10,14 @@ function showAssociations() {
   }
   byId("associations-help").textContent =
     "Adjusted mutual information over all rows, and below it the 95 % quantile for shuffled conditions. 0: independent, 1: one determines the other. " +
-    `Bold: significant at a false discovery rate of ${H.alpha}. The colour is relative to the largest value.`;
+    `Bold: significant at a false discovery rate of ${H.alpha}. The colour is relative to the largest value.` +
+    (H.categories.length > MOST_IN_ORDER ? " The codebooks that tell a condition best come first." : "");
   byId("associations-summary").textContent = bestTold();
   const largest = Math.max(1e-9, ...ami.filter(value => value !== null));
-  const body = H.codebooks.map((_, g) => {
+  const strongest = H.codebooks.map((_, g) => Math.max(...ami.slice(g * conditions.length, (g + 1) * conditions.length).map(value => value ?? -1)));
+  const order = H.codebooks.map((_, g) => g);
+  if (H.categories.length > MOST_IN_ORDER) order.sort((a, b) => strongest[b] - strongest[a]);
+  const body = order.map(g => {
     const cells = conditions.map((_, c) => {
       const i = g * conditions.length + c;
       const text = value => (value === null ? "–" : signed(value).replace("+", ""));
@@ -103,7 +109,7 @@ function showTree() {
     children.get(parent).push(path);
   }
   const draw = (parent, left, depth) => {
-    const paths = (children.get(parent) ?? []).sort((a, b) => counts.get(b) - counts.get(a) || a.localeCompare(b, "en", { numeric: true }));
+    const paths = (children.get(parent) ?? []).sort((a, b) => counts.get(b) - counts.get(a) || NAMES.compare(a, b));
     paths.forEach((path, i) => {
       const size = (counts.get(path) / total) * width;
       if (size >= 1) { // narrower boxes cannot be seen

@@ -211,9 +211,10 @@ function startProfile() {
     ["condition", "value", "rows", "lift", "lift_low", "lift_high"],
     ...liftRows(state.selected).map(row => [row.name, row.level, row.count, row.value, row.low, row.high]),
   ]);
+  const groups = codeGroups();
   let shown = null;
   onChange(() => {
-    if (shown !== state.selected) showChoices(choice);
+    if (shown !== state.selected) showChoices(choice, groups);
     shown = state.selected;
     choice.value = state.compared === null ? "" : String(state.compared);
     showProfile();
@@ -221,10 +222,16 @@ function startProfile() {
   });
 }
 
-// Codes of the same codebook first: their rows are disjoint.
-function showChoices(choice) {
-  const g = codebookOf(state.selected);
-  const used = [...column("profile/codes")].filter(code => code !== state.selected);
-  const codes = [...used.filter(code => codebookOf(code) === g), ...used.filter(code => codebookOf(code) !== g)];
-  choice.replaceChildren(choice.firstChild, ...codes.map(code => element("option", { value: String(code), textContent: codeLabel(code) })));
+// The codes in use as options, a group for each codebook; made once, as there may be thousands.
+function codeGroups() {
+  const groups = H.codebooks.map((_, g) => element("optgroup", { label: codebookLabel(g) }));
+  column("profile/codes").forEach(code => groups[codebookOf(code)].append(element("option", { value: String(code), textContent: codeLabel(code) })));
+  return groups;
+}
+
+// The codebook of the selected code first: its codes share no rows.
+function showChoices(choice, groups) {
+  const own = groups[codebookOf(state.selected)];
+  choice.replaceChildren(choice.firstChild, own, ...groups.filter(group => group !== own && group.firstChild));
+  for (const option of choice.options) option.disabled = option.value === String(state.selected);
 }

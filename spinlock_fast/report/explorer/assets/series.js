@@ -126,7 +126,7 @@ function startSeries() {
     return;
   }
   const select = byId("one-series");
-  const options = H.series.series.map(({ name }, i) => [name, i]).sort((a, b) => a[0].localeCompare(b[0], "en", { numeric: true }));
+  const options = H.series.series.map(({ name }, i) => [name, i]).sort((a, b) => NAMES.compare(a[0], b[0]));
   select.append(element("option", { value: "", textContent: "those that differ most" }), ...options.map(([textContent, i]) => element("option", { value: String(i), textContent })));
   select.onchange = showSeries;
   addCsvButton(byId("series-heading"), "series", seriesTable);
