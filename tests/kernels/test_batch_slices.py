@@ -85,8 +85,10 @@ def test_slices_equal_the_whole_batch(implementation, operation):
 
 
 def assert_equal_rows(found: Tensor, expected: Tensor, backend: str, dtype: torch.dtype) -> None:
-    """Bitwise, where the result of a row does not depend on its place and the number of rows: BLAS libraries, which also
-    compute the products of the Triton interpreter, choose their routines by both."""
+    """Bitwise, where the result of a row does not depend on its place and on the number of rows.
+
+    BLAS libraries, which also compute the products of the Triton interpreter, choose their routines by both.
+    """
     interpreted = backend == "triton" and not found.is_cuda
     if backend == "reference" or interpreted or dtype == torch.float64:
         tolerance = 1e-12 if dtype == torch.float64 else 1e-5
