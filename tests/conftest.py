@@ -3,8 +3,6 @@ import importlib.util
 import logging
 import os
 from collections.abc import Iterator
-from types import ModuleType
-from typing import Any
 
 # One thread per test process: tests are small, and `make test` runs one process per core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -24,33 +22,10 @@ settings.register_profile("plain", deadline=None, derandomize=True, max_examples
 settings.load_profile("plain")
 
 
-def _patch_once_per_launch() -> None:
-    """Triton's interpreter replaces the functions of its language in each call of a device function, such as `tl.sum`.
-
-    Device functions find them replaced by the launch already; doing it again takes up to a third of a test's time.
-    """
-    from triton import language
-    from triton.runtime import interpreter
-
-    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
-    patched: dict[tuple[bool, bool], Any] = {}
-
-    def patch_once(function: Any) -> Any:
-        modules = [value for value in function.__globals__.values() if isinstance(value, ModuleType)]
-        key = language in modules, language.core in modules
-        if key not in patched:
-            patched[key] = patch(function)
-        return patched[key]
-
-    def launch_afresh(self: Any, *args: Any, **kwargs: Any) -> Any:
-        patched.clear()
-        return launch(self, *args, **kwargs)
-
-    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch_afresh
-
-
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
-    _patch_once_per_launch()
+    import triton_interpreter
+
+    triton_interpreter.prepare()
 
 
 @pytest.fixture(scope="session", autouse=True)

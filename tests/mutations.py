@@ -50,6 +50,13 @@ MUTATIONS = [
         "tests/kernels/test_report.py",
     ),
     Mutation(
+        "Triton segments: counts are read past the end of a small codebook",
+        "kernels/_common/triton_code_sums.py",
+        r"tl\.minimum\(first_k, K\)",
+        "first_k",
+        "tests/kernels/test_vq_assign_triton.py -k many_rows",
+    ),
+    Mutation(
         "Triton rotation: sign of the last term",
         "kernels/_common/triton_rotation.py",
         r"\+ along_target",

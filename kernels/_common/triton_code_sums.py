@@ -54,9 +54,10 @@ def order_by_code_kernel(
     in_codes = k < K
     counts = tl.load(counts32_ptr + first_code + k, mask=in_codes, other=0)  # [BLOCK_K]
     earlier = tl.zeros([BLOCK_N], dtype=tl.int32)
-    for first in range(0, first_k, BLOCK_N):
+    last = tl.minimum(first_k, K)  # programs beyond the last code of a small codebook have no codes
+    for first in range(0, last, BLOCK_N):
         j = first + tl.arange(0, BLOCK_N)
-        earlier += tl.load(counts32_ptr + first_code + j, mask=j < first_k, other=0)
+        earlier += tl.load(counts32_ptr + first_code + j, mask=j < last, other=0)
     start = tl.sum(earlier, axis=0) + tl.cumsum(counts, axis=0) - counts  # [BLOCK_K] first sorted position
 
     full = N // length  # segments of all rows of a codebook, beside one for each code

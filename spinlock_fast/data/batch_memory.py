@@ -19,6 +19,7 @@ def _reference_count(blocks: list[NDArray[Any]], i: int) -> int:
 # Processors may copy several times slower if the destination lies 1 to 31 bytes after the source, modulo the page size.
 # Large NumPy arrays often begin 16 bytes after a page boundary, and datasets of aligned files at one.
 _ALIGNMENT = 4096
+_LARGE = 64 * _ALIGNMENT  # smaller blocks would grow by more than 2 %
 
 
 # Reference count of a block that only the list refers to; depends on the interpreter version.
@@ -65,9 +66,11 @@ class BatchMemory:
             if _reference_count(self._blocks, i) == _UNUSED_COUNT:
                 return i
         # NumPy requests huge pages, torch.empty does not.
-        block = np.empty(self._max_rows * prod(self._row_shape) * self._dtype.itemsize + _ALIGNMENT, np.uint8)
+        size = self._max_rows * prod(self._row_shape) * self._dtype.itemsize
+        alignment = _ALIGNMENT if size >= _LARGE else 1
+        block = np.empty(size + alignment - 1, np.uint8)
         self._blocks.append(block)
-        self._offsets.append(-block.ctypes.data % _ALIGNMENT)
+        self._offsets.append(-block.ctypes.data % alignment)
         del self._blocks[: -self._max_blocks], self._offsets[: -self._max_blocks]
         return len(self._blocks) - 1
 

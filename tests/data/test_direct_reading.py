@@ -197,10 +197,10 @@ def test_referenced_batches_are_not_overwritten(shards: list[str], direct: list[
     assert all(torch.equal(part, batch[3:]) for part, batch in zip(kept, expected, strict=True))
 
 
-def test_memory_begins_at_a_page() -> None:
-    memory = BatchMemory((3, 5), np.dtype("f8"), 300, 4, pin=False)
+def test_large_memory_begins_at_a_page() -> None:
+    memory = BatchMemory((3, 5), np.dtype("f8"), 3000, 4, pin=False)
     addresses = set()
-    for rows in (300, 7, 300):
+    for rows in (3000, 7, 3000):
         tensor, array = memory.allocate(rows)
         assert tensor.shape == array.shape == (rows, 3, 5)
         assert tensor.dtype == torch.float64
