@@ -265,7 +265,11 @@ def test_map_tree_and_heatmap(page: Page) -> None:
     page.press("Escape")
 
     conditions, _ = make_conditions(OBSERVED, 5)
-    ami = [adjusted_mutual_info_score(t[:, g], c.codes) for g in range(6) for c in conditions]
+    shown = page.texts("#associations thead th")[1:]
+    by_name = {c.name: [adjusted_mutual_info_score(t[:, g], c.codes) for g in range(6)] for c in conditions}
+    assert sorted(shown) == sorted(by_name)
+    assert shown[0] == max(by_name, key=lambda name: max(by_name[name]))  # the condition that is told best
+    ami = [by_name[name][g] for g in range(6) for name in shown]
     cells = page.evaluate("[...document.querySelectorAll('#associations td')].map(c => c.firstChild.textContent)")
     np.testing.assert_allclose([float(text.replace("\N{MINUS SIGN}", "-")) for text in cells], ami, atol=0.0052)
 

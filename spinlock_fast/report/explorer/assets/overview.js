@@ -10,15 +10,19 @@ function showAssociations() {
   }
   byId("associations-help").textContent =
     "Adjusted mutual information over all rows, and below it the 95 % quantile for shuffled conditions. 0: independent, 1: one determines the other. " +
-    `Bold: significant at a false discovery rate of ${H.alpha}. The colour is relative to the largest value.` +
-    (H.categories.length > MOST_IN_ORDER ? " The codebooks that tell a condition best come first." : "");
+    `Bold: significant at a false discovery rate of ${H.alpha}. The colour is relative to the largest value. The conditions that are told best come first` +
+    (H.categories.length > MOST_IN_ORDER ? ", and so do the codebooks that tell one best." : ".");
   byId("associations-summary").textContent = bestTold();
   const largest = Math.max(1e-9, ...ami.filter(value => value !== null));
-  const strongest = H.codebooks.map((_, g) => Math.max(...ami.slice(g * conditions.length, (g + 1) * conditions.length).map(value => value ?? -1)));
-  const order = H.codebooks.map((_, g) => g);
-  if (H.categories.length > MOST_IN_ORDER) order.sort((a, b) => strongest[b] - strongest[a]);
+  const association = (g, c) => ami[g * conditions.length + c] ?? -1;
+  const books = H.codebooks.map((_, g) => g);
+  const columns = conditions.map((_, c) => c);
+  const ofBook = books.map(g => Math.max(...columns.map(c => association(g, c))));
+  const ofColumn = columns.map(c => Math.max(...books.map(g => association(g, c))));
+  const order = H.categories.length > MOST_IN_ORDER ? [...books].sort((a, b) => ofBook[b] - ofBook[a]) : books;
+  columns.sort((a, b) => ofColumn[b] - ofColumn[a]);
   const body = order.map(g => {
-    const cells = conditions.map((_, c) => {
+    const cells = columns.map(c => {
       const i = g * conditions.length + c;
       const text = value => (value === null ? "–" : signed(value).replace("+", ""));
       const cell = element("td", { className: q[i] !== null && q[i] <= H.alpha ? "found" : "muted" }, text(ami[i]));
@@ -28,7 +32,7 @@ function showAssociations() {
     });
     return element("tr", {}, element("th", { scope: "row", textContent: codebookLabel(g) }), ...cells);
   });
-  byId("associations").replaceChildren(tableHead(["Codebook", ...conditions]), element("tbody", {}, ...body));
+  byId("associations").replaceChildren(tableHead(["Codebook", ...columns.map(c => conditions[c])]), element("tbody", {}, ...body));
   addCsvButton(document.querySelector("#associations-panel h2"), "associations", () => [
     ["codebook", "condition", "ami", "null_q95", "q"],
     ...ami.map((value, i) => {
