@@ -54,6 +54,11 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
         assert not [event for event in page.events if event["method"] == "Runtime.exceptionThrown"]
 
 
+def test_the_conditions_that_are_told_best_come_first(page: Page) -> None:
+    assert page.texts("#associations thead th")[1] == "solver"
+    assert explorer_data(OBSERVED, ABOUT).header["associations"]["conditions"][0] != "solver"
+
+
 def test_the_codebooks_that_tell_most_come_first(page: Page) -> None:
     assert page.texts("#associations tbody th")[0] == "c9 L0"  # the label follows its token
     assert sorted(page.texts("#associations tbody th")) == sorted(f"c{c} L0" for c in range(1, CATEGORIES + 1))
